@@ -1,0 +1,92 @@
+// `corrupt` on the CPU: checks, threads, choice of instruction set.
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "corrupt.h"
+#include "cpu_features.h"
+#include "parallel.h"
+#include "permutation.h"
+
+namespace nar {
+namespace {
+
+// Below this, a second thread costs more than it saves.
+constexpr int64_t kTokensPerThread = 16384;
+
+CorruptKernels kernels() {
+  switch (simd_level()) {
+#if defined(NAR_X86)
+    case SimdLevel::kAvx512: return corrupt_kernels_avx512();
+    case SimdLevel::kAvx2: return corrupt_kernels_avx2();
+#endif
+    default: return corrupt_kernels_generic();
+  }
+}
+
+// The 16-bit time of a sample slot.
+class TimeDraw {
+ public:
+  explicit TimeDraw(const CorruptArgs& a) : a_(a) {}
+
+  uint32_t operator()(uint64_t sample) {
+    const uint32_t word = random_block(a_.seed, kTime, sample, 0).word[0];
+    if (!a_.stratified) return word >> 16;
+    const uint64_t global_batch = static_cast<uint64_t>(a_.global_batch);
+    const uint64_t step = sample / global_batch;
+    if (!strata_ || step != step_) {
+      strata_ = std::make_unique<Permutation>(a_.seed, kStratum, step, global_batch);
+      step_ = step;
+    }
+    const uint64_t stratum = (*strata_)(sample % global_batch);
+    return static_cast<uint32_t>(((stratum << 16) + (word >> 16)) / global_batch);
+  }
+
+ private:
+  const CorruptArgs& a_;
+  std::unique_ptr<Permutation> strata_;
+  uint64_t step_ = 0;
+};
+
+}  // namespace
+
+InvalidTokens corrupt_cpu(const CorruptArgs& a, int num_threads) {
+  const int64_t batch = a.windows.batch, seq_len = a.windows.seq_len;
+  check_windows(a.windows);
+  const CorruptKernels k = kernels();
+  const int parts = static_cast<int>(std::clamp<int64_t>(
+      std::min(batch * seq_len / kTokensPerThread, batch), 1, std::max(num_threads, 1)));
+
+  // Whatever can fail happens before the threads start, where it can still be thrown.
+  std::vector<uint32_t> t16(batch);
+  TimeDraw draw_time(a);
+  for (int64_t b = 0; b < batch; ++b) t16[b] = draw_time(a.sample(b));
+  constexpr int64_t kAlign = 64;
+  const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;
+  const int64_t bytes = padded * (3 * sizeof(uint32_t) + 1);
+  std::unique_ptr<uint8_t[]> memory(new uint8_t[parts * bytes + kAlign]);
+  uint8_t* aligned =
+      memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
+  std::vector<InvalidTokens> invalid(parts);
+
+  parallel_ranges(batch, parts, [&](int64_t begin, int64_t end, int part) {
+    uint8_t* base = aligned + part * bytes;
+    uint32_t* words = reinterpret_cast<uint32_t*>(base);
+    const RowScratch scratch = {words, words + padded,
+                                reinterpret_cast<int32_t*>(words + 2 * padded),
+                                base + 3 * sizeof(uint32_t) * padded};
+    for (int64_t b = begin; b < end; ++b) k.corrupt_row(a, b, t16[b], scratch, &invalid[part]);
+  });
+
+  std::vector<int64_t> first_row(batch + 1, 0);
+  for (int64_t b = 0; b < batch; ++b) first_row[b + 1] = first_row[b] + a.num_masked[b];
+  parallel_ranges(batch, parts, [&](int64_t begin, int64_t end, int) {
+    for (int64_t b = begin; b < end; ++b) k.write_rows(a, b, a.row_buffer + first_row[b]);
+  });
+
+  for (int part = 1; part < parts; ++part) invalid[0].merge(invalid[part]);
+  return invalid[0];
+}
+
+}  // namespace nar

@@ -1,0 +1,58 @@
+// Philox4x32-10 (Salmon et al., SC 2011) and the layout of its counters: the only C++ copy.
+// A word is a pure function of (seed, stream, sample, position); docs/design.md has the contract.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define NAR_HOST_DEVICE __host__ __device__
+#else
+#define NAR_HOST_DEVICE
+#endif
+
+namespace nar {
+
+// Domains of randomness. The values are frozen: they pin results. Same as nar_kernels/philox.py.
+enum Stream : uint32_t {
+  kTime = 0,
+  kStratum = 1,
+  kMaskKey = 2,
+  kRandomToken = 3,
+  kCorruption = 4,
+};
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
+
+// On the CPU, runs of words are made in whole multiples of this many (philox_simd.h).
+constexpr int64_t kWordPadding = 128;
+
+struct Words4 {
+  uint32_t word[4];
+};
+
+NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, uint64_t seed) {
+  uint32_t c0 = counter.word[0], c1 = counter.word[1];
+  uint32_t c2 = counter.word[2], c3 = counter.word[3];
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The four words at positions 4 * block .. 4 * block + 3 of a sample.
+NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint64_t sample,
+                                           uint32_t block) {
+  return philox4x32(
+      {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, seed);
+}
+
+}  // namespace nar

@@ -1,0 +1,100 @@
+// Windows of a flat corpus of token ids of any integer type, and the record of bad ids.
+#pragma once
+
+#include <cstdint>
+
+namespace nar {
+
+// The order is that of TOKEN_DTYPES in nar_kernels/ops.py.
+enum class TokenType { kUint8, kInt8, kUint16, kInt16, kUint32, kInt32, kInt64 };
+
+struct Windows {
+  const void* tokens;  // [num_corpus_tokens]
+  TokenType token_type;
+  int64_t num_corpus_tokens;
+  const int64_t* starts;  // [batch], or null: one window after the other
+  int64_t batch, seq_len;
+  int64_t num_tokens;  // valid ids are [0, num_tokens), below 2**31, without mask_id
+  int64_t mask_id;
+
+  int64_t start(int64_t b) const { return starts ? starts[b] : b * seq_len; }
+  int64_t safe_id() const { return mask_id == 0 ? 1 : 0; }  // takes the place of a bad one
+};
+
+// Bad ids: how many, and the one at the lowest corpus offset.
+struct InvalidTokens {
+  int64_t count = 0;
+  int64_t offset = INT64_MAX;
+  int64_t token = 0;
+
+  void merge(const InvalidTokens& other) {
+    count += other.count;
+    if (other.offset < offset) offset = other.offset, token = other.token;
+  }
+};
+
+// Throws std::out_of_range for a window outside the corpus.
+void check_windows(const Windows& windows);
+
+// The windows as int64 [batch, seq_len], bad ids replaced.
+InvalidTokens copy_windows(const Windows& windows, int64_t* out);
+
+// The files of one instruction set include this too: nothing shared may be compiled there.
+namespace {
+
+// Calls visit with a pointer of the corpus's type to the first token of row b.
+template <typename Visit>
+void visit_window(const Windows& w, int64_t b, const Visit& visit) {
+  const int64_t start = w.start(b);
+  switch (w.token_type) {
+    case TokenType::kUint8: return visit(static_cast<const uint8_t*>(w.tokens) + start);
+    case TokenType::kInt8: return visit(static_cast<const int8_t*>(w.tokens) + start);
+    case TokenType::kUint16: return visit(static_cast<const uint16_t*>(w.tokens) + start);
+    case TokenType::kInt16: return visit(static_cast<const int16_t*>(w.tokens) + start);
+    case TokenType::kUint32: return visit(static_cast<const uint32_t*>(w.tokens) + start);
+    case TokenType::kInt32: return visit(static_cast<const int32_t*>(w.tokens) + start);
+    case TokenType::kInt64: return visit(static_cast<const int64_t*>(w.tokens) + start);
+  }
+}
+
+// Ids as Id (int32 or int64), bad ones replaced. Returns how many were bad.
+template <typename Id, typename Token>
+int64_t load_window(const Windows& w, const Token* __restrict window, Id* __restrict clean) {
+  const Id safe = static_cast<Id>(w.safe_id()), mask_id = static_cast<Id>(w.mask_id);
+  const uint32_t num_tokens = static_cast<uint32_t>(w.num_tokens);
+  int64_t num_bad = 0;
+  for (int64_t i = 0; i < w.seq_len; ++i) {
+    // Negative ids wrap to large ones. Narrow types are compared in 32 bits: more lanes.
+    bool bad;
+    if constexpr (sizeof(Token) == 8) {
+      bad = static_cast<uint64_t>(window[i]) >= num_tokens;
+    } else {
+      bad = static_cast<uint32_t>(window[i]) >= num_tokens;
+    }
+    const Id id = static_cast<Id>(window[i]);
+    bad |= id == mask_id;
+    clean[i] = bad ? safe : id;
+    num_bad += bad;
+  }
+  return num_bad;
+}
+
+// Rare: where the first of the bad ids of row b stands.
+template <typename Token>
+InvalidTokens find_invalid(const Windows& w, int64_t b, const Token* window, int64_t num_bad) {
+  for (int64_t i = 0;; ++i) {
+    const int64_t id = static_cast<int64_t>(window[i]);
+    if (id < 0 || id >= w.num_tokens || id == w.mask_id) return {num_bad, w.start(b) + i, id};
+  }
+}
+
+template <typename Id>
+void load_row(const Windows& w, int64_t b, Id* clean, InvalidTokens* invalid) {
+  visit_window(w, b, [&](const auto* window) {
+    const int64_t num_bad = load_window(w, window, clean);
+    if (num_bad != 0) invalid->merge(find_invalid(w, b, window, num_bad));
+  });
+}
+
+}  // namespace
+}  // namespace nar

@@ -1,0 +1,214 @@
+"""What to mask, and what comes out: :class:`MaskingConfig` and :class:`Corrupted`.
+
+Shapes: B batch, L sequence length, V vocabulary (``num_tokens``), R masked rows of a batch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nar_kernels.errors import InvalidTokenError
+from nar_kernels.schedules import Schedule, ScheduleTable, tabulate
+
+IGNORE_INDEX = -100
+
+# Probabilities enter the kernels as integers; this one stands for 1.
+PROBABILITY_ONE = 1 << 31
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """How clean windows are corrupted.
+
+    Args:
+        num_tokens: V, the number of rows of the embedding, ``mask_id`` included. Valid clean ids
+            are [0, V) without ``mask_id``.
+        mask_id: the id of the mask token, in [0, V).
+        schedule: mask ratio m(t), falling from 1 at t = 0 to 0 at t = 1: ``"linear"``,
+            ``"cosine"``, ``"square"``, ``"cubic"``, ``"sqrt"``, ``"arccos"``, ``"sigmoid"``, or a
+            callable from times to ratios.
+        draw: ``"exact"`` masks exactly ``clamp(ceil(m(t) n), 1, n)`` of n maskable positions,
+            uniformly among all such subsets (MaskGIT, arXiv:2202.04200). ``"bernoulli"`` masks each
+            with probability m(t) (MDLM, arXiv:2406.07524).
+        times: ``"stratified"`` spreads the times of a global batch evenly over [0, 1), with a
+            jitter per sample; ``"uniform"`` draws them independently. Either way, each sample's
+            time is uniform.
+        no_replace_prob: share of the masked positions that keep their own token (BERT, 0.1).
+        random_token_prob: share of the masked positions that get a random token (BERT, 0.1),
+            uniform over the vocabulary without ``mask_id``.
+        corruption_prob: probability, per sample and for either share alone, that it is applied at
+            all: 1 as in BERT, 0.5 as in x-transformers.
+        never_mask_ids: ids whose positions are never masked: BOS, padding, separators.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    num_tokens: int
+    mask_id: int
+    _: KW_ONLY
+    schedule: str | Schedule = "linear"
+    draw: Literal["exact", "bernoulli"] = "exact"
+    times: Literal["stratified", "uniform"] = "stratified"
+    no_replace_prob: float = 0.0
+    random_token_prob: float = 0.0
+    corruption_prob: float = 1.0
+    never_mask_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_tokens < 1 << 31:
+            raise ValueError(f"num_tokens is {self.num_tokens}: it must be in [2, 2**31]")
+        if not 0 <= self.mask_id < self.num_tokens:
+            raise ValueError(
+                f"mask_id {self.mask_id} is not in [0, num_tokens) = [0, {self.num_tokens}): "
+                "num_tokens counts all embedding rows, the mask token's included"
+            )
+        for name, valid in (("draw", ("exact", "bernoulli")), ("times", ("stratified", "uniform"))):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {valid}")
+        for name in ("no_replace_prob", "random_token_prob", "corruption_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
+        if self.no_replace_prob + self.random_token_prob > 1:
+            raise ValueError(
+                f"no_replace_prob + random_token_prob is "
+                f"{self.no_replace_prob + self.random_token_prob}: shares of one whole, at most 1"
+            )
+        object.__setattr__(self, "never_mask_ids", tuple(int(i) for i in self.never_mask_ids))
+        for i in self.never_mask_ids:
+            if not 0 <= i < self.num_tokens:
+                raise ValueError(f"never_mask_ids holds {i}, outside [0, {self.num_tokens})")
+        _ = self.table  # a bad schedule is an error here, not at the first batch
+
+    @cached_property
+    def table(self) -> ScheduleTable:
+        """The schedule over the 65536 times, on the CPU."""
+        return tabulate(self.schedule)
+
+    @cached_property
+    def weight_table(self) -> Tensor:
+        """float32 ``[65536]``: |m'| for exact draws (times n / k later), |m'| / m for bernoulli."""
+        return self.table.exact_weight if self.exact else self.table.bernoulli_weight
+
+    @cached_property
+    def never_mask_table(self) -> Tensor | None:
+        """bool ``[V]``, true at ``never_mask_ids``; None when there are none."""
+        if not self.never_mask_ids:
+            return None
+        table = torch.zeros(self.num_tokens, dtype=torch.bool)
+        table[list(self.never_mask_ids)] = True
+        return table
+
+    @property
+    def exact(self) -> bool:
+        return self.draw == "exact"
+
+    @property
+    def stratified(self) -> bool:
+        return self.times == "stratified"
+
+    @cached_property
+    def shares(self) -> tuple[int, int, int]:
+        """``no_replace_prob, random_token_prob, corruption_prob`` with ``2**31`` for 1."""
+        keep = math.floor(self.no_replace_prob * PROBABILITY_ONE + 0.5)
+        random = math.floor(self.random_token_prob * PROBABILITY_ONE + 0.5)
+        coin = math.floor(self.corruption_prob * PROBABILITY_ONE + 0.5)
+        return keep, min(random, PROBABILITY_ONE - keep), coin
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """A corrupted batch: everything a masked-prediction step needs.
+
+    Attributes:
+        input_ids: int64 ``[B, L]``, what the network sees.
+        labels: int64 ``[B, L]``, the clean id at masked positions, -100 elsewhere.
+        masked_indices: bool ``[B, L]``, the positions to predict. Their input is ``mask_id``, the
+            token itself or a random one, as the configuration says.
+        times: float32 ``[B]`` in (0, 1).
+        loss_weight: float32 ``[B]``, w(t) of the likelihood bound: ``sum(w * NLL) / num_maskable``
+            over the masked positions of a sample is in nats per token.
+        num_masked: int64 ``[B]``, masked positions of each sample.
+        num_maskable: int64 ``[B]``, positions that could have been masked.
+        row_buffer: int64 ``[B * L]``; its first R entries are ``masked_rows``, the rest is
+            undefined. (So that the operator's shapes do not depend on data.)
+        invalid: int64 ``[3]``: how many ids were bad, the lowest offset of one, its value. Bad ids
+            are replaced by a valid one, so that no embedding lookup is out of bounds.
+        masking: the configuration that made this batch.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    masked_indices: Tensor
+    times: Tensor
+    loss_weight: Tensor
+    num_masked: Tensor
+    num_maskable: Tensor
+    row_buffer: Tensor
+    invalid: Tensor
+    masking: MaskingConfig
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def masked_rows(self) -> Tensor:
+        """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``."""
+        return self.row_buffer[: int(self.num_masked.sum())]
+
+    @property
+    def clean_ids(self) -> Tensor:
+        """int64 ``[B, L]``: the windows before corruption."""
+        return torch.where(self.masked_indices, self.labels, self.input_ids)
+
+    def raise_if_invalid(self, source: str | None = None) -> None:
+        """Raises :class:`InvalidTokenError` if the clean data held a bad id.
+
+        ``source`` names the corpus; without it the place is a row and a column of the batch.
+        Reading the record waits for the device; call it when it is convenient.
+        """
+        count, offset, token_id = self.invalid.tolist()
+        if count == 0:
+            return
+        if source is None:
+            row, column = divmod(offset, self.input_ids.shape[1])
+            where = f"tokens[{row}, {column}]"
+        else:
+            where = f"offset {offset} of {source}"
+        raise InvalidTokenError.at(
+            where,
+            token_id=token_id,
+            offset=offset,
+            count=count,
+            num_tokens=self.masking.num_tokens,
+            mask_id=self.masking.mask_id,
+        )
+
+    def microbatches(self, size: int) -> Iterator["Corrupted"]:
+        """Consecutive parts of at most ``size`` samples, for gradient accumulation."""
+        length = self.input_ids.shape[1]
+        first_row = 0
+        for start in range(0, len(self), size):
+            part = {
+                f.name: getattr(self, f.name)[start : start + size]
+                for f in fields(self)
+                if f.name not in ("row_buffer", "invalid", "masking")
+            }
+            num_rows = int(part["num_masked"].sum())
+            rows = self.row_buffer[first_row : first_row + num_rows] - start * length
+            first_row += num_rows
+            yield Corrupted(**part, row_buffer=rows, invalid=self.invalid, masking=self.masking)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Corrupted":
+        """This batch on another device."""
+        tensors = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if f.name != "masking"
+        }
+        return Corrupted(**tensors, masking=self.masking)

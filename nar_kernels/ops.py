@@ -1,0 +1,305 @@
+"""The public operations: all checks, registration with ``torch.library``, dispatch to a backend.
+
+Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from nar_kernels.backends import cpp, resolve_backend
+from nar_kernels.errors import InvalidTokenError
+from nar_kernels.masking import Corrupted, MaskingConfig
+from nar_kernels.philox import Stream
+from nar_kernels.philox import permute as permute_ref
+from nar_kernels.reference import corrupt_ref, windows_ref
+
+# Token types of a corpus, in the order of the codes that the C++ side switches on.
+TOKEN_DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.uint16,
+    torch.int16,
+    torch.uint32,
+    torch.int32,
+    torch.int64,
+)
+_DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES)}
+
+_lib = torch.library.Library("nar_kernels", "DEF")
+_lib.define(
+    "corrupt(Tensor tokens, Tensor? starts, SymInt seq_len, int num_tokens, int mask_id,"
+    " Tensor? sample_ids, Tensor? maskable, Tensor ratio_table, Tensor weight_table,"
+    " Tensor? never_mask, int seed, int global_batch, bool exact, bool stratified,"
+    " int keep_share, int random_share, int coin_share, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _num_windows(tokens: Tensor, starts: Tensor | None) -> int:
+    return tokens.shape[0] if starts is None else starts.shape[0]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tensor, ...]:
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return (
+        empty(batch, seq_len),  # input_ids
+        empty(batch, seq_len),  # labels
+        empty(batch, seq_len, dtype=torch.bool),  # masked_indices
+        empty(batch, dtype=torch.float32),  # times
+        empty(batch, dtype=torch.float32),  # loss_weight
+        empty(batch),  # num_masked
+        empty(batch),  # num_maskable
+        empty(batch * seq_len),  # row_buffer
+        empty(3),  # invalid
+    )
+
+
+def _corrupt_cpp(
+    tokens: Tensor,
+    starts: Tensor | None,
+    seq_len: int,
+    num_tokens: int,
+    mask_id: int,
+    sample_ids: Tensor | None,
+    maskable: Tensor | None,
+    ratio_table: Tensor,
+    weight_table: Tensor,
+    never_mask: Tensor | None,
+    *scalars: int,
+) -> tuple[Tensor, ...]:
+    assert cpp is not None
+    batch = _num_windows(tokens, starts)
+    outputs = _empty_outputs(batch, seq_len, tokens.device)
+    cpp.corrupt(
+        tokens.data_ptr(),
+        _DTYPE_CODE[tokens.dtype],
+        tokens.numel(),
+        _address(starts),
+        batch,
+        seq_len,
+        num_tokens,
+        mask_id,
+        _address(sample_ids),
+        _address(maskable),
+        ratio_table.data_ptr(),
+        weight_table.data_ptr(),
+        _address(never_mask),
+        *scalars,
+        torch.get_num_threads(),
+        *[t.data_ptr() for t in outputs],
+    )
+    return outputs
+
+
+_CORRUPT = {"cpp": _corrupt_cpp, "reference": corrupt_ref}
+
+
+def _corrupt_impl(*args):  # type: ignore[no-untyped-def]
+    return _CORRUPT[args[-1]](*args[:-1])
+
+
+def _corrupt_fake(tokens, starts, seq_len, *_):  # type: ignore[no-untyped-def]
+    return _empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device)
+
+
+_lib.impl("corrupt", _corrupt_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("nar_kernels::corrupt", _corrupt_fake, lib=_lib)
+
+
+def _int64(seed: int) -> int:
+    """A 64-bit seed as the signed integer with the same bits."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _check_ids(name: str, ids: Tensor, like: Tensor) -> Tensor:
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 [B]; got {ids.dtype} {list(ids.shape)}")
+    if ids.device != like.device:
+        raise ValueError(f"{name} is on {ids.device} but tokens are on {like.device}")
+    return ids.contiguous()
+
+
+def check_token_dtype(dtype: torch.dtype, what: str = "tokens") -> None:
+    """Raises TypeError unless ``dtype`` is one of :data:`TOKEN_DTYPES`."""
+    if dtype not in _DTYPE_CODE:
+        raise TypeError(
+            f"{what} have dtype {dtype}: token ids must be one of "
+            f"{', '.join(str(d).removeprefix('torch.') for d in TOKEN_DTYPES)}"
+        )
+
+
+def corrupt(
+    tokens: Tensor,
+    masking: MaskingConfig,
+    *,
+    seed: int,
+    starts: Tensor | None = None,
+    seq_len: int | None = None,
+    sample_ids: Tensor | None = None,
+    global_batch: int | None = None,
+    maskable: Tensor | None = None,
+    backend: str = "auto",
+) -> Corrupted:
+    """Extracts windows, checks them, draws masks at a ratio per sample, and makes the labels.
+
+    A pure function of its arguments: the same sample slot and seed give the same mask whatever the
+    batch, the device, the backend or the number of threads.
+
+    Args:
+        tokens: clean ids, ``[B, L]``; or a flat corpus ``[T]`` with ``starts`` and ``seq_len``.
+            Any of uint8, int8, uint16, int16, uint32, int32, int64.
+        masking: how to mask.
+        seed: 64-bit integer key of all randomness.
+        starts: int64 ``[B]``, first token of each window of a flat corpus, in [0, T - L].
+        seq_len: L, for a flat corpus.
+        sample_ids: int64 ``[B]``, global sample slots, at least 0: ``step * global_batch + j``.
+            Default: ``0 .. B - 1``. The slot picks the noise, so do not reuse slots under one seed.
+        global_batch: how many consecutive slots share one stratification of times. Default: B.
+        maskable: bool ``[B, L]``, positions that may be masked. Default: all.
+        backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
+
+    Returns:
+        A :class:`Corrupted`. ``input_ids`` and ``labels`` are int64.
+
+    Raises:
+        InvalidTokenError: (CPU) an id outside [0, V), or equal to ``mask_id``. On other devices
+            call ``raise_if_invalid()`` on the result.
+        IndexError: a window reaches outside the corpus.
+        TypeError, ValueError: wrong dtypes, shapes or devices.
+    """
+    check_token_dtype(tokens.dtype)
+    if starts is None:
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"tokens have shape {list(tokens.shape)}: pass [B, L], or a flat corpus [T] with "
+                "starts and seq_len"
+            )
+        batch, length = tokens.shape
+        if seq_len is not None and seq_len != length:
+            raise ValueError(f"seq_len is {seq_len} but tokens have length {length}")
+    else:
+        if tokens.dim() != 1 or seq_len is None:
+            raise ValueError("with starts, tokens must be a flat corpus [T] and seq_len given")
+        starts, length = _check_ids("starts", starts, tokens), seq_len
+        batch = starts.shape[0]
+    if length < 1:
+        raise ValueError(f"seq_len is {length}: a window has at least one token")
+    if sample_ids is not None:
+        sample_ids = _check_ids("sample_ids", sample_ids, tokens)
+        if sample_ids.shape[0] != batch:
+            raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
+    if global_batch is None:
+        global_batch = max(batch, 1)
+    if global_batch < 1:
+        raise ValueError(f"global_batch is {global_batch}: it must be at least 1")
+    if maskable is not None:
+        if maskable.dtype != torch.bool or maskable.shape != (batch, length):
+            raise ValueError(
+                f"maskable must be bool [{batch}, {length}]; got {maskable.dtype} "
+                f"{list(maskable.shape)}"
+            )
+        if maskable.device != tokens.device:
+            raise ValueError(f"maskable is on {maskable.device} but tokens are on {tokens.device}")
+        maskable = maskable.contiguous()
+
+    outputs = torch.ops.nar_kernels.corrupt.default(
+        tokens.contiguous(),
+        starts,
+        length,
+        masking.num_tokens,
+        masking.mask_id,
+        sample_ids,
+        maskable,
+        masking.table.ratio,
+        masking.weight_table,
+        masking.never_mask_table,
+        _int64(seed),
+        global_batch,
+        masking.exact,
+        masking.stratified,
+        *masking.shares,
+        resolve_backend(backend, tokens.device),
+    )
+    corrupted = Corrupted(*outputs, masking=masking)
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        corrupted.raise_if_invalid()
+    return corrupted
+
+
+def windows(
+    tokens: Tensor,
+    starts: Tensor,
+    seq_len: int,
+    *,
+    num_tokens: int,
+    mask_id: int,
+    backend: str = "auto",
+) -> Tensor:
+    """Clean windows of a flat corpus, checked against the vocabulary.
+
+    Args:
+        tokens: ``[T]``, any integer dtype of :data:`TOKEN_DTYPES`.
+        starts: int64 ``[B]`` in [0, T - L].
+        seq_len: L, at least 1.
+        num_tokens, mask_id: valid ids are [0, ``num_tokens``) without ``mask_id``.
+
+    Returns:
+        int64 ``[B, L]``.
+
+    Raises:
+        InvalidTokenError: with ``offset`` into the corpus.
+        IndexError: a window reaches outside the corpus.
+    """
+    check_token_dtype(tokens.dtype)
+    starts = _check_ids("starts", starts, tokens)
+    if resolve_backend(backend, tokens.device) == "cpp":
+        assert cpp is not None
+        tokens = tokens.contiguous()
+        out = torch.empty((starts.shape[0], seq_len), dtype=torch.int64)
+        record = torch.empty(3, dtype=torch.int64)
+        cpp.windows(
+            tokens.data_ptr(),
+            _DTYPE_CODE[tokens.dtype],
+            tokens.numel(),
+            starts.data_ptr(),
+            *out.shape,
+            num_tokens,
+            mask_id,
+            out.data_ptr(),
+            record.data_ptr(),
+        )
+    else:
+        out, record = windows_ref(tokens, starts, seq_len, num_tokens, mask_id)
+    count, offset, token_id = record.tolist()
+    if count:
+        raise InvalidTokenError.at(
+            f"offset {offset}",
+            token_id=token_id,
+            offset=offset,
+            count=count,
+            num_tokens=num_tokens,
+            mask_id=mask_id,
+        )
+    return out
+
+
+def permute(
+    index: Tensor, n: int, *, seed: int, stream: Stream, round: int, backend: str = "auto"
+) -> Tensor:
+    """Where a keyed random permutation of ``[0, n)`` sends each index; O(1) memory.
+
+    Args and result as in :func:`nar_kernels.philox.permute`; ``index`` is int64, any shape.
+    """
+    if resolve_backend(backend, index.device) == "reference":
+        return permute_ref(index, n, seed=seed, stream=stream, round=round)
+    assert cpp is not None
+    index = index.contiguous()
+    out = torch.empty_like(index)
+    cpp.permute(index.data_ptr(), index.numel(), n, _int64(seed), stream, round, out.data_ptr())
+    return out

@@ -1,0 +1,127 @@
+"""Philox4x32-10 in PyTorch: the readable specification of all randomness in this package.
+
+Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+
+A word is a pure function of ``(seed, stream, sample, position)``. There is no generator state:
+
+* key     = the 64-bit seed as ``(low, high)``
+* counter = ``(position // 4, sample_low, sample_high, stream)``; ``position % 4`` picks the word.
+
+``sample`` is a global sample slot, never a rank or a worker, so nothing here depends on how a batch
+is divided. All 32-bit words are held in int64 tensors, in [0, 2**32).
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_U32 = 0xFFFFFFFF
+
+# Up to this size a permutation is the rank of random words, hence uniform over all n! orders.
+EXACT_PERMUTATION_MAX = 256
+_FEISTEL_ROUNDS = 24
+
+
+class Stream(IntEnum):
+    """Domains of randomness. Two uses never share one. The values are frozen: they pin results."""
+
+    TIME = 0
+    STRATUM = 1
+    MASK_KEY = 2
+    RANDOM_TOKEN = 3
+    CORRUPTION = 4
+    WINDOW_ORDER = 5
+    WINDOW_OFFSET = 6
+    DECODE_NOISE = 7
+    CRITIC_NOISE = 8
+
+
+def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    c0, c1, c2, c3 = counter
+    # An int64 product wraps modulo 2**64, which keeps every bit of the unsigned 64-bit product.
+    p0, p1 = c0 * _M0, c2 * _M1
+    return [
+        ((p1 >> 32) & _U32) ^ c1 ^ key[0],
+        p1 & _U32,
+        ((p0 >> 32) & _U32) ^ c3 ^ key[1],
+        p0 & _U32,
+    ]
+
+
+def philox4x32(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Ten rounds of Philox4x32. ``counter``: four int64 tensors of 32-bit words that broadcast."""
+    for r in range(10):
+        counter = _round(counter, ((key[0] + r * _W0) & _U32, (key[1] + r * _W1) & _U32))
+    return counter
+
+
+def words(seed: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """The random words of ``(sample, position)`` pairs.
+
+    Args:
+        seed: 64-bit integer; taken modulo 2**64.
+        stream: one of :class:`Stream`.
+        samples: int64 global sample slots (broadcasts with ``positions``).
+        positions: int64 in [0, 2**34).
+
+    Returns:
+        int64 tensor of the broadcast shape, uniform in [0, 2**32).
+    """
+    samples, positions = torch.broadcast_tensors(samples, positions)
+    counter = [
+        positions >> 2,
+        samples & _U32,
+        (samples >> 32) & _U32,
+        torch.full_like(samples, int(stream)),
+    ]
+    out = philox4x32(counter, (seed & _U32, (seed >> 32) & _U32))
+    return torch.stack(out, -1).gather(-1, (positions & 3).unsqueeze(-1)).squeeze(-1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser with low bias (the constants of Wellons' lowbias32)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _U32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _U32
+    return x ^ (x >> 16)
+
+
+def _feistel(x: Tensor, keys: list[int], bits: int) -> Tensor:
+    """One pass of an unbalanced xor Feistel network: a bijection on ``[0, 2**bits)``."""
+    right_bits = bits - bits // 2
+    left, right = x >> right_bits, x & ((1 << right_bits) - 1)
+    for r in range(0, _FEISTEL_ROUNDS, 2):
+        left = left ^ (_mix(right ^ keys[r]) & ((1 << (bits // 2)) - 1))
+        right = right ^ (_mix(left ^ keys[r + 1]) & ((1 << right_bits) - 1))
+    return left << right_bits | right
+
+
+def permute(index: Tensor, n: int, *, seed: int, stream: int, round: int) -> Tensor:
+    """Where a random permutation of ``[0, n)`` sends each index, in O(1) memory above 256.
+
+    Up to n = 256 the permutation is the rank of n random words: uniform over all orders. Above, it
+    is a 24-round Feistel network on the next power of two (at least 2**8), walked along its cycle
+    until it lands below n. Both are exact bijections for every n.
+
+    Args:
+        index: int64, any shape, in [0, n).
+        n: size of the domain, at least 1.
+        seed, stream: as in :func:`words`.
+        round: which permutation: an epoch, or a step. It takes the place of the sample slot.
+
+    Returns:
+        int64 tensor like ``index``.
+    """
+    slot = torch.tensor([round], device=index.device)
+    if n <= EXACT_PERMUTATION_MAX:
+        keys = words(seed, stream, slot, torch.arange(n, device=index.device))
+        rank = keys.argsort(stable=True).argsort()
+        return rank[index]
+    bits = (n - 1).bit_length()
+    round_keys = words(seed, stream, slot, torch.arange(_FEISTEL_ROUNDS, device=index.device))
+    out = _feistel(index, round_keys.tolist(), bits)
+    while bool((outside := out >= n).any()):
+        out = torch.where(outside, _feistel(out, round_keys.tolist(), bits), out)
+    return out

@@ -1,0 +1,147 @@
+"""Every operation in plain PyTorch: slow, readable, on any device. The other backends equal it.
+
+Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from nar_kernels.masking import IGNORE_INDEX
+from nar_kernels.philox import Stream, permute, words
+from nar_kernels.schedules import NUM_TIMES
+
+_U32 = 0xFFFFFFFF
+
+
+def draw_times(seed: int, sample_ids: Tensor, global_batch: int, stratified: bool) -> Tensor:
+    """int64 ``[B]`` in [0, 65536): the 16-bit time of each sample."""
+    word = words(seed, Stream.TIME, sample_ids, torch.zeros_like(sample_ids))
+    if not stratified:
+        return word >> 16
+    step, slot = sample_ids // global_batch, sample_ids % global_batch
+    stratum = torch.empty_like(slot)
+    for s in step.unique().tolist():
+        here = step == s
+        stratum[here] = permute(
+            slot[here], global_batch, seed=seed, stream=Stream.STRATUM, round=s
+        )
+    return ((stratum << 16) + (word >> 16)) // global_batch
+
+
+def _gather(tokens: Tensor, starts: Tensor, seq_len: int) -> Tensor:
+    """int64 ``[B, L]``: ``seq_len`` tokens of the flat corpus from each start."""
+    outside = (starts < 0) | (starts > len(tokens) - seq_len)
+    if outside.any():
+        raise IndexError(
+            f"window start {starts[outside][0].item()} with seq_len {seq_len} reaches outside the "
+            f"corpus of {len(tokens)} tokens"
+        )
+    # Indexing is not implemented for unsigned 16 and 32 bits, so those go through signed ones.
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32}.get(tokens.dtype)
+    raw = tokens if signed is None else tokens.view(signed)
+    window = raw[starts[:, None] + torch.arange(seq_len, device=tokens.device)].to(torch.int64)
+    return window if signed is None else window & ((1 << 8 * tokens.itemsize) - 1)
+
+
+def windows_ref(
+    tokens: Tensor, starts: Tensor, seq_len: int, num_tokens: int, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    """Windows with bad ids replaced by a valid one, and the record {count, offset, id} of them."""
+    windows = _gather(tokens, starts, seq_len)
+    bad = (windows < 0) | (windows >= num_tokens) | (windows == mask_id)
+    record = torch.zeros(3, dtype=torch.int64, device=windows.device)
+    if bad.any():
+        offsets = starts[:, None] + torch.arange(windows.shape[1], device=windows.device)
+        offset = offsets[bad].min()
+        record[0], record[1] = bad.sum(), offset
+        record[2] = windows[offsets == offset][0]
+    return torch.where(bad, int(mask_id == 0), windows), record
+
+
+def _shares(
+    seed: int, sample_ids: Tensor, keep_share: int, random_share: int, coin_share: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per sample ``[B, 1]``: the share to keep, to keep or randomise, and a rounding word."""
+    draw = words(seed, Stream.CORRUPTION, sample_ids[:, None], torch.arange(3).to(sample_ids))
+    keep_coin, random_coin, rounding = (draw >> 1).split(1, dim=1)
+    keep = torch.where(keep_coin < coin_share, keep_share, 0)
+    random = torch.where(random_coin < coin_share, random_share, 0)
+    return keep, keep + random, rounding
+
+
+def corrupt_ref(
+    tokens: Tensor,
+    starts: Tensor | None,
+    seq_len: int,
+    num_tokens: int,
+    mask_id: int,
+    sample_ids: Tensor | None,
+    maskable: Tensor | None,
+    ratio_table: Tensor,
+    weight_table: Tensor,
+    never_mask: Tensor | None,
+    seed: int,
+    global_batch: int,
+    exact: bool,
+    stratified: bool,
+    keep_share: int,
+    random_share: int,
+    coin_share: int,
+) -> tuple[Tensor, ...]:
+    """The specification of ``corrupt``. Arguments are those of the operator in ``ops.py``."""
+    device = tokens.device
+    if starts is None:  # tokens are [B, L]: one window after the other
+        starts = torch.arange(tokens.shape[0], device=device) * seq_len
+    if sample_ids is None:
+        sample_ids = torch.arange(len(starts), device=device)
+    positions = torch.arange(seq_len, device=device)
+    clean, invalid = windows_ref(tokens.flatten(), starts, seq_len, num_tokens, mask_id)
+
+    can_mask = torch.ones_like(clean, dtype=torch.bool) if maskable is None else maskable
+    if never_mask is not None:
+        can_mask = can_mask & ~never_mask[clean]
+    n = can_mask.sum(1, keepdim=True)
+
+    t16 = draw_times(seed, sample_ids, global_batch, stratified)
+    ratio = (ratio_table[t16].to(torch.int64) & _U32)[:, None]
+    keep_share_, replace_share_, rounding = _shares(
+        seed, sample_ids, keep_share, random_share, coin_share
+    )
+
+    keys = words(seed, Stream.MASK_KEY, sample_ids[:, None], positions)
+    if exact:
+        # Masked are the k smallest (key, position); of those, the first few are kept, and so on.
+        order = keys.masked_fill(~can_mask, 1 << 32).argsort(dim=1, stable=True).argsort(dim=1)
+        k = ((ratio * n + _U32) >> 32).clamp(min=1).minimum(n)
+        kept, replaced = ((k * share + rounding) >> 31 for share in (keep_share_, replace_share_))
+    else:
+        order, k = keys, ratio
+        kept, replaced = ((ratio * share) >> 31 for share in (keep_share_, replace_share_))
+
+    masked = can_mask & (order < k)
+    random = words(seed, Stream.RANDOM_TOKEN, sample_ids[:, None], positions)
+    random = (random * (num_tokens - 1)) >> 32
+    random = random + (random >= mask_id).to(torch.int64)  # uniform over the ids but mask_id
+    input_ids = torch.where(masked, mask_id, clean)
+    input_ids = torch.where(masked & (order < replaced), random, input_ids)
+    input_ids = torch.where(masked & (order < kept), clean, input_ids)
+
+    num_masked = masked.sum(1)
+    weight = weight_table[t16]
+    if exact:
+        weight = weight * n[:, 0].to(torch.float32) / num_masked.clamp(min=1).to(torch.float32)
+        weight = weight.masked_fill(num_masked == 0, 0)
+    row_buffer = torch.zeros(masked.numel(), dtype=torch.int64, device=device)
+    rows = masked.flatten().nonzero().flatten()
+    row_buffer[: len(rows)] = rows
+    return (
+        input_ids,
+        torch.where(masked, clean, IGNORE_INDEX),
+        masked,
+        (t16.to(torch.float32) + 0.5) / NUM_TIMES,
+        weight,
+        num_masked,
+        n[:, 0].clone(),
+        row_buffer,
+        invalid,
+    )

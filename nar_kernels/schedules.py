@@ -1,0 +1,138 @@
+"""Mask-ratio schedules m(t), and their tabulation.
+
+``t`` runs from 0 (everything masked, m = 1) to 1 (nothing masked, m = 0), as in MaskGIT (Chang et
+al. 2022, arXiv:2202.04200) and x-transformers. Times are 16-bit: ``t16`` in [0, 65536) stands for
+``(t16 + 0.5) / 65536``. A schedule is tabulated once over them, in float64 on the host, so that any
+Python callable works inside every kernel and no device ever evaluates a cosine.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUM_TIMES = 1 << 16
+
+Schedule = Callable[[Tensor], Tensor]
+
+
+def linear(t: Tensor) -> Tensor:
+    """m = 1 - t: mask ratio uniform in (0, 1), as in masked diffusion LMs (arXiv:2406.07524)."""
+    return 1 - t
+
+
+def cosine(t: Tensor) -> Tensor:
+    """m = cos(pi t / 2), MaskGIT's default."""
+    return torch.cos(t * (math.pi / 2))
+
+
+def square(t: Tensor) -> Tensor:
+    """m = 1 - t**2 (MaskGIT, concave)."""
+    return 1 - t**2
+
+
+def cubic(t: Tensor) -> Tensor:
+    """m = 1 - t**3 (MaskGIT, concave)."""
+    return 1 - t**3
+
+
+def sqrt(t: Tensor) -> Tensor:
+    """m = 1 - sqrt(t) (MaskGIT, convex)."""
+    return 1 - t**0.5
+
+
+def arccos(t: Tensor) -> Tensor:
+    """m = arccos(t) / (pi / 2): mostly high ratios (MUSE, arXiv:2301.00704)."""
+    return torch.arccos(t) / (math.pi / 2)
+
+
+def sigmoid(t: Tensor) -> Tensor:
+    """The sigmoid schedule of Chen 2023 (arXiv:2301.10972) with start -3, end 3, tau 1."""
+    low, high = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
+    return (high - torch.sigmoid(t * 6 - 3)) / (high - low)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    f.__name__: f for f in (linear, cosine, square, cubic, sqrt, arccos, sigmoid)
+}
+
+
+class ScheduleTable(NamedTuple):
+    """A schedule over the 65536 times; index with ``t16``.
+
+    Attributes:
+        ratio: int32 ``[65536]``, the bit patterns of unsigned 0.32 fixed point: floor(m * 2**32),
+            at most 2**32 - 1. Rounded down, so that ``ceil(m * n)`` is right for ratios such as 2/3.
+        exact_weight: float32 ``[65536]``, |m'(t)|.
+        bernoulli_weight: float32 ``[65536]``, |m'(t)| / m(t); 0 where m is 0.
+    """
+
+    ratio: Tensor
+    exact_weight: Tensor
+    bernoulli_weight: Tensor
+
+
+def resolve(schedule: str | Schedule) -> Schedule:
+    """The schedule function of a name, or the callable itself."""
+    if callable(schedule):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}, or a callable from "
+            "times in [0, 1] to mask ratios in [0, 1]"
+        )
+    return SCHEDULES[schedule]
+
+
+def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
+    """``schedule(t)`` in float64, element by element if it only knows Python floats."""
+    try:
+        value = schedule(t)
+    except (TypeError, ValueError):  # math.cos and the like refuse a tensor
+        value = None
+    if isinstance(value, Tensor) and value.shape == t.shape:
+        return value.detach().to("cpu", torch.float64)
+    return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64)  # type: ignore[arg-type]
+
+
+def tabulate(schedule: str | Schedule) -> ScheduleTable:
+    """Tabulates a schedule, with |m'| as the mean slope over each of the 65536 bins of time.
+
+    A mean slope needs no derivative of the callable, is finite where the true one is not (sqrt at
+    0, arccos at 1), and its integral over time is exact: m(0) - m(1).
+
+    Raises:
+        ValueError: the schedule is not finite, leaves [0, 1], or increases.
+    """
+    name = schedule if isinstance(schedule, str) else getattr(schedule, "__name__", repr(schedule))
+    fn = resolve(schedule)
+    edges = torch.arange(NUM_TIMES + 1, dtype=torch.float64) / NUM_TIMES
+    m_edges = _evaluate(fn, edges)
+    m = _evaluate(fn, edges[:-1] + 0.5 / NUM_TIMES)
+    for t, value in ((edges, m_edges), (edges[:-1], m)):
+        # A tolerance for float32 schedules; what is inside it is clamped.
+        bad = ~((value >= -1e-6) & (value <= 1 + 1e-6))
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(
+                f"schedule {name!r} gives {value[i].item()} at t = {t[i].item()}: a mask ratio must "
+                "be a finite number in [0, 1]"
+            )
+    m_edges, m = m_edges.clamp(0, 1), m.clamp(0, 1)
+    slope = (m_edges[:-1] - m_edges[1:]) * NUM_TIMES
+    if (slope < -1e-6 * NUM_TIMES).any():
+        i = int(slope.argmin())
+        raise ValueError(
+            f"schedule {name!r} increases at t = {edges[i].item()}: the mask ratio must fall from "
+            "t = 0 (all masked) to t = 1; pass lambda t: schedule(1 - t) if yours runs the other way"
+        )
+    slope = slope.clamp(min=0)
+    fixed = (m * 2.0**32).floor().clamp(max=2.0**32 - 1).to(torch.int64)
+    ratio = fixed.to(torch.float64) / 2.0**32
+    return ScheduleTable(
+        ratio=torch.where(fixed >= 1 << 31, fixed - (1 << 32), fixed).to(torch.int32),
+        exact_weight=slope.to(torch.float32),
+        bernoulli_weight=torch.where(fixed > 0, slope / ratio, 0.0).to(torch.float32),
+    )
