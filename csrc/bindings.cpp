@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #include "corrupt.h"
 #include "cpu_features.h"
 #include "order_statistic.h"
@@ -49,8 +53,12 @@ void permute(uintptr_t index, int64_t count, int64_t n, int64_t seed, int stream
   const nar::Permutation permutation(static_cast<uint64_t>(seed), stream,
                                      static_cast<uint64_t>(round), static_cast<uint64_t>(n));
   for (int64_t i = 0; i < count; ++i) {
-    pointer<int64_t>(out)[i] = static_cast<int64_t>(
-        permutation(static_cast<uint64_t>(pointer<const int64_t>(index)[i])));
+    const int64_t from = pointer<const int64_t>(index)[i];
+    if (from < 0 || from >= n) {
+      throw std::out_of_range("index " + std::to_string(from) + " is outside the permutation of [0, " +
+                              std::to_string(n) + ")");
+    }
+    pointer<int64_t>(out)[i] = static_cast<int64_t>(permutation(static_cast<uint64_t>(from)));
   }
 }
 

@@ -1,7 +1,8 @@
 // `corrupt` on the CPU: checks, threads, choice of instruction set.
 #include <algorithm>
 #include <memory>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "corrupt.h"
@@ -22,6 +23,15 @@ CorruptKernels kernels() {
     case SimdLevel::kAvx2: return corrupt_kernels_avx2();
 #endif
     default: return corrupt_kernels_generic();
+  }
+}
+
+void check_samples(const CorruptArgs& a) {
+  for (int64_t b = 0; a.sample_ids && b < a.windows.batch; ++b) {
+    if (a.sample_ids[b] < 0) {
+      throw std::invalid_argument("sample id " + std::to_string(a.sample_ids[b]) +
+                                  " is negative: slots count from 0");
+    }
   }
 }
 
@@ -54,6 +64,7 @@ class TimeDraw {
 InvalidTokens corrupt_cpu(const CorruptArgs& a, int num_threads) {
   const int64_t batch = a.windows.batch, seq_len = a.windows.seq_len;
   check_windows(a.windows);
+  check_samples(a);
   const CorruptKernels k = kernels();
   const int parts = static_cast<int>(std::clamp<int64_t>(
       std::min(batch * seq_len / kTokensPerThread, batch), 1, std::max(num_threads, 1)));

@@ -5,8 +5,7 @@ Shapes: B batch, L sequence length, V vocabulary (``num_tokens``), R masked rows
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
-from functools import cached_property
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -60,6 +59,15 @@ class MaskingConfig:
     corruption_prob: float = 1.0
     never_mask_ids: Sequence[int] = ()
 
+    # The schedule over the 65536 times, on the CPU.
+    table: ScheduleTable = field(init=False, repr=False, compare=False)
+    # float32 [65536]: |m'| for exact draws (n / k comes later), |m'| / m for bernoulli ones.
+    weight_table: Tensor = field(init=False, repr=False, compare=False)
+    # bool [V], true at never_mask_ids; None when there are none.
+    never_mask_table: Tensor | None = field(init=False, repr=False, compare=False)
+    # no_replace_prob, random_token_prob and corruption_prob in units of 1 / PROBABILITY_ONE.
+    shares: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if not 2 <= self.num_tokens < 1 << 31:
             raise ValueError(f"num_tokens is {self.num_tokens}: it must be in [2, 2**31]")
@@ -83,26 +91,26 @@ class MaskingConfig:
         for i in self.never_mask_ids:
             if not 0 <= i < self.num_tokens:
                 raise ValueError(f"never_mask_ids holds {i}, outside [0, {self.num_tokens})")
-        _ = self.table  # a bad schedule is an error here, not at the first batch
+        # Derived once and held as plain attributes, which torch.compile can trace through.
+        object.__setattr__(self, "table", tabulate(self.schedule))
+        weight = self.table.exact_weight if self.exact else self.table.bernoulli_weight
+        object.__setattr__(self, "weight_table", weight)
+        object.__setattr__(self, "never_mask_table", self._never_mask_table())
+        object.__setattr__(self, "shares", self._shares())
 
-    @cached_property
-    def table(self) -> ScheduleTable:
-        """The schedule over the 65536 times, on the CPU."""
-        return tabulate(self.schedule)
-
-    @cached_property
-    def weight_table(self) -> Tensor:
-        """float32 ``[65536]``: |m'| for exact draws (times n / k later), |m'| / m for bernoulli."""
-        return self.table.exact_weight if self.exact else self.table.bernoulli_weight
-
-    @cached_property
-    def never_mask_table(self) -> Tensor | None:
-        """bool ``[V]``, true at ``never_mask_ids``; None when there are none."""
+    def _never_mask_table(self) -> Tensor | None:
         if not self.never_mask_ids:
             return None
         table = torch.zeros(self.num_tokens, dtype=torch.bool)
         table[list(self.never_mask_ids)] = True
         return table
+
+    def _shares(self) -> tuple[int, int, int]:
+        keep, random, coin = (
+            math.floor(p * PROBABILITY_ONE + 0.5)
+            for p in (self.no_replace_prob, self.random_token_prob, self.corruption_prob)
+        )
+        return keep, min(random, PROBABILITY_ONE - keep), coin
 
     @property
     def exact(self) -> bool:
@@ -111,14 +119,6 @@ class MaskingConfig:
     @property
     def stratified(self) -> bool:
         return self.times == "stratified"
-
-    @cached_property
-    def shares(self) -> tuple[int, int, int]:
-        """``no_replace_prob, random_token_prob, corruption_prob`` with ``2**31`` for 1."""
-        keep = math.floor(self.no_replace_prob * PROBABILITY_ONE + 0.5)
-        random = math.floor(self.random_token_prob * PROBABILITY_ONE + 0.5)
-        coin = math.floor(self.corruption_prob * PROBABILITY_ONE + 0.5)
-        return keep, min(random, PROBABILITY_ONE - keep), coin
 
 
 @dataclass(frozen=True)

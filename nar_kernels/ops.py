@@ -196,8 +196,8 @@ def corrupt(
             raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
     if global_batch is None:
         global_batch = max(batch, 1)
-    if global_batch < 1:
-        raise ValueError(f"global_batch is {global_batch}: it must be at least 1")
+    if not 1 <= global_batch < 1 << 32:
+        raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
     if maskable is not None:
         if maskable.dtype != torch.bool or maskable.shape != (batch, length):
             raise ValueError(

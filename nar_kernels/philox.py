@@ -113,7 +113,12 @@ def permute(index: Tensor, n: int, *, seed: int, stream: int, round: int) -> Ten
 
     Returns:
         int64 tensor like ``index``.
+
+    Raises:
+        IndexError: an index outside [0, n).
     """
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < n:
+        raise IndexError(f"index is outside the permutation of [0, {n})")
     slot = torch.tensor([round], device=index.device)
     if n <= EXACT_PERMUTATION_MAX:
         keys = words(seed, stream, slot, torch.arange(n, device=index.device))

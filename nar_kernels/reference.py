@@ -94,6 +94,8 @@ def corrupt_ref(
         starts = torch.arange(tokens.shape[0], device=device) * seq_len
     if sample_ids is None:
         sample_ids = torch.arange(len(starts), device=device)
+    if (sample_ids < 0).any():
+        raise ValueError(f"sample id {int(sample_ids.min())} is negative: slots count from 0")
     positions = torch.arange(seq_len, device=device)
     clean, invalid = windows_ref(tokens.flatten(), starts, seq_len, num_tokens, mask_id)
 

@@ -8,6 +8,7 @@ Python callable works inside every kernel and no device ever evaluates a cosine.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,7 @@ def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
     return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64)  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=16)
 def tabulate(schedule: str | Schedule) -> ScheduleTable:
     """Tabulates a schedule, with |m'| as the mean slope over each of the 65536 bins of time.
 

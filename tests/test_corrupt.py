@@ -1,0 +1,506 @@
+"""`corrupt`: what it promises, on every backend, and that the backends agree bit for bit."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from nar_kernels import InvalidTokenError, MaskingConfig, backends, corrupt, ops
+from nar_kernels.backends import cpp
+
+needs_cpp = pytest.mark.skipif(cpp is None, reason=backends()["cpp"])
+BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
+TENSORS = (
+    "input_ids",
+    "labels",
+    "masked_indices",
+    "times",
+    "loss_weight",
+    "num_masked",
+    "num_maskable",
+    "masked_rows",
+    "invalid",
+)
+
+
+def assert_same(a, b):
+    for name in TENSORS:
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.dtype == y.dtype and torch.equal(x, y), name
+
+
+def clean_batch(masking, batch, length, dtype=torch.int64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, masking.num_tokens - 1, (batch, length), generator=generator)
+    return (ids + (ids >= masking.mask_id)).to(dtype)
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """What a kernel forgets to write shows."""
+    original = ops._empty_outputs
+
+    def poisoned(*args):
+        outputs = original(*args)
+        for tensor in outputs:
+            tensor.view(torch.uint8).fill_(0x5A)
+        return outputs
+
+    monkeypatch.setattr(ops, "_empty_outputs", poisoned)
+
+
+# ---- the backends agree
+
+SHARES = [(0.0, 0.0, 1.0), (0.1, 0.1, 1.0), (0.15, 0.1, 0.5), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)]
+LENGTHS = [1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 1000, 4097, 65536, 70001]
+
+
+@needs_cpp
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_cpp_equals_reference(length, draw, poisoned_outputs):
+    rng = random.Random(f"{length} {draw}")
+    cases = list(itertools.product(SHARES, ["stratified", "uniform"], ["all", "maskable", "never"]))
+    for (keep, rand, coin), times, subset in rng.sample(cases, 10 if length < 5000 else 3):
+        num_tokens = rng.choice([3, 17, 120])
+        masking = MaskingConfig(
+            num_tokens,
+            rng.randrange(num_tokens),
+            draw=draw,
+            times=times,
+            schedule=rng.choice(["linear", "cosine", "sqrt", "arccos"]),
+            no_replace_prob=keep,
+            random_token_prob=rand,
+            corruption_prob=coin,
+            never_mask_ids=(0, 1) if subset == "never" else (),
+        )
+        batch = rng.choice([1, 2, 13]) if length < 5000 else 2
+        tokens = clean_batch(masking, batch, length, rng.choice(ops.TOKEN_DTYPES))
+        maskable = torch.rand(batch, length) < rng.random() if subset != "all" else None
+        args = dict(
+            seed=rng.getrandbits(64),
+            sample_ids=torch.arange(batch) + rng.getrandbits(40),
+            global_batch=rng.choice([1, batch, 200, 1000]),
+            maskable=maskable,
+        )
+        assert_same(
+            corrupt(tokens, masking, backend="cpp", **args),
+            corrupt(tokens, masking, backend="reference", **args),
+        )
+
+
+@needs_cpp
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_every_instruction_set_agrees(level):
+    best = cpp.simd_level()
+    if level > best:
+        pytest.skip(f"this CPU has SIMD level {best}")
+    try:
+        cpp.limit_simd(level)
+        assert cpp.simd_level() == level
+        for draw, length in itertools.product(["exact", "bernoulli"], [5, 200, 1025]):
+            masking = MaskingConfig(
+                50, 49, draw=draw, no_replace_prob=0.2, random_token_prob=0.2, never_mask_ids=(3,)
+            )
+            for dtype in ops.TOKEN_DTYPES:
+                tokens = clean_batch(masking, 7, length, dtype)
+                assert_same(
+                    corrupt(tokens, masking, seed=1, backend="cpp"),
+                    corrupt(tokens, masking, seed=1, backend="reference"),
+                )
+    finally:
+        cpp.limit_simd(2)
+
+
+@needs_cpp
+def test_independent_of_threads():
+    masking = MaskingConfig(300, 299, no_replace_prob=0.1, random_token_prob=0.1)
+    tokens = clean_batch(masking, 61, 2048)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(corrupt(tokens, masking, seed=5, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_same(results[0], result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_independent_of_the_batch_split(backend):
+    masking = MaskingConfig(40, 39, no_replace_prob=0.1, random_token_prob=0.1)
+    tokens = clean_batch(masking, 12, 50)
+    whole = corrupt(tokens, masking, seed=3, backend=backend)
+    first = 0
+    for size in (1, 4, 7):
+        ids = torch.arange(first, first + size)
+        part = corrupt(
+            tokens[ids], masking, seed=3, sample_ids=ids, global_batch=12, backend=backend
+        )
+        for name in set(TENSORS) - {"masked_rows", "invalid"}:
+            assert torch.equal(getattr(part, name), getattr(whole, name)[ids]), name
+        first += size
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_outputs(backend):
+    """Change nothing here without a new major version: trained runs resume on these bits."""
+    masking = MaskingConfig(11, 10, schedule="cosine", no_replace_prob=0.2, random_token_prob=0.2)
+    tokens = torch.arange(16).view(2, 8) % 10
+    got = corrupt(tokens, masking, seed=2026, sample_ids=torch.tensor([5, 1 << 40]), backend=backend)
+    assert got.input_ids.tolist() == FROZEN_INPUT_IDS
+    assert got.masked_indices.int().tolist() == FROZEN_MASK
+    assert (got.times * 65536 - 0.5).tolist() == FROZEN_T16
+    bernoulli = MaskingConfig(11, 10, draw="bernoulli", times="uniform")
+    got = corrupt(tokens, bernoulli, seed=-1, backend=backend)
+    assert got.input_ids.tolist() == FROZEN_BERNOULLI
+
+
+FROZEN_INPUT_IDS = [[10, 1, 2, 5, 10, 10, 6, 7], [10, 6, 10, 10, 10, 3, 9, 5]]
+FROZEN_MASK = [[1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]]
+FROZEN_T16 = [40093.0, 19936.0]
+FROZEN_BERNOULLI = [[0, 10, 2, 10, 10, 5, 6, 10], [8, 9, 0, 1, 10, 10, 10, 5]]
+
+
+# ---- what the outputs say
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+def test_outputs_are_consistent(backend, draw):
+    masking = MaskingConfig(
+        30, 7, draw=draw, no_replace_prob=0.3, random_token_prob=0.3, never_mask_ids=(0, 2)
+    )
+    tokens = clean_batch(masking, 20, 99, torch.uint8)
+    maskable = torch.rand(20, 99) < 0.8
+    got = corrupt(tokens, masking, seed=1, maskable=maskable, backend=backend)
+    clean, masked = tokens.long(), got.masked_indices
+    can = maskable & (clean != 0) & (clean != 2)
+    assert not (masked & ~can).any()
+    assert torch.equal(got.labels, torch.where(masked, clean, -100))
+    assert torch.equal(got.input_ids[~masked], clean[~masked])
+    assert torch.equal(got.clean_ids, clean)
+    assert torch.equal(got.num_masked, masked.sum(1))
+    assert torch.equal(got.num_maskable, can.sum(1))
+    assert torch.equal(got.masked_rows, masked.flatten().nonzero().flatten())
+    assert got.input_ids.dtype == got.labels.dtype == torch.int64
+    assert got.invalid.tolist() == [0, 0, 0]
+    shown = got.input_ids[masked]
+    kinds = [(shown == 7), (shown == clean[masked])]
+    assert all(kind.any() for kind in kinds) and (~kinds[0] & ~kinds[1]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "arccos"])
+def test_exact_count_and_weight(backend, schedule):
+    masking = MaskingConfig(5, 4, schedule=schedule)
+    got = corrupt(clean_batch(masking, 200, 37), masking, seed=8, backend=backend)
+    t16 = (got.times * 65536 - 0.5).long()
+    ratio = masking.table.ratio[t16].long() & 0xFFFFFFFF
+    k = ((ratio * 37 + 0xFFFFFFFF) >> 32).clamp(1, 37)
+    assert torch.equal(got.num_masked, k)
+    slope = masking.table.exact_weight[t16]
+    torch.testing.assert_close(got.loss_weight, slope * 37 / k, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stratified_times_cover_the_global_batch(backend):
+    masking = MaskingConfig(5, 4)
+    for batch in (8, 300):
+        ids = torch.arange(3 * batch, 4 * batch)
+        got = corrupt(
+            clean_batch(masking, batch, 2), masking, seed=1, sample_ids=ids, backend=backend
+        )
+        strata = (got.times.double() * batch).floor().long()
+        assert torch.equal(strata.sort().values, torch.arange(batch))
+        assert not torch.equal(strata, torch.arange(batch))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_maskable_is_nothing_masked(backend):
+    for draw in ("exact", "bernoulli"):
+        masking = MaskingConfig(5, 4, draw=draw, random_token_prob=1.0)
+        tokens = clean_batch(masking, 3, 10)
+        none = torch.zeros(3, 10, dtype=torch.bool)
+        got = corrupt(tokens, masking, seed=1, maskable=none, backend=backend)
+        assert torch.equal(got.input_ids, tokens) and got.num_masked.sum() == 0
+        assert len(got.masked_rows) == 0 and torch.isfinite(got.loss_weight).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    got = corrupt(torch.empty(0, 8, dtype=torch.int64), MaskingConfig(5, 4), seed=1, backend=backend)
+    assert got.input_ids.shape == (0, 8) and len(got.masked_rows) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_of_a_corpus(backend):
+    """The corpus form equals the batch form on the same windows; strides may overlap."""
+    masking = MaskingConfig(300, 0)
+    corpus = clean_batch(masking, 1, 1000, torch.uint16).flatten()
+    starts = torch.tensor([0, 1, 900, 899, 37])
+    got = corrupt(corpus, masking, seed=4, starts=starts, seq_len=100, backend=backend)
+    rows = torch.stack([corpus.to(torch.int64)[s : s + 100] for s in starts])
+    assert_same(got, corrupt(rows, masking, seed=4, backend=backend))
+    assert torch.equal(got.clean_ids, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, top", [(torch.uint16, 65535), (torch.uint32, 2**31 - 2)])
+def test_ids_in_the_upper_half_of_unsigned_types(backend, dtype, top):
+    masking = MaskingConfig(top + 1, 5)
+    tokens = torch.tensor([[top, top - 1, 0, 1]]).to(dtype)
+    got = corrupt(tokens, masking, seed=1, backend=backend)
+    assert got.clean_ids.tolist() == [[top, top - 1, 0, 1]]
+
+
+def test_not_contiguous_inputs():
+    masking = MaskingConfig(50, 49)
+    tokens = clean_batch(masking, 10, 12)
+    maskable = torch.rand(10, 12) < 0.5
+    assert_same(
+        corrupt(tokens.T, masking, seed=1, maskable=maskable.T),
+        corrupt(tokens.T.contiguous(), masking, seed=1, maskable=maskable.T.contiguous()),
+    )
+
+
+def test_microbatches_hold_the_same_rows():
+    masking = MaskingConfig(50, 49)
+    whole = corrupt(clean_batch(masking, 10, 12), masking, seed=1)
+    parts = list(whole.microbatches(4))
+    assert [len(p) for p in parts] == [4, 4, 2]
+    for name in set(TENSORS) - {"masked_rows", "invalid"}:
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+    for part in parts:
+        assert torch.equal(part.masked_rows, part.masked_indices.flatten().nonzero().flatten())
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [-1, 20, 19, -(2**63), 2**63 - 1, 2**32 + 3, 2**31])
+def test_invalid_ids_are_named(backend, bad):
+    masking = MaskingConfig(20, 19)
+    corpus = clean_batch(masking, 1, 200).flatten()
+    corpus[[77, 150]] = bad
+    with pytest.raises(InvalidTokenError) as caught:
+        starts = torch.tensor([140, 60, 0])
+        corrupt(corpus, masking, seed=1, starts=starts, seq_len=50, backend=backend)
+    error = caught.value
+    assert (error.token_id, error.offset, error.count) == (bad, 77, 2)
+    reason = "equals mask_id" if bad == 19 else r"is outside \[0, 20\)"
+    with pytest.raises(InvalidTokenError, match=rf"token id {bad} at tokens\[1, 7\] {reason}"):
+        rows = clean_batch(masking, 3, 20)
+        rows[1, 7] = bad
+        corrupt(rows, masking, seed=1, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ops.TOKEN_DTYPES)
+def test_invalid_ids_of_every_dtype(backend, dtype):
+    masking = MaskingConfig(100, 0)
+    for bad in (-1, 100) if dtype.is_signed else (100,):
+        tokens = torch.full((2, 70), 5).to(dtype)
+        tokens[1, 65] = bad
+        with pytest.raises(InvalidTokenError, match=rf"token id {bad} at tokens\[1, 65\]"):
+            corrupt(tokens, masking, seed=1, backend=backend)
+
+
+@pytest.mark.parametrize("mask_id", [0, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_ids_are_replaced_by_a_valid_one(backend, mask_id):
+    """So that a deferred check, as on a GPU, never looks up a bad embedding row."""
+    masking = MaskingConfig(10, mask_id, never_mask_ids=(5,))
+    outputs = torch.ops.nar_kernels.corrupt.default(
+        torch.tensor([[-5, 99, mask_id, 5]]),
+        None,
+        4,
+        10,
+        mask_id,
+        None,
+        None,
+        masking.table.ratio,
+        masking.weight_table,
+        masking.never_mask_table,
+        1,
+        1,
+        True,
+        True,
+        0,
+        0,
+        0,
+        backend,
+    )
+    input_ids, labels = outputs[:2]
+    assert ((input_ids >= 0) & (input_ids < 10)).all() and (labels < 10).all()
+    assert (labels != mask_id).all() and outputs[-1].tolist() == [3, 0, -5]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("start", [-1, 91, 2**62, -(2**63)])
+def test_window_outside_the_corpus(backend, start):
+    masking = MaskingConfig(20, 19)
+    corpus = clean_batch(masking, 1, 100).flatten()
+    for call in (
+        lambda s: corrupt(corpus, masking, seed=1, starts=s, seq_len=10, backend=backend),
+        lambda s: ops.windows(corpus, s, 10, num_tokens=20, mask_id=19, backend=backend),
+    ):
+        with pytest.raises(IndexError, match=f"window start {start} .* corpus of 100 tokens"):
+            call(torch.tensor([0, start]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_negative_sample_ids(backend):
+    with pytest.raises(ValueError, match="sample id -1 is negative"):
+        corrupt(
+            torch.zeros(1, 2, dtype=torch.int64),
+            MaskingConfig(3, 2),
+            seed=1,
+            sample_ids=torch.tensor([-1]),
+            backend=backend,
+        )
+
+
+IDS = torch.zeros(2, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(tokens=IDS.float()), TypeError, "float32.*uint8"),
+        (dict(tokens=IDS.bool()), TypeError, "bool"),
+        (dict(tokens=IDS[0]), ValueError, r"shape \[4\].*starts and seq_len"),
+        (dict(tokens=IDS[:, :0]), ValueError, "seq_len is 0"),
+        (dict(seq_len=5), ValueError, "seq_len is 5 but tokens have length 4"),
+        (dict(tokens=IDS[0], starts=torch.zeros(1)), ValueError, "flat corpus"),
+        (dict(tokens=IDS[0], starts=torch.zeros(1), seq_len=2), ValueError, "starts must be int64"),
+        (dict(sample_ids=torch.arange(3)), ValueError, "2 windows but 3 sample_ids"),
+        (dict(sample_ids=torch.arange(2).int()), ValueError, "sample_ids must be int64"),
+        (dict(global_batch=0), ValueError, "global_batch is 0"),
+        (dict(maskable=IDS), ValueError, r"maskable must be bool \[2, 4\]"),
+        (dict(maskable=IDS[:1].bool()), ValueError, r"maskable must be bool \[2, 4\]"),
+        (dict(backend="cuda2"), ValueError, "unknown backend 'cuda2'.*'reference'"),
+    ],
+)
+def test_argument_errors(change, error, message):
+    args = dict(tokens=IDS, masking=MaskingConfig(3, 2), seed=1) | change
+    with pytest.raises(error, match=message):
+        corrupt(**args)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_tokens=1), "num_tokens is 1"),
+        (dict(mask_id=10), r"mask_id 10 is not in \[0, num_tokens\) = \[0, 10\)"),
+        (dict(mask_id=-1), "mask_id -1"),
+        (dict(draw="topk"), "draw is 'topk'.*exact"),
+        (dict(times="iid"), "times is 'iid'.*uniform"),
+        (dict(no_replace_prob=1.5), "no_replace_prob is 1.5"),
+        (dict(no_replace_prob=0.6, random_token_prob=0.6), "at most 1"),
+        (dict(never_mask_ids=(10,)), "never_mask_ids holds 10"),
+        (dict(schedule="nope"), "unknown schedule 'nope'"),
+    ],
+)
+def test_masking_config_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        MaskingConfig(**(dict(num_tokens=10, mask_id=9) | change))
+
+
+# ---- selection under ties, which random keys hardly ever show
+
+
+@needs_cpp
+@pytest.mark.parametrize("spread", [1, 2, 5, 100, 2**32])
+def test_key_bounds_choose_the_smallest(spread):
+    generator = torch.Generator().manual_seed(spread)
+    for trial in range(100):
+        length = int(torch.randint(1, 200, (1,), generator=generator))
+        low = int(torch.randint(0, 2**32 - spread + 1, (1,), generator=generator))
+        keys = low + torch.randint(0, spread, (length,), generator=generator)
+        if trial % 3 == 0:  # crowd the largest key, which also marks excluded positions
+            keys[torch.rand(length, generator=generator) < 0.5] = 2**32 - 1
+        can_take = torch.rand(length, generator=generator) < (1 if trial % 2 else 0.7)
+        n = int(can_take.sum())
+        ranks = torch.randint(0, n + 1, (3,), generator=generator).sort().values.tolist()
+        raw = torch.where(can_take, keys, 2**32 - 1)
+        words = raw.to(torch.uint32)
+        bounds = cpp.key_bounds(words.data_ptr(), can_take.data_ptr(), length, n, ranks)
+        order = torch.where(can_take, keys, 2**33).argsort(stable=True).tolist()
+        for rank, bound in zip(ranks, bounds, strict=True):
+            below = {i for i, key in enumerate(raw.tolist()) if key << 32 | i < bound}
+            assert {i for i in below if can_take[i]} == set(order[:rank]), (trial, rank)
+
+
+@needs_cpp
+def test_equal_keys_at_the_boundary():
+    """A row of 65536 keys that holds a pair of equal ones, with k between the two."""
+    from nar_kernels.philox import Stream, words
+
+    length = 65536
+    for sample in range(20):
+        keys = words(0, Stream.MASK_KEY, torch.tensor(sample), torch.arange(length))
+        ordered = keys.sort().values
+        pairs = (ordered[1:] == ordered[:-1]).nonzero()
+        if len(pairs):
+            break
+    k = int(pairs[0]) + 1
+    ids = torch.tensor([sample])
+    for shares in ({}, {"no_replace_prob": 0.3, "random_token_prob": 0.3}):
+        masking = MaskingConfig(9, 8, schedule=lambda t: 0 * t + k / length, **shares)
+        tokens = clean_batch(masking, 1, length)
+        for maskable in (None, torch.ones(1, length, dtype=torch.bool)):
+            args = dict(seed=0, sample_ids=ids, maskable=maskable)
+            got = corrupt(tokens, masking, backend="cpp", **args)
+            assert int(got.num_masked) == k
+            assert_same(got, corrupt(tokens, masking, backend="reference", **args))
+
+
+# ---- inside torch
+
+
+def test_opcheck():
+    # Everything is masked, so that no part of row_buffer is undefined and runs can be compared.
+    masking = MaskingConfig(9, 8, schedule=lambda t: 0 * t + 1)
+    for backend in ("reference", "cpp") if cpp is not None else ("reference",):
+        torch.library.opcheck(
+            torch.ops.nar_kernels.corrupt.default,
+            (
+                clean_batch(masking, 2, 12),
+                None,
+                12,
+                9,
+                8,
+                torch.arange(2),
+                torch.ones(2, 12, dtype=torch.bool),
+                masking.table.ratio,
+                masking.weight_table,
+                None,
+                1,
+                2,
+                True,
+                True,
+                0,
+                0,
+                0,
+                backend,
+            ),
+        )
+
+
+def test_compiles_in_one_graph():
+    masking = MaskingConfig(9, 8)
+
+    def step(tokens, ids):
+        got = corrupt(tokens, masking, seed=1, sample_ids=ids, global_batch=4)
+        return (got.input_ids * got.masked_indices).sum(), got.labels
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for first in (0, 4):
+        tokens, ids = clean_batch(masking, 4, 12), torch.arange(first, first + 4)
+        for got, expected in zip(compiled(tokens, ids), step(tokens, ids), strict=True):
+            assert torch.equal(got, expected)

@@ -1,0 +1,97 @@
+"""Schedules: the shapes, the table, the weights against autograd, the errors."""
+
+import math
+
+import pytest
+import torch
+
+from nar_kernels.schedules import NUM_TIMES, SCHEDULES, tabulate
+
+NAMES = list(SCHEDULES)
+T = (torch.arange(NUM_TIMES, dtype=torch.float64) + 0.5) / NUM_TIMES
+
+
+def ratio_of(table):
+    return (table.ratio.to(torch.int64) & 0xFFFFFFFF).to(torch.float64) / 2**32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_falls_from_one_to_zero(name):
+    ends = SCHEDULES[name](torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert ends.tolist() == pytest.approx([1, 0], abs=1e-12)
+    ratio = ratio_of(tabulate(name))
+    assert (ratio[1:] <= ratio[:-1]).all() and ratio[0] > 0.99 and ratio[-1] < 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_table_is_the_function_rounded_down(name):
+    error = SCHEDULES[name](T) - ratio_of(tabulate(name))
+    assert (error > -1e-15).all() and (error <= 2**-32 + 1e-15).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_against_autograd(name):
+    """|m'| and |m'| / m, away from the ends where sqrt and arccos have infinite slopes."""
+    t = T.clone().requires_grad_()
+    value = SCHEDULES[name](t)
+    (slope,) = torch.autograd.grad(value.sum(), t)
+    table, inside = tabulate(name), (T > 0.01) & (T < 0.99)
+    torch.testing.assert_close(
+        table.exact_weight[inside].double(), -slope[inside], rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        table.bernoulli_weight[inside].double(), (-slope / value)[inside].detach(), rtol=1e-5, atol=0
+    )
+
+
+def test_closed_forms_of_the_weights():
+    linear, cosine = tabulate("linear").bernoulli_weight, tabulate("cosine").bernoulli_weight
+    inside = T < 0.999
+    torch.testing.assert_close(linear.double()[inside], (1 / (1 - T))[inside], rtol=1e-5, atol=0)
+    expected = math.pi / 2 * torch.tan(math.pi / 2 * T)
+    inside = inside & (T > 1e-3)
+    torch.testing.assert_close(cosine.double()[inside], expected[inside], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slopes_integrate_to_one(name):
+    """Exactly, also where the derivative is infinite: the weights are mean slopes over a bin."""
+    assert tabulate(name).exact_weight.double().mean().item() == pytest.approx(1, abs=1e-6)
+    assert torch.isfinite(tabulate(name).bernoulli_weight).all()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda t: 1 - t,  # tensors
+        lambda t: 1.0 - float(t),  # one float at a time
+        lambda t: math.cos(t * math.pi / 2),  # refuses a tensor of many
+        lambda t: (1 - t).float(),
+    ],
+)
+def test_any_callable(schedule):
+    name = "cosine" if abs(float(schedule(torch.tensor(0.5))) - 0.5) > 0.1 else "linear"
+    torch.testing.assert_close(
+        ratio_of(tabulate(schedule)), ratio_of(tabulate(name)), rtol=0, atol=1e-6
+    )
+
+
+def test_ratio_one_fits_and_ratio_zero_has_no_weight():
+    table = tabulate(lambda t: (t < 0.5).double())
+    assert ratio_of(table)[0] == 1 - 2**-32 and ratio_of(table)[-1] == 0
+    assert table.bernoulli_weight[-1] == 0
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        ("cosin", "unknown schedule 'cosin'.*cosine"),
+        (lambda t: t, "increases at t = .*lambda t: schedule"),
+        (lambda t: 2 - t, "mask ratio must be"),
+        (lambda t: -t, "mask ratio must be"),
+        (lambda t: t / 0 if False else t * float("nan"), "nan at t = 0.0"),
+    ],
+)
+def test_errors(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        tabulate(schedule)
