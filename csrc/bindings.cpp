@@ -1,5 +1,5 @@
-// The Python module nar_kernels._cpp: raw addresses in, kernels below, no torch. Callers have checked
-// dtypes, devices, shapes and contiguity (nar_kernels/ops.py).
+// The Python module nar_kernels._cpp: raw addresses in, kernels below, no torch. Callers have
+// checked dtypes, devices, shapes and contiguity (nar_kernels/ops.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -55,8 +55,8 @@ void permute(uintptr_t index, int64_t count, int64_t n, int64_t seed, int stream
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = pointer<const int64_t>(index)[i];
     if (from < 0 || from >= n) {
-      throw std::out_of_range("index " + std::to_string(from) + " is outside the permutation of [0, " +
-                              std::to_string(n) + ")");
+      throw std::out_of_range("index " + std::to_string(from) +
+                              " is outside the permutation of [0, " + std::to_string(n) + ")");
     }
     pointer<int64_t>(out)[i] = static_cast<int64_t>(permutation(static_cast<uint64_t>(from)));
   }
@@ -68,9 +68,8 @@ void corrupt(uintptr_t tokens, int token_type, int64_t num_corpus_tokens, uintpt
              uintptr_t weight_table, uintptr_t never_mask, int64_t seed, int64_t global_batch,
              bool exact, bool stratified, uint64_t keep_share, uint64_t random_share,
              uint64_t coin_share, int num_threads, uintptr_t input_ids, uintptr_t labels,
-             uintptr_t masked_indices, uintptr_t times, uintptr_t loss_weight,
-             uintptr_t num_masked, uintptr_t num_maskable, uintptr_t row_buffer,
-             uintptr_t invalid) {
+             uintptr_t masked_indices, uintptr_t times, uintptr_t loss_weight, uintptr_t num_masked,
+             uintptr_t num_maskable, uintptr_t row_buffer, uintptr_t invalid) {
   nar::CorruptArgs a;
   a.windows = make_windows(tokens, token_type, num_corpus_tokens, starts, batch, seq_len,
                            num_tokens, mask_id);

@@ -30,9 +30,7 @@ struct CorruptArgs {
   int64_t* num_maskable;    // [batch]
   int64_t* row_buffer;      // [batch * seq_len]
 
-  uint64_t sample(int64_t b) const {
-    return static_cast<uint64_t>(sample_ids ? sample_ids[b] : b);
-  }
+  uint64_t sample(int64_t b) const { return static_cast<uint64_t>(sample_ids ? sample_ids[b] : b); }
 };
 
 // Memory for the rows of one thread.

@@ -1,5 +1,5 @@
-// One row of `corrupt`, top to bottom. Included by one file per instruction set: the loops are plain
-// C++ over 32-bit lanes that compilers vectorise, only Philox is written with intrinsics.
+// One row of `corrupt`, top to bottom. Included by one file per instruction set: the loops are
+// plain C++ over 32-bit lanes that compilers vectorise, only Philox is written with intrinsics.
 #pragma once
 
 #include "corrupt.h"
@@ -63,8 +63,7 @@ struct RowOutput {
 
 // The common case: keys alone decide.
 int64_t write_row(const RowBounds& bounds, int64_t length, int32_t mask_id,
-                  const uint32_t* __restrict keys, const int32_t* __restrict clean,
-                  RowOutput out) {
+                  const uint32_t* __restrict keys, const int32_t* __restrict clean, RowOutput out) {
   const uint32_t keep = bounds.keep >> 32, mask = bounds.mask >> 32;
   uint32_t num_masked = 0;
   for (int64_t i = 0; i < length; ++i) {
@@ -95,9 +94,9 @@ void randomise_row(const RowBounds& bounds, int64_t length, int32_t num_tokens, 
 }
 
 // The rare case of equal keys at a bound: position decides between them.
-int64_t write_tied_row(const RowBounds& bounds, int64_t length, int32_t num_tokens,
-                       int32_t mask_id, const uint32_t* keys, const uint32_t* random,
-                       const int32_t* clean, const uint8_t* can_mask, RowOutput out) {
+int64_t write_tied_row(const RowBounds& bounds, int64_t length, int32_t num_tokens, int32_t mask_id,
+                       const uint32_t* keys, const uint32_t* random, const int32_t* clean,
+                       const uint8_t* can_mask, RowOutput out) {
   int64_t num_masked = 0;
   for (int64_t i = 0; i < length; ++i) {
     const uint64_t key = uint64_t{keys[i]} << 32 | static_cast<uint32_t>(i);
@@ -132,7 +131,8 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
                          a.masked_indices + b * a.windows.seq_len};
   const bool tied = is_tied(bounds.keep) || is_tied(bounds.replace) || is_tied(bounds.mask);
   const bool randomise = bounds.replace != bounds.keep;
-  if (randomise || tied) fill_words(scratch.random, a.windows.seq_len, a.seed, kRandomToken, sample);
+  if (randomise || tied)
+    fill_words(scratch.random, a.windows.seq_len, a.seed, kRandomToken, sample);
   int64_t num_masked;
   if (tied) {
     num_masked = write_tied_row(bounds, a.windows.seq_len, num_tokens, mask_id, scratch.keys,

@@ -86,8 +86,8 @@ inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t le
                        int64_t num_keys, const int64_t* ranks, KeyBound* bounds) {
   PivotSearch search[kNumRanks] = {
       {ranks[0], num_keys}, {ranks[1], num_keys}, {ranks[2], num_keys}};
-  const bool one_rank = (ranks[0] == 0 || ranks[0] == ranks[2]) &&
-                        (ranks[1] == 0 || ranks[1] == ranks[2]);
+  const bool one_rank =
+      (ranks[0] == 0 || ranks[0] == ranks[2]) && (ranks[1] == 0 || ranks[1] == ranks[2]);
   for (int pass = 0;; ++pass) {
     bool open = false;
     for (PivotSearch& s : search) {

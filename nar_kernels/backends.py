@@ -19,10 +19,11 @@ _PREFERENCE = {"cpu": ("cpp", "reference")}
 
 def _why_no_cpp() -> str:
     report = Path(__file__).with_name("_build_failure.txt")
-    reason = report.read_text().strip() if report.exists() else _import_error
+    reason = report.read_text(encoding="utf-8").strip() if report.exists() else _import_error
     return (
-        f"the C++ extension is not built ({reason}); install a C++17 compiler and run "
-        "`pip install --force-reinstall --no-deps nar-kernels`, or in a checkout `pip install -e .`"
+        f"the C++ extension is not built ({reason}); install a C++17 compiler, then run "
+        "`pip install --force-reinstall --no-deps --no-cache-dir nar-kernels`, or `make` in a "
+        "checkout"
     )
 
 
@@ -52,9 +53,12 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "reference":
         return backend
     if backend != "cpp":
-        raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, backends()))}")
+        names = ", ".join(map(repr, backends()))
+        raise ValueError(f"unknown backend {backend!r}: use 'auto', {names}")
     if device.type != "cpu":
-        raise ValueError(f"backend 'cpp' runs on CPU tensors, but these are on {device}; use 'auto'")
+        raise ValueError(
+            f"backend 'cpp' runs on CPU tensors, but these are on {device}; use 'auto'"
+        )
     if cpp is None:
         raise BackendUnavailableError(_why_no_cpp())
     return backend

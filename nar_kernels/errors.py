@@ -8,11 +8,13 @@ class InvalidTokenError(ValueError):
         token_id: the first bad id.
         offset: where it stands: the lowest offset, in tokens, in the corpus or the flattened batch.
         count: how many bad ids the windows in question hold.
+
+    A DataLoader worker passes on the message only; the attributes are None then.
     """
 
-    token_id: int
-    offset: int
-    count: int
+    token_id: int | None = None
+    offset: int | None = None
+    count: int | None = None
 
     @classmethod
     def at(

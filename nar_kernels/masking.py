@@ -20,6 +20,17 @@ IGNORE_INDEX = -100
 PROBABILITY_ONE = 1 << 31
 
 
+def check_vocabulary(num_tokens: int, mask_id: int) -> None:
+    """Raises ValueError unless num_tokens is in [2, 2**31) and mask_id in [0, num_tokens)."""
+    if not 2 <= num_tokens < 1 << 31:
+        raise ValueError(f"num_tokens is {num_tokens}: it must be in [2, 2**31)")
+    if not 0 <= mask_id < num_tokens:
+        raise ValueError(
+            f"mask_id {mask_id} is not in [0, num_tokens) = [0, {num_tokens}): num_tokens counts "
+            "all embedding rows, the mask token's included"
+        )
+
+
 @dataclass(frozen=True)
 class MaskingConfig:
     """How clean windows are corrupted.
@@ -69,13 +80,7 @@ class MaskingConfig:
     shares: tuple[int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_tokens < 1 << 31:
-            raise ValueError(f"num_tokens is {self.num_tokens}: it must be in [2, 2**31]")
-        if not 0 <= self.mask_id < self.num_tokens:
-            raise ValueError(
-                f"mask_id {self.mask_id} is not in [0, num_tokens) = [0, {self.num_tokens}): "
-                "num_tokens counts all embedding rows, the mask token's included"
-            )
+        check_vocabulary(self.num_tokens, self.mask_id)
         for name, valid in (("draw", ("exact", "bernoulli")), ("times", ("stratified", "uniform"))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {valid}")

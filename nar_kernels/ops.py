@@ -3,26 +3,21 @@
 Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nar_kernels.backends import cpp, resolve_backend
+from nar_kernels.corpus import TOKEN_DTYPES as _DTYPES
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.philox import Stream
 from nar_kernels.philox import permute as permute_ref
 from nar_kernels.reference import corrupt_ref, windows_ref
 
-# Token types of a corpus, in the order of the codes that the C++ side switches on.
-TOKEN_DTYPES = (
-    torch.uint8,
-    torch.int8,
-    torch.uint16,
-    torch.int16,
-    torch.uint32,
-    torch.int32,
-    torch.int64,
-)
+# In the order of the codes that the C++ side switches on.
+TOKEN_DTYPES = tuple(_DTYPES.values())
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES)}
 
 _lib = torch.library.Library("nar_kernels", "DEF")
@@ -97,14 +92,14 @@ def _corrupt_cpp(
     return outputs
 
 
-_CORRUPT = {"cpp": _corrupt_cpp, "reference": corrupt_ref}
+def _corrupt_impl(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = args
+    return _corrupt_cpp(*inputs) if backend == "cpp" else corrupt_ref(*inputs)
 
 
-def _corrupt_impl(*args):  # type: ignore[no-untyped-def]
-    return _CORRUPT[args[-1]](*args[:-1])
-
-
-def _corrupt_fake(tokens, starts, seq_len, *_):  # type: ignore[no-untyped-def]
+def _corrupt_fake(
+    tokens: Tensor, starts: Tensor | None, seq_len: int, *_: Any
+) -> tuple[Tensor, ...]:
     return _empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device)
 
 
@@ -128,10 +123,7 @@ def _check_ids(name: str, ids: Tensor, like: Tensor) -> Tensor:
 def check_token_dtype(dtype: torch.dtype, what: str = "tokens") -> None:
     """Raises TypeError unless ``dtype`` is one of :data:`TOKEN_DTYPES`."""
     if dtype not in _DTYPE_CODE:
-        raise TypeError(
-            f"{what} have dtype {dtype}: token ids must be one of "
-            f"{', '.join(str(d).removeprefix('torch.') for d in TOKEN_DTYPES)}"
-        )
+        raise TypeError(f"{what} have dtype {dtype}: token ids must be one of {', '.join(_DTYPES)}")
 
 
 def corrupt(
@@ -144,6 +136,7 @@ def corrupt(
     sample_ids: Tensor | None = None,
     global_batch: int | None = None,
     maskable: Tensor | None = None,
+    source: str = "tokens",
     backend: str = "auto",
 ) -> Corrupted:
     """Extracts windows, checks them, draws masks at a ratio per sample, and makes the labels.
@@ -162,6 +155,7 @@ def corrupt(
             Default: ``0 .. B - 1``. The slot picks the noise, so do not reuse slots under one seed.
         global_batch: how many consecutive slots share one stratification of times. Default: B.
         maskable: bool ``[B, L]``, positions that may be masked. Default: all.
+        source: what errors call the flat corpus, such as its path.
         backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
 
     Returns:
@@ -226,9 +220,9 @@ def corrupt(
         *masking.shares,
         resolve_backend(backend, tokens.device),
     )
-    corrupted = Corrupted(*outputs, masking=masking)
+    corrupted = Corrupted(*outputs, masking)  # type: ignore[call-arg]
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        corrupted.raise_if_invalid()
+        corrupted.raise_if_invalid(None if starts is None else source)
     return corrupted
 
 
@@ -239,6 +233,8 @@ def windows(
     *,
     num_tokens: int,
     mask_id: int,
+    validate: bool = True,
+    source: str = "tokens",
     backend: str = "auto",
 ) -> Tensor:
     """Clean windows of a flat corpus, checked against the vocabulary.
@@ -248,6 +244,9 @@ def windows(
         starts: int64 ``[B]`` in [0, T - L].
         seq_len: L, at least 1.
         num_tokens, mask_id: valid ids are [0, ``num_tokens``) without ``mask_id``.
+        validate: raise on bad ids; otherwise they are replaced by a valid one (0, or 1 if
+            ``mask_id`` is 0).
+        source: what errors call the corpus.
 
     Returns:
         int64 ``[B, L]``.
@@ -277,9 +276,9 @@ def windows(
     else:
         out, record = windows_ref(tokens, starts, seq_len, num_tokens, mask_id)
     count, offset, token_id = record.tolist()
-    if count:
+    if count and validate:
         raise InvalidTokenError.at(
-            f"offset {offset}",
+            f"offset {offset} of {source}",
             token_id=token_id,
             offset=offset,
             count=count,

@@ -22,9 +22,7 @@ def draw_times(seed: int, sample_ids: Tensor, global_batch: int, stratified: boo
     stratum = torch.empty_like(slot)
     for s in step.unique().tolist():
         here = step == s
-        stratum[here] = permute(
-            slot[here], global_batch, seed=seed, stream=Stream.STRATUM, round=s
-        )
+        stratum[here] = permute(slot[here], global_batch, seed=seed, stream=Stream.STRATUM, round=s)
     return ((stratum << 16) + (word >> 16)) // global_batch
 
 

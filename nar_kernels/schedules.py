@@ -65,7 +65,7 @@ class ScheduleTable(NamedTuple):
 
     Attributes:
         ratio: int32 ``[65536]``, the bit patterns of unsigned 0.32 fixed point: floor(m * 2**32),
-            at most 2**32 - 1. Rounded down, so that ``ceil(m * n)`` is right for ratios such as 2/3.
+            at most 2**32 - 1. Down, so that ``ceil(m * n)`` is right for ratios such as 2/3.
         exact_weight: float32 ``[65536]``, |m'(t)|.
         bernoulli_weight: float32 ``[65536]``, |m'(t)| / m(t); 0 where m is 0.
     """
@@ -95,7 +95,7 @@ def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
         value = None
     if isinstance(value, Tensor) and value.shape == t.shape:
         return value.detach().to("cpu", torch.float64)
-    return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64)  # type: ignore[arg-type]
+    return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64)
 
 
 @lru_cache(maxsize=16)
@@ -119,8 +119,8 @@ def tabulate(schedule: str | Schedule) -> ScheduleTable:
         if bad.any():
             i = int(bad.nonzero()[0])
             raise ValueError(
-                f"schedule {name!r} gives {value[i].item()} at t = {t[i].item()}: a mask ratio must "
-                "be a finite number in [0, 1]"
+                f"schedule {name!r} gives {value[i].item()} at t = {t[i].item()}: a mask ratio "
+                "must be a finite number in [0, 1]"
             )
     m_edges, m = m_edges.clamp(0, 1), m.clamp(0, 1)
     slope = (m_edges[:-1] - m_edges[1:]) * NUM_TIMES
@@ -128,7 +128,8 @@ def tabulate(schedule: str | Schedule) -> ScheduleTable:
         i = int(slope.argmin())
         raise ValueError(
             f"schedule {name!r} increases at t = {edges[i].item()}: the mask ratio must fall from "
-            "t = 0 (all masked) to t = 1; pass lambda t: schedule(1 - t) if yours runs the other way"
+            "t = 0 (all masked) to t = 1; if yours runs the other way, pass "
+            "lambda t: schedule(1 - t)"
         )
     slope = slope.clamp(min=0)
     fixed = (m * 2.0**32).floor().clamp(max=2.0**32 - 1).to(torch.int64)

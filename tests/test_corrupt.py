@@ -150,7 +150,9 @@ def test_frozen_outputs(backend):
     """Change nothing here without a new major version: trained runs resume on these bits."""
     masking = MaskingConfig(11, 10, schedule="cosine", no_replace_prob=0.2, random_token_prob=0.2)
     tokens = torch.arange(16).view(2, 8) % 10
-    got = corrupt(tokens, masking, seed=2026, sample_ids=torch.tensor([5, 1 << 40]), backend=backend)
+    got = corrupt(
+        tokens, masking, seed=2026, sample_ids=torch.tensor([5, 1 << 40]), backend=backend
+    )
     assert got.input_ids.tolist() == FROZEN_INPUT_IDS
     assert got.masked_indices.int().tolist() == FROZEN_MASK
     assert (got.times * 65536 - 0.5).tolist() == FROZEN_T16
@@ -232,7 +234,9 @@ def test_nothing_maskable_is_nothing_masked(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
-    got = corrupt(torch.empty(0, 8, dtype=torch.int64), MaskingConfig(5, 4), seed=1, backend=backend)
+    got = corrupt(
+        torch.empty(0, 8, dtype=torch.int64), MaskingConfig(5, 4), seed=1, backend=backend
+    )
     assert got.input_ids.shape == (0, 8) and len(got.masked_rows) == 0
 
 

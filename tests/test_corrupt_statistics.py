@@ -1,4 +1,4 @@
-"""The masks have the distribution that is promised; a weakened draw does not pass the same tests."""
+"""The masks have the promised distribution; a weakened draw fails the same tests."""
 
 import itertools
 import math
@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from nar_kernels import MaskingConfig, corrupt
-from nar_kernels import reference
+from nar_kernels import MaskingConfig, corrupt, reference
 from nar_kernels.schedules import SCHEDULES
 from tests.statistics import (
     FAMILY_ERROR,
@@ -66,7 +65,7 @@ def test_pairs_of_positions_are_included_equally(n):
     k, batch = n // 2, 20000
     masked = masks(at_ratio(k / n), batch, n, seed=n).float()
     assert (masked.sum(1) == k).all()
-    together = (masked.T @ masked)[*torch.triu_indices(n, n, offset=1)].double()
+    together = (masked.T @ masked)[tuple(torch.triu_indices(n, n, offset=1))].double()
     p = k * (k - 1) / (n * (n - 1))
     z = (together - batch * p) / (batch * p * (1 - p)) ** 0.5
     # Sums of z**2 over pairs: variance close to that of independent ones; 5 sigma either way.

@@ -81,7 +81,9 @@ def test_permutation_is_a_bijection_for_every_size():
         assert torch.bincount(order, minlength=n).eq(1).all() and len(order) == n, n
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 255, 256, 257, 258, 511, 513, 1000, 65537, 2**31 + 11, 2**62])
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 255, 256, 257, 258, 511, 513, 1000, 65537, 2**31 + 11, 2**62]
+)
 def test_permutation_backends_agree(n):
     index = torch.arange(min(n, 300))
     if n > 300:
@@ -112,10 +114,7 @@ def test_feistel_sends_an_index_anywhere():
     rounds = 20 * n
     index = torch.tensor([n // 3])
     images = torch.cat(
-        [
-            ops.permute(index, n, seed=9, stream=Stream.WINDOW_ORDER, round=r)
-            for r in range(rounds)
-        ]
+        [ops.permute(index, n, seed=9, stream=Stream.WINDOW_ORDER, round=r) for r in range(rounds)]
     )
     assert_uniform(torch.bincount(images, minlength=n), num_tests=1)
 

@@ -40,7 +40,10 @@ def test_weights_against_autograd(name):
         table.exact_weight[inside].double(), -slope[inside], rtol=1e-5, atol=0
     )
     torch.testing.assert_close(
-        table.bernoulli_weight[inside].double(), (-slope / value)[inside].detach(), rtol=1e-5, atol=0
+        table.bernoulli_weight[inside].double(),
+        (-slope / value)[inside].detach(),
+        rtol=1e-5,
+        atol=0,
     )
 
 

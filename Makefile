@@ -1,0 +1,63 @@
+# Every target does the set-up it needs, and next to nothing where that is done already.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+# Compiling every module of every package would double the time; Python compiles those it imports.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
+    --no-compile -c constraints.txt
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+
+.PHONY: demo test lint format bench build clean distclean
+.DEFAULT_GOAL := build
+
+demo: build
+	$(BIN)/nar-kernels train --data digits --out runs/demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: build
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
+
+format: build
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+bench: build
+	$(BIN)/python benchmarks/bench_corrupt.py
+
+build: .venv/built
+
+# The directory csrc is named too: its time changes when a file is added or removed.
+.venv/built: .venv/installed setup.py csrc $(CXX_SOURCES)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+# After a failed build there is no library, and the next make tries again.
+	@if ls nar_kernels/_cpp.*.so >/dev/null 2>&1; then touch $@; fi
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing the development packages into .venv (some minutes the first time)"
+	@$(PIP_INSTALL) setuptools pybind11 ninja
+	@$(PIP_INSTALL) --no-build-isolation -e '.[train,test,dev]'
+	@touch $@
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "make: $(PYTHON) is not there; name a Python: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: the pinned development packages need Python 3.11 or newer, and $(PYTHON) is" \
+	      "$$($(PYTHON) --version 2>&1); choose another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "make: $(PYTHON) cannot make virtual environments" \
+	      "(Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+clean:
+	rm -rf build dist *.egg-info nar_kernels/_*.so nar_kernels/_build_failure.txt .venv/built
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find nar_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

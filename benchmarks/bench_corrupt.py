@@ -1,0 +1,151 @@
+"""Masking on the CPU: `corrupt` against what people run today, in the same process.
+
+Peers, each doing less than `corrupt` does:
+
+* x-transformers: the masking lines of its `NonAutoregressiveWrapper.forward` at its default
+  arguments (times, exact-k by argsort, keep and random subsets, masked input), taken by running
+  that method on a net that stops it. No windows, no validation, no labels.
+* bernoulli: `torch.rand(B, L) < t` alone, as in masked diffusion codes.
+
+    python benchmarks/bench_corrupt.py [--tokens 65536] [--threads 1 2] [--json FILE]
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from x_transformers import Encoder, TransformerWrapper
+from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
+
+from nar_kernels import MaskingConfig, backends, corrupt
+
+NUM_TOKENS, MASK_ID = 8193, 8192
+LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
+
+
+class _Masked(Exception):
+    """Carries nothing: leaves x-transformers' forward once the masked input is made."""
+
+
+class StopNet(TransformerWrapper):
+    def forward(self, *args, **kwargs):
+        raise _Masked
+
+
+def x_transformers_masking(length: int) -> Callable[[Tensor], None]:
+    net = StopNet(
+        num_tokens=NUM_TOKENS, max_seq_len=length, attn_layers=Encoder(dim=8, depth=1, heads=1)
+    )
+    wrapper = NonAutoregressiveWrapper(net, mask_id=MASK_ID)
+
+    def run(batch: Tensor) -> None:
+        try:
+            wrapper(batch)
+        except _Masked:
+            pass
+
+    return run
+
+
+def median_ns(fns: dict[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
+    """Median nanoseconds a token of each, taken in turn so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    for repeat in range(repeats + 3):
+        for name, fn in fns.items():
+            start = time.perf_counter_ns()
+            fn()
+            if repeat >= 3:  # the first rounds warm caches and allocators
+                times[name].append((time.perf_counter_ns() - start) / tokens)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
+    batch = max(tokens // length, 1)
+    corpus = torch.randint(0, MASK_ID, (batch * length * 4,)).to(torch.uint16)
+    starts = torch.randint(0, len(corpus) - length + 1, (batch,))
+    windows = torch.stack([corpus[s : s + length].to(torch.int64) for s in starts])
+    plain = MaskingConfig(NUM_TOKENS, MASK_ID)
+    same = MaskingConfig(
+        NUM_TOKENS, MASK_ID, no_replace_prob=0.15, random_token_prob=0.1, corruption_prob=0.5
+    )
+    bernoulli = MaskingConfig(NUM_TOKENS, MASK_ID, draw="bernoulli")
+    peer = x_transformers_masking(length)
+    ratio = torch.rand(batch, 1)
+    return median_ns(
+        {
+            "corrupt exact": lambda: corrupt(corpus, plain, seed=1, starts=starts, seq_len=length),
+            "corrupt exact, keep + random": lambda: corrupt(
+                corpus, same, seed=1, starts=starts, seq_len=length
+            ),
+            "corrupt bernoulli": lambda: corrupt(
+                corpus, bernoulli, seed=1, starts=starts, seq_len=length
+            ),
+            "torch.rand < t": lambda: torch.rand(batch, length) < ratio,
+            "x-transformers": lambda: peer(windows),
+        },
+        batch * length,
+        repeats,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--json", help="also write the figures here")
+    args = parser.parse_args()
+
+    from nar_kernels.backends import cpp
+
+    assert cpp is not None, backends()["cpp"]
+    # What one token costs in traffic: 2 bytes of corpus in; input_ids, labels, mask and half a row
+    # index out.
+    bytes_per_token = 2 + 8 + 8 + 1 + 4
+    rows = []
+    best = cpp.simd_level()
+    for level in range(best, -1, -1):
+        cpp.limit_simd(level)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for length in args.lengths:
+                ns = compare(length, args.tokens, args.repeats)
+                ours = ns["corrupt exact, keep + random"]
+                rows.append(
+                    {
+                        "simd": LEVELS[level],
+                        "threads": threads,
+                        "length": length,
+                        "ns_per_token": ns,
+                        "gigabytes_per_second": bytes_per_token / ns["corrupt exact"],
+                        "times_x_transformers": ns["x-transformers"] / ours,
+                        "times_plain_bernoulli": ns["torch.rand < t"] / ns["corrupt exact"],
+                    }
+                )
+    cpp.limit_simd(best)
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    print(f"{args.tokens} tokens a batch, medians of {args.repeats} interleaved runs, ns a token\n")
+    names = list(rows[0]["ns_per_token"])
+    print("| SIMD | threads | L |", " | ".join(names), "| GB/s | vs x-transformers | vs rand |")
+    print("|---" * (len(names) + 6) + "|")
+    for row in rows:
+        values = " | ".join(f"{row['ns_per_token'][name]:.2f}" for name in names)
+        print(
+            f"| {row['simd']} | {row['threads']} | {row['length']} | {values} "
+            f"| {row['gigabytes_per_second']:.1f} | {row['times_x_transformers']:.0f} "
+            f"| {row['times_plain_bernoulli']:.2f} |"
+        )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(
+                {"torch": torch.__version__, "tokens": args.tokens, "rows": rows}, file, indent=1
+            )
+
+
+if __name__ == "__main__":
+    main()

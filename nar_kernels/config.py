@@ -1,0 +1,147 @@
+"""The options of a training run, and how they differ by data set."""
+
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nar_kernels.schedules import SCHEDULES
+
+
+def _option(default: Any, help: str, **argparse: Any) -> Any:
+    return field(default=default, metadata={"help": help, **argparse})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of ``nar-kernels train``; ``for_data`` gives the defaults of a data set.
+
+    Each field carries its description, with units, as ``metadata["help"]``; the command line is made
+    from the same place.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    data: str = _option("digits", "digits, text, or a file: .npy and .bin hold token ids, others bytes")
+    out: str | None = _option(None, "folder of the run", type=str, metavar="FOLDER")
+
+    dtype: str | None = _option(None, "type of the ids in a raw file, such as uint16", type=str)
+    num_tokens: int | None = _option(
+        None,
+        "for token ids: the vocabulary of the data plus one for the mask token, which gets the last "
+        "id (GPT-2: 50258)",
+        type=int,
+    )
+    seq_len: int | None = _option(None, "tokens of a window (default 256)", type=int)
+    stride: int | None = _option(
+        None, "tokens from one training window to the next; divides seq-len (default seq-len)", type=int
+    )
+    held_out: int | None = _option(
+        None, "windows held out for evaluation (default a tenth, at most 256)", type=int
+    )
+
+    dim: int = _option(128, "width of the net")
+    depth: int = _option(4, "blocks of attention and feed-forward")
+    heads: int = _option(4, "attention heads; divides dim")
+    dropout: float = _option(0.0, "probability of dropping an activation")
+    rotary: bool = _option(True, "rotary position embeddings, beside the learnt absolute ones")
+
+    schedule: str = _option("linear", "mask ratio over time", choices=tuple(SCHEDULES))
+    draw: str = _option("exact", "masks of an exact count or by coins", choices=("exact", "bernoulli"))
+    loss: str = _option(
+        "mean",
+        "what is minimised: the mean over masked tokens, which has less variance, or nelbo, the "
+        "likelihood bound that evaluation reports",
+        choices=("mean", "nelbo"),
+    )
+
+    steps: int = _option(2000, "optimiser steps")
+    batch_size: int = _option(32, "windows of one optimiser step")
+    accumulate: int = _option(1, "parts that a batch is split into, to save memory")
+    lr: float = _option(1e-3, "peak learning rate of AdamW")
+    warmup: int = _option(100, "steps of linear warm-up, before cosine decay to zero")
+    weight_decay: float = _option(0.1, "of matrices")
+    beta2: float = _option(0.99, "AdamW's decay of squared gradients")
+    clip: float = _option(1.0, "largest norm of the gradient")
+
+    eval_every: int = _option(200, "steps from one evaluation to the next")
+    eval_draws: int = _option(8, "masks of each held-out window")
+    save_every: int = _option(200, "steps from one checkpoint to the next")
+
+    seed: int = _option(0, "of weights, order of windows, masks, dropout")
+    device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    precision: str = _option(
+        "auto",
+        "bf16 is autocast; auto takes it where the hardware multiplies in it",
+        choices=("auto", "fp32", "bf16"),
+    )
+    resume: bool = _option(False, "continue the run in the folder; its options are the defaults")
+    overwrite: bool = _option(False, "start again where the folder holds a run")
+    quiet: bool = _option(False, "print nothing but errors")
+
+    @classmethod
+    def for_data(cls, data: str, **options: Any) -> "TrainConfig":
+        """The defaults for ``data``, with some options changed."""
+        return cls(**{"data": data, **PRESETS.get(data, {}), **options})
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            choices = f.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+            if f.name in _AT_LEAST_ONE and value is not None and value < 1:
+                raise ValueError(f"{f.name} is {value}: it must be at least 1")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 is {self.beta2}: it must be in [0, 1)")
+        if self.weight_decay < 0 or self.warmup < 0:
+            raise ValueError("weight_decay and warmup must not be negative")
+        if self.dim % self.heads:
+            raise ValueError(f"heads is {self.heads}: it must divide dim, which is {self.dim}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} windows"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written: ``out``, or a folder in ``runs`` with the name of the data."""
+        return Path(self.out) if self.out is not None else Path("runs") / Path(self.data).stem
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and checkpoints."""
+        return asdict(self)
+
+    def refuse_to_continue(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError unless a run with the ``saved`` options can go on with these."""
+        for name, ours in self.to_dict().items():
+            if name not in FREE_ON_RESUME and saved.get(name) != ours:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"cannot resume {self.folder}: {option} was {saved.get(name)} and is {ours} "
+                    "now; leave it out, or start another run with another --out"
+                )
+
+
+_AT_LEAST_ONE = (
+    *("seq_len", "stride", "held_out", "dim", "depth", "heads", "steps", "batch_size"),
+    *("accumulate", "eval_every", "eval_draws", "save_every"),
+)
+
+# Options that do not change what is learnt, but for rounding.
+FREE_ON_RESUME = frozenset(
+    ("out", "device", "accumulate", "eval_every", "save_every", "resume", "overwrite", "quiet")
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"dim": 96, "lr": 3e-3, "steps": 1000, "eval_every": 100},
+    "text": {"stride": 32, "lr": 2e-3, "steps": 2000},
+}

@@ -1,0 +1,323 @@
+"""Corpora: the token ids of a file or an array as one flat stream, never copied to memory whole.
+
+A new file format is one function that returns a :class:`_Layout`, called in :func:`_read_layout`.
+Shapes: T tokens of the corpus.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from numpy.typing import DTypeLike
+from torch import Tensor
+
+from nar_kernels.errors import CorpusFormatError
+
+Source = str | os.PathLike[str] | np.ndarray | Tensor
+
+# Token types, by numpy's name.
+TOKEN_DTYPES = {
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "uint16": torch.uint16,
+    "int16": torch.int16,
+    "uint32": torch.uint32,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+
+# Files with a header that is not read yet: how they begin, what they are.
+_UNREAD_HEADERS = {
+    (20240520).to_bytes(4, "little"): "an llm.c or modded-nanogpt file: uint16 after 1024 bytes",
+    (20240801).to_bytes(4, "little"): "an llm.c file: uint32 after 1024 bytes",
+    b"LITPKDS": "a packed chunk of lit-gpt or TinyLlama: tokens after 24 bytes",
+    b"MMIDIDX": "the index of a Megatron-LM corpus, not its tokens",
+}
+
+_DIGEST_BLOCKS, _DIGEST_BLOCK_BYTES = 64, 4096
+
+
+class _Layout(NamedTuple):
+    """Where the tokens of a file lie."""
+
+    path: str
+    dtype: str
+    offset: int  # bytes before the first token
+    length: int  # tokens
+
+
+class Corpus:
+    """One flat stream of token ids.
+
+    Args:
+        source: one of
+
+            * a path to a ``.npy`` file: 1-D, any type of :data:`TOKEN_DTYPES`, little-endian;
+            * a path to a raw binary file: nothing but little-endian ids, as nanoGPT writes them;
+            * a 1-D numpy array or CPU torch tensor. It is copied only if it is not contiguous. Its
+              data travels to spawned workers; a path travels as a path, so prefer that for files.
+
+        dtype: type of the ids in a raw file: ``"uint16"``, a numpy or a torch dtype. Default: what
+            the sidecar ``<file>.json`` says, such as ``{"dtype": "uint16"}``. For raw files only.
+
+    A file is memory-mapped, copy-on-write: a write to ``tokens`` never reaches it. It must not
+    shrink while it is in use.
+
+    Attributes:
+        tokens: ``[T]`` in the source's own type, sharing the source's memory.
+        name: the path as given, or ``"array"`` or ``"tensor"``.
+
+    Raises:
+        CorpusFormatError: the source is no stream of token ids, or not surely one.
+        FileNotFoundError: there is no such file.
+        TypeError: the source is neither a path, an array nor a tensor.
+    """
+
+    tokens: Tensor
+    name: str
+
+    def __init__(self, source: Source, *, dtype: DTypeLike | torch.dtype | None = None) -> None:
+        self._layout: _Layout | None = None
+        if isinstance(source, str | os.PathLike):
+            self.name = os.fspath(source)
+            self._layout = _read_layout(Path(source), dtype)
+            self.tokens = _map(self._layout)
+            return
+        if not isinstance(source, np.ndarray | Tensor):
+            raise TypeError(
+                f"a corpus is a path, a numpy array or a torch tensor, not {type(source).__name__}"
+            )
+        if dtype is not None:
+            raise CorpusFormatError(
+                f"dtype={dtype!r} was given with an array of {source.dtype}: dtype= is for raw "
+                "binary files; leave it out"
+            )
+        if isinstance(source, Tensor):
+            self.name, self.tokens = "tensor", _from_tensor(source)
+        else:
+            self.name, self.tokens = "array", _from_array(source)
+
+    def __len__(self) -> int:
+        """T, the number of tokens."""
+        return len(self.tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint, to notice on resume that the corpus is another one.
+
+        SHA-256 in hexadecimal over the dtype, the length, and 64 blocks of 4 KiB, evenly spaced,
+        the first and the last included. It is a sample: above 256 KiB, a change between the blocks
+        that keeps the length goes unnoticed. The same tokens give the same digest in any container.
+        """
+        content = self.tokens.view(torch.uint8)
+        last = max(len(content) - _DIGEST_BLOCK_BYTES, 0)
+        sha = hashlib.sha256(f"{self.tokens.dtype} {len(self)}".encode())
+        for i in range(_DIGEST_BLOCKS):
+            start = last * i // (_DIGEST_BLOCKS - 1)
+            sha.update(content[start : start + _DIGEST_BLOCK_BYTES].numpy().tobytes())
+        return sha.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._layout is not None:
+            del state["tokens"]  # the receiver maps the file again
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._layout is not None:
+            self.tokens = _map(self._layout)
+
+
+def _read_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> _Layout:
+    """Finds out what kind of file this is, and where its tokens lie."""
+    if path.is_dir():
+        raise CorpusFormatError(f"{path} is a directory: pass one .npy or raw binary file")
+    with path.open("rb") as file:
+        head = file.read(16)
+        if not head:
+            raise CorpusFormatError(f"{path} is empty: a corpus has at least one token")
+        # Whatever its name: some projects name raw files .npy, and .npy files .bin.
+        if head.startswith(npy.MAGIC_PREFIX):
+            return _npy_layout(path, file, dtype)
+    _refuse_unread_formats(path, head)
+    return _raw_layout(path, dtype)
+
+
+def _npy_layout(path: Path, file: BinaryIO, dtype: DTypeLike | torch.dtype | None) -> _Layout:
+    file.seek(0)
+    try:
+        # Version 3 differs from 2 only in the names of structured fields, which are refused below.
+        version_1 = npy.read_magic(file) == (1, 0)
+        read_header = npy.read_array_header_1_0 if version_1 else npy.read_array_header_2_0
+        shape, fortran_order, file_dtype = read_header(file)
+    except Exception as error:  # numpy lets TokenError and others through on a damaged header
+        raise CorpusFormatError(f"{path} has a damaged .npy header ({error})") from error
+    if dtype is not None:
+        raise CorpusFormatError(
+            f"dtype={dtype!r} was given, but {path} is a .npy file, whose header says {file_dtype}:"
+            " dtype= is for raw binary files; leave it out"
+        )
+    expression = f"np.load({str(path)!r}, mmap_mode='r')"
+    _check_array(str(path), shape, file_dtype, expression)
+    if fortran_order:
+        raise CorpusFormatError(
+            f"{path} is stored in Fortran order: a corpus is one flat stream of tokens; use "
+            f"{expression}.reshape(-1)"
+        )
+    offset = file.tell()
+    size, expected = os.fstat(file.fileno()).st_size, offset + shape[0] * file_dtype.itemsize
+    if size != expected:
+        state = "it is truncated" if size < expected else "something was appended to it"
+        raise CorpusFormatError(
+            f"{path} has {size} bytes, but its .npy header promises {shape[0]} tokens of "
+            f"{file_dtype}, which makes {expected}: {state}; write it again"
+        )
+    if offset % file_dtype.itemsize:
+        raise CorpusFormatError(
+            f"the tokens of {path} begin at byte {offset}, which is not aligned for {file_dtype}: "
+            "write it again with np.save"
+        )
+    return _Layout(str(path.absolute()), file_dtype.name, offset, shape[0])
+
+
+def _refuse_unread_formats(path: Path, head: bytes) -> None:
+    """Raises for files that a raw reader would take for tokens, headers included."""
+    found = [what for magic, what in _UNREAD_HEADERS.items() if head.startswith(magic)]
+    index = path.with_suffix(".idx")
+    if not found and path.suffix == ".bin" and index.is_file():
+        with index.open("rb") as file:
+            if file.read(7) == b"MMIDIDX":
+                found = [f"half of a Megatron-LM corpus, the other being {index.name}"]
+    if found:
+        raise CorpusFormatError(
+            f"{path} is {found[0]}. This format is not read yet: pass its tokens as an array, such "
+            "as np.memmap(file, dtype=..., mode='r', offset=...)"
+        )
+
+
+def _raw_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> _Layout:
+    sidecar = path.with_name(path.name + ".json")
+    declared = _sidecar_dtype(sidecar) if sidecar.exists() else None
+    given = None if dtype is None else _dtype_name(dtype, f"{path} was given dtype=")
+    if given and declared and given != declared:
+        raise CorpusFormatError(
+            f"dtype= says {given} but {sidecar} says {declared}: leave out dtype=, or correct the "
+            "sidecar"
+        )
+    name = given or declared
+    if name is None:
+        no_header = " has no .npy header and" if path.suffix == ".npy" else ""
+        raise CorpusFormatError(
+            f"{path}{no_header} does not say what type its tokens have: if it is raw binary, pass "
+            "dtype= (nanoGPT's .bin files are dtype='uint16'; dtype='uint8' reads any file as "
+            f'bytes), or write {{"dtype": "uint16"}} to {sidecar.name}'
+        )
+    size, itemsize = path.stat().st_size, np.dtype(name).itemsize
+    if size % itemsize:
+        raise CorpusFormatError(
+            f"{path} has {size} bytes, not a whole number of {name} tokens of {itemsize} bytes: "
+            "its dtype is another one, or it is truncated"
+        )
+    return _Layout(str(path.absolute()), name, 0, size // itemsize)
+
+
+def _sidecar_dtype(sidecar: Path) -> str:
+    try:
+        content = json.loads(sidecar.read_text())
+    except ValueError as error:
+        raise CorpusFormatError(f"{sidecar} is not JSON ({error}): correct or remove it") from error
+    dtype = content.get("dtype") if isinstance(content, dict) else None
+    if not isinstance(dtype, str):
+        raise CorpusFormatError(
+            f'{sidecar} names no dtype: it must be like {{"dtype": "uint16"}}; correct or remove it'
+        )
+    return _dtype_name(dtype, f"{sidecar} says ")
+
+
+def _dtype_name(dtype: DTypeLike | torch.dtype, origin: str) -> str:
+    """The name in :data:`TOKEN_DTYPES` of a type; ``origin`` says who named it."""
+    wanted = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    try:
+        parsed = np.dtype(wanted)
+    except (TypeError, ValueError):
+        parsed = None
+    if parsed is None or not parsed.isnative or parsed.name not in TOKEN_DTYPES:
+        raise CorpusFormatError(
+            f"{origin}{dtype!r}: a raw file holds little-endian {', '.join(TOKEN_DTYPES)}; "
+            "write other data to a .npy file of one of these types"
+        )
+    return parsed.name
+
+
+def _map(layout: _Layout) -> Tensor:
+    end = layout.offset + layout.length * np.dtype(layout.dtype).itemsize
+    with open(layout.path, "rb") as file:
+        # Copy-on-write: torch has no read-only tensors, and a stray write must not reach the file.
+        if sys.platform == "linux":
+            # Linux refuses private writable maps larger than memory and swap, unless told not to
+            # reserve memory for them. (Python names the flag from 3.13 on.)
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+            mapped = mmap.mmap(file.fileno(), end, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            mapped = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY)
+    dtype = TOKEN_DTYPES[layout.dtype]
+    return torch.frombuffer(mapped, dtype=dtype, count=layout.length, offset=layout.offset)
+
+
+def _from_array(array: np.ndarray) -> Tensor:
+    _check_array("array", array.shape, array.dtype, "array")
+    aligned = np.require(array, requirements=("C", "ALIGNED"))
+    with warnings.catch_warnings():
+        # Read-only arrays, such as those of np.load(..., mmap_mode="r"), are welcome: nothing here
+        # writes.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(aligned)
+
+
+def _from_tensor(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise CorpusFormatError(
+            f"tensor is {tensor.layout} on {tensor.device}: a corpus is a dense tensor in CPU "
+            "memory; pass tensor.to_dense().cpu()"
+        )
+    name = str(tensor.dtype).removeprefix("torch.")
+    _check_stream("tensor", tuple(tensor.shape), name, "tensor.to(torch.int64)", "tensor")
+    return tensor.contiguous()
+
+
+def _check_array(name: str, shape: Sequence[int], dtype: np.dtype, expression: str) -> None:
+    if not dtype.isnative:
+        raise CorpusFormatError(
+            f"{name} has dtype {dtype.str}, whose byte order is not this machine's: use "
+            f"{expression}.astype({dtype.name!r})"
+        )
+    _check_stream(name, shape, dtype.name, f"{expression}.astype('int64')", expression)
+
+
+def _check_stream(
+    name: str, shape: Sequence[int], dtype: str, converted: str, expression: str
+) -> None:
+    """Raises unless this is a non-empty 1-D array of token ids."""
+    if dtype not in TOKEN_DTYPES:
+        raise CorpusFormatError(
+            f"{name} has dtype {dtype}: token ids are one of {', '.join(TOKEN_DTYPES)}; if these "
+            f"are token ids, use {converted}"
+        )
+    if len(shape) != 1:
+        raise CorpusFormatError(
+            f"{name} has shape {tuple(shape)}: a corpus is one flat stream of tokens; use "
+            f"{expression}.reshape(-1)"
+        )
+    if shape[0] < 1:
+        raise CorpusFormatError(f"{name} is empty: a corpus has at least one token")

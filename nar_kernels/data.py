@@ -1,0 +1,302 @@
+"""Clean windows of a corpus, and batches of corrupted ones: :class:`TokenDataset` and
+:class:`MaskedLoader`.
+
+Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus, N windows of the dataset.
+"""
+
+import copy
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from numpy.typing import DTypeLike
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nar_kernels.backends import resolve_backend
+from nar_kernels.corpus import Corpus, Source
+from nar_kernels.masking import Corrupted, MaskingConfig, check_vocabulary
+from nar_kernels.ops import corrupt, permute, windows
+from nar_kernels.philox import Stream
+
+
+class TokenDataset(Dataset[Tensor]):
+    """Windows of exactly ``seq_len`` clean token ids, for ``torch.utils.data.DataLoader``.
+
+    Window ``i`` is ``tokens[i * stride : i * stride + seq_len]`` as int64 ``[L]``. There are
+    ``N = (T - seq_len) // stride + 1`` of them, none padded; a tail too short for one is dropped.
+
+    Args:
+        source: a path, a numpy array or a torch tensor: see :class:`nar_kernels.corpus.Corpus`.
+        seq_len: L, at least 1.
+        num_tokens: V, the number of embedding rows, in [2, 2**31).
+        mask_id: the mask token, in [0, V). Clean data must not contain it.
+        stride: tokens from one window's start to the next, at least 1. Default: ``seq_len``.
+        dtype: type of the ids of a raw file, such as ``"uint16"``. See ``Corpus``.
+        validate: check every window that is fetched. If false, ids that are invalid are replaced by
+            a valid one (0, or 1 if ``mask_id`` is 0), so that no embedding is read out of bounds.
+
+    Attributes:
+        corpus: the :class:`Corpus`.
+        phase: the start of window 0 in the corpus: 0, except for windows held out by ``split``.
+
+    Raises:
+        CorpusFormatError, FileNotFoundError: the corpus cannot be read.
+        ValueError: an argument is out of range, or the corpus is shorter than a window.
+        InvalidTokenError: (on fetching) a token id is outside [0, V), or is ``mask_id``.
+        IndexError: (on fetching) an index is outside [-N, N).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seq_len: int,
+        *,
+        num_tokens: int,
+        mask_id: int,
+        stride: int | None = None,
+        dtype: DTypeLike | torch.dtype | None = None,
+        validate: bool = True,
+    ) -> None:
+        check_vocabulary(num_tokens, mask_id)
+        stride = seq_len if stride is None else stride
+        for name, value in (("seq_len", seq_len), ("stride", stride)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        self.corpus = Corpus(source, dtype=dtype)
+        if len(self.corpus) < seq_len:
+            raise ValueError(
+                f"{self.corpus.name} has {len(self.corpus)} tokens, less than one window of "
+                f"seq_len {seq_len}"
+            )
+        self.seq_len, self.stride = seq_len, stride
+        self.num_tokens, self.mask_id = num_tokens, mask_id
+        self.validate = validate
+        self.phase = 0
+        self._num_windows = (len(self.corpus) - seq_len) // stride + 1
+
+    def __len__(self) -> int:
+        """N, the number of windows."""
+        return self._num_windows
+
+    def starts(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """int64 ``[B]``: where in the corpus the windows of these indices begin.
+
+        Raises:
+            IndexError: an index is outside [-N, N).
+        """
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        outside = (index < -len(self)) | (index >= len(self))
+        if outside.any():
+            raise IndexError(
+                f"window index {index[outside][0].item()} is outside [-{len(self)}, {len(self)})"
+            )
+        return self.phase + index.remainder(len(self)) * self.stride
+
+    def __getitem__(self, index: SupportsIndex) -> Tensor:
+        """int64 ``[L]``: one window."""
+        return self.__getitems__([operator.index(index)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """B windows, int64 ``[L]`` each, fetched at once: rows of one ``[B, L]`` tensor."""
+        rows = windows(
+            self.corpus.tokens,
+            self.starts(indices),
+            self.seq_len,
+            num_tokens=self.num_tokens,
+            mask_id=self.mask_id,
+            validate=self.validate,
+            source=self.corpus.name,
+        )
+        return list(rows)
+
+    def split(self, num_held_out: int) -> tuple["TokenDataset", "TokenDataset"]:
+        """``(train, held_out)``: the last ``num_held_out`` windows are kept for evaluation.
+
+        The two share the corpus but no token. If windows overlap (``stride < seq_len``), those that
+        reach into the first held-out window belong to neither; so
+        ``len(train) == N - num_held_out - (ceil(seq_len / stride) - 1)``.
+
+        Raises:
+            ValueError: either side would be empty.
+        """
+        dropped = -(-self.seq_len // self.stride) - 1
+        num_train = len(self) - num_held_out - dropped
+        if num_held_out < 1 or num_train < 1:
+            raise ValueError(
+                f"num_held_out is {num_held_out}: of {len(self)} windows, at least 1 must be held "
+                f"out and at least {dropped + 1} not, so that one that shares no token with them "
+                "remains"
+            )
+        train, held_out = copy.copy(self), copy.copy(self)
+        train._num_windows = num_train
+        held_out._num_windows = num_held_out
+        held_out.phase = self.phase + (len(self) - num_held_out) * self.stride
+        return train, held_out
+
+
+class MaskedLoader:
+    """Batches of corrupted windows, by random access or in order, without end.
+
+    With a global batch of ``G = batch_size * world_size``, step s of rank r holds the global sample
+    slots ``g = s * G + r * batch_size + j`` for j in [0, ``batch_size``). Slot g is position
+    ``g % N`` of epoch ``g // N``. Each epoch visits every window once, in an order of its own; a
+    batch may straddle epochs. All noise is a function of ``(seed, g)`` and of G. So windows and
+    masks depend neither on ``world_size`` (for equal G), nor on where a run was resumed.
+
+    Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches.
+    (``range`` first: so ``zip`` stops before it takes a batch that nobody sees.) Ids are always
+    checked, whatever ``dataset.validate`` says: the operation that corrupts does it in passing.
+
+    Args:
+        dataset: the windows.
+        masking: how to mask; ``num_tokens`` and ``mask_id`` must be those of the dataset.
+        batch_size: B, sequences of one optimiser step on this rank. Gradient accumulation divides
+            them: see :meth:`Corrupted.microbatches`.
+        seed: 64-bit key of the order of windows and of the masks.
+        device: where the batches go. They are made in CPU memory.
+        rank, world_size: this process among those that share the global batch.
+        shuffle: if false, slot g is window ``g % N``.
+        backend: as in :func:`nar_kernels.corrupt`; it must serve CPU tensors.
+
+    Attributes:
+        step: the step that iteration yields next.
+
+    Raises:
+        ValueError: an argument is out of range, or dataset and masking disagree.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        masking: MaskingConfig,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}: it must be in [0, world_size) = [0, {world_size})")
+        for name in ("num_tokens", "mask_id"):
+            ours, theirs = getattr(masking, name), getattr(dataset, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"masking has {name} {ours} but the dataset has {theirs}: they must be equal"
+                )
+        resolve_backend(backend, torch.device("cpu"))
+        self.dataset, self.masking = dataset, masking
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.device, self.backend = torch.device(device), backend
+        self.step = 0
+
+    @property
+    def global_batch(self) -> int:
+        """G, sequences of one optimiser step on all ranks together."""
+        return self.batch_size * self.world_size
+
+    def sample_ids(self, step: int) -> Tensor:
+        """int64 ``[B]``: the global sample slots of ``step`` on this rank."""
+        if step < 0:
+            raise ValueError(f"step is {step}: it must be at least 0")
+        first = step * self.global_batch + self.rank * self.batch_size
+        return torch.arange(first, first + self.batch_size)
+
+    def window_indices(self, step: int) -> Tensor:
+        """int64 ``[B]`` in [0, N): the windows of the dataset that ``step`` holds on this rank."""
+        slots, num_windows = self.sample_ids(step), len(self.dataset)
+        epochs, position = slots // num_windows, slots % num_windows
+        if not self.shuffle:
+            return position
+        order = torch.empty_like(position)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            order[here] = permute(
+                position[here],
+                num_windows,
+                seed=self.seed,
+                stream=Stream.WINDOW_ORDER,
+                round=epoch,
+                backend=self.backend,
+            )
+        return order
+
+    def batch(self, step: int) -> Corrupted:
+        """The batch of any step: a function of ``(seed, step)``; it neither reads nor moves
+        ``self.step``.
+
+        Raises:
+            InvalidTokenError: a window holds a bad id. The message names corpus and offset.
+            ValueError: ``step`` is negative.
+        """
+        corrupted = corrupt(
+            self.dataset.corpus.tokens,
+            self.masking,
+            seed=self.seed,
+            starts=self.dataset.starts(self.window_indices(step)),
+            seq_len=self.dataset.seq_len,
+            sample_ids=self.sample_ids(step),
+            global_batch=self.global_batch,
+            source=self.dataset.corpus.name,
+            backend=self.backend,
+        )
+        if self.device.type == "cpu":
+            return corrupted
+        return corrupted.to(self.device, non_blocking=True)
+
+    def __iter__(self) -> Iterator[Corrupted]:
+        return self
+
+    def __next__(self) -> Corrupted:
+        batch = self.batch(self.step)
+        self.step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes to continue: the next step, and what must not have changed until then.
+
+        Follows the protocol of torchdata's ``StatefulDataLoader``. It is equal on all ranks. After
+        batch s was received from iteration, ``"step"`` is s + 1.
+        """
+        return {
+            "step": self.step,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "shuffle": self.shuffle,
+            "corpus_digest": self.dataset.corpus.digest,
+            "seq_len": self.dataset.seq_len,
+            "stride": self.dataset.stride,
+            "phase": self.dataset.phase,
+            "num_windows": len(self.dataset),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where :meth:`state_dict` was taken.
+
+        ``world_size`` may have changed, if ``batch_size * world_size`` has not.
+
+        Raises:
+            ValueError: the state is of another seed, corpus, window layout or global batch, with
+                which this loader would not continue the same sequence of batches.
+        """
+        for name, ours in self.state_dict().items():
+            if name not in state_dict:
+                raise ValueError(f"the state has no {name!r}: it is not one of a MaskedLoader")
+            theirs = state_dict[name]
+            if name == "step" or ours == theirs:
+                continue
+            where = f" of {self.dataset.corpus.name}" if name == "corpus_digest" else ""
+            what = "batch_size * world_size" if name == "global_batch" else name
+            raise ValueError(
+                f"cannot continue: {what} is {theirs} in the state, but {ours}{where} here; make "
+                "the loader as it was when the state was taken"
+            )
+        self.step = state_dict["step"]

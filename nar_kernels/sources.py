@@ -1,0 +1,168 @@
+"""What ``--data`` can name: the built-in data sets, which need no download, and files.
+
+Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from nar_kernels.corpus import Source
+from nar_kernels.data import TokenDataset
+
+BUILT_IN = ("digits", "text")
+
+NUM_BYTES = 256
+_DEFAULT_SEQ_LEN = 256
+_MAX_HELD_OUT = 256
+
+# scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
+_DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
+
+Render = Literal["image", "bytes", "ids"]
+
+
+class Data(NamedTuple):
+    """Windows to train on, windows held out, and how to show one.
+
+    Attributes:
+        name: as the user gave it.
+        train, held_out: they share no token.
+        held_out_step: every ``held_out_step``-th window of ``held_out`` overlaps no other.
+        render: what a window is: an image of ``image_shape``, bytes of text, or plain ids.
+        image_shape: (height, width) of an image, else None.
+    """
+
+    name: str
+    train: TokenDataset
+    held_out: TokenDataset
+    held_out_step: int
+    render: Render
+    image_shape: tuple[int, int] | None
+
+
+class _Opened(NamedTuple):
+    """A source, and what it says about the options; None where it leaves the choice."""
+
+    source: Source
+    render: Render
+    num_tokens: int | None
+    dtype: str | None = None
+    seq_len: int | None = None
+    num_held_out: int | None = None
+    image_shape: tuple[int, int] | None = None
+
+
+def import_extra(module: str) -> Any:
+    """An optional package of the extra ``train``.
+
+    Raises:
+        ImportError: it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error.name} is not installed: run `pip install 'nar-kernels[train]'`"
+        ) from error
+
+
+def open_data(
+    name: str,
+    *,
+    dtype: str | None = None,
+    num_tokens: int | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    num_held_out: int | None = None,
+) -> Data:
+    """Opens a built-in data set or a file, and splits off its last windows for evaluation.
+
+    Args:
+        name: ``"digits"``, ``"text"``, or a path: ``.npy`` and ``.bin`` hold token ids, any other
+            file is read as bytes. (A file that is called ``digits`` is ``./digits``.)
+        dtype: type of the ids in a raw file, such as ``"uint16"``. Turns any file into token ids.
+        num_tokens: V, for token ids: the vocabulary of the data plus one for the mask token, which
+            gets the last id. All other data knows it.
+        seq_len: L. Default: 64 for ``digits``, else 256.
+        stride: tokens from one training window to the next; divides L. Default: L.
+        num_held_out: non-overlapping windows held out at the end. Default: 180 for ``digits``, else
+            a tenth of all, at most 256.
+
+    Raises:
+        ValueError, CorpusFormatError, FileNotFoundError: an option or the file is wrong.
+        ImportError: ``digits`` without scikit-learn.
+    """
+    built_in = {"digits": _open_digits, "text": _open_text}.get(name)
+    opened = _open_file(name, dtype) if built_in is None else built_in()
+    if built_in is not None:
+        _agree("dtype", dtype, None, name)
+    num_tokens = _agree("num_tokens", num_tokens, opened.num_tokens, name)
+    if num_tokens is None:
+        raise ValueError(
+            f"{name} holds token ids of an unknown vocabulary: give num_tokens, the vocabulary of "
+            "its tokenizer plus one for the mask token (GPT-2: --num-tokens 50258)"
+        )
+    seq_len = _agree("seq_len", seq_len, opened.seq_len, name) or _DEFAULT_SEQ_LEN
+    if opened.render == "image":
+        stride = _agree("stride", stride, seq_len, name)
+    stride = seq_len if stride is None else stride
+    if stride < 1 or seq_len % stride:
+        raise ValueError(f"stride is {stride}: it must divide seq_len, which is {seq_len}")
+
+    windows = TokenDataset(
+        opened.source,
+        seq_len,
+        num_tokens=num_tokens,
+        mask_id=num_tokens - 1,
+        stride=stride,
+        dtype=opened.dtype,
+    )
+    overlapping = seq_len // stride
+    num_held_out = opened.num_held_out if num_held_out is None else num_held_out
+    if num_held_out is None:
+        num_held_out = min(max(len(windows) // overlapping // 10, 1), _MAX_HELD_OUT)
+    train, held_out = windows.split((num_held_out - 1) * overlapping + 1)
+    return Data(name, train, held_out, overlapping, opened.render, opened.image_shape)
+
+
+def _agree(option: str, given: int | str | None, known: Any, name: str) -> Any:
+    """The value that the data fixes, unless the user gave another one."""
+    if given is not None and given != known and (known is not None or option == "dtype"):
+        hint = f"it is {known} there" if known is not None else "it is for raw binary files"
+        raise ValueError(f"{option} is {given}, but the data is {name}: {hint}; leave it out")
+    return known if given is None else given
+
+
+def _open_digits() -> _Opened:
+    images = import_extra("sklearn.datasets").load_digits().images.astype(np.uint8)
+    assert images.shape[1:] == _DIGITS_SHAPE
+    return _Opened(
+        images.reshape(-1),
+        "image",
+        num_tokens=_DIGITS_LEVELS + 1,
+        seq_len=_DIGITS_SHAPE[0] * _DIGITS_SHAPE[1],
+        num_held_out=_DIGITS_HELD_OUT,
+        image_shape=_DIGITS_SHAPE,
+    )
+
+
+def _open_text() -> _Opened:
+    """The prose of the standard library: the language reference that ``help()`` shows."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return _Opened(np.frombuffer(text.encode(), dtype=np.uint8), "bytes", NUM_BYTES + 1)
+
+
+def _open_file(name: str, dtype: str | None) -> _Opened:
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no file {name}, and the built-in data sets are {' and '.join(BUILT_IN)}"
+        )
+    if dtype is not None or path.suffix in (".npy", ".bin"):
+        return _Opened(path, "ids", num_tokens=None, dtype=dtype)
+    return _Opened(path, "bytes", NUM_BYTES + 1, dtype="uint8")

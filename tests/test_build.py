@@ -1,0 +1,189 @@
+"""The real setup.py on dummy sources with a fake compiler: which flags, what is rebuilt, and what
+happens where nothing can be compiled."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = "nar_kernels/_build_failure.txt"
+
+# Logs its arguments, writes the file after -o and the dependencies after -MF, and compiles nothing.
+FAKE_COMPILER = """#!/bin/sh
+case "$*" in *-dM*) echo "#define {macro} 1"; exit ;; esac
+echo "$*" >>{log}
+case "$*" in *broken.cpp*) echo "broken.cpp:1: error: no such thing"; exit 1 ;; esac
+while [ $# -gt 0 ]; do
+    case "$1" in
+    -o) out=$2; shift ;;
+    -MF) dep=$2; shift ;;
+    *.cpp) source=$1 ;;
+    esac
+    shift
+done
+echo object >"$out"
+[ -z "$dep" ] || echo "$out: $source $(grep -o 'csrc/.*\\.h' "$source")" >"$dep"
+"""
+
+
+class Checkout:
+    """A copy of the parts of the repository that make the build."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.log = root / "compiler.log"
+        for name in ("setup.py", "pyproject.toml", "LICENSE"):
+            shutil.copy(ROOT / name, root)
+        for package in (ROOT / "nar_kernels").rglob("__init__.py"):
+            (root / package.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            (root / package.relative_to(ROOT)).write_text("")
+        (root / "csrc").mkdir()
+        (root / "csrc/shared.h").write_text("")
+        (root / "csrc/op_cpu.cpp").write_text("// csrc/shared.h")
+        for name in ("a_avx2", "a_avx512", "bindings", "bindings_cuda"):
+            (root / f"csrc/{name}.cpp").write_text("")
+        # The build must not need torch: importing this one fails.
+        (root / "trap").mkdir()
+        (root / "trap/torch.py").write_text("raise ImportError('the build imported torch')")
+
+    def fake_compiler(self, macro: str = "__x86_64__") -> str:
+        path = self.root / "fake c++"
+        path.write_text(FAKE_COMPILER.format(macro=macro, log=self.log))
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return f"'{path}'"
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("NAR_KERNELS_") and not name.endswith("FLAGS")
+        }
+        environment = inherited | {"PYTHONPATH": str(self.root / "trap")} | variables
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def build(self, **variables: str) -> subprocess.CompletedProcess:
+        return self.run("setup.py", "build_ext", "--inplace", **variables)
+
+    def compiled(self) -> dict[str, list[str]]:
+        """Arguments by source file, of what was compiled since the last call; "" is the link."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        sources = ["".join(w for w in line.split() if w.endswith(".cpp")) for line in lines]
+        return {source: line.split() for source, line in zip(sources, lines, strict=True)}
+
+    def libraries(self) -> list[Path]:
+        return list(self.root.glob("nar_kernels/_cpp.*"))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_flags_on_x86(checkout: Checkout) -> None:
+    result = checkout.build(CXX=checkout.fake_compiler(), CXXFLAGS="-ffast-math -O1")
+    assert result.returncode == 0, result.stdout
+    assert checkout.libraries() and not (checkout.root / REPORT).exists()
+    compiled = checkout.compiled()
+    link = compiled.pop("")
+    assert set(compiled) == {
+        f"csrc/{name}.cpp" for name in ("op_cpu", "a_avx2", "a_avx512", "bindings")
+    }
+    for source, flags in compiled.items():
+        assert not any(flag.startswith(("-march", "-mtune")) for flag in flags)
+        assert "-DNAR_X86" in flags
+        assert any("avx2" in flag for flag in flags if flag.startswith("-m")) == ("avx2" in source)
+        assert ("-mavx512f" in flags) == ("avx512" in source)
+        assert "-mfma" not in flags
+        # The user's flags win over -O3, but never over what keeps results equal everywhere.
+        assert flags.index("-O3") < flags.index("-O1") < flags.index("-ffp-contract=off")
+        assert flags.index("-ffast-math") < flags.index("-fno-fast-math")
+    objects = [Path(word).stem for word in link if word.endswith(".o")]
+    assert objects == ["bindings", "op_cpu", "a_avx2", "a_avx512"]
+
+
+def test_other_processors_leave_the_x86_files_out(checkout: Checkout) -> None:
+    result = checkout.build(CXX=checkout.fake_compiler(macro="__aarch64__"))
+    assert result.returncode == 0, result.stdout
+    compiled = checkout.compiled()
+    assert set(compiled) == {"csrc/op_cpu.cpp", "csrc/bindings.cpp", ""}
+    assert not any("NAR_X86" in flag for flags in compiled.values() for flag in flags)
+
+
+def test_rebuilds_only_what_changed(checkout: Checkout) -> None:
+    compiler = checkout.fake_compiler()
+    checkout.build(CXX=compiler)
+    assert len(checkout.compiled()) == 5
+    checkout.build(CXX=compiler)
+    assert checkout.compiled() == {}
+    header = checkout.root / "csrc/shared.h"
+    later = header.stat().st_mtime + 10
+    os.utime(header, (later, later))
+    checkout.build(CXX=compiler)
+    assert set(checkout.compiled()) == {"csrc/op_cpu.cpp", ""}
+
+
+def test_without_a_compiler(checkout: Checkout) -> None:
+    checkout.build(CXX=checkout.fake_compiler())
+    result = checkout.build(CXX="/nonexistent")
+    assert result.returncode == 0, result.stdout
+    assert "no C++ compiler: /nonexistent not found" in result.stdout
+    reason = (checkout.root / REPORT).read_text()
+    assert reason == "nar_kernels._cpp: no C++ compiler: /nonexistent not found\n"
+    assert not checkout.libraries(), "the library of the earlier build is still there"
+
+
+def test_a_failed_compilation_is_reported_until_it_succeeds(checkout: Checkout) -> None:
+    compiler = checkout.fake_compiler()
+    broken = checkout.root / "csrc/broken.cpp"
+    broken.write_text("")
+    result = checkout.build(CXX=compiler)
+    assert result.returncode == 0, result.stdout
+    assert "broken.cpp:1: error: no such thing" in (checkout.root / REPORT).read_text()
+    broken.unlink()
+    checkout.build(CXX=compiler)
+    assert checkout.libraries() and not (checkout.root / REPORT).exists()
+
+
+def test_a_required_extension_fails_loudly(checkout: Checkout) -> None:
+    result = checkout.build(CXX="/nonexistent", NAR_KERNELS_REQUIRE_CPP="1")
+    assert result.returncode != 0
+    assert "NAR_KERNELS_REQUIRE_CPP is set" in result.stdout
+    assert "/nonexistent not found" in result.stdout
+
+
+def test_installing_without_a_compiler(checkout: Checkout) -> None:
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", "site"]
+    result = checkout.run("-m", "pip", "install", *options, ".", CXX="/nonexistent")
+    assert result.returncode == 0, result.stdout
+    installed = checkout.root / "site/nar_kernels"
+    assert (installed / "__init__.py").exists()
+    assert "/nonexistent not found" in (installed / "_build_failure.txt").read_text()
+    assert not list(installed.glob("_cpp.*"))
+
+
+def test_editable_build_without_a_compiler(checkout: Checkout) -> None:
+    script = "from setuptools import build_meta; build_meta.build_editable('wheel')"
+    (checkout.root / "wheel").mkdir()
+    result = checkout.run("-c", script, CXX="/nonexistent")
+    assert result.returncode == 0, result.stdout
+    assert list(checkout.root.glob("wheel/*.whl"))
+    assert "/nonexistent not found" in (checkout.root / REPORT).read_text()
+
+
+def test_an_isolated_build_does_not_install_torch() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    build_system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    assert not [name for name in build_system["requires"] if name.startswith("torch")]

@@ -1,0 +1,384 @@
+"""Readers: the right tokens, never copied or written, and a clear error for all else."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nar_kernels import ops
+from nar_kernels.corpus import TOKEN_DTYPES, Corpus
+from nar_kernels.errors import CorpusFormatError
+
+DTYPES = list(TOKEN_DTYPES)
+
+
+def extremes(dtype: str) -> np.ndarray:
+    """Some ids of a type, the least and the greatest among them; an odd number of them."""
+    info = np.iinfo(dtype)
+    return np.array([info.max, 0, 1, info.min, info.max // 2 + 1, info.max - 1, 7], dtype)
+
+
+def write(path: Path, content: bytes | np.ndarray) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.tobytes())
+    return path
+
+
+def npy_bytes(array: np.ndarray, version: tuple[int, int] | None = None) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=version)
+    return file.getvalue()
+
+
+def values(corpus: Corpus) -> list[int]:
+    return corpus.tokens.tolist()
+
+
+def test_token_types_are_those_of_the_operations() -> None:
+    assert tuple(TOKEN_DTYPES.values()) == ops.TOKEN_DTYPES
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_source_gives_the_same_tokens(tmp_path: Path, dtype: str) -> None:
+    array = extremes(dtype)
+    raw = write(tmp_path / "raw.bin", array)
+    declared = write(tmp_path / "declared.bin", array)
+    write(tmp_path / "declared.bin.json", json.dumps({"dtype": dtype, "vocab": 9}).encode())
+    corpora = [
+        Corpus(array),
+        Corpus(torch.from_numpy(array)),
+        Corpus(write(tmp_path / "a.npy", npy_bytes(array))),
+        Corpus(str(write(tmp_path / "npy_named.bin", npy_bytes(array, (2, 0))))),
+        Corpus(raw, dtype=dtype),
+        Corpus(raw, dtype=np.dtype(dtype)),
+        Corpus(raw, dtype=TOKEN_DTYPES[dtype]),
+        Corpus(write(tmp_path / "raw_named.npy", array), dtype=dtype),
+        Corpus(declared),
+        Corpus(declared, dtype=dtype),
+    ]
+    for corpus in corpora:
+        assert corpus.tokens.dtype == TOKEN_DTYPES[dtype]
+        assert values(corpus) == array.tolist()
+        assert len(corpus) == 7
+        assert corpus.digest == corpora[0].digest
+
+
+def test_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.bin", b"abc")
+    assert Corpus("a.bin", dtype="uint8").name == "a.bin"
+    assert Corpus(tmp_path / "a.bin", dtype="uint8").name == str(tmp_path / "a.bin")
+    assert Corpus(np.zeros(3, "int8")).name == "array"
+    assert Corpus(torch.zeros(3, dtype=torch.int8)).name == "tensor"
+
+
+def test_memory_is_shared() -> None:
+    array, tensor = np.zeros(5, "uint16"), torch.zeros(5, dtype=torch.int32)
+    of_array, of_tensor = Corpus(array), Corpus(tensor)
+    array[3], tensor[4] = 65535, 9
+    assert values(of_array) == [0, 0, 0, 65535, 0]
+    assert values(of_tensor) == [0, 0, 0, 0, 9]
+
+
+def test_what_is_not_contiguous_is_copied() -> None:
+    array, tensor = np.arange(12, dtype="uint16"), torch.arange(12)
+    unaligned = np.frombuffer(b"\xff" + array.tobytes(), "<u2", offset=1)
+    assert values(Corpus(array[::-3])) == [11, 8, 5, 2]
+    assert values(Corpus(tensor[1::4])) == [1, 5, 9]
+    assert values(Corpus(unaligned)) == array.tolist()
+    assert Corpus(unaligned).tokens.data_ptr() % 2 == 0
+
+
+def test_read_only_arrays_are_welcome(tmp_path: Path) -> None:
+    array = np.arange(9, dtype="uint16")
+    array.flags.writeable = False
+    np.save(tmp_path / "a.npy", array)
+    assert values(Corpus(array)) == array.tolist()
+    assert values(Corpus(np.load(tmp_path / "a.npy", mmap_mode="r"))) == array.tolist()
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.bin"])
+def test_a_write_to_the_tokens_does_not_reach_the_file(tmp_path: Path, name: str) -> None:
+    array = np.arange(5000, dtype="uint16")
+    path = write(tmp_path / name, npy_bytes(array) if name == "a.npy" else array)
+    before, time = path.read_bytes(), path.stat().st_mtime_ns
+    dtype = None if name == "a.npy" else "uint16"
+    corpus = Corpus(path, dtype=dtype)
+    corpus.tokens.fill_(7)
+    assert values(corpus) == [7] * 5000
+    del corpus
+    assert path.read_bytes() == before
+    assert path.stat().st_mtime_ns == time
+    assert values(Corpus(path, dtype=dtype)) == array.tolist()
+
+
+def test_a_corpus_larger_than_memory_opens_at_once(tmp_path: Path) -> None:
+    """Fails for maps that reserve memory, and for anything that reads the file."""
+    path = tmp_path / "sparse.bin"
+    try:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+            file.seek(-2, os.SEEK_END)
+            file.write(b"\xfe\xff")
+    except OSError as error:
+        pytest.skip(f"no sparse file of 1 TiB here: {error}")
+    corpus = Corpus(path, dtype="uint16")
+    assert len(corpus) == 1 << 39
+    assert corpus.tokens[-3:].tolist() == [0, 0, 0xFFFE]
+    assert len(corpus.digest) == 64
+
+
+def test_a_file_travels_as_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.arange(100_000, dtype="uint32")
+    np.save(tmp_path / "a.npy", array)
+    monkeypatch.chdir(tmp_path)
+    corpus = Corpus("a.npy")
+    digest = corpus.digest
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 1000
+    monkeypatch.chdir(tmp_path.parent)
+    arrived = pickle.loads(pickled)
+    assert torch.equal(arrived.tokens.view(torch.int32), corpus.tokens.view(torch.int32))
+    assert (arrived.name, arrived.digest) == ("a.npy", digest)
+
+
+def test_an_array_travels_whole() -> None:
+    arrived = pickle.loads(pickle.dumps(Corpus(np.arange(9, dtype="int16"))))
+    assert values(arrived) == list(range(9))
+
+
+def digest_by_hand(array: np.ndarray) -> str:
+    content = array.tobytes()
+    sha = hashlib.sha256(f"torch.{array.dtype} {len(array)}".encode())
+    last = max(0, len(content) - 4096)
+    for i in range(64):
+        start = i * last // 63
+        sha.update(content[start : start + 4096])
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize("length", [1, 3, 2048, 2049, 131_072, 131_073, 1_000_000])
+def test_digest(length: int) -> None:
+    array = np.arange(length).astype("uint16")
+    digest = Corpus(array).digest
+    assert digest == digest_by_hand(array)
+    seen = {digest, Corpus(array.view("int16")).digest, Corpus(np.append(array, array[:1])).digest}
+    # The first and the last token always count; all do up to 256 KiB.
+    inside = [length // 2, length // 3] if length <= 131_072 else []
+    places = {0, length - 1, *inside}
+    for place in places:
+        changed = array.copy()
+        changed[place] ^= 1
+        seen.add(Corpus(changed).digest)
+    assert len(seen) == 3 + len(places)
+
+
+SOURCES_REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "2-D": (lambda: np.zeros((2, 3), "uint16"), r"array has shape \(2, 3\).*array.reshape\(-1\)"),
+    "0-D": (lambda: np.array(3), r"array has shape \(\).*array.reshape\(-1\)"),
+    "empty": (lambda: np.zeros(0, "uint16"), "array is empty: .* at least one token"),
+    "float": (lambda: np.zeros(3), r"array has dtype float64.*uint8.*array.astype\('int64'\)"),
+    "bool": (lambda: np.zeros(3, bool), "array has dtype bool"),
+    "uint64": (lambda: np.zeros(3, "uint64"), "array has dtype uint64"),
+    "complex": (lambda: np.zeros(3, complex), "array has dtype complex128"),
+    "object": (lambda: np.array([[1], [2, 3]], object), "array has dtype object"),
+    "big-endian": (
+        lambda: np.zeros(3, ">u2"),
+        r"array has dtype >u2, whose byte order .* array.astype\('uint16'\)",
+    ),
+    "2-D tensor": (lambda: torch.zeros(2, 3, dtype=torch.uint8), r"tensor has shape \(2, 3\)"),
+    "empty tensor": (lambda: torch.zeros(0, dtype=torch.int64), "tensor is empty"),
+    "float tensor": (
+        lambda: torch.zeros(3),
+        r"tensor has dtype float32.*tensor.to\(torch.int64\)",
+    ),
+    "bfloat16 tensor": (lambda: torch.zeros(3, dtype=torch.bfloat16), "dtype bfloat16"),
+    "bool tensor": (lambda: torch.zeros(3, dtype=torch.bool), "tensor has dtype bool"),
+    "uint64 tensor": (lambda: torch.zeros(3, dtype=torch.uint64), "tensor has dtype uint64"),
+    "another device": (
+        lambda: torch.zeros(3, dtype=torch.int64, device="meta"),
+        r"on meta: .*tensor.to_dense\(\).cpu\(\)",
+    ),
+    "sparse": (lambda: torch.zeros(3, dtype=torch.int64).to_sparse(), "tensor is torch.sparse_coo"),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES_REFUSED)
+def test_arrays_that_are_no_stream_of_ids(case: str) -> None:
+    make, message = SOURCES_REFUSED[case]
+    with pytest.raises(CorpusFormatError, match=message):
+        Corpus(make())
+
+
+@pytest.mark.parametrize("source", [[1, 2, 3], None, b"abc", np.uint16(3)])
+def test_other_types(source: Any) -> None:
+    with pytest.raises(TypeError, match="a path, a numpy array or a torch tensor, not "):
+        Corpus(source)
+
+
+def test_dtype_is_for_raw_files(tmp_path: Path) -> None:
+    array = np.zeros(8, "uint16")
+    path = write(tmp_path / "a.npy", npy_bytes(array))
+    for dtype in ("uint16", "uint8"):
+        with pytest.raises(
+            CorpusFormatError, match=r"a\.npy is a \.npy file, .* uint16: .*leave it"
+        ):
+            Corpus(path, dtype=dtype)
+        with pytest.raises(CorpusFormatError, match=r"an array of uint16: .*leave it out"):
+            Corpus(array, dtype=dtype)
+        with pytest.raises(CorpusFormatError, match=r"an array of torch\.uint16: .*leave it out"):
+            Corpus(torch.from_numpy(array), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bool", "uint64", ">u2", "nonsense", "u2,u2", torch.bfloat16, np.float16]
+)
+def test_types_that_are_no_ids(tmp_path: Path, dtype: Any) -> None:
+    path = write(tmp_path / "a.bin", b"\0" * 16)
+    with pytest.raises(
+        CorpusFormatError, match=rf"a\.bin was given dtype={re.escape(repr(dtype))}: .*uint8, i"
+    ):
+        Corpus(path, dtype=dtype)
+
+
+LLM_C = np.array([20240520, 1, 4] + [0] * 253, "<i4").tobytes()
+IDS = np.arange(8, dtype="<u2")
+
+# name: (content of the file, dtype=, message); the message must also name the file
+FILES_REFUSED: dict[str, tuple[bytes, str | None, str]] = {
+    "empty.bin": (b"", "uint16", "is empty"),
+    "untyped.bin": (
+        b"abcd",
+        None,
+        r"pass dtype= \(nanoGPT's \.bin files are dtype='uint16'; dtype='uint8' reads any file as"
+        r" bytes\), or write \{\"dtype\": \"uint16\"\} to untyped\.bin\.json",
+    ),
+    "text.txt": (b"once upon a time", None, "dtype='uint8' reads any file as bytes"),
+    "raw.npy": (
+        IDS.tobytes(),
+        None,
+        r"has no \.npy header and .* if it is raw binary, pass dtype",
+    ),
+    "odd.bin": (b"abc", "uint16", "has 3 bytes, not a whole number of uint16 tokens of 2 bytes"),
+    "short.bin": (b"a", "int64", "has 1 bytes, not a whole number of int64"),
+    "truncated.npy": (
+        npy_bytes(IDS)[:-1],
+        None,
+        "has 143 bytes, but .* promises 8 tokens of uint16, which makes 144: it is truncated",
+    ),
+    "header_only.npy": (npy_bytes(IDS)[:128], None, "has 128 bytes.*truncated"),
+    "appended.npy": (npy_bytes(IDS) + npy_bytes(IDS), None, "has 288 bytes.*was appended"),
+    "damaged.npy": (npy_bytes(IDS)[:60], None, r"damaged \.npy header"),
+    "magic_only.npy": (npy_bytes(IDS)[:6], None, r"damaged \.npy header"),
+    "unaligned.npy": (
+        b"\x93NUMPY\1\0\x37\0 {'descr':'<i4', 'fortran_order':False, 'shape':(2,) }\n" + b"\0" * 8,
+        None,
+        "begin at byte 65, which is not aligned for int32: write it again with np.save",
+    ),
+    "two_d.npy": (npy_bytes(IDS.reshape(2, 4)), None, r"\(2, 4\).*np.load\(.*\).reshape\(-1\)"),
+    "fortran.npy": (npy_bytes(np.asfortranarray(IDS.reshape(2, 4))), None, r"reshape\(-1\)"),
+    "fortran_1d.npy": (
+        npy_bytes(IDS).replace(b"'fortran_order': False", b"'fortran_order': True "),
+        None,
+        r"is stored in Fortran order.*reshape\(-1\)",
+    ),
+    "no_tokens.npy": (npy_bytes(IDS[:0]), None, "is empty"),
+    "big_endian.npy": (npy_bytes(IDS.astype(">u2")), None, r">u2.*np.load\(.*astype\('uint16'\)"),
+    "float.npy": (npy_bytes(IDS.astype("f4")), None, r"dtype float32.*np.load\(.*astype\('int64'"),
+    "bool.npy": (npy_bytes(IDS.astype(bool)), None, "dtype bool"),
+    "uint64.npy": (npy_bytes(IDS.astype("u8")), None, "dtype uint64"),
+    "complex.npy": (npy_bytes(IDS.astype(complex)), None, "dtype complex128"),
+    "object.npy": (npy_bytes(IDS.astype(object)), None, "dtype object"),
+    "npy.bin": (npy_bytes(IDS), "uint16", r"is a \.npy file.*leave it out"),
+    "llm_c.bin": (LLM_C + IDS.tobytes(), "uint16", "llm.c or modded-nanogpt.*not read yet.*memmap"),
+    "llama.bin": (
+        np.array([20240801, 7, 2] + [0] * 255, "<i4").tobytes(),
+        "uint32",
+        "llm.c file: uint32 after 1024 bytes.*not read yet",
+    ),
+    "untyped_llm_c.bin": (LLM_C + IDS.tobytes(), None, "llm.c or modded-nanogpt"),
+    "tiny_llama.bin": (b"LITPKDS" + b"\0" * 33, "uint16", "TinyLlama.*not read yet"),
+    "megatron.idx": (b"MMIDIDX\0\0" + b"\0" * 31, "uint8", "the index of a Megatron-LM corpus"),
+}
+
+
+@pytest.mark.parametrize("name", FILES_REFUSED)
+def test_files_that_are_no_stream_of_ids(tmp_path: Path, name: str) -> None:
+    content, dtype, message = FILES_REFUSED[name]
+    path = write(tmp_path / name, content)
+    with pytest.raises(CorpusFormatError, match=message) as caught:
+        Corpus(path, dtype=dtype)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_half_of_a_megatron_corpus(tmp_path: Path) -> None:
+    path, index = write(tmp_path / "a.bin", IDS), tmp_path / "a.idx"
+    for dtype in (None, "uint16"):
+        write(index, b"MMIDIDX\0\0" + b"\0" * 25)
+        with pytest.raises(CorpusFormatError, match=r"a\.bin is half of a Megatron.*a\.idx"):
+            Corpus(path, dtype=dtype)
+    write(index, b"something else")
+    assert values(Corpus(path, dtype="uint16")) == IDS.tolist()
+
+
+def test_the_remedy_for_unread_formats_works(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.bin", LLM_C + IDS.tobytes())
+    assert values(Corpus(np.memmap(path, dtype="uint16", mode="r", offset=1024))) == IDS.tolist()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.bin"):
+        Corpus(tmp_path / "missing.bin", dtype="uint16")
+
+
+def test_directory(tmp_path: Path) -> None:
+    with pytest.raises(CorpusFormatError, match=f"{re.escape(str(tmp_path))} is a directory: pass"):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[]", "names no dtype"),
+        (b'{"type": "uint16"}', "names no dtype"),
+        (b'{"dtype": null}', "names no dtype"),
+        (b'{"dtype": "float16"}', "says 'float16'"),
+        (b'{"dtype": ">u2"}', "says '>u2'"),
+    ],
+)
+def test_bad_sidecar(tmp_path: Path, sidecar: bytes, message: str) -> None:
+    path = write(tmp_path / "a.bin", IDS)
+    write(tmp_path / "a.bin.json", sidecar)
+    with pytest.raises(CorpusFormatError, match=rf"a\.bin\.json {message}"):
+        Corpus(path)
+
+
+def test_sidecar_and_dtype_disagree(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.bin", IDS)
+    write(tmp_path / "a.bin.json", b'{"dtype": "uint32"}')
+    with pytest.raises(CorpusFormatError, match=r"says uint16 but .*a\.bin\.json says uint32"):
+        Corpus(path, dtype="uint16")
+
+
+def test_no_damage_to_a_header_gives_another_kind_of_error(tmp_path: Path) -> None:
+    good = npy_bytes(IDS)
+    path, num_refused = tmp_path / "a.npy", 0
+    for place in range(128):
+        for byte in b"\0'-":
+            write(path, good[:place] + bytes([byte]) + good[place + 1 :])
+            try:
+                Corpus(path)
+            except CorpusFormatError:
+                num_refused += 1
+    assert num_refused > 100

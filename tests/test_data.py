@@ -1,0 +1,458 @@
+"""Windows and batches: the right ones, each once an epoch, whatever the ranks and the resume."""
+
+import copy
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nar_kernels.backends import backends
+from nar_kernels.corpus import TOKEN_DTYPES
+from nar_kernels.data import MaskedLoader, TokenDataset
+from nar_kernels.errors import BackendUnavailableError, CorpusFormatError, InvalidTokenError
+from nar_kernels.masking import Corrupted, MaskingConfig
+from nar_kernels.philox import Stream, permute
+
+V, MASK_ID = 1001, 1000
+MASKING = MaskingConfig(V, MASK_ID)
+INT64_MIN = -(1 << 63)
+
+
+def make_dataset(source: Any = None, seq_len: int = 7, **kwargs: Any) -> TokenDataset:
+    source = np.arange(900, dtype="uint16") if source is None else source
+    return TokenDataset(source, seq_len, **{"num_tokens": V, "mask_id": MASK_ID, **kwargs})
+
+
+def numbered(num_windows: int, seq_len: int = 3) -> TokenDataset:
+    """Every token of window i is i."""
+    tokens = np.arange(num_windows).repeat(seq_len)
+    return make_dataset(tokens, seq_len, num_tokens=num_windows + 1, mask_id=num_windows)
+
+
+def masking_for(dataset: TokenDataset) -> MaskingConfig:
+    return MaskingConfig(dataset.num_tokens, dataset.mask_id)
+
+
+def tensors(batch: Corrupted) -> dict[str, Tensor]:
+    return {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "masking"} | {
+        "row_buffer": batch.masked_rows  # the rest of the buffer is undefined
+    }
+
+
+def assert_same(a: Corrupted, b: Corrupted) -> None:
+    for name, value in tensors(a).items():
+        assert torch.equal(value, tensors(b)[name]), name
+
+
+# TokenDataset
+
+
+@pytest.mark.parametrize("stride", [None, 1, 3, 7, 11])
+@pytest.mark.parametrize("num_tokens", [7, 8, 13, 14, 97])
+def test_windows(num_tokens: int, stride: int | None) -> None:
+    tokens = np.arange(num_tokens, dtype="uint16")
+    dataset = make_dataset(tokens, 7, stride=stride)
+    expected = [tokens[s : s + 7].tolist() for s in range(0, num_tokens, stride or 7)]
+    expected = [window for window in expected if len(window) == 7]
+    assert len(dataset) == len(expected)
+    assert [window.tolist() for window in dataset] == expected
+    assert dataset[0].dtype == torch.int64
+    assert dataset[-1].tolist() == dataset[np.int64(len(dataset) - 1)].tolist() == expected[-1]
+    rows = dataset.__getitems__(list(range(-len(expected), len(expected))))
+    assert [row.tolist() for row in rows] == expected * 2
+    assert dataset.__getitems__([]) == []
+
+
+def test_rows_fetched_together_are_one_tensor() -> None:
+    rows = make_dataset().__getitems__([5, 2, 2])
+    assert len({row.untyped_storage().data_ptr() for row in rows}) == 1
+
+
+@pytest.mark.parametrize("index", [128, -129, 1 << 40])
+def test_index_out_of_range(index: int) -> None:
+    dataset = make_dataset()
+    assert len(dataset) == 128
+    for fetch in (lambda: dataset[index], lambda: dataset.__getitems__([0, index])):
+        with pytest.raises(IndexError, match=rf"window index {index} is outside \[-128, 128\)"):
+            fetch()
+
+
+@pytest.mark.parametrize("index", [1.0, "1", slice(3), None])
+def test_index_of_another_type(index: Any) -> None:
+    with pytest.raises(TypeError):
+        make_dataset()[index]
+
+
+@pytest.mark.parametrize("dtype", TOKEN_DTYPES)
+def test_large_ids(tmp_path: Path, dtype: str) -> None:
+    """Up to the largest id there can be; unsigned ones need care, as torch cannot index them."""
+    largest = min(np.iinfo(dtype).max, (1 << 31) - 3)
+    tokens = np.array([0, largest, largest - 1, largest // 2 + 1, 1], dtype)
+    tokens.tofile(tmp_path / "a.bin")
+    for source, given in ((tokens, None), (tmp_path / "a.bin", dtype)):
+        dataset = make_dataset(source, 5, num_tokens=largest + 2, mask_id=largest + 1, dtype=given)
+        assert dataset[0].tolist() == tokens.tolist()
+        batch = MaskedLoader(dataset, masking_for(dataset), 2).batch(0)
+        assert batch.clean_ids.tolist() == [tokens.tolist()] * 2
+
+
+def test_uint32_above_the_signed_range_is_not_negative() -> None:
+    tokens = np.array([5, 3_000_000_000], "uint32")
+    with pytest.raises(InvalidTokenError, match="token id 3000000000 at offset 1 of array"):
+        make_dataset(tokens, 2)[0]
+
+
+@pytest.mark.parametrize("bad", [-1, V, V + 1, INT64_MIN, (1 << 63) - 1, MASK_ID])
+@pytest.mark.parametrize("suffix", ["npy", "bin"])
+def test_bad_ids_are_located(tmp_path: Path, suffix: str, bad: int) -> None:
+    tokens = np.arange(100)
+    tokens[[40, 44]] = bad
+    path = tmp_path / f"corpus.{suffix}"
+    if suffix == "npy":
+        np.save(path, tokens)
+    else:
+        tokens.tofile(path)
+    dataset = make_dataset(path, 7, dtype=None if suffix == "npy" else "int64")
+    valid = "equals mask_id" if bad == MASK_ID else r"is outside \[0, 1001\)"
+    message = rf"token id {bad} at offset 40 of .*corpus\.{suffix} {valid}"
+    loader = MaskedLoader(dataset, MASKING, 14)
+    for fetch in (lambda: dataset[5], lambda: dataset.__getitems__([6, 5]), lambda: next(loader)):
+        with pytest.raises(InvalidTokenError, match=message) as caught:
+            fetch()
+        assert (caught.value.token_id, caught.value.offset) == (bad, 40)
+    assert loader.step == 0
+    assert caught.value.count == 2
+    assert dataset[4].tolist() == list(range(28, 35))
+
+
+@pytest.mark.parametrize("mask_id", [0, MASK_ID])
+def test_without_validation_ids_are_made_valid(mask_id: int) -> None:
+    tokens = np.array([-1, 5, V, INT64_MIN, mask_id, 7, 1 << 40])
+    dataset = make_dataset(tokens, 7, mask_id=mask_id, validate=False)
+    safe = 1 if mask_id == 0 else 0
+    assert dataset[0].tolist() == [safe, 5, safe, safe, safe, 7, safe]
+    assert make_dataset(tokens[[1, 5]], 2, mask_id=mask_id, validate=False)[0].tolist() == [5, 7]
+
+
+def test_the_dropped_tail_is_not_looked_at() -> None:
+    tokens = np.arange(20)
+    tokens[14:] = -1
+    dataset = make_dataset(tokens, 7)
+    assert [len(window) for window in dataset] == [7, 7]
+    assert MaskedLoader(dataset, MASKING, 8).batch(0).clean_ids.max() == 13
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"seq_len": 0}, "seq_len is 0: it must be at least 1"),
+        ({"seq_len": -3}, "seq_len is -3"),
+        ({"stride": 0}, "stride is 0: it must be at least 1"),
+        ({"seq_len": 901}, "array has 900 tokens, less than one window of seq_len 901"),
+        ({"num_tokens": 1}, "num_tokens is 1"),
+        ({"mask_id": V}, "mask_id 1001 is not in"),
+        ({"mask_id": -1}, "mask_id -1 is not in"),
+    ],
+)
+def test_bad_arguments_of_a_dataset(kwargs: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_dataset(**kwargs)
+
+
+def test_format_errors_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(CorpusFormatError, match="2, 3"):
+        make_dataset(np.zeros((2, 3), int))
+    with pytest.raises(FileNotFoundError):
+        make_dataset(tmp_path / "missing.npy")
+
+
+@pytest.mark.parametrize("seq_len", [1, 4, 7])
+@pytest.mark.parametrize("stride", [1, 2, 4, 7, 9])
+@pytest.mark.parametrize("num_held_out", [1, 2, 5])
+def test_split(seq_len: int, stride: int, num_held_out: int) -> None:
+    dataset = make_dataset(np.arange(100), seq_len, stride=stride)
+    train, held_out = dataset.split(num_held_out)
+    assert torch.equal(torch.stack(list(held_out)), torch.stack(list(dataset))[-num_held_out:])
+    assert torch.equal(torch.stack(list(train)), torch.stack(list(dataset))[: len(train)])
+    boundary = held_out[0].min()
+    assert torch.stack(list(train)).max() < boundary
+    # The next window would have shared a token with the held-out ones.
+    assert dataset[len(train)].max() >= boundary
+    assert train.corpus is held_out.corpus is dataset.corpus
+    assert len(dataset) == (100 - seq_len) // stride + 1
+
+
+def test_split_twice() -> None:
+    train, test = make_dataset(np.arange(70), 7).split(2)
+    train, validation = train.split(3)
+    assert (len(train), len(validation), len(test)) == (5, 3, 2)
+    assert [window[0].item() for window in validation] == [35, 42, 49]
+    assert validation[-1].tolist() == list(range(49, 56))
+    late, later = test.split(1)
+    assert (late[0][0], later[0][0]) == (56, 63)
+
+
+@pytest.mark.parametrize(("stride", "num_held_out"), [(7, 0), (7, -1), (7, 10), (1, 58), (1, 64)])
+def test_bad_split(stride: int, num_held_out: int) -> None:
+    dataset = make_dataset(np.arange(70), 7, stride=stride)
+    with pytest.raises(ValueError, match=f"num_held_out is {num_held_out}: of {len(dataset)} wind"):
+        dataset.split(num_held_out)
+    if num_held_out == 58:
+        assert len(dataset.split(57)[0]) == 1
+
+
+def test_a_dataset_travels_without_its_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(100_000) % V % MASK_ID)
+    dataset = make_dataset(tmp_path / "a.npy")
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 2000
+    assert torch.equal(pickle.loads(pickled)[14_000], dataset[14_000])
+
+
+@pytest.mark.parametrize(
+    "start_method", [None, "fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_data_loader(tmp_path: Path, start_method: str | None) -> None:
+    if start_method not in (None, *torch.multiprocessing.get_all_start_methods()):
+        pytest.skip(f"no {start_method} here")
+    np.save(tmp_path / "a.npy", np.arange(100, dtype="uint16"))
+    dataset = make_dataset(tmp_path / "a.npy")
+    loader = DataLoader(
+        dataset,
+        batch_size=4,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        num_workers=0 if start_method is None else 2,
+        multiprocessing_context=start_method,
+    )
+    batches = list(loader)
+    assert [batch.shape for batch in batches] == [(4, 7), (4, 7), (4, 7), (2, 7)]
+    seen = torch.cat(batches)
+    assert seen[:, 0].tolist() != list(range(0, 98, 7))
+    assert torch.equal(seen[seen[:, 0].argsort()], torch.arange(98).view(14, 7))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_the_error_survives_a_data_loader(num_workers: int) -> None:
+    dataset = make_dataset(np.append(np.arange(20), -1))
+    batches = iter(DataLoader(dataset, batch_size=2, num_workers=num_workers))
+    assert len(next(batches)) == 2
+    with pytest.raises(InvalidTokenError, match="token id -1 at offset 20 of array is outside"):
+        next(batches)
+    assert list(batches) == []  # so that the worker ends; else torch waits 5 s for it
+
+
+# MaskedLoader
+
+
+def expected_window(slot: int, num_windows: int, seed: int) -> int:
+    epoch, position = divmod(slot, num_windows)
+    index = torch.tensor([position])
+    order = permute(index, num_windows, seed=seed, stream=Stream.WINDOW_ORDER, round=epoch)
+    return int(order.item())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_windows", [1, 3, 10, 300])
+def test_a_batch_holds_the_windows_of_its_slots(num_windows: int, shuffle: bool) -> None:
+    dataset = numbered(num_windows)
+    for rank in range(2):
+        loader = MaskedLoader(
+            dataset, masking_for(dataset), 7, seed=5, rank=rank, world_size=2, shuffle=shuffle
+        )
+        for step in (0, 1, 50):
+            slots = [step * 14 + rank * 7 + j for j in range(7)]
+            expected = [
+                expected_window(g, num_windows, 5) if shuffle else g % num_windows for g in slots
+            ]
+            batch = loader.batch(step)
+            assert loader.sample_ids(step).tolist() == slots
+            assert loader.window_indices(step).tolist() == expected
+            assert torch.equal(batch.clean_ids, torch.stack(dataset.__getitems__(expected)))
+            assert batch.clean_ids[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("num_windows", "batch_size"), [(24, 4), (10, 3), (5, 4), (1, 3), (300, 9)]
+)
+def test_every_epoch_visits_every_window_once(
+    num_windows: int, batch_size: int, world_size: int
+) -> None:
+    dataset = numbered(num_windows)
+    masking = masking_for(dataset)
+    ranks = [
+        MaskedLoader(dataset, masking, batch_size, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    num_steps = -(-3 * num_windows // (batch_size * world_size))
+    order = [
+        int(window)
+        for step in range(num_steps)
+        for loader in ranks
+        for window in loader.batch(step).clean_ids[:, 0]
+    ]
+    epochs = [order[e * num_windows : (e + 1) * num_windows] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(num_windows))
+    if num_windows >= 10:
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_order_depends_on_the_seed() -> None:
+    dataset = numbered(50)
+    orders = {
+        tuple(MaskedLoader(dataset, masking_for(dataset), 50, seed=seed).window_indices(0).tolist())
+        for seed in (0, 1, -1, 1 << 32)
+    }
+    assert len(orders) == 4
+
+
+def test_the_order_is_frozen() -> None:
+    """A change here breaks every run that is resumed."""
+    loader = MaskedLoader(numbered(10), MaskingConfig(11, 10), 12, seed=1)
+    assert loader.window_indices(0).tolist() == [2, 1, 7, 4, 3, 5, 9, 6, 0, 8, 6, 2]
+    loader = MaskedLoader(numbered(1000), MaskingConfig(1001, 1000), 8, seed=1)
+    assert loader.window_indices(1000).tolist() == [288, 660, 197, 146, 48, 930, 59, 526]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_batches_do_not_depend_on_the_number_of_ranks(world_size: int) -> None:
+    dataset = make_dataset()
+    masking = MaskingConfig(V, MASK_ID, no_replace_prob=0.1, random_token_prob=0.1)
+    whole = MaskedLoader(dataset, masking, 12, seed=3)
+    parts = [
+        MaskedLoader(dataset, masking, 12 // world_size, seed=3, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    for step in (0, 10, 11):  # 128 windows: step 10 straddles two epochs
+        of_parts = [tensors(loader.batch(step)) for loader in parts]
+        for name, value in tensors(whole.batch(step)).items():
+            if name not in ("row_buffer", "invalid"):
+                assert torch.equal(torch.cat([part[name] for part in of_parts]), value), name
+
+
+def test_steps_have_masks_of_their_own() -> None:
+    dataset = numbered(1, seq_len=64)  # one window, for ever
+    loader = MaskedLoader(dataset, masking_for(dataset), 4)
+    batches = torch.cat([loader.batch(step).masked_indices for step in range(3)])
+    assert len(batches.unique(dim=0)) == 12
+
+
+def test_iteration() -> None:
+    loader = MaskedLoader(make_dataset(), MASKING, 5, seed=2)
+    for step, batch in zip(range(4), loader, strict=False):
+        assert loader.step == step + 1
+        assert_same(batch, loader.batch(step))
+    assert loader.step == 4
+    assert_same(next(iter(loader)), loader.batch(4))  # another iterator goes on from there
+    assert loader.step == 5
+
+
+def test_resume() -> None:
+    def make(**kwargs: Any) -> MaskedLoader:
+        return MaskedLoader(make_dataset(), MASKING, **{"batch_size": 6, "seed": 9, **kwargs})
+
+    loader = make()
+    for _, _ in zip(range(5), loader, strict=False):
+        state = pickle.loads(pickle.dumps(loader.state_dict()))
+    rest = [batch for _, batch in zip(range(4), loader, strict=False)]
+
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    for batch, again in zip(rest, resumed, strict=False):
+        assert_same(batch, again)
+
+    halves = [make(batch_size=3, rank=r, world_size=2) for r in range(2)]
+    for half in halves:
+        half.load_state_dict(state)
+    for batch in rest:
+        assert torch.equal(torch.cat([next(h).input_ids for h in halves]), batch.input_ids)
+
+
+def test_state_can_be_saved_by_torch(tmp_path: Path) -> None:
+    loader = MaskedLoader(make_dataset(), MASKING, 5)
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+    loader.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+OTHER_CORPUS = np.arange(900, dtype="uint16")
+OTHER_CORPUS[500] = 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kwargs", "message"),
+    [
+        (make_dataset(OTHER_CORPUS), {}, "corpus_digest is .* of array here"),
+        (make_dataset(), {"seed": 1}, "seed is 0 in the state, but 1 here"),
+        (make_dataset(), {"batch_size": 5}, r"batch_size \* world_size is 6 .*, but 5 here"),
+        (make_dataset(), {"world_size": 2}, r"batch_size \* world_size is 6 .*, but 12 here"),
+        (make_dataset(), {"shuffle": False}, "shuffle is True in the state, but False here"),
+        (make_dataset(seq_len=8), {}, "seq_len is 7 in the state, but 8 here"),
+        (make_dataset(stride=6), {}, "stride is 7 in the state, but 6 here"),
+        (make_dataset().split(3)[0], {}, "num_windows is 128 in the state, but 125 here"),
+    ],
+)
+def test_states_of_another_run(dataset: TokenDataset, kwargs: dict[str, Any], message: str) -> None:
+    state = MaskedLoader(make_dataset(), MASKING, 6).state_dict() | {"step": 17}
+    loader = MaskedLoader(dataset, MASKING, **{"batch_size": 6, **kwargs})
+    with pytest.raises(ValueError, match=f"cannot continue: {message}"):
+        loader.load_state_dict(state)
+    assert loader.step == 0
+
+
+def test_states_of_something_else() -> None:
+    loader = MaskedLoader(make_dataset(), MASKING, 6)
+    state = loader.state_dict()
+    for name in state:
+        partial = copy.copy(state)
+        del partial[name]
+        with pytest.raises(ValueError, match=f"the state has no '{name}'"):
+            loader.load_state_dict(partial)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"rank": 2, "world_size": 2}, r"rank is 2: it must be in \[0, world_size\) = \[0, 2\)"),
+        ({"rank": -1}, "rank is -1"),
+        ({"world_size": 0}, r"rank is 0: it must be in \[0, world_size\) = \[0, 0\)"),
+        ({"masking": MaskingConfig(V + 1, MASK_ID)}, "masking has num_tokens 1002 but .* 1001"),
+        ({"masking": MaskingConfig(V, 0)}, "masking has mask_id 0 but the dataset has 1000"),
+        ({"backend": "fastest"}, "unknown backend 'fastest'"),
+    ],
+)
+def test_bad_arguments_of_a_loader(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskedLoader(make_dataset(), **{"masking": MASKING, "batch_size": 4, **kwargs})
+
+
+def test_negative_step() -> None:
+    with pytest.raises(ValueError, match="step is -1: it must be at least 0"):
+        MaskedLoader(make_dataset(), MASKING, 4).batch(-1)
+
+
+def test_backend() -> None:
+    reference = MaskedLoader(make_dataset(), MASKING, 4, backend="reference").batch(3)
+    assert_same(MaskedLoader(make_dataset(), MASKING, 4).batch(3), reference)
+    if backends()["cpp"] != "available":
+        with pytest.raises(BackendUnavailableError):
+            MaskedLoader(make_dataset(), MASKING, 4, backend="cpp")
+
+
+def test_another_device() -> None:
+    batch = MaskedLoader(make_dataset(), MASKING, 4, device="meta").batch(0)
+    assert {tensor.device.type for name, tensor in vars(batch).items() if name != "masking"} == {
+        "meta"
+    }
+    assert batch.input_ids.shape == (4, 7)
