@@ -46,8 +46,8 @@ build: .venv/built
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || \
 	    { echo "make: $(PYTHON) is not there; name a Python: make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "make: the pinned development packages need Python 3.11 or newer, and $(PYTHON) is" \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: nar_kernels needs Python 3.10 or newer, and $(PYTHON) is" \
 	      "$$($(PYTHON) --version 2>&1); choose another: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	    { echo "make: $(PYTHON) cannot make virtual environments" \
