@@ -1,6 +1,6 @@
 """The options of a training run, and how they differ by data set."""
 
-import os
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,30 @@ def _option(default: Any, help: str, **argparse: Any) -> Any:
 class TrainConfig:
     """Every option of ``nar-kernels train``; ``for_data`` gives the defaults of a data set.
 
-    Each field carries its description, with units, as ``metadata["help"]``; the command line is made
-    from the same place.
+    Each field carries its description, with units, as ``metadata["help"]``; the command line is
+    made from it.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    data: str = _option("digits", "digits, text, or a file: .npy and .bin hold token ids, others bytes")
+    data: str = _option(
+        "digits", "digits, text, or a file: .npy and .bin hold token ids, others bytes"
+    )
     out: str | None = _option(None, "folder of the run", type=str, metavar="FOLDER")
 
     dtype: str | None = _option(None, "type of the ids in a raw file, such as uint16", type=str)
     num_tokens: int | None = _option(
         None,
-        "for token ids: the vocabulary of the data plus one for the mask token, which gets the last "
-        "id (GPT-2: 50258)",
+        "for token ids: the vocabulary of the data plus one for the mask token, which gets the "
+        "last id (GPT-2: 50258)",
         type=int,
     )
     seq_len: int | None = _option(None, "tokens of a window (default 256)", type=int)
     stride: int | None = _option(
-        None, "tokens from one training window to the next; divides seq-len (default seq-len)", type=int
+        None,
+        "tokens from one training window to the next; divides seq-len (default seq-len)",
+        type=int,
     )
     held_out: int | None = _option(
         None, "windows held out for evaluation (default a tenth, at most 256)", type=int
@@ -48,7 +52,9 @@ class TrainConfig:
     rotary: bool = _option(True, "rotary position embeddings, beside the learnt absolute ones")
 
     schedule: str = _option("linear", "mask ratio over time", choices=tuple(SCHEDULES))
-    draw: str = _option("exact", "masks of an exact count or by coins", choices=("exact", "bernoulli"))
+    draw: str = _option(
+        "exact", "masks of an exact count or by coins", choices=("exact", "bernoulli")
+    )
     loss: str = _option(
         "mean",
         "what is minimised: the mean over masked tokens, which has less variance, or nelbo, the "
@@ -71,6 +77,12 @@ class TrainConfig:
 
     seed: int = _option(0, "of weights, order of windows, masks, dropout")
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    threads: int | None = _option(
+        None,
+        "CPU threads; 1 is best for a small net, above all on a machine that does other work too "
+        "(default PyTorch's)",
+        type=int,
+    )
     precision: str = _option(
         "auto",
         "bf16 is autocast; auto takes it where the hardware multiplies in it",
@@ -84,6 +96,22 @@ class TrainConfig:
     def for_data(cls, data: str, **options: Any) -> "TrainConfig":
         """The defaults for ``data``, with some options changed."""
         return cls(**{"data": data, **PRESETS.get(data, {}), **options})
+
+    @classmethod
+    def continued(cls, saved: dict[str, Any], **options: Any) -> "TrainConfig":
+        """The options of a checkpoint, with some changed, to resume it.
+
+        Raises:
+            ValueError: the checkpoint is of another version of this class.
+        """
+        unknown = sorted(set(saved) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                "the checkpoint has options that this version does not know: "
+                f"{', '.join(unknown)}; use the version that wrote it"
+            )
+        once = {"resume": False, "overwrite": False, "quiet": False}
+        return cls(**{**saved, **once, **options})
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -116,6 +144,10 @@ class TrainConfig:
         """Where the run is written: ``out``, or a folder in ``runs`` with the name of the data."""
         return Path(self.out) if self.out is not None else Path("runs") / Path(self.data).stem
 
+    @property
+    def how_to_resume(self) -> str:
+        return f"nar-kernels train --resume --out {shlex.quote(str(self.folder))}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints."""
         return asdict(self)
@@ -133,15 +165,18 @@ class TrainConfig:
 
 _AT_LEAST_ONE = (
     *("seq_len", "stride", "held_out", "dim", "depth", "heads", "steps", "batch_size"),
-    *("accumulate", "eval_every", "eval_draws", "save_every"),
+    *("accumulate", "eval_every", "eval_draws", "save_every", "threads"),
 )
 
 # Options that do not change what is learnt, but for rounding.
 FREE_ON_RESUME = frozenset(
-    ("out", "device", "accumulate", "eval_every", "save_every", "resume", "overwrite", "quiet")
+    (
+        *("out", "device", "threads", "accumulate", "eval_every", "save_every"),
+        *("resume", "overwrite", "quiet"),
+    )
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"dim": 96, "lr": 3e-3, "steps": 1000, "eval_every": 100},
+    "digits": {"dim": 96, "lr": 3e-3, "steps": 1000, "eval_every": 100, "threads": 1},
     "text": {"stride": 32, "lr": 2e-3, "steps": 2000},
 }

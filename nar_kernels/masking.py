@@ -22,6 +22,9 @@ PROBABILITY_ONE = 1 << 31
 
 def check_vocabulary(num_tokens: int, mask_id: int) -> None:
     """Raises ValueError unless num_tokens is in [2, 2**31) and mask_id in [0, num_tokens)."""
+    for name, value in (("num_tokens", num_tokens), ("mask_id", mask_id)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}: it must be an int")
     if not 2 <= num_tokens < 1 << 31:
         raise ValueError(f"num_tokens is {num_tokens}: it must be in [2, 2**31)")
     if not 0 <= mask_id < num_tokens:

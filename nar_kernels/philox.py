@@ -37,6 +37,7 @@ class Stream(IntEnum):
     WINDOW_OFFSET = 6
     DECODE_NOISE = 7
     CRITIC_NOISE = 8
+    GENERATOR_SEED = 9
 
 
 def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:

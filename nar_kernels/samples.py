@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.pictures import images
-from nar_kernels.sources import Render
+from nar_kernels.sources import SequenceSpec
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 _SHADES = " .:-=+*#%@"
@@ -33,13 +33,12 @@ def frames(
     return list(range(len(states))), torch.stack(states, 1)
 
 
-def text(ids: Tensor, render: Render, *, levels: int, image_shape: tuple[int, int] | None) -> str:
+def text(ids: Tensor, spec: SequenceSpec) -> str:
     """Samples ``[N, L]`` for a terminal or a text file, one below the other."""
-    if render == "image":
-        assert image_shape is not None
-        pages = [_ascii_image(sample.view(image_shape), levels) for sample in ids]
+    if spec.image_shape is not None:
+        pages = [_ascii_image(sample.view(spec.image_shape), spec.mask_id) for sample in ids]
         return "\n\n".join(pages) + "\n"
-    if render == "bytes":
+    if spec.render == "bytes":
         pages = [bytes(sample.tolist()).decode(errors="replace") for sample in ids]
         return f"\n{'-' * 72}\n".join(pages) + "\n"
     return "".join(" ".join(map(str, sample)) + "\n" for sample in ids.tolist())
@@ -51,28 +50,21 @@ def _ascii_image(image: Tensor, levels: int) -> str:
     return "\n".join("".join(_SHADES[s] * 2 for s in row) for row in shades.tolist())
 
 
-def write(
-    path: Path,
-    ids: Tensor,
-    render: Render,
-    *,
-    mask_id: int,
-    image_shape: tuple[int, int] | None,
-) -> None:
-    """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text.
+def check_suffix(path: Path, spec: SequenceSpec) -> None:
+    """Raises ValueError for a picture of something that is no image."""
+    if path.suffix == ".png" and spec.image_shape is None:
+        raise ValueError(f"{path}: the model makes {spec.render}, not images; write .txt or .npy")
 
-    Raises:
-        ValueError: a picture of something that is no image.
-    """
+
+def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
+    """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text."""
+    check_suffix(path, spec)
     if path.suffix == ".npy":
-        np.save(path, ids.cpu().numpy())
-    elif path.suffix == ".png":
-        if image_shape is None:
-            raise ValueError(f"{path}: the model makes {render}, not images; use .txt or .npy")
+        np.save(path, ids.numpy())
+    elif path.suffix == ".png" and spec.image_shape is not None:
         columns = min(len(ids), _GRID_COLUMNS)
-        missing = -len(ids) % columns
-        blank = torch.zeros(missing, ids.shape[1], dtype=ids.dtype)
-        table = torch.cat([ids.cpu(), blank]).view(-1, columns, *image_shape)
-        images(path, table, levels=mask_id, mask_id=mask_id)
+        blank = torch.zeros(-len(ids) % columns, ids.shape[1], dtype=ids.dtype)
+        table = torch.cat([ids, blank]).view(-1, columns, *spec.image_shape)
+        images(path, table, mask_id=spec.mask_id)
     else:
-        path.write_text(text(ids, render, levels=mask_id, image_shape=image_shape), "utf-8")
+        path.write_text(text(ids, spec), "utf-8")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from nar_kernels.corpus import Source
 from nar_kernels.data import TokenDataset
@@ -24,23 +26,42 @@ _DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
 Render = Literal["image", "bytes", "ids"]
 
 
+class SequenceSpec(NamedTuple):
+    """What a net and its samples must know of the data.
+
+    Attributes:
+        num_tokens: V, the mask token included; its id is the last.
+        seq_len: L.
+        render: what a sequence is: an image of ``image_shape``, bytes of text, or plain ids.
+        image_shape: (height, width) of an image, whose ids rise from paper to ink; else None.
+    """
+
+    num_tokens: int
+    seq_len: int
+    render: Render
+    image_shape: tuple[int, int] | None
+
+    @property
+    def mask_id(self) -> int:
+        return self.num_tokens - 1
+
+
 class Data(NamedTuple):
-    """Windows to train on, windows held out, and how to show one.
+    """Windows to train on, and windows held out.
 
     Attributes:
         name: as the user gave it.
-        train, held_out: they share no token.
-        held_out_step: every ``held_out_step``-th window of ``held_out`` overlaps no other.
-        render: what a window is: an image of ``image_shape``, bytes of text, or plain ids.
-        image_shape: (height, width) of an image, else None.
+        spec: what a window is.
+        train: the training windows; they may overlap each other.
+        held_out: windows at the end, which share no token with ``train``.
+        held_out_windows: int64, indices of those in ``held_out`` that do not overlap each other.
     """
 
     name: str
+    spec: SequenceSpec
     train: TokenDataset
     held_out: TokenDataset
-    held_out_step: int
-    render: Render
-    image_shape: tuple[int, int] | None
+    held_out_windows: Tensor
 
 
 class _Opened(NamedTuple):
@@ -125,7 +146,8 @@ def open_data(
     if num_held_out is None:
         num_held_out = min(max(len(windows) // overlapping // 10, 1), _MAX_HELD_OUT)
     train, held_out = windows.split((num_held_out - 1) * overlapping + 1)
-    return Data(name, train, held_out, overlapping, opened.render, opened.image_shape)
+    spec = SequenceSpec(num_tokens, seq_len, opened.render, opened.image_shape)
+    return Data(name, spec, train, held_out, torch.arange(0, len(held_out), overlapping))
 
 
 def _agree(option: str, given: int | str | None, known: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from nar_kernels import MaskingConfig, corrupt, reference
 from nar_kernels.schedules import SCHEDULES
-from tests.statistics import (
+from tests.goodness_of_fit import (
     FAMILY_ERROR,
     assert_mean,
     assert_uniform,

@@ -21,7 +21,8 @@ LAYERS = [
     ["ops"],
     ["data", "decode", "nets"],
     ["wrapper"],
-    ["builtin_data", "checkpoint", "evaluate", "pictures"],
+    ["builtin_data", "checkpoint", "config", "evaluate", "pictures", "sources"],
+    ["model", "report", "samples"],
     ["train"],
     ["cli"],
 ]

@@ -5,7 +5,7 @@ import torch
 
 from nar_kernels import ops
 from nar_kernels.philox import EXACT_PERMUTATION_MAX, Stream, permute, philox4x32, words
-from tests.statistics import assert_uniform
+from tests.goodness_of_fit import assert_uniform
 
 # kat_vectors of Random123: philox4x32, 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
@@ -53,6 +53,7 @@ def test_streams_are_frozen():
         "WINDOW_OFFSET": 6,
         "DECODE_NOISE": 7,
         "CRITIC_NOISE": 8,
+        "GENERATOR_SEED": 9,
     }
 
 

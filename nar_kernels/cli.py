@@ -1,0 +1,184 @@
+"""The command line: ``nar-kernels train | generate | doctor``."""
+
+import argparse
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nar_kernels import checkpoint, samples
+from nar_kernels.backends import backends, cpp
+from nar_kernels.config import PRESETS, TrainConfig
+from nar_kernels.errors import BackendUnavailableError
+from nar_kernels.model import choose_device, load_model
+from nar_kernels.report import version
+from nar_kernels.train import DivergedError, train
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+_SIMD_LEVELS = ("generic", "AVX2", "AVX512")  # as the C++ extension numbers them
+
+_OPTIONAL = {
+    "train": ("x-transformers", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
+    "triton": ("triton",),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0, 1 if training diverged, 2 if the user can mend it (said in one line), 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except DivergedError as error:
+        print(f"nar-kernels: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError, BackendUnavailableError) as error:
+        print(f"nar-kernels: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nar-kernels", description="Masked-prediction (non-autoregressive) models."
+    )
+    parser.add_argument("--version", action="version", version=version("nar-kernels") or "unknown")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    _add_train(commands.add_parser("train", help="train a net and write checkpoints and a report"))
+    _add_generate(commands.add_parser("generate", help="write samples of a checkpoint"))
+    doctor = commands.add_parser("doctor", help="say what works here, and why the rest does not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of TrainConfig. Those not given do not appear in the result."""
+    parser.set_defaults(run=_train)
+    for f in dataclasses.fields(TrainConfig):
+        keywords = {k: v for k, v in f.metadata.items() if k != "help"}
+        help_text = f.metadata["help"]
+        if isinstance(f.default, bool):
+            keywords["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        else:
+            keywords.setdefault("type", type(f.default))
+            help_text += _defaults(f.name, f.default)
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **keywords
+        )
+
+
+def _defaults(name: str, default: Any) -> str:
+    """What stands behind the help of an option."""
+    presets = [f"{data} {preset[name]}" for data, preset in PRESETS.items() if name in preset]
+    if default is None and not presets:
+        return ""
+    shown = ([] if default is None else [str(default)]) + presets
+    return f" (default: {', '.join(shown)})"
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    options = {k: v for k, v in vars(arguments).items() if k != "run"}
+    if options.get("resume"):
+        if "out" not in options:
+            raise ValueError("--resume needs --out, the folder of the run to continue")
+        saved = checkpoint.load(Path(options["out"]) / "last.pt")
+        train(TrainConfig.continued(saved["config"], **options))
+    elif "data" not in options:
+        raise ValueError("give --data: digits, text, or a file (or --resume and --out)")
+    else:
+        train(TrainConfig.for_data(**options))
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_generate)
+    parser.add_argument("--checkpoint", required=True, help="such as runs/demo/last.pt")
+    parser.add_argument("--num-samples", type=int, default=16, help="(default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--steps", type=int, default=18, help="of decoding (default: 18)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="at the first step, falling to 0 (default: 1)",
+    )
+    parser.add_argument(
+        "--filter-thres",
+        type=float,
+        default=0.7,
+        help="share of the vocabulary never sampled: the least probable ids (default: 0.7)",
+    )
+    parser.add_argument("--out", help=".npy, .png (images) or text (default: the terminal)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    for name in ("num_samples", "steps"):
+        if (value := getattr(arguments, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    model, spec = load_model(Path(arguments.checkpoint))
+    out = None if arguments.out is None else Path(arguments.out)
+    if out is not None:
+        samples.check_suffix(out, spec)
+    model.to(choose_device(arguments.device)).steps = arguments.steps
+    ids = model.generate(
+        arguments.num_samples,
+        arguments.temperature,
+        arguments.filter_thres,
+        seed=arguments.seed,
+    ).cpu()
+    if out is None:
+        print(samples.text(ids, spec), end="")
+    else:
+        samples.write(out, ids, spec)
+        print(out)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    simd = "-" if cpp is None else _SIMD_LEVELS[cpp.simd_level()]
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    _table(
+        "versions",
+        {
+            "nar-kernels": version("nar-kernels") or "not installed, running from a checkout",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    )
+    _table(
+        "machine",
+        {
+            "platform": platform.platform(),
+            "simd": f"{simd} in nar_kernels, {torch.backends.cpu.get_cpu_capability()} in torch",
+            "threads": str(torch.get_num_threads()),
+            "cuda": cuda,
+        },
+    )
+    _table("backends", backends())
+    _table(
+        "optional packages",
+        {
+            package: version(package) or f"not installed: pip install 'nar-kernels[{extra}]'"
+            for extra, packages in _OPTIONAL.items()
+            for package in packages
+        },
+    )
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name:<16}{value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Pictures of a run: the loss curve, images, and images as they appear step by step (PNG).
+
+Shapes: H height and W width of an image in tokens.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar_kernels.sources import import_extra
+
+_PIXELS = 6  # of the picture, along a token
+_GAP = 8  # pixels between images
+_DPI = 100
+_PAPER, _INK, _FAINT, _TABLE = "#ffffff", "#1d2733", "#66717e", "#e4e8ed"
+_TRAIN, _HELD_OUT = "#9db4d0", "#d1495b"
+_MASKED = "#f6b957"  # no grey can be taken for it
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches. Not from pyplot, which keeps global state."""
+    return import_extra("matplotlib.figure").Figure(figsize=(width, height), dpi=_DPI)
+
+
+def loss_curve(
+    path: Path,
+    *,
+    train: Sequence[tuple[float, float]],
+    held_out: Sequence[tuple[int, float, float]],
+    baselines: dict[str, float],
+    train_label: str,
+    title: str,
+) -> None:
+    """Training loss, held-out loss with its standard error, and baselines as horizontal lines.
+
+    Args:
+        train: (step, bits per token).
+        held_out: (step, bits per token, standard error).
+        baselines: bits per token of each label.
+    """
+    figure = _figure(8, 4.6)
+    axes = figure.add_axes((0.09, 0.12, 0.88, 0.74))
+    if train:
+        axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1.2, label=train_label)
+    steps, bits, errors = (np.array(column) for column in zip(*held_out, strict=True))
+    axes.fill_between(steps, bits - errors, bits + errors, color=_HELD_OUT, alpha=0.2, linewidth=0)
+    axes.plot(steps, bits, color=_HELD_OUT, linewidth=2, marker="o", markersize=4, label="held out")
+    axes.annotate(
+        f"{bits[-1]:.3f}",
+        (steps[-1], bits[-1]),
+        xytext=(0, -14),
+        textcoords="offset points",
+        ha="right",
+        color=_HELD_OUT,
+        weight="bold",
+    )
+    for label, level in baselines.items():
+        axes.axhline(level, color=_INK, linewidth=0.9, linestyle=(0, (5, 4)))
+        axes.annotate(
+            f"{label}: {level:.2f}",
+            (0.99, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=_INK,
+            fontsize=9,
+        )
+    # The first steps, at log2 of the vocabulary, would flatten everything else.
+    lows, highs = [*bits, *baselines.values()], [bits[0], *baselines.values()]
+    axes.set_ylim(min(lows) - 0.12, max(highs) + 0.25)
+    axes.set_xlim(0, max(int(steps[-1]), 1))
+    axes.set_xlabel("optimiser step", color=_INK)
+    axes.set_ylabel("bits per token", color=_INK)
+    figure.text(0.09, 0.94, title, color=_INK, fontsize=12)
+    axes.grid(axis="y", color="#e6e9ed", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncol=2, fontsize=9)
+    figure.savefig(path)
+
+
+def images(
+    path: Path,
+    ids: Tensor,
+    *,
+    mask_id: int,
+    column_labels: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """A table of images; a filmstrip if its columns are moments.
+
+    Args:
+        ids: int64 ``[rows, columns, H, W]``: ``mask_id``, or ink from 0 to ``mask_id - 1``.
+        column_labels: one for each column, or none.
+    """
+    canvas = _tiles(ids.cpu(), mask_id)
+    margin = {"left": 18, "right": 18, "top": 18, "bottom": 18}  # pixels
+    margin["top"] += 26 * bool(title) + 20 * bool(column_labels)
+    width = canvas.shape[1] + margin["left"] + margin["right"]
+    height = canvas.shape[0] + margin["top"] + margin["bottom"]
+    figure = _figure(width / _DPI, height / _DPI)
+    figure.set_facecolor(_TABLE)
+    figure.figimage(canvas, xo=margin["left"], yo=margin["bottom"], origin="upper")
+    if title:
+        figure.text(margin["left"] / width, 1 - 24 / height, title, color=_INK, fontsize=11)
+    step = _PIXELS * ids.shape[-1] + _GAP
+    for column, label in enumerate(column_labels):
+        x = margin["left"] + column * step + (step - _GAP) / 2
+        y = height - margin["top"] + 8
+        figure.text(x / width, y / height, label, ha="center", color=_FAINT, fontsize=9)
+    figure.savefig(path, facecolor=_TABLE)
+
+
+def _tiles(ids: Tensor, mask_id: int) -> np.ndarray:
+    """uint8 RGB of all images, with gaps between them."""
+    # One colour for each id: dark ink on white paper, and the mask.
+    ink = torch.linspace(0, 1, mask_id)[:, None]
+    white, black = torch.tensor([_rgb(_PAPER), _rgb(_INK)])
+    palette = torch.cat([white + ink * (black - white), torch.tensor([_rgb(_MASKED)])])
+    tiles = (
+        palette.round()
+        .to(torch.uint8)[ids]
+        .repeat_interleave(_PIXELS, 2)
+        .repeat_interleave(_PIXELS, 3)
+    )
+
+    rows, columns, height, width, _ = tiles.shape
+    canvas = torch.tensor(_rgb(_TABLE), dtype=torch.uint8).repeat(
+        rows, columns, height + _GAP, width + _GAP, 1
+    )
+    canvas[:, :, :height, :width] = tiles
+    canvas = canvas.transpose(1, 2).reshape(rows * (height + _GAP), columns * (width + _GAP), 3)
+    return canvas[:-_GAP, :-_GAP].numpy()
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+    return red, green, blue

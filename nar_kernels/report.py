@@ -1,0 +1,232 @@
+"""What a run leaves behind: its log, the report, the pictures, and what it says on the terminal."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nar_kernels import samples
+from nar_kernels.config import TrainConfig
+from nar_kernels.evaluate import NATS_PER_BIT, Baseline
+from nar_kernels.pictures import images, loss_curve
+from nar_kernels.sources import Data
+from nar_kernels.wrapper import NonAutoregressiveWrapper
+
+_POINTS = 200  # of the training curve
+_FILMSTRIP_ROWS = 10
+_RUN_FILES = (
+    *("last.pt", "best.pt", "report.json", "loss.png"),
+    *("filmstrip.png", "samples.txt", "samples.npy"),
+)
+
+
+class Log:
+    """The history of a run, which travels in its checkpoints.
+
+    Attributes:
+        losses: nats, one for each step.
+        curve: (step, bits per token, standard error) of each evaluation.
+        seconds: spent in training steps, evaluation and checkpoints left out.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.curve: list[tuple[int, float, float]] = []
+        self.seconds = 0.0
+
+    def add(self, loss: float, seconds: float) -> None:
+        self.losses.append(loss)
+        self.seconds += seconds
+
+    def best(self) -> tuple[int, float, float]:
+        return min(self.curve, key=lambda point: point[1])
+
+    def recent_loss(self) -> float:
+        """Nats, mean of the last steps."""
+        recent = self.losses[-20:]
+        return sum(recent) / max(len(recent), 1)
+
+    def smooth(self) -> list[tuple[float, float]]:
+        """(middle step, bits) of the training loss: means over equal parts."""
+        size = max(-(-len(self.losses) // _POINTS), 5)
+        parts = [self.losses[i : i + size] for i in range(0, len(self.losses), size)]
+        return [
+            (i * size + (len(part) + 1) / 2, sum(part) / len(part) / NATS_PER_BIT)
+            for i, part in enumerate(parts)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        return {"losses": losses, "curve": self.curve, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses = state["losses"].tolist()
+        self.curve = [tuple(point) for point in state["curve"]]
+        self.seconds = state["seconds"]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder, and removes what an earlier run left there; nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for events in (folder / "tb").glob("events.out.tfevents.*"):
+        events.unlink()
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device, bf16: bool) -> dict[str, Any]:
+    """What the rounding of a run depends on."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "x_transformers": version("x-transformers"),
+        "nar_kernels": version("nar-kernels"),
+        "device": f"{device.type} ({where})",
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if bf16 else "fp32",
+    }
+
+
+def describe(
+    config: TrainConfig,
+    data: Data,
+    model: nn.Module,
+    baselines: dict[str, Baseline],
+    environment: dict[str, Any],
+) -> str:
+    """The head of a run, for the terminal."""
+    num_parameters = sum(p.numel() for p in model.parameters())
+    vocabulary = data.spec.num_tokens - 1
+    lines = {
+        "data": f"{data.name}: {len(data.train)} windows of {data.spec.seq_len} tokens to train on"
+        f", {len(data.held_out_windows)} held out; {vocabulary} ids and the mask",
+        "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
+        f"{num_parameters:,} parameters",
+        "masking": f"{config.schedule} schedule, {config.draw} draw; loss: {config.loss}",
+        "steps": f"{config.steps} of {config.batch_size} windows; AdamW, peak learning rate "
+        f"{config.lr:g}",
+        "on": f"{environment['device']}, {environment['threads']} threads, "
+        f"{environment['precision']}",
+        "to beat": ", ".join(
+            f"{b.bits_per_token:.3f} ({name})" for name, b in _shown(baselines).items()
+        ),
+        "folder": str(config.folder),
+    }
+    return "\n".join(f"{name:>8}  {line}" for name, line in lines.items())
+
+
+def _shown(baselines: dict[str, Baseline]) -> dict[str, Baseline]:
+    """The baselines that a model without context reaches on the held-out windows."""
+    names = {
+        "unigram_cross_entropy": "token frequencies",
+        "per_position_cross_entropy": "frequencies at each position",
+    }
+    return {label: baselines[name] for name, label in names.items() if name in baselines}
+
+
+def write_results(
+    config: TrainConfig,
+    data: Data,
+    model: NonAutoregressiveWrapper,
+    log: Log,
+    baselines: dict[str, Baseline],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes ``report.json``, the pictures and samples into the run's folder."""
+    folder = config.folder
+    shown = _shown(baselines)
+    step, bits, error = log.curve[-1]
+    best_step, best_bits, _ = log.best()
+    loss_curve(
+        folder / "loss.png",
+        train=log.smooth(),
+        held_out=log.curve,
+        baselines={label: b.bits_per_token for label, b in shown.items()},
+        train_label="training batches" + (", unweighted" if config.loss == "mean" else ""),
+        title=f"{Path(data.name).name}: {bits:.3f} bits per token after {step} steps",
+    )
+    pictures = {"loss_curve": "loss.png", "samples": _write_samples(folder, config, data, model)}
+    best_baseline = min(b.bits_per_token for b in shown.values())
+    tokens = len(log.losses) * config.batch_size * data.spec.seq_len
+    report = {
+        "bits_per_token": bits,
+        "standard_error": error,
+        "below_best_baseline": best_baseline - bits,
+        "baselines": {name: b._asdict() for name, b in baselines.items()},
+        "best": {"step": best_step, "bits_per_token": best_bits},
+        "steps": step,
+        "train_seconds": log.seconds,
+        "tokens_per_second": tokens / log.seconds,
+        "data": {
+            "name": data.name,
+            "num_tokens": data.spec.num_tokens,
+            "seq_len": data.spec.seq_len,
+            "train_windows": len(data.train),
+            "held_out_windows": len(data.held_out_windows),
+            "digest": data.train.corpus.digest,
+        },
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "config": config.to_dict(),
+        "environment": environment,
+        "files": {
+            "last_checkpoint": "last.pt",
+            "best_checkpoint": "best.pt",
+            "tensorboard": "tb",
+            **pictures,
+        },
+        "curve": {
+            "train": [{"step": s, "bits_per_token": b} for s, b in log.smooth()],
+            "held_out": [
+                {"step": s, "bits_per_token": b, "standard_error": e} for s, b, e in log.curve
+            ],
+        },
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _write_samples(
+    folder: Path, config: TrainConfig, data: Data, model: NonAutoregressiveWrapper
+) -> str:
+    """Samples as they appear, for images; else the samples. Returns the name of the file."""
+    if data.spec.image_shape is not None:
+        steps, ids = samples.frames(model, _FILMSTRIP_ROWS, seed=config.seed)
+        images(
+            folder / "filmstrip.png",
+            ids.unflatten(-1, data.spec.image_shape),
+            mask_id=data.spec.mask_id,
+            column_labels=["start", *map(str, steps[1:])],
+            title=f"{data.name}: decoding steps, coloured where still masked",
+        )
+        return "filmstrip.png"
+    name = "samples.txt" if data.spec.render == "bytes" else "samples.npy"
+    ids = model.generate(4, seed=config.seed).cpu()
+    samples.write(folder / name, ids, data.spec)
+    return name
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The end of a run, for the terminal."""
+    folder = TrainConfig(**report["config"]).folder
+    files = (report["files"][name] for name in ("samples", "loss_curve"))
+    return (
+        f"{report['bits_per_token']:.4f} ± {report['standard_error']:.4f} bits per token held out, "
+        f"{report['below_best_baseline']:.3f} below the best model without context\n"
+        f"{report['steps']} steps in {report['train_seconds']:.0f} s, "
+        f"{report['tokens_per_second']:,.0f} tokens/s\n"
+        + "".join(f"{folder / file}\n" for file in (*files, "report.json"))
+    ).rstrip()

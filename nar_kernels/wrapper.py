@@ -1,0 +1,427 @@
+"""A drop-in replacement for x-transformers' ``NonAutoregressiveWrapper``.
+
+Its names are kept here and translated to the field's before any other module is called.
+Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nar_kernels.decode import decode, exclude_mask_id, noise_generator, num_masked_after, sample
+from nar_kernels.masking import Corrupted, MaskingConfig
+from nar_kernels.nets import net_attribute
+from nar_kernels.ops import corrupt
+from nar_kernels.philox import Stream
+from nar_kernels.schedules import Schedule, resolve
+
+
+class Losses(NamedTuple):
+    """Scalars; a part that was not trained is None."""
+
+    loss: Tensor
+    generator_loss: Tensor | None
+    critic_loss: Tensor | None
+
+
+def masked_loss(
+    logits: Tensor, corrupted: Corrupted, *, weighted: bool, is_log_prob: bool = False
+) -> Tensor:
+    """The loss at the masked positions: a scalar, at least float32, 0 if nothing is masked.
+
+    Weighted: ``sum(w NLL) / num_maskable``, in expectation a bound on the negative log-likelihood,
+    in nats per token. Unweighted: the mean NLL of the masked positions.
+
+    Args:
+        logits: ``[B, L, V]``, or log-probabilities with ``is_log_prob``.
+    """
+    rows = corrupted.masked_rows
+    labels = corrupted.labels.view(-1).index_select(0, rows)
+    logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = (F.nll_loss if is_log_prob else F.cross_entropy)(logits, labels, reduction="none")
+    if not weighted:
+        return nll.sum() / max(len(rows), 1)
+    weight = corrupted.loss_weight.index_select(0, rows // corrupted.labels.shape[1])
+    return (weight * nll).sum() / corrupted.num_maskable.sum().clamp(min=1)
+
+
+class SelfCritic(nn.Module):
+    """The generator with a second head, ``[B, L, 1]`` (Nijkamp et al. 2021, SCRIPT, NAACL)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        # A TransformerWrapper's hidden states may be wider or narrower than its embeddings.
+        attn_layers = net_attribute(net, "attn_layers", None)
+        dim = getattr(attn_layers, "dim", None) or net_attribute(net, "emb_dim")
+        self.to_logits = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_logits(self.net(x, return_embeddings=True))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every submodule is back in the mode it had."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@contextmanager
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    # Else autocast of older PyTorch gives the next call of the net the weights that were cast in
+    # here, cut off from their gradients (pytorch issue 112583).
+    torch.clear_autocast_cache()
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _describe(output: Any) -> str:
+    return f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(0, 2**63 - 1, ()).item())
+
+
+class NonAutoregressiveWrapper(nn.Module):
+    """Trains a network to fill masked tokens, and generates with it.
+
+    Mask-Predict (arXiv:1904.09324), MaskGIT (arXiv:2202.04200), and the likelihood bound of masked
+    diffusion (arXiv:2406.07524). Arguments up to ``use_simple_mdlm_loss_weight`` are those of
+    x-transformers, and its checkpoints load.
+
+    Args:
+        net: a :class:`nar_kernels.nets.TokenNet`, such as x-transformers' ``TransformerWrapper``.
+        mask_id: id of the mask token, in [0, V).
+        steps: of :meth:`generate`.
+        self_cond: give the net the hidden states of its previous call, or a learned null embedding.
+        self_cond_train_prob: share of the training batches that get hidden states.
+        no_replace_prob: share of masked positions that keep their token, in half of the samples.
+        random_token_prob: share of masked positions that get a random token, in half of the
+            samples.
+        schedule: mask ratio m(t), as in :class:`MaskingConfig`; ``generate`` follows it too.
+        can_mask_prev_unmasked: whether ``generate`` may mask positions again that it has filled.
+        token_critic: a net from ids to ``[B, L, 1]``, trained to find sampled ids that are wrong.
+        self_token_critic: use ``net`` with another head as the critic.
+        critic_loss_weight: of the critic's loss in the sum.
+        use_simple_mdlm_loss_weight: train the likelihood bound, in nats per token; otherwise the
+            mean NLL of the masked positions.
+        draw, times, never_mask_ids: as in :class:`MaskingConfig`. (Not of x-transformers.)
+        backend: of the masking, as in :func:`nar_kernels.corrupt`.
+
+    ``masking`` holds the :class:`MaskingConfig` in use; assign another to change it in training.
+
+    Raises:
+        TypeError, ValueError: the net lacks what the arguments need, or they contradict.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        mask_id: int,
+        steps: int = 18,
+        self_cond: bool = False,
+        self_cond_train_prob: float = 0.75,
+        no_replace_prob: float = 0.15,
+        random_token_prob: float = 0.1,
+        schedule: str | Schedule = "linear",
+        can_mask_prev_unmasked: bool = False,
+        token_critic: nn.Module | None = None,
+        self_token_critic: bool = False,
+        critic_loss_weight: float = 1.0,
+        use_simple_mdlm_loss_weight: bool = True,
+        draw: Literal["exact", "bernoulli"] = "exact",
+        times: Literal["stratified", "uniform"] = "stratified",
+        never_mask_ids: Sequence[int] = (),
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"steps is {steps}: generate needs at least 1")
+        if self_token_critic and token_critic is not None:
+            raise ValueError("pass either token_critic or self_token_critic, not both")
+
+        self.net = net
+        self.max_seq_len: int = net_attribute(net, "max_seq_len")
+        self.dim = net_attribute(net, "emb_dim", None)
+        if self.dim is None and (self_cond or self_token_critic):
+            raise ValueError(
+                f"{'self_cond' if self_cond else 'self_token_critic'} needs the net's embeddings, "
+                f"but {type(net).__name__} has no emb_dim; nar_kernels.nets.TokenNet says what the "
+                "net must understand"
+            )
+        self.masking = MaskingConfig(
+            net_attribute(net, "num_tokens"),
+            mask_id,
+            schedule=schedule,
+            draw=draw,
+            times=times,
+            no_replace_prob=no_replace_prob,
+            random_token_prob=random_token_prob,
+            corruption_prob=0.5,
+            never_mask_ids=never_mask_ids,
+        )
+        self.backend = backend
+        self.steps = steps
+        self.can_mask_prev_unmasked = can_mask_prev_unmasked
+        self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
+
+        self.self_cond = self_cond
+        self.self_cond_train_prob = self_cond_train_prob
+        if self_cond:
+            self.null_embed = nn.Parameter(torch.randn(self.dim))
+            self.to_self_cond = nn.Linear(self.dim, self.dim, bias=False)
+
+        self.token_critic = SelfCritic(net) if self_token_critic else token_critic
+        self.critic_loss_weight = critic_loss_weight
+
+    @property
+    def num_tokens(self) -> int:
+        return self.masking.num_tokens
+
+    @property
+    def mask_id(self) -> int:
+        return self.masking.mask_id
+
+    @property
+    def no_replace_prob(self) -> float:
+        return self.masking.no_replace_prob
+
+    @property
+    def random_token_prob(self) -> float:
+        return self.masking.random_token_prob
+
+    @property
+    def schedule_fn(self) -> Schedule:
+        return resolve(self.masking.schedule)
+
+    def forward(
+        self,
+        x: Tensor | Corrupted,
+        only_train_generator: bool = False,
+        only_train_critic: bool = False,
+        generator_sample_temperature: float | None = None,
+        *,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Losses:
+        """The losses of a batch.
+
+        Args:
+            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already.
+            only_train_generator: leave the critic out.
+            only_train_critic: the generator runs without gradients, and its loss is None.
+            generator_sample_temperature: of the ids that the critic judges. Default: uniform in
+                [0, 1), drawn anew each time.
+            seed: of everything random in here, the net's own dropout excepted. Default: drawn from
+                PyTorch's CPU generator. Under ``torch.distributed`` rank r of W takes sample slots
+                r, r + W, ...: ranks with the same seed draw different masks.
+            kwargs: for the net.
+
+        Raises:
+            InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
+            TypeError, ValueError: wrong dtype, shape or length, or arguments that contradict.
+        """
+        if only_train_critic and self.token_critic is None:
+            raise ValueError("only_train_critic needs a token_critic or self_token_critic")
+        if only_train_critic and only_train_generator:
+            raise ValueError("only_train_generator and only_train_critic exclude each other")
+        seed = _draw_seed() if seed is None else seed
+        rank, world_size = _rank_and_world_size()
+        corrupted = self._corrupted(x, seed, rank, world_size)
+
+        loss: Tensor | None = None
+        with _no_grad() if only_train_critic else nullcontext():
+            logits = self._logits(corrupted.input_ids, seed, kwargs)
+        if not only_train_critic:
+            loss = masked_loss(
+                logits,
+                corrupted,
+                weighted=self.use_simple_mdlm_loss_weight,
+                is_log_prob=net_attribute(self.net, "output_is_log_prob", False),
+            )
+            if self.token_critic is None or only_train_generator:
+                return Losses(loss, loss, None)
+
+        # Slot 0 is the self-conditioning coin's.
+        noise = noise_generator(seed, Stream.CRITIC_NOISE, logits.device, slot=1 + rank)
+        critic_loss = self._critic_loss(logits, corrupted, generator_sample_temperature, noise)
+        if loss is None:
+            return Losses(critic_loss, None, critic_loss)
+        return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
+
+    def _corrupted(self, x: Tensor | Corrupted, seed: int, rank: int, world_size: int) -> Corrupted:
+        ids = x.input_ids if isinstance(x, Corrupted) else x
+        if ids.dim() != 2 or ids.shape[1] != self.max_seq_len:
+            raise ValueError(
+                f"x has shape {list(ids.shape)}: it must be [batch, {self.max_seq_len}], windows "
+                "of exactly the net's max_seq_len"
+            )
+        if isinstance(x, Corrupted):
+            got = x.masking.num_tokens, x.masking.mask_id
+            if got != (self.num_tokens, self.mask_id):
+                raise ValueError(
+                    f"the batch was corrupted for (num_tokens, mask_id) = {got}, but this wrapper "
+                    f"has {(self.num_tokens, self.mask_id)}"
+                )
+            corrupted = x
+        else:
+            batch = x.shape[0]
+            corrupted = corrupt(
+                x,
+                self.masking,
+                seed=seed,
+                sample_ids=torch.arange(batch, device=x.device) * world_size + rank,
+                global_batch=max(batch, 1) * world_size,
+                backend=self.backend,
+            )
+        corrupted.raise_if_invalid()
+        return corrupted
+
+    def _logits(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Tensor:
+        if self.self_cond:
+            embed: Tensor = self.null_embed
+            # The same coin on all ranks: they must build the same graph.
+            coin = torch.rand((), generator=noise_generator(seed, Stream.CRITIC_NOISE))
+            if coin < self.self_cond_train_prob:
+                with _no_grad():
+                    embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
+            kwargs = {**kwargs, "sum_embeds": self._self_condition(embed)}
+        return self._checked(self.net(input_ids, **kwargs), input_ids)
+
+    def _self_condition(self, embed: Tensor) -> Tensor:
+        if embed.dim() > 3 or embed.shape[-1] != self.dim:
+            raise ValueError(
+                f"the net's embeddings have shape {list(embed.shape)}: self_cond adds them to the "
+                f"token embeddings, so they must be [B, L, {self.dim}]"
+            )
+        return self.to_self_cond(embed)
+
+    def _checked(self, logits: Any, ids: Tensor) -> Tensor:
+        """The net's output, if it is logits; ``mask_id`` needs no column if it is the last id."""
+        widths = {self.num_tokens, self.num_tokens - (self.mask_id == self.num_tokens - 1)}
+        if not (
+            isinstance(logits, Tensor)
+            and logits.shape[:-1] == ids.shape
+            and logits.shape[-1] in widths
+        ):
+            raise TypeError(
+                f"the net returned {_describe(logits)}, but it must return logits of shape "
+                f"{[*ids.shape, self.num_tokens]}; NetAdapter picks them out of most outputs"
+            )
+        return logits
+
+    def _critic_scores(self, ids: Tensor) -> Tensor:
+        """float32 ``[B, L]``: logits of an id being wrong."""
+        assert self.token_critic is not None
+        scores = self.token_critic(ids)
+        if not isinstance(scores, Tensor) or scores.numel() != ids.numel():
+            raise TypeError(
+                f"token_critic returned {_describe(scores)}, but it must return {[*ids.shape, 1]}"
+            )
+        return scores.reshape(ids.shape).float()
+
+    def _critic_loss(
+        self,
+        logits: Tensor,
+        corrupted: Corrupted,
+        temperature: float | None,
+        noise: torch.Generator,
+    ) -> Tensor:
+        """How well the critic tells wrong samples from clean ids: mean over all positions."""
+        rows, clean = corrupted.masked_rows, corrupted.clean_ids
+        with torch.no_grad():
+            if temperature is None:
+                temperature = torch.rand((), generator=noise, device=noise.device).item()
+            logits = logits.flatten(0, 1).index_select(0, rows)
+            logits = exclude_mask_id(logits, self.mask_id)
+            sampled = sample(logits, temperature, self.mask_id, noise)
+            generated = clean.flatten().index_copy(0, rows, sampled).view_as(clean)
+        return F.binary_cross_entropy_with_logits(
+            self._critic_scores(generated), (generated != clean).float()
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch_size: int | None = None,
+        start_temperature: float = 1.0,
+        filter_thres: float | None = 0.7,
+        noise_level_scale: float = 1.0,
+        *,
+        seed: int | None = None,
+        on_step: Callable[[int, Tensor, Tensor], object] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Samples sequences.
+
+        Args:
+            batch_size: B; without it, one sequence.
+            start_temperature: of the first step, falling to 0 at the last.
+            filter_thres: share of the vocabulary, in [0, 1], that is never sampled: the least
+                probable. None: no filter.
+            noise_level_scale: scale of the noise on the critic's scores.
+            seed: default: drawn from PyTorch's CPU generator.
+            on_step: called after each step, as in :func:`nar_kernels.decode.decode`.
+            kwargs: for the net.
+
+        Returns:
+            int64 ``[B, L]``, or ``[L]`` without ``batch_size``; never holds ``mask_id``.
+        """
+        if filter_thres is not None and not 0 <= filter_thres <= 1:
+            raise ValueError(f"filter_thres is {filter_thres}: it must be in [0, 1], or None")
+        top_k = None
+        if filter_thres is not None:
+            top_k = max(math.ceil((1 - filter_thres) * self.num_tokens), 1)
+        seed = _draw_seed() if seed is None else seed
+        embed = self.null_embed if self.self_cond else None
+
+        def predict(ids: Tensor) -> Tensor:
+            nonlocal embed
+            if embed is None:
+                logits = self.net(ids, **kwargs)
+            else:
+                logits, embed = self.net(
+                    ids,
+                    sum_embeds=self._self_condition(embed),
+                    return_logits_and_embeddings=True,
+                    **kwargs,
+                )
+            return self._checked(logits, ids)
+
+        some_parameter = next(self.net.parameters(), None)
+        device = torch.device("cpu") if some_parameter is None else some_parameter.device
+        with _evaluating(self):
+            ids = decode(
+                predict,
+                (1 if batch_size is None else batch_size, self.max_seq_len),
+                num_masked_after(self.schedule_fn, self.steps, self.max_seq_len),
+                mask_id=self.mask_id,
+                generator=noise_generator(seed, Stream.DECODE_NOISE, device),
+                temperature=start_temperature,
+                top_k=top_k,
+                critic=None if self.token_critic is None else self._critic_scores,
+                critic_noise=noise_level_scale,
+                remask=self.can_mask_prev_unmasked,
+                on_step=on_step,
+            )
+        return ids[0] if batch_size is None else ids

@@ -1,0 +1,180 @@
+"""The command line: what it prints, and its exit status."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nar_kernels.cli import main
+from nar_kernels.config import TrainConfig
+
+TINY = "--dim 32 --depth 1 --heads 1 --batch-size 4 --threads 1 --eval-draws 1 --device cpu".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory) -> Path:
+    pytest.importorskip("x_transformers")
+    pytest.importorskip("sklearn")
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["train", "--data", "digits", "--out", str(out), "--steps", "3", *TINY]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory) -> Path:
+    pytest.importorskip("x_transformers")
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "abc.txt").write_bytes(b"abc" * 200)
+    data = ["--data", str(folder / "abc.txt"), "--seq-len", "8", "--out", str(folder / "run")]
+    assert main(["train", *data, "--steps", "3", *TINY]) == 0
+    return folder / "run"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line that a mistake is answered with."""
+    assert main([str(argument) for argument in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nar-kernels: ") and error.count("\n") == 1
+    return error
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for words in ("torch", torch.__version__, "reference", "cpp", "simd", "x-transformers"):
+        assert words in out
+
+
+def test_doctor_says_why(capsys, monkeypatch):
+    monkeypatch.setattr("nar_kernels.cli.backends", lambda: {"cpp": "no compiler"})
+    monkeypatch.setattr("nar_kernels.cli.cpp", None)
+    monkeypatch.setattr("nar_kernels.cli.version", lambda package: None)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "no compiler" in out and "not installed: pip install 'nar-kernels[train]'" in out
+
+
+def test_every_option_is_on_the_command_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert all("--" + f.name.replace("_", "-") in out for f in fields(TrainConfig))
+
+
+def test_train_says_what_it_does(digits_run, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", "--data", "digits", "--out", str(out), "--steps", "2", *TINY]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "1617 windows of 64 tokens",
+        "180 held out",
+        "12,672 parameters",
+        "2.360 (frequencies at each position)",
+        "step      2:",
+        "bits per token held out",
+        str(out / "filmstrip.png"),
+        str(out / "report.json"),
+    ):
+        assert words in printed
+    assert (out / "filmstrip.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quiet(capfd, tmp_path):
+    pytest.importorskip("x_transformers")
+    (tmp_path / "a").write_bytes(b"abc" * 200)
+    argv = ["--data", str(tmp_path / "a"), "--out", str(tmp_path / "run"), "--seq-len", "8"]
+    assert main(["train", *argv, "--steps", "1", "--quiet", *TINY]) == 0
+    assert capfd.readouterr().out == ""
+
+
+def test_resume_takes_its_options_from_the_run(text_run, capsys):
+    """The run is complete: only the report is written again."""
+    (text_run / "report.json").unlink()
+    assert main(["train", "--resume", "--out", str(text_run)]) == 0
+    assert (text_run / "report.json").exists()
+    assert "--lr was 0.001 and is 0.5" in fails(
+        capsys, "train", "--resume", "--out", text_run, "--lr", "0.5"
+    )
+
+
+def test_mistakes_in_train(capsys, tmp_path, text_run):
+    assert "no file nowhere.txt" in fails(capsys, "train", "--data", "nowhere.txt")
+    assert "give --data" in fails(capsys, "train")
+    assert "needs --out" in fails(capsys, "train", "--resume")
+    assert "no checkpoint" in fails(capsys, "train", "--resume", "--out", tmp_path)
+    assert "holds a run" in fails(capsys, "train", "--data", "text", "--out", text_run)
+    assert "heads is 5" in fails(capsys, "train", "--data", "digits", "--heads", 5)
+    np.save(tmp_path / "ids.npy", np.zeros(1000, dtype=np.int32))
+    assert "give num_tokens" in fails(capsys, "train", "--data", tmp_path / "ids.npy")
+    (tmp_path / "short.txt").write_bytes(b"short")
+    assert "less than one window" in fails(capsys, "train", "--data", tmp_path / "short.txt")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--data", "digits", "--steps", "many"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("package", ["x_transformers", "tqdm", "sklearn.datasets"])
+def test_a_missing_package_is_named(capsys, monkeypatch, tmp_path, package):
+    pytest.importorskip("x_transformers")
+    monkeypatch.setitem(sys.modules, package, None)
+    error = fails(capsys, "train", "--data", "digits", "--out", tmp_path / "run")
+    assert f"{package} is not installed" in error and "pip install 'nar-kernels[train]'" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_generate_images(digits_run, capsys, tmp_path):
+    command = ["generate", "--checkpoint", str(digits_run / "last.pt"), "--num-samples", "3"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 3 * 8 + 2
+    for suffix in ("npy", "png", "txt"):
+        assert main([*command, "--out", str(tmp_path / f"a.{suffix}")]) == 0
+    ids = np.load(tmp_path / "a.npy")
+    assert ids.shape == (3, 64) and 0 <= ids.min() and ids.max() < 17
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a.txt").read_text() == printed
+
+
+def test_generate_text(text_run, capsys, tmp_path):
+    command = ["generate", "--checkpoint", str(text_run / "best.pt"), "--steps", "4"]
+    assert main([*command, "--seed", "1"]) == 0
+    first = capsys.readouterr().out
+    assert first.count("-" * 72) == 15
+    assert main([*command, "--seed", "1"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*command, "--seed", "2"]) == 0
+    assert capsys.readouterr().out != first
+
+
+def test_mistakes_in_generate(text_run, capsys, tmp_path):
+    last = text_run / "last.pt"
+    assert "no checkpoint" in fails(capsys, "generate", "--checkpoint", tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_text("x")
+    assert "not a checkpoint" in fails(capsys, "generate", "--checkpoint", tmp_path / "x.pt")
+    assert "not images" in fails(capsys, "generate", "--checkpoint", last, "--out", "a.png")
+    assert "--num-samples is 0" in fails(
+        capsys, "generate", "--checkpoint", last, "--num-samples", 0
+    )
+    assert "filter_thres is 2.0" in fails(
+        capsys, "generate", "--checkpoint", last, "--filter-thres", 2
+    )
+
+
+def test_ctrl_c_is_130(monkeypatch):
+    def interrupted(config: TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nar_kernels.cli.train", interrupted)
+    assert main(["train", "--data", "digits"]) == 130

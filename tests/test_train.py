@@ -1,0 +1,546 @@
+"""The trainer: what a step computes, and that stopping and going on changes nothing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nar_kernels import checkpoint, pictures, samples
+from nar_kernels.config import TrainConfig
+from nar_kernels.data import MaskedLoader, TokenDataset
+from nar_kernels.errors import CorpusFormatError, InvalidTokenError
+from nar_kernels.evaluate import baselines, evaluate, evaluation_batches
+from nar_kernels.masking import Corrupted, MaskingConfig
+from nar_kernels.model import build_model, choose_bf16, load_model
+from nar_kernels.sources import SequenceSpec, open_data
+from nar_kernels.train import DivergedError, Run, learning_rate, loss_and_gradient, train
+
+pytest.importorskip("x_transformers")
+
+SPEC = SequenceSpec(num_tokens=257, seq_len=16, render="bytes", image_shape=None)
+SENTENCE = b"the quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "fox.txt"
+    path.write_bytes(SENTENCE * 100)
+    return path
+
+
+def small(data: Path, out: Path, **options: Any) -> TrainConfig:
+    settings = {
+        **{"data": str(data), "out": str(out), "seq_len": 16, "held_out": 8, "eval_draws": 2},
+        **{"dim": 32, "depth": 1, "heads": 1, "dropout": 0.1, "batch_size": 8, "lr": 3e-3},
+        **{"steps": 40, "warmup": 5, "eval_every": 20, "save_every": 10, "threads": 1},
+        **{"quiet": True, "device": "cpu", "precision": "fp32"},
+    }
+    return TrainConfig(**{**settings, **options})
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit, through containers."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# The loss and its gradient
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def uneven_batch(sentences: Path) -> Corrupted:
+    """Windows of very different counts of masked tokens."""
+    dataset = TokenDataset(sentences, 16, num_tokens=257, mask_id=256, dtype="uint8")
+    return MaskedLoader(dataset, MaskingConfig(257, 256, draw="bernoulli"), 8).batch(0)
+
+
+@pytest.mark.parametrize("loss", ["mean", "nelbo"])
+@pytest.mark.parametrize("accumulate", [2, 3, 4, 8])
+def test_accumulation_is_exact(sentences, tmp_path, loss, accumulate):
+    config = small(sentences, tmp_path, loss=loss, dropout=0.0)
+    torch.manual_seed(0)
+    model, batch = build_model(config, SPEC), uneven_batch(sentences)
+    whole = loss_and_gradient(model, batch)
+    expected = gradients(model)
+    model.zero_grad()
+
+    assert loss_and_gradient(model, batch, accumulate) == pytest.approx(whole, rel=1e-6)
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_a_mean_of_means_would_be_noticed(sentences, tmp_path):
+    torch.manual_seed(0)
+    model = build_model(small(sentences, tmp_path, dropout=0.0), SPEC)
+    batch = uneven_batch(sentences)
+    parts = [model(part).loss.item() for part in batch.microbatches(2)]
+    assert sum(parts) / len(parts) != pytest.approx(loss_and_gradient(model, batch), rel=1e-3)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(lr=2.0, warmup=10, steps=110)
+    rates = [learning_rate(step, config) for step in range(110)]
+    assert 0 < rates[0] < rates[5] < rates[9] < rates[10] == 2.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[60] == pytest.approx(1.0)
+    assert 0 < rates[-1] < 0.01
+
+
+# Evaluation
+
+
+class Constant(nn.Module):
+    """The same logits everywhere."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.logits.expand(*ids.shape, -1)
+
+
+def held_out(length: int = 7, vocabulary: int = 4) -> TokenDataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (40 * length,), generator=generator)
+    return TokenDataset(ids, length, num_tokens=vocabulary + 1, mask_id=vocabulary)
+
+
+def test_uniform_predictions_have_the_bits_of_the_vocabulary():
+    dataset = held_out()
+    net = Constant(torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf]))
+    cpu = torch.device("cpu")
+    result = evaluate(net, dataset, torch.arange(len(dataset)), draws=3, device=cpu)
+    assert result.bits_per_token == pytest.approx(2.0, abs=1e-5)
+    assert result.standard_error < 1e-5
+    assert net.training
+
+
+def test_bits_per_token_are_those_of_a_code():
+    """With the same prediction everywhere, the bound is the cross-entropy, whatever the noise."""
+    dataset = held_out()
+    probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125, 0.0])
+    every, cpu = torch.arange(len(dataset)), torch.device("cpu")
+    bits, error = evaluate(Constant(probabilities.log()), dataset, every, draws=64, device=cpu)
+    ids = torch.stack([dataset[i] for i in range(len(dataset))])
+    expected = -probabilities[ids].log2().mean().item()
+    assert 0 < error < 0.1
+    assert bits == pytest.approx(expected, abs=0.02)
+
+
+def test_noise_of_evaluation_depends_on_the_window_alone():
+    """Neither on PyTorch's generator, nor on how windows are batched."""
+    dataset = held_out(length=700)  # 2**14 tokens hold 7 windows of 3 draws
+    torch.manual_seed(1)
+    all_at_once = torch.cat(
+        [b.masked_indices for b in evaluation_batches(dataset, torch.arange(40), 3)]
+    )
+    torch.manual_seed(2)
+    few = torch.cat([b.masked_indices for b in evaluation_batches(dataset, torch.arange(5), 3)])
+    assert len(all_at_once) == 120
+    assert torch.equal(all_at_once[:15], few)
+    ratio = all_at_once.float().mean(1).view(-1, 3).sort(1).values
+    # The times of a window's draws are one in each third.
+    assert (ratio[:, 0] < 0.34).all() and (ratio[:, 2] > 0.66).all()
+
+
+def test_baselines_are_entropies():
+    # Windows "00", "01", "01", "01" | "11": what stands first differs from what stands second.
+    ids = torch.tensor([0, 0, 0, 1, 0, 1, 0, 1, 1, 1])
+    train_part, rest = TokenDataset(ids, 2, num_tokens=3, mask_id=2).split(1)
+    found = baselines(train_part, rest, torch.arange(1), per_position=True)
+    bits = {name: baseline.bits_per_token for name, baseline in found.items()}
+
+    def entropy(p: float) -> float:
+        return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+    assert bits["unigram_entropy"] == pytest.approx(entropy(3 / 8))
+    assert bits["unigram_cross_entropy"] == pytest.approx(-math.log2((3 + 1) / (8 + 2)))
+    assert bits["per_position_entropy"] == pytest.approx((0 + entropy(3 / 4)) / 2)
+    expected = (-math.log2((0 + 1) / (4 + 2)) - math.log2((3 + 1) / (4 + 2))) / 2
+    assert bits["per_position_cross_entropy"] == pytest.approx(expected)
+    assert bits["per_position_entropy_held_out"] == 0
+
+
+# Data
+
+
+def test_digits_are_images_of_seventeen_shades():
+    pytest.importorskip("sklearn")
+    data = open_data("digits")
+    assert (len(data.train), len(data.held_out)) == (1617, 180)
+    assert data.spec == SequenceSpec(18, 64, "image", (8, 8))
+    found = baselines(data.train, data.held_out, data.held_out_windows, per_position=True)
+    assert found["per_position_entropy"].bits_per_token == pytest.approx(2.42, abs=0.005)
+
+
+def test_text_is_prose():
+    data = open_data("text", stride=64)
+    assert data.spec == SequenceSpec(257, 256, "bytes", None)
+    assert "statement" in bytes(data.train.corpus.tokens.tolist()).decode()
+    starts = data.held_out.starts(data.held_out_windows)
+    assert (starts.diff() == 256).all()
+    last_of_train = data.train.starts(torch.tensor([-1])).item() + 256
+    assert last_of_train <= starts[0]
+
+
+def test_files(tmp_path):
+    ids = np.arange(200, dtype=np.uint16) % 50
+    np.save(tmp_path / "ids.npy", ids)
+    ids.tofile(tmp_path / "ids.bin")
+    (tmp_path / "ids.text").write_bytes(bytes(200))
+    options = {"seq_len": 10, "num_held_out": 2}
+    for name, more in (("ids.npy", {}), ("ids.bin", {"dtype": "uint16"})):
+        data = open_data(str(tmp_path / name), num_tokens=51, **more, **options)
+        assert data.spec == SequenceSpec(51, 10, "ids", None)
+        assert data.train[1].tolist() == list(range(10, 20))
+    assert open_data(str(tmp_path / "ids.text"), **options).spec.num_tokens == 257
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("nothing.txt", {}, FileNotFoundError, "no file nothing.txt.*digits and text"),
+        ("text", {"dtype": "uint8"}, ValueError, "dtype is uint8, but the data is text"),
+        ("text", {"num_tokens": 300}, ValueError, "num_tokens is 300, .* it is 257"),
+        ("text", {"stride": 100}, ValueError, "stride is 100: it must divide seq_len"),
+        ("text", {"seq_len": 1 << 20}, ValueError, "less than one window"),
+        ("text", {"num_held_out": 10**6}, ValueError, "num_held_out is"),
+    ],
+)
+def test_wrong_data_options(name, options, error, message):
+    with pytest.raises(error, match=message):
+        open_data(name, **options)
+
+
+def test_token_files_must_say_what_they_hold(tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros(100, dtype=np.uint16))
+    with pytest.raises(ValueError, match="--num-tokens 50258"):
+        open_data(str(tmp_path / "ids.npy"))
+    (tmp_path / "raw.bin").write_bytes(bytes(100))
+    with pytest.raises(CorpusFormatError, match="dtype"):
+        open_data(str(tmp_path / "raw.bin"), num_tokens=10)
+
+
+def test_the_mask_token_must_be_counted(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(320, dtype=np.uint16) % 10)
+    config = small(tmp_path / "ids.npy", tmp_path / "run", num_tokens=10, held_out=4)
+    with pytest.raises(InvalidTokenError, match="equals mask_id"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+# Checkpoints
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"config": {"seed": 1}})
+
+    def fail(state: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, {"config": {"seed": 2}})
+    monkeypatch.undo()
+    assert checkpoint.load(path) == {"config": {"seed": 1}}
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"config": Path}, tmp_path / "code.pt")  # a class is code
+    for name in ("text.pt", "other.pt", "code.pt"):
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            checkpoint.load(tmp_path / name)
+
+
+# Runs
+
+LONG = {"steps": 200, "eval_every": 100, "save_every": 25}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sentences, tmp_path_factory) -> dict[str, Any]:
+    """The checkpoint of a run that never stopped."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train(small(sentences, out, **LONG))
+    return checkpoint.load(out / "last.pt")
+
+
+def start(config: TrainConfig) -> subprocess.Popen[str]:
+    """The same run in a process of its own, through the command line."""
+    command = [sys.executable, "-m", "nar_kernels.cli", "train"]
+    for name, value in config.to_dict().items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            command += [flag] if value else []
+        elif value is not None:
+            command += [flag, str(value)]
+    root = Path(__file__).resolve().parent.parent
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a script would hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def step_of(path: Path) -> int:
+    return checkpoint.load(path)["loader"]["step"] if path.exists() else -1
+
+
+def signal_in_the_middle(config: TrainConfig, number: signal.Signals) -> tuple[int, str]:
+    """Signals the run once it has a checkpoint after the first step; (exit status, stderr)."""
+    process, last = start(config), config.folder / "last.pt"
+    deadline = time.monotonic() + 120
+    while step_of(last) < 1 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert 1 <= step_of(last) < config.steps, errors
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_continues_bit_for_bit(sentences, tmp_path, uninterrupted, number):
+    config = small(sentences, tmp_path / "run", **LONG)
+    status, errors = signal_in_the_middle(config, number)
+    if number == signal.SIGINT:
+        assert status == 130
+        assert f"--resume --out {config.folder}" in errors and "Traceback" not in errors
+        # It saved at once, not at the next 25th step (except by chance), with the step finished.
+        assert len(checkpoint.load(config.folder / "last.pt")["log"]["losses"]) == step_of(
+            config.folder / "last.pt"
+        )
+    else:
+        assert status == -signal.SIGKILL
+
+    train(replace(config, resume=True))
+    resumed = checkpoint.load(config.folder / "last.pt")
+    assert resumed["loader"]["step"] == 200
+    for part in ("model", "optimizer", "rng", "loader"):
+        assert same(resumed[part], uninterrupted[part]), part
+    for part in ("losses", "curve"):
+        assert same(resumed["log"][part], uninterrupted["log"][part]), part
+
+
+def test_the_comparison_sees_another_seed(sentences, tmp_path, uninterrupted):
+    train(small(sentences, tmp_path, **{**LONG, "seed": 1}))
+    assert not same(checkpoint.load(tmp_path / "last.pt")["model"], uninterrupted["model"])
+
+
+def test_the_state_of_the_generator_matters(sentences, tmp_path, uninterrupted):
+    """Dropout draws from it: with another state, the weights come out otherwise."""
+    config = small(sentences, tmp_path, **LONG)
+    run = Run(config)
+    for step, batch in zip(range(50), run.loader, strict=False):
+        run.log.add(run.step(step, batch)[0], seconds=0.01)
+    run.save("last.pt")
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert not same(state["rng"], torch.Generator().manual_seed(5).get_state())
+    state["rng"] = torch.Generator().manual_seed(5).get_state()
+    checkpoint.save(tmp_path / "last.pt", state)
+    train(replace(config, resume=True))
+    assert not same(checkpoint.load(tmp_path / "last.pt")["model"], uninterrupted["model"])
+
+
+@pytest.fixture(scope="module")
+def learnt(sentences, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("learnt")
+    report = train(small(sentences, out, dropout=0.0, steps=300, eval_every=50, dim=64))
+    return report, out
+
+
+def test_it_learns(learnt):
+    report, _ = learnt
+    unigram = report["baselines"]["unigram_cross_entropy"]["bits_per_token"]
+    assert report["bits_per_token"] < 0.5 * unigram
+    assert report["below_best_baseline"] == pytest.approx(unigram - report["bits_per_token"])
+    curve = [point["bits_per_token"] for point in report["curve"]["held_out"]]
+    assert len(curve) == 6 and curve[-1] == report["bits_per_token"]
+    assert report["best"]["bits_per_token"] == min(curve)
+
+
+def test_the_report_and_its_files(learnt):
+    report, out = learnt
+    assert json.loads((out / "report.json").read_text()) == report
+    assert all((out / name).exists() for name in report["files"].values())
+    assert report["steps"] == 300
+    assert report["data"]["train_windows"] == 273 and report["data"]["held_out_windows"] == 8
+    assert report["tokens_per_second"] == pytest.approx(300 * 8 * 16 / report["train_seconds"])
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_has_the_curves(learnt):
+    report, out = learnt
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = module.EventAccumulator(str(out / "tb")).Reload()
+    held_out = events.Scalars("held_out/bits_per_token")
+    assert [point.step for point in held_out] == [50, 100, 150, 200, 250, 300]
+    assert held_out[-1].value == pytest.approx(report["bits_per_token"], rel=1e-5)
+    assert len(events.Scalars("train/bits_per_token")) == 30
+
+
+def test_a_checkpoint_generates(learnt):
+    model, spec = load_model(learnt[1] / "best.pt")
+    assert spec == SPEC
+    ids = model.generate(4, seed=0)
+    assert ids.shape == (4, 16) and ids.max() < 256
+    assert torch.equal(ids, model.generate(4, seed=0))
+    assert set(bytes(ids.flatten().tolist())) <= set(SENTENCE)
+
+
+def test_an_existing_run_is_not_overwritten_by_accident(sentences, tmp_path):
+    config = small(sentences, tmp_path, steps=2)
+    train(config)
+    (tmp_path / "mine.txt").write_text("kept")
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="--resume continues it, --overwrite starts again"):
+        train(config)
+    with pytest.raises(ValueError, match="seq_len"):  # a mistake is found before anything is lost
+        train(replace(config, overwrite=True, seq_len=10**6))
+    assert (tmp_path / "last.pt").read_bytes() == before
+    report = train(replace(config, overwrite=True, seed=3))
+    assert report["config"]["seed"] == 3
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+    assert len(list((tmp_path / "tb").glob("*"))) == 1
+
+
+def test_resume_refuses_another_course(sentences, tmp_path):
+    config = small(sentences, tmp_path, steps=2)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        train(replace(config, resume=True))
+    train(config)
+    for change, message in (
+        ({"lr": 1.0}, "--lr was 0.003 and is 1.0"),
+        ({"steps": 50}, "--steps was 2 and is 50"),
+        ({"data": "text"}, "--data was"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot resume .*{message}"):
+            train(replace(config, resume=True, **change))
+
+
+def test_resume_refuses_another_corpus(sentences, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_bytes(sentences.read_bytes())
+    config = small(data, tmp_path / "run", steps=2)
+    train(config)
+    data.write_bytes(sentences.read_bytes().upper())
+    with pytest.raises(ValueError, match="corpus_digest"):
+        train(replace(config, resume=True))
+
+
+def test_divergence_saves_nothing(sentences, tmp_path):
+    config = small(sentences, tmp_path, lr=1e38, warmup=0, save_every=1, eval_every=1, clip=1e38)
+    with pytest.raises(DivergedError, match="is (nan|inf) at step .* lower --lr"):
+        train(config)
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["loader"]["step"] < 40
+    assert all(p.isfinite().all() for p in state["model"].values() if p.is_floating_point())
+
+
+def test_bf16(sentences, tmp_path):
+    report = train(small(sentences, tmp_path, steps=5, precision="bf16"))
+    assert report["environment"]["precision"] == "bf16"
+    assert math.isfinite(report["bits_per_token"])
+    assert not choose_bf16("fp32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "heads is 3: it must divide dim"),
+        ({"steps": 0}, "steps is 0: it must be at least 1"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"schedule": "quadratic"}, "schedule is 'quadratic'.*cosine"),
+        ({"accumulate": 33}, "a batch has only 32 windows"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+# Pictures and samples
+
+
+def rgb(path: Path) -> np.ndarray:
+    image = pytest.importorskip("PIL.Image")
+    return np.asarray(image.open(path).convert("RGB")).astype(int)
+
+
+def test_images_show_ink_and_masks(tmp_path):
+    ids = torch.tensor([0, 1, 2, 3, 4, 4]).view(1, 1, 2, 3)
+    pictures.images(tmp_path / "a.png", ids, mask_id=4)
+    picture = rgb(tmp_path / "a.png")
+    size = pictures._PIXELS
+    cells = [
+        picture[18 + row * size + size // 2, 18 + column * size + size // 2]
+        for row in range(2)
+        for column in range(3)
+    ]
+    ink = [cell.sum() for cell in cells[:4]]
+    assert ink[0] == 3 * 255 and ink == sorted(ink, reverse=True) and ink[3] < 200
+    assert (cells[4] == cells[5]).all() and cells[4].max() - cells[4].min() > 100  # no grey
+
+
+def test_frames_end_with_the_sample(learnt):
+    model, spec = load_model(learnt[1] / "last.pt")
+    steps, ids = samples.frames(model, 3, seed=1)
+    assert ids.shape == (3, len(steps), 16) and steps == list(range(len(steps)))
+    assert 10 < len(steps) <= 1 + model.steps
+    masked = (ids == spec.mask_id).sum(-1)
+    assert (masked[:, 0] == 16).all() and (masked.diff(dim=1) <= 0).all()
+    assert torch.equal(ids[:, -1], model.generate(3, seed=1))
+
+
+def test_samples_as_text(tmp_path):
+    spec = SequenceSpec(257, 3, "bytes", None)
+    assert "abc\n---" in samples.text(torch.tensor([[97, 98, 99], [255, 97, 97]]), spec)
+    ids = torch.tensor([[0, 1], [1, 0]])
+    assert samples.text(ids, SequenceSpec(3, 2, "ids", None)) == "0 1\n1 0\n"
+    image = SequenceSpec(3, 2, "image", (1, 2))
+    assert samples.text(ids, image) == "  @@\n\n@@  \n"
+    samples.write(tmp_path / "a.npy", ids, image)
+    assert np.load(tmp_path / "a.npy").tolist() == ids.tolist()
+    samples.write(tmp_path / "a.png", ids, image)
+    assert rgb(tmp_path / "a.png").shape[2] == 3
+    with pytest.raises(ValueError, match="not images"):
+        samples.write(tmp_path / "b.png", ids, spec)
