@@ -22,18 +22,19 @@ from x_transformers import Encoder, TransformerWrapper
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 
 from nar_kernels import MaskingConfig, backends, corrupt
+from nar_kernels.backends import cpp
 
 NUM_TOKENS, MASK_ID = 8193, 8192
 LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
 
 
-class _Masked(Exception):
-    """Carries nothing: leaves x-transformers' forward once the masked input is made."""
+class Masked(Exception):
+    """Leaves x-transformers' forward once the masked input is made."""
 
 
 class StopNet(TransformerWrapper):
     def forward(self, *args, **kwargs):
-        raise _Masked
+        raise Masked
 
 
 def x_transformers_masking(length: int) -> Callable[[Tensor], None]:
@@ -45,20 +46,25 @@ def x_transformers_masking(length: int) -> Callable[[Tensor], None]:
     def run(batch: Tensor) -> None:
         try:
             wrapper(batch)
-        except _Masked:
+        except Masked:
             pass
 
     return run
 
 
 def median_ns(fns: dict[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
-    """Median nanoseconds a token of each, taken in turn so that all see the same machine."""
+    """Median nanoseconds a token of each.
+
+    They take turns, so that all see the same machine; each turn begins with a call that is not
+    timed, since the one before left its own data in the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in fns}
-    for repeat in range(repeats + 3):
+    for _ in range(repeats):
         for name, fn in fns.items():
-            start = time.perf_counter_ns()
             fn()
-            if repeat >= 3:  # the first rounds warm caches and allocators
+            for _ in range(3):
+                start = time.perf_counter_ns()
+                fn()
                 times[name].append((time.perf_counter_ns() - start) / tokens)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
@@ -97,11 +103,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
-
-    from nar_kernels.backends import cpp
 
     assert cpp is not None, backends()["cpp"]
     # What one token costs in traffic: 2 bytes of corpus in; input_ids, labels, mask and half a row
@@ -129,7 +133,7 @@ def main() -> None:
                 )
     cpp.limit_simd(best)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    print(f"{args.tokens} tokens a batch, medians of {args.repeats} interleaved runs, ns a token\n")
+    print(f"{args.tokens} tokens a batch, medians of {3 * args.repeats} calls, ns a token\n")
     names = list(rows[0]["ns_per_token"])
     print("| SIMD | threads | L |", " | ".join(names), "| GB/s | vs x-transformers | vs rand |")
     print("|---" * (len(names) + 6) + "|")

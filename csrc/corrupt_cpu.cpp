@@ -7,14 +7,14 @@
 
 #include "corrupt.h"
 #include "cpu_features.h"
-#include "parallel.h"
 #include "permutation.h"
+#include "thread_pool.h"
 
 namespace nar {
 namespace {
 
-// Below this, a second thread costs more than it saves.
-constexpr int64_t kTokensPerThread = 16384;
+// What a thread takes at a time: worth some 20 microseconds, more than it costs to share.
+constexpr int64_t kTokensPerChunk = 8192;
 
 CorruptKernels kernels() {
   switch (simd_level()) {
@@ -66,37 +66,43 @@ InvalidTokens corrupt_cpu(const CorruptArgs& a, int num_threads) {
   check_windows(a.windows);
   check_samples(a);
   const CorruptKernels k = kernels();
-  const int parts = static_cast<int>(std::clamp<int64_t>(
-      std::min(batch * seq_len / kTokensPerThread, batch), 1, std::max(num_threads, 1)));
+  const int64_t chunk = std::max<int64_t>(kTokensPerChunk / seq_len, 1);
+  const int64_t num_chunks = (batch + chunk - 1) / chunk;
+  num_threads =
+      static_cast<int>(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_chunks, 1)));
 
-  // Whatever can fail happens before the threads start, where it can still be thrown.
   std::vector<uint32_t> t16(batch);
   TimeDraw draw_time(a);
   for (int64_t b = 0; b < batch; ++b) t16[b] = draw_time(a.sample(b));
+
   constexpr int64_t kAlign = 64;
   const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;
   const int64_t bytes = padded * (3 * sizeof(uint32_t) + 1);
-  std::unique_ptr<uint8_t[]> memory(new uint8_t[parts * bytes + kAlign]);
+  std::unique_ptr<uint8_t[]> memory(new uint8_t[num_threads * bytes + kAlign]);
   uint8_t* aligned =
       memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
-  std::vector<InvalidTokens> invalid(parts);
+  std::vector<InvalidTokens> invalid(num_threads);
 
-  parallel_ranges(batch, parts, [&](int64_t begin, int64_t end, int part) {
-    uint8_t* base = aligned + part * bytes;
+  parallel_for(num_chunks, num_threads, [&](int64_t c, int seat) {
+    uint8_t* base = aligned + seat * bytes;
     uint32_t* words = reinterpret_cast<uint32_t*>(base);
     const RowScratch scratch = {words, words + padded,
                                 reinterpret_cast<int32_t*>(words + 2 * padded),
                                 base + 3 * sizeof(uint32_t) * padded};
-    for (int64_t b = begin; b < end; ++b) k.corrupt_row(a, b, t16[b], scratch, &invalid[part]);
+    for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, batch); ++b) {
+      k.corrupt_row(a, b, t16[b], scratch, &invalid[seat]);
+    }
   });
 
   std::vector<int64_t> first_row(batch + 1, 0);
   for (int64_t b = 0; b < batch; ++b) first_row[b + 1] = first_row[b] + a.num_masked[b];
-  parallel_ranges(batch, parts, [&](int64_t begin, int64_t end, int) {
-    for (int64_t b = begin; b < end; ++b) k.write_rows(a, b, a.row_buffer + first_row[b]);
+  parallel_for(num_chunks, num_threads, [&](int64_t c, int) {
+    for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, batch); ++b) {
+      k.write_rows(a, b, a.row_buffer + first_row[b]);
+    }
   });
 
-  for (int part = 1; part < parts; ++part) invalid[0].merge(invalid[part]);
+  for (int seat = 1; seat < num_threads; ++seat) invalid[0].merge(invalid[seat]);
   return invalid[0];
 }
 

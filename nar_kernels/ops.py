@@ -105,6 +105,7 @@ def _corrupt_fake(
 
 _lib.impl("corrupt", _corrupt_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("nar_kernels::corrupt", _corrupt_fake, lib=_lib)
+_corrupt_op = torch.ops.nar_kernels.corrupt.default
 
 
 def _int64(seed: int) -> int:
@@ -202,7 +203,7 @@ def corrupt(
             raise ValueError(f"maskable is on {maskable.device} but tokens are on {tokens.device}")
         maskable = maskable.contiguous()
 
-    outputs = torch.ops.nar_kernels.corrupt.default(
+    outputs = _corrupt_op(
         tokens.contiguous(),
         starts,
         length,

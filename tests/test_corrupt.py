@@ -1,7 +1,9 @@
 """`corrupt`: what it promises, on every backend, and that the backends agree bit for bit."""
 
 import itertools
+import multiprocessing
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,6 +50,14 @@ def poisoned_outputs(monkeypatch):
         return outputs
 
     monkeypatch.setattr(ops, "_empty_outputs", poisoned)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---- the backends agree
@@ -114,19 +124,41 @@ def test_every_instruction_set_agrees(level):
 
 
 @needs_cpp
-def test_independent_of_threads():
+def test_independent_of_threads(two_threads):
     masking = MaskingConfig(300, 299, no_replace_prob=0.1, random_token_prob=0.1)
     tokens = clean_batch(masking, 61, 2048)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(corrupt(tokens, masking, seed=5, backend="cpp"))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        results.append(corrupt(tokens, masking, seed=5, backend="cpp"))
     for result in results[1:]:
         assert_same(results[0], result)
+
+
+def corrupt_and_send(connection, tokens, masking):
+    connection.send(corrupt(tokens, masking, seed=5, backend="cpp").input_ids.numpy())
+
+
+@needs_cpp
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_works_after_a_fork_and_from_many_threads(two_threads):
+    """Helper threads do not survive a fork, as in DataLoader workers, and serve one call at once."""
+    masking = MaskingConfig(300, 299)
+    tokens = clean_batch(masking, 40, 2048)
+    expected = corrupt(tokens, masking, seed=5, backend="cpp")  # starts the helpers
+
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=corrupt_and_send, args=(there, tokens, masking))
+    child.start()
+    assert here.poll(60), "the forked process hangs"
+    assert (here.recv() == expected.input_ids.numpy()).all()
+    child.join()
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(corrupt, tokens, masking, seed=5, backend="cpp") for _ in range(40)]
+        for call in calls:
+            assert_same(call.result(), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
