@@ -142,7 +142,7 @@ def corrupt_and_send(connection, tokens, masking):
 @needs_cpp
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_works_after_a_fork_and_from_many_threads(two_threads):
-    """Helper threads do not survive a fork, as in DataLoader workers, and serve one call at once."""
+    """Helper threads do not survive a fork (DataLoader workers), and serve one call at a time."""
     masking = MaskingConfig(300, 299)
     tokens = clean_batch(masking, 40, 2048)
     expected = corrupt(tokens, masking, seed=5, backend="cpp")  # starts the helpers
