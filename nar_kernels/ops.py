@@ -39,20 +39,15 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tensor, ...]:
-    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    return (
-        empty(batch, seq_len),  # input_ids
-        empty(batch, seq_len),  # labels
-        empty(batch, seq_len, dtype=torch.bool),  # masked_indices
-        empty(batch, dtype=torch.float32),  # times
-        empty(batch, dtype=torch.float32),  # loss_weight
-        empty(batch),  # num_masked
-        empty(batch),  # num_maskable
-        empty(batch * seq_len),  # row_buffer
-        empty(3),  # invalid
-    )
+    ids = torch.empty((batch, seq_len), dtype=torch.int64, device=device)
+    masked = torch.empty((batch, seq_len), dtype=torch.bool, device=device)
+    times = torch.empty(batch, dtype=torch.float32, device=device)
+    counts = torch.empty(batch, dtype=torch.int64, device=device)
+    row_buffer = torch.empty(batch * seq_len, dtype=torch.int64, device=device)
+    invalid = torch.empty(3, dtype=torch.int64, device=device)
+    # In the order of Corrupted. (empty_like takes half the time of empty.)
+    labels, weight, num_maskable = map(torch.empty_like, (ids, times, counts))
+    return ids, labels, masked, times, weight, counts, num_maskable, row_buffer, invalid
 
 
 def _corrupt_cpp(
