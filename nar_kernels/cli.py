@@ -65,13 +65,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     """One option for each field of TrainConfig. Those not given do not appear in the result."""
     parser.set_defaults(run=_train)
     for f in dataclasses.fields(TrainConfig):
-        keywords = {k: v for k, v in f.metadata.items() if k != "help"}
+        keywords = {k: v for k, v in f.metadata.items() if k not in ("help", "otherwise")}
         help_text = f.metadata["help"]
-        if isinstance(f.default, bool):
+        if f.default is dataclasses.MISSING:
+            pass
+        elif isinstance(f.default, bool):
             keywords["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
         else:
             keywords.setdefault("type", type(f.default))
-            help_text += _defaults(f.name, f.default)
+            help_text += _defaults(f.name, f.metadata.get("otherwise", f.default))
         parser.add_argument(
             "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **keywords
         )
@@ -80,10 +82,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _defaults(name: str, default: Any) -> str:
     """What stands behind the help of an option."""
     presets = [f"{data} {preset[name]}" for data, preset in PRESETS.items() if name in preset]
-    if default is None and not presets:
-        return ""
-    shown = ([] if default is None else [str(default)]) + presets
-    return f" (default: {', '.join(shown)})"
+    shown = [*([] if default is None else [str(default)]), *presets]
+    return f" (default: {', '.join(shown)})" if shown else ""
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -106,6 +106,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--steps", type=int, default=18, help="of decoding (default: 18)")
     parser.add_argument(
+        "--order",
+        choices=("random", "confidence"),
+        default="random",
+        help="which tokens are filled first (default: random)",
+    )
+    parser.add_argument(
         "--temperature",
         type=float,
         default=1.0,
@@ -114,8 +120,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filter-thres",
         type=float,
-        default=0.7,
-        help="share of the vocabulary never sampled: the least probable ids (default: 0.7)",
+        default=0.0,
+        help="share of the vocabulary never sampled: the least probable ids (default: 0)",
     )
     parser.add_argument("--out", help=".npy, .png (images) or text (default: the terminal)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -129,13 +135,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None:
         samples.check_suffix(out, spec)
-    model.to(choose_device(arguments.device)).steps = arguments.steps
-    ids = model.generate(
+    ids = samples.draw(
+        model.to(choose_device(arguments.device)),
         arguments.num_samples,
-        arguments.temperature,
-        arguments.filter_thres,
         seed=arguments.seed,
-    ).cpu()
+        steps=arguments.steps,
+        order=arguments.order,
+        temperature=arguments.temperature,
+        filter_thres=arguments.filter_thres,
+    )
     if out is None:
         print(samples.text(ids, spec), end="")
     else:

@@ -1,15 +1,19 @@
 """The options of a training run, and how they differ by data set."""
 
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nar_kernels.schedules import SCHEDULES
 
 
-def _option(default: Any, help: str, **argparse: Any) -> Any:
-    return field(default=default, metadata={"help": help, **argparse})
+def _option(default: Any, help: str, **more: Any) -> Any:
+    """A field for TrainConfig and the command line.
+
+    ``otherwise`` says what None stands for; the rest of ``more`` is for argparse.
+    """
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,11 @@ class TrainConfig:
     """
 
     data: str = _option(
-        "digits", "digits, text, or a file: .npy and .bin hold token ids, others bytes"
+        MISSING, "digits, text, or a file: .npy and .bin hold token ids, others bytes"
     )
-    out: str | None = _option(None, "folder of the run", type=str, metavar="FOLDER")
+    out: str | None = _option(
+        None, "folder of the run", type=str, otherwise="runs/ and the name of the data"
+    )
 
     dtype: str | None = _option(None, "type of the ids in a raw file, such as uint16", type=str)
     num_tokens: int | None = _option(
@@ -35,14 +41,18 @@ class TrainConfig:
         "last id (GPT-2: 50258)",
         type=int,
     )
-    seq_len: int | None = _option(None, "tokens of a window (default 256)", type=int)
+    seq_len: int | None = _option(None, "tokens of a window", type=int, otherwise="256, digits 64")
     stride: int | None = _option(
         None,
-        "tokens from one training window to the next; divides seq-len (default seq-len)",
+        "tokens from one training window to the next; divides seq-len",
         type=int,
+        otherwise="seq-len",
     )
     held_out: int | None = _option(
-        None, "windows held out for evaluation (default a tenth, at most 256)", type=int
+        None,
+        "windows held out for evaluation, at the end of the data",
+        type=int,
+        otherwise="a tenth, at most 256, digits 180",
     )
 
     dim: int = _option(128, "width of the net")
@@ -79,9 +89,9 @@ class TrainConfig:
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     threads: int | None = _option(
         None,
-        "CPU threads; 1 is best for a small net, above all on a machine that does other work too "
-        "(default PyTorch's)",
+        "CPU threads; 1 is best for a small net, above all on a machine that does other work too",
         type=int,
+        otherwise="PyTorch's choice",
     )
     precision: str = _option(
         "auto",
@@ -132,6 +142,11 @@ class TrainConfig:
             raise ValueError("weight_decay and warmup must not be negative")
         if self.dim % self.heads:
             raise ValueError(f"heads is {self.heads}: it must divide dim, which is {self.dim}")
+        if self.rotary and self.dim // self.heads % 2:
+            raise ValueError(
+                f"dim / heads is {self.dim // self.heads}: rotary embeddings need an even width of "
+                "a head; change them, or use --no-rotary"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} windows"
@@ -177,6 +192,12 @@ FREE_ON_RESUME = frozenset(
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"dim": 96, "lr": 3e-3, "steps": 1000, "eval_every": 100, "threads": 1},
-    "text": {"stride": 32, "lr": 2e-3, "steps": 2000},
+    "digits": {
+        **{"dim": 96, "rotary": False, "lr": 6e-3, "steps": 800, "warmup": 50},
+        **{"eval_every": 100, "eval_draws": 4, "threads": 1},
+    },
+    "text": {
+        **{"stride": 32, "batch_size": 16, "lr": 2e-3, "steps": 1500},
+        **{"eval_every": 250, "eval_draws": 4},
+    },
 }

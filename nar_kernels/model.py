@@ -46,7 +46,11 @@ def build_model(config: TrainConfig, spec: SequenceSpec) -> NonAutoregressiveWra
             depth=config.depth,
             heads=config.heads,
             attn_dim_head=config.dim // config.heads,
+            attn_flash=True,
             rotary_pos_emb=config.rotary,
+            rotary_emb_dim=config.dim // config.heads,
+            disable_abs_pos_emb=False,
+            verbose=False,  # it advises larger nets
             attn_dropout=config.dropout,
             ff_dropout=config.dropout,
         ),

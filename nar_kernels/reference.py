@@ -99,11 +99,11 @@ def corrupt_ref(
 
     can_mask = torch.ones_like(clean, dtype=torch.bool) if maskable is None else maskable
     if never_mask is not None:
-        can_mask = can_mask & ~never_mask[clean]
+        can_mask = can_mask & ~never_mask.to(device)[clean]
     n = can_mask.sum(1, keepdim=True)
 
     t16 = draw_times(seed, sample_ids, global_batch, stratified)
-    ratio = (ratio_table[t16].to(torch.int64) & _U32)[:, None]
+    ratio = (ratio_table.to(device)[t16].to(torch.int64) & _U32)[:, None]
     keep_share_, replace_share_, rounding = _shares(
         seed, sample_ids, keep_share, random_share, coin_share
     )
@@ -127,7 +127,7 @@ def corrupt_ref(
     input_ids = torch.where(masked & (order < kept), clean, input_ids)
 
     num_masked = masked.sum(1)
-    weight = weight_table[t16]
+    weight = weight_table.to(device)[t16]
     if exact:
         weight = weight * n[:, 0].to(torch.float32) / num_masked.clamp(min=1).to(torch.float32)
         weight = weight.masked_fill(num_masked == 0, 0)

@@ -1,7 +1,9 @@
 """What a run leaves behind: its log, the report, the pictures, and what it says on the terminal."""
 
 import json
+import math
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,26 @@ class Log:
     Attributes:
         losses: nats, one for each step.
         curve: (step, bits per token, standard error) of each evaluation.
-        seconds: spent in training steps, evaluation and checkpoints left out.
+        step_seconds: spent in training steps alone.
+        seconds: spent in all, with evaluation and checkpoints.
     """
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.curve: list[tuple[int, float, float]] = []
+        self.step_seconds = 0.0
         self.seconds = 0.0
+        self._last_tick: float | None = None
 
-    def add(self, loss: float, seconds: float) -> None:
+    def add(self, loss: float, step_seconds: float) -> None:
         self.losses.append(loss)
-        self.seconds += seconds
+        self.step_seconds += step_seconds
+
+    def tick(self) -> None:
+        """Adds the time since the last tick."""
+        now = time.perf_counter()
+        self.seconds += 0.0 if self._last_tick is None else now - self._last_tick
+        self._last_tick = now
 
     def best(self) -> tuple[int, float, float]:
         return min(self.curve, key=lambda point: point[1])
@@ -61,12 +72,17 @@ class Log:
 
     def state_dict(self) -> dict[str, Any]:
         losses = torch.tensor(self.losses, dtype=torch.float64)
-        return {"losses": losses, "curve": self.curve, "seconds": self.seconds}
+        return {
+            "losses": losses,
+            "curve": self.curve,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.losses = state["losses"].tolist()
         self.curve = [tuple(point) for point in state["curve"]]
-        self.seconds = state["seconds"]
+        self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
 
 
 def prepare_folder(folder: Path) -> None:
@@ -147,30 +163,28 @@ def write_results(
     environment: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes ``report.json``, the pictures and samples into the run's folder."""
-    folder = config.folder
-    shown = _shown(baselines)
     step, bits, error = log.curve[-1]
     best_step, best_bits, _ = log.best()
+    shown = _shown(baselines)
+    tokens = len(log.losses) * config.batch_size * data.spec.seq_len
     loss_curve(
-        folder / "loss.png",
+        config.folder / "loss.png",
         train=log.smooth(),
         held_out=log.curve,
         baselines={label: b.bits_per_token for label, b in shown.items()},
         train_label="training batches" + (", unweighted" if config.loss == "mean" else ""),
         title=f"{Path(data.name).name}: {bits:.3f} bits per token after {step} steps",
     )
-    pictures = {"loss_curve": "loss.png", "samples": _write_samples(folder, config, data, model)}
-    best_baseline = min(b.bits_per_token for b in shown.values())
-    tokens = len(log.losses) * config.batch_size * data.spec.seq_len
     report = {
         "bits_per_token": bits,
-        "standard_error": error,
-        "below_best_baseline": best_baseline - bits,
+        "standard_error": None if math.isnan(error) else error,
+        "below_best_baseline": min(b.bits_per_token for b in shown.values()) - bits,
         "baselines": {name: b._asdict() for name, b in baselines.items()},
         "best": {"step": best_step, "bits_per_token": best_bits},
         "steps": step,
-        "train_seconds": log.seconds,
-        "tokens_per_second": tokens / log.seconds,
+        "seconds": log.seconds,
+        "step_seconds": log.step_seconds,
+        "tokens_per_second": tokens / log.step_seconds,
         "data": {
             "name": data.name,
             "num_tokens": data.spec.num_tokens,
@@ -186,36 +200,34 @@ def write_results(
             "last_checkpoint": "last.pt",
             "best_checkpoint": "best.pt",
             "tensorboard": "tb",
-            **pictures,
+            "loss_curve": "loss.png",
+            "samples": _write_samples(config, data, model),
         },
         "curve": {
-            "train": [{"step": s, "bits_per_token": b} for s, b in log.smooth()],
-            "held_out": [
-                {"step": s, "bits_per_token": b, "standard_error": e} for s, b, e in log.curve
-            ],
+            # Nats of config.loss over ln 2: bits per masked token, unless it is the bound.
+            "train": [{"step": s, "bits": b} for s, b in log.smooth()],
+            "held_out": [{"step": s, "bits_per_token": b} for s, b, _ in log.curve],
         },
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (config.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-def _write_samples(
-    folder: Path, config: TrainConfig, data: Data, model: NonAutoregressiveWrapper
-) -> str:
+def _write_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> str:
     """Samples as they appear, for images; else the samples. Returns the name of the file."""
     if data.spec.image_shape is not None:
-        steps, ids = samples.frames(model, _FILMSTRIP_ROWS, seed=config.seed)
+        ids = samples.frames(model, _FILMSTRIP_ROWS, seed=config.seed)
         images(
-            folder / "filmstrip.png",
+            config.folder / "filmstrip.png",
             ids.unflatten(-1, data.spec.image_shape),
             mask_id=data.spec.mask_id,
-            column_labels=["start", *map(str, steps[1:])],
+            column_labels=["start", *map(str, range(1, ids.shape[1]))],
             title=f"{data.name}: decoding steps, coloured where still masked",
         )
         return "filmstrip.png"
     name = "samples.txt" if data.spec.render == "bytes" else "samples.npy"
-    ids = model.generate(4, seed=config.seed).cpu()
-    samples.write(folder / name, ids, data.spec)
+    ids = samples.draw(model, 4, seed=config.seed, steps=max(data.spec.seq_len // 4, 1))
+    samples.write(config.folder / name, ids, data.spec)
     return name
 
 
@@ -223,10 +235,12 @@ def summary(report: dict[str, Any]) -> str:
     """The end of a run, for the terminal."""
     folder = TrainConfig(**report["config"]).folder
     files = (report["files"][name] for name in ("samples", "loss_curve"))
+    below, error = report["below_best_baseline"], report["standard_error"]
+    spread = "" if error is None else f" ± {error:.4f}"
     return (
-        f"{report['bits_per_token']:.4f} ± {report['standard_error']:.4f} bits per token held out, "
-        f"{report['below_best_baseline']:.3f} below the best model without context\n"
-        f"{report['steps']} steps in {report['train_seconds']:.0f} s, "
+        f"{report['bits_per_token']:.4f}{spread} bits per token held out, "
+        f"{abs(below):.3f} {'below' if below >= 0 else 'above'} the best model without context\n"
+        f"{report['steps']} steps in {report['seconds']:.0f} s, "
         f"{report['tokens_per_second']:,.0f} tokens/s\n"
         + "".join(f"{folder / file}\n" for file in (*files, "report.json"))
     ).rstrip()

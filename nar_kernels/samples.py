@@ -3,11 +3,12 @@
 Shapes: N samples, L sequence length, S steps of the decoder, H height and W width of an image.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nar_kernels.pictures import images
 from nar_kernels.sources import SequenceSpec
@@ -17,20 +18,56 @@ _SHADES = " .:-=+*#%@"
 _GRID_COLUMNS = 8
 
 
-def frames(
-    model: NonAutoregressiveWrapper, num_samples: int, *, seed: int
-) -> tuple[list[int], Tensor]:
-    """Samples while they appear.
+class _NoOpinion(nn.Module):
+    """A critic that scores all tokens alike: its noise alone decides which stay masked."""
 
-    Returns:
-        The numbers of the steps shown, 0 for before the first, and int64 ``[N, S + 1, L]``.
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, 1, device=ids.device)
+
+
+def draw(
+    model: NonAutoregressiveWrapper,
+    num_samples: int,
+    *,
+    seed: int,
+    steps: int = 18,
+    order: str = "random",
+    temperature: float = 1.0,
+    filter_thres: float = 0.0,
+    on_step: Callable[[int, Tensor, Tensor], object] | None = None,
+) -> Tensor:
+    """Samples ``[N, L]``, on the CPU.
+
+    Args:
+        order: which positions are filled first: in ``"random"`` order, as masked diffusion does
+            (arXiv:2406.07524), or those of highest ``"confidence"`` (MaskGIT, arXiv:2202.04200).
+            Confidence fills the background of an image first, which leaves little choice for
+            the rest; random order gives more varied samples.
+        temperature: at the first step; falls to 0 at the last.
+        filter_thres: share of the vocabulary that is never sampled: the least probable ids.
+        on_step: as in :meth:`NonAutoregressiveWrapper.generate`.
     """
-    shape = (num_samples, model.max_seq_len)
-    states = [torch.full(shape, model.mask_id)]
-    model.generate(
-        num_samples, seed=seed, on_step=lambda step, ids, masked: states.append(ids.cpu().clone())
+    sampler = NonAutoregressiveWrapper(
+        model.net,
+        mask_id=model.mask_id,
+        schedule=model.masking.schedule,
+        steps=steps,
+        token_critic=_NoOpinion() if order == "random" else None,
     )
-    return list(range(len(states))), torch.stack(states, 1)
+    return sampler.generate(
+        num_samples, temperature, filter_thres, seed=seed, on_step=on_step
+    ).cpu()
+
+
+def frames(model: NonAutoregressiveWrapper, num_samples: int, *, seed: int) -> Tensor:
+    """Samples while they appear, int64 ``[N, S + 1, L]``: all masked, then after each step."""
+    states = [torch.full((num_samples, model.max_seq_len), model.mask_id)]
+
+    def keep(step: int, ids: Tensor, masked: Tensor) -> None:
+        states.append(ids.cpu().clone())
+
+    draw(model, num_samples, seed=seed, on_step=keep)
+    return torch.stack(states, 1)
 
 
 def text(ids: Tensor, spec: SequenceSpec) -> str:

