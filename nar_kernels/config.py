@@ -89,7 +89,7 @@ class TrainConfig:
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     threads: int | None = _option(
         None,
-        "CPU threads; 1 is best for a small net, above all on a machine that does other work too",
+        "CPU threads; few are best for a small net, above all on a machine that does other work too",
         type=int,
         otherwise="PyTorch's choice",
     )
@@ -193,8 +193,8 @@ FREE_ON_RESUME = frozenset(
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
-        **{"dim": 96, "rotary": False, "lr": 6e-3, "steps": 800, "warmup": 50},
-        **{"eval_every": 100, "eval_draws": 4, "threads": 1},
+        **{"dim": 96, "rotary": False, "lr": 6e-3, "steps": 1000, "warmup": 50},
+        **{"eval_every": 100, "eval_draws": 4, "threads": 2, "precision": "fp32"},
     },
     "text": {
         **{"stride": 32, "batch_size": 16, "lr": 2e-3, "steps": 1500},
