@@ -13,8 +13,8 @@
 namespace nar {
 namespace {
 
-// What a thread takes at a time: worth some 20 microseconds, more than it costs to share.
-constexpr int64_t kTokensPerChunk = 8192;
+// What a thread takes at a time: worth some 10 microseconds, more than it costs to share.
+constexpr int64_t kTokensPerChunk = 4096;
 
 CorruptKernels kernels() {
   switch (simd_level()) {
