@@ -110,7 +110,7 @@ def write_cpp_ninja(ninja_file: Path, sources: list[str], output: str) -> None:
             deps="gcc",
             description="compile $in",
         )
-        link = f"$cxx {quoted(*shared)} -pthread $in $ldflags -o $out"
+        link = f"$cxx {quoted(*shared)} -pthread $in $ldflags -ldl -o $out"
         ninja.rule("link", link, description="link $out")
         objects = [f"{ninja_file.parent.as_posix()}/{Path(source).stem}.o" for source in sources]
         for source, target in zip(sources, objects, strict=True):

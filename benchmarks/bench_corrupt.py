@@ -25,6 +25,7 @@ from nar_kernels import MaskingConfig, backends, corrupt
 from nar_kernels.backends import cpp
 
 NUM_TOKENS, MASK_ID = 8193, 8192
+WARM_UP, TIMED = 5, 10  # calls of a turn
 LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
 
 
@@ -55,14 +56,15 @@ def x_transformers_masking(length: int) -> Callable[[Tensor], None]:
 def median_ns(fns: dict[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
     """Median nanoseconds a token of each.
 
-    They take turns, so that all see the same machine; each turn begins with a call that is not
-    timed, since the one before left its own data in the caches.
+    They take turns, so that all see the same machine. Each turn is a loop of its own: it begins
+    with calls that are not timed, since the one before left its own data in the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in fns}
     for _ in range(repeats):
         for name, fn in fns.items():
-            fn()
-            for _ in range(3):
+            for _ in range(WARM_UP):
+                fn()
+            for _ in range(TIMED):
                 start = time.perf_counter_ns()
                 fn()
                 times[name].append((time.perf_counter_ns() - start) / tokens)
@@ -133,7 +135,7 @@ def main() -> None:
                 )
     cpp.limit_simd(best)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    print(f"{args.tokens} tokens a batch, medians of {3 * args.repeats} calls, ns a token\n")
+    print(f"{args.tokens} tokens a batch, medians of {TIMED * args.repeats} calls, ns a token\n")
     names = list(rows[0]["ns_per_token"])
     print("| SIMD | threads | L |", " | ".join(names), "| GB/s | vs x-transformers | vs rand |")
     print("|---" * (len(names) + 6) + "|")

@@ -33,6 +33,13 @@ struct CorruptArgs {
   uint64_t sample(int64_t b) const { return static_cast<uint64_t>(sample_ids ? sample_ids[b] : b); }
 };
 
+// How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
+static inline int64_t exact_count(const CorruptArgs& a, uint32_t t16, int64_t n) {
+  const int64_t k = static_cast<int64_t>(
+      (uint64_t{a.ratio_table[t16]} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);
+  return k > n ? n : k < 1 && n > 0 ? 1 : k;
+}
+
 // Memory for the rows of one thread.
 struct RowScratch {
   uint32_t* keys;     // [seq_len, rounded up to kWordPadding]

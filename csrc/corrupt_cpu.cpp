@@ -7,8 +7,8 @@
 
 #include "corrupt.h"
 #include "cpu_features.h"
+#include "parallel_for.h"
 #include "permutation.h"
-#include "thread_pool.h"
 
 namespace nar {
 namespace {
@@ -83,6 +83,13 @@ InvalidTokens corrupt_cpu(const CorruptArgs& a, int num_threads) {
       memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
   std::vector<InvalidTokens> invalid(num_threads);
 
+  // Where the masked rows of b begin, if the counts are known before anything is drawn.
+  const bool counts_known = a.exact && !a.maskable && !a.never_mask;
+  std::vector<int64_t> first_row(batch + 1, 0);
+  for (int64_t b = 0; counts_known && b < batch; ++b) {
+    first_row[b + 1] = first_row[b] + exact_count(a, t16[b], seq_len);
+  }
+
   parallel_for(num_chunks, num_threads, [&](int64_t c, int seat) {
     uint8_t* base = aligned + seat * bytes;
     uint32_t* words = reinterpret_cast<uint32_t*>(base);
@@ -91,16 +98,18 @@ InvalidTokens corrupt_cpu(const CorruptArgs& a, int num_threads) {
                                 base + 3 * sizeof(uint32_t) * padded};
     for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, batch); ++b) {
       k.corrupt_row(a, b, t16[b], scratch, &invalid[seat]);
+      if (counts_known) k.write_rows(a, b, a.row_buffer + first_row[b]);
     }
   });
 
-  std::vector<int64_t> first_row(batch + 1, 0);
-  for (int64_t b = 0; b < batch; ++b) first_row[b + 1] = first_row[b] + a.num_masked[b];
-  parallel_for(num_chunks, num_threads, [&](int64_t c, int) {
-    for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, batch); ++b) {
-      k.write_rows(a, b, a.row_buffer + first_row[b]);
-    }
-  });
+  if (!counts_known) {
+    for (int64_t b = 0; b < batch; ++b) first_row[b + 1] = first_row[b] + a.num_masked[b];
+    parallel_for(num_chunks, num_threads, [&](int64_t c, int) {
+      for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, batch); ++b) {
+        k.write_rows(a, b, a.row_buffer + first_row[b]);
+      }
+    });
+  }
 
   for (int seat = 1; seat < num_threads; ++seat) invalid[0].merge(invalid[seat]);
   return invalid[0];

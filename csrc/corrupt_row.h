@@ -43,10 +43,7 @@ RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScr
     return {(ratio * keep_share >> 31) << 32, (ratio * replace_share >> 31) << 32, ratio << 32};
   }
   const uint64_t rounding = coin.word[2] >> 1;
-  const uint64_t num_maskable = static_cast<uint64_t>(n);
-  uint64_t k = (ratio * num_maskable + 0xFFFFFFFF) >> 32;
-  if (k < 1) k = 1;
-  if (k > num_maskable) k = num_maskable;
+  const uint64_t k = static_cast<uint64_t>(exact_count(a, t16, n));
   const int64_t ranks[kNumRanks] = {static_cast<int64_t>((k * keep_share + rounding) >> 31),
                                     static_cast<int64_t>((k * replace_share + rounding) >> 31),
                                     static_cast<int64_t>(k)};

@@ -26,12 +26,11 @@ class Permutation {
       return;
     }
     // Up to kExactMax, the rank of random words: uniform over all n! orders.
-    std::vector<uint32_t> order(n);
-    for (uint32_t i = 0; i < n; ++i) order[i] = i;
-    std::stable_sort(order.begin(), order.end(),
-                     [&](uint32_t a, uint32_t b) { return words[a] < words[b]; });
+    std::vector<uint64_t> order(n);
+    for (uint32_t i = 0; i < n; ++i) order[i] = uint64_t{words[i]} << 32 | i;
+    std::sort(order.begin(), order.end());
     rank_.resize(n);
-    for (uint32_t i = 0; i < n; ++i) rank_[order[i]] = i;
+    for (uint32_t i = 0; i < n; ++i) rank_[static_cast<uint32_t>(order[i])] = i;
   }
 
   uint64_t operator()(uint64_t index) const {
