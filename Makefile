@@ -11,7 +11,7 @@ CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 .DEFAULT_GOAL := build
 
 demo: build
-	$(BIN)/nar-kernels train --data digits --out runs/demo
+	$(BIN)/nar-kernels train --data digits --out runs/demo --overwrite
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

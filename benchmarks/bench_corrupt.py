@@ -11,10 +11,13 @@ Peers, each doing less than `corrupt` does:
 """
 
 import argparse
+import datetime
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -100,6 +103,12 @@ def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
     )
 
 
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch")
@@ -134,7 +143,7 @@ def main() -> None:
                     }
                 )
     cpp.limit_simd(best)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    print(f"{processor()}, torch {torch.__version__}")
     print(f"{args.tokens} tokens a batch, medians of {TIMED * args.repeats} calls, ns a token\n")
     names = list(rows[0]["ns_per_token"])
     print("| SIMD | threads | L |", " | ".join(names), "| GB/s | vs x-transformers | vs rand |")
@@ -147,10 +156,15 @@ def main() -> None:
             f"| {row['times_plain_bernoulli']:.2f} |"
         )
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(
-                {"torch": torch.__version__, "tokens": args.tokens, "rows": rows}, file, indent=1
-            )
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "processor": processor(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "tokens": args.tokens,
+            "rows": rows,
+        }
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class TrainConfig:
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     threads: int | None = _option(
         None,
-        "CPU threads; few are best for a small net, above all on a machine that does other work too",
+        "CPU threads; few are best for a small net, and on a machine with other work to do",
         type=int,
         otherwise="PyTorch's choice",
     )
