@@ -11,15 +11,9 @@ import torch
 from nar_kernels.cli import main
 from nar_kernels.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = "--dim 32 --depth 1 --heads 1 --batch-size 4 --threads 1 --eval-draws 1 --device cpu".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

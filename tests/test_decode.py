@@ -20,14 +20,7 @@ from nar_kernels.decode import (
 from nar_kernels.philox import Stream
 from nar_kernels.schedules import SCHEDULES, cosine, linear
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int = 0) -> torch.Generator:

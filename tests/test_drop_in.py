@@ -15,17 +15,10 @@ from nar_kernels.masking import Corrupted
 from nar_kernels.ops import corrupt
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Original = x_transformers.NonAutoregressiveWrapper
 NUM_TOKENS, MASK_ID, LENGTH, BATCH = 12, 11, 10, 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_net(**kwargs) -> TransformerWrapper:

@@ -15,6 +15,8 @@ from nar_kernels.ops import corrupt
 from nar_kernels.schedules import NUM_TIMES, SCHEDULES
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH, CLEAN_IDS = 4, 3
 MASK_ID = 1  # in the middle, so that ids on both sides of it are in use
 NUM_TOKENS = CLEAN_IDS + 1
@@ -32,15 +34,6 @@ def power(t: Tensor) -> Tensor:
 
 
 ALL_SCHEDULES = [*SCHEDULES, power]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are small: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Oracle(nn.Module):

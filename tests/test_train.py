@@ -28,16 +28,10 @@ from nar_kernels.train import DivergedError, Run, learning_rate, loss_and_gradie
 
 pytest.importorskip("x_transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPEC = SequenceSpec(num_tokens=257, seq_len=16, render="bytes", image_shape=None)
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,9 @@ from nar_kernels.nets import NetAdapter, net_attribute
 from nar_kernels.ops import corrupt
 from nar_kernels.wrapper import NonAutoregressiveWrapper, masked_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_TOKENS, MASK_ID, LENGTH, BATCH = 12, 4, 10, 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_net(dropout=0.0, **kwargs) -> TransformerWrapper:
