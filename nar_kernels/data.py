@@ -225,7 +225,6 @@ class MaskedLoader:
                 seed=self.seed,
                 stream=Stream.WINDOW_ORDER,
                 round=epoch,
-                backend=self.backend,
             )
         return order
 

@@ -19,6 +19,9 @@ IGNORE_INDEX = -100
 # Probabilities enter the kernels as integers; this one stands for 1.
 PROBABILITY_ONE = 1 << 31
 
+# Length of Corrupted.invalid.
+NUM_INVALID = 5
+
 
 def check_vocabulary(num_tokens: int, mask_id: int) -> None:
     """Raises ValueError unless num_tokens is in [2, 2**31) and mask_id in [0, num_tokens)."""
@@ -79,6 +82,10 @@ class MaskingConfig:
     weight_table: Tensor = field(init=False, repr=False, compare=False)
     # bool [V], true at never_mask_ids; None when there are none.
     never_mask_table: Tensor | None = field(init=False, repr=False, compare=False)
+    # The three tables on other devices.
+    _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor | None]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
     # no_replace_prob, random_token_prob and corruption_prob in units of 1 / PROBABILITY_ONE.
     shares: tuple[int, int, int] = field(init=False, repr=False, compare=False)
 
@@ -120,6 +127,17 @@ class MaskingConfig:
         )
         return keep, min(random, PROBABILITY_ONE - keep), coin
 
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The ratio, weight and never-mask tables on a device; copied there once."""
+        tables = self.table.ratio, self.weight_table, self.never_mask_table
+        if device.type == "cpu":
+            return tables
+        if device not in self._copies:
+            ratio, weight, never_mask = (None if t is None else t.to(device) for t in tables)
+            assert ratio is not None and weight is not None
+            self._copies[device] = ratio, weight, never_mask
+        return self._copies[device]
+
     @property
     def exact(self) -> bool:
         return self.draw == "exact"
@@ -145,8 +163,10 @@ class Corrupted:
         num_maskable: int64 ``[B]``, positions that could have been masked.
         row_buffer: int64 ``[B * L]``; its first R entries are ``masked_rows``, the rest is
             undefined. (So that the operator's shapes do not depend on data.)
-        invalid: int64 ``[3]``: how many ids were bad, the lowest offset of one, its value. Bad ids
-            are replaced by a valid one, so that no embedding lookup is out of bounds.
+        invalid: int64 ``[5]``: how many ids were bad, the lowest offset of one, its value; how many
+            windows reached outside the corpus; how many sample slots were negative. Bad ids are
+            replaced by a valid one, so that no embedding lookup is out of bounds, bad windows by
+            the first of the corpus.
         masking: the configuration that made this batch.
     """
 
@@ -175,12 +195,20 @@ class Corrupted:
         return torch.where(self.masked_indices, self.labels, self.input_ids)
 
     def raise_if_invalid(self, source: str | None = None) -> None:
-        """Raises :class:`InvalidTokenError` if the clean data held a bad id.
+        """Raises what is wrong with the data: :class:`InvalidTokenError` for a bad id, IndexError
+        for a window outside the corpus, ValueError for a negative sample slot.
 
         ``source`` names the corpus; without it the place is a row and a column of the batch.
         Reading the record waits for the device; call it when it is convenient.
         """
-        count, offset, token_id = self.invalid.tolist()
+        count, offset, token_id, bad_windows, bad_slots = self.invalid.tolist()
+        if bad_windows:
+            raise IndexError(
+                f"{bad_windows} of {len(self)} windows reach outside the corpus: starts must be in "
+                "[0, T - L]"
+            )
+        if bad_slots:
+            raise ValueError(f"{bad_slots} sample ids are negative: slots count from 0")
         if count == 0:
             return
         if source is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nar_kernels.backends import cpp, resolve_backend
 from nar_kernels.corpus import TOKEN_DTYPES as _DTYPES
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.masking import Corrupted, MaskingConfig
+from nar_kernels.masking import NUM_INVALID, Corrupted, MaskingConfig
 from nar_kernels.philox import Stream
 from nar_kernels.philox import permute as permute_ref
 from nar_kernels.reference import corrupt_ref, windows_ref
@@ -19,6 +19,9 @@ from nar_kernels.reference import corrupt_ref, windows_ref
 # In the order of the codes that the C++ side switches on.
 TOKEN_DTYPES = tuple(_DTYPES.values())
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES)}
+
+# What has no kernel on a GPU: the host does it there.
+_ON_CPU = ("reference", "cpp")
 
 _lib = torch.library.Library("nar_kernels", "DEF")
 _lib.define(
@@ -44,10 +47,9 @@ def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tens
     times = torch.empty(batch, dtype=torch.float32, device=device)
     counts = torch.empty(batch, dtype=torch.int64, device=device)
     row_buffer = torch.empty(batch * seq_len, dtype=torch.int64, device=device)
-    invalid = torch.empty(3, dtype=torch.int64, device=device)
-    # In the order of Corrupted. (empty_like takes half the time of empty.)
+    # In the order of Corrupted, without `invalid`. (empty_like takes half the time of empty.)
     labels, weight, num_maskable = map(torch.empty_like, (ids, times, counts))
-    return ids, labels, masked, times, weight, counts, num_maskable, row_buffer, invalid
+    return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
 
 def _corrupt_cpp(
@@ -65,7 +67,8 @@ def _corrupt_cpp(
 ) -> tuple[Tensor, ...]:
     assert cpp is not None
     batch = _num_windows(tokens, starts)
-    outputs = _empty_outputs(batch, seq_len, tokens.device)
+    invalid = torch.empty(NUM_INVALID, dtype=torch.int64)
+    outputs = (*_empty_outputs(batch, seq_len, tokens.device), invalid)
     cpp.corrupt(
         tokens.data_ptr(),
         _DTYPE_CODE[tokens.dtype],
@@ -87,15 +90,31 @@ def _corrupt_cpp(
     return outputs
 
 
+def _corrupt_triton(
+    tokens: Tensor, starts: Tensor | None, seq_len: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    from nar_kernels.kernels.corrupt import corrupt_triton, workspace_size
+
+    batch = _num_windows(tokens, starts)
+    outputs = _empty_outputs(batch, seq_len, tokens.device)
+    workspace = torch.zeros(workspace_size(batch), dtype=torch.int64, device=tokens.device)
+    corrupt_triton((*outputs, workspace), tokens, starts, seq_len, *rest)
+    return *outputs, workspace[:NUM_INVALID]
+
+
+_CORRUPT = {"cpp": _corrupt_cpp, "triton": _corrupt_triton, "reference": corrupt_ref}
+
+
 def _corrupt_impl(*args: Any) -> tuple[Tensor, ...]:
     *inputs, backend = args
-    return _corrupt_cpp(*inputs) if backend == "cpp" else corrupt_ref(*inputs)
+    return _CORRUPT[backend](*inputs)
 
 
 def _corrupt_fake(
     tokens: Tensor, starts: Tensor | None, seq_len: int, *_: Any
 ) -> tuple[Tensor, ...]:
-    return _empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device)
+    outputs = _empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device)
+    return *outputs, torch.empty(NUM_INVALID, dtype=torch.int64, device=tokens.device)
 
 
 _lib.impl("corrupt", _corrupt_impl, "CompositeExplicitAutograd")
@@ -158,10 +177,12 @@ def corrupt(
         A :class:`Corrupted`. ``input_ids`` and ``labels`` are int64.
 
     Raises:
-        InvalidTokenError: (CPU) an id outside [0, V), or equal to ``mask_id``. On other devices
-            call ``raise_if_invalid()`` on the result.
+        InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
         IndexError: a window reaches outside the corpus.
-        TypeError, ValueError: wrong dtypes, shapes or devices.
+        TypeError, ValueError: wrong dtypes, shapes or devices, a negative sample slot.
+
+    Values are checked on the device. On the CPU these errors come at once; elsewhere, where to look
+    at them would stall the device, when ``raise_if_invalid()`` is called on the result.
     """
     check_token_dtype(tokens.dtype)
     if starts is None:
@@ -177,6 +198,11 @@ def corrupt(
         if tokens.dim() != 1 or seq_len is None:
             raise ValueError("with starts, tokens must be a flat corpus [T] and seq_len given")
         starts, length = _check_ids("starts", starts, tokens), seq_len
+        if starts.shape[0] and tokens.shape[0] < seq_len:
+            raise IndexError(
+                f"a window of seq_len {seq_len} reaches outside the corpus of {tokens.shape[0]} "
+                "tokens"
+            )
         batch = starts.shape[0]
     if length < 1:
         raise ValueError(f"seq_len is {length}: a window has at least one token")
@@ -206,9 +232,7 @@ def corrupt(
         masking.mask_id,
         sample_ids,
         maskable,
-        masking.table.ratio,
-        masking.weight_table,
-        masking.never_mask_table,
+        *masking.tables(tokens.device),
         _int64(seed),
         global_batch,
         masking.exact,
@@ -253,7 +277,7 @@ def windows(
     """
     check_token_dtype(tokens.dtype)
     starts = _check_ids("starts", starts, tokens)
-    if resolve_backend(backend, tokens.device) == "cpp":
+    if resolve_backend(backend, tokens.device, _ON_CPU) == "cpp":
         assert cpp is not None
         tokens = tokens.contiguous()
         out = torch.empty((starts.shape[0], seq_len), dtype=torch.int64)
@@ -291,7 +315,7 @@ def permute(
 
     Args and result as in :func:`nar_kernels.philox.permute`; ``index`` is int64, any shape.
     """
-    if resolve_backend(backend, index.device) == "reference":
+    if resolve_backend(backend, index.device, _ON_CPU) == "reference":
         return permute_ref(index, n, seed=seed, stream=stream, round=round)
     assert cpp is not None
     index = index.contiguous()

@@ -22,7 +22,7 @@ _U32 = 0xFFFFFFFF
 
 # Up to this size a permutation is the rank of random words, hence uniform over all n! orders.
 EXACT_PERMUTATION_MAX = 256
-_FEISTEL_ROUNDS = 24
+FEISTEL_ROUNDS = 24
 
 
 class Stream(IntEnum):
@@ -93,7 +93,7 @@ def _feistel(x: Tensor, keys: list[int], bits: int) -> Tensor:
     """One pass of an unbalanced xor Feistel network: a bijection on ``[0, 2**bits)``."""
     right_bits = bits - bits // 2
     left, right = x >> right_bits, x & ((1 << right_bits) - 1)
-    for r in range(0, _FEISTEL_ROUNDS, 2):
+    for r in range(0, FEISTEL_ROUNDS, 2):
         left = left ^ (_mix(right ^ keys[r]) & ((1 << (bits // 2)) - 1))
         right = right ^ (_mix(left ^ keys[r + 1]) & ((1 << right_bits) - 1))
     return left << right_bits | right
@@ -126,7 +126,7 @@ def permute(index: Tensor, n: int, *, seed: int, stream: int, round: int) -> Ten
         rank = keys.argsort(stable=True).argsort()
         return rank[index]
     bits = (n - 1).bit_length()
-    round_keys = words(seed, stream, slot, torch.arange(_FEISTEL_ROUNDS, device=index.device))
+    round_keys = words(seed, stream, slot, torch.arange(FEISTEL_ROUNDS, device=index.device))
     out = _feistel(index, round_keys.tolist(), bits)
     while bool((outside := out >= n).any()):
         out = torch.where(outside, _feistel(out, round_keys.tolist(), bits), out)

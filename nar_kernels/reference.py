@@ -143,5 +143,5 @@ def corrupt_ref(
         num_masked,
         n[:, 0].clone(),
         row_buffer,
-        invalid,
+        torch.cat([invalid, torch.zeros_like(invalid[:2])]),  # bad rows have raised
     )

@@ -1,7 +1,13 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files, and where kernels of a GPU run."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels are interpreted, on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,7 @@ def test_a_batch_corrupted_for_another_vocabulary(num_tokens, mask_id):
 
 def test_an_invalid_corrupted_batch():
     batch = corrupt(clean_batch(), MaskingConfig(NUM_TOKENS, MASK_ID), seed=0)
-    batch = replace(batch, invalid=torch.tensor([1, 13, 99]))
+    batch = replace(batch, invalid=torch.tensor([1, 13, 99, 0, 0]))
     with pytest.raises(InvalidTokenError, match=r"token id 99 at tokens\[1, 3\]"):
         make_model()(batch)
 
