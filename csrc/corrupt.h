@@ -1,11 +1,19 @@
-// `corrupt`: windows, validation, masks and labels. Arguments and entry points.
+// `corrupt`: windows, validation, masks and labels. Arguments, and the rules of a row that the CPU
+// and the GPU share.
 #pragma once
 
 #include <cstdint>
 
+#include "philox.h"
 #include "token_windows.h"
 
 namespace nar {
+
+constexpr int64_t kIgnoreIndex = -100;
+
+// Length of `invalid`: how many ids were bad, the lowest offset of one, its value; how many windows
+// reached outside the corpus; how many sample slots were negative.
+constexpr int64_t kNumInvalid = 5;
 
 struct CorruptArgs {
   // Inputs.
@@ -16,6 +24,7 @@ struct CorruptArgs {
   const float* weight_table;    // [65536]
   const uint8_t* never_mask;    // [num_tokens] or null
   uint64_t seed;
+  const uint64_t* seed_tensor;  // [1], in place of seed, or null
   int64_t global_batch;
   bool exact, stratified;
   uint64_t keep_share, random_share, coin_share;  // 2**31 stands for 1
@@ -29,43 +38,67 @@ struct CorruptArgs {
   int64_t* num_masked;      // [batch]
   int64_t* num_maskable;    // [batch]
   int64_t* row_buffer;      // [batch * seq_len]
+  int64_t* invalid;         // [kNumInvalid]
 
-  uint64_t sample(int64_t b) const { return static_cast<uint64_t>(sample_ids ? sample_ids[b] : b); }
+  NAR_HOST_DEVICE uint64_t sample(int64_t b) const {
+    return static_cast<uint64_t>(sample_ids ? sample_ids[b] : b);
+  }
 };
 
+// Local to the translation unit: compiled once per instruction set (see order_statistic.h).
+namespace {
+
+// The 16-bit time of a sample slot whose word is given: its upper half, within a stratum.
+NAR_HOST_DEVICE inline uint32_t stratified_time(uint64_t stratum, uint32_t word,
+                                                uint64_t global_batch) {
+  return static_cast<uint32_t>(((stratum << 16) + (word >> 16)) / global_batch);
+}
+
 // How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
-static inline int64_t exact_count(const CorruptArgs& a, uint32_t t16, int64_t n) {
+NAR_HOST_DEVICE inline int64_t exact_count(const CorruptArgs& a, uint32_t t16, int64_t n) {
   const int64_t k = static_cast<int64_t>(
       (uint64_t{a.ratio_table[t16]} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);
   return k > n ? n : k < 1 && n > 0 ? 1 : k;
 }
 
-// Memory for the rows of one thread.
-struct RowScratch {
-  uint32_t* keys;     // [seq_len, rounded up to kWordPadding]
-  uint32_t* random;   // the same
-  int32_t* clean;     // [seq_len]
-  uint8_t* can_mask;  // [seq_len]
+// Which parts of the masked positions keep their token, or keep it or get a random one, and the
+// word that rounds counts of them.
+struct CorruptionShares {
+  uint64_t keep, replace, rounding;
+
+  NAR_HOST_DEVICE int64_t of_count(uint64_t share, int64_t k) const {
+    return static_cast<int64_t>((static_cast<uint64_t>(k) * share + rounding) >> 31);
+  }
 };
 
-// One row b: all its outputs but the rows, which need the counts of the rows before.
-using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const RowScratch&,
-                            InvalidTokens*);
-// The masked positions of row b, as indices into [batch * seq_len].
-using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows);
+NAR_HOST_DEVICE inline CorruptionShares corruption_shares(const CorruptArgs& a, uint64_t seed,
+                                                          uint64_t sample) {
+  const Words4 coin = random_block(seed, kCorruption, sample, 0);
+  const uint64_t keep = coin.word[0] >> 1 < a.coin_share ? a.keep_share : 0;
+  const uint64_t random = coin.word[1] >> 1 < a.coin_share ? a.random_share : 0;
+  return {keep, keep + random, coin.word[2] >> 1};
+}
 
-struct CorruptKernels {
-  CorruptRow corrupt_row;
-  WriteRows write_rows;
-};
+// Uniform over the vocabulary without mask_id.
+NAR_HOST_DEVICE inline int32_t random_token(uint32_t word, int32_t num_tokens, int32_t mask_id) {
+  const uint64_t range = static_cast<uint32_t>(num_tokens - 1);
+  const int32_t token = static_cast<int32_t>(word * range >> 32);
+  return token + (token >= mask_id);
+}
 
-// One file an instruction set, the same source.
-CorruptKernels corrupt_kernels_generic();
-CorruptKernels corrupt_kernels_avx2();
-CorruptKernels corrupt_kernels_avx512();
+// What is known of row b once k of its n maskable positions are masked.
+NAR_HOST_DEVICE inline void write_scalars(const CorruptArgs& a, int64_t b, uint32_t t16, int64_t n,
+                                          int64_t k) {
+  float weight = a.weight_table[t16];
+  if (a.exact) {
+    weight *= static_cast<float>(n);
+    weight = k == 0 ? 0.0f : weight / static_cast<float>(k);
+  }
+  a.times[b] = (static_cast<float>(t16) + 0.5f) / 65536.0f;
+  a.loss_weight[b] = weight;
+  a.num_masked[b] = k;
+  a.num_maskable[b] = n;
+}
 
-// The whole batch on up to num_threads threads. Throws std::out_of_range for a window outside the
-// corpus.
-InvalidTokens corrupt_cpu(const CorruptArgs& args, int num_threads);
-
+}  // namespace
 }  // namespace nar

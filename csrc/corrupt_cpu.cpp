@@ -1,11 +1,12 @@
 // `corrupt` on the CPU: checks, threads, choice of instruction set.
+#include "corrupt_cpu.h"
+
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "corrupt.h"
 #include "cpu_features.h"
 #include "parallel_for.h"
 #include "permutation.h"
@@ -50,7 +51,7 @@ class TimeDraw {
       step_ = step;
     }
     const uint64_t stratum = (*strata_)(sample % global_batch);
-    return static_cast<uint32_t>(((stratum << 16) + (word >> 16)) / global_batch);
+    return stratified_time(stratum, word, global_batch);
   }
 
  private:
@@ -61,7 +62,9 @@ class TimeDraw {
 
 }  // namespace
 
-InvalidTokens corrupt_cpu(const CorruptArgs& a, int num_threads) {
+void corrupt_cpu(const CorruptArgs& args, int num_threads) {
+  CorruptArgs a = args;
+  if (a.seed_tensor) a.seed = *a.seed_tensor;
   const int64_t batch = a.windows.batch, seq_len = a.windows.seq_len;
   check_windows(a.windows);
   check_samples(a);
@@ -112,7 +115,8 @@ InvalidTokens corrupt_cpu(const CorruptArgs& a, int num_threads) {
   }
 
   for (int seat = 1; seat < num_threads; ++seat) invalid[0].merge(invalid[seat]);
-  return invalid[0];
+  write_record(invalid[0], a.invalid);
+  a.invalid[3] = a.invalid[4] = 0;  // bad rows have thrown
 }
 
 }  // namespace nar

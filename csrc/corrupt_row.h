@@ -2,14 +2,12 @@
 // plain C++ over 32-bit lanes that compilers vectorise, only Philox is written with intrinsics.
 #pragma once
 
-#include "corrupt.h"
+#include "corrupt_cpu.h"
 #include "order_statistic.h"
 #include "philox_simd.h"
 
 namespace nar {
 namespace {
-
-constexpr int64_t kIgnoreIndex = -100;
 
 // Which positions may be masked, and how many; keys of the others become the largest, so that they
 // are below no bound.
@@ -34,19 +32,14 @@ struct RowBounds {
 
 RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
                      const uint8_t* can_mask, int64_t n) {
-  const Words4 coin = random_block(a.seed, kCorruption, a.sample(b), 0);
-  const uint64_t keep_share = coin.word[0] >> 1 < a.coin_share ? a.keep_share : 0;
-  const uint64_t random_share = coin.word[1] >> 1 < a.coin_share ? a.random_share : 0;
-  const uint64_t replace_share = keep_share + random_share;
+  const CorruptionShares shares = corruption_shares(a, a.seed, a.sample(b));
   const uint64_t ratio = a.ratio_table[t16];
   if (!a.exact) {
-    return {(ratio * keep_share >> 31) << 32, (ratio * replace_share >> 31) << 32, ratio << 32};
+    return {(ratio * shares.keep >> 31) << 32, (ratio * shares.replace >> 31) << 32, ratio << 32};
   }
-  const uint64_t rounding = coin.word[2] >> 1;
-  const uint64_t k = static_cast<uint64_t>(exact_count(a, t16, n));
-  const int64_t ranks[kNumRanks] = {static_cast<int64_t>((k * keep_share + rounding) >> 31),
-                                    static_cast<int64_t>((k * replace_share + rounding) >> 31),
-                                    static_cast<int64_t>(k)};
+  const int64_t k = exact_count(a, t16, n);
+  const int64_t ranks[kNumRanks] = {shares.of_count(shares.keep, k),
+                                    shares.of_count(shares.replace, k), k};
   KeyBound bounds[kNumRanks];
   key_bounds(scratch.keys, can_mask, a.windows.seq_len, n, ranks, bounds);
   return {bounds[0], bounds[1], bounds[2]};
@@ -71,13 +64,6 @@ int64_t write_row(const RowBounds& bounds, int64_t length, int32_t mask_id,
     num_masked += is_masked;
   }
   return num_masked;
-}
-
-// Uniform over the vocabulary without mask_id.
-inline int32_t random_token(uint32_t word, int32_t num_tokens, int32_t mask_id) {
-  const uint64_t range = static_cast<uint32_t>(num_tokens - 1);
-  const int32_t token = static_cast<int32_t>(word * range >> 32);
-  return token + (token >= mask_id);
 }
 
 // A second pass, since few positions get a random token.
@@ -142,15 +128,7 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
     }
   }
 
-  a.times[b] = (static_cast<float>(t16) + 0.5f) / 65536.0f;
-  float weight = a.weight_table[t16];
-  if (a.exact) {
-    weight *= static_cast<float>(n);
-    weight = num_masked == 0 ? 0.0f : weight / static_cast<float>(num_masked);
-  }
-  a.loss_weight[b] = weight;
-  a.num_masked[b] = num_masked;
-  a.num_maskable[b] = n;
+  write_scalars(a, b, t16, n, num_masked);
 }
 
 void write_rows(const CorruptArgs& a, int64_t b, int64_t* __restrict rows) {

@@ -3,13 +3,15 @@
 
 #include <cstdint>
 
+#include "philox.h"
+
 namespace nar {
 
 // Position i belongs to the k smallest iff (key[i] << 32 | i) < bound. When no key equals the one
 // at the boundary, the low half is 0 and `key < bound >> 32` decides alone.
 using KeyBound = uint64_t;
 
-inline bool is_tied(KeyBound bound) { return static_cast<uint32_t>(bound) != 0; }
+NAR_HOST_DEVICE inline bool is_tied(KeyBound bound) { return static_cast<uint32_t>(bound) != 0; }
 
 constexpr int kNumRanks = 3;
 
@@ -25,27 +27,27 @@ struct PivotSearch {
   uint32_t pivot = 0;
   bool found = false;
 
-  PivotSearch(int64_t rank, int64_t num_keys) : rank(rank), below_high(num_keys) {
+  NAR_HOST_DEVICE PivotSearch(int64_t rank, int64_t num_keys) : rank(rank), below_high(num_keys) {
     found = rank == 0;
   }
 
   // Random keys are nearly evenly spread, so interpolation homes in within about five passes. A
   // bisection every other pass after that bounds the number of passes for any keys.
-  void propose(int pass) {
+  NAR_HOST_DEVICE void propose(int pass) {
     const uint64_t width = high - low;
-    double at = 0.5;
+    float at = 0.5f;
     if (pass < 8 || pass % 2 == 0) {
-      at = (static_cast<double>(rank - below_low) + 0.5) /
-           (static_cast<double>(below_high - below_low) + 1.0);
+      at = (static_cast<float>(rank - below_low) + 0.5f) /
+           (static_cast<float>(below_high - below_low) + 1.0f);
     }
-    uint64_t offset = static_cast<uint64_t>(static_cast<double>(width) * at);
+    uint64_t offset = static_cast<uint64_t>(static_cast<float>(width) * at);
     if (rank == below_high) offset = width - 1;
     if (offset < 1) offset = 1;
     if (offset > width - 1) offset = width - 1;
     pivot = static_cast<uint32_t>(low + offset);
   }
 
-  void learn(int64_t below) {
+  NAR_HOST_DEVICE void learn(int64_t below) {
     if (below == rank) {
       found = true;
     } else if (below < rank) {
@@ -56,7 +58,8 @@ struct PivotSearch {
   }
 
   // No pivot separates: the keys equal to `low` straddle the boundary.
-  bool is_tie() const { return high - low == 1; }
+  NAR_HOST_DEVICE bool is_tie() const { return !found && high - low == 1; }
+  NAR_HOST_DEVICE bool is_done() const { return found || high - low == 1; }
 };
 
 inline void count_below(const uint32_t* __restrict keys, int64_t n, const PivotSearch* search,
@@ -91,7 +94,7 @@ inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t le
   for (int pass = 0;; ++pass) {
     bool open = false;
     for (PivotSearch& s : search) {
-      if (s.found || s.is_tie()) continue;
+      if (s.is_done()) continue;
       s.propose(pass);
       open = true;
     }
@@ -104,7 +107,7 @@ inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t le
       count_below(keys, length, search, below);
     }
     for (int j = 0; j < kNumRanks; ++j) {
-      if (!search[j].found && !search[j].is_tie()) search[j].learn(below[j]);
+      if (!search[j].is_done()) search[j].learn(below[j]);
     }
   }
   for (int j = 0; j < kNumRanks; ++j) {

@@ -5,6 +5,12 @@
 
 namespace nar {
 
+void write_record(const InvalidTokens& found, int64_t* record) {
+  record[0] = found.count;
+  record[1] = found.count ? found.offset : 0;
+  record[2] = found.count ? found.token : 0;
+}
+
 void check_windows(const Windows& w) {
   for (int64_t b = 0; b < w.batch; ++b) {
     if (w.start(b) < 0 || w.start(b) > w.num_corpus_tokens - w.seq_len) {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "philox.h"
+
 namespace nar {
 
 // The order is that of TOKEN_DTYPES in nar_kernels/ops.py.
@@ -17,8 +19,10 @@ struct Windows {
   int64_t num_tokens;  // valid ids are [0, num_tokens), below 2**31, without mask_id
   int64_t mask_id;
 
-  int64_t start(int64_t b) const { return starts ? starts[b] : b * seq_len; }
-  int64_t safe_id() const { return mask_id == 0 ? 1 : 0; }  // takes the place of a bad one
+  NAR_HOST_DEVICE int64_t start(int64_t b) const { return starts ? starts[b] : b * seq_len; }
+  NAR_HOST_DEVICE int64_t safe_id() const {
+    return mask_id == 0 ? 1 : 0;
+  }  // takes the place of a bad one
 };
 
 // Bad ids: how many, and the one at the lowest corpus offset.
@@ -33,6 +37,9 @@ struct InvalidTokens {
   }
 };
 
+// As {count, offset, token}, all 0 where there are none.
+void write_record(const InvalidTokens& found, int64_t* record);
+
 // Throws std::out_of_range for a window outside the corpus.
 void check_windows(const Windows& windows);
 
@@ -44,7 +51,7 @@ namespace {
 
 // Calls visit with a pointer of the corpus's type to the first token of row b.
 template <typename Visit>
-void visit_window(const Windows& w, int64_t b, const Visit& visit) {
+NAR_HOST_DEVICE void visit_window(const Windows& w, int64_t b, const Visit& visit) {
   const int64_t start = w.start(b);
   switch (w.token_type) {
     case TokenType::kUint8: return visit(static_cast<const uint8_t*>(w.tokens) + start);

@@ -3,6 +3,7 @@
 Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
 """
 
+import struct
 from typing import Any
 
 import torch
@@ -52,7 +53,11 @@ def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tens
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
 
-def _corrupt_cpp(
+_pack = struct.Struct("=30q").pack
+
+
+def _packed_corrupt(
+    outputs: tuple[Tensor, ...],
     tokens: Tensor,
     starts: Tensor | None,
     seq_len: int,
@@ -63,18 +68,16 @@ def _corrupt_cpp(
     ratio_table: Tensor,
     weight_table: Tensor,
     never_mask: Tensor | None,
+    seed: int,
     *scalars: int,
-) -> tuple[Tensor, ...]:
-    assert cpp is not None
-    batch = _num_windows(tokens, starts)
-    invalid = torch.empty(NUM_INVALID, dtype=torch.int64)
-    outputs = (*_empty_outputs(batch, seq_len, tokens.device), invalid)
-    cpp.corrupt(
+) -> bytes:
+    """The arguments as C++ reads them (`unpack_corrupt` in csrc/bindings.h)."""
+    return _pack(
         tokens.data_ptr(),
         _DTYPE_CODE[tokens.dtype],
         tokens.numel(),
         _address(starts),
-        batch,
+        outputs[0].shape[0],
         seq_len,
         num_tokens,
         mask_id,
@@ -83,10 +86,20 @@ def _corrupt_cpp(
         ratio_table.data_ptr(),
         weight_table.data_ptr(),
         _address(never_mask),
+        seed,
+        0,
         *scalars,
-        torch.get_num_threads(),
         *[t.data_ptr() for t in outputs],
     )
+
+
+def _corrupt_cpp(
+    tokens: Tensor, starts: Tensor | None, seq_len: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    assert cpp is not None
+    invalid = torch.empty(NUM_INVALID, dtype=torch.int64)
+    outputs = (*_empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device), invalid)
+    cpp.corrupt(_packed_corrupt(outputs, tokens, starts, seq_len, *rest), torch.get_num_threads())
     return outputs
 
 

@@ -1,0 +1,35 @@
+// `corrupt` on the CPU: one source for a row, compiled once per instruction set.
+#pragma once
+
+#include "corrupt.h"
+
+namespace nar {
+
+// Memory for the rows of one thread.
+struct RowScratch {
+  uint32_t* keys;     // [seq_len, rounded up to kWordPadding]
+  uint32_t* random;   // the same
+  int32_t* clean;     // [seq_len]
+  uint8_t* can_mask;  // [seq_len]
+};
+
+// One row b: all its outputs but the rows, which need the counts of the rows before.
+using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const RowScratch&,
+                            InvalidTokens*);
+// The masked positions of row b, as indices into [batch * seq_len].
+using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows);
+
+struct CorruptKernels {
+  CorruptRow corrupt_row;
+  WriteRows write_rows;
+};
+
+CorruptKernels corrupt_kernels_generic();
+CorruptKernels corrupt_kernels_avx2();
+CorruptKernels corrupt_kernels_avx512();
+
+// The whole batch on up to num_threads threads. Throws std::out_of_range for a window outside the
+// corpus, std::invalid_argument for a negative sample slot.
+void corrupt_cpu(const CorruptArgs& args, int num_threads);
+
+}  // namespace nar
