@@ -55,8 +55,8 @@ NAR_HOST_DEVICE inline uint32_t stratified_time(uint64_t stratum, uint32_t word,
 }
 
 // How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
-NAR_HOST_DEVICE inline int64_t exact_count(const CorruptArgs& a, uint32_t t16, int64_t n) {
-  const int64_t k = static_cast<int64_t>(
+NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, uint32_t t16, int32_t n) {
+  const int32_t k = static_cast<int32_t>(
       (uint64_t{a.ratio_table[t16]} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);
   return k > n ? n : k < 1 && n > 0 ? 1 : k;
 }
@@ -66,8 +66,8 @@ NAR_HOST_DEVICE inline int64_t exact_count(const CorruptArgs& a, uint32_t t16, i
 struct CorruptionShares {
   uint64_t keep, replace, rounding;
 
-  NAR_HOST_DEVICE int64_t of_count(uint64_t share, int64_t k) const {
-    return static_cast<int64_t>((static_cast<uint64_t>(k) * share + rounding) >> 31);
+  NAR_HOST_DEVICE int32_t of_count(uint64_t share, int32_t k) const {
+    return static_cast<int32_t>((static_cast<uint64_t>(k) * share + rounding) >> 31);
   }
 };
 

@@ -37,8 +37,8 @@ RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScr
   if (!a.exact) {
     return {(ratio * shares.keep >> 31) << 32, (ratio * shares.replace >> 31) << 32, ratio << 32};
   }
-  const int64_t k = exact_count(a, t16, n);
-  const int64_t ranks[kNumRanks] = {shares.of_count(shares.keep, k),
+  const int32_t k = exact_count(a, t16, n);
+  const int32_t ranks[kNumRanks] = {shares.of_count(shares.keep, k),
                                     shares.of_count(shares.replace, k), k};
   KeyBound bounds[kNumRanks];
   key_bounds(scratch.keys, can_mask, a.windows.seq_len, n, ranks, bounds);

@@ -21,13 +21,13 @@ namespace {
 
 // A bracket around a pivot with exactly `rank` keys below it.
 struct PivotSearch {
-  int64_t rank;
+  int32_t rank;
   uint64_t low = 0, high = uint64_t{1} << 32;  // the pivot lies in [low, high)
-  int64_t below_low = 0, below_high;           // keys below either end
+  int32_t below_low = 0, below_high;           // keys below either end
   uint32_t pivot = 0;
   bool found = false;
 
-  NAR_HOST_DEVICE PivotSearch(int64_t rank, int64_t num_keys) : rank(rank), below_high(num_keys) {
+  NAR_HOST_DEVICE PivotSearch(int32_t rank, int32_t num_keys) : rank(rank), below_high(num_keys) {
     found = rank == 0;
   }
 
@@ -47,7 +47,7 @@ struct PivotSearch {
     pivot = static_cast<uint32_t>(low + offset);
   }
 
-  NAR_HOST_DEVICE void learn(int64_t below) {
+  NAR_HOST_DEVICE void learn(int32_t below) {
     if (below == rank) {
       found = true;
     } else if (below < rank) {
@@ -63,7 +63,7 @@ struct PivotSearch {
 };
 
 inline void count_below(const uint32_t* __restrict keys, int64_t n, const PivotSearch* search,
-                        int64_t* below) {
+                        int32_t* below) {
   const uint32_t p0 = search[0].pivot, p1 = search[1].pivot, p2 = search[2].pivot;
   uint32_t n0 = 0, n1 = 0, n2 = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -75,7 +75,7 @@ inline void count_below(const uint32_t* __restrict keys, int64_t n, const PivotS
 }
 
 inline void count_below_one(const uint32_t* __restrict keys, int64_t n, uint32_t pivot,
-                            int64_t* below) {
+                            int32_t* below) {
   uint32_t count = 0;
   for (int64_t i = 0; i < n; ++i) count += keys[i] < pivot;
   *below = count;
@@ -86,7 +86,7 @@ inline void count_below_one(const uint32_t* __restrict keys, int64_t n, uint32_t
 // `can_take` is null when all may. Otherwise the keys of the others must be 0xFFFFFFFF, which keeps
 // them out of every count; `num_keys` counts only those that may. 0 <= rank <= num_keys.
 inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t length,
-                       int64_t num_keys, const int64_t* ranks, KeyBound* bounds) {
+                       int32_t num_keys, const int32_t* ranks, KeyBound* bounds) {
   PivotSearch search[kNumRanks] = {
       {ranks[0], num_keys}, {ranks[1], num_keys}, {ranks[2], num_keys}};
   const bool one_rank =
@@ -99,7 +99,7 @@ inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t le
       open = true;
     }
     if (!open) break;
-    int64_t below[kNumRanks];
+    int32_t below[kNumRanks];
     if (one_rank) {
       count_below_one(keys, length, search[2].pivot, &below[2]);
       below[0] = below[1] = below[2];
@@ -114,7 +114,8 @@ inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t le
     const PivotSearch& s = search[j];
     bounds[j] = KeyBound{s.pivot} << 32;
     if (s.found) continue;
-    int64_t wanted = s.rank - s.below_low, i = 0;
+    int32_t wanted = s.rank - s.below_low;
+    int64_t i = 0;
     for (;; ++i) {
       const bool equal = keys[i] == static_cast<uint32_t>(s.low) && (!can_take || can_take[i]);
       if (equal && --wanted == 0) break;

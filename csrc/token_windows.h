@@ -49,18 +49,27 @@ InvalidTokens copy_windows(const Windows& windows, int64_t* out);
 // The files of one instruction set include this too: nothing shared may be compiled there.
 namespace {
 
-// Calls visit with a pointer of the corpus's type to the first token of row b.
+// Calls visit with the corpus as a pointer of its own type.
 template <typename Visit>
-NAR_HOST_DEVICE void visit_window(const Windows& w, int64_t b, const Visit& visit) {
-  const int64_t start = w.start(b);
+NAR_HOST_DEVICE void visit_tokens(const Windows& w, const Visit& visit) {
   switch (w.token_type) {
-    case TokenType::kUint8: return visit(static_cast<const uint8_t*>(w.tokens) + start);
-    case TokenType::kInt8: return visit(static_cast<const int8_t*>(w.tokens) + start);
-    case TokenType::kUint16: return visit(static_cast<const uint16_t*>(w.tokens) + start);
-    case TokenType::kInt16: return visit(static_cast<const int16_t*>(w.tokens) + start);
-    case TokenType::kUint32: return visit(static_cast<const uint32_t*>(w.tokens) + start);
-    case TokenType::kInt32: return visit(static_cast<const int32_t*>(w.tokens) + start);
-    case TokenType::kInt64: return visit(static_cast<const int64_t*>(w.tokens) + start);
+    case TokenType::kUint8: return visit(static_cast<const uint8_t*>(w.tokens));
+    case TokenType::kInt8: return visit(static_cast<const int8_t*>(w.tokens));
+    case TokenType::kUint16: return visit(static_cast<const uint16_t*>(w.tokens));
+    case TokenType::kInt16: return visit(static_cast<const int16_t*>(w.tokens));
+    case TokenType::kUint32: return visit(static_cast<const uint32_t*>(w.tokens));
+    case TokenType::kInt32: return visit(static_cast<const int32_t*>(w.tokens));
+    case TokenType::kInt64: return visit(static_cast<const int64_t*>(w.tokens));
+  }
+}
+
+// Negative ids wrap to large ones. Narrow types are compared in 32 bits: more lanes.
+template <typename Token>
+NAR_HOST_DEVICE inline bool outside_vocabulary(Token id, uint32_t num_tokens) {
+  if constexpr (sizeof(Token) == 8) {
+    return static_cast<uint64_t>(id) >= num_tokens;
+  } else {
+    return static_cast<uint32_t>(id) >= num_tokens;
   }
 }
 
@@ -71,13 +80,7 @@ int64_t load_window(const Windows& w, const Token* __restrict window, Id* __rest
   const uint32_t num_tokens = static_cast<uint32_t>(w.num_tokens);
   int64_t num_bad = 0;
   for (int64_t i = 0; i < w.seq_len; ++i) {
-    // Negative ids wrap to large ones. Narrow types are compared in 32 bits: more lanes.
-    bool bad;
-    if constexpr (sizeof(Token) == 8) {
-      bad = static_cast<uint64_t>(window[i]) >= num_tokens;
-    } else {
-      bad = static_cast<uint32_t>(window[i]) >= num_tokens;
-    }
+    bool bad = outside_vocabulary(window[i], num_tokens);
     const Id id = static_cast<Id>(window[i]);
     bad |= id == mask_id;
     clean[i] = bad ? safe : id;
@@ -97,7 +100,8 @@ InvalidTokens find_invalid(const Windows& w, int64_t b, const Token* window, int
 
 template <typename Id>
 void load_row(const Windows& w, int64_t b, Id* clean, InvalidTokens* invalid) {
-  visit_window(w, b, [&](const auto* window) {
+  visit_tokens(w, [&](const auto* tokens) {
+    const auto* window = tokens + w.start(b);
     const int64_t num_bad = load_window(w, window, clean);
     if (num_bad != 0) invalid->merge(find_invalid(w, b, window, num_bad));
   });

@@ -1,6 +1,7 @@
 """Which backends can run here, and the one place that chooses between them."""
 
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -9,56 +10,85 @@ import torch
 
 from nar_kernels.errors import BackendUnavailableError
 
-cpp: ModuleType | None
-try:
-    from nar_kernels import _cpp as cpp  # type: ignore[attr-defined, no-redef]
-except ImportError as error:
-    cpp, _import_error = None, str(error)
+_import_errors: dict[str, str] = {}
+
+
+def _extension(name: str) -> ModuleType | None:
+    try:
+        return import_module(f"nar_kernels.{name}")
+    except ImportError as error:
+        _import_errors[name] = str(error)
+        return None
+
+
+cpp = _extension("_cpp")
+cuda = _extension("_cuda")
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # What `backend="auto"` takes on each device, best first.
-_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _has_triton = find_spec("triton") is not None
+_present = {
+    "reference": True,
+    "cpp": cpp is not None,
+    "triton": _has_triton,
+    "cuda": cuda is not None,
+}
 
 
-def _why_no_cpp() -> str:
+def _why_not_built(name: str, needs: str) -> str:
     report = Path(__file__).with_name("_build_failure.txt")
-    reason = report.read_text(encoding="utf-8").strip() if report.exists() else _import_error
+    lines = report.read_text(encoding="utf-8").strip() if report.exists() else ""
+    _, here, reason = lines.partition(f"nar_kernels.{name}: ")
+    reason = reason.partition("\nnar_kernels.")[0] if here else _import_errors[name]
     return (
-        f"the C++ extension is not built ({reason}); install a C++17 compiler, then run "
+        f"the extension nar_kernels.{name} is not built ({reason}); install {needs}, then run "
         "`pip install --force-reinstall --no-deps --no-cache-dir nar-kernels`, or `make` in a "
         "checkout"
     )
 
 
-def _triton_is_interpreted() -> bool:
-    """Triton's own switch: its kernels then run on CPU tensors, slowly, for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def _why_absent(backend: str) -> str:
+    if backend == "cpp":
+        return _why_not_built("_cpp", "a C++17 compiler")
+    if backend == "cuda":
+        return _why_not_built("_cuda", "the CUDA toolkit (nvcc)")
+    return "Triton is not installed; run `pip install 'nar-kernels[triton]'`"
 
 
-def _why_no_triton() -> str:
-    if not _has_triton:
-        return "Triton is not installed; run `pip install 'nar-kernels[triton]'`"
-    return "PyTorch sees no CUDA device"
+def device_type(backend: str) -> str:
+    """Where a compiled backend runs: ``"cpu"`` or ``"cuda"``.
+
+    Tests run the GPU backends on the CPU: Triton in its interpreter, which is its own switch, and
+    CUDA in a module that was compiled for the CPU.
+    """
+    if backend == "triton":
+        return "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
+    if backend == "cuda":
+        return "cpu" if cuda is not None and cuda.architectures == "cpu" else "cuda"
+    return "cpu"
+
+
+def _status(backend: str) -> str:
+    if not _present[backend]:
+        return _why_absent(backend)
+    if backend != "reference" and device_type(backend) == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    return "available"
 
 
 def backends() -> dict[str, str]:
     """Every backend, with ``"available"`` or the reason why it is not.
 
     ``reference`` is plain PyTorch on any device; ``cpp`` is the C++ extension for CPU tensors;
-    ``triton`` runs on CUDA devices.
+    ``triton`` and ``cuda`` run on CUDA devices, the latter where nvcc built it.
     """
-    triton = _has_triton and (_triton_is_interpreted() or torch.cuda.is_available())
-    return {
-        "reference": "available",
-        "cpp": "available" if cpp is not None else _why_no_cpp(),
-        "triton": "available" if triton else _why_no_triton(),
-    }
+    return {name: _status(name) for name in BACKENDS}
 
 
-def resolve_backend(
-    backend: str, device: torch.device, among: tuple[str, ...] = ("reference", "cpp", "triton")
-) -> str:
+def resolve_backend(backend: str, device: torch.device, among: tuple[str, ...] = BACKENDS) -> str:
     """The backend to run on ``device``; ``"auto"`` takes the fastest one there is.
 
     ``among``: the backends that the operation has.
@@ -67,21 +97,19 @@ def resolve_backend(
         ValueError: an unknown name, or one that does not serve this device.
         BackendUnavailableError: a backend asked for by name that cannot run here. Never falls back.
     """
-    present = {"reference": True, "cpp": cpp is not None, "triton": _has_triton}
     if backend == "auto":
         wanted = _PREFERENCE.get(device.type, ("reference",))
-        return next(name for name in wanted if name in among and present[name])
+        return next(name for name in wanted if name in among and _present[name])
     if backend not in among:
         names = ", ".join(map(repr, among))
         raise ValueError(f"unknown backend {backend!r}: use 'auto', {names}")
     if backend == "reference":
         return backend
-    needed = "cpu" if backend == "cpp" or _triton_is_interpreted() else "cuda"
-    if device.type != needed:
+    if not _present[backend]:
+        raise BackendUnavailableError(_why_absent(backend))
+    if device.type != device_type(backend):
         raise ValueError(
-            f"backend {backend!r} runs on {needed.upper()} tensors, but these are on {device}; "
-            "use 'auto'"
+            f"backend {backend!r} runs on {device_type(backend).upper()} tensors, but these are on "
+            f"{device}; use 'auto'"
         )
-    if not present[backend]:
-        raise BackendUnavailableError(_why_no_cpp() if backend == "cpp" else _why_no_triton())
     return backend

@@ -1,10 +1,7 @@
-"""The public operations: all checks, registration with ``torch.library``, dispatch to a backend.
+"""The public operations: all checks, and the choice of a backend.
 
 Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
 """
-
-import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,127 +9,16 @@ from torch import Tensor
 from nar_kernels.backends import cpp, resolve_backend
 from nar_kernels.corpus import TOKEN_DTYPES as _DTYPES
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.masking import NUM_INVALID, Corrupted, MaskingConfig
+from nar_kernels.launch import DTYPE_CODE, corrupt_op
+from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.philox import Stream
 from nar_kernels.philox import permute as permute_ref
-from nar_kernels.reference import corrupt_ref, windows_ref
+from nar_kernels.reference import windows_ref
 
-# In the order of the codes that the C++ side switches on.
-TOKEN_DTYPES = tuple(_DTYPES.values())
-_DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES)}
+TOKEN_DTYPES = tuple(DTYPE_CODE)
 
 # What has no kernel on a GPU: the host does it there.
 _ON_CPU = ("reference", "cpp")
-
-_lib = torch.library.Library("nar_kernels", "DEF")
-_lib.define(
-    "corrupt(Tensor tokens, Tensor? starts, SymInt seq_len, int num_tokens, int mask_id,"
-    " Tensor? sample_ids, Tensor? maskable, Tensor ratio_table, Tensor weight_table,"
-    " Tensor? never_mask, int seed, int global_batch, bool exact, bool stratified,"
-    " int keep_share, int random_share, int coin_share, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-def _num_windows(tokens: Tensor, starts: Tensor | None) -> int:
-    return tokens.shape[0] if starts is None else starts.shape[0]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tensor, ...]:
-    ids = torch.empty((batch, seq_len), dtype=torch.int64, device=device)
-    masked = torch.empty((batch, seq_len), dtype=torch.bool, device=device)
-    times = torch.empty(batch, dtype=torch.float32, device=device)
-    counts = torch.empty(batch, dtype=torch.int64, device=device)
-    row_buffer = torch.empty(batch * seq_len, dtype=torch.int64, device=device)
-    # In the order of Corrupted, without `invalid`. (empty_like takes half the time of empty.)
-    labels, weight, num_maskable = map(torch.empty_like, (ids, times, counts))
-    return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
-
-
-_pack = struct.Struct("=30q").pack
-
-
-def _packed_corrupt(
-    outputs: tuple[Tensor, ...],
-    tokens: Tensor,
-    starts: Tensor | None,
-    seq_len: int,
-    num_tokens: int,
-    mask_id: int,
-    sample_ids: Tensor | None,
-    maskable: Tensor | None,
-    ratio_table: Tensor,
-    weight_table: Tensor,
-    never_mask: Tensor | None,
-    seed: int,
-    *scalars: int,
-) -> bytes:
-    """The arguments as C++ reads them (`unpack_corrupt` in csrc/bindings.h)."""
-    return _pack(
-        tokens.data_ptr(),
-        _DTYPE_CODE[tokens.dtype],
-        tokens.numel(),
-        _address(starts),
-        outputs[0].shape[0],
-        seq_len,
-        num_tokens,
-        mask_id,
-        _address(sample_ids),
-        _address(maskable),
-        ratio_table.data_ptr(),
-        weight_table.data_ptr(),
-        _address(never_mask),
-        seed,
-        0,
-        *scalars,
-        *[t.data_ptr() for t in outputs],
-    )
-
-
-def _corrupt_cpp(
-    tokens: Tensor, starts: Tensor | None, seq_len: int, *rest: Any
-) -> tuple[Tensor, ...]:
-    assert cpp is not None
-    invalid = torch.empty(NUM_INVALID, dtype=torch.int64)
-    outputs = (*_empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device), invalid)
-    cpp.corrupt(_packed_corrupt(outputs, tokens, starts, seq_len, *rest), torch.get_num_threads())
-    return outputs
-
-
-def _corrupt_triton(
-    tokens: Tensor, starts: Tensor | None, seq_len: int, *rest: Any
-) -> tuple[Tensor, ...]:
-    from nar_kernels.kernels.corrupt import corrupt_triton, workspace_size
-
-    batch = _num_windows(tokens, starts)
-    outputs = _empty_outputs(batch, seq_len, tokens.device)
-    workspace = torch.zeros(workspace_size(batch), dtype=torch.int64, device=tokens.device)
-    corrupt_triton((*outputs, workspace), tokens, starts, seq_len, *rest)
-    return *outputs, workspace[:NUM_INVALID]
-
-
-_CORRUPT = {"cpp": _corrupt_cpp, "triton": _corrupt_triton, "reference": corrupt_ref}
-
-
-def _corrupt_impl(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, backend = args
-    return _CORRUPT[backend](*inputs)
-
-
-def _corrupt_fake(
-    tokens: Tensor, starts: Tensor | None, seq_len: int, *_: Any
-) -> tuple[Tensor, ...]:
-    outputs = _empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device)
-    return *outputs, torch.empty(NUM_INVALID, dtype=torch.int64, device=tokens.device)
-
-
-_lib.impl("corrupt", _corrupt_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("nar_kernels::corrupt", _corrupt_fake, lib=_lib)
-_corrupt_op = torch.ops.nar_kernels.corrupt.default
 
 
 def _int64(seed: int) -> int:
@@ -140,17 +26,40 @@ def _int64(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _check_ids(name: str, ids: Tensor, like: Tensor) -> Tensor:
+def _check_ids(name: str, ids: Tensor, device: torch.device) -> Tensor:
     if ids.dim() != 1 or ids.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 [B]; got {ids.dtype} {list(ids.shape)}")
-    if ids.device != like.device:
-        raise ValueError(f"{name} is on {ids.device} but tokens are on {like.device}")
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device} but tokens are on {device}")
     return ids.contiguous()
+
+
+def _check_starts(starts: Tensor, tokens: Tensor) -> Tensor:
+    if starts.is_cuda and tokens.device.type == "cpu":
+        if not tokens.is_pinned():
+            raise ValueError(
+                f"starts is on {starts.device} but tokens are on the CPU, in memory that a GPU "
+                "cannot read: use tokens.pin_memory(), or move either"
+            )
+        return _check_ids("starts", starts, starts.device)
+    return _check_ids("starts", starts, tokens.device)
+
+
+def _check_seed(seed: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
+    if not isinstance(seed, Tensor):
+        return _int64(seed), None
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"a seed tensor must be int64 with one element; got {seed.dtype} {list(seed.shape)}"
+        )
+    if seed.device != device:
+        raise ValueError(f"the seed tensor is on {seed.device}, but the kernel runs on {device}")
+    return 0, seed
 
 
 def check_token_dtype(dtype: torch.dtype, what: str = "tokens") -> None:
     """Raises TypeError unless ``dtype`` is one of :data:`TOKEN_DTYPES`."""
-    if dtype not in _DTYPE_CODE:
+    if dtype not in DTYPE_CODE:
         raise TypeError(f"{what} have dtype {dtype}: token ids must be one of {', '.join(_DTYPES)}")
 
 
@@ -158,7 +67,7 @@ def corrupt(
     tokens: Tensor,
     masking: MaskingConfig,
     *,
-    seed: int,
+    seed: int | Tensor,
     starts: Tensor | None = None,
     seq_len: int | None = None,
     sample_ids: Tensor | None = None,
@@ -174,9 +83,13 @@ def corrupt(
 
     Args:
         tokens: clean ids, ``[B, L]``; or a flat corpus ``[T]`` with ``starts`` and ``seq_len``.
-            Any of uint8, int8, uint16, int16, uint32, int32, int64.
+            Any of uint8, int8, uint16, int16, uint32, int32, int64. A flat corpus may also lie in
+            pinned memory of the host, with ``starts`` on a CUDA device, whose kernels then read it
+            over the bus.
         masking: how to mask.
-        seed: 64-bit integer key of all randomness.
+        seed: 64-bit integer key of all randomness; or an int64 tensor of one element on the device
+            of the kernel, which reads it there: a captured CUDA graph then replays with whatever it
+            holds.
         starts: int64 ``[B]``, first token of each window of a flat corpus, in [0, T - L].
         seq_len: L, for a flat corpus.
         sample_ids: int64 ``[B]``, global sample slots, at least 0: ``step * global_batch + j``.
@@ -210,17 +123,18 @@ def corrupt(
     else:
         if tokens.dim() != 1 or seq_len is None:
             raise ValueError("with starts, tokens must be a flat corpus [T] and seq_len given")
-        starts, length = _check_ids("starts", starts, tokens), seq_len
+        starts, length = _check_starts(starts, tokens), seq_len
         if starts.shape[0] and tokens.shape[0] < seq_len:
             raise IndexError(
                 f"a window of seq_len {seq_len} reaches outside the corpus of {tokens.shape[0]} "
                 "tokens"
             )
         batch = starts.shape[0]
-    if length < 1:
-        raise ValueError(f"seq_len is {length}: a window has at least one token")
+    if not 1 <= length < 1 << 31:
+        raise ValueError(f"seq_len is {length}: it must be in [1, 2**31)")
+    device = tokens.device if starts is None else starts.device
     if sample_ids is not None:
-        sample_ids = _check_ids("sample_ids", sample_ids, tokens)
+        sample_ids = _check_ids("sample_ids", sample_ids, device)
         if sample_ids.shape[0] != batch:
             raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
     if global_batch is None:
@@ -233,11 +147,11 @@ def corrupt(
                 f"maskable must be bool [{batch}, {length}]; got {maskable.dtype} "
                 f"{list(maskable.shape)}"
             )
-        if maskable.device != tokens.device:
-            raise ValueError(f"maskable is on {maskable.device} but tokens are on {tokens.device}")
+        if maskable.device != device:
+            raise ValueError(f"maskable is on {maskable.device}, but the kernel runs on {device}")
         maskable = maskable.contiguous()
 
-    outputs = _corrupt_op(
+    outputs = corrupt_op(
         tokens.contiguous(),
         starts,
         length,
@@ -245,16 +159,16 @@ def corrupt(
         masking.mask_id,
         sample_ids,
         maskable,
-        *masking.tables(tokens.device),
-        _int64(seed),
+        *masking.tables(device),
+        *_check_seed(seed, device),
         global_batch,
         masking.exact,
         masking.stratified,
         *masking.shares,
-        resolve_backend(backend, tokens.device),
+        resolve_backend(backend, device),
     )
     corrupted = Corrupted(*outputs, masking)  # type: ignore[call-arg]
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         corrupted.raise_if_invalid(None if starts is None else source)
     return corrupted
 
@@ -289,7 +203,7 @@ def windows(
         IndexError: a window reaches outside the corpus.
     """
     check_token_dtype(tokens.dtype)
-    starts = _check_ids("starts", starts, tokens)
+    starts = _check_ids("starts", starts, tokens.device)
     if resolve_backend(backend, tokens.device, _ON_CPU) == "cpp":
         assert cpp is not None
         tokens = tokens.contiguous()
@@ -297,7 +211,7 @@ def windows(
         record = torch.empty(3, dtype=torch.int64)
         cpp.windows(
             tokens.data_ptr(),
-            _DTYPE_CODE[tokens.dtype],
+            DTYPE_CODE[tokens.dtype],
             tokens.numel(),
             starts.data_ptr(),
             *out.shape,

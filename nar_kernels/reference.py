@@ -79,6 +79,7 @@ def corrupt_ref(
     weight_table: Tensor,
     never_mask: Tensor | None,
     seed: int,
+    seed_tensor: Tensor | None,
     global_batch: int,
     exact: bool,
     stratified: bool,
@@ -88,6 +89,8 @@ def corrupt_ref(
 ) -> tuple[Tensor, ...]:
     """The specification of ``corrupt``. Arguments are those of the operator in ``ops.py``."""
     device = tokens.device
+    if seed_tensor is not None:
+        seed = int(seed_tensor)
     if starts is None:  # tokens are [B, L]: one window after the other
         starts = torch.arange(tokens.shape[0], device=device) * seq_len
     if sample_ids is None:

@@ -1,13 +1,20 @@
 """Fixtures of several test files, and where kernels of a GPU run."""
 
 import os
+import sys
 
 import pytest
 import torch
 
+from tests import cuda_on_cpu
+
 if not torch.cuda.is_available():
-    # Before anything imports Triton: its kernels are interpreted, on CPU tensors.
+    # Before anything imports Triton or nar_kernels: kernels of a GPU run on CPU tensors, those of
+    # Triton in its interpreter and those of CUDA in an emulation.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    emulated = cuda_on_cpu.load()
+    if emulated is not None:
+        sys.modules["nar_kernels._cuda"] = emulated
 
 
 @pytest.fixture(scope="module")

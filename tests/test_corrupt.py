@@ -9,12 +9,17 @@ import pytest
 import torch
 
 import nar_kernels
-from nar_kernels import InvalidTokenError, MaskingConfig, backends, ops
+from nar_kernels import InvalidTokenError, MaskingConfig, backends, launch, ops
 from nar_kernels.backends import cpp
 
 needs_cpp = pytest.mark.skipif(cpp is None, reason=backends()["cpp"])
 needs_triton = pytest.mark.skipif(backends()["triton"] != "available", reason=backends()["triton"])
-COMPILED = [pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=needs_triton)]
+needs_cuda = pytest.mark.skipif(backends()["cuda"] != "available", reason=backends()["cuda"])
+COMPILED = [
+    pytest.param("cpp", marks=needs_cpp),
+    pytest.param("triton", marks=needs_triton),
+    pytest.param("cuda", marks=needs_cuda),
+]
 BACKENDS = ["reference", *COMPILED]
 TENSORS = (
     "input_ids",
@@ -30,7 +35,7 @@ TENSORS = (
 
 
 def device_of(backend):
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def corrupt(tokens, masking, *, backend="auto", **kwargs):
@@ -57,7 +62,7 @@ def clean_batch(masking, batch, length, dtype=torch.int64, seed=0):
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
     """What a kernel forgets to write shows."""
-    original = ops._empty_outputs
+    original = launch._empty_outputs
 
     def poisoned(*args):
         outputs = original(*args)
@@ -65,7 +70,7 @@ def poisoned_outputs(monkeypatch):
             tensor.view(torch.uint8).fill_(0x5A)
         return outputs
 
-    monkeypatch.setattr(ops, "_empty_outputs", poisoned)
+    monkeypatch.setattr(launch, "_empty_outputs", poisoned)
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ LENGTHS = [1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 1000, 4097, 65536, 70001]
 def test_equals_reference(length, draw, backend, poisoned_outputs):
     rng = random.Random(f"{length} {draw}")
     cases = list(itertools.product(SHARES, ["stratified", "uniform"], ["all", "maskable", "never"]))
-    num_cases = 3 if length > 4096 or backend == "triton" else 10
+    num_cases = 3 if length > 4096 or backend != "cpp" else 10
     for (keep, rand, coin), times, subset in rng.sample(cases, num_cases):
         num_tokens = rng.choice([3, 17, 120])
         masking = MaskingConfig(
@@ -379,6 +384,7 @@ def test_bad_ids_are_replaced_by_a_valid_one(backend, mask_id):
         None,
         *masking.tables(device),
         1,
+        None,
         1,
         True,
         True,
@@ -399,7 +405,7 @@ def test_window_outside_the_corpus(backend, start):
     corpus = clean_batch(masking, 1, 100).flatten()
     starts = torch.tensor([0, start])
     named = f"window start {start} .* corpus of 100 tokens"
-    if backend != "triton":
+    if backend in ("reference", "cpp"):
         with pytest.raises(IndexError, match=named):
             ops.windows(corpus, starts, 10, num_tokens=20, mask_id=19, backend=backend)
     else:
@@ -492,24 +498,29 @@ def test_key_bounds_choose_the_smallest(spread):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("length", [4000, 65536])
+@pytest.mark.parametrize("length", [2000, 4000, 65536])
 def test_equal_keys_at_the_boundary(length, backend):
-    """A row of keys that holds a pair of equal ones, with k between the two."""
+    """A row of keys that holds a pair of equal ones, with the boundary between the two."""
     from nar_kernels.philox import Stream, words
 
-    for sample in range(2000):
+    for sample in itertools.count():
         keys = words(0, Stream.MASK_KEY, torch.tensor(sample), torch.arange(length))
         ordered = keys.sort().values
         pairs = (ordered[1:] == ordered[:-1]).nonzero()
-        if len(pairs):
+        if len(pairs) and 2 * (int(pairs[0]) + 1) <= length:
             break
-    k = int(pairs[0]) + 1
-    ids = torch.tensor([sample])
-    for shares in ({}, {"no_replace_prob": 0.3, "random_token_prob": 0.3}):
-        masking = MaskingConfig(9, 8, schedule=lambda t: 0 * t + k / length, **shares)
-        tokens = clean_batch(masking, 1, length)
+    rank = int(pairs[0]) + 1
+    tokens = clean_batch(MaskingConfig(9, 8), 1, length)
+    cases = [  # how many are masked, and the shares of which the boundary is one
+        (rank, {}),
+        (rank, {"no_replace_prob": 0.3, "random_token_prob": 0.3}),
+        (2 * rank, {"no_replace_prob": 0.5, "random_token_prob": 0.25}),
+        (2 * rank, {"no_replace_prob": 0.25, "random_token_prob": 0.25}),
+    ]
+    for k, shares in cases:
+        masking = MaskingConfig(9, 8, schedule=lambda t, k=k: 0 * t + k / length, **shares)
         for maskable in (None, torch.ones(1, length, dtype=torch.bool)):
-            args = dict(seed=0, sample_ids=ids, maskable=maskable)
+            args = dict(seed=0, sample_ids=torch.tensor([sample]), maskable=maskable)
             got = corrupt(tokens, masking, backend=backend, **args)
             assert int(got.num_masked) == k
             assert_same(got, corrupt(tokens, masking, backend="reference", **args))
@@ -535,6 +546,7 @@ def test_opcheck():
                 torch.ones(2, 12, dtype=torch.bool, device=device),
                 *masking.tables(device),
                 1,
+                None,
                 2,
                 True,
                 True,

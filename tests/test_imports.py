@@ -18,6 +18,7 @@ LAYERS = [
     ["philox", "schedules"],
     ["masking"],
     ["backends", "reference", "kernels", "corpus"],
+    ["launch"],
     ["ops"],
     ["data", "decode", "nets"],
     ["wrapper"],

@@ -183,9 +183,9 @@ def _write_tile(
 
 @triton.jit(do_not_specialize=["seed", "mask_id", "keep_share", "random_share", "coin_share"])
 def corrupt_kernel(
-    tokens, starts, sample_ids, maskable, never_mask, ratio_table, weight_table, seed,
-    input_ids, labels, masked_indices, times, loss_weight, num_masked, num_maskable, rows, record,
-    num_corpus_tokens, seq_len, num_tokens, mask_id, global_batch,
+    tokens, starts, sample_ids, maskable, never_mask, ratio_table, weight_table,
+    seed, seed_tensor, input_ids, labels, masked_indices, times, loss_weight, num_masked,
+    num_maskable, rows, record, num_corpus_tokens, seq_len, num_tokens, mask_id, global_batch,
     keep_share, random_share, coin_share,
     EXACT: tl.constexpr, STRATIFIED: tl.constexpr, RANKS: tl.constexpr,
     TILE: tl.constexpr, FITS: tl.constexpr,
@@ -196,6 +196,8 @@ def corrupt_kernel(
     """
     EXCLUDES: tl.constexpr = maskable is not None or never_mask is not None
     row = tl.program_id(0).to(tl.int64)
+    if seed_tensor is not None:
+        seed = tl.load(seed_tensor)
     sample = row
     if sample_ids is not None:
         sample = tl.load(sample_ids + row)
@@ -378,6 +380,7 @@ def corrupt_triton(
     weight_table: Tensor,
     never_mask: Tensor | None,
     seed: int,
+    seed_tensor: Tensor | None,
     global_batch: int,
     exact: bool,
     stratified: bool,
@@ -391,8 +394,8 @@ def corrupt_triton(
         return
     tile = min(max(triton.next_power_of_2(seq_len), 64), MAX_TILE)
     corrupt_kernel[(batch,)](
-        tokens, starts, sample_ids, maskable, never_mask, ratio_table, weight_table, seed,
-        *outputs, tokens.numel(), seq_len, num_tokens, mask_id, global_batch,
+        tokens, starts, sample_ids, maskable, never_mask, ratio_table, weight_table,
+        seed, seed_tensor, *outputs, tokens.numel(), seq_len, num_tokens, mask_id, global_batch,
         keep_share, random_share, coin_share,
         EXACT=exact, STRATIFIED=stratified, RANKS=3 if keep_share or random_share else 1,
         TILE=tile, FITS=seq_len <= tile,

@@ -1,0 +1,58 @@
+"""`nar_kernels._cuda` compiled for the CPU: its kernels run in the emulation beside this file."""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+LIBRARY = ROOT / "build/cuda_on_cpu" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+SOURCES = [ROOT / "csrc/corrupt.cu", ROOT / "csrc/bindings_cuda.cpp", HERE / "testing.cpp"]
+
+FLAGS = (
+    "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -pthread -ffp-contract=off"
+    " -Wall -Wextra -Werror -Wno-unknown-pragmas"
+).split()
+
+
+def _compile(compiler: list[str]) -> None:
+    headers = [*(ROOT / "csrc").glob("*.h"), HERE / "cuda_runtime.h", Path(__file__)]
+    newest = max(path.stat().st_mtime for path in (*SOURCES, *headers))
+    if LIBRARY.exists() and LIBRARY.stat().st_mtime > newest:
+        return
+    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *compiler,
+        *FLAGS,
+        '-DNAR_CUDA_ARCHS="cpu"',
+        f"-I{HERE}",
+        f"-isystem{sysconfig.get_path('include')}",
+        f"-isystem{pybind11.get_include()}",
+        "-xc++",
+        *map(str, SOURCES),
+        "-o",
+        str(LIBRARY),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
+
+
+def load() -> ModuleType | None:
+    """The module, compiled if its sources have changed; None where there is no compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        return None
+    _compile(compiler)
+    spec = importlib.util.spec_from_file_location("nar_kernels._cuda", LIBRARY)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

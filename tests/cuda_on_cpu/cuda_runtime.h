@@ -1,0 +1,330 @@
+// In place of CUDA's own header: what the kernels of csrc use of it, on the CPU, for tests.
+//
+// A block runs on one OS thread, each of its threads as a fiber that goes on until it reaches a
+// barrier or a warp collective; then the next one is resumed, in an order that `schedule` picks, so
+// that a missing barrier shows. A few blocks run at a time, and begin in the order of their index,
+// as on a GPU. What a GPU would hang on or leave undefined (a barrier that not all reach, lanes in
+// different collectives, a wrong mask) is an error with the place.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local  // a block never leaves its OS thread
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+constexpr int kWarp = 32, kBlocksAtOnce = 3;
+constexpr size_t kStack = 64 << 10;
+
+enum class State { kRunnable, kAtBarrier, kInCollective, kExited };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state;
+  const char* waits_for;  // the collective
+  dim3 thread;
+};
+
+// One of them an OS thread.
+struct Block {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  Fiber* current = nullptr;
+  int running = 0;  // index of current
+  ucontext_t scheduler;
+  std::string error;
+  // What lanes give to a collective, twice, since a fast lane may be at the next one already.
+  std::vector<uint64_t> given[2];
+  std::vector<int> turn;
+  const std::function<void()>* kernel;
+};
+
+inline thread_local Block block;
+inline std::atomic<unsigned> schedule{
+    0};  // 0: ascending, 1: descending, else shuffled by this seed
+
+inline void leave(State state) {
+  Fiber* fiber = block.current;
+  fiber->state = state;
+  swapcontext(&fiber->context, &block.scheduler);
+}
+
+inline void fail(const std::string& what) {
+  const dim3 t = block.current->thread;
+  block.error = what + " (thread " + std::to_string(t.x) + ", " + std::to_string(t.y) +
+                " of block " + std::to_string(blockIdx.x) + ")";
+  leave(State::kExited);  // never to be resumed
+}
+
+inline void run_fiber() {
+  (*block.kernel)();
+  leave(State::kExited);
+}
+
+// Everybody waits at the barrier, or all lanes of a warp in the same collective: they go on.
+inline bool release() {
+  bool any = false, all_at_barrier = true;
+  const int count = static_cast<int>(block.fibers.size());
+  for (int i = 0; i < count; ++i) {
+    const State state = block.fibers[i]->state;
+    all_at_barrier &= state == State::kAtBarrier || state == State::kExited;
+    any |= state == State::kAtBarrier;
+  }
+  if (any && all_at_barrier) {
+    for (auto& fiber : block.fibers) {
+      if (fiber->state == State::kAtBarrier) fiber->state = State::kRunnable;
+    }
+    return true;
+  }
+  bool released = false;
+  for (int first = 0; first < count; first += kWarp) {
+    const int end = std::min(first + kWarp, count);
+    const char* what = block.fibers[first]->waits_for;
+    bool together = true;
+    for (int i = first; i < end; ++i) {
+      together &= block.fibers[i]->state == State::kInCollective &&
+                  std::strcmp(block.fibers[i]->waits_for, what) == 0;
+    }
+    if (!together) continue;
+    for (int i = first; i < end; ++i) block.fibers[i]->state = State::kRunnable;
+    released = true;
+  }
+  return released;
+}
+
+inline void run_block() {
+  const int count = static_cast<int>(blockDim.x * blockDim.y);
+  while (static_cast<int>(block.fibers.size()) < count) {
+    block.fibers.push_back(std::make_unique<Fiber>());
+  }
+  block.fibers.resize(count);
+  for (auto& given : block.given) given.assign(count, 0);
+  block.turn.assign(count, 0);
+  block.error.clear();
+  for (int i = 0; i < count; ++i) {
+    Fiber& fiber = *block.fibers[i];
+    fiber.state = State::kRunnable;
+    fiber.waits_for = "";
+    fiber.thread = dim3(i % blockDim.x, i / blockDim.x);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (schedule == 1) std::reverse(order.begin(), order.end());
+  std::mt19937 generator(schedule + blockIdx.x);
+  for (bool all_exited = false; !all_exited;) {
+    if (schedule > 1) std::shuffle(order.begin(), order.end(), generator);
+    bool ran = false;
+    all_exited = true;
+    for (int i : order) {
+      Fiber& fiber = *block.fibers[i];
+      if (fiber.state == State::kRunnable) {
+        block.current = &fiber;
+        block.running = i;
+        threadIdx = fiber.thread;
+        swapcontext(&block.scheduler, &fiber.context);
+        if (!block.error.empty()) throw std::runtime_error(block.error);
+        ran = true;
+      }
+      all_exited &= fiber.state == State::kExited;
+    }
+    if (!all_exited && !release() && !ran) {
+      for (auto& fiber : block.fibers) {
+        block.current = fiber.get();
+        if (fiber->state == State::kExited) continue;
+        throw std::runtime_error(
+            "deadlock: thread " + std::to_string(fiber->thread.x) + ", " +
+            std::to_string(fiber->thread.y) + " of block " + std::to_string(blockIdx.x) +
+            " waits at " +
+            (fiber->state == State::kAtBarrier ? "__syncthreads" : fiber->waits_for) +
+            " and others never come");
+      }
+    }
+  }
+}
+
+// Blocks begin in the order of their index: later ones may wait for what earlier ones publish.
+inline void run_grid(dim3 grid, dim3 size, const std::function<void()>& kernel) {
+  std::atomic<unsigned> next{0};
+  std::mutex mutex;
+  std::string error;
+  auto work = [&] {
+    for (unsigned index; (index = next++) < grid.x;) {
+      blockIdx = dim3(index), blockDim = size, gridDim = grid;
+      block.kernel = &kernel;
+      try {
+        run_block();
+      } catch (const std::exception& failure) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (error.empty()) error = failure.what();
+        // Blocks that wait for this one would wait for ever.
+        std::fprintf(stderr, "cuda_on_cpu: %s\n", error.c_str());
+        if (grid.x > 1) std::abort();
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  const unsigned count = std::min<unsigned>(kBlocksAtOnce, grid.x);
+  for (unsigned i = 0; i < count; ++i) threads.emplace_back(work);
+  for (std::thread& thread : threads) thread.join();
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+// Gives a value, waits for the other lanes of the warp, and returns what all of them gave.
+inline const uint64_t* exchange(const char* what, uint32_t mask, uint64_t value) {
+  if (mask != 0xFFFFFFFF) fail(std::string(what) + " with a mask that is not all lanes");
+  const int me = block.running;
+  uint64_t* given = block.given[block.turn[me] ^= 1].data();
+  given[me] = value;
+  block.current->waits_for = what;
+  leave(State::kInCollective);
+  return given + me / kWarp * kWarp;
+}
+
+inline int lane() { return block.running % kWarp; }
+
+template <typename T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace cuda_on_cpu
+
+// ---- barriers, warp collectives, atomics
+
+inline void __syncthreads() { cuda_on_cpu::leave(cuda_on_cpu::State::kAtBarrier); }
+inline void __syncwarp() { cuda_on_cpu::exchange("__syncwarp", 0xFFFFFFFF, 0); }
+inline void __nanosleep(unsigned) {
+  std::this_thread::yield();
+  cuda_on_cpu::leave(cuda_on_cpu::State::kRunnable);
+}
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int from) {
+  return cuda_on_cpu::from_bits<T>(
+      cuda_on_cpu::exchange("__shfl_sync", mask, cuda_on_cpu::to_bits(value))[from % 32]);
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int bits) {
+  const int from = cuda_on_cpu::lane() ^ bits;
+  return cuda_on_cpu::from_bits<T>(
+      cuda_on_cpu::exchange("__shfl_xor_sync", mask, cuda_on_cpu::to_bits(value))[from]);
+}
+
+inline uint32_t __ballot_sync(uint32_t mask, bool value) {
+  const uint64_t* given = cuda_on_cpu::exchange("__ballot_sync", mask, value);
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(given[i]) << i;
+  return bits;
+}
+
+inline bool __all_sync(uint32_t mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+inline bool __any_sync(uint32_t mask, bool value) { return __ballot_sync(mask, value) != 0; }
+
+inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value) {
+  const uint64_t* given = cuda_on_cpu::exchange("__reduce_add_sync", mask, value);
+  return static_cast<uint32_t>(std::accumulate(given, given + 32, uint64_t{0}));
+}
+
+inline uint32_t __reduce_min_sync(uint32_t mask, uint32_t value) {
+  const uint64_t* given = cuda_on_cpu::exchange("__reduce_min_sync", mask, value);
+  return static_cast<uint32_t>(*std::min_element(given, given + 32));
+}
+
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
+  const uint64_t* given = cuda_on_cpu::exchange("__reduce_max_sync", mask, value);
+  return static_cast<uint32_t>(*std::max_element(given, given + 32));
+}
+
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+using std::min;
+
+using Word64 = unsigned long long;
+inline Word64 atomicAdd(Word64* at, Word64 value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
+}
+inline Word64 atomicExch(Word64* at, Word64 value) {
+  return __atomic_exchange_n(at, value, __ATOMIC_SEQ_CST);
+}
+inline Word64 atomicCAS(Word64* at, Word64 expected, Word64 value) {
+  __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
+}
+
+// ---- the host's side
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorNoKernelImageForDevice };
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaError";
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  std::memset(at, value, bytes);
+  return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, size = config->blockDim;
+  if (grid.x == 0 || size.x % 32 != 0 || size.x * size.y == 0 || size.x * size.y > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  cuda_on_cpu::run_grid(grid, size, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

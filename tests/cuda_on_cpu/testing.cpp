@@ -1,0 +1,51 @@
+// What only tests ask of the emulation, by ctypes: its schedule, and kernels with known faults.
+#include "cuda_runtime.h"
+
+namespace {
+
+// The sum of a block's thread numbers, in every thread, through shared memory.
+__global__ void sum_kernel(uint32_t* sums, bool with_barrier) {
+  __shared__ uint32_t of_warps[2];
+  const uint32_t sum = __reduce_add_sync(0xFFFFFFFF, threadIdx.x);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum;
+  if (with_barrier) __syncthreads();
+  sums[blockIdx.x * blockDim.x + threadIdx.x] = of_warps[0] + of_warps[1];
+}
+
+__global__ void divergent_kernel(bool in_a_barrier) {
+  if (in_a_barrier) {
+    if (threadIdx.x != 5) __syncthreads();
+    if (threadIdx.x == 5) __syncwarp();
+  } else if (threadIdx.x == 3) {
+    __any_sync(0xFFFFFFFF, true);
+  } else {
+    __reduce_add_sync(0xFFFFFFFF, 1);
+  }
+}
+
+template <typename... Arguments>
+const char* launch(unsigned blocks, void (*kernel)(Arguments...), Arguments... arguments) {
+  static std::string error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(64);
+  try {
+    cudaLaunchKernelEx(&config, kernel, arguments...);
+    return nullptr;
+  } catch (const std::exception& failure) {
+    error = failure.what();
+    return error.c_str();
+  }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void set_schedule(unsigned seed) { cuda_on_cpu::schedule = seed; }
+EXPORT const char* run_sum(unsigned blocks, uint32_t* sums, bool with_barrier) {
+  return launch(blocks, sum_kernel, sums, with_barrier);
+}
+EXPORT const char* run_divergent(bool in_a_barrier) {
+  return launch(1, divergent_kernel, in_a_barrier);
+}
