@@ -1,8 +1,9 @@
-"""Builds the C++ extension with ninja; all else about the package is in pyproject.toml.
+"""Builds the extensions with ninja; all else about the package is in pyproject.toml.
 
 An extension is optional. Where it cannot be built the installation still succeeds, the package runs
-on the pure-Python backends, and the reason is left in nar_kernels/_build_failure.txt. Setting
-NAR_KERNELS_REQUIRE_CPP=1 makes a failure of `nar_kernels._cpp` fatal.
+on the other backends, and the reason is left in nar_kernels/_build_failure.txt. Setting
+NAR_KERNELS_REQUIRE_CPP=1 makes a failure of `nar_kernels._cpp` fatal, NAR_KERNELS_REQUIRE_CUDA=1
+one of `nar_kernels._cuda`.
 """
 
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, __version__, setup
@@ -39,6 +41,22 @@ SIMD_FLAGS = {
     # GCC 12 warns inside its own AVX-512 header, and clang does not know the warning.
     "-Wno-unknown-warning-option -Wno-maybe-uninitialized",
 }
+
+
+CUDA_SOURCES = sorted(
+    path.as_posix() for pattern in ("*.cu", "*_cuda.cpp") for path in Path("csrc").glob(pattern)
+)
+CPP_SOURCES = sorted({path.as_posix() for path in Path("csrc").glob("*.cpp")} - {*CUDA_SOURCES})
+
+# No --use_fast_math, and no contraction: as EXACT_FLAGS.
+NVCC_FLAGS = (
+    "-O3 -std=c++17 --fmad=false --cudart=static --threads=0 -DNDEBUG"
+    " -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-fno-fast-math,-ffp-contract=off"
+)
+
+# Binary code for each of these that the toolkit knows; code for one runs on later ones of the same
+# generation (86 on 87, 100 on 103, ...). The newest is also kept as PTX, for GPUs yet to come.
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 110, 120)
 
 
 class BuildFailure(Exception):
@@ -69,54 +87,130 @@ def simd_level(source: str) -> str:
     return match[1] if match else ""
 
 
-def write_cpp_ninja(ninja_file: Path, sources: list[str], output: str) -> None:
-    """Describe the build of `nar_kernels._cpp`. Paths are relative to the repository."""
-    import pybind11  # both are build requirements, not always there in a plain `setup.py` run
+def python_includes() -> list[str]:
+    import pybind11  # a build requirement, not always there in a plain `setup.py` run
+
+    return ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+
+
+def write_ninja(
+    ninja_file: Path,
+    sources: list[str],
+    output: str,
+    *,
+    compiler: list[str],
+    compile_flags: list[str],
+    link_flags: list[str],
+    libraries: list[str],
+    flags_of: Callable[[str], str] = lambda source: "",
+    last_flags: str = "",
+) -> None:
+    """Describe the build of a shared library. Paths are relative to the repository."""
     from ninja.ninja_syntax import Writer, escape
 
-    compiler = find_compiler()
-    user_flags = [
-        flag
-        for variable in ("CPPFLAGS", "CFLAGS", "CXXFLAGS")
-        for flag in shlex.split(os.environ.get(variable, ""))
-    ]
-    x86 = targets_x86(compiler, user_flags)
-    includes = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
-    defines = ["-DNAR_X86"] if x86 else []
-    if not x86:
-        sources = [source for source in sources if not simd_level(source)]
-    # An inline function emitted by several files is kept once, from the first: link the baseline
-    # first, or its AVX copy would also serve processors without AVX.
-    sources = sorted(sources, key=lambda source: (len(simd_level(source)), source))
-    shared = ["-shared"]
-    if sys.platform == "darwin":
-        shared = ["-bundle", "-undefined", "dynamic_lookup"]
-
-    def quoted(*flags: str) -> str:
+    def quoted(flags: list[str]) -> str:
         return escape(shlex.join(flags))
 
+    folder = ninja_file.parent.as_posix()
     ninja_file.parent.mkdir(parents=True, exist_ok=True)
     with ninja_file.open("w") as stream:
         ninja = Writer(stream, width=10**6)
-        ninja.variable("builddir", ninja_file.parent.as_posix())
-        ninja.variable("cxx", quoted(*compiler))
-        ninja.variable("flags", quoted(*CPP_FLAGS.split(), *includes, *defines, *user_flags))
-        ninja.variable("exact", EXACT_FLAGS)
-        ninja.variable("ldflags", quoted(*shlex.split(os.environ.get("LDFLAGS", ""))))
+        ninja.variable("builddir", folder)
         ninja.rule(
             "compile",
-            "$cxx $flags $simd $exact -MD -MF $out.d -c $in -o $out",
+            f"{quoted([*compiler, *compile_flags])} $own {last_flags}"
+            " -MD -MF $out.d -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
             description="compile $in",
         )
-        link = f"$cxx {quoted(*shared)} -pthread $in $ldflags -ldl -o $out"
+        link = f"{quoted([*compiler, *link_flags])} $in {quoted(libraries)} -o $out"
         ninja.rule("link", link, description="link $out")
-        objects = [f"{ninja_file.parent.as_posix()}/{Path(source).stem}.o" for source in sources]
+        objects = [f"{folder}/{Path(source).stem}.o" for source in sources]
         for source, target in zip(sources, objects, strict=True):
-            simd = SIMD_FLAGS.get(simd_level(source), "")
-            ninja.build(target, "compile", source, variables={"simd": simd})
+            ninja.build(target, "compile", source, variables={"own": flags_of(source)})
         ninja.build(output, "link", objects)
+
+
+def user_flags(*variables: str) -> list[str]:
+    return [flag for name in variables for flag in shlex.split(os.environ.get(name, ""))]
+
+
+def write_cpp_ninja(ninja_file: Path, output: str) -> None:
+    """`nar_kernels._cpp`."""
+    compiler = find_compiler()
+    flags = user_flags("CPPFLAGS", "CFLAGS", "CXXFLAGS")
+    x86 = targets_x86(compiler, flags)
+    sources = [source for source in CPP_SOURCES if x86 or not simd_level(source)]
+    shared = ["-shared"]
+    if sys.platform == "darwin":
+        shared = ["-bundle", "-undefined", "dynamic_lookup"]
+    write_ninja(
+        ninja_file,
+        # An inline function emitted by several files is kept once, from the first: link the
+        # baseline first, or its AVX copy would also serve processors without AVX.
+        sorted(sources, key=lambda source: (len(simd_level(source)), source)),
+        output,
+        compiler=compiler,
+        compile_flags=[
+            *CPP_FLAGS.split(),
+            *python_includes(),
+            *(["-DNAR_X86"] if x86 else []),
+            *flags,
+        ],
+        link_flags=[*shared, "-pthread"],
+        libraries=[*user_flags("LDFLAGS"), "-ldl"],
+        flags_of=lambda source: SIMD_FLAGS.get(simd_level(source), ""),
+        last_flags=EXACT_FLAGS,
+    )
+
+
+def find_nvcc() -> str:
+    """In CUDA_HOME if that is set, else on PATH or where the toolkit's installer puts it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    folders = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if nvcc is None:
+        where = f"{home}/bin" if home else "PATH or /usr/local/cuda/bin"
+        raise BuildFailure(f"no CUDA toolkit: nvcc is not in {where}")
+    return nvcc
+
+
+def cuda_architectures(nvcc: str) -> list[int]:
+    """Those of NAR_KERNELS_CUDA_ARCHS ("90 100"), or of CUDA_ARCHITECTURES that nvcc knows."""
+    chosen = os.environ.get("NAR_KERNELS_CUDA_ARCHS")
+    if chosen:
+        return sorted(map(int, chosen.split()))
+    probe = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = {int(number) for number in re.findall(r"^compute_(\d+)$", probe.stdout, re.MULTILINE)}
+    architectures = [number for number in CUDA_ARCHITECTURES if number in known]
+    if not architectures:
+        raise BuildFailure(f"{nvcc} knows none of the architectures {CUDA_ARCHITECTURES}")
+    return architectures
+
+
+def write_cuda_ninja(ninja_file: Path, output: str) -> None:
+    """`nar_kernels._cuda`, which needs no CUDA library when it is loaded."""
+    nvcc = find_nvcc()
+    architectures = cuda_architectures(nvcc)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    newest = architectures[-1]
+    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    names = " ".join(f"sm_{a}" for a in architectures)
+    write_ninja(
+        ninja_file,
+        CUDA_SOURCES,
+        output,
+        compiler=[nvcc],
+        compile_flags=[
+            *NVCC_FLAGS.split(),
+            *codes,
+            f'-DNAR_CUDA_ARCHS="{names}"',
+            *python_includes(),
+        ],
+        link_flags=["-shared", "--cudart=static"],
+        libraries=[],
+    )
 
 
 def run_ninja(ninja_file: Path, jobs: int | None) -> None:
@@ -140,9 +234,8 @@ def run_ninja(ninja_file: Path, jobs: int | None) -> None:
         raise BuildFailure("the compilation failed:\n" + "\n".join(first_lines))
 
 
-# Another optional extension (CUDA) is one more entry here, whose writer raises BuildFailure where
-# its toolkit is missing, and its sources below.
-NINJA_WRITERS = {"nar_kernels._cpp": write_cpp_ninja}
+# Each raises BuildFailure where it cannot be built, such as for want of a compiler.
+NINJA_WRITERS = {"nar_kernels._cpp": write_cpp_ninja, "nar_kernels._cuda": write_cuda_ninja}
 
 
 class OptionalBuildExt(build_ext):
@@ -174,18 +267,17 @@ class OptionalBuildExt(build_ext):
         ninja_file = Path(self.build_temp, ext.name, "build.ninja")
         output = self.get_ext_fullpath(ext.name)
         try:
-            NINJA_WRITERS[ext.name](ninja_file, ext.sources, os.path.relpath(output))
+            NINJA_WRITERS[ext.name](ninja_file, os.path.relpath(output))
             run_ninja(ninja_file, self.parallel)
         except (BuildFailure, ImportError, OSError) as error:
             Path(output).unlink(missing_ok=True)
             self.failures[ext.name] = str(error)
 
 
-cpp_sources = sorted(
-    path.as_posix() for path in Path("csrc").glob("*.cpp") if not path.stem.endswith("_cuda")
-)
-
 setup(
-    ext_modules=[Extension("nar_kernels._cpp", cpp_sources, optional=True)],
+    ext_modules=[
+        Extension("nar_kernels._cpp", CPP_SOURCES, optional=True),
+        Extension("nar_kernels._cuda", CUDA_SOURCES, optional=True),
+    ],
     cmdclass={"build_ext": OptionalBuildExt},
 )

@@ -53,8 +53,8 @@ void corrupt(std::string_view packed, int num_threads) {
 }
 
 // For tests: the selection on keys of their choice, three ranks at a time.
-std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length, int64_t num_keys,
-                                 const std::vector<int64_t>& ranks) {
+std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length, int32_t num_keys,
+                                 const std::vector<int32_t>& ranks) {
   if (ranks.size() != nar::kNumRanks) throw std::invalid_argument("three ranks are needed");
   std::vector<uint64_t> bounds(nar::kNumRanks);
   nar::key_bounds(pointer<const uint32_t>(keys), pointer<const uint8_t>(can_take), length, num_keys,
