@@ -16,13 +16,14 @@ REPORT = "nar_kernels/_build_failure.txt"
 # Logs its arguments, writes the file after -o and the dependencies after -MF, and compiles nothing.
 FAKE_COMPILER = """#!/bin/sh
 case "$*" in *-dM*) echo "#define {macro} 1"; exit ;; esac
+case "$*" in --list-gpu-arch) printf 'compute_%s\\n' 75 80 90 120; exit ;; esac
 echo "$*" >>{log}
 case "$*" in *broken.cpp*) echo "broken.cpp:1: error: no such thing"; exit 1 ;; esac
 while [ $# -gt 0 ]; do
     case "$1" in
     -o) out=$2; shift ;;
     -MF) dep=$2; shift ;;
-    *.cpp) source=$1 ;;
+    *.cpp | *.cu) source=$1 ;;
     esac
     shift
 done
@@ -47,6 +48,9 @@ class Checkout:
         (root / "csrc/op_cpu.cpp").write_text("// csrc/shared.h")
         for name in ("a_avx2", "a_avx512", "bindings", "bindings_cuda"):
             (root / f"csrc/{name}.cpp").write_text("")
+        (root / "csrc/op.cu").write_text("// csrc/shared.h")
+        # Without a toolkit, unless a test adds one: this folder is where it is looked for.
+        self.cuda_home = root / "cuda"
         # The build must not need torch: importing this one fails.
         (root / "trap").mkdir()
         (root / "trap/torch.py").write_text("raise ImportError('the build imported torch')")
@@ -57,13 +61,20 @@ class Checkout:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return f"'{path}'"
 
+    def add_toolkit(self) -> None:
+        (self.cuda_home / "bin").mkdir(parents=True)
+        nvcc = self.cuda_home / "bin/nvcc"
+        nvcc.write_text(FAKE_COMPILER.format(macro="", log=self.log))
+        nvcc.chmod(0o755)
+
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         inherited = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith("NAR_KERNELS_") and not name.endswith("FLAGS")
         }
-        environment = inherited | {"PYTHONPATH": str(self.root / "trap")} | variables
+        own = {"PYTHONPATH": str(self.root / "trap"), "CUDA_HOME": str(self.cuda_home)}
+        environment = inherited | own | variables
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=self.root,
@@ -80,11 +91,20 @@ class Checkout:
         """Arguments by source file, of what was compiled since the last call; "" is the link."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
-        sources = ["".join(w for w in line.split() if w.endswith(".cpp")) for line in lines]
+        sources = [
+            "".join(w for w in line.split() if w.endswith((".cpp", ".cu"))) for line in lines
+        ]
         return {source: line.split() for source, line in zip(sources, lines, strict=True)}
 
-    def libraries(self) -> list[Path]:
-        return list(self.root.glob("nar_kernels/_cpp.*"))
+    def libraries(self, name: str = "_cpp") -> list[Path]:
+        return list(self.root.glob(f"nar_kernels/{name}.*"))
+
+    def report(self, name: str = "_cpp") -> str:
+        """Why an extension was not built; empty if it was."""
+        path = self.root / REPORT
+        text = path.read_text() if path.exists() else ""
+        _, _, reason = text.partition(f"nar_kernels.{name}: ")
+        return reason.partition("\nnar_kernels.")[0].strip()
 
 
 @pytest.fixture
@@ -95,7 +115,7 @@ def checkout(tmp_path: Path) -> Checkout:
 def test_flags_on_x86(checkout: Checkout) -> None:
     result = checkout.build(CXX=checkout.fake_compiler(), CXXFLAGS="-ffast-math -O1")
     assert result.returncode == 0, result.stdout
-    assert checkout.libraries() and not (checkout.root / REPORT).exists()
+    assert checkout.libraries() and not checkout.report()
     compiled = checkout.compiled()
     link = compiled.pop("")
     assert set(compiled) == {
@@ -140,8 +160,7 @@ def test_without_a_compiler(checkout: Checkout) -> None:
     result = checkout.build(CXX="/nonexistent")
     assert result.returncode == 0, result.stdout
     assert "no C++ compiler: /nonexistent not found" in result.stdout
-    reason = (checkout.root / REPORT).read_text()
-    assert reason == "nar_kernels._cpp: no C++ compiler: /nonexistent not found\n"
+    assert checkout.report() == "no C++ compiler: /nonexistent not found"
     assert not checkout.libraries(), "the library of the earlier build is still there"
 
 
@@ -151,10 +170,10 @@ def test_a_failed_compilation_is_reported_until_it_succeeds(checkout: Checkout) 
     broken.write_text("")
     result = checkout.build(CXX=compiler)
     assert result.returncode == 0, result.stdout
-    assert "broken.cpp:1: error: no such thing" in (checkout.root / REPORT).read_text()
+    assert "broken.cpp:1: error: no such thing" in checkout.report()
     broken.unlink()
     checkout.build(CXX=compiler)
-    assert checkout.libraries() and not (checkout.root / REPORT).exists()
+    assert checkout.libraries() and not checkout.report()
 
 
 def test_a_required_extension_fails_loudly(checkout: Checkout) -> None:
@@ -162,6 +181,39 @@ def test_a_required_extension_fails_loudly(checkout: Checkout) -> None:
     assert result.returncode != 0
     assert "NAR_KERNELS_REQUIRE_CPP is set" in result.stdout
     assert "/nonexistent not found" in result.stdout
+
+
+def test_without_a_cuda_toolkit(checkout: Checkout) -> None:
+    result = checkout.build(CXX=checkout.fake_compiler())
+    assert result.returncode == 0, result.stdout
+    assert checkout.libraries() and not checkout.libraries("_cuda")
+    assert checkout.report("_cuda") == f"no CUDA toolkit: nvcc is not in {checkout.cuda_home}/bin"
+    result = checkout.build(CXX=checkout.fake_compiler(), NAR_KERNELS_REQUIRE_CUDA="1")
+    assert result.returncode != 0
+    assert "NAR_KERNELS_REQUIRE_CUDA is set" in result.stdout
+
+
+def test_flags_of_cuda(checkout: Checkout) -> None:
+    checkout.add_toolkit()
+    result = checkout.build(CXX="/nonexistent", NAR_KERNELS_REQUIRE_CUDA="1")
+    assert result.returncode == 0, result.stdout
+    assert checkout.libraries("_cuda") and not checkout.libraries()
+    assert checkout.report() and not checkout.report("_cuda")
+    compiled = checkout.compiled()
+    assert "--cudart=static" in compiled.pop("")
+    assert set(compiled) == {"csrc/op.cu", "csrc/bindings_cuda.cpp"}
+    for flags in compiled.values():
+        codes = [flag.partition(",code=")[2] for flag in flags if flag.startswith("-gencode")]
+        assert codes == ["sm_80", "sm_90", "sm_120", "compute_120"]
+        assert "--fmad=false" in flags and not any("fast_math" in flag for flag in flags)
+
+
+def test_chosen_cuda_architectures(checkout: Checkout) -> None:
+    checkout.add_toolkit()
+    checkout.build(CXX="/nonexistent", NAR_KERNELS_CUDA_ARCHS="100 90")
+    flags = checkout.compiled()["csrc/op.cu"]
+    codes = [flag.partition(",code=")[2] for flag in flags if flag.startswith("-gencode")]
+    assert codes == ["sm_90", "sm_100", "compute_100"]
 
 
 def test_installing_without_a_compiler(checkout: Checkout) -> None:

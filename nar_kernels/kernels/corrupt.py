@@ -5,6 +5,8 @@ same launch: each program publishes how many positions it masks, and adds up wha
 published (decoupled look-back: Merrill, Garland, "Single-pass Parallel Prefix Scan", 2016).
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -367,6 +369,20 @@ def workspace_size(batch: int) -> int:
     return NUM_INVALID + 1 + batch
 
 
+def launch_options(seq_len: int, exact: bool, stratified: bool, ranks: int) -> dict[str, Any]:
+    """Compile-time arguments."""
+    tile = min(max(triton.next_power_of_2(seq_len), 64), MAX_TILE)
+    return {
+        "EXACT": exact,
+        "STRATIFIED": stratified,
+        "RANKS": ranks,
+        "TILE": tile,
+        "FITS": seq_len <= tile,
+        "num_warps": min(max(tile // 256, 1), 16),
+        "enable_fp_fusion": False,
+    }
+
+
 def corrupt_triton(
     outputs: tuple[Tensor, ...],
     tokens: Tensor,
@@ -392,12 +408,10 @@ def corrupt_triton(
     batch = outputs[0].shape[0]
     if batch == 0:
         return
-    tile = min(max(triton.next_power_of_2(seq_len), 64), MAX_TILE)
+    ranks = 3 if keep_share or random_share else 1
     corrupt_kernel[(batch,)](
         tokens, starts, sample_ids, maskable, never_mask, ratio_table, weight_table,
         seed, seed_tensor, *outputs, tokens.numel(), seq_len, num_tokens, mask_id, global_batch,
         keep_share, random_share, coin_share,
-        EXACT=exact, STRATIFIED=stratified, RANKS=3 if keep_share or random_share else 1,
-        TILE=tile, FITS=seq_len <= tile,
-        num_warps=min(max(tile // 256, 1), 16), enable_fp_fusion=False,
+        **launch_options(seq_len, exact, stratified, ranks),
     )  # fmt: skip

@@ -1,0 +1,189 @@
+"""What the compilers made of the GPU kernels: registers, memory, instructions. Needs no GPU.
+
+Triton kernels are compiled here for each architecture; those of CUDA are read from the built
+extension. `spill` is bytes of local memory a thread; `16-byte loads` and `stores` are instructions
+that move 16 bytes a lane.
+
+    python benchmarks/gpu_code.py [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: its kernels are compiled here
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nar_kernels.kernels.corrupt import corrupt_kernel, launch_options
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+POINTERS = {
+    "starts": "*i64",
+    "sample_ids": "*i64",
+    "maskable": "*i1",
+    "never_mask": "*i1",
+    "ratio_table": "*i32",
+    "weight_table": "*fp32",
+    "seed_tensor": "*i64",
+    "input_ids": "*i64",
+    "labels": "*i64",
+    "masked_indices": "*i1",
+    "times": "*fp32",
+    "loss_weight": "*fp32",
+    "num_masked": "*i64",
+    "num_maskable": "*i64",
+    "rows": "*i64",
+    "record": "*i64",
+}
+SCALARS = {
+    "seed": "i64",
+    "num_corpus_tokens": "i64",
+    "seq_len": "i32",
+    "num_tokens": "i32",
+    "mask_id": "i32",
+    "global_batch": "i32",
+    "keep_share": "i32",
+    "random_share": "i32",
+    "coin_share": "i64",
+}
+
+# Name, type of the ids, which optional pointers are given, exact, ranks, length.
+CORRUPT_CASES = [
+    ("corpus, exact", "*u16", ("starts", "sample_ids"), True, 1, 1024),
+    ("corpus, exact, BERT", "*u16", ("starts", "sample_ids"), True, 3, 1024),
+    ("corpus, bernoulli", "*u16", ("starts", "sample_ids"), False, 1, 1024),
+    ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), True, 1, 1024),
+    ("batch, exact, L 256", "*i64", (), True, 1, 256),
+    ("corpus, exact, L 4096", "*u16", ("starts", "sample_ids"), True, 1, 4096),
+    ("corpus, exact, L 65536", "*u16", ("starts", "sample_ids"), True, 3, 65536),
+]
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def count(sass: str) -> dict[str, int]:
+    return {
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", sass, re.MULTILINE)),
+        "16-byte loads": len(re.findall(r"\bLDG\.[A-Z0-9.]*128\b", sass)),
+        "16-byte stores": len(re.findall(r"\bSTG\.[A-Z0-9.]*128\b", sass)),
+    }
+
+
+def resources(report: str) -> dict[str, int]:
+    """Of one function in the output of `cuobjdump -res-usage`."""
+    fields = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report))
+    return {
+        "registers": int(fields["REG"]),
+        "shared": int(fields["SHARED"]),
+        "spill": int(fields["STACK"]) + int(fields["LOCAL"]),
+    }
+
+
+def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
+    rows = []
+    for name, ids, given, exact, ranks, length in CORRUPT_CASES:
+        options = launch_options(length, exact, stratified=True, ranks=ranks)
+        optional = {"starts", "sample_ids", "maskable", "never_mask", "seed_tensor"}
+        signature, constants = {}, {}
+        for argument in corrupt_kernel.arg_names:
+            if argument in optional - {*given}:
+                constants[argument] = None
+            elif argument in options:
+                constants[argument] = options[argument]
+            else:
+                signature[argument] = ({"tokens": ids} | POINTERS | SCALARS)[argument]
+        compile_options = {k: v for k, v in options.items() if k not in corrupt_kernel.arg_names}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, argument in enumerate(corrupt_kernel.arg_names)
+            if signature.get(argument, "").startswith("*") or argument == "seq_len"
+        }
+        source = ASTSource(
+            corrupt_kernel,
+            signature={a: signature.get(a, "constexpr") for a in corrupt_kernel.arg_names},
+            constexprs={(corrupt_kernel.arg_names.index(k),): v for k, v in constants.items()},
+            attrs=aligned,
+        )
+        for architecture in architectures:
+            target = GPUTarget("cuda", architecture, 32)
+            kernel = triton.compile(source, target=target, options=compile_options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                Path(file.name).write_bytes(kernel.asm["cubin"])
+                report = run_tool("cuobjdump", "-res-usage", file.name)
+                sass = run_tool("nvdisasm", "-c", file.name)
+            rows.append(
+                {
+                    "kernel": f"Triton: {name}",
+                    "sm": architecture,
+                    "threads": 32 * compile_options["num_warps"],
+                    **resources(report.partition("Function")[2]),
+                    "shared": kernel.metadata.shared,
+                    **count(sass),
+                }
+            )
+    return rows
+
+
+def cuda_rows(library: Path) -> list[dict]:
+    """Every kernel and architecture of an extension module."""
+    rows = []
+    reports = run_tool("cuobjdump", "-res-usage", str(library)).split("arch = sm_")[1:]
+    listings = run_tool("cuobjdump", "-sass", str(library)).split("code for sm_")[1:]
+    sass = {}
+    for listing in listings:
+        architecture = int(re.match(r"\d+", listing)[0])
+        for function in listing.split("Function : ")[1:]:
+            sass[architecture, function.split(maxsplit=1)[0]] = function
+    for report in reports:
+        architecture = int(re.match(r"\d+", report)[0])
+        for function in report.split("Function ")[1:]:
+            symbol = function.partition(":")[0]
+            held = re.search(r"corrupt_kernelILi(\d)E", symbol)[1]
+            rows.append(
+                {
+                    "kernel": f"CUDA: {held} tiles a warp" if held != "0" else "CUDA: long rows",
+                    "sm": architecture,
+                    "threads": "",
+                    **resources(function),
+                    **count(sass[architecture, symbol]),
+                }
+            )
+    return sorted(rows, key=lambda row: (row["kernel"], row["sm"]))
+
+
+def built_extension() -> Path | None:
+    return next(iter(Path(__file__).parent.parent.glob("nar_kernels/_cuda.*.so")), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    library = built_extension()
+    if library is None:
+        print("nar_kernels._cuda is not built: no CUDA kernels below")
+    rows = triton_rows() + (cuda_rows(library) if library else [])
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(row[column]) for column in columns) + " |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

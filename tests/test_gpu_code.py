@@ -1,0 +1,101 @@
+"""GPU kernels, compiled without a GPU: the table of `benchmarks/gpu_code.py`, warnings, and that a
+launch that cannot be made says why."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
+needs_library = pytest.mark.skipif(
+    LIBRARY is None, reason="nar_kernels._cuda is not built: no nvcc"
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    out = tmp_path_factory.mktemp("gpu_code") / "rows.json"
+    script = ROOT / "benchmarks/gpu_code.py"
+    subprocess.run([sys.executable, script, "--json", out], check=True, capture_output=True)
+    return json.loads(out.read_text())
+
+
+def test_nothing_spills(rows):
+    assert {row["sm"] for row in rows} >= {80, 90, 100}
+    assert [row for row in rows if row["spill"] != 0] == []
+
+
+def test_a_block_fits_into_the_register_file(rows):
+    threads = {"CUDA": 512}  # kMaxWarps
+    for row in rows:
+        block = threads.get(row["kernel"].partition(":")[0], row["threads"])
+        assert row["registers"] * block <= 65536, row
+
+
+def test_main_loads_and_stores_move_16_bytes(rows):
+    assert all(row["16-byte stores"] > 0 for row in rows)
+    of_int64 = [row for row in rows if "batch" in row["kernel"] or "CUDA" in row["kernel"]]
+    assert of_int64 and all(row["16-byte loads"] > 0 for row in of_int64)
+
+
+@needs_library
+def test_both_languages_are_in_the_table(rows):
+    assert {row["kernel"].partition(":")[0] for row in rows} == {"Triton", "CUDA"}
+
+
+LAUNCH = """
+import struct
+from nar_kernels import _cuda
+print(_cuda.architectures)
+for packed in (struct.pack("=30q", *[0] * 30), b""):
+    try:
+        _cuda.corrupt(packed, 0, 0)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@needs_library
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_launch_that_fails_says_why():
+    """In a process of its own: in this one the module is that of the emulation."""
+    result = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True)
+    architectures, launch, packing = result.stdout.splitlines()
+    assert "sm_90" in architectures
+    assert launch.startswith("RuntimeError cudaSetDevice failed: cudaError")
+    assert "driver" in launch or "device" in launch
+    assert packing == "ValueError packed arguments have the wrong length"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_no_warnings(tmp_path):
+    """The real setup.py, for one architecture, where every warning of nvcc is an error."""
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "nar_kernels").mkdir()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "CXX": "/nonexistent",  # only the other extension
+            "NAR_KERNELS_REQUIRE_CUDA": "1",
+            "NAR_KERNELS_CUDA_ARCHS": "90",
+            "NVCC_APPEND_FLAGS": "-Werror all-warnings -Xcompiler -Werror",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert list(tmp_path.glob("nar_kernels/_cuda.*"))
