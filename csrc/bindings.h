@@ -45,7 +45,7 @@ class Unpacker {
 
 // The order is that of `_packed_corrupt` in nar_kernels/ops.py.
 inline CorruptArgs unpack_corrupt(std::string_view packed) {
-  Unpacker next(packed, 30);
+  Unpacker next(packed, 36);
   CorruptArgs a;
   a.windows.tokens = next.address<const void>();
   a.windows.token_type = static_cast<TokenType>(next.integer());
@@ -56,6 +56,12 @@ inline CorruptArgs unpack_corrupt(std::string_view packed) {
   a.windows.num_tokens = next.integer();
   a.windows.mask_id = next.integer();
   a.sample_ids = next.address<const int64_t>();
+  a.first_sample = next.integer();
+  a.step = next.address<const int64_t>();
+  a.order.num_windows = next.integer();
+  a.order.phase = next.integer();
+  a.order.stride = next.integer();
+  a.order.shuffle = next.integer() != 0;
   a.maskable = next.address<const uint8_t>();
   a.ratio_table = next.address<const uint32_t>();
   a.weight_table = next.address<const float>();

@@ -42,6 +42,7 @@ struct TeamMemory {
   uint32_t counts[2][kMaxWarps][kNumRanks];
   uint32_t feistel_keys[kFeistelRounds];
   uint32_t time;
+  int64_t start;
   uint64_t rows_before;
 };
 
@@ -284,15 +285,11 @@ class Tiles {
 
 // ---- what a row does
 
-// The 16-bit time of a sample slot, made by one warp.
-__device__ uint32_t row_time(const CorruptArgs& a, const Row& row, const Team& team) {
-  const uint32_t word = random_block(row.seed, kTime, row.sample, 0).word[0];
-  if (!a.stratified) return word >> 16;
-  const uint64_t n = static_cast<uint64_t>(a.global_batch);
-  const uint64_t step = row.sample / n, index = row.sample - step * n;
-  uint64_t stratum;
-  if (n <= kExactPermutationMax) {  // as in Permutation: the rank of its word
-    const Words4 around = random_block(row.seed, kStratum, step, static_cast<uint32_t>(index / 4));
+// Where a permutation of [0, n) sends an index, as Permutation does; made by one warp.
+__device__ uint64_t permute(const Row& row, const Team& team, uint32_t stream, uint64_t round,
+                            uint64_t n, uint64_t index) {
+  if (n <= kExactPermutationMax) {  // the rank of its word
+    const Words4 around = random_block(row.seed, stream, round, static_cast<uint32_t>(index / 4));
     const uint32_t item = index % 4;
     const uint32_t own = item == 0   ? around.word[0]
                          : item == 1 ? around.word[1]
@@ -300,7 +297,7 @@ __device__ uint32_t row_time(const CorruptArgs& a, const Row& row, const Team& t
                                      : around.word[3];
     uint32_t before = 0;
     for (uint32_t block = team.lane; block * 4 < n; block += kWarp) {
-      const Words4 words = random_block(row.seed, kStratum, step, block);
+      const Words4 words = random_block(row.seed, stream, round, block);
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i) {
         const uint32_t position = block * 4 + i;
@@ -308,18 +305,34 @@ __device__ uint32_t row_time(const CorruptArgs& a, const Row& row, const Team& t
         before += position < n && less;
       }
     }
-    stratum = __reduce_add_sync(kAllLanes, before);
-  } else {
-    uint32_t* keys = team.memory->feistel_keys;
-    if (team.lane < kFeistelRounds / 4) {
-      const Words4 words = random_block(row.seed, kStratum, step, team.lane);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) keys[4 * team.lane + i] = words.word[i];
-    }
-    __syncwarp();
-    stratum = feistel_permute(index, n, keys);
+    return __reduce_add_sync(kAllLanes, before);
   }
-  return stratified_time(stratum, word, n);
+  uint32_t* keys = team.memory->feistel_keys;
+  __syncwarp();  // those of the permutation before have been read
+  if (team.lane < kFeistelRounds / 4) {
+    const Words4 words = random_block(row.seed, stream, round, team.lane);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keys[4 * team.lane + i] = words.word[i];
+  }
+  __syncwarp();
+  return feistel_permute(index, n, keys);
+}
+
+// The first token of the row's window, by its slot.
+__device__ int64_t ordered_start(const CorruptArgs& a, const Row& row, const Team& team) {
+  const uint64_t n = static_cast<uint64_t>(a.order.num_windows);
+  const uint64_t epoch = row.sample / n, position = row.sample - epoch * n;
+  return a.order.start(a.order.shuffle ? permute(row, team, kWindowOrder, epoch, n, position)
+                                       : position);
+}
+
+// The 16-bit time of the row's slot.
+__device__ uint32_t row_time(const CorruptArgs& a, const Row& row, const Team& team) {
+  const uint32_t word = random_block(row.seed, kTime, row.sample, 0).word[0];
+  if (!a.stratified) return word >> 16;
+  const uint64_t n = static_cast<uint64_t>(a.global_batch);
+  const uint64_t step = row.sample / n, index = row.sample - step * n;
+  return stratified_time(permute(row, team, kStratum, step, n, index), word, n);
 }
 
 // Key bounds of a row: the masked are below the first, the kept or random below the second, the
@@ -494,6 +507,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   row.seed = a.seed_tensor ? *a.seed_tensor : a.seed;
   row.sample = a.sample(b);
   row.start = a.windows.start(b);
+  if (a.order.num_windows) {
+    if (team.warp == 0) {
+      const int64_t start = ordered_start(a, row, team);
+      if (team.lane == 0) team.memory->start = start;
+    }
+    team.sync();
+    row.start = team.memory->start;
+  }
   const bool outside = row.start < 0 || row.start > a.windows.num_corpus_tokens - a.windows.seq_len;
   if (outside) row.start = 0;
   if (threadIdx.x == 0) {

@@ -15,10 +15,25 @@ constexpr int64_t kIgnoreIndex = -100;
 // reached outside the corpus; how many sample slots were negative.
 constexpr int64_t kNumInvalid = 5;
 
+// Which windows a slot holds, in place of starts: slot g is position g % num_windows of epoch
+// g / num_windows, and each epoch has an order of its own.
+struct WindowOrder {
+  int64_t num_windows;  // 0: starts tell
+  int64_t phase, stride;
+  bool shuffle;
+
+  NAR_HOST_DEVICE int64_t start(uint64_t index) const {
+    return phase + static_cast<int64_t>(index) * stride;
+  }
+};
+
 struct CorruptArgs {
   // Inputs.
   Windows windows;
-  const int64_t* sample_ids;    // [batch], or null: 0, 1, ...
+  WindowOrder order;
+  const int64_t* sample_ids;  // [batch], or null: first_sample, first_sample + 1, ...
+  int64_t first_sample;
+  const int64_t* step;          // [1], adds so many global batches to first_sample; or null
   const uint8_t* maskable;      // [batch, seq_len] or null
   const uint32_t* ratio_table;  // [65536], 0.32 fixed point
   const float* weight_table;    // [65536]
@@ -41,7 +56,8 @@ struct CorruptArgs {
   int64_t* invalid;         // [kNumInvalid]
 
   NAR_HOST_DEVICE uint64_t sample(int64_t b) const {
-    return static_cast<uint64_t>(sample_ids ? sample_ids[b] : b);
+    if (sample_ids) return static_cast<uint64_t>(sample_ids[b]);
+    return static_cast<uint64_t>(first_sample + (step ? *step * global_batch : 0) + b);
   }
 };
 

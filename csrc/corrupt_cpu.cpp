@@ -28,37 +28,62 @@ CorruptKernels kernels() {
 }
 
 void check_samples(const CorruptArgs& a) {
-  for (int64_t b = 0; a.sample_ids && b < a.windows.batch; ++b) {
-    if (a.sample_ids[b] < 0) {
-      throw std::invalid_argument("sample id " + std::to_string(a.sample_ids[b]) +
+  for (int64_t b = 0; b < a.windows.batch; ++b) {
+    const int64_t sample = static_cast<int64_t>(a.sample(b));
+    if (sample < 0) {
+      throw std::invalid_argument("sample id " + std::to_string(sample) +
                                   " is negative: slots count from 0");
     }
+    if (!a.sample_ids) return;  // they ascend
   }
 }
 
-// The 16-bit time of a sample slot.
-class TimeDraw {
+// Permutations of [0, n), one a round; the last is kept, since neighbours share it.
+class Permutations {
  public:
-  explicit TimeDraw(const CorruptArgs& a) : a_(a) {}
+  Permutations(uint64_t seed, uint32_t stream, int64_t n)
+      : seed_(seed), stream_(stream), n_(static_cast<uint64_t>(n)) {}
 
-  uint32_t operator()(uint64_t sample) {
-    const uint32_t word = random_block(a_.seed, kTime, sample, 0).word[0];
-    if (!a_.stratified) return word >> 16;
-    const uint64_t global_batch = static_cast<uint64_t>(a_.global_batch);
-    const uint64_t step = sample / global_batch;
-    if (!strata_ || step != step_) {
-      strata_ = std::make_unique<Permutation>(a_.seed, kStratum, step, global_batch);
-      step_ = step;
+  uint64_t operator()(uint64_t round, uint64_t index) {
+    if (!permutation_ || round != round_) {
+      permutation_ = std::make_unique<Permutation>(seed_, stream_, round, n_);
+      round_ = round;
     }
-    const uint64_t stratum = (*strata_)(sample % global_batch);
-    return stratified_time(stratum, word, global_batch);
+    return (*permutation_)(index);
   }
 
  private:
-  const CorruptArgs& a_;
-  std::unique_ptr<Permutation> strata_;
-  uint64_t step_ = 0;
+  uint64_t seed_;
+  uint32_t stream_;
+  uint64_t n_, round_ = 0;
+  std::unique_ptr<Permutation> permutation_;
 };
+
+// The 16-bit times of the batch.
+std::vector<uint32_t> draw_times(const CorruptArgs& a) {
+  std::vector<uint32_t> t16(a.windows.batch);
+  const uint64_t global_batch = static_cast<uint64_t>(a.global_batch);
+  Permutations strata(a.seed, kStratum, a.global_batch);
+  for (int64_t b = 0; b < a.windows.batch; ++b) {
+    const uint64_t sample = a.sample(b);
+    const uint32_t word = random_block(a.seed, kTime, sample, 0).word[0];
+    t16[b] = a.stratified ? stratified_time(strata(sample / global_batch, sample % global_batch),
+                                            word, global_batch)
+                          : word >> 16;
+  }
+  return t16;
+}
+
+std::vector<int64_t> ordered_starts(const CorruptArgs& a) {
+  std::vector<int64_t> starts(a.windows.batch);
+  const uint64_t num_windows = static_cast<uint64_t>(a.order.num_windows);
+  Permutations epochs(a.seed, kWindowOrder, a.order.num_windows);
+  for (int64_t b = 0; b < a.windows.batch; ++b) {
+    const uint64_t epoch = a.sample(b) / num_windows, position = a.sample(b) % num_windows;
+    starts[b] = a.order.start(a.order.shuffle ? epochs(epoch, position) : position);
+  }
+  return starts;
+}
 
 }  // namespace
 
@@ -66,17 +91,20 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   CorruptArgs a = args;
   if (a.seed_tensor) a.seed = *a.seed_tensor;
   const int64_t batch = a.windows.batch, seq_len = a.windows.seq_len;
-  check_windows(a.windows);
   check_samples(a);
+  std::vector<int64_t> starts;
+  if (a.order.num_windows) {
+    starts = ordered_starts(a);
+    a.windows.starts = starts.data();
+  }
+  check_windows(a.windows);
   const CorruptKernels k = kernels();
   const int64_t chunk = std::max<int64_t>(kTokensPerChunk / seq_len, 1);
   const int64_t num_chunks = (batch + chunk - 1) / chunk;
   num_threads =
       static_cast<int>(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_chunks, 1)));
 
-  std::vector<uint32_t> t16(batch);
-  TimeDraw draw_time(a);
-  for (int64_t b = 0; b < batch; ++b) t16[b] = draw_time(a.sample(b));
+  const std::vector<uint32_t> t16 = draw_times(a);
 
   constexpr int64_t kAlign = 64;
   const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;

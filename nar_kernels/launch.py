@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nar_kernels.arguments import CorruptArgs
 from nar_kernels.backends import cpp, cuda
 from nar_kernels.corpus import TOKEN_DTYPES
 from nar_kernels.masking import NUM_INVALID
@@ -18,22 +19,7 @@ from nar_kernels.reference import corrupt_ref
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES.values())}
 
 _lib = torch.library.Library("nar_kernels", "DEF")
-_lib.define(
-    "corrupt(Tensor tokens, Tensor? starts, SymInt seq_len, int num_tokens, int mask_id,"
-    " Tensor? sample_ids, Tensor? maskable, Tensor ratio_table, Tensor weight_table,"
-    " Tensor? never_mask, int seed, Tensor? seed_tensor, int global_batch, bool exact,"
-    " bool stratified, int keep_share, int random_share, int coin_share, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-def _num_windows(tokens: Tensor, starts: Tensor | None) -> int:
-    return tokens.shape[0] if starts is None else starts.shape[0]
-
-
-def _device(tokens: Tensor, starts: Tensor | None) -> torch.device:
-    """Where the kernel runs: a flat corpus may lie in pinned memory of the host."""
-    return tokens.device if starts is None else starts.device
+_lib.define(f"corrupt({CorruptArgs.schema()}, str backend) -> ({', '.join(['Tensor'] * 9)})")
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -51,65 +37,57 @@ def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tens
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
 
-_pack = struct.Struct("=30q").pack
+_pack = struct.Struct("=36q").pack
 
 
-def _packed_corrupt(
-    outputs: tuple[Tensor, ...],
-    tokens: Tensor,
-    starts: Tensor | None,
-    seq_len: int,
-    num_tokens: int,
-    mask_id: int,
-    sample_ids: Tensor | None,
-    maskable: Tensor | None,
-    ratio_table: Tensor,
-    weight_table: Tensor,
-    never_mask: Tensor | None,
-    seed: int,
-    seed_tensor: Tensor | None,
-    *scalars: int,
-) -> bytes:
+def _packed_corrupt(outputs: tuple[Tensor, ...], a: CorruptArgs) -> bytes:
     """The arguments as C++ reads them (`unpack_corrupt` in csrc/bindings.h)."""
     return _pack(
-        tokens.data_ptr(),
-        DTYPE_CODE[tokens.dtype],
-        tokens.numel(),
-        _address(starts),
-        outputs[0].shape[0],
-        seq_len,
-        num_tokens,
-        mask_id,
-        _address(sample_ids),
-        _address(maskable),
-        ratio_table.data_ptr(),
-        weight_table.data_ptr(),
-        _address(never_mask),
-        seed,
-        _address(seed_tensor),
-        *scalars,
+        a.tokens.data_ptr(),
+        DTYPE_CODE[a.tokens.dtype],
+        a.tokens.numel(),
+        _address(a.starts),
+        a.batch,
+        a.seq_len,
+        a.num_tokens,
+        a.mask_id,
+        _address(a.sample_ids),
+        a.first_sample,
+        _address(a.step),
+        a.num_windows,
+        a.phase,
+        a.stride,
+        a.shuffle,
+        _address(a.maskable),
+        a.ratio_table.data_ptr(),
+        a.weight_table.data_ptr(),
+        _address(a.never_mask),
+        a.seed,
+        _address(a.seed_tensor),
+        a.global_batch,
+        a.exact,
+        a.stratified,
+        a.keep_share,
+        a.random_share,
+        a.coin_share,
         *[t.data_ptr() for t in outputs],
     )
 
 
-def _corrupt_cpp(
-    tokens: Tensor, starts: Tensor | None, seq_len: int, *rest: Any
-) -> tuple[Tensor, ...]:
+def _corrupt_cpp(a: CorruptArgs) -> tuple[Tensor, ...]:
     assert cpp is not None
     invalid = torch.empty(NUM_INVALID, dtype=torch.int64)
-    outputs = (*_empty_outputs(_num_windows(tokens, starts), seq_len, tokens.device), invalid)
-    cpp.corrupt(_packed_corrupt(outputs, tokens, starts, seq_len, *rest), torch.get_num_threads())
+    outputs = (*_empty_outputs(a.batch, a.seq_len, invalid.device), invalid)
+    cpp.corrupt(_packed_corrupt(outputs, a), torch.get_num_threads())
     return outputs
 
 
-def _corrupt_cuda(
-    tokens: Tensor, starts: Tensor | None, seq_len: int, *rest: Any
-) -> tuple[Tensor, ...]:
+def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
     assert cuda is not None
-    batch, device = _num_windows(tokens, starts), _device(tokens, starts)
-    workspace = torch.empty(cuda.workspace_size(batch), dtype=torch.int64, device=device)
-    outputs = (*_empty_outputs(batch, seq_len, device), workspace)
-    packed = _packed_corrupt(outputs, tokens, starts, seq_len, *rest)
+    device = a.ratio_table.device
+    workspace = torch.empty(cuda.workspace_size(a.batch), dtype=torch.int64, device=device)
+    outputs = (*_empty_outputs(a.batch, a.seq_len, device), workspace)
+    packed = _packed_corrupt(outputs, a)
     if device.type == "cuda":
         cuda.corrupt(packed, device.index, torch._C._cuda_getCurrentRawStream(device.index))
     else:
@@ -117,15 +95,13 @@ def _corrupt_cuda(
     return *outputs[:-1], workspace[:NUM_INVALID]
 
 
-def _corrupt_triton(
-    tokens: Tensor, starts: Tensor | None, seq_len: int, *rest: Any
-) -> tuple[Tensor, ...]:
+def _corrupt_triton(a: CorruptArgs) -> tuple[Tensor, ...]:
     from nar_kernels.kernels.corrupt import corrupt_triton, workspace_size
 
-    batch, device = _num_windows(tokens, starts), _device(tokens, starts)
-    outputs = _empty_outputs(batch, seq_len, device)
-    workspace = torch.zeros(workspace_size(batch), dtype=torch.int64, device=device)
-    corrupt_triton((*outputs, workspace), tokens, starts, seq_len, *rest)
+    device = a.ratio_table.device
+    outputs = _empty_outputs(a.batch, a.seq_len, device)
+    workspace = torch.zeros(workspace_size(a.batch), dtype=torch.int64, device=device)
+    corrupt_triton((*outputs, workspace), a)
     return *outputs, workspace[:NUM_INVALID]
 
 
@@ -137,23 +113,39 @@ _CORRUPT = {
 }
 
 
-def _corrupt_impl(*args: Any) -> tuple[Tensor, ...]:
-    tokens, starts, *inputs, backend = args
-    device = _device(tokens, starts)
+def _launch(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
+    device = a.ratio_table.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # launches go to the current device
-            return _CORRUPT[backend](tokens, starts, *inputs)
-    return _CORRUPT[backend](tokens, starts, *inputs)
+            return _CORRUPT[backend](a)
+    return _CORRUPT[backend](a)
 
 
-def _corrupt_fake(
-    tokens: Tensor, starts: Tensor | None, seq_len: int, *_: Any
-) -> tuple[Tensor, ...]:
-    device = _device(tokens, starts)
-    outputs = _empty_outputs(_num_windows(tokens, starts), seq_len, device)
+def _corrupt_impl(*args: Any) -> tuple[Tensor, ...]:
+    return _launch(CorruptArgs(*args[:-1]), args[-1])
+
+
+def _corrupt_fake(*args: Any) -> tuple[Tensor, ...]:
+    a = CorruptArgs(*args[:-1])
+    device = a.ratio_table.device
+    outputs = _empty_outputs(a.batch, a.seq_len, device)
     return *outputs, torch.empty(NUM_INVALID, dtype=torch.int64, device=device)
 
 
 _lib.impl("corrupt", _corrupt_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("nar_kernels::corrupt", _corrupt_fake, lib=_lib)
-corrupt_op = torch.ops.nar_kernels.corrupt.default
+
+
+def run_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
+    """The tensors of :class:`Corrupted`.
+
+    What traces or intercepts tensors sees the operator; anybody else is spared torch's dispatcher,
+    which would cost as much as all the rest on the host.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and type(a.tokens) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+    ):
+        return _launch(a, backend)
+    return torch.ops.nar_kernels.corrupt.default(*a, backend)

@@ -6,10 +6,11 @@ Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``),
 import torch
 from torch import Tensor
 
+from nar_kernels.arguments import CorruptArgs, WindowOrder
 from nar_kernels.backends import cpp, resolve_backend
 from nar_kernels.corpus import TOKEN_DTYPES as _DTYPES
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.launch import DTYPE_CODE, corrupt_op
+from nar_kernels.launch import DTYPE_CODE, run_corrupt
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.philox import Stream
 from nar_kernels.philox import permute as permute_ref
@@ -45,16 +46,15 @@ def _check_starts(starts: Tensor, tokens: Tensor) -> Tensor:
     return _check_ids("starts", starts, tokens.device)
 
 
-def _check_seed(seed: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
-    if not isinstance(seed, Tensor):
-        return _int64(seed), None
-    if seed.dtype != torch.int64 or seed.numel() != 1:
+def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
+    if scalar.dtype != torch.int64 or scalar.numel() != 1:
         raise ValueError(
-            f"a seed tensor must be int64 with one element; got {seed.dtype} {list(seed.shape)}"
+            f"{name} as a tensor must be int64 with one element; got {scalar.dtype} "
+            f"{list(scalar.shape)}"
         )
-    if seed.device != device:
-        raise ValueError(f"the seed tensor is on {seed.device}, but the kernel runs on {device}")
-    return 0, seed
+    if scalar.device != device:
+        raise ValueError(f"{name} is on {scalar.device}, but the kernel runs on {device}")
+    return scalar
 
 
 def check_token_dtype(dtype: torch.dtype, what: str = "tokens") -> None:
@@ -151,26 +151,119 @@ def corrupt(
             raise ValueError(f"maskable is on {maskable.device}, but the kernel runs on {device}")
         maskable = maskable.contiguous()
 
-    outputs = corrupt_op(
-        tokens.contiguous(),
+    corrupted = _corrupt(
+        masking,
+        seed,
+        device,
+        backend,
+        tokens=tokens.contiguous(),
+        starts=starts,
+        batch=batch,
+        seq_len=length,
+        sample_ids=sample_ids,
+        maskable=maskable,
+        global_batch=global_batch,
+    )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        corrupted.raise_if_invalid(None if starts is None else source)
+    return corrupted
+
+
+def corrupt_step(
+    tokens: Tensor,
+    masking: MaskingConfig,
+    order: WindowOrder | None,
+    *,
+    step: int | Tensor,
+    batch_size: int,
+    rank: int,
+    global_batch: int,
+    seq_len: int,
+    seed: int | Tensor,
+    device: torch.device,
+    backend: str = "auto",
+) -> Corrupted:
+    """``corrupt`` for one rank's part of a step: the kernel finds slots and windows by itself.
+
+    Args:
+        tokens: contiguous, on ``device`` or in pinned memory: the corpus ``[T]``, or, if there is
+            no ``order``, the windows ``[B, L]``.
+        order: which windows the slots hold.
+        step: at least 0; or an int64 tensor of one element on ``device``, which the kernel reads.
+        batch_size, rank, global_batch: slots are ``step * global_batch + rank * batch_size + j``
+            for j in [0, ``batch_size``).
+
+    What is invalid is left in the result.
+    """
+    first_sample, step_tensor = rank * batch_size, None
+    if isinstance(step, Tensor):
+        step_tensor = _check_scalar("step", step, device)
+    else:
+        first_sample += step * global_batch
+    return _corrupt(
+        masking,
+        seed,
+        device,
+        backend,
+        tokens=tokens,
+        batch=batch_size,
+        seq_len=seq_len,
+        first_sample=first_sample,
+        step=step_tensor,
+        global_batch=global_batch,
+        **({} if order is None else order._asdict()),
+    )
+
+
+def _corrupt(
+    masking: MaskingConfig,
+    seed: int | Tensor,
+    device: torch.device,
+    backend: str,
+    *,
+    tokens: Tensor,
+    batch: int,
+    seq_len: int,
+    global_batch: int,
+    starts: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    first_sample: int = 0,
+    step: Tensor | None = None,
+    num_windows: int = 0,
+    phase: int = 0,
+    stride: int = 0,
+    shuffle: bool = False,
+    maskable: Tensor | None = None,
+) -> Corrupted:
+    seed_tensor = None
+    if isinstance(seed, Tensor):
+        seed_tensor = _check_scalar("seed", seed, device)
+        seed = 0
+    arguments = CorruptArgs(
+        tokens,
         starts,
-        length,
+        batch,
+        seq_len,
         masking.num_tokens,
         masking.mask_id,
         sample_ids,
+        first_sample,
+        step,
+        num_windows,
+        phase,
+        stride,
+        shuffle,
         maskable,
         *masking.tables(device),
-        *_check_seed(seed, device),
+        _int64(seed),
+        seed_tensor,
         global_batch,
         masking.exact,
         masking.stratified,
         *masking.shares,
-        resolve_backend(backend, device),
     )
-    corrupted = Corrupted(*outputs, masking)  # type: ignore[call-arg]
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        corrupted.raise_if_invalid(None if starts is None else source)
-    return corrupted
+    outputs = run_corrupt(arguments, resolve_backend(backend, device))
+    return Corrupted(*outputs, masking)  # type: ignore[call-arg, arg-type]
 
 
 def windows(

@@ -6,11 +6,21 @@ Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens.
 import torch
 from torch import Tensor
 
+from nar_kernels.arguments import CorruptArgs
 from nar_kernels.masking import IGNORE_INDEX
 from nar_kernels.philox import Stream, permute, words
 from nar_kernels.schedules import NUM_TIMES
 
 _U32 = 0xFFFFFFFF
+
+
+def permute_rounds(seed: int, stream: Stream, rounds: Tensor, index: Tensor, n: int) -> Tensor:
+    """Where the permutation of its round sends each index."""
+    out = torch.empty_like(index)
+    for r in rounds.unique().tolist():
+        here = rounds == r
+        out[here] = permute(index[here], n, seed=seed, stream=stream, round=r)
+    return out
 
 
 def draw_times(seed: int, sample_ids: Tensor, global_batch: int, stratified: bool) -> Tensor:
@@ -19,10 +29,7 @@ def draw_times(seed: int, sample_ids: Tensor, global_batch: int, stratified: boo
     if not stratified:
         return word >> 16
     step, slot = sample_ids // global_batch, sample_ids % global_batch
-    stratum = torch.empty_like(slot)
-    for s in step.unique().tolist():
-        here = step == s
-        stratum[here] = permute(slot[here], global_batch, seed=seed, stream=Stream.STRATUM, round=s)
+    stratum = permute_rounds(seed, Stream.STRATUM, step, slot, global_batch)
     return ((stratum << 16) + (word >> 16)) // global_batch
 
 
@@ -67,52 +74,52 @@ def _shares(
     return keep, keep + random, rounding
 
 
-def corrupt_ref(
-    tokens: Tensor,
-    starts: Tensor | None,
-    seq_len: int,
-    num_tokens: int,
-    mask_id: int,
-    sample_ids: Tensor | None,
-    maskable: Tensor | None,
-    ratio_table: Tensor,
-    weight_table: Tensor,
-    never_mask: Tensor | None,
-    seed: int,
-    seed_tensor: Tensor | None,
-    global_batch: int,
-    exact: bool,
-    stratified: bool,
-    keep_share: int,
-    random_share: int,
-    coin_share: int,
-) -> tuple[Tensor, ...]:
-    """The specification of ``corrupt``. Arguments are those of the operator in ``ops.py``."""
-    device = tokens.device
-    if seed_tensor is not None:
-        seed = int(seed_tensor)
-    if starts is None:  # tokens are [B, L]: one window after the other
-        starts = torch.arange(tokens.shape[0], device=device) * seq_len
-    if sample_ids is None:
-        sample_ids = torch.arange(len(starts), device=device)
+def slots_ref(a: CorruptArgs) -> Tensor:
+    """int64 ``[B]``: the global sample slots."""
+    if a.sample_ids is not None:
+        return a.sample_ids
+    first = a.first_sample + (0 if a.step is None else int(a.step) * a.global_batch)
+    return first + torch.arange(a.batch, device=a.ratio_table.device)
+
+
+def starts_ref(a: CorruptArgs, seed: int, slots: Tensor) -> Tensor:
+    """int64 ``[B]``: the first token of each window."""
+    if a.starts is not None:
+        return a.starts
+    if a.num_windows == 0:  # one window after the other
+        return torch.arange(a.batch, device=slots.device) * a.seq_len
+    index = slots % a.num_windows
+    if a.shuffle:
+        index = permute_rounds(
+            seed, Stream.WINDOW_ORDER, slots // a.num_windows, index, a.num_windows
+        )
+    return a.phase + index * a.stride
+
+
+def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
+    """The specification of ``corrupt``."""
+    device = a.ratio_table.device
+    seed = a.seed if a.seed_tensor is None else int(a.seed_tensor)
+    sample_ids = slots_ref(a)
     if (sample_ids < 0).any():
         raise ValueError(f"sample id {int(sample_ids.min())} is negative: slots count from 0")
-    positions = torch.arange(seq_len, device=device)
-    clean, invalid = windows_ref(tokens.flatten(), starts, seq_len, num_tokens, mask_id)
+    starts = starts_ref(a, seed, sample_ids)
+    positions = torch.arange(a.seq_len, device=device)
+    clean, invalid = windows_ref(a.tokens.flatten(), starts, a.seq_len, a.num_tokens, a.mask_id)
 
-    can_mask = torch.ones_like(clean, dtype=torch.bool) if maskable is None else maskable
-    if never_mask is not None:
-        can_mask = can_mask & ~never_mask.to(device)[clean]
+    can_mask = torch.ones_like(clean, dtype=torch.bool) if a.maskable is None else a.maskable
+    if a.never_mask is not None:
+        can_mask = can_mask & ~a.never_mask.to(device)[clean]
     n = can_mask.sum(1, keepdim=True)
 
-    t16 = draw_times(seed, sample_ids, global_batch, stratified)
-    ratio = (ratio_table.to(device)[t16].to(torch.int64) & _U32)[:, None]
+    t16 = draw_times(seed, sample_ids, a.global_batch, a.stratified)
+    ratio = (a.ratio_table.to(device)[t16].to(torch.int64) & _U32)[:, None]
     keep_share_, replace_share_, rounding = _shares(
-        seed, sample_ids, keep_share, random_share, coin_share
+        seed, sample_ids, a.keep_share, a.random_share, a.coin_share
     )
 
     keys = words(seed, Stream.MASK_KEY, sample_ids[:, None], positions)
-    if exact:
+    if a.exact:
         # Masked are the k smallest (key, position); of those, the first few are kept, and so on.
         order = keys.masked_fill(~can_mask, 1 << 32).argsort(dim=1, stable=True).argsort(dim=1)
         k = ((ratio * n + _U32) >> 32).clamp(min=1).minimum(n)
@@ -123,15 +130,15 @@ def corrupt_ref(
 
     masked = can_mask & (order < k)
     random = words(seed, Stream.RANDOM_TOKEN, sample_ids[:, None], positions)
-    random = (random * (num_tokens - 1)) >> 32
-    random = random + (random >= mask_id).to(torch.int64)  # uniform over the ids but mask_id
-    input_ids = torch.where(masked, mask_id, clean)
+    random = (random * (a.num_tokens - 1)) >> 32
+    random = random + (random >= a.mask_id).to(torch.int64)  # uniform over the ids but a.mask_id
+    input_ids = torch.where(masked, a.mask_id, clean)
     input_ids = torch.where(masked & (order < replaced), random, input_ids)
     input_ids = torch.where(masked & (order < kept), clean, input_ids)
 
     num_masked = masked.sum(1)
-    weight = weight_table.to(device)[t16]
-    if exact:
+    weight = a.weight_table.to(device)[t16]
+    if a.exact:
         weight = weight * n[:, 0].to(torch.float32) / num_masked.clamp(min=1).to(torch.float32)
         weight = weight.masked_fill(num_masked == 0, 0)
     row_buffer = torch.zeros(masked.numel(), dtype=torch.int64, device=device)

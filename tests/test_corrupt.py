@@ -10,7 +10,10 @@ import torch
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig, backends, launch, ops
+from nar_kernels.arguments import CorruptArgs, WindowOrder
 from nar_kernels.backends import cpp
+from nar_kernels.philox import Stream
+from nar_kernels.reference import permute_rounds
 
 needs_cpp = pytest.mark.skipif(cpp is None, reason=backends()["cpp"])
 needs_triton = pytest.mark.skipif(backends()["triton"] != "available", reason=backends()["triton"])
@@ -57,6 +60,36 @@ def clean_batch(masking, batch, length, dtype=torch.int64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, masking.num_tokens - 1, (batch, length), generator=generator)
     return (ids + (ids >= masking.mask_id)).to(dtype)
+
+
+def arguments(tokens, masking, **others):
+    """Of the operator, for a batch `[B, L]`."""
+    defaults = dict.fromkeys(CorruptArgs._fields)
+    ints = ("first_sample", "num_windows", "phase", "stride", "seed")
+    ratio, weight, never_mask = masking.tables(tokens.device)
+    keep, random, coin = masking.shares
+    return CorruptArgs(
+        **defaults
+        | dict.fromkeys(ints, 0)
+        | {
+            "tokens": tokens,
+            "batch": tokens.shape[0],
+            "seq_len": tokens.shape[1],
+            "num_tokens": masking.num_tokens,
+            "mask_id": masking.mask_id,
+            "shuffle": False,
+            "ratio_table": ratio,
+            "weight_table": weight,
+            "never_mask": never_mask,
+            "global_batch": tokens.shape[0],
+            "exact": masking.exact,
+            "stratified": masking.stratified,
+            "keep_share": keep,
+            "random_share": random,
+            "coin_share": coin,
+        }
+        | others
+    )
 
 
 @pytest.fixture
@@ -374,25 +407,8 @@ def test_bad_ids_are_replaced_by_a_valid_one(backend, mask_id):
     """So that a deferred check, as on a GPU, never looks up a bad embedding row."""
     masking = MaskingConfig(10, mask_id, never_mask_ids=(5,))
     device = torch.device(device_of(backend))
-    outputs = torch.ops.nar_kernels.corrupt.default(
-        torch.tensor([[-5, 99, mask_id, 5]], device=device),
-        None,
-        4,
-        10,
-        mask_id,
-        None,
-        None,
-        *masking.tables(device),
-        1,
-        None,
-        1,
-        True,
-        True,
-        0,
-        0,
-        0,
-        backend,
-    )
+    tokens = torch.tensor([[-5, 99, mask_id, 5]], device=device)
+    outputs = torch.ops.nar_kernels.corrupt.default(*arguments(tokens, masking), backend)
     input_ids, labels = outputs[:2]
     assert ((input_ids >= 0) & (input_ids < 10)).all() and (labels < 10).all()
     assert (labels != mask_id).all() and outputs[-1].tolist() == [3, 0, -5, 0, 0]
@@ -526,6 +542,66 @@ def test_equal_keys_at_the_boundary(length, backend):
             assert_same(got, corrupt(tokens, masking, backend="reference", **args))
 
 
+# ---- slots and windows found by the kernel
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_windows", [1, 5, 256, 257, 3000])
+def test_step(num_windows, shuffle, backend):
+    """Equals `corrupt` with the slots and starts written out, step and seed as numbers or not."""
+    masking = MaskingConfig(50, 49, no_replace_prob=0.1, random_token_prob=0.1)
+    length, stride, phase, seed = 9, 4, 3, -7
+    device = torch.device(device_of(backend))
+    corpus = clean_batch(masking, 1, phase + (num_windows - 1) * stride + length, torch.int16)[0]
+    order = WindowOrder(num_windows, phase, stride, shuffle)
+    for step, rank, batch, world_size in [(0, 0, 7, 1), (2**33, 70, 4, 75)]:
+        slots = (step * world_size + rank) * batch + torch.arange(batch)
+        index = slots % num_windows
+        if shuffle:
+            rounds = slots // num_windows
+            index = permute_rounds(seed, Stream.WINDOW_ORDER, rounds, index, num_windows)
+        expected = corrupt(
+            corpus,
+            masking,
+            seed=seed,
+            starts=phase + index * stride,
+            seq_len=length,
+            sample_ids=slots,
+            global_batch=batch * world_size,
+            backend="reference",
+        )
+        for scalar in (int, lambda x: torch.tensor([x], device=device)):
+            got = ops.corrupt_step(
+                corpus.to(device),
+                masking,
+                order,
+                step=scalar(step),
+                batch_size=batch,
+                rank=rank,
+                global_batch=batch * world_size,
+                seq_len=length,
+                seed=scalar(seed),
+                device=device,
+                backend=backend,
+            )
+            assert_same(got.to("cpu"), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scalars_on_the_device(backend):
+    masking = MaskingConfig(50, 49)
+    tokens = clean_batch(masking, 3, 20)
+    device = device_of(backend)
+    seed = torch.tensor(5, device=device)
+    got = corrupt(tokens, masking, seed=seed, backend=backend)
+    assert_same(got, corrupt(tokens, masking, seed=5, backend="reference"))
+    with pytest.raises(ValueError, match="int64 with one element; got torch.float32"):
+        corrupt(tokens, masking, seed=seed.float(), backend=backend)
+    with pytest.raises(ValueError, match=r"one element; got torch.int64 \[2\]"):
+        corrupt(tokens, masking, seed=torch.zeros(2, dtype=torch.int64), backend=backend)
+
+
 # ---- inside torch
 
 
@@ -534,28 +610,12 @@ def test_opcheck():
     masking = MaskingConfig(9, 8, schedule=lambda t: 0 * t + 1)
     for backend in [name for name, state in backends().items() if state == "available"]:
         device = torch.device(device_of(backend))
-        torch.library.opcheck(
-            torch.ops.nar_kernels.corrupt.default,
-            (
-                clean_batch(masking, 2, 12).to(device),
-                None,
-                12,
-                9,
-                8,
-                torch.arange(2, device=device),
-                torch.ones(2, 12, dtype=torch.bool, device=device),
-                *masking.tables(device),
-                1,
-                None,
-                2,
-                True,
-                True,
-                0,
-                0,
-                0,
-                backend,
-            ),
+        a = arguments(clean_batch(masking, 2, 12).to(device), masking)
+        a = a._replace(
+            sample_ids=torch.arange(2, device=device),
+            maskable=torch.ones(2, 12, dtype=torch.bool, device=device),
         )
+        torch.library.opcheck(torch.ops.nar_kernels.corrupt.default, (*a, backend))
 
 
 def test_compiles_in_one_graph():

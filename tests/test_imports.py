@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nar_kernels"
 LAYERS = [
     ["errors"],
     ["philox", "schedules"],
-    ["masking"],
+    ["arguments", "masking"],
     ["backends", "reference", "kernels", "corpus"],
     ["launch"],
     ["ops"],

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nar_kernels.arguments import CorruptArgs
 from nar_kernels.kernels.order_statistic import is_done, learn, propose
 from nar_kernels.kernels.random import permute, random_block, random_words
 from nar_kernels.masking import IGNORE_INDEX, NUM_INVALID
@@ -20,6 +21,7 @@ _TIME = tl.constexpr(int(Stream.TIME))
 _STRATUM = tl.constexpr(int(Stream.STRATUM))
 _MASK_KEY = tl.constexpr(int(Stream.MASK_KEY))
 _RANDOM_TOKEN = tl.constexpr(int(Stream.RANDOM_TOKEN))
+_WINDOW_ORDER = tl.constexpr(int(Stream.WINDOW_ORDER))
 _CORRUPTION = tl.constexpr(int(Stream.CORRUPTION))
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 
@@ -183,29 +185,43 @@ def _write_tile(
     return tl.sum(masked.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["seed", "mask_id", "keep_share", "random_share", "coin_share"])
-def corrupt_kernel(
-    tokens, starts, sample_ids, maskable, never_mask, ratio_table, weight_table,
-    seed, seed_tensor, input_ids, labels, masked_indices, times, loss_weight, num_masked,
-    num_maskable, rows, record, num_corpus_tokens, seq_len, num_tokens, mask_id, global_batch,
-    keep_share, random_share, coin_share,
-    EXACT: tl.constexpr, STRATIFIED: tl.constexpr, RANKS: tl.constexpr,
-    TILE: tl.constexpr, FITS: tl.constexpr,
-):  # fmt: skip
-    """One row. Arguments as in ``ops.py``; ``record`` is the workspace, zeros.
+# What differs from call to call would otherwise be compiled again where it is 1 or divides by 16.
+_VARYING = ["seed", "first_sample", "mask_id", "phase", "keep_share", "random_share", "coin_share"]
 
-    ``RANKS``: 3 with kept or random tokens, else 1. ``FITS``: the row is a single tile.
+
+@triton.jit(do_not_specialize=_VARYING)
+def corrupt_kernel(
+    tokens, starts, sample_ids, step, maskable, never_mask, ratio_table, weight_table,
+    seed, seed_tensor, input_ids, labels, masked_indices, times, loss_weight, num_masked,
+    num_maskable, rows, record, num_corpus_tokens, seq_len, num_tokens, mask_id,
+    first_sample, num_windows, phase, stride, global_batch, keep_share, random_share, coin_share,
+    ORDERED: tl.constexpr, SHUFFLE: tl.constexpr, EXACT: tl.constexpr, STRATIFIED: tl.constexpr,
+    RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr,
+):  # fmt: skip
+    """One row. Arguments as in ``arguments.py``; ``record`` is the workspace, zeros.
+
+    ``ORDERED``: sample slots tell which windows. ``RANKS``: 3 with kept or random tokens, else 1.
+    ``FITS``: the row is a single tile.
     """
     EXCLUDES: tl.constexpr = maskable is not None or never_mask is not None
     row = tl.program_id(0).to(tl.int64)
     if seed_tensor is not None:
         seed = tl.load(seed_tensor)
-    sample = row
     if sample_ids is not None:
         sample = tl.load(sample_ids + row)
+    else:
+        sample = first_sample + row
+        if step is not None:
+            sample += tl.load(step) * global_batch
     start = row * seq_len
     if starts is not None:
         start = tl.load(starts + row)
+    if ORDERED:
+        slot = tl.maximum(sample, 0)
+        index = slot % num_windows
+        if SHUFFLE:
+            index = permute(index, num_windows, seed, _WINDOW_ORDER, slot // num_windows)
+        start = phase + index * stride
     outside = (start < 0) | (start > num_corpus_tokens - seq_len)
     start = tl.where(outside, 0, start)
     if outside:
@@ -369,49 +385,29 @@ def workspace_size(batch: int) -> int:
     return NUM_INVALID + 1 + batch
 
 
-def launch_options(seq_len: int, exact: bool, stratified: bool, ranks: int) -> dict[str, Any]:
+def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
-    tile = min(max(triton.next_power_of_2(seq_len), 64), MAX_TILE)
+    tile = min(max(triton.next_power_of_2(a.seq_len), 64), MAX_TILE)
     return {
-        "EXACT": exact,
-        "STRATIFIED": stratified,
-        "RANKS": ranks,
+        "ORDERED": a.num_windows > 0,
+        "SHUFFLE": a.shuffle,
+        "EXACT": a.exact,
+        "STRATIFIED": a.stratified,
+        "RANKS": 3 if a.keep_share or a.random_share else 1,
         "TILE": tile,
-        "FITS": seq_len <= tile,
+        "FITS": a.seq_len <= tile,
         "num_warps": min(max(tile // 256, 1), 16),
         "enable_fp_fusion": False,
     }
 
 
-def corrupt_triton(
-    outputs: tuple[Tensor, ...],
-    tokens: Tensor,
-    starts: Tensor | None,
-    seq_len: int,
-    num_tokens: int,
-    mask_id: int,
-    sample_ids: Tensor | None,
-    maskable: Tensor | None,
-    ratio_table: Tensor,
-    weight_table: Tensor,
-    never_mask: Tensor | None,
-    seed: int,
-    seed_tensor: Tensor | None,
-    global_batch: int,
-    exact: bool,
-    stratified: bool,
-    keep_share: int,
-    random_share: int,
-    coin_share: int,
-) -> None:
+def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> None:
     """Fills ``outputs``: those of the operator, with the workspace (zeros) for ``invalid``."""
-    batch = outputs[0].shape[0]
-    if batch == 0:
+    if a.batch == 0:
         return
-    ranks = 3 if keep_share or random_share else 1
-    corrupt_kernel[(batch,)](
-        tokens, starts, sample_ids, maskable, never_mask, ratio_table, weight_table,
-        seed, seed_tensor, *outputs, tokens.numel(), seq_len, num_tokens, mask_id, global_batch,
-        keep_share, random_share, coin_share,
-        **launch_options(seq_len, exact, stratified, ranks),
+    corrupt_kernel[(a.batch,)](
+        a.tokens, a.starts, a.sample_ids, a.step, a.maskable, a.never_mask,
+        a.ratio_table, a.weight_table, a.seed, a.seed_tensor, *outputs, a.tokens.numel(),
+        a.seq_len, a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride,
+        a.global_batch, a.keep_share, a.random_share, a.coin_share, **launch_options(a),
     )  # fmt: skip
