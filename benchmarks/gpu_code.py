@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nar_kernels.arguments import CorruptArgs
 from nar_kernels.kernels.corrupt import corrupt_kernel, launch_options
 
 ARCHITECTURES = (80, 90, 100)
@@ -29,6 +30,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "starts": "*i64",
     "sample_ids": "*i64",
+    "step": "*i64",
     "maskable": "*i1",
     "never_mask": "*i1",
     "ratio_table": "*i32",
@@ -47,6 +49,10 @@ POINTERS = {
 SCALARS = {
     "seed": "i64",
     "num_corpus_tokens": "i64",
+    "first_sample": "i64",
+    "num_windows": "i64",
+    "phase": "i64",
+    "stride": "i64",
     "seq_len": "i32",
     "num_tokens": "i32",
     "mask_id": "i32",
@@ -56,16 +62,23 @@ SCALARS = {
     "coin_share": "i64",
 }
 
-# Name, type of the ids, which optional pointers are given, exact, ranks, length.
-CORRUPT_CASES = [
-    ("corpus, exact", "*u16", ("starts", "sample_ids"), True, 1, 1024),
-    ("corpus, exact, BERT", "*u16", ("starts", "sample_ids"), True, 3, 1024),
-    ("corpus, bernoulli", "*u16", ("starts", "sample_ids"), False, 1, 1024),
-    ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), True, 1, 1024),
-    ("batch, exact, L 256", "*i64", (), True, 1, 256),
-    ("corpus, exact, L 4096", "*u16", ("starts", "sample_ids"), True, 1, 4096),
-    ("corpus, exact, L 65536", "*u16", ("starts", "sample_ids"), True, 3, 65536),
+# Name, type of the ids, which optional pointers are given, and what differs from a step of a loader
+# with exact draws.
+CORRUPT_CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
+    ("step, exact", "*u16", (), {}),
+    ("step, exact, BERT", "*u16", (), {"keep_share": 1}),
+    ("step, bernoulli", "*u16", (), {"exact": False}),
+    ("step, exact, L 4096", "*u16", (), {"seq_len": 4096}),
+    ("step, exact, L 65536, BERT", "*u16", (), {"seq_len": 65536, "keep_share": 1}),
+    ("windows, exact", "*u16", ("starts", "sample_ids"), {"num_windows": 0}),
+    ("batch, exact", "*i64", (), {"num_windows": 0}),
+    ("batch, exact, L 256", "*i64", (), {"num_windows": 0, "seq_len": 256}),
+    ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), {"num_windows": 0}),
 ]
+OPTIONAL = {"starts", "sample_ids", "step", "maskable", "never_mask", "seed_tensor"}
+STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
+    seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
+)
 
 
 def run_tool(name: str, *arguments: str) -> str:
@@ -93,12 +106,11 @@ def resources(report: str) -> dict[str, int]:
 
 def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
     rows = []
-    for name, ids, given, exact, ranks, length in CORRUPT_CASES:
-        options = launch_options(length, exact, stratified=True, ranks=ranks)
-        optional = {"starts", "sample_ids", "maskable", "never_mask", "seed_tensor"}
+    for name, ids, given, changes in CORRUPT_CASES:
+        options = launch_options(STEP._replace(**changes))
         signature, constants = {}, {}
         for argument in corrupt_kernel.arg_names:
-            if argument in optional - {*given}:
+            if argument in OPTIONAL - {*given}:
                 constants[argument] = None
             elif argument in options:
                 constants[argument] = options[argument]

@@ -7,17 +7,20 @@ Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus, N wind
 import copy
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
+from functools import partial
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nar_kernels.arguments import WindowOrder
 from nar_kernels.backends import resolve_backend
 from nar_kernels.corpus import Corpus, Source
-from nar_kernels.masking import Corrupted, MaskingConfig, check_vocabulary
-from nar_kernels.ops import corrupt, permute, windows
+from nar_kernels.feed import CorpusMemory, DeferredCheck, Stager, choose_memory_here
+from nar_kernels.masking import Corrupted, MaskingConfig, check_record, check_vocabulary
+from nar_kernels.ops import corrupt_step, permute, windows
 from nar_kernels.philox import Stream
 
 
@@ -147,7 +150,21 @@ class MaskedLoader:
 
     Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches.
     (``range`` first: so ``zip`` stops before it takes a batch that nobody sees.) Ids are always
-    checked, whatever ``dataset.validate`` says: the operation that corrupts does it in passing.
+    checked, whatever ``dataset.validate`` says: the operation that corrupts does it in passing. On
+    the CPU an error comes with the batch; on a GPU, which is not waited for, with the next one (or
+    :meth:`raise_if_invalid`): the host is never more than a step ahead of the device.
+
+    On a CUDA device a batch is one launch, which finds its windows by itself; nothing but a few
+    numbers comes from the host. The corpus stays in its own type, and lies
+
+    * ``"device"``: in the memory of the GPU;
+    * ``"pinned"``: in pinned memory of the host (a copy), which the kernel reads over the bus;
+    * ``"mapped"``: where it is, such as in a file. A thread fetches the windows of the next batch
+      and copies them to the GPU while it computes.
+
+    ``"auto"`` takes the first that fits: an eighth of the free memory of the GPU, or a quarter of
+    that of the host divided by ``world_size``. With the first two, ``batch`` also takes the step as
+    a tensor on the device, so that a whole training step can be captured in a CUDA graph.
 
     Args:
         dataset: the windows.
@@ -155,13 +172,15 @@ class MaskedLoader:
         batch_size: B, sequences of one optimiser step on this rank. Gradient accumulation divides
             them: see :meth:`Corrupted.microbatches`.
         seed: 64-bit key of the order of windows and of the masks.
-        device: where the batches go. They are made in CPU memory.
+        device: where the batches go. Those for CUDA devices are made there, others on the CPU.
         rank, world_size: this process among those that share the global batch.
         shuffle: if false, slot g is window ``g % N``.
-        backend: as in :func:`nar_kernels.corrupt`; it must serve CPU tensors.
+        backend: as in :func:`nar_kernels.corrupt`.
+        corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
 
     Attributes:
         step: the step that iteration yields next.
+        corpus_memory: where the corpus lies; ``"mapped"`` if the device is the CPU.
 
     Raises:
         ValueError: an argument is out of range, or dataset and masking disagree.
@@ -180,6 +199,7 @@ class MaskedLoader:
         world_size: int = 1,
         shuffle: bool = True,
         backend: str = "auto",
+        corpus_memory: CorpusMemory | Literal["auto"] = "auto",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
@@ -191,12 +211,47 @@ class MaskedLoader:
                 raise ValueError(
                     f"masking has {name} {ours} but the dataset has {theirs}: they must be equal"
                 )
-        resolve_backend(backend, torch.device("cpu"))
         self.dataset, self.masking = dataset, masking
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle = seed, shuffle
-        self.device, self.backend = torch.device(device), backend
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        # Where batches are made.
+        self._made_on = self.device if self.device.type == "cuda" else torch.device("cpu")
+        self.backend = resolve_backend(backend, self._made_on)
         self.step = 0
+        self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, shuffle)
+        self._deferred = DeferredCheck()
+        self._place_corpus(corpus_memory)
+
+    def _place_corpus(self, memory: CorpusMemory | Literal["auto"]) -> None:
+        if memory not in ("auto", *get_args(CorpusMemory)):
+            raise ValueError(
+                f"corpus_memory is {memory!r}: it must be 'auto', 'device', 'pinned' or 'mapped'"
+            )
+        self._tokens = self.dataset.corpus.tokens.contiguous()
+        self._stager: Stager | None = None
+        if self._made_on.type == "cpu":
+            self.corpus_memory: CorpusMemory = "mapped"
+            return
+        if memory == "auto":
+            memory = choose_memory_here(self._tokens, self._made_on, self.world_size)
+            if memory == "pinned" and self.backend == "reference":
+                memory = "mapped"  # no kernel that reads over the bus
+        self.corpus_memory = memory
+        if memory == "device":
+            self._tokens = self._tokens.to(self._made_on)
+        elif memory == "pinned":
+            self._tokens = self._tokens.pin_memory()
+        else:
+            self._stager = Stager(
+                self._tokens,
+                self._starts,
+                self.batch_size,
+                self.dataset.seq_len,
+                self._made_on,
+            )
 
     @property
     def global_batch(self) -> int:
@@ -228,28 +283,72 @@ class MaskedLoader:
             )
         return order
 
-    def batch(self, step: int) -> Corrupted:
+    def _starts(self, step: int) -> Tensor:
+        """int64 ``[B]``: where the windows of a step begin in the corpus."""
+        return self.dataset.starts(self.window_indices(step))
+
+    def batch(self, step: int | Tensor) -> Corrupted:
         """The batch of any step: a function of ``(seed, step)``; it neither reads nor moves
         ``self.step``.
 
+        Args:
+            step: at least 0. Or an int64 tensor of one element on the CUDA device: then nothing is
+                raised here, since to look at the batch would wait for the device; the batch's own
+                ``raise_if_invalid`` does.
+
         Raises:
-            InvalidTokenError: a window holds a bad id. The message names corpus and offset.
-            ValueError: ``step`` is negative.
+            InvalidTokenError: a window holds a bad id: in this batch on the CPU, in the one before
+                on a CUDA device. The message names corpus and offset.
+            ValueError: ``step`` is negative, or a tensor where the corpus is not in a memory that
+                the kernel can read.
         """
-        corrupted = corrupt(
-            self.dataset.corpus.tokens,
+        self._deferred.settle()
+        tokens = self._tokens
+        if isinstance(step, Tensor):
+            if self._made_on.type == "cpu" or self._stager is not None:
+                raise ValueError(
+                    "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
+                    f"'pinned' does the kernel find the windows; here it is {self.device} and "
+                    f"{self.corpus_memory!r}, so pass an int"
+                )
+        elif step < 0:
+            raise ValueError(f"step is {step}: it must be at least 0")
+        elif self._stager is not None:
+            tokens = self._stager.windows(step)
+        corrupted = corrupt_step(
+            tokens,
             self.masking,
-            seed=self.seed,
-            starts=self.dataset.starts(self.window_indices(step)),
-            seq_len=self.dataset.seq_len,
-            sample_ids=self.sample_ids(step),
+            self._order if self._stager is None else None,
+            step=step,
+            batch_size=self.batch_size,
+            rank=self.rank,
             global_batch=self.global_batch,
-            source=self.dataset.corpus.name,
+            seq_len=self.dataset.seq_len,
+            seed=self.seed,
+            device=self._made_on,
             backend=self.backend,
         )
-        if self.device.type == "cpu":
-            return corrupted
-        return corrupted.to(self.device, non_blocking=True)
+        if not isinstance(step, Tensor):
+            if self._made_on.type == "cuda":
+                self._deferred.watch(corrupted, partial(self._check, step))
+            else:
+                self._check(step, corrupted.invalid)
+        return corrupted if self._made_on == self.device else corrupted.to(self.device)
+
+    def _check(self, step: int, record: Tensor) -> None:
+        """Raises what the record of the batch of ``step`` says is wrong."""
+
+        def where(offset: int) -> str:
+            if self._stager is not None:  # counted in the batch, not in the corpus
+                row, column = divmod(offset, self.dataset.seq_len)
+                offset = int(self._starts(step)[row]) + column
+            return f"offset {offset} of {self.dataset.corpus.name}"
+
+        check_record(record, self.batch_size, self.masking, where)
+
+    def raise_if_invalid(self) -> None:
+        """Waits for the last batch and raises what is wrong with it, if nothing has yet."""
+        self._deferred.settle()
 
     def __iter__(self) -> Iterator[Corrupted]:
         return self
@@ -257,6 +356,8 @@ class MaskedLoader:
     def __next__(self) -> Corrupted:
         batch = self.batch(self.step)
         self.step += 1
+        if self._stager is not None:
+            self._stager.prefetch(self.step)
         return batch
 
     def state_dict(self) -> dict[str, Any]:

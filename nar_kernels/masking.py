@@ -4,7 +4,7 @@ Shapes: B batch, L sequence length, V vocabulary (``num_tokens``), R masked rows
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Literal
 
@@ -147,6 +147,29 @@ class MaskingConfig:
         return self.times == "stratified"
 
 
+def check_record(
+    record: Tensor, batch_size: int, masking: MaskingConfig, where: Callable[[int], str]
+) -> None:
+    """Raises what ``Corrupted.invalid`` says is wrong; ``where`` names the place of an offset."""
+    count, offset, token_id, bad_windows, bad_slots = record.tolist()
+    if bad_windows:
+        raise IndexError(
+            f"{bad_windows} of {batch_size} windows reach outside the corpus: starts must be in "
+            "[0, T - L]"
+        )
+    if bad_slots:
+        raise ValueError(f"{bad_slots} sample ids are negative: slots count from 0")
+    if count:
+        raise InvalidTokenError.at(
+            where(offset),
+            token_id=token_id,
+            offset=offset,
+            count=count,
+            num_tokens=masking.num_tokens,
+            mask_id=masking.mask_id,
+        )
+
+
 @dataclass(frozen=True)
 class Corrupted:
     """A corrupted batch: everything a masked-prediction step needs.
@@ -201,29 +224,14 @@ class Corrupted:
         ``source`` names the corpus; without it the place is a row and a column of the batch.
         Reading the record waits for the device; call it when it is convenient.
         """
-        count, offset, token_id, bad_windows, bad_slots = self.invalid.tolist()
-        if bad_windows:
-            raise IndexError(
-                f"{bad_windows} of {len(self)} windows reach outside the corpus: starts must be in "
-                "[0, T - L]"
-            )
-        if bad_slots:
-            raise ValueError(f"{bad_slots} sample ids are negative: slots count from 0")
-        if count == 0:
-            return
-        if source is None:
+
+        def where(offset: int) -> str:
+            if source is not None:
+                return f"offset {offset} of {source}"
             row, column = divmod(offset, self.input_ids.shape[1])
-            where = f"tokens[{row}, {column}]"
-        else:
-            where = f"offset {offset} of {source}"
-        raise InvalidTokenError.at(
-            where,
-            token_id=token_id,
-            offset=offset,
-            count=count,
-            num_tokens=self.masking.num_tokens,
-            mask_id=self.masking.mask_id,
-        )
+            return f"tokens[{row}, {column}]"
+
+        check_record(self.invalid, len(self), self.masking, where)
 
     def microbatches(self, size: int) -> Iterator["Corrupted"]:
         """Consecutive parts of at most ``size`` samples, for gradient accumulation."""

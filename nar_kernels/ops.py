@@ -262,7 +262,10 @@ def _corrupt(
         masking.stratified,
         *masking.shares,
     )
-    outputs = run_corrupt(arguments, resolve_backend(backend, device))
+    backend = resolve_backend(backend, device)
+    if backend == "reference" and tokens.device != device:
+        raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
+    outputs = run_corrupt(arguments, backend)
     return Corrupted(*outputs, masking)  # type: ignore[call-arg, arg-type]
 
 

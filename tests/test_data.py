@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nar_kernels.backends import backends
+from nar_kernels.backends import backends, device_type
 from nar_kernels.corpus import TOKEN_DTYPES
 from nar_kernels.data import MaskedLoader, TokenDataset
 from nar_kernels.errors import BackendUnavailableError, CorpusFormatError, InvalidTokenError
@@ -430,6 +430,7 @@ def test_states_of_something_else() -> None:
         ({"masking": MaskingConfig(V + 1, MASK_ID)}, "masking has num_tokens 1002 but .* 1001"),
         ({"masking": MaskingConfig(V, 0)}, "masking has mask_id 0 but the dataset has 1000"),
         ({"backend": "fastest"}, "unknown backend 'fastest'"),
+        ({"corpus_memory": "ram"}, "corpus_memory is 'ram': it must be 'auto', 'device'"),
     ],
 )
 def test_bad_arguments_of_a_loader(kwargs: dict[str, Any], message: str) -> None:
@@ -444,10 +445,19 @@ def test_negative_step() -> None:
 
 def test_backend() -> None:
     reference = MaskedLoader(make_dataset(), MASKING, 4, backend="reference").batch(3)
-    assert_same(MaskedLoader(make_dataset(), MASKING, 4).batch(3), reference)
+    for backend in ("auto", "triton", "cuda"):  # those of a GPU where they run on the CPU
+        here = backend == "auto" or device_type(backend) == "cpu"
+        if here and backends().get(backend, "available") == "available":
+            loader = MaskedLoader(make_dataset(), MASKING, 4, backend=backend)
+            assert_same(loader.batch(3), reference)
     if backends()["cpp"] != "available":
         with pytest.raises(BackendUnavailableError):
             MaskedLoader(make_dataset(), MASKING, 4, backend="cpp")
+
+
+def test_a_step_on_a_device() -> None:
+    with pytest.raises(ValueError, match="step is a tensor: .* here it is cpu .* pass an int"):
+        MaskedLoader(make_dataset(), MASKING, 4).batch(torch.zeros(1, dtype=torch.int64))
 
 
 def test_another_device() -> None:

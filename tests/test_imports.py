@@ -18,7 +18,7 @@ LAYERS = [
     ["philox", "schedules"],
     ["arguments", "masking"],
     ["backends", "reference", "kernels", "corpus"],
-    ["launch"],
+    ["launch", "feed"],
     ["ops"],
     ["data", "decode", "nets"],
     ["wrapper"],

@@ -1,0 +1,255 @@
+"""What only a GPU can show: streams, graphs, no waiting, and a corpus in three kinds of memory."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nar_kernels
+from nar_kernels import InvalidTokenError, MaskedLoader, MaskingConfig, TokenDataset, backends
+from tests.test_corrupt import assert_same, clean_batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
+]
+BACKENDS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(backends()[name] != "available", reason=backends()[name])
+    )
+    for name in ("triton", "cuda")
+]
+MEMORIES = ["device", "pinned", "mapped"]
+MASKING = MaskingConfig(300, 299, no_replace_prob=0.1, random_token_prob=0.1)
+
+
+@pytest.fixture
+def no_waiting():
+    """Makes it an error to wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def make_dataset(path: Path, num_windows: int = 50, bad_offset: int | None = None) -> TokenDataset:
+    ids = (np.arange(num_windows * 64 + 5) % 299).astype(np.uint16)
+    if bad_offset is not None:
+        ids[bad_offset] = 299
+    ids.tofile(path / "corpus.bin")
+    return TokenDataset(path / "corpus.bin", 64, num_tokens=300, mask_id=299, dtype="uint16")
+
+
+def cpu_batch(loader: MaskedLoader, step: int) -> nar_kernels.Corrupted:
+    """The same batch, made on the CPU."""
+    return MaskedLoader(
+        loader.dataset,
+        loader.masking,
+        loader.batch_size,
+        seed=loader.seed,
+        rank=loader.rank,
+        world_size=loader.world_size,
+    ).batch(step)
+
+
+# ---- corrupt
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_replays_with_another_seed(backend):
+    tokens = clean_batch(MASKING, 33, 200)
+    on_device, seed = tokens.cuda(), torch.tensor(1, device="cuda")
+    maskable = torch.rand(33, 200) < 0.8
+
+    def run():
+        return nar_kernels.corrupt(
+            on_device, MASKING, seed=seed, maskable=maskable_on_device, backend=backend
+        )
+
+    maskable_on_device = maskable.cuda()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()  # compiles, and copies the tables
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for value in (1, 2, -3):
+        seed.fill_(value)
+        graph.replay()
+        expected = nar_kernels.corrupt(tokens, MASKING, seed=value, maskable=maskable)
+        assert_same(got.to("cpu"), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_waits_for_the_device(backend, no_waiting):
+    tokens = clean_batch(MASKING, 8, 100).to("cuda", non_blocking=True)
+    for _ in range(3):
+        nar_kernels.corrupt(tokens, MASKING, seed=1, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_the_current_stream(backend):
+    tokens = clean_batch(MASKING, 64, 1000)
+    expected = nar_kernels.corrupt(tokens, MASKING, seed=4)
+    side = torch.cuda.Stream()
+    on_device = torch.full((64, 1000), -1, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)
+        on_device.copy_(tokens.pin_memory(), non_blocking=True)
+        got = nar_kernels.corrupt(on_device, MASKING, seed=4, backend=backend)
+    side.synchronize()
+    assert_same(got.to("cpu"), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one(backend):
+    tokens = clean_batch(MASKING, 8, 100)
+    got = nar_kernels.corrupt(tokens.to("cuda:1"), MASKING, seed=4, backend=backend)
+    assert torch.cuda.current_device() == 0 and got.labels.device.index == 1
+    assert_same(got.to("cpu"), nar_kernels.corrupt(tokens, MASKING, seed=4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+def test_a_pinned_corpus(dtype, backend):
+    masking = MaskingConfig(120, 119)
+    corpus = clean_batch(masking, 1, 5000, dtype)[0].pin_memory()
+    starts = torch.tensor([0, 1, 2, 3, 77, 5000 - 333])
+    args = dict(seed=3, seq_len=333)
+    expected = nar_kernels.corrupt(corpus, masking, starts=starts, **args)
+    got = nar_kernels.corrupt(corpus, masking, starts=starts.cuda(), backend=backend, **args)
+    assert_same(got.to("cpu"), expected)
+
+
+def test_a_corpus_that_the_device_cannot_read():
+    with pytest.raises(ValueError, match=r"a GPU cannot read: use tokens.pin_memory\(\)"):
+        nar_kernels.corrupt(
+            torch.zeros(100, dtype=torch.int64),
+            MASKING,
+            seed=1,
+            starts=torch.zeros(1, dtype=torch.int64, device="cuda"),
+            seq_len=3,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [512, 40000])
+def test_more_than_2_to_the_31_positions(length, backend):
+    batch = 2**31 // length + 40
+    if torch.cuda.mem_get_info()[0] < 32 * batch * length:
+        pytest.skip("needs 64 GiB of free device memory")
+    corpus = clean_batch(MASKING, 1, 10**6, torch.int16)[0]
+    starts = torch.arange(batch) % (10**6 - length)
+    got = nar_kernels.corrupt(
+        corpus.cuda(), MASKING, seed=3, starts=starts.cuda(), seq_len=length, backend=backend
+    )
+    got.raise_if_invalid()
+    last = torch.arange(batch - 3, batch)
+    expected = nar_kernels.corrupt(
+        corpus,
+        MASKING,
+        seed=3,
+        starts=starts[last],
+        seq_len=length,
+        sample_ids=last,
+        global_batch=batch,
+    )
+    for name in ("input_ids", "labels", "masked_indices", "times", "loss_weight", "num_masked"):
+        assert torch.equal(getattr(got, name)[last.cuda()].cpu(), getattr(expected, name)), name
+    rows = got.masked_rows[-len(expected.masked_rows) :].cpu()
+    assert torch.equal(rows, expected.masked_rows + (batch - 3) * length)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_step(backend):
+    tokens = clean_batch(MASKING, 16, 100).cuda()
+    embedding = torch.nn.Embedding(300, 8, device="cuda")
+
+    @torch.compile(fullgraph=True)
+    def step(tokens, seed):
+        batch = nar_kernels.corrupt(tokens, MASKING, seed=seed, backend=backend)
+        return embedding(batch.input_ids).sum() * batch.loss_weight.sum(), batch.labels
+
+    for seed in (1, 2, 3):
+        batch = nar_kernels.corrupt(tokens.cpu(), MASKING, seed=seed)
+        loss, labels = step(tokens, seed)
+        assert torch.equal(labels.cpu(), batch.labels)
+        expected = embedding(batch.input_ids.cuda()).sum() * batch.loss_weight.sum().cuda()
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+
+
+# ---- MaskedLoader
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_batches_equal_those_of_the_cpu(memory, backend, tmp_path):
+    loader = MaskedLoader(
+        make_dataset(tmp_path),
+        MASKING,
+        7,
+        seed=5,
+        device="cuda",
+        rank=1,
+        world_size=3,
+        backend=backend,
+        corpus_memory=memory,
+    )
+    assert loader.corpus_memory == memory
+    for step, batch in zip(range(12), loader, strict=False):
+        assert batch.input_ids.is_cuda
+        assert_same(batch.to("cpu"), cpu_batch(loader, step))
+    for step in (3, 2**33):
+        assert_same(loader.batch(step).to("cpu"), cpu_batch(loader, step))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_iteration_waits_for_no_kernel(memory, tmp_path, request):
+    loader = MaskedLoader(make_dataset(tmp_path), MASKING, 8, device="cuda", corpus_memory=memory)
+    next(loader)
+    request.getfixturevalue("no_waiting")
+    for _, batch in zip(range(5), loader, strict=False):
+        batch.input_ids.sum()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", ["device", "pinned"])
+def test_a_graph_with_the_data_in_it(memory, backend, tmp_path):
+    loader = MaskedLoader(
+        make_dataset(tmp_path), MASKING, 8, device="cuda", backend=backend, corpus_memory=memory
+    )
+    step = torch.zeros(1, dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        loader.batch(step)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch = loader.batch(step)
+        step += 1
+    for expected in range(10):
+        graph.replay()
+        assert_same(copy.copy(batch).to("cpu"), cpu_batch(loader, expected))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_bad_id_is_reported_with_the_next_batch(memory, tmp_path):
+    dataset = make_dataset(tmp_path, bad_offset=64 * 9 + 5)
+    loader = MaskedLoader(dataset, MASKING, 4, device="cuda", shuffle=False, corpus_memory=memory)
+    for call in (lambda: next(loader), loader.raise_if_invalid):
+        loader.step = 2  # windows 8 to 11
+        batch = next(loader)
+        assert (batch.input_ids < 300).all() and int(batch.invalid[0]) == 1
+        with pytest.raises(InvalidTokenError, match="299 at offset 581 of .*corpus.bin"):
+            call()
+    loader.raise_if_invalid()  # said once
+
+
+def test_a_step_on_the_device_needs_a_corpus_that_the_kernel_reads(tmp_path):
+    loader = MaskedLoader(make_dataset(tmp_path), MASKING, 4, device="cuda", corpus_memory="mapped")
+    with pytest.raises(ValueError, match="here it is cuda:0 and 'mapped', so pass an int"):
+        loader.batch(torch.zeros(1, dtype=torch.int64, device="cuda"))
