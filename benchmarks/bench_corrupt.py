@@ -2,9 +2,8 @@
 
 Peers, each doing less than `corrupt` does:
 
-* x-transformers: the masking lines of its `NonAutoregressiveWrapper.forward` at its default
-  arguments (times, exact-k by argsort, keep and random subsets, masked input), taken by running
-  that method on a net that stops it. No windows, no validation, no labels.
+* x-transformers: the masking lines of its wrapper at its default arguments (`peers.py`). No
+  windows, no validation, no labels.
 * bernoulli: `torch.rand(B, L) < t` alone, as in masked diffusion codes.
 
     python benchmarks/bench_corrupt.py [--tokens 65536] [--threads 1 2] [--json FILE]
@@ -20,9 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from x_transformers import Encoder, TransformerWrapper
-from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
+from peers import x_transformers_masking
 
 from nar_kernels import MaskingConfig, backends, corrupt
 from nar_kernels.backends import cpp
@@ -30,30 +27,6 @@ from nar_kernels.backends import cpp
 NUM_TOKENS, MASK_ID = 8193, 8192
 WARM_UP, TIMED = 5, 10  # calls of a turn
 LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
-
-
-class Masked(Exception):
-    """Leaves x-transformers' forward once the masked input is made."""
-
-
-class StopNet(TransformerWrapper):
-    def forward(self, *args, **kwargs):
-        raise Masked
-
-
-def x_transformers_masking(length: int) -> Callable[[Tensor], None]:
-    net = StopNet(
-        num_tokens=NUM_TOKENS, max_seq_len=length, attn_layers=Encoder(dim=8, depth=1, heads=1)
-    )
-    wrapper = NonAutoregressiveWrapper(net, mask_id=MASK_ID)
-
-    def run(batch: Tensor) -> None:
-        try:
-            wrapper(batch)
-        except Masked:
-            pass
-
-    return run
 
 
 def median_ns(fns: dict[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
@@ -84,7 +57,7 @@ def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
         NUM_TOKENS, MASK_ID, no_replace_prob=0.15, random_token_prob=0.1, corruption_prob=0.5
     )
     bernoulli = MaskingConfig(NUM_TOKENS, MASK_ID, draw="bernoulli")
-    peer = x_transformers_masking(length)
+    peer = x_transformers_masking(length, NUM_TOKENS, MASK_ID)
     ratio = torch.rand(batch, 1)
     return median_ns(
         {

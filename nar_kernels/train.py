@@ -98,7 +98,11 @@ class Run:
         self.model = build_model(config, self.data.spec).to(self.device)
         self.optimizer = adamw(self.model, config)
         self.loader = MaskedLoader(
-            self.data.train, self.model.masking, config.batch_size, seed=config.seed
+            self.data.train,
+            self.model.masking,
+            config.batch_size,
+            seed=config.seed,
+            device=self.device,
         )
         self.log = Log()
         self.baselines = baselines(

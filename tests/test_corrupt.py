@@ -618,15 +618,27 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.nar_kernels.corrupt.default, (*a, backend))
 
 
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_in_one_graph(backend):
     masking = MaskingConfig(9, 8)
+    graphs = []
 
-    def step(tokens, ids):
-        got = nar_kernels.corrupt(tokens, masking, seed=1, sample_ids=ids, global_batch=4)
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    def step(tokens, ids, seed):
+        got = nar_kernels.corrupt(
+            tokens, masking, seed=seed, sample_ids=ids, global_batch=4, backend=backend
+        )
         return (got.input_ids * got.masked_indices).sum(), got.labels
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for first in (0, 4):
-        tokens, ids = clean_batch(masking, 4, 12), torch.arange(first, first + 4)
-        for got, expected in zip(compiled(tokens, ids), step(tokens, ids), strict=True):
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    device = device_of(backend)
+    for seed in range(4):
+        tokens = clean_batch(masking, 4, 12).to(device)
+        ids = torch.arange(4 * seed, 4 * seed + 4, device=device)
+        args = (tokens, ids, seed)
+        for got, expected in zip(compiled(*args), step(*args), strict=True):
             assert torch.equal(got, expected)
+    assert len(graphs) <= 2  # one with the seed as a constant, one with any seed
