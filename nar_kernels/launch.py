@@ -37,12 +37,12 @@ def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tens
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
 
-_pack = struct.Struct("=36q").pack
+_PACKED_CORRUPT = struct.Struct("=36q")
 
 
 def _packed_corrupt(outputs: tuple[Tensor, ...], a: CorruptArgs) -> bytes:
     """The arguments as C++ reads them (`unpack_corrupt` in csrc/bindings.h)."""
-    return _pack(
+    return _PACKED_CORRUPT.pack(
         a.tokens.data_ptr(),
         DTYPE_CODE[a.tokens.dtype],
         a.tokens.numel(),

@@ -53,10 +53,9 @@ def test_both_languages_are_in_the_table(rows):
 
 
 LAUNCH = """
-import struct
-from nar_kernels import _cuda
+from nar_kernels import _cuda, launch
 print(_cuda.architectures)
-for packed in (struct.pack("=30q", *[0] * 30), b""):
+for packed in (bytes(launch._PACKED_CORRUPT.size), b""):
     try:
         _cuda.corrupt(packed, 0, 0)
     except Exception as error:
