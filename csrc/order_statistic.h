@@ -1,6 +1,10 @@
 // The k smallest of random keys, as a bound to compare with instead of a sort.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "philox.h"
@@ -62,11 +66,32 @@ struct PivotSearch {
   NAR_HOST_DEVICE bool is_done() const { return found || high - low == 1; }
 };
 
+#if defined(__AVX512F__)
+inline uint32_t count_of_64(const uint32_t* keys, uint32_t pivot) {
+  const __m512i p = _mm512_set1_epi32(static_cast<int>(pivot));
+  uint64_t below = 0;
+  for (int j = 0; j < 4; ++j) {
+    const __m512i k = _mm512_loadu_si512(keys + 16 * j);
+    below |= static_cast<uint64_t>(_mm512_cmplt_epu32_mask(k, p)) << (16 * j);
+  }
+  return static_cast<uint32_t>(_mm_popcnt_u64(below));
+}
+#endif
+
 inline void count_below(const uint32_t* __restrict keys, int64_t n, const PivotSearch* search,
                         int32_t* below) {
   const uint32_t p0 = search[0].pivot, p1 = search[1].pivot, p2 = search[2].pivot;
   uint32_t n0 = 0, n1 = 0, n2 = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  // Masks and their population count: compilers subtract vectors of -1 and sum those up at the end.
+  for (; i + 64 <= n; i += 64) {
+    n0 += count_of_64(keys + i, p0);
+    n1 += count_of_64(keys + i, p1);
+    n2 += count_of_64(keys + i, p2);
+  }
+#endif
+  for (; i < n; ++i) {
     n0 += keys[i] < p0;
     n1 += keys[i] < p1;
     n2 += keys[i] < p2;
@@ -77,7 +102,11 @@ inline void count_below(const uint32_t* __restrict keys, int64_t n, const PivotS
 inline void count_below_one(const uint32_t* __restrict keys, int64_t n, uint32_t pivot,
                             int32_t* below) {
   uint32_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += keys[i] < pivot;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 64 <= n; i += 64) count += count_of_64(keys + i, pivot);
+#endif
+  for (; i < n; ++i) count += keys[i] < pivot;
   *below = count;
 }
 
