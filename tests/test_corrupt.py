@@ -92,18 +92,30 @@ def arguments(tokens, masking, **others):
     )
 
 
+GUARD = 64  # elements: a multiple of any alignment
+
+
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """What a kernel forgets to write shows."""
+    """What a kernel forgets to write shows, and what it writes beside its outputs."""
     original = launch._empty_outputs
+    guarded = []
 
     def poisoned(*args):
-        outputs = original(*args)
-        for tensor in outputs:
-            tensor.view(torch.uint8).fill_(0x5A)
-        return outputs
+        outputs = []
+        for like in original(*args):
+            memory = torch.empty(like.numel() + 2 * GUARD, dtype=like.dtype, device=like.device)
+            memory.view(torch.uint8).fill_(0x5A)
+            guarded.append(memory)
+            outputs.append(memory[GUARD : GUARD + like.numel()].view(like.shape))
+        return tuple(outputs)
 
     monkeypatch.setattr(launch, "_empty_outputs", poisoned)
+    yield
+    assert guarded
+    for memory in guarded:
+        for guard in (memory[:GUARD], memory[-GUARD:]):
+            assert (guard.view(torch.uint8) == 0x5A).all()
 
 
 @pytest.fixture
