@@ -2,7 +2,8 @@
 
 Triton kernels are compiled here for each architecture; those of CUDA are read from the built
 extension. `spill` is bytes of local memory a thread; `16-byte loads` and `stores` are instructions
-that move 16 bytes a lane.
+that move 16 bytes a lane; `torn reads` are loads of what other programs write, made by more threads
+than there are elements, which may see different values of one.
 
     python benchmarks/gpu_code.py [--json FILE]
 """
@@ -104,6 +105,21 @@ def resources(report: str) -> dict[str, int]:
     }
 
 
+def torn_reads(ttgir: str) -> int:
+    """Volatile loads in Triton's IR whose elements are loaded by several threads each."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg.blocked<(.*)>$", ttgir, re.MULTILINE))
+    torn = 0
+    for load in re.findall(r"tt.load .*isVolatile.*", ttgir):
+        length, layout = re.search(r"tensor<(\d+)x!tt.ptr<i64>, (#\w+)>", load).groups()
+        one_each = 1
+        for factor in re.findall(
+            r"(?:sizePerThread|threadsPerWarp|warpsPerCTA) = \[(\d+)\]", layouts[layout]
+        ):
+            one_each *= int(factor)
+        torn += one_each > int(length)
+    return torn
+
+
 def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
     rows = []
     for name, ids, given, changes in CORRUPT_CASES:
@@ -143,6 +159,7 @@ def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
                     **resources(report.partition("Function")[2]),
                     "shared": kernel.metadata.shared,
                     **count(sass),
+                    "torn reads": torn_reads(kernel.asm["ttgir"]),
                 }
             )
     return rows
@@ -170,6 +187,7 @@ def cuda_rows(library: Path) -> list[dict]:
                     "threads": "",
                     **resources(function),
                     **count(sass[architecture, symbol]),
+                    "torn reads": 0,  # one warp looks back, a word a lane
                 }
             )
     return sorted(rows, key=lambda row: (row["kernel"], row["sm"]))

@@ -33,7 +33,6 @@ _FIRST_ROW = tl.constexpr(NUM_INVALID + 1)
 _OWN = tl.constexpr(1 << 60)  # the positions that the row masks
 _UP_TO = tl.constexpr(2 << 60)  # those of all rows up to it
 _COUNT_BITS = tl.constexpr((1 << 60) - 1)
-_WINDOW = tl.constexpr(128)  # rows looked back upon at a time
 
 # Rows up to this length stay in registers. In longer ones every pass makes the keys again, which
 # costs less than to store and read them.
@@ -117,13 +116,17 @@ def _below(key, position, high, low):
 
 
 @triton.jit
-def _rows_before(record, row):
-    """Masked positions in all rows before this one."""
+def _rows_before(record, row, WINDOW: tl.constexpr):
+    """Masked positions in all rows before this one; it looks back on ``WINDOW`` rows at a time.
+
+    With fewer than a word for each thread, several would load the same one, at different moments:
+    one may see it published and another not, and what is computed from both is wrong.
+    """
     total = tl.zeros((), tl.int64)
     end = row
-    lane = tl.arange(0, _WINDOW)
+    lane = tl.arange(0, WINDOW)
     while end > 0:
-        index = end - _WINDOW + lane
+        index = end - WINDOW + lane
         published = tl.load(
             record + _FIRST_ROW + index, mask=index >= 0, other=_UP_TO, volatile=True
         )
@@ -131,7 +134,7 @@ def _rows_before(record, row):
         missing = tl.max(((published == 0) & (lane > newest)).to(tl.int32))
         if missing == 0:
             total += tl.sum(tl.where(lane >= newest, published & _COUNT_BITS, 0))
-            end = tl.where(newest >= 0, 0, end - _WINDOW)
+            end = tl.where(newest >= 0, 0, end - WINDOW)
     return total
 
 
@@ -197,12 +200,12 @@ def corrupt_kernel(
     num_maskable, rows, record, num_corpus_tokens, seq_len, num_tokens, mask_id,
     first_sample, num_windows, phase, stride, global_batch, keep_share, random_share, coin_share,
     ORDERED: tl.constexpr, SHUFFLE: tl.constexpr, EXACT: tl.constexpr, STRATIFIED: tl.constexpr,
-    RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr,
+    RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr, LOOK_BACK: tl.constexpr,
 ):  # fmt: skip
     """One row. Arguments as in ``arguments.py``; ``record`` is the workspace, zeros.
 
     ``ORDERED``: sample slots tell which windows. ``RANKS``: 3 with kept or random tokens, else 1.
-    ``FITS``: the row is a single tile.
+    ``FITS``: the row is a single tile. ``LOOK_BACK``: see ``_rows_before``.
     """
     EXCLUDES: tl.constexpr = maskable is not None or never_mask is not None
     row = tl.program_id(0).to(tl.int64)
@@ -357,7 +360,7 @@ def corrupt_kernel(
     tl.store(num_masked + row, count.to(tl.int64))
     tl.store(num_maskable + row, n.to(tl.int64))
 
-    before = _rows_before(record, row)
+    before = _rows_before(record, row, LOOK_BACK)
     tl.atomic_xchg(record + _FIRST_ROW + row, before + count.to(tl.int64) + _UP_TO)
     keep, replace, mask = keep.to(tl.uint32), replace.to(tl.uint32), mask.to(tl.uint32)
     if FITS:
@@ -390,6 +393,7 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
     fits = a.seq_len <= MAX_TILE
     tile = max(triton.next_power_of_2(a.seq_len), 64) if fits else LONG_ROW_TILE
+    num_warps = min(max(tile // 256, 1), 16)
     return {
         "ORDERED": a.num_windows > 0,
         "SHUFFLE": a.shuffle,
@@ -398,7 +402,8 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
         "RANKS": 3 if a.keep_share or a.random_share else 1,
         "TILE": tile,
         "FITS": fits,
-        "num_warps": min(max(tile // 256, 1), 16),
+        "LOOK_BACK": max(32 * num_warps, 128),
+        "num_warps": num_warps,
         "enable_fp_fusion": False,
     }
 

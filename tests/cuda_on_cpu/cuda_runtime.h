@@ -1,10 +1,11 @@
 // In place of CUDA's own header: what the kernels of csrc use of it, on the CPU, for tests.
 //
 // A block runs on one OS thread, each of its threads as a fiber that goes on until it reaches a
-// barrier or a warp collective; then the next one is resumed, in an order that `schedule` picks, so
-// that a missing barrier shows. A few blocks run at a time, and begin in the order of their index,
-// as on a GPU. What a GPU would hang on or leave undefined (a barrier that not all reach, lanes in
-// different collectives, a wrong mask) is an error with the place.
+// barrier or a warp collective; then the next one is resumed, in an order that `schedule` picks.
+// Warps run as far apart as barriers allow, so that a missing one shows. A few blocks run at a
+// time, and begin in the order of their index, as on a GPU. What a GPU would hang on or leave
+// undefined (a barrier that not all reach, lanes in different collectives, a wrong mask) is an
+// error with the place.
 #pragma once
 
 #include <ucontext.h>
@@ -43,7 +44,7 @@ namespace cuda_on_cpu {
 constexpr int kWarp = 32, kBlocksAtOnce = 3;
 constexpr size_t kStack = 64 << 10;
 
-enum class State { kRunnable, kAtBarrier, kInCollective, kExited };
+enum class State { kRunnable, kSleeping, kAtBarrier, kInCollective, kExited };
 
 struct Fiber {
   ucontext_t context;
@@ -67,8 +68,8 @@ struct Block {
 };
 
 inline thread_local Block block;
-inline std::atomic<unsigned> schedule{
-    0};  // 0: ascending, 1: descending, else shuffled by this seed
+// The order of warps and lanes. 0: ascending, 1: descending, else shuffled by this seed.
+inline std::atomic<unsigned> schedule{0};
 
 inline void leave(State state) {
   Fiber* fiber = block.current;
@@ -88,38 +89,7 @@ inline void run_fiber() {
   leave(State::kExited);
 }
 
-// Everybody waits at the barrier, or all lanes of a warp in the same collective: they go on.
-inline bool release() {
-  bool any = false, all_at_barrier = true;
-  const int count = static_cast<int>(block.fibers.size());
-  for (int i = 0; i < count; ++i) {
-    const State state = block.fibers[i]->state;
-    all_at_barrier &= state == State::kAtBarrier || state == State::kExited;
-    any |= state == State::kAtBarrier;
-  }
-  if (any && all_at_barrier) {
-    for (auto& fiber : block.fibers) {
-      if (fiber->state == State::kAtBarrier) fiber->state = State::kRunnable;
-    }
-    return true;
-  }
-  bool released = false;
-  for (int first = 0; first < count; first += kWarp) {
-    const int end = std::min(first + kWarp, count);
-    const char* what = block.fibers[first]->waits_for;
-    bool together = true;
-    for (int i = first; i < end; ++i) {
-      together &= block.fibers[i]->state == State::kInCollective &&
-                  std::strcmp(block.fibers[i]->waits_for, what) == 0;
-    }
-    if (!together) continue;
-    for (int i = first; i < end; ++i) block.fibers[i]->state = State::kRunnable;
-    released = true;
-  }
-  return released;
-}
-
-inline void run_block() {
+inline void prepare_block() {
   const int count = static_cast<int>(blockDim.x * blockDim.y);
   while (static_cast<int>(block.fibers.size()) < count) {
     block.fibers.push_back(std::make_unique<Fiber>());
@@ -139,38 +109,78 @@ inline void run_block() {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
-  std::vector<int> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  if (schedule == 1) std::reverse(order.begin(), order.end());
+}
+
+// Changes all fibers in one state to another; returns whether there were any.
+inline bool change(State from, State to) {
+  bool any = false;
+  for (auto& fiber : block.fibers) {
+    if (fiber->state != from) continue;
+    fiber->state = to;
+    any = true;
+  }
+  return any;
+}
+
+inline bool any_in(State state) {
+  return std::any_of(block.fibers.begin(), block.fibers.end(),
+                     [&](const auto& fiber) { return fiber->state == state; });
+}
+
+// Runs the lanes of a warp until each waits for something, and lets them go on where that is a
+// collective that all have come to. Returns whether any lane ran.
+inline bool run_warp(int warp, const std::vector<int>& lanes) {
+  bool ran = false, together = true;
+  const int first = warp * kWarp;
+  for (int lane : lanes) {
+    Fiber& fiber = *block.fibers[first + lane];
+    if (fiber.state != State::kRunnable) continue;
+    block.current = &fiber;
+    block.running = first + lane;
+    threadIdx = fiber.thread;
+    swapcontext(&block.scheduler, &fiber.context);
+    if (!block.error.empty()) throw std::runtime_error(block.error);
+    ran = true;
+  }
+  for (int lane : lanes) {
+    const Fiber& fiber = *block.fibers[first + lane];
+    together &= fiber.state == State::kInCollective &&
+                std::strcmp(fiber.waits_for, block.fibers[first]->waits_for) == 0;
+  }
+  for (int lane : lanes) {
+    if (together) block.fibers[first + lane]->state = State::kRunnable;
+  }
+  return ran;
+}
+
+inline void put_in_order(std::vector<int>* order, std::mt19937* generator) {
+  std::iota(order->begin(), order->end(), 0);
+  if (schedule == 1) std::reverse(order->begin(), order->end());
+  if (schedule > 1) std::shuffle(order->begin(), order->end(), *generator);
+}
+
+// A warp runs as far as it can before the next one does: so the first is ahead of the others by all
+// that barriers allow.
+inline void run_block() {
+  prepare_block();
   std::mt19937 generator(schedule + blockIdx.x);
-  for (bool all_exited = false; !all_exited;) {
-    if (schedule > 1) std::shuffle(order.begin(), order.end(), generator);
-    bool ran = false;
-    all_exited = true;
-    for (int i : order) {
-      Fiber& fiber = *block.fibers[i];
-      if (fiber.state == State::kRunnable) {
-        block.current = &fiber;
-        block.running = i;
-        threadIdx = fiber.thread;
-        swapcontext(&block.scheduler, &fiber.context);
-        if (!block.error.empty()) throw std::runtime_error(block.error);
-        ran = true;
-      }
-      all_exited &= fiber.state == State::kExited;
+  std::vector<int> warps(block.fibers.size() / kWarp), lanes(kWarp);
+  while (any_in(State::kRunnable)) {
+    put_in_order(&warps, &generator);
+    for (int warp : warps) {
+      put_in_order(&lanes, &generator);
+      while (run_warp(warp, lanes)) continue;
     }
-    if (!all_exited && !release() && !ran) {
-      for (auto& fiber : block.fibers) {
-        block.current = fiber.get();
-        if (fiber->state == State::kExited) continue;
-        throw std::runtime_error(
-            "deadlock: thread " + std::to_string(fiber->thread.x) + ", " +
-            std::to_string(fiber->thread.y) + " of block " + std::to_string(blockIdx.x) +
-            " waits at " +
-            (fiber->state == State::kAtBarrier ? "__syncthreads" : fiber->waits_for) +
-            " and others never come");
-      }
-    }
+    if (change(State::kSleeping, State::kRunnable)) continue;
+    if (!any_in(State::kInCollective)) change(State::kAtBarrier, State::kRunnable);
+  }
+  for (auto& fiber : block.fibers) {
+    if (fiber->state == State::kExited) continue;
+    throw std::runtime_error(
+        "deadlock: thread " + std::to_string(fiber->thread.x) + ", " +
+        std::to_string(fiber->thread.y) + " of block " + std::to_string(blockIdx.x) + " waits at " +
+        (fiber->state == State::kAtBarrier ? "__syncthreads" : fiber->waits_for) +
+        " and others never come");
   }
 }
 
@@ -237,7 +247,7 @@ inline void __syncthreads() { cuda_on_cpu::leave(cuda_on_cpu::State::kAtBarrier)
 inline void __syncwarp() { cuda_on_cpu::exchange("__syncwarp", 0xFFFFFFFF, 0); }
 inline void __nanosleep(unsigned) {
   std::this_thread::yield();
-  cuda_on_cpu::leave(cuda_on_cpu::State::kRunnable);
+  cuda_on_cpu::leave(cuda_on_cpu::State::kSleeping);
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
