@@ -10,6 +10,7 @@
 
 #include "corrupt_cpu.h"
 #include "cpu_features.h"
+#include "nll.h"
 #include "order_statistic.h"
 #include "permutation.h"
 
@@ -52,6 +53,20 @@ void corrupt(std::string_view packed, int num_threads) {
   nar::corrupt_cpu(args, num_threads);
 }
 
+void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t bias,
+         int64_t labels, int64_t weight, bool gradient, int64_t out, int num_threads) {
+  const nar::NllArgs args = {pointer<void>(logits),
+                             static_cast<nar::LogitType>(logit_type),
+                             rows,
+                             vocabulary,
+                             pointer<const float>(bias),
+                             pointer<const int64_t>(labels),
+                             pointer<const float>(weight),
+                             gradient,
+                             pointer<float>(out)};
+  nar::nll_cpu(args, num_threads);
+}
+
 // For tests: the selection on keys of their choice, three ranks at a time.
 std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length, int32_t num_keys,
                                  const std::vector<int32_t>& ranks) {
@@ -67,6 +82,7 @@ std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length,
 PYBIND11_MODULE(_cpp, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   m.def("corrupt", &corrupt);
+  m.def("nll", &nll, release_gil());
   m.def("windows", &windows, release_gil());
   m.def("permute", &permute, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });

@@ -4,6 +4,7 @@ from nar_kernels.backends import backends
 from nar_kernels.corpus import Corpus
 from nar_kernels.data import MaskedLoader, TokenDataset
 from nar_kernels.errors import BackendUnavailableError, CorpusFormatError, InvalidTokenError
+from nar_kernels.loss import masked_nll
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.nets import NetAdapter
 from nar_kernels.ops import corrupt
@@ -23,4 +24,5 @@ __all__ = [
     "TokenDataset",
     "backends",
     "corrupt",
+    "masked_nll",
 ]

@@ -13,7 +13,7 @@ from nar_kernels.arguments import CorruptArgs
 from nar_kernels.backends import cpp, cuda
 from nar_kernels.corpus import TOKEN_DTYPES
 from nar_kernels.masking import NUM_INVALID
-from nar_kernels.reference import corrupt_ref
+from nar_kernels.reference import corrupt_ref, nll_ref
 
 # The codes that the C++ side switches on.
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES.values())}
@@ -149,3 +149,98 @@ def run_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
     ):
         return _launch(a, backend)
     return torch.ops.nar_kernels.corrupt.default(*a, backend)
+
+
+# ---- nll
+
+_lib.define(
+    "nll_(Tensor(a!) logits, Tensor labels, Tensor? bias, Tensor? weight, bool gradient, "
+    "str backend) -> Tensor"
+)
+
+# The types of logits that each compiled backend has, by the number that C++ switches on.
+_CPP_LOGITS = {torch.float32: 0, torch.bfloat16: 1}
+NLL_DTYPES = {
+    "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cpp": tuple(_CPP_LOGITS),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def _nll_cpp(
+    logits: Tensor, labels: Tensor, bias: Tensor | None, weight: Tensor | None, gradient: bool
+) -> Tensor:
+    assert cpp is not None
+    nll = torch.empty(logits.shape[0], dtype=torch.float32)
+    cpp.nll(
+        logits.data_ptr(),
+        _CPP_LOGITS[logits.dtype],
+        *logits.shape,
+        _address(bias),
+        labels.data_ptr(),
+        _address(weight),
+        gradient,
+        nll.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return nll
+
+
+def _nll_triton(
+    logits: Tensor, labels: Tensor, bias: Tensor | None, weight: Tensor | None, gradient: bool
+) -> Tensor:
+    from nar_kernels.kernels.nll import nll_triton
+
+    nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    nll_triton(nll, logits, labels, bias, weight, gradient)
+    return nll
+
+
+_NLL = {"reference": nll_ref, "cpp": _nll_cpp, "triton": _nll_triton}
+
+
+def _nll_impl(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    gradient: bool,
+    backend: str,
+) -> Tensor:
+    return _NLL[backend](logits, labels, bias, weight, gradient)
+
+
+def _nll_fake(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    gradient: bool,
+    backend: str,
+) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+_lib.impl("nll_", _nll_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("nar_kernels::nll_", _nll_fake, lib=_lib)
+
+
+def run_nll(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    *,
+    gradient: bool,
+    backend: str,
+) -> Tensor:
+    """float32 ``[R]`` (float64 for such logits): the loss of each row of ``logits``.
+
+    Args:
+        logits: ``[R, V]``, contiguous, of a type in :data:`NLL_DTYPES`. With ``gradient`` they
+            become ``weight * (softmax - one_hot)``; otherwise they are undefined afterwards.
+        labels: int64 ``[R]``. One outside [0, V) gives NaN.
+        bias: ``[V]`` of the type of the result, is added to the logits; or None.
+        weight: ``[R]`` of the type of the result; None for 1.
+    """
+    return torch.ops.nar_kernels.nll_.default(logits, labels, bias, weight, gradient, backend)

@@ -1,6 +1,6 @@
 """Every operation in plain PyTorch: slow, readable, on any device. The other backends equal it.
 
-Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens.
+Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens, R rows of logits.
 """
 
 import torch
@@ -155,3 +155,23 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
         row_buffer,
         torch.cat([invalid, torch.zeros_like(invalid[:2])]),  # bad rows have raised
     )
+
+
+def nll_ref(
+    logits: Tensor, labels: Tensor, bias: Tensor | None, weight: Tensor | None, gradient: bool
+) -> Tensor:
+    """The specification of ``nll``: the loss of logits ``[R, V]``, and its gradient in their place.
+
+    At least in float32, whatever the type of the logits.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        z = z + bias
+    valid = (labels >= 0) & (labels < z.shape[1])
+    at_label = z.gather(1, labels.where(valid, 0)[:, None])[:, 0]
+    nll = (z.logsumexp(1) - at_label).masked_fill(~valid, torch.nan)
+    if gradient:
+        is_label = labels[:, None] == torch.arange(z.shape[1], device=z.device)
+        grad = z.softmax(1) - is_label.to(z.dtype)
+        logits.copy_(grad if weight is None else weight[:, None] * grad)
+    return nll

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_kernels.decode import decode, exclude_mask_id, noise_generator, num_masked_after, sample
+from nar_kernels.launch import NLL_DTYPES
+from nar_kernels.loss import head_widths
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.nets import net_attribute
+from nar_kernels.nets import Prediction, net_attribute
 from nar_kernels.ops import corrupt
 from nar_kernels.philox import Stream
 from nar_kernels.schedules import Schedule, resolve
@@ -27,28 +29,6 @@ class Losses(NamedTuple):
     loss: Tensor
     generator_loss: Tensor | None
     critic_loss: Tensor | None
-
-
-def masked_loss(
-    logits: Tensor, corrupted: Corrupted, *, weighted: bool, is_log_prob: bool = False
-) -> Tensor:
-    """The loss at the masked positions: a scalar, at least float32, 0 if nothing is masked.
-
-    Weighted: ``sum(w NLL) / num_maskable``, in expectation a bound on the negative log-likelihood,
-    in nats per token. Unweighted: the mean NLL of the masked positions.
-
-    Args:
-        logits: ``[B, L, V]``, or log-probabilities with ``is_log_prob``.
-    """
-    rows = corrupted.masked_rows
-    labels = corrupted.labels.view(-1).index_select(0, rows)
-    logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = (F.nll_loss if is_log_prob else F.cross_entropy)(logits, labels, reduction="none")
-    if not weighted:
-        return nll.sum() / max(len(rows), 1)
-    weight = corrupted.loss_weight.index_select(0, rows // corrupted.labels.shape[1])
-    return (weight * nll).sum() / corrupted.num_maskable.sum().clamp(min=1)
 
 
 class SelfCritic(nn.Module):
@@ -222,9 +202,13 @@ class NonAutoregressiveWrapper(nn.Module):
         generator_sample_temperature: float | None = None,
         *,
         seed: int | None = None,
+        normalizer: float | Tensor | None = None,
         **kwargs: Any,
     ) -> Losses:
         """The losses of a batch.
+
+        Logits are computed at the masked positions only, where the net tells its head (see
+        :class:`nar_kernels.nets.TokenNet`): :func:`nar_kernels.masked_nll`.
 
         Args:
             x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already.
@@ -235,6 +219,8 @@ class NonAutoregressiveWrapper(nn.Module):
             seed: of everything random in here, the net's own dropout excepted. Default: drawn from
                 PyTorch's CPU generator. Under ``torch.distributed`` rank r of W takes sample slots
                 r, r + W, ...: ranks with the same seed draw different masks.
+            normalizer: divide the generator's loss by this, instead of the batch's own count of
+                maskable (or masked, if the loss is the mean) positions.
             kwargs: for the net.
 
         Raises:
@@ -251,20 +237,21 @@ class NonAutoregressiveWrapper(nn.Module):
 
         loss: Tensor | None = None
         with _no_grad() if only_train_critic else nullcontext():
-            logits = self._logits(corrupted.input_ids, seed, kwargs)
+            prediction = self._predict(corrupted.input_ids, seed, kwargs)
         if not only_train_critic:
-            loss = masked_loss(
-                logits,
+            loss = prediction.loss(
                 corrupted,
-                weighted=self.use_simple_mdlm_loss_weight,
-                is_log_prob=net_attribute(self.net, "output_is_log_prob", False),
+                reduction="nelbo" if self.use_simple_mdlm_loss_weight else "mean",
+                normalizer=normalizer,
+                backend=self.backend if self.backend in NLL_DTYPES else "auto",
             )
             if self.token_critic is None or only_train_generator:
                 return Losses(loss, loss, None)
 
         # Slot 0 is the self-conditioning coin's.
-        noise = noise_generator(seed, Stream.CRITIC_NOISE, logits.device, slot=1 + rank)
-        critic_loss = self._critic_loss(logits, corrupted, generator_sample_temperature, noise)
+        device = corrupted.input_ids.device
+        noise = noise_generator(seed, Stream.CRITIC_NOISE, device, slot=1 + rank)
+        critic_loss = self._critic_loss(prediction, corrupted, generator_sample_temperature, noise)
         if loss is None:
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
@@ -297,7 +284,7 @@ class NonAutoregressiveWrapper(nn.Module):
         corrupted.raise_if_invalid()
         return corrupted
 
-    def _logits(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Tensor:
+    def _predict(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Prediction:
         if self.self_cond:
             embed: Tensor = self.null_embed
             # The same coin on all ranks: they must build the same graph.
@@ -306,7 +293,21 @@ class NonAutoregressiveWrapper(nn.Module):
                 with _no_grad():
                     embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
             kwargs = {**kwargs, "sum_embeds": self._self_condition(embed)}
-        return self._checked(self.net(input_ids, **kwargs), input_ids)
+
+        prediction = Prediction(self.net, input_ids, kwargs)
+        if prediction.head is None:
+            self._checked(prediction.output, input_ids)
+        elif (
+            not isinstance(prediction.output, Tensor)
+            or prediction.output.shape[:-1] != input_ids.shape
+        ):
+            raise TypeError(
+                f"the net returned {_describe(prediction.output)} with return_embeddings=True, but "
+                f"it must return hidden states of shape {[*input_ids.shape, 'D']}"
+            )
+        elif prediction.width is not None:
+            self._check_width(prediction.width, [*input_ids.shape, prediction.width])
+        return prediction
 
     def _self_condition(self, embed: Tensor) -> Tensor:
         if embed.dim() > 3 or embed.shape[-1] != self.dim:
@@ -317,18 +318,23 @@ class NonAutoregressiveWrapper(nn.Module):
         return self.to_self_cond(embed)
 
     def _checked(self, logits: Any, ids: Tensor) -> Tensor:
-        """The net's output, if it is logits; ``mask_id`` needs no column if it is the last id."""
-        widths = {self.num_tokens, self.num_tokens - (self.mask_id == self.num_tokens - 1)}
-        if not (
-            isinstance(logits, Tensor)
-            and logits.shape[:-1] == ids.shape
-            and logits.shape[-1] in widths
-        ):
+        """The net's output, if it is logits."""
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
             raise TypeError(
                 f"the net returned {_describe(logits)}, but it must return logits of shape "
                 f"{[*ids.shape, self.num_tokens]}; NetAdapter picks them out of most outputs"
             )
+        self._check_width(logits.shape[-1], list(logits.shape))
         return logits
+
+    def _check_width(self, width: int, shape: list[int]) -> None:
+        """Raises unless logits have ``num_tokens`` columns; ``mask_id`` needs none if it is the
+        last id."""
+        if width not in head_widths(self.masking):
+            raise TypeError(
+                f"the net returned shape {shape}, but it must return logits of shape "
+                f"{[*shape[:-1], self.num_tokens]}: num_tokens is the number of its embedding rows"
+            )
 
     def _critic_scores(self, ids: Tensor) -> Tensor:
         """float32 ``[B, L]``: logits of an id being wrong."""
@@ -342,7 +348,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _critic_loss(
         self,
-        logits: Tensor,
+        prediction: Prediction,
         corrupted: Corrupted,
         temperature: float | None,
         noise: torch.Generator,
@@ -352,9 +358,12 @@ class NonAutoregressiveWrapper(nn.Module):
         with torch.no_grad():
             if temperature is None:
                 temperature = torch.rand((), generator=noise, device=noise.device).item()
-            logits = logits.flatten(0, 1).index_select(0, rows)
-            logits = exclude_mask_id(logits, self.mask_id)
-            sampled = sample(logits, temperature, self.mask_id, noise)
+            sampled = torch.cat(
+                [
+                    sample(exclude_mask_id(logits, self.mask_id), temperature, self.mask_id, noise)
+                    for logits in prediction.logits_at(rows)
+                ]
+            )
             generated = clean.flatten().index_copy(0, rows, sampled).view_as(clean)
         return F.binary_cross_entropy_with_logits(
             self._critic_scores(generated), (generated != clean).float()

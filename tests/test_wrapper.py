@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Encoder, TransformerWrapper
 
-from nar_kernels import wrapper
+from nar_kernels import loss, wrapper
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.masking import MaskingConfig
-from nar_kernels.nets import NetAdapter, net_attribute
+from nar_kernels.nets import LinearHead, NetAdapter, Prediction, net_attribute, split_net
 from nar_kernels.ops import corrupt
-from nar_kernels.wrapper import NonAutoregressiveWrapper, masked_loss
+from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -225,6 +227,25 @@ def test_corrupted_batch_gives_the_same_loss_as_clean_ids():
     assert not torch.isin(corrupted.labels, torch.tensor([1, 2])).any()
 
 
+class Says(nn.Module):
+    """Returns what it is made of."""
+
+    def __init__(self, logits: Tensor, output_is_log_prob: bool = False) -> None:
+        super().__init__()
+        self.logits, self.output_is_log_prob = logits, output_is_log_prob
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.logits
+
+
+def masked_loss(logits, corrupted, *, weighted, is_log_prob=False):
+    """Of a net that cannot be split."""
+    prediction = Prediction(Says(logits, is_log_prob), corrupted.input_ids, {})
+    return prediction.loss(
+        corrupted, reduction="nelbo" if weighted else "mean", normalizer=None, backend="auto"
+    )
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("is_log_prob", [True, False])
 def test_masked_loss_against_boolean_indexing(weighted, is_log_prob):
@@ -265,6 +286,131 @@ def test_bfloat16_logits_are_widened_first():
     loss = masked_loss(logits, corrupted, weighted=True)
     assert loss.dtype == torch.float32
     assert loss == masked_loss(logits.float(), corrupted, weighted=True)
+
+
+class DeepHead(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(16, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, NUM_TOKENS))
+
+
+def hugging_face_net() -> NetAdapter:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=NUM_TOKENS,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    bert = BertForMaskedLM(config)
+    head = bert.get_output_embeddings()
+    nn.init.normal_(head.bias)
+    return NetAdapter(bert, num_tokens=NUM_TOKENS, max_seq_len=LENGTH, head=head)
+
+
+HEADS = {
+    "linear": make_net,
+    "tied": lambda: make_net(tie_embedding=True),
+    "no column for the mask": lambda: make_net(logits_dim=NUM_TOKENS - 1),
+    "module": lambda: make_net(to_logits=DeepHead()),
+    "mixture of softmaxes": lambda: make_net(mixture_of_softmax=True),
+    "sigsoftmax": lambda: make_net(sigsoftmax_logits=True),
+    "Hugging Face": hugging_face_net,
+    "in a parallel wrapper": lambda: Replica(make_net()),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_heads_see_the_masked_rows_only(name, weighted, monkeypatch):
+    """The loss and all gradients are those of logits at all positions, which nobody makes."""
+    monkeypatch.setitem(loss._MOST_LOGITS, "cpu", 7 * NUM_TOKENS)  # several chunks
+    net = HEADS[name]()
+    mask_id = NUM_TOKENS - 1 if name == "no column for the mask" else MASK_ID
+    model = NonAutoregressiveWrapper(
+        net, mask_id=mask_id, use_simple_mdlm_loss_weight=weighted, self_token_critic=False
+    )
+    batch = torch.randint(0, NUM_TOKENS - 1, (BATCH, LENGTH))
+    batch += batch >= mask_id
+    corrupted = corrupt(batch, model.masking, seed=3)
+    split = split_net(net)
+    assert isinstance(split.head, LinearHead) == (
+        name not in ("module", "mixture of softmaxes", "sigsoftmax")
+    )
+    state = list(model.state_dict())
+
+    logits = net(corrupted.input_ids)
+    expected = masked_loss(
+        logits,
+        corrupted,
+        weighted=weighted,
+        is_log_prob=net_attribute(net, "output_is_log_prob", False),
+    )
+    wanted = torch.autograd.grad(expected, list(net.parameters()), allow_unused=True)
+    with LargestTensor() as largest:
+        got = model(corrupted).loss
+        gradients = torch.autograd.grad(got, list(net.parameters()), allow_unused=True)
+    assert list(model.state_dict()) == state
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    for (parameter, _), a, b in zip(net.named_parameters(), gradients, wanted, strict=True):
+        assert (a is None) == (b is None), parameter
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=parameter)
+    assert largest.width[NUM_TOKENS] < logits.numel() or name == "tied"
+    torch.testing.assert_close(net(corrupted.input_ids), logits)  # the net is whole again
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor made, by its last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width: dict[int, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor) and tensor.dim() > 1:
+                last = tensor.shape[-1]
+                self.width[last] = max(self.width[last], tensor.numel())
+        return out
+
+
+def test_a_head_with_hooks_runs_them():
+    net = make_net()
+    seen = []
+    net.to_logits.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    make_model(net)(clean_batch())
+    assert seen and all(shape[-1] == NUM_TOKENS for shape in seen)
+    assert sum(math.prod(shape[:-1]) for shape in seen) < BATCH * LENGTH
+
+
+def test_arguments_of_the_head_reach_it():
+    net = make_net(to_logits=DeepHead())
+    net.to_logits.forward = lambda x, factor: factor * net.to_logits[3](x)
+    model = make_model(net)
+    a, b = (model(clean_batch(), seed=0, to_logits_kwargs={"factor": f}).loss for f in (0.0, 1.0))
+    assert a != b
+
+
+def test_an_adapter_refuses_a_head_that_is_not_in_the_net():
+    with pytest.raises(ValueError, match="a Linear that is no part of Recorder"):
+        NetAdapter(Recorder(), num_tokens=12, max_seq_len=10, head=nn.Linear(2, 2))
+
+
+def test_a_head_of_the_wrong_width():
+    for head in (DeepHead(), nn.Linear(16, NUM_TOKENS)):
+        (head[3] if isinstance(head, DeepHead) else head).weight.data = torch.zeros(14, 16)
+        (head[3] if isinstance(head, DeepHead) else head).bias.data = torch.zeros(14)
+        with pytest.raises(
+            TypeError, match=r"returned shape \[.*14\].* must return logits of shape"
+        ):
+            make_model(make_net(to_logits=head))(clean_batch())
 
 
 def test_loss_under_autocast_is_float32():

@@ -1,0 +1,30 @@
+// The loss of rows of logits, and its gradient in their place.
+#pragma once
+
+#include <cstdint>
+
+namespace nar {
+
+enum class LogitType { kFloat32, kBfloat16 };
+
+struct NllArgs {
+  void* logits;  // [rows, vocabulary]; becomes the gradient where that is asked for
+  LogitType logit_type;
+  int64_t rows, vocabulary;
+  const float* bias;      // [vocabulary], is added to the logits; or null
+  const int64_t* labels;  // [rows]
+  const float* weight;    // [rows], of the gradient; null: 1
+  bool gradient;
+  float* nll;  // [rows]
+};
+
+// One row. `row` has room for its logits in float32, unless that is what they are.
+using NllRow = void (*)(const NllArgs&, int64_t row_index, float* row);
+
+NllRow nll_row_generic();
+NllRow nll_row_avx2();
+NllRow nll_row_avx512();
+
+void nll_cpu(const NllArgs& args, int num_threads);
+
+}  // namespace nar

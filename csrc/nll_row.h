@@ -1,0 +1,176 @@
+// One row of `nll`, top to bottom. Included by one file per instruction set; the vectors are those
+// of the GNU extension, which GCC and clang lower to what the file may use.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "nll.h"
+
+namespace nar {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kFloats = 16;
+#elif defined(__AVX__)
+constexpr int kFloats = 8;
+#else
+constexpr int kFloats = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kFloats)));
+typedef uint32_t UInts __attribute__((vector_size(4 * kFloats)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kFloats)));
+
+// Sums of so many floats a lane are exact enough; beyond, they go on in double.
+constexpr int64_t kBlock = 256 * kFloats;
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+template <typename Vector, typename T>
+inline Vector load(const T* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Vector, typename T>
+inline void store(T* to, Vector v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// exp(x) for x <= 0, to 2 ulp; 0 below -87, where float32 ends. NaN stays NaN.
+inline Floats exp_of_negative(Floats x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: leaves the integer in the low bits
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts
+  Floats p = splat(1.9875691500e-4f);                           // Cephes
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const UInts power = ((UInts)shifted << 23) + 0x3F800000u;
+  return x < -87.0f ? Floats{} : p * (Floats)power;
+}
+
+inline float max_of(Floats v) {
+  float m = v[0];
+  for (int i = 1; i < kFloats; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+inline double sum_of(Floats v) {
+  double sum = 0;
+  for (int i = 0; i < kFloats; ++i) sum += v[i];
+  return sum;
+}
+
+// The last logits of a row that do not fill a vector, behind them -inf.
+inline Floats load_tail(const float* from, int64_t count) {
+  Floats v = splat(-INFINITY);
+  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(float));
+  return v;
+}
+
+inline void widen(const uint16_t* bfloats, int64_t count, float* floats) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) {
+    const UInts bits = __builtin_convertvector(load<Shorts>(bfloats + i), UInts) << 16;
+    store(floats + i, bits);
+  }
+  for (; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(bfloats[i]) << 16;
+    std::memcpy(floats + i, &bits, sizeof bits);
+  }
+}
+
+// To the nearest, ties to even. A NaN stays one: those made here have a quiet bit that is kept.
+inline void narrow(const float* floats, int64_t count, uint16_t* bfloats) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) {
+    const UInts bits = load<UInts>(floats + i);
+    store(bfloats + i, __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, Shorts));
+  }
+  for (; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, floats + i, sizeof bits);
+    bfloats[i] = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+// Adds the bias, if there is one, and returns the largest logit.
+inline float add_bias(float* row, const float* bias, int64_t count) {
+  Floats largest = splat(-INFINITY);
+  float last = -INFINITY;
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) {
+    Floats v = load<Floats>(row + i);
+    if (bias) store(row + i, v += load<Floats>(bias + i));
+    largest = v > largest ? v : largest;
+  }
+  for (; i < count; ++i) {
+    if (bias) row[i] += bias[i];
+    last = row[i] > last ? row[i] : last;
+  }
+  const float rest = max_of(largest);
+  return last > rest ? last : rest;
+}
+
+// The sum of exp(row - largest); the terms take the place of the row where kKeep.
+template <bool kKeep>
+inline double sum_exp(float* row, float largest, int64_t count) {
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    Floats sum = {};
+    int64_t i = begin;
+    for (; i + kFloats <= end; i += kFloats) {
+      const Floats e = exp_of_negative(load<Floats>(row + i) - largest);
+      if (kKeep) store(row + i, e);
+      sum += e;
+    }
+    if (i < end) {
+      const Floats e = exp_of_negative(load_tail(row + i, end - i) - largest);
+      if (kKeep) std::memcpy(row + i, &e, static_cast<size_t>(end - i) * sizeof(float));
+      sum += e;
+    }
+    total += sum_of(sum);
+  }
+  return total;
+}
+
+inline void scale(float* row, float by, int64_t count) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) store(row + i, load<Floats>(row + i) * by);
+  for (; i < count; ++i) row[i] *= by;
+}
+
+void nll_row(const NllArgs& a, int64_t r, float* row) {
+  const int64_t count = a.vocabulary, label = a.labels[r];
+  uint16_t* narrow_row = nullptr;
+  if (a.logit_type == LogitType::kBfloat16) {
+    narrow_row = static_cast<uint16_t*>(a.logits) + r * count;
+    widen(narrow_row, count, row);
+  } else {
+    row = static_cast<float*>(a.logits) + r * count;
+  }
+  const bool valid = label >= 0 && label < count;  // else the loss is NaN, and nothing is touched
+  const float largest = add_bias(row, a.bias, count);
+  const float at_label = valid ? row[label] : NAN;
+  if (!a.gradient) {
+    a.nll[r] =
+        static_cast<float>(std::log(sum_exp<false>(row, largest, count))) + (largest - at_label);
+    return;
+  }
+  const double sum = sum_exp<true>(row, largest, count);
+  const float weight = a.weight ? a.weight[r] : 1.0f;
+  a.nll[r] = static_cast<float>(std::log(sum)) + (largest - at_label);
+  scale(row, static_cast<float>(weight / sum), count);
+  if (valid) row[label] -= weight;
+  if (narrow_row) narrow(row, count, narrow_row);
+}
+
+}  // namespace
+}  // namespace nar

@@ -1,0 +1,82 @@
+"""The loss of rows of logits and its gradient in their place: one program a row.
+
+The first pass keeps the largest logit so far and the sum of exponentials relative to it (Milakov,
+Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867); the second, which
+finds most of the row in the cache, writes the gradient over the logits.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Longer rows are taken in blocks of this many.
+MAX_BLOCK = 4096
+
+
+@triton.jit
+def _load_logits(logits, bias, column, vocabulary):
+    """A block of a row in float32; -inf behind its end."""
+    inside = column < vocabulary
+    z = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + column, mask=inside, other=0.0)
+    return z
+
+
+@triton.jit
+def nll_kernel(
+    nll, logits, labels, bias, weight, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row. Arguments as in ``launch.run_nll``; ``nll`` is the output."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    label = tl.load(labels + row)
+    valid = (label >= 0) & (label < vocabulary)
+    at_label = tl.load(logits + label, mask=valid, other=float("nan")).to(tl.float32)
+    if bias is not None:
+        at_label += tl.load(bias + label, mask=valid, other=0.0)
+
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        z = _load_logits(logits, bias, first + tl.arange(0, BLOCK), vocabulary)
+        higher = tl.maximum(largest, tl.max(z))
+        # Nothing but -inf so far: nothing to rescale, and -inf - -inf would be NaN.
+        total *= tl.where(largest == float("-inf"), 0.0, tl.exp(largest - higher))
+        total += tl.sum(tl.where(z == float("-inf"), 0.0, tl.exp(z - higher)))
+        largest = higher
+    log_sum = largest + tl.log(total)
+    tl.store(nll + row, log_sum - at_label)
+
+    if GRADIENT:
+        scale = tl.full((), 1.0, tl.float32)
+        if weight is not None:
+            scale = tl.load(weight + row)
+        for first in range(0, vocabulary, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            z = _load_logits(logits, bias, column, vocabulary)
+            grad = scale * (tl.exp(z - log_sum) - (column == label).to(tl.float32))
+            tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < vocabulary)
+
+
+def launch_options(vocabulary: int, gradient: bool) -> dict[str, Any]:
+    """Compile-time arguments."""
+    block = min(max(triton.next_power_of_2(vocabulary), 64), MAX_BLOCK)
+    return {"GRADIENT": gradient, "BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+
+
+def nll_triton(
+    nll: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    gradient: bool,
+) -> None:
+    """Fills ``nll``, and replaces ``logits`` by their gradient if asked to."""
+    rows, vocabulary = logits.shape
+    if rows:
+        options = launch_options(vocabulary, gradient)
+        nll_kernel[(rows,)](nll, logits, labels, bias, weight, vocabulary, **options)

@@ -1,0 +1,347 @@
+"""The loss at the masked rows: the logits ``[B, L, V]`` never exist, nor those of the other rows.
+
+Shapes: B batch, L sequence length, V vocabulary (rows of the head), D width, R masked rows, C rows
+of a chunk.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from nar_kernels.backends import resolve_backend
+from nar_kernels.launch import NLL_DTYPES, run_nll
+from nar_kernels.masking import Corrupted, MaskingConfig
+
+Reduction = Literal["nelbo", "mean", "none"]
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+_BACKENDS = tuple(NLL_DTYPES)
+
+# Logits of a chunk. Each chunk reads and writes the gradient of the head once more, so few are
+# better; and their memory is what this module exists to save.
+_MOST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+def masked_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    corrupted: Corrupted,
+    *,
+    bias: Tensor | None = None,
+    reduction: Reduction = "nelbo",
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The negative log-likelihood of the masked tokens under a linear head.
+
+    Equivalent to ``F.cross_entropy`` of ``hidden @ weight.T + bias`` at ``corrupted.masked_rows``,
+    weighted and reduced. But logits exist for one chunk of rows at a time, and turn into their own
+    gradient in place, so that the gradients of ``hidden``, ``weight`` and ``bias`` are there when
+    the loss is. Under ``torch.autocast`` the products are in its type; the softmax and the sums are
+    in float32 (float64 if ``hidden`` is).
+
+    Args:
+        hidden: ``[B, L, D]``, any strides: float32, bfloat16, float16 or float64.
+        weight: ``[V, D]``; V is ``num_tokens``, or one less if ``mask_id`` is the last id.
+        corrupted: the batch: its masked rows, labels and loss weights.
+        bias: ``[V]``.
+        reduction: ``"nelbo"`` is ``sum(loss_weight * nll) / num_maskable``, in expectation a bound
+            on the negative log-likelihood in nats per token. ``"mean"`` is the mean over masked
+            positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
+        normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``) or
+            masked (``"mean"``) positions: that of the whole batch where this is a part of it.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``: of the softmax; products
+            are PyTorch's.
+
+    Returns:
+        A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit each other.
+    """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
+    _check(hidden, weight, bias, corrupted)
+    device, dtype = hidden.device, hidden.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} but weight is {weight.dtype}: use torch.autocast, or convert"
+            " one of them"
+        )
+    backend = _resolve(backend, device, dtype)
+    rows, labels = masked_labels(corrupted)
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
+    with torch.autocast(device.type, enabled=False):
+        if reduction == "none":
+            return _PerRow.apply(picked, weight, bias, labels, backend)
+        row_weight = _row_weight(corrupted, rows, reduction)
+        total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
+        return total / (count(corrupted, reduction) if normalizer is None else normalizer)
+
+
+def head_nll(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    corrupted: Corrupted,
+    *,
+    is_log_prob: bool = False,
+    reduction: Reduction = "nelbo",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """:func:`masked_nll` for any head, from ``[C, D]`` to logits ``[C, V]``: each chunk of rows is
+    computed again for its gradient, so that the logits of one chunk exist at a time.
+
+    Args:
+        is_log_prob: the head gives log-probabilities.
+    """
+    rows, labels = masked_labels(corrupted)
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
+
+    def shapes(num_rows: int) -> list[tuple[int, int]]:
+        return [(num_rows, width) for width in head_widths(corrupted.masking)]
+
+    def chunk_nll(picked: Tensor, labels: Tensor) -> Tensor:
+        logits = head(picked)
+        if logits.shape not in shapes(len(picked)):
+            raise TypeError(
+                f"the head returned shape {list(logits.shape)} for {len(picked)} rows, but it must "
+                f"return logits of shape {[len(picked), corrupted.masking.num_tokens]}"
+            )
+        return logits_nll(logits, labels, is_log_prob)
+
+    size = chunk_size(len(rows), corrupted.masking.num_tokens, hidden.device)
+    parts = [
+        checkpoint(chunk_nll, some, of_them, use_reentrant=False)
+        for some, of_them in zip(picked.split(size), labels.split(size), strict=True)
+    ]
+    return reduce_nll(torch.cat(parts), corrupted, reduction, normalizer)
+
+
+def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
+    """``[R]``, at least float32: the loss of logits ``[R, V]`` that are there."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = torch.nn.functional.nll_loss if is_log_prob else torch.nn.functional.cross_entropy
+    return loss(logits, labels, reduction="none")
+
+
+def reduce_nll(
+    nll: Tensor,
+    corrupted: Corrupted,
+    reduction: Reduction,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """The losses of the masked rows ``[R]``, reduced as :func:`masked_nll` does."""
+    if reduction == "none":
+        return nll
+    row_weight = _row_weight(corrupted, corrupted.masked_rows, reduction)
+    total = nll.sum() if row_weight is None else (row_weight * nll).sum()
+    return total / (count(corrupted, reduction) if normalizer is None else normalizer)
+
+
+def head_widths(masking: MaskingConfig) -> set[int]:
+    """How many logits a head may give: ``mask_id`` needs none if it is the last id."""
+    return {masking.num_tokens, masking.num_tokens - (masking.mask_id == masking.num_tokens - 1)}
+
+
+def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
+    """int64 scalar, at least 1, on the device: what a reduction divides by."""
+    counts = corrupted.num_maskable if reduction == "nelbo" else corrupted.num_masked
+    return counts.sum().clamp(min=1)
+
+
+def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
+    """``masked_rows`` and the labels there, int64 ``[R]`` both."""
+    rows = corrupted.masked_rows
+    return rows, corrupted.labels.view(-1).index_select(0, rows)
+
+
+def chunk_size(num_rows: int, vocabulary: int, device: torch.device) -> int:
+    """Rows of a chunk: equal parts, as few as memory allows."""
+    most = max(_MOST_LOGITS.get(device.type, _MOST_LOGITS["cuda"]) // vocabulary, 1)
+    num_chunks = max(-(-num_rows // most), 1)
+    return max(-(-num_rows // num_chunks), 1)
+
+
+def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor | None:
+    """``loss_weight`` at each masked row, or None where all count alike."""
+    if reduction == "mean":
+        return None
+    return corrupted.loss_weight.index_select(0, rows // corrupted.labels.shape[1])
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
+    shape = tuple(corrupted.input_ids.shape)
+    if hidden.dim() != 3 or hidden.shape[:2] != shape:
+        raise ValueError(
+            f"hidden has shape {list(hidden.shape)}: it must be [{shape[0]}, {shape[1]}, D], the "
+            "hidden states of the corrupted batch"
+        )
+    if (
+        weight.dim() != 2
+        or weight.shape[1] != hidden.shape[2]
+        or weight.shape[0] not in head_widths(corrupted.masking)
+    ):
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}: it must be [V, D] = "
+            f"[{corrupted.masking.num_tokens}, {hidden.shape[2]}]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}: it must be [{weight.shape[0]}]")
+    if hidden.dtype not in NLL_DTYPES["reference"]:
+        names = ", ".join(str(dtype) for dtype in NLL_DTYPES["reference"])
+        raise TypeError(f"hidden is {hidden.dtype}: it must be one of {names}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("corrupted", corrupted.labels)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}")
+
+
+def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    resolved = resolve_backend(backend, device, _BACKENDS)
+    if dtype in NLL_DTYPES[resolved]:
+        return resolved
+    if backend == "auto":
+        return "reference"
+    raise TypeError(f"backend {backend!r} has no kernel for {dtype}; use 'auto' or 'reference'")
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Parts of the rows, and their logits, each in the memory of the one before."""
+    size = chunk_size(len(hidden), len(weight), hidden.device)
+    memory = hidden.new_empty((min(size, len(hidden)), len(weight)))
+    for start in range(0, len(hidden), size):
+        part = slice(start, min(start + size, len(hidden)))
+        logits = memory[: part.stop - part.start]
+        torch.mm(hidden[part], weight.t(), out=logits)
+        yield hidden[part], logits, part
+
+
+def _losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weight: Tensor | None,
+    backend: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Gradients]:
+    """The loss of each row, unweighted, and the gradients of ``sum(row_weight * loss)`` with
+    respect to ``hidden``, ``weight`` and ``bias``, as far as they are ``wanted``.
+
+    Products are in the type of ``hidden``; what adds up over rows is at least in float32.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
+    weight = weight.to(hidden.dtype)
+    bias = None if bias is None else bias.to(wide)
+    for some, logits, part in _chunks(hidden, weight):
+        counts = None if row_weight is None else row_weight[part]
+        nll[part] = run_nll(
+            logits, labels[part], bias, counts, gradient=any(wanted), backend=backend
+        )
+        if of_hidden is not None:
+            torch.mm(logits, weight, out=of_hidden[part])
+        if of_weight is not None:
+            _add_product(of_weight, logits.t(), some, first=part.start == 0)
+        if of_bias is not None:
+            of_bias += logits.sum(0, dtype=wide)
+    return nll, (of_hidden, of_weight, of_bias)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b``, where ``total`` may be wider; it is 0 at first."""
+    if total.dtype != a.dtype:
+        total += a @ b
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
+
+
+def _typed(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
+    """In the types of what they are gradients of."""
+    of_hidden, of_weight, of_bias = (
+        None if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(gradients, inputs, strict=True)
+    )
+    return of_hidden, of_weight, of_bias
+
+
+class _WeightedSum(torch.autograd.Function):
+    """``sum(row_weight * nll)``, with its gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        row_weight: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels, row_weight)
+        ctx.backend = backend
+        nll, ctx.gradients = _losses_and_gradients(
+            hidden, weight, bias, labels, row_weight, backend, ctx.needs_input_grad[:3]
+        )
+        return nll.sum() if row_weight is None else (row_weight * nll).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, row_weight = ctx.saved_tensors
+        # Handed over, not copied. A second backward pass through a graph that was retained makes
+        # them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, gradients = _losses_and_gradients(
+                hidden, weight, bias, labels, row_weight, ctx.backend, ctx.needs_input_grad[:3]
+            )
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(upstream)
+        return *_typed(gradients, (hidden, weight, bias)), None, None, None
+
+
+class _PerRow(torch.autograd.Function):
+    """``nll`` of each row. What each counts is not known before the backward pass, so the gradients
+    are made there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.backend = backend
+        none = (False, False, False)
+        return _losses_and_gradients(hidden, weight, bias, labels, None, backend, none)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        _, gradients = _losses_and_gradients(
+            hidden,
+            weight,
+            bias,
+            labels,
+            upstream.contiguous(),
+            ctx.backend,
+            ctx.needs_input_grad[:3],
+        )
+        return *_typed(gradients, (hidden, weight, bias)), None, None
