@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nar_kernels.arguments import CorruptArgs
-from nar_kernels.kernels.corrupt import corrupt_kernel, launch_options
+from nar_kernels.kernels import corrupt, nll
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -77,6 +77,14 @@ CORRUPT_CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
     ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), {"num_windows": 0}),
 ]
 OPTIONAL = {"starts", "sample_ids", "step", "maskable", "never_mask", "seed_tensor"}
+# Name, type of the logits and which optional pointers are given, V, whether there is a gradient.
+NLL_CASES: list[tuple[str, dict[str, str], int, bool]] = [
+    ("bf16, V 50258", {"logits": "*bf16", "weight": "*fp32"}, 50258, True),
+    ("fp32, V 50258, bias", {"logits": "*fp32", "weight": "*fp32", "bias": "*fp32"}, 50258, True),
+    ("bf16, V 257", {"logits": "*bf16", "weight": "*fp32"}, 257, True),
+    ("bf16, V 50258, no gradient", {"logits": "*bf16"}, 50258, False),
+]
+NLL_TYPES = {"nll": "*fp32", "labels": "*i64", "vocabulary": "i32", "stride": "i32"}
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
     seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
 )
@@ -120,48 +128,64 @@ def torn_reads(ttgir: str) -> int:
     return torn
 
 
+def triton_row(
+    name: str,
+    kernel: triton.JITFunction,
+    types: dict[str, str],
+    options: dict,
+    architecture: int,
+    aligned: tuple[str, ...],
+) -> dict:
+    """One kernel, compiled for one architecture.
+
+    Args:
+        types: of the arguments that are given; the others are None.
+        options: compile-time arguments of the kernel and of the compiler.
+        aligned: numbers that are multiples of 16; pointers are.
+    """
+    arguments = kernel.arg_names
+    constants = {a: options.get(a) for a in arguments if a not in types}
+    divisible = [a for a in arguments if types.get(a, "").startswith("*") or a in aligned]
+    source = ASTSource(
+        kernel,
+        signature={a: types.get(a, "constexpr") for a in arguments},
+        constexprs={(arguments.index(a),): value for a, value in constants.items()},
+        attrs={(arguments.index(a),): [["tt.divisibility", 16]] for a in divisible},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={k: v for k, v in options.items() if k not in arguments},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        report = run_tool("cuobjdump", "-res-usage", file.name)
+        sass = run_tool("nvdisasm", "-c", file.name)
+    return {
+        "kernel": f"Triton: {name}",
+        "sm": architecture,
+        "threads": 32 * options["num_warps"],
+        **resources(report.partition("Function")[2]),
+        "shared": compiled.metadata.shared,
+        **count(sass),
+        "torn reads": torn_reads(compiled.asm["ttgir"]),
+    }
+
+
 def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
     rows = []
     for name, ids, given, changes in CORRUPT_CASES:
-        options = launch_options(STEP._replace(**changes))
-        signature, constants = {}, {}
-        for argument in corrupt_kernel.arg_names:
-            if argument in OPTIONAL - {*given}:
-                constants[argument] = None
-            elif argument in options:
-                constants[argument] = options[argument]
-            else:
-                signature[argument] = ({"tokens": ids} | POINTERS | SCALARS)[argument]
-        compile_options = {k: v for k, v in options.items() if k not in corrupt_kernel.arg_names}
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, argument in enumerate(corrupt_kernel.arg_names)
-            if signature.get(argument, "").startswith("*") or argument == "seq_len"
-        }
-        source = ASTSource(
-            corrupt_kernel,
-            signature={a: signature.get(a, "constexpr") for a in corrupt_kernel.arg_names},
-            constexprs={(corrupt_kernel.arg_names.index(k),): v for k, v in constants.items()},
-            attrs=aligned,
-        )
-        for architecture in architectures:
-            target = GPUTarget("cuda", architecture, 32)
-            kernel = triton.compile(source, target=target, options=compile_options)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                Path(file.name).write_bytes(kernel.asm["cubin"])
-                report = run_tool("cuobjdump", "-res-usage", file.name)
-                sass = run_tool("nvdisasm", "-c", file.name)
-            rows.append(
-                {
-                    "kernel": f"Triton: {name}",
-                    "sm": architecture,
-                    "threads": 32 * compile_options["num_warps"],
-                    **resources(report.partition("Function")[2]),
-                    "shared": kernel.metadata.shared,
-                    **count(sass),
-                    "torn reads": torn_reads(kernel.asm["ttgir"]),
-                }
-            )
+        types = {"tokens": ids} | POINTERS | SCALARS
+        types = {k: v for k, v in types.items() if k not in OPTIONAL - {*given}}
+        options = corrupt.launch_options(STEP._replace(**changes))
+        for sm in architectures:
+            kernel = corrupt.corrupt_kernel
+            rows.append(triton_row(f"corrupt, {name}", kernel, types, options, sm, ("seq_len",)))
+    for name, given, vocabulary, gradient in NLL_CASES:
+        options = nll.launch_options(vocabulary, gradient)
+        for sm in architectures:
+            types = NLL_TYPES | given
+            rows.append(triton_row(f"nll, {name}", nll.nll_kernel, types, options, sm, ("stride",)))
     return rows
 
 
@@ -180,9 +204,10 @@ def cuda_rows(library: Path) -> list[dict]:
         for function in report.split("Function ")[1:]:
             symbol = function.partition(":")[0]
             held = re.search(r"corrupt_kernelILi(\d)E", symbol)[1]
+            shape = f"{held} tiles a warp" if held != "0" else "long rows"
             rows.append(
                 {
-                    "kernel": f"CUDA: {held} tiles a warp" if held != "0" else "CUDA: long rows",
+                    "kernel": f"CUDA: corrupt, {shape}",
                     "sm": architecture,
                     "threads": "",
                     **resources(function),

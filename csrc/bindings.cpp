@@ -53,12 +53,14 @@ void corrupt(std::string_view packed, int num_threads) {
   nar::corrupt_cpu(args, num_threads);
 }
 
-void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t bias,
-         int64_t labels, int64_t weight, bool gradient, int64_t out, int num_threads) {
+void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,
+         int64_t bias, int64_t labels, int64_t weight, bool gradient, int64_t out,
+         int num_threads) {
   const nar::NllArgs args = {pointer<void>(logits),
                              static_cast<nar::LogitType>(logit_type),
                              rows,
                              vocabulary,
+                             stride,
                              pointer<const float>(bias),
                              pointer<const int64_t>(labels),
                              pointer<const float>(weight),

@@ -8,9 +8,10 @@ namespace nar {
 enum class LogitType { kFloat32, kBfloat16 };
 
 struct NllArgs {
-  void* logits;  // [rows, vocabulary]; becomes the gradient where that is asked for
+  // [rows, vocabulary], a row every `stride`; becomes the gradient where that is asked for.
+  void* logits;
   LogitType logit_type;
-  int64_t rows, vocabulary;
+  int64_t rows, vocabulary, stride;
   const float* bias;      // [vocabulary], is added to the logits; or null
   const int64_t* labels;  // [rows]
   const float* weight;    // [rows], of the gradient; null: 1

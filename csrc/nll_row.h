@@ -151,10 +151,10 @@ void nll_row(const NllArgs& a, int64_t r, float* row) {
   const int64_t count = a.vocabulary, label = a.labels[r];
   uint16_t* narrow_row = nullptr;
   if (a.logit_type == LogitType::kBfloat16) {
-    narrow_row = static_cast<uint16_t*>(a.logits) + r * count;
+    narrow_row = static_cast<uint16_t*>(a.logits) + r * a.stride;
     widen(narrow_row, count, row);
   } else {
-    row = static_cast<float*>(a.logits) + r * count;
+    row = static_cast<float*>(a.logits) + r * a.stride;
   }
   const bool valid = label >= 0 && label < count;  // else the loss is NaN, and nothing is touched
   const float largest = add_bias(row, a.bias, count);

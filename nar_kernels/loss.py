@@ -213,8 +213,9 @@ def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """Parts of the rows, and their logits, each in the memory of the one before."""
-    size = chunk_size(len(hidden), len(weight), hidden.device)
-    memory = hidden.new_empty((min(size, len(hidden)), len(weight)))
+    size, vocabulary = chunk_size(len(hidden), len(weight), hidden.device), len(weight)
+    # Rows begin at multiples of 64 bytes at least, for wide loads and stores.
+    memory = hidden.new_empty((min(size, len(hidden)), -(-vocabulary // 32) * 32))[:, :vocabulary]
     for start in range(0, len(hidden), size):
         part = slice(start, min(start + size, len(hidden)))
         logits = memory[: part.stop - part.start]

@@ -47,9 +47,10 @@ def test_no_two_threads_read_what_another_block_publishes(rows):
 
 
 def test_main_loads_and_stores_move_16_bytes(rows):
-    assert all(row["16-byte stores"] > 0 for row in rows)
-    of_int64 = [row for row in rows if "batch" in row["kernel"] or "CUDA" in row["kernel"]]
-    assert of_int64 and all(row["16-byte loads"] > 0 for row in of_int64)
+    for row in rows:
+        of_narrow_ids = "step" in row["kernel"] or "windows" in row["kernel"]
+        assert row["16-byte loads"] > 0 or of_narrow_ids, row
+        assert row["16-byte stores"] > 0 or "no gradient" in row["kernel"], row
 
 
 @needs_library

@@ -16,22 +16,23 @@ MAX_BLOCK = 4096
 
 
 @triton.jit
-def _load_logits(logits, bias, column, vocabulary):
+def _load_logits(logits, bias, column, vocabulary, stride):
     """A block of a row in float32; -inf behind its end."""
-    inside = column < vocabulary
-    z = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+    # The gap behind a row is loaded, too: its end is where accesses may be wide.
+    z = tl.load(logits + column, mask=column < stride, other=0.0).to(tl.float32)
     if bias is not None:
-        z += tl.load(bias + column, mask=inside, other=0.0)
-    return z
+        z += tl.load(bias + column, mask=column < vocabulary, other=0.0)
+    return tl.where(column < vocabulary, z, float("-inf"))
 
 
 @triton.jit
 def nll_kernel(
-    nll, logits, labels, bias, weight, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
+    nll, logits, labels, bias, weight, vocabulary, stride,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row. Arguments as in ``launch.run_nll``; ``nll`` is the output."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * vocabulary
+    logits += row * stride
     label = tl.load(labels + row)
     valid = (label >= 0) & (label < vocabulary)
     at_label = tl.load(logits + label, mask=valid, other=float("nan")).to(tl.float32)
@@ -41,7 +42,7 @@ def nll_kernel(
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for first in range(0, vocabulary, BLOCK):
-        z = _load_logits(logits, bias, first + tl.arange(0, BLOCK), vocabulary)
+        z = _load_logits(logits, bias, first + tl.arange(0, BLOCK), vocabulary, stride)
         higher = tl.maximum(largest, tl.max(z))
         # Nothing but -inf so far: nothing to rescale, and -inf - -inf would be NaN.
         total *= tl.where(largest == float("-inf"), 0.0, tl.exp(largest - higher))
@@ -56,15 +57,20 @@ def nll_kernel(
             scale = tl.load(weight + row)
         for first in range(0, vocabulary, BLOCK):
             column = first + tl.arange(0, BLOCK)
-            z = _load_logits(logits, bias, column, vocabulary)
+            z = _load_logits(logits, bias, column, vocabulary, stride)
             grad = scale * (tl.exp(z - log_sum) - (column == label).to(tl.float32))
-            tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < vocabulary)
+            tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < stride)
 
 
 def launch_options(vocabulary: int, gradient: bool) -> dict[str, Any]:
     """Compile-time arguments."""
     block = min(max(triton.next_power_of_2(vocabulary), 64), MAX_BLOCK)
-    return {"GRADIENT": gradient, "BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+    return {
+        "GRADIENT": gradient,
+        "BLOCK": block,
+        "num_warps": min(max(block // 256, 1), 8),
+        "enable_fp_fusion": False,
+    }
 
 
 def nll_triton(
@@ -79,4 +85,6 @@ def nll_triton(
     rows, vocabulary = logits.shape
     if rows:
         options = launch_options(vocabulary, gradient)
-        nll_kernel[(rows,)](nll, logits, labels, bias, weight, vocabulary, **options)
+        nll_kernel[(rows,)](
+            nll, logits, labels, bias, weight, vocabulary, logits.stride(0), **options
+        )
