@@ -53,6 +53,17 @@ void corrupt(std::string_view packed, int num_threads) {
   nar::corrupt_cpu(args, num_threads);
 }
 
+void count_masked(int64_t batch, int64_t seq_len, int64_t first_sample, int64_t global_batch,
+                  bool stratified, int64_t seed, int64_t ratio_table, int64_t counts) {
+  nar::CorruptArgs args = {};
+  args.windows.batch = batch, args.windows.seq_len = seq_len;
+  args.first_sample = first_sample, args.global_batch = global_batch;
+  args.stratified = stratified;
+  args.seed = static_cast<uint64_t>(seed);
+  args.ratio_table = pointer<const uint32_t>(ratio_table);
+  nar::count_masked(args, pointer<int64_t>(counts));
+}
+
 void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,
          int64_t bias, int64_t labels, int64_t weight, bool gradient, int64_t out,
          int num_threads) {
@@ -84,6 +95,7 @@ std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length,
 PYBIND11_MODULE(_cpp, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   m.def("corrupt", &corrupt);
+  m.def("count_masked", &count_masked);
   m.def("nll", &nll, release_gil());
   m.def("windows", &windows, release_gil());
   m.def("permute", &permute, release_gil());

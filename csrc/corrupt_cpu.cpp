@@ -87,6 +87,14 @@ std::vector<int64_t> ordered_starts(const CorruptArgs& a) {
 
 }  // namespace
 
+void count_masked(const CorruptArgs& a, int64_t* counts) {
+  check_samples(a);
+  const std::vector<uint32_t> t16 = draw_times(a);
+  for (int64_t b = 0; b < a.windows.batch; ++b) {
+    counts[b] = exact_count(a, t16[b], static_cast<int32_t>(a.windows.seq_len));
+  }
+}
+
 void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   CorruptArgs a = args;
   if (a.seed_tensor) a.seed = *a.seed_tensor;

@@ -32,4 +32,8 @@ CorruptKernels corrupt_kernels_avx512();
 // corpus, std::invalid_argument for a negative sample slot.
 void corrupt_cpu(const CorruptArgs& args, int num_threads);
 
+// How many positions each row masks: an exact draw with nothing excluded, which no device need be
+// asked about. Of the arguments it reads those that the times depend on, in memory of the host.
+void count_masked(const CorruptArgs& args, int64_t* counts);
+
 }  // namespace nar

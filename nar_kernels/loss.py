@@ -24,7 +24,7 @@ _BACKENDS = tuple(NLL_DTYPES)
 
 # Logits of a chunk. Each chunk reads and writes the gradient of the head once more, so few are
 # better; and their memory is what this module exists to save.
-_MOST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
+_MOST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 def masked_nll(

@@ -191,6 +191,8 @@ class Corrupted:
             replaced by a valid one, so that no embedding lookup is out of bounds, bad windows by
             the first of the corpus.
         masking: the configuration that made this batch.
+        host_counts: int64 ``[B]`` on the CPU, ``num_masked`` where the device need not be asked for
+            it; None where it must.
     """
 
     input_ids: Tensor
@@ -203,14 +205,20 @@ class Corrupted:
     row_buffer: Tensor
     invalid: Tensor
     masking: MaskingConfig
+    host_counts: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
     def masked_rows(self) -> Tensor:
-        """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``."""
-        return self.row_buffer[: int(self.num_masked.sum())]
+        """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
+
+        Waits for the device, except for batches of an exact draw with nothing excluded whose seed,
+        slots and step are numbers: then the host knows R.
+        """
+        counts = self.num_masked if self.host_counts is None else self.host_counts
+        return self.row_buffer[: int(counts.sum())]
 
     @property
     def clean_ids(self) -> Tensor:
@@ -241,18 +249,25 @@ class Corrupted:
             part = {
                 f.name: getattr(self, f.name)[start : start + size]
                 for f in fields(self)
-                if f.name not in ("row_buffer", "invalid", "masking")
+                if f.name not in ("row_buffer", "invalid", "masking", "host_counts")
             }
-            num_rows = int(part["num_masked"].sum())
+            counts = None if self.host_counts is None else self.host_counts[start : start + size]
+            num_rows = int((part["num_masked"] if counts is None else counts).sum())
             rows = self.row_buffer[first_row : first_row + num_rows] - start * length
             first_row += num_rows
-            yield Corrupted(**part, row_buffer=rows, invalid=self.invalid, masking=self.masking)
+            yield Corrupted(
+                **part,
+                row_buffer=rows,
+                invalid=self.invalid,
+                masking=self.masking,
+                host_counts=counts,
+            )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Corrupted":
         """This batch on another device."""
         tensors = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if f.name != "masking"
+            if f.name not in ("masking", "host_counts")
         }
-        return Corrupted(**tensors, masking=self.masking)
+        return Corrupted(**tensors, masking=self.masking, host_counts=self.host_counts)

@@ -266,7 +266,29 @@ def _corrupt(
     if backend == "reference" and tokens.device != device:
         raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
     outputs = run_corrupt(arguments, backend)
-    return Corrupted(*outputs, masking)  # type: ignore[call-arg, arg-type]
+    counts = count_on_host(arguments, masking) if device.type == "cuda" else None
+    return Corrupted(*outputs, masking, counts)  # type: ignore[call-arg, arg-type]
+
+
+def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
+    """int64 ``[B]`` on the CPU: how many positions each row masks, or None where that depends on
+    what only the device knows."""
+    on_device = (a.sample_ids, a.step, a.maskable, a.never_mask, a.seed_tensor)
+    known = a.exact and all(tensor is None for tensor in on_device)
+    if not known or cpp is None or torch.compiler.is_compiling():
+        return None
+    counts = torch.empty(a.batch, dtype=torch.int64)
+    cpp.count_masked(
+        a.batch,
+        a.seq_len,
+        a.first_sample,
+        a.global_batch,
+        a.stratified,
+        a.seed,
+        masking.table.ratio.data_ptr(),
+        counts.data_ptr(),
+    )
+    return counts
 
 
 def windows(

@@ -211,7 +211,8 @@ class NonAutoregressiveWrapper(nn.Module):
         :class:`nar_kernels.nets.TokenNet`): :func:`nar_kernels.masked_nll`.
 
         Args:
-            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already.
+            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. (On
+                a GPU, to check ids waits for the device: a batch of :class:`MaskedLoader` does not.)
             only_train_generator: leave the critic out.
             only_train_critic: the generator runs without gradients, and its loss is None.
             generator_sample_temperature: of the ids that the critic judges. Default: uniform in
@@ -272,16 +273,21 @@ class NonAutoregressiveWrapper(nn.Module):
                 )
             corrupted = x
         else:
-            batch = x.shape[0]
+            batch, slots = x.shape[0], None
+            if world_size > 1:
+                slots = torch.arange(batch, device=x.device) * world_size + rank
             corrupted = corrupt(
                 x,
                 self.masking,
                 seed=seed,
-                sample_ids=torch.arange(batch, device=x.device) * world_size + rank,
+                sample_ids=slots,
                 global_batch=max(batch, 1) * world_size,
                 backend=self.backend,
             )
-        corrupted.raise_if_invalid()
+        # To look at a record on a GPU waits for it. Batches from there are checked by the loader
+        # that made them, or by who called `corrupt`.
+        if not (isinstance(x, Corrupted) and ids.is_cuda):
+            corrupted.raise_if_invalid()
         return corrupted
 
     def _predict(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Prediction:

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -612,6 +613,40 @@ def test_scalars_on_the_device(backend):
         corrupt(tokens, masking, seed=seed.float(), backend=backend)
     with pytest.raises(ValueError, match=r"one element; got torch.int64 \[2\]"):
         corrupt(tokens, masking, seed=torch.zeros(2, dtype=torch.int64), backend=backend)
+
+
+# ---- counts that the host finds by itself
+
+
+@needs_cpp
+@pytest.mark.parametrize("times", ["stratified", "uniform"])
+@pytest.mark.parametrize("schedule", ["linear", "arccos"])
+def test_counts_on_the_host(times, schedule):
+    masking = MaskingConfig(9, 8, schedule=schedule, times=times)
+    for batch, length, first, global_batch in [(7, 1, 0, 7), (40, 129, 2**40, 1000), (0, 5, 0, 1)]:
+        tokens = clean_batch(masking, batch, length)
+        slots = torch.arange(first, first + batch)
+        got = corrupt(tokens, masking, seed=-3, sample_ids=slots, global_batch=global_batch)
+        a = arguments(tokens, masking, seed=-3, first_sample=first, global_batch=global_batch)
+        assert torch.equal(ops.count_on_host(a, masking), got.num_masked)
+
+
+def test_what_the_host_cannot_know():
+    masking = MaskingConfig(9, 8)
+    tokens = clean_batch(masking, 4, 12)
+    for name in ("sample_ids", "step", "maskable", "never_mask", "seed_tensor"):
+        assert ops.count_on_host(arguments(tokens, masking)._replace(**{name: 1}), masking) is None
+    assert ops.count_on_host(arguments(tokens, masking)._replace(exact=False), masking) is None
+
+
+def test_counts_of_the_host_are_used():
+    """They travel with the batch and its parts; the device is not asked."""
+    masking = MaskingConfig(50, 49)
+    whole = corrupt(clean_batch(masking, 10, 12), masking, seed=1)
+    told = replace(whole, host_counts=whole.num_masked, num_masked=torch.zeros(10, dtype=int))
+    assert torch.equal(told.masked_rows, whole.masked_rows)
+    for a, b in zip(told.to("cpu").microbatches(4), whole.microbatches(4), strict=True):
+        assert torch.equal(a.masked_rows, b.masked_rows)
 
 
 # ---- inside torch

@@ -216,6 +216,46 @@ def test_iteration_waits_for_no_kernel(memory, tmp_path, request):
         batch.input_ids.sum()
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+def test_the_host_knows_the_counts_of_exact_draws(draw, memory, tmp_path):
+    masking = MaskingConfig(300, 299, draw=draw)
+    loader = MaskedLoader(make_dataset(tmp_path), masking, 8, device="cuda", corpus_memory=memory)
+    for batch, step in ((next(loader), 0), (loader.batch(5), 5)):
+        assert (batch.host_counts is not None) == (draw == "exact")
+        assert torch.equal(batch.masked_rows.cpu(), cpu_batch(loader, step).masked_rows)
+
+
+@pytest.mark.parametrize("reduction", ["nelbo", "mean", "none"])
+def test_masked_nll_waits_for_nothing(reduction, tmp_path, request):
+    masking = MaskingConfig(300, 299)
+    loader = MaskedLoader(make_dataset(tmp_path), masking, 8, device="cuda")
+    hidden = torch.randn(8, 64, 32, device="cuda", requires_grad=True)
+    weight = torch.randn(300, 32, device="cuda", requires_grad=True)
+    for call in range(2):  # the first compiles
+        batch = next(loader)
+        nar_kernels.masked_nll(hidden, weight, batch, reduction=reduction).sum().backward()
+        if call == 0:
+            request.getfixturevalue("no_waiting")
+
+
+@pytest.mark.parametrize("vocabulary", [300, 50258, 256000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_nll_equals_that_of_the_cpu(dtype, vocabulary):
+    masking = MaskingConfig(vocabulary, vocabulary - 1)
+    batch = nar_kernels.corrupt(clean_batch(masking, 4, 50), masking, seed=1)
+    inputs = [torch.randn(4, 50, 16), torch.randn(vocabulary, 16), torch.randn(vocabulary)]
+    results = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        hidden, weight, bias = (x.to(dtype).to(device, kind).requires_grad_() for x in inputs)
+        loss = nar_kernels.masked_nll(hidden, weight, batch.to(device), bias=bias)
+        gradients = torch.autograd.grad(loss, (hidden, weight, bias))
+        results.append([loss.double().cpu(), *(g.double().cpu() for g in gradients)])
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for got, expected in zip(*reversed(results), strict=True):
+        assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory", ["device", "pinned"])
 def test_a_graph_with_the_data_in_it(memory, backend, tmp_path):
