@@ -84,7 +84,7 @@ NLL_CASES: list[tuple[str, dict[str, str], int, bool]] = [
     ("bf16, V 257", {"logits": "*bf16", "weight": "*fp32"}, 257, True),
     ("bf16, V 50258, no gradient", {"logits": "*bf16"}, 50258, False),
 ]
-NLL_TYPES = {"nll": "*fp32", "labels": "*i64", "vocabulary": "i32", "stride": "i32"}
+NLL_TYPES = {"nll": "*fp32", "labels": "*i64", "vocabulary": "i32", "stride": "i32", "width": "i32"}
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
     seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
 )
@@ -185,7 +185,9 @@ def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
         options = nll.launch_options(vocabulary, gradient)
         for sm in architectures:
             types = NLL_TYPES | given
-            rows.append(triton_row(f"nll, {name}", nll.nll_kernel, types, options, sm, ("stride",)))
+            rows.append(
+                triton_row(f"nll, {name}", nll.nll_kernel, types, options, sm, ("stride", "width"))
+            )
     return rows
 
 

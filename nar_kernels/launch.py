@@ -235,13 +235,14 @@ def run_nll(
     gradient: bool,
     backend: str,
 ) -> Tensor:
-    """float32 ``[R]`` (float64 for such logits): the loss of each row of ``logits``.
+    """float32 ``[R]`` (float64 for such logits): the loss of each row of ``logits``. All but those
+    must be contiguous.
 
     Args:
-        logits: ``[R, V]`` of a type in :data:`NLL_DTYPES`, contiguous but for a gap between rows.
-            With ``gradient`` they become ``weight * (softmax - one_hot)``; otherwise they are
-            undefined afterwards, as gaps always are. Rows that begin at multiples of 64 bytes are
-            the fastest.
+        logits: ``[R, V]`` of a type in :data:`NLL_DTYPES`, contiguous but for a gap behind each
+            row, behind the last one too unless the memory ends there. With ``gradient`` they become
+            ``weight * (softmax - one_hot)``; otherwise they are undefined afterwards, as gaps
+            always are. Rows that begin at multiples of 64 bytes are the fastest.
         labels: int64 ``[R]``. One outside [0, V) gives NaN.
         bias: ``[V]`` of the type of the result, is added to the logits; or None.
         weight: ``[R]`` of the type of the result; None for 1.

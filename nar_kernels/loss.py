@@ -49,26 +49,28 @@ def masked_nll(
         hidden: ``[B, L, D]``, any strides: float32, bfloat16, float16 or float64.
         weight: ``[V, D]``; V is ``num_tokens``, or one less if ``mask_id`` is the last id.
         corrupted: the batch: its masked rows, labels and loss weights.
-        bias: ``[V]``.
+        bias: ``[V]``, of any of these types.
         reduction: ``"nelbo"`` is ``sum(loss_weight * nll) / num_maskable``, in expectation a bound
             on the negative log-likelihood in nats per token. ``"mean"`` is the mean over masked
             positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
         normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``) or
-            masked (``"mean"``) positions: that of the whole batch where this is a part of it.
+            masked (``"mean"``) positions: that of the whole batch where this is a part of it. One
+            number.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``: of the softmax; products
             are PyTorch's.
 
     Returns:
         A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
 
+    There are no second derivatives.
+
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit each other.
     """
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
-    _check(hidden, weight, bias, corrupted)
+    _check(hidden, corrupted, reduction, normalizer)
+    _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, hidden.dtype
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     elif hidden.dtype != weight.dtype:
         raise TypeError(
@@ -83,7 +85,7 @@ def masked_nll(
             return _PerRow.apply(picked, weight, bias, labels, backend)
         row_weight = _row_weight(corrupted, rows, reduction)
         total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
-        return total / (count(corrupted, reduction) if normalizer is None else normalizer)
+        return _normalized(total, corrupted, reduction, normalizer)
 
 
 def head_nll(
@@ -101,6 +103,7 @@ def head_nll(
     Args:
         is_log_prob: the head gives log-probabilities.
     """
+    _check(hidden, corrupted, reduction, normalizer)
     rows, labels = masked_labels(corrupted)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
 
@@ -142,7 +145,18 @@ def reduce_nll(
         return nll
     row_weight = _row_weight(corrupted, corrupted.masked_rows, reduction)
     total = nll.sum() if row_weight is None else (row_weight * nll).sum()
-    return total / (count(corrupted, reduction) if normalizer is None else normalizer)
+    return _normalized(total, corrupted, reduction, normalizer)
+
+
+def _normalized(
+    total: Tensor,
+    corrupted: Corrupted,
+    reduction: Reduction,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    if normalizer is None:
+        normalizer = count(corrupted, reduction)
+    return (total / normalizer).to(total.dtype).view(())
 
 
 def head_widths(masking: MaskingConfig) -> set[int]:
@@ -163,7 +177,7 @@ def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
 
 
 def chunk_size(num_rows: int, vocabulary: int, device: torch.device) -> int:
-    """Rows of a chunk: equal parts, as few as memory allows."""
+    """Rows of a chunk, at least 1: equal parts, and as few of them as ``_MOST_LOGITS`` allows."""
     most = max(_MOST_LOGITS.get(device.type, _MOST_LOGITS["cuda"]) // vocabulary, 1)
     num_chunks = max(-(-num_rows // most), 1)
     return max(-(-num_rows // num_chunks), 1)
@@ -176,29 +190,44 @@ def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Ten
     return corrupted.loss_weight.index_select(0, rows // corrupted.labels.shape[1])
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
+def _check(
+    hidden: Tensor,
+    corrupted: Corrupted,
+    reduction: Reduction,
+    normalizer: float | Tensor | None,
+) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
+    if reduction == "none" and normalizer is not None:
+        raise ValueError("normalizer was given, but reduction 'none' divides by nothing")
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {list(normalizer.shape)}: it must be one number")
     shape = tuple(corrupted.input_ids.shape)
     if hidden.dim() != 3 or hidden.shape[:2] != shape:
         raise ValueError(
             f"hidden has shape {list(hidden.shape)}: it must be [{shape[0]}, {shape[1]}, D], the "
             "hidden states of the corrupted batch"
         )
-    if (
-        weight.dim() != 2
-        or weight.shape[1] != hidden.shape[2]
-        or weight.shape[0] not in head_widths(corrupted.masking)
-    ):
+    if hidden.device != corrupted.labels.device:
         raise ValueError(
-            f"weight has shape {list(weight.shape)}: it must be [V, D] = "
-            f"[{corrupted.masking.num_tokens}, {hidden.shape[2]}]"
+            f"corrupted is on {corrupted.labels.device}, but hidden on {hidden.device}"
         )
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
+    widths = head_widths(corrupted.masking)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2] or weight.shape[0] not in widths:
+        valid = " or ".join(f"[{width}, {hidden.shape[2]}]" for width in sorted(widths))
+        raise ValueError(f"weight has shape {list(weight.shape)}: it must be [V, D] = {valid}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}: it must be [{weight.shape[0]}]")
-    if hidden.dtype not in NLL_DTYPES["reference"]:
-        names = ", ".join(str(dtype) for dtype in NLL_DTYPES["reference"])
-        raise TypeError(f"hidden is {hidden.dtype}: it must be one of {names}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("corrupted", corrupted.labels)):
-        if tensor is not None and tensor.device != hidden.device:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in NLL_DTYPES["reference"]:
+            names = ", ".join(str(dtype) for dtype in NLL_DTYPES["reference"])
+            raise TypeError(f"{name} is {tensor.dtype}: it must be one of {names}")
+        if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}")
 
 
@@ -243,7 +272,7 @@ def _losses_and_gradients(
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
     weight = weight.to(hidden.dtype)
-    bias = None if bias is None else bias.to(wide)
+    bias = None if bias is None else bias.to(wide).contiguous()
     for some, logits, part in _chunks(hidden, weight):
         counts = None if row_weight is None else row_weight[part]
         nll[part] = run_nll(

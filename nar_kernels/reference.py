@@ -168,10 +168,9 @@ def nll_ref(
     if bias is not None:
         z = z + bias
     valid = (labels >= 0) & (labels < z.shape[1])
-    at_label = z.gather(1, labels.where(valid, 0)[:, None])[:, 0]
-    nll = (z.logsumexp(1) - at_label).masked_fill(~valid, torch.nan)
+    nll = torch.nn.functional.cross_entropy(z, labels.where(valid, 0), reduction="none")
     if gradient:
         is_label = labels[:, None] == torch.arange(z.shape[1], device=z.device)
         grad = z.softmax(1) - is_label.to(z.dtype)
         logits.copy_(grad if weight is None else weight[:, None] * grad)
-    return nll
+    return nll.masked_fill(~valid, torch.nan)

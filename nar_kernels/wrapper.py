@@ -212,7 +212,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         Args:
             x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. (On
-                a GPU, to check ids waits for the device: a batch of :class:`MaskedLoader` does not.)
+                a GPU, checking ids waits for the device; batches of ``MaskedLoader`` do not.)
             only_train_generator: leave the critic out.
             only_train_critic: the generator runs without gradients, and its loss is None.
             generator_sample_temperature: of the ids that the critic judges. Default: uniform in

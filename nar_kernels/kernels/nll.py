@@ -16,10 +16,9 @@ MAX_BLOCK = 4096
 
 
 @triton.jit
-def _load_logits(logits, bias, column, vocabulary, stride):
+def _load_logits(logits, bias, column, vocabulary, width):
     """A block of a row in float32; -inf behind its end."""
-    # The gap behind a row is loaded, too: its end is where accesses may be wide.
-    z = tl.load(logits + column, mask=column < stride, other=0.0).to(tl.float32)
+    z = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + column, mask=column < vocabulary, other=0.0)
     return tl.where(column < vocabulary, z, float("-inf"))
@@ -27,10 +26,14 @@ def _load_logits(logits, bias, column, vocabulary, stride):
 
 @triton.jit
 def nll_kernel(
-    nll, logits, labels, bias, weight, vocabulary, stride,
+    nll, logits, labels, bias, weight, vocabulary, stride, width,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row. Arguments as in ``launch.run_nll``; ``nll`` is the output."""
+    """One row. Arguments as in ``launch.run_nll``; ``nll`` is the output.
+
+    ``width``: columns that are loaded and stored, ``vocabulary`` or more. Where it divides by 16,
+    loads and stores may be wide.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
@@ -42,24 +45,25 @@ def nll_kernel(
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for first in range(0, vocabulary, BLOCK):
-        z = _load_logits(logits, bias, first + tl.arange(0, BLOCK), vocabulary, stride)
+        z = _load_logits(logits, bias, first + tl.arange(0, BLOCK), vocabulary, width)
         higher = tl.maximum(largest, tl.max(z))
         # Nothing but -inf so far: nothing to rescale, and -inf - -inf would be NaN.
         total *= tl.where(largest == float("-inf"), 0.0, tl.exp(largest - higher))
         total += tl.sum(tl.where(z == float("-inf"), 0.0, tl.exp(z - higher)))
         largest = higher
-    log_sum = largest + tl.log(total)
-    tl.store(nll + row, log_sum - at_label)
+    # Differences first: logits may be far from 0.
+    tl.store(nll + row, tl.log(total) - (at_label - largest))
 
     if GRADIENT:
         scale = tl.full((), 1.0, tl.float32)
         if weight is not None:
-            scale = tl.load(weight + row)
+            scale *= tl.load(weight + row)
+        share = tl.div_rn(scale, total)
         for first in range(0, vocabulary, BLOCK):
             column = first + tl.arange(0, BLOCK)
-            z = _load_logits(logits, bias, column, vocabulary, stride)
-            grad = scale * (tl.exp(z - log_sum) - (column == label).to(tl.float32))
-            tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < stride)
+            z = _load_logits(logits, bias, column, vocabulary, width)
+            grad = share * tl.exp(z - largest) - tl.where(column == label, scale, 0.0)
+            tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < width)
 
 
 def launch_options(vocabulary: int, gradient: bool) -> dict[str, Any]:
@@ -83,8 +87,10 @@ def nll_triton(
 ) -> None:
     """Fills ``nll``, and replaces ``logits`` by their gradient if asked to."""
     rows, vocabulary = logits.shape
-    if rows:
-        options = launch_options(vocabulary, gradient)
-        nll_kernel[(rows,)](
-            nll, logits, labels, bias, weight, vocabulary, logits.stride(0), **options
-        )
+    if rows == 0:
+        return
+    # With the gap behind a row, if the last row has one.
+    stride, size = logits.stride(0), logits.untyped_storage().nbytes() // logits.itemsize
+    width = stride if logits.storage_offset() + rows * stride <= size else vocabulary
+    options = launch_options(vocabulary, gradient)
+    nll_kernel[(rows,)](nll, logits, labels, bias, weight, vocabulary, stride, width, **options)
