@@ -81,6 +81,16 @@ def test_a_launch_that_fails_says_why():
     assert packing == "ValueError packed arguments have the wrong length"
 
 
+def test_launches_past_tritons_dispatch_are_those_that_it_would_make():
+    """In a process of its own, with a driver that launches nothing."""
+    pytest.importorskip("triton")
+    script = [sys.executable, "-m", "tests.without_a_driver"]
+    result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels, cost = result.stdout.split(" kernels; ")
+    assert int(kernels) == 7, cost
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_no_warnings(tmp_path):
     """The real setup.py, for one architecture, where every warning of nvcc is an error."""

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nar_kernels.arguments import CorruptArgs
+from nar_kernels.kernels.launcher import Launcher
 from nar_kernels.kernels.order_statistic import is_done, learn, propose
 from nar_kernels.kernels.random import permute, random_block, random_words
 from nar_kernels.masking import IGNORE_INDEX, NUM_INVALID
@@ -399,7 +400,7 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
         "SHUFFLE": a.shuffle,
         "EXACT": a.exact,
         "STRATIFIED": a.stratified,
-        "RANKS": 3 if a.keep_share or a.random_share else 1,
+        "RANKS": 3 if a.keep_share + a.random_share > 0 else 1,
         "TILE": tile,
         "FITS": fits,
         "LOOK_BACK": max(32 * num_warps, 128),
@@ -408,13 +409,27 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
     }
 
 
-def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> None:
-    """Fills ``outputs``: those of the operator, with the workspace (zeros) for ``invalid``."""
-    if a.batch == 0:
-        return
-    corrupt_kernel[(a.batch,)](
+_launch = Launcher(corrupt_kernel, _VARYING)
+
+
+def kernel_arguments(outputs: tuple[Tensor, ...], a: CorruptArgs) -> tuple[Any, ...]:
+    """All but the compile-time ones, in the order of the kernel."""
+    return (
         a.tokens, a.starts, a.sample_ids, a.step, a.maskable, a.never_mask,
         a.ratio_table, a.weight_table, a.seed, a.seed_tensor, *outputs, a.tokens.numel(),
         a.seq_len, a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride,
-        a.global_batch, a.keep_share, a.random_share, a.coin_share, **launch_options(a),
+        a.global_batch, a.keep_share, a.random_share, a.coin_share,
     )  # fmt: skip
+
+
+def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
+    """Fills ``outputs``: those of the operator, with the workspace (zeros) for ``invalid``.
+
+    Returns the compiled kernel, if there is one.
+    """
+    if a.batch == 0:
+        return None
+    device = a.ratio_table.get_device()
+    corrupts = a.keep_share + a.random_share > 0
+    variant = device, a.tokens.dtype, a.shuffle, a.exact, a.stratified, corrupts
+    return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))
