@@ -400,7 +400,7 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
         "SHUFFLE": a.shuffle,
         "EXACT": a.exact,
         "STRATIFIED": a.stratified,
-        "RANKS": 3 if a.keep_share + a.random_share > 0 else 1,
+        "RANKS": 3 if a.keep_share or a.random_share else 1,
         "TILE": tile,
         "FITS": fits,
         "LOOK_BACK": max(32 * num_warps, 128),
@@ -430,6 +430,6 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     if a.batch == 0:
         return None
     device = a.ratio_table.get_device()
-    corrupts = a.keep_share + a.random_share > 0
+    corrupts = bool(a.keep_share or a.random_share)
     variant = device, a.tokens.dtype, a.shuffle, a.exact, a.stratified, corrupts
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))
