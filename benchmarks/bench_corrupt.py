@@ -13,12 +13,10 @@ import argparse
 import datetime
 import json
 import platform
-import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import median_ns, processor
 from peers import x_transformers_masking
 
 from nar_kernels import MaskingConfig, backends, corrupt
@@ -29,25 +27,8 @@ WARM_UP, TIMED = 5, 10  # calls of a turn
 LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
 
 
-def median_ns(fns: dict[str, Callable[[], object]], tokens: int, repeats: int) -> dict[str, float]:
-    """Median nanoseconds a token of each.
-
-    They take turns, so that all see the same machine. Each turn is a loop of its own: it begins
-    with calls that are not timed, since the one before left its own data in the caches.
-    """
-    times: dict[str, list[float]] = {name: [] for name in fns}
-    for _ in range(repeats):
-        for name, fn in fns.items():
-            for _ in range(WARM_UP):
-                fn()
-            for _ in range(TIMED):
-                start = time.perf_counter_ns()
-                fn()
-                times[name].append((time.perf_counter_ns() - start) / tokens)
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-
-
 def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
+    """Median nanoseconds a token of each."""
     batch = max(tokens // length, 1)
     corpus = torch.randint(0, MASK_ID, (batch * length * 4,)).to(torch.uint16)
     starts = torch.randint(0, len(corpus) - length + 1, (batch,))
@@ -59,7 +40,7 @@ def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
     bernoulli = MaskingConfig(NUM_TOKENS, MASK_ID, draw="bernoulli")
     peer = x_transformers_masking(length, NUM_TOKENS, MASK_ID)
     ratio = torch.rand(batch, 1)
-    return median_ns(
+    ns = median_ns(
         {
             "corrupt exact": lambda: corrupt(corpus, plain, seed=1, starts=starts, seq_len=length),
             "corrupt exact, keep + random": lambda: corrupt(
@@ -71,15 +52,11 @@ def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
             "torch.rand < t": lambda: torch.rand(batch, length) < ratio,
             "x-transformers": lambda: peer(windows),
         },
-        batch * length,
         repeats,
+        warm_up=WARM_UP,
+        timed=TIMED,
     )
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
-    return found[1] if found else platform.processor() or platform.machine()
+    return {name: of_call / (batch * length) for name, of_call in ns.items()}
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
 #     benchmarks/gpu_suite.sh [--dry-run] [FOLDER]
 #
 # Needs a Python with torch, triton, pytest, pybind11 and ninja (PYTHON=... names it), nvcc, and, to
-# compare with it, x-transformers. Logs go to FOLDER (gpu_suite_out), the results to results.json in
-# it. A step that fails does not stop the others; the exit status tells. --dry-run walks through every
+# compare with them, x-transformers, Liger (0.8.2 or newer) and CCE. Logs go to FOLDER (gpu_suite_out),
+# the results to results.json in it. A step that fails does not stop the others; the exit status tells.
+# What a step may take is cut down to what is left of the ten minutes. --dry-run walks through every
 # step without a GPU: tests are collected and not run, benchmarks are tiny and emulated.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,11 +25,14 @@ export PYTHONUNBUFFERED=1
 
 # step NAME SECONDS COMMAND...: one line of output, the rest in NAME.log.
 step() {
-    local name=$1 limit=$2 start=$SECONDS status=0
+    local name=$1 limit=$2 start=$SECONDS left=$((570 - SECONDS)) status=0
     shift 2
+    if [[ -z $DRY_RUN ]] && ((left < limit)); then
+        limit=$((left > 1 ? left : 1))  # 0 would be no limit
+    fi
     timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null || status=$?
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$OUT/steps.tsv"
-    printf '%-12s exit %-3s %4d s  %s\n' "$name" "$status" "$((SECONDS - start))" \
+    printf '%-16s exit %-3s %4d s  %s\n' "$name" "$status" "$((SECONDS - start))" \
         "$(grep -v '^[[:space:]]*$' "$OUT/$name.log" | tail -n 1 | cut -c 1-150)"
 }
 
@@ -96,6 +100,15 @@ build() {
         "$PYTHON" setup.py --quiet build_ext "${where[@]}"
 }
 
+bench_train_step() {
+    if "$PYTHON" -c 'import x_transformers' 2>/dev/null; then
+        "$PYTHON" benchmarks/bench_train_step.py --device cuda ${DRY_RUN:+--dry-run} \
+            --json "$OUT/bench_train_step.json"
+    else
+        echo "x-transformers is not installed: there is no net to train"
+    fi
+}
+
 results() {
     "$PYTHON" - "$OUT" <<'END'
 import json, sys
@@ -122,7 +135,7 @@ for path in sorted(out.glob("bench_*.json")):
 END
 }
 
-export -f pytest_ tests sanitize environment build
+export -f pytest_ tests sanitize environment build bench_train_step
 export DRY_RUN OUT PYTHON
 
 step environment 60 bash -c environment
@@ -135,6 +148,9 @@ done
 wait
 step bench_corrupt 200 "$PYTHON" benchmarks/bench_corrupt_gpu.py ${DRY_RUN:+--dry-run} \
     --json "$OUT/bench_corrupt.json"
+step bench_masked_nll 100 "$PYTHON" benchmarks/bench_masked_nll.py --device cuda \
+    ${DRY_RUN:+--dry-run} --json "$OUT/bench_masked_nll.json"
+step bench_train_step 150 bash -c bench_train_step
 results
 echo "results: $OUT/results.json"
 ! cut -f 2 "$OUT/steps.tsv" | grep -qv '^0$'

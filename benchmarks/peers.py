@@ -1,10 +1,16 @@
-"""What benchmarks compare with: other people's code, run as it is."""
+"""What benchmarks compare with: other people's code, run as it is; and ours in the same place."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
 from x_transformers import Encoder, TransformerWrapper
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
+
+import nar_kernels
 
 
 class Masked(Exception):
@@ -34,3 +40,95 @@ def x_transformers_masking(
             pass
 
     return run
+
+
+TRUNK, PEER, OURS, COMPILED = "trunk", "x-transformers", "ours", "ours, compiled"
+PASSES, STEP = "forward + backward", "whole step"
+# So small that both keep the weights they began with: the peer's loss has no minimum.
+RATE = 1e-6
+
+
+class Setting(NamedTuple):
+    """V, B, L, and the net."""
+
+    num_tokens: int
+    batch: int
+    length: int
+    dim: int = 256
+    depth: int = 4
+    heads: int = 4
+    flash: bool = False
+
+
+class Training:
+    """A net in one of the wrappers (or alone), its optimiser, and a batch."""
+
+    def __init__(self, who: str, setting: Setting, device: str) -> None:
+        self.who, self.setting, self.device = who, setting, device
+        torch.manual_seed(0)
+        self.net = TransformerWrapper(
+            num_tokens=setting.num_tokens,
+            max_seq_len=setting.length,
+            attn_layers=Encoder(
+                dim=setting.dim,
+                depth=setting.depth,
+                heads=setting.heads,
+                attn_flash=setting.flash,
+                verbose=False,  # it advises larger nets
+            ),
+        ).to(device)
+        self.draw(setting.batch)
+        if who == TRUNK:
+            return
+        wrapper = NonAutoregressiveWrapper if who == PEER else nar_kernels.NonAutoregressiveWrapper
+        self.wrapper = wrapper(self.net, mask_id=setting.num_tokens - 1)
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=RATE, **({} if who == PEER else {"fused": True})
+        )
+        if who == COMPILED:
+            self.net.compile()
+
+    def draw(self, batch: int) -> None:
+        shape = batch, self.setting.length
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.setting.num_tokens - 1, shape, generator=generator)
+        self.ids = ids.to(self.device)
+        self.upstream = None
+        if self.who == TRUNK:
+            self.upstream = torch.randn(*shape, self.setting.dim, generator=generator).to(
+                self.device
+            )
+
+    def forward(self) -> Tensor:
+        on_gpu = self.device == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+            if self.who == TRUNK:
+                return self.net(self.ids, return_embeddings=True)
+            return self.wrapper(self.ids).loss
+
+    def passes(self) -> None:
+        out = self.forward()
+        out.backward(None if self.upstream is None else self.upstream.to(out.dtype))
+        self.net.zero_grad()
+
+    def step(self) -> None:
+        with record_function("forward"):
+            loss = self.forward()
+        with record_function("backward"):
+            loss.backward()
+        with record_function("optimizer"):
+            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def calls(self) -> dict[str, Callable[[], None]]:
+        return {PASSES: self.passes} | ({} if self.who == TRUNK else {STEP: self.step})
+
+    def makes_all_logits(self) -> bool:
+        """Whether the net's head runs at all positions in a forward pass."""
+        widths = []
+        # Not on the head: the wrapper does not look into one that has hooks.
+        hook = self.net.register_forward_hook(lambda _, ids, out: widths.append(out.shape[-1]))
+        self.forward()
+        hook.remove()
+        return self.setting.num_tokens in widths

@@ -1,0 +1,319 @@
+"""The loss at masked positions: `masked_nll` against what people run today, in the same process.
+
+All of them get the same hidden states, head and batch, and compute the likelihood bound
+`sum(loss_weight * nll) / num_maskable` and the gradients of hidden states and head:
+
+* naive, all positions: logits [B, L, V], `F.cross_entropy` on them in float32 with ignored labels;
+* naive, masked rows: `index_select`, then the same;
+* torch: `F.linear_cross_entropy` (2.13), chunked, at the masked rows;
+* Liger, CCE: on CUDA, if they are installed, at the masked rows. CCE leaves out small gradients by
+  default; "all gradients" is it without that filter.
+
+Each is checked against loss and gradients in float64; one that is wrong makes the script fail.
+"products alone" is the limit: the three matrix products at the masked rows, and nothing else.
+
+    python benchmarks/bench_masked_nll.py [--device cuda] [--threads 2] [--json FILE] [--dry-run]
+
+`--dry-run` is tiny and on the CPU. Its figures say nothing.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from measure import (
+    environment,
+    in_fresh_process,
+    median_ns,
+    peak_bytes,
+    print_table,
+    synchronize,
+    write_json,
+)
+from torch import Tensor
+
+from nar_kernels import Corrupted, MaskingConfig, corrupt
+
+
+class Setting(NamedTuple):
+    """V, B, L, D, and the type of hidden states and head."""
+
+    num_tokens: int
+    batch: int
+    length: int
+    dim: int
+    dtype: str
+
+
+class Batch(NamedTuple):
+    hidden: Tensor  # [B, L, D]
+    weight: Tensor  # [V, D]
+    corrupted: Corrupted
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, labels and loss weights at the masked positions."""
+        rows = self.corrupted.masked_rows
+        return (
+            self.hidden.flatten(0, 1).index_select(0, rows),
+            self.corrupted.labels.flatten().index_select(0, rows),
+            self.corrupted.loss_weight.index_select(0, rows // self.hidden.shape[1]),
+        )
+
+    def reduced(self, weighted: Tensor) -> Tensor:
+        return weighted.sum() / self.corrupted.num_maskable.sum()
+
+
+Loss = Callable[[Batch], Tensor]
+
+CPU = [
+    Setting(*shape, 256, dtype)
+    for dtype in ("float32", "bfloat16")
+    for shape in ((257, 16, 256), (8193, 16, 256), (50258, 8, 128))
+]
+CUDA = [Setting(50258, 32, 1024, 768, "bfloat16"), Setting(128256, 8, 1024, 768, "bfloat16")]
+TINY = [Setting(33, 2, 16, 8, dtype) for dtype in ("float32", "bfloat16")]
+# Of the loss and of each gradient as a whole, relative to float64. bfloat16 alone costs 0.004 for
+# each rounding; a weight that is ignored, or a softmax without its label, costs about 1.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+PRODUCTS = "products alone"
+
+
+def make_batch(setting: Setting, device: str) -> Batch:
+    vocabulary, batch, length, dim, dtype = setting
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary - 1, (batch, length), generator=generator)
+    hidden = torch.randn(batch, length, dim, generator=generator)
+    weight = torch.randn(vocabulary, dim, generator=generator) / dim**0.5
+    hidden, weight = (
+        x.to(device, getattr(torch, dtype)).requires_grad_() for x in (hidden, weight)
+    )
+    masking = MaskingConfig(vocabulary, vocabulary - 1)
+    return Batch(hidden, weight, corrupt(ids.to(device), masking, seed=1))
+
+
+def ours(batch: Batch) -> Tensor:
+    from nar_kernels import masked_nll
+
+    return masked_nll(batch.hidden, batch.weight, batch.corrupted)
+
+
+def naive_everywhere(batch: Batch) -> Tensor:
+    logits = F.linear(batch.hidden, batch.weight).float()
+    labels = batch.corrupted.labels
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return batch.reduced(batch.corrupted.loss_weight[:, None] * nll.view_as(labels))
+
+
+def naive_rows(batch: Batch) -> Tensor:
+    hidden, labels, weights = batch.rows()
+    logits = F.linear(hidden, batch.weight).float()
+    return batch.reduced(weights * F.cross_entropy(logits, labels, reduction="none"))
+
+
+def torch_rows(batch: Batch) -> Tensor:
+    hidden, labels, weights = batch.rows()
+    options = torch.nn.LinearCrossEntropyOptions()
+    nll = F.linear_cross_entropy(hidden, batch.weight, labels, reduction="none", options=options)
+    return batch.reduced(weights * nll)
+
+
+def liger(batch: Batch) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    hidden, labels, weights = batch.rows()
+    # No bias, no class weights, ignored label, z-loss, smoothing, reduction.
+    nll = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, batch.weight, labels, None, None, -100, 0.0, 0.0, "none"
+    )
+    return batch.reduced(weights * (nll[0] if isinstance(nll, tuple) else nll))
+
+
+def cce(batch: Batch, **options: None) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    hidden, labels, weights = batch.rows()
+    nll = linear_cross_entropy(hidden, batch.weight, labels, reduction="none", **options)
+    return batch.reduced(weights * nll)
+
+
+def losses(device: str) -> dict[str, Loss]:
+    """Those that can run here."""
+    found: dict[str, Loss] = {
+        "masked_nll": ours,
+        "naive, all positions": naive_everywhere,
+        "naive, masked rows": naive_rows,
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        found["torch, masked rows"] = torch_rows
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        found["Liger, masked rows"] = liger
+    if device == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+        found["CCE, masked rows"] = cce
+        found["CCE, all gradients"] = lambda batch: cce(batch, filter_eps=None)
+    return found
+
+
+def forward_backward(loss: Loss, batch: Batch) -> Tensor:
+    batch.hidden.grad = batch.weight.grad = None
+    value = loss(batch)
+    value.backward()
+    return value.detach()
+
+
+def truth(batch: Batch) -> list[Tensor]:
+    """Loss and gradients of hidden states and head, in float64, some rows at a time."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (batch.hidden, batch.weight))
+    rows = batch.corrupted.masked_rows
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for some in rows.split(max((1 << 25) // len(weight), 1)):
+        nll = F.cross_entropy(
+            F.linear(hidden.flatten(0, 1)[some], weight),
+            batch.corrupted.labels.flatten()[some],
+            reduction="none",
+        )
+        part = batch.reduced(batch.corrupted.loss_weight[some // hidden.shape[1]] * nll)
+        part.backward()
+        total += part.detach()
+    return [total, hidden.grad, weight.grad]
+
+
+def errors(loss: Loss, batch: Batch, true: list[Tensor]) -> list[float]:
+    """Norm of the difference to the truth, relative to that of the truth."""
+    got = [forward_backward(loss, batch), batch.hidden.grad, batch.weight.grad]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, true, strict=True)]
+
+
+def products(batch: Batch) -> Callable[[], None]:
+    hidden, weight = batch.rows()[0].detach(), batch.weight.detach()
+    logits = torch.mm(hidden, weight.T)
+    of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=of_hidden)
+        torch.mm(logits.T, hidden, out=of_weight)
+
+    return run
+
+
+def cpu_peak_bytes(setting: Setting, name: str, threads: int) -> int:
+    """In a fresh process."""
+    torch.set_num_threads(threads)
+    loss = losses("cpu")[name]
+    # Threads and libraries start; memory for the real sizes is still to be taken.
+    forward_backward(loss, make_batch(TINY[0]._replace(dtype=setting.dtype), "cpu"))
+    batch = make_batch(setting, "cpu")
+    return peak_bytes(lambda: forward_backward(loss, batch))
+
+
+def compare(setting: Setting, device: str, repeats: int, threads: int) -> dict:
+    """A row for each loss, ours first; one that fails or is wrong says so in ``failed``."""
+    batch = make_batch(setting, device)
+    true, rows = truth(batch), []
+    for name, loss in losses(device).items():
+        row = {"loss": name, "failed": None}
+        try:
+            row["errors"] = errors(loss, batch, true)
+            if not all(error <= TOLERANCE[setting.dtype] for error in row["errors"]):  # or is NaN
+                row["failed"] = "WRONG"
+        except Exception as error:  # the others' figures are worth having all the same
+            row["failed"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        batch.hidden.grad = batch.weight.grad = None
+        rows.append(row)
+    del true
+
+    can_run = {row["loss"]: losses(device)[row["loss"]] for row in rows if "errors" in row}
+    calls = {n: lambda loss=loss: forward_backward(loss, batch) for n, loss in can_run.items()}
+    ns = median_ns({**calls, PRODUCTS: products(batch)}, repeats, device=device)
+    batch.hidden.grad = batch.weight.grad = None
+    synchronize(device)
+    for row in rows:
+        if (name := row["loss"]) not in can_run:
+            continue
+        row["ms"] = ns[name] / 1e6
+        if device == "cuda":
+            batch.hidden.grad = batch.weight.grad = None
+            row["peak_bytes"] = peak_bytes(calls[name], device)
+        else:
+            row["peak_bytes"] = in_fresh_process(cpu_peak_bytes, setting, name, threads)
+    vocabulary, samples, length, dim, _ = setting
+    num_rows = int(batch.corrupted.num_masked.sum())
+    return {
+        **setting._asdict(),
+        "masked_rows": num_rows,
+        "flops": 3 * 2 * num_rows * vocabulary * dim,
+        "bytes_of_all_logits": samples * length * vocabulary * 4,
+        "bytes_of_gradients": batch.hidden.nbytes + batch.weight.nbytes,
+        "rows": [*rows, {"loss": PRODUCTS, "failed": None, "ms": ns[PRODUCTS] / 1e6}],
+    }
+
+
+def report(result: dict) -> None:
+    ours, limit = result["rows"][0], result["rows"][-1]
+    print(
+        f"V {result['num_tokens']}, B {result['batch']}, L {result['length']}, D {result['dim']}, "
+        f"{result['dtype']}: R = {result['masked_rows']} of {result['batch'] * result['length']} "
+        f"rows are masked.\n3 products x 2 R V D = {result['flops'] / 1e9:.3g} GFLOP; float32 "
+        f"logits [B, L, V] would be {result['bytes_of_all_logits'] / 1e6:.4g} MB; the gradients, "
+        f"in every peak, are {result['bytes_of_gradients'] / 1e6:.4g} MB.\n"
+    )
+    table = []
+    for row in result["rows"]:
+        ms, peak = row.get("ms"), row.get("peak_bytes")
+        loss, hidden, weight = row.get("errors", (None, None, None))
+        table.append(
+            {
+                "loss": row["loss"],
+                "ms": ms,
+                "times ours": ms and ours.get("ms") and ms / ours["ms"],
+                "GFLOP/s": ms and result["flops"] / ms / 1e6,
+                "of the limit": ms and limit["ms"] / ms,
+                "peak MB": peak and peak / 1e6,
+                "peak, times ours": peak and ours.get("peak_bytes") and peak / ours["peak_bytes"],
+                "error of loss": loss,
+                "of d hidden": hidden,
+                "of d weight": weight,
+                "": row["failed"],
+            }
+        )
+    print_table(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    args = parser.parse_args()
+    device = "cpu" if args.dry_run else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
+    threads, repeats = (1, 1) if args.dry_run else (args.threads, args.repeats)
+    torch.set_num_threads(threads)
+
+    record = environment(
+        device, threads=threads, repeats=repeats, dry_run=args.dry_run, settings=[]
+    )
+    print(
+        f"{record['device']}, torch {torch.__version__}, {threads} threads: forward and "
+        f"backward, medians of {repeats} calls in turn\n"
+    )
+    for setting in TINY if args.dry_run else CUDA if device == "cuda" else CPU:
+        record["settings"].append(compare(setting, device, repeats, threads))
+        report(record["settings"][-1])
+        write_json(args.json, record)  # after each: the next may not end
+    failed = [row["loss"] for s in record["settings"] for row in s["rows"] if row["failed"]]
+    if failed:
+        parser.exit(1, f"wrong or failed: {', '.join(failed)}\n")
+
+
+if __name__ == "__main__":
+    main()

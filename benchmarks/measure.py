@@ -1,0 +1,178 @@
+"""What benchmarks share: clocks, high-water marks of memory, the machine's name, tables, bars."""
+
+import ctypes
+import datetime
+import gc
+import json
+import multiprocessing
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nar_kernels import pictures
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def environment(device: str, **more: Any) -> dict[str, Any]:
+    """The head of a file of figures."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **more,
+    }
+
+
+def write_json(path: Path | None, record: dict[str, Any]) -> None:
+    """Nowhere if there is no path."""
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ns(
+    fns: dict[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warm_up: int = 1,
+    timed: int = 1,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Median nanoseconds a call of each.
+
+    They take turns, so that all see the same machine. Each turn is a loop of its own: it begins
+    with calls that are not timed, since the one before left its own data in the caches.
+    """
+    times: dict[str, list[int]] = {name: [] for name in fns}
+    for _ in range(repeats):
+        for name, fn in fns.items():
+            for _ in range(warm_up):
+                fn()
+            for _ in range(timed):
+                synchronize(device)
+                start = time.perf_counter_ns()
+                fn()
+                synchronize(device)
+                times[name].append(time.perf_counter_ns() - start)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def _high_water_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) << 10
+
+
+def peak_bytes(fn: Callable[[], object], device: str = "cpu") -> int:
+    """The most memory in use during a call, above what is in use before it.
+
+    On the CPU it is memory of this process that is resident, its caches of freed blocks included:
+    call it in a process of its own. On a GPU it is memory of tensors.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        fn()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
+    before = _high_water_bytes()
+    fn()
+    return _high_water_bytes() - before
+
+
+def in_fresh_process(fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)`` in a process where nothing has run yet, without the wait for imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "nar_kernels", "x_transformers"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(fn, *args).result()
+
+
+def show(value: object, digits: int = 3) -> str:
+    """Numbers with so many digits that count, and nothing for None."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:#.{digits}g}".rstrip(".")
+
+
+def print_table(rows: Sequence[dict[str, object]]) -> None:
+    """The columns are those of the first row."""
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(show(row.get(column)) for column in columns) + " |")
+    print(flush=True)
+
+
+def draw_bars(
+    path: Path,
+    bars: dict[str, dict[str, float]],
+    colours: dict[str, str],
+    title: str,
+    unit: str,
+) -> None:
+    """A stacked horizontal bar for each entry of ``bars``, in the style of a run's pictures.
+
+    Args:
+        bars: lengths of the parts of each bar, by label.
+        colours: of the parts, in their order.
+    """
+    ink, grid = pictures._INK, pictures._TABLE
+    figure = pictures._figure(9, 3.2)
+    axes = figure.add_axes((0.135, 0.32, 0.845, 0.52))
+    longest = max(sum(bar.values()) for bar in bars.values())
+    for y, bar in enumerate(bars.values()):
+        left = 0.0
+        for label, colour in colours.items():
+            axes.barh(y, bar[label], 0.62, left, color=colour, label="" if y else label)
+            if bar[label] > 0.04 * longest:
+                dark = sum(pictures._rgb(colour)) < 400
+                axes.text(
+                    left + bar[label] / 2,
+                    y,
+                    show(bar[label], 2),
+                    ha="center",
+                    va="center",
+                    color=pictures._PAPER if dark else ink,
+                )
+            left += bar[label]
+        total = f"{show(left)} {unit}"
+        axes.text(left + 0.01 * longest, y, total, va="center", color=ink, weight="bold")
+    axes.set_yticks(range(len(bars)), bars, color=ink)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * longest)
+    axes.tick_params(axis="x", colors=ink)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    figure.text(0.02, 0.91, title, color=ink, fontsize=12)
+    figure.legend(
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0.01, 0),
+        ncol=4,
+        labelcolor=ink,
+        fontsize=9,
+    )
+    figure.savefig(path)

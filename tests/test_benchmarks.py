@@ -1,0 +1,98 @@
+"""Benchmarks of the loss and of training steps: tiny settings print and write all promised rows.
+
+What they measure there says nothing, and is not looked at."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+LOSSES = ["masked_nll", "naive, all positions", "naive, masked rows"]
+PRODUCTS = "products alone"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="no marks of memory here"
+    ),
+]
+
+
+def run(script: str, tmp_path: Path, *options: object) -> tuple[dict, str]:
+    """The figures and the output of a dry run."""
+    out = tmp_path / "figures.json"
+    command = [sys.executable, BENCHMARKS / script, "--dry-run", "--json", out, *options]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(out.read_text()), result.stdout
+
+
+def test_masked_nll(tmp_path):
+    figures, output = run("bench_masked_nll.py", tmp_path)
+    assert [s["dtype"] for s in figures["settings"]] == ["float32", "bfloat16"]
+    for setting in figures["settings"]:
+        size = setting["masked_rows"] * setting["num_tokens"] * setting["dim"]
+        assert setting["flops"] == 6 * size > 0
+        rows = {row["loss"]: row for row in setting["rows"]}
+        assert {*LOSSES, PRODUCTS} <= {*rows}
+        for name, row in rows.items():
+            assert row["failed"] is None and row["ms"] > 0
+            assert f"| {name} |" in output
+            if name != PRODUCTS:
+                assert row["peak_bytes"] >= 0 and len(row["errors"]) == 3
+
+
+def test_a_wrong_loss_is_an_error(tmp_path):
+    """Loss weights that the gradient ignores, as Liger's did before 0.8.2."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import bench_masked_nll as bench\n"
+        "class Unweighted(bench.Batch):\n"
+        "    def rows(self):\n"
+        "        hidden, labels, weights = super().rows()\n"
+        "        return hidden, labels, weights.mean().expand_as(weights)\n"
+        "batch = bench.make_batch(bench.TINY[0], 'cpu')\n"
+        "true = bench.truth(batch)\n"
+        "good = bench.errors(bench.naive_rows, batch, true)\n"
+        "bad = bench.errors(lambda b: bench.naive_rows(Unweighted(*b)), batch, true)\n"
+        "assert max(good) < bench.TOLERANCE['float32'], good\n"
+        "assert min(bad[1:]) > max(bench.TOLERANCE.values()), bad"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_train_step(tmp_path):
+    pytest.importorskip("x_transformers")
+    figures, output = run("bench_train_step.py", tmp_path, "--device", "cuda")
+    (setting,) = figures["settings"]
+    rows = {f"{row['who']}: {row['what']}": row for row in setting["rows"]}
+    assert list(rows) == [
+        "trunk: forward + backward",
+        "x-transformers: forward + backward",
+        "x-transformers: whole step",
+        "ours: forward + backward",
+        "ours: whole step",
+    ]
+    for name, row in rows.items():
+        assert row["ms"] > 0 and row["peak_bytes"] >= 0 and row["tokens_per_second"] > 0
+        assert f"| {name} |" in output
+        assert ("times_speed" in row) == name.startswith("ours")
+    assert [row["largest_batch"] for row in setting["largest_batches"]] == [5, 5]
+    assert "not fused" not in output
+
+
+def test_profile_and_quality(tmp_path):
+    for package in ("x_transformers", "matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    picture = tmp_path / "step.png"
+    options = ("--profile", picture, "--quality", "digits", "--seeds", 2)
+    figures, output = run("bench_train_step.py", tmp_path, *options)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert list(figures["profile_ms"]) == ["x-transformers", "ours"]
+    for step in figures["profile_ms"].values():
+        assert len(step) == 7 and min(step.values()) > 0
+    assert [row["seed"] for row in figures["quality"]] == [0, 1]
+    assert all(abs(row["difference"]) < 1e-3 for row in figures["quality"])  # after two steps
+    assert "mean difference" in output
