@@ -73,13 +73,20 @@ class TrainConfig:
     )
 
     steps: int = _option(2000, "optimiser steps")
-    batch_size: int = _option(32, "windows of one optimiser step")
-    accumulate: int = _option(1, "parts that a batch is split into, to save memory")
+    batch_size: int = _option(32, "windows of one optimiser step, on all processes together")
+    accumulate: int = _option(
+        1, "parts that a batch (of each process) is split into, to save memory"
+    )
     lr: float = _option(1e-3, "peak learning rate of AdamW")
     warmup: int = _option(100, "steps of linear warm-up, before cosine decay to zero")
     weight_decay: float = _option(0.1, "of matrices")
     beta2: float = _option(0.99, "AdamW's decay of squared gradients")
     clip: float = _option(1.0, "largest norm of the gradient")
+    ema: float = _option(
+        0.0,
+        "decay of a moving average of the weights, such as 0.999, which evaluation and generate "
+        "then use; 0 is off",
+    )
 
     eval_every: int = _option(200, "steps from one evaluation to the next")
     eval_draws: int = _option(8, "masks of each held-out window")
@@ -89,7 +96,8 @@ class TrainConfig:
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     threads: int | None = _option(
         None,
-        "CPU threads; few are best for a small net, and on a machine with other work to do",
+        "CPU threads of each process; few are best for a small net, and on a machine with other "
+        "work to do",
         type=int,
         otherwise="PyTorch's choice",
     )
@@ -97,6 +105,15 @@ class TrainConfig:
         "auto",
         "bf16 is autocast; auto takes it where the hardware multiplies in it",
         choices=("auto", "fp32", "bf16"),
+    )
+    compile: bool = _option(False, "compile the net with torch.compile, which takes a minute")
+    checkpoint_activations: bool = _option(
+        False, "save memory: compute the inside of each block again for its gradient"
+    )
+    shard: bool = _option(
+        False,
+        "divide weights, gradients and AdamW's state over the processes of torchrun (FSDP2); "
+        "checkpoints are whole all the same",
     )
     resume: bool = _option(False, "continue the run in the folder; its options are the defaults")
     overwrite: bool = _option(False, "start again where the folder holds a run")
@@ -134,10 +151,9 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2 is {self.beta2}: it must be in [0, 1)")
+        for name in ("dropout", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         if self.weight_decay < 0 or self.warmup < 0:
             raise ValueError("weight_decay and warmup must not be negative")
         if self.dim % self.heads:
@@ -169,12 +185,14 @@ class TrainConfig:
 
     def refuse_to_continue(self, saved: dict[str, Any]) -> None:
         """Raises ValueError unless a run with the ``saved`` options can go on with these."""
-        for name, ours in self.to_dict().items():
-            if name not in FREE_ON_RESUME and saved.get(name) != ours:
-                option = "--" + name.replace("_", "-")
+        for f in fields(self):
+            ours = getattr(self, f.name)
+            theirs = saved.get(f.name, f.default)  # older versions had fewer options
+            if f.name not in FREE_ON_RESUME and theirs != ours:
+                option = "--" + f.name.replace("_", "-")
                 raise ValueError(
-                    f"cannot resume {self.folder}: {option} was {saved.get(name)} and is {ours} "
-                    "now; leave it out, or start another run with another --out"
+                    f"cannot resume {self.folder}: {option} was {theirs} and is {ours} now; leave "
+                    "it out, or start another run with another --out"
                 )
 
 
@@ -183,11 +201,11 @@ _AT_LEAST_ONE = (
     *("accumulate", "eval_every", "eval_draws", "save_every", "threads"),
 )
 
-# Options that do not change what is learnt, but for rounding.
+# Options that do not change what is learnt, but for rounding and the noise of dropout.
 FREE_ON_RESUME = frozenset(
     (
         *("out", "device", "threads", "accumulate", "eval_every", "save_every"),
-        *("resume", "overwrite", "quiet"),
+        *("compile", "checkpoint_activations", "shard", "resume", "overwrite", "quiet"),
     )
 )
 

@@ -4,7 +4,6 @@ Shapes: B batch, L sequence length, V vocabulary, N windows, E noise draws of ea
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from nar_kernels.data import TokenDataset
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.ops import corrupt
+from nar_kernels.parallel import rank, sum_over_ranks, world_size
 
 NATS_PER_BIT = math.log(2)
 
@@ -31,26 +31,28 @@ class Evaluation(NamedTuple):
     standard_error: float
 
 
-def evaluation_batches(dataset: TokenDataset, windows: Tensor, draws: int) -> Iterator[Corrupted]:
-    """Each window ``draws`` times in a row, with times spread evenly over its draws.
+def evaluation_parts(dataset: TokenDataset, num_windows: int, draws: int) -> list[slice]:
+    """Batches of whole windows among all ``num_windows * draws`` samples."""
+    most = min(_MAX_TOKENS, _MAX_LOGITS // dataset.num_tokens) // dataset.seq_len
+    size, total = max(most // draws, 1) * draws, num_windows * draws
+    return [slice(i, min(i + size, total)) for i in range(0, total, size)]
+
+
+def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: slice) -> Corrupted:
+    """Some of the samples: each window ``draws`` times in a row, with times spread evenly over its
+    draws.
 
     The masks are a function of the window's place in ``windows`` and of the draw alone.
     """
-    masking = MaskingConfig(dataset.num_tokens, dataset.mask_id)
-    starts = dataset.starts(windows).repeat_interleave(draws)
-    sample_ids = torch.arange(len(starts))
-    most = min(_MAX_TOKENS, _MAX_LOGITS // dataset.num_tokens) // dataset.seq_len
-    size = max(most // draws, 1) * draws
-    for i in range(0, len(starts), size):
-        yield corrupt(
-            dataset.corpus.tokens,
-            masking,
-            seed=_EVALUATION_SEED,
-            starts=starts[i : i + size],
-            seq_len=dataset.seq_len,
-            sample_ids=sample_ids[i : i + size],
-            global_batch=draws,
-        )
+    return corrupt(
+        dataset.corpus.tokens,
+        MaskingConfig(dataset.num_tokens, dataset.mask_id),
+        seed=_EVALUATION_SEED,
+        starts=dataset.starts(windows).repeat_interleave(draws)[part],
+        seq_len=dataset.seq_len,
+        sample_ids=torch.arange(len(windows) * draws)[part],
+        global_batch=draws,
+    )
 
 
 @torch.no_grad()
@@ -60,7 +62,8 @@ def evaluate(
     """The likelihood bound of ``net`` (ids ``[B, L]`` to logits ``[B, L, V]``) on some windows.
 
     It is an upper bound on the negative log-likelihood, estimated with exact draws of the linear
-    schedule, in evaluation mode.
+    schedule, in evaluation mode. Under ``torch.distributed`` all ranks must call this; they share
+    the work, and each gets the result of one process.
 
     Args:
         windows: int64 ``[N]``, indices into ``dataset``.
@@ -68,14 +71,19 @@ def evaluate(
     """
     was_training = net.training
     net.eval()
-    nats = []
-    for batch in evaluation_batches(dataset, windows, draws):
-        batch = batch.to(device)
+    parts = evaluation_parts(dataset, len(windows), draws)
+    nats = torch.zeros(len(windows) * draws, dtype=torch.float64)
+    for turn in range(0, len(parts), world_size()):
+        # A rank left over in the last turn joins in: a sharded net is called by all or none.
+        mine = turn + rank()
+        part = parts[min(mine, len(parts) - 1)]
+        batch = evaluation_batch(dataset, windows, draws, part).to(device)
         logits = net(batch.input_ids).float().transpose(1, 2)
         nll = F.cross_entropy(logits, batch.labels, reduction="none")  # 0 where not masked
-        nats.append((nll.sum(1) * batch.loss_weight / batch.num_maskable).double().cpu())
+        if mine < len(parts):
+            nats[part] = (nll.sum(1) * batch.loss_weight / batch.num_maskable).double().cpu()
     net.train(was_training)
-    bits = torch.cat(nats).view(-1, draws).mean(1) / NATS_PER_BIT
+    bits = sum_over_ranks(nats).view(-1, draws).mean(1) / NATS_PER_BIT
     # With one window there is no spread to estimate from.
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
     return Evaluation(bits.mean().item(), error)

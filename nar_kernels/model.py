@@ -1,10 +1,12 @@
 """The net of the trainer, and its way into and out of checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from nar_kernels import checkpoint
+from nar_kernels import checkpoint, parallel
 from nar_kernels.config import TrainConfig
 from nar_kernels.sources import SequenceSpec, import_extra
 from nar_kernels.wrapper import NonAutoregressiveWrapper
@@ -66,8 +68,46 @@ def build_model(config: TrainConfig, spec: SequenceSpec) -> NonAutoregressiveWra
     )
 
 
+def blocks(model: NonAutoregressiveWrapper) -> list[list[nn.Module]]:
+    """The attention and the feed-forward of each block, in the order in which they run."""
+    net: Any = model.net
+    layers = [layer for _, layer, _ in net.attn_layers.layers]
+    return [layers[i : i + 2] for i in range(0, len(layers), 2)]
+
+
+def checkpoint_activations(model: NonAutoregressiveWrapper) -> None:
+    """Attention and feed-forward of each block, in place, keep only their inputs for the backward
+    pass, and run once more in it. x-transformers has no option for that.
+
+    The keys of the state dict stay as they are.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    net: Any = model.net
+    for layer in net.attn_layers.layers:
+        layer[1] = checkpoint_wrapper(layer[1])
+
+
+def prepare(
+    model: NonAutoregressiveWrapper, config: TrainConfig, device: torch.device
+) -> nn.Module:
+    """Moves ``model``, in place, to the device that trains it, with its recomputation, compilation
+    and sharding as ``config`` says; returns what to call so that ranks share gradients."""
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    if config.compile:
+        # Between sharded blocks, FSDP2 gathers weights, which cannot be traced.
+        model.net.compile(fullgraph=not config.shard)
+    if config.shard:
+        parallel.shard(model, blocks(model), device)  # no device holds all of it
+        return model
+    return parallel.replicate(model.to(device))
+
+
 def load_model(path: Path) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
     """The trained model of a checkpoint, on the CPU, and what it makes.
+
+    Its weights are the averages, if the run kept any.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it is another kind of file.
@@ -75,5 +115,5 @@ def load_model(path: Path) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
     state = checkpoint.load(path)
     spec = SequenceSpec(**state["spec"])
     model = build_model(TrainConfig.continued(state["config"]), spec)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state.get("ema") or state["model"])
     return model.eval(), spec

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nar_kernels import samples
 from nar_kernels.config import TrainConfig
 from nar_kernels.evaluate import NATS_PER_BIT, Baseline
+from nar_kernels.parallel import world_size
 from nar_kernels.pictures import images, loss_curve
-from nar_kernels.sources import Data
+from nar_kernels.sources import Data, SequenceSpec
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 _POINTS = 200  # of the training curve
@@ -43,15 +44,18 @@ class Log:
         self.seconds = 0.0
         self._last_tick: float | None = None
 
-    def add(self, loss: float, step_seconds: float) -> None:
-        self.losses.append(loss)
-        self.step_seconds += step_seconds
+    def add(self, losses: list[float]) -> None:
+        """Steps, which took the time since the last call of this or :meth:`tick`."""
+        self.losses += losses
+        self.step_seconds += self.tick()
 
-    def tick(self) -> None:
-        """Adds the time since the last tick."""
+    def tick(self) -> float:
+        """Takes note of the seconds since the last call, and returns them."""
         now = time.perf_counter()
-        self.seconds += 0.0 if self._last_tick is None else now - self._last_tick
+        elapsed = 0.0 if self._last_tick is None else now - self._last_tick
+        self.seconds += elapsed
         self._last_tick = now
+        return elapsed
 
     def best(self) -> tuple[int, float, float]:
         return min(self.curve, key=lambda point: point[1])
@@ -114,6 +118,7 @@ def environment(device: torch.device, bf16: bool) -> dict[str, Any]:
         "simd": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": "bf16" if bf16 else "fp32",
+        "processes": world_size(),
     }
 
 
@@ -136,7 +141,8 @@ def describe(
         "steps": f"{config.steps} of {config.batch_size} windows; AdamW, peak learning rate "
         f"{config.lr:g}",
         "on": f"{environment['device']}, {environment['threads']} threads, "
-        f"{environment['precision']}",
+        f"{environment['precision']}"
+        + (f", {environment['processes']} processes" if environment["processes"] > 1 else ""),
         "to beat": ", ".join(
             f"{b.bits_per_token:.3f} ({name})" for name, b in _shown(baselines).items()
         ),
@@ -154,7 +160,7 @@ def _shown(baselines: dict[str, Baseline]) -> dict[str, Baseline]:
     return {label: baselines[name] for name, label in names.items() if name in baselines}
 
 
-def write_results(
+def make_report(
     config: TrainConfig,
     data: Data,
     model: NonAutoregressiveWrapper,
@@ -162,23 +168,14 @@ def write_results(
     baselines: dict[str, Baseline],
     environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes ``report.json``, the pictures and samples into the run's folder."""
+    """What ``report.json`` says."""
     step, bits, error = log.curve[-1]
     best_step, best_bits, _ = log.best()
-    shown = _shown(baselines)
     tokens = len(log.losses) * config.batch_size * data.spec.seq_len
-    loss_curve(
-        config.folder / "loss.png",
-        train=log.smooth(),
-        held_out=log.curve,
-        baselines={label: b.bits_per_token for label, b in shown.items()},
-        train_label="training batches" + (", unweighted" if config.loss == "mean" else ""),
-        title=f"{Path(data.name).name}: {bits:.3f} bits per token after {step} steps",
-    )
-    report = {
+    return {
         "bits_per_token": bits,
         "standard_error": None if math.isnan(error) else error,
-        "below_best_baseline": min(b.bits_per_token for b in shown.values()) - bits,
+        "below_best_baseline": min(b.bits_per_token for b in _shown(baselines).values()) - bits,
         "baselines": {name: b._asdict() for name, b in baselines.items()},
         "best": {"step": best_step, "bits_per_token": best_bits},
         "steps": step,
@@ -201,7 +198,7 @@ def write_results(
             "best_checkpoint": "best.pt",
             "tensorboard": "tb",
             "loss_curve": "loss.png",
-            "samples": _write_samples(config, data, model),
+            "samples": _samples_name(data.spec),
         },
         "curve": {
             # Nats of config.loss over ln 2: bits per masked token, unless it is the bound.
@@ -209,26 +206,51 @@ def write_results(
             "held_out": [{"step": s, "bits_per_token": b} for s, b, _ in log.curve],
         },
     }
-    (config.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
 
 
-def _write_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> str:
-    """Samples as they appear, for images; else the samples. Returns the name of the file."""
+def _samples_name(spec: SequenceSpec) -> str:
+    if spec.image_shape is not None:
+        return "filmstrip.png"
+    return "samples.txt" if spec.render == "bytes" else "samples.npy"
+
+
+def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> Tensor:
+    """What the report shows of a model: ``[N, L]``, or images as they appear, ``[N, S + 1, L]``."""
     if data.spec.image_shape is not None:
-        ids = samples.frames(model, _FILMSTRIP_ROWS, seed=config.seed)
+        return samples.frames(model, _FILMSTRIP_ROWS, seed=config.seed)
+    return samples.draw(model, 4, seed=config.seed, steps=max(data.spec.seq_len // 4, 1))
+
+
+def write_results(
+    config: TrainConfig,
+    data: Data,
+    log: Log,
+    baselines: dict[str, Baseline],
+    report: dict[str, Any],
+    ids: Tensor,
+) -> None:
+    """Writes ``report.json``, the pictures and the samples ``ids`` into the run's folder."""
+    bits, steps = report["bits_per_token"], report["steps"]
+    loss_curve(
+        config.folder / "loss.png",
+        train=log.smooth(),
+        held_out=log.curve,
+        baselines={label: b.bits_per_token for label, b in _shown(baselines).items()},
+        train_label="training batches" + (", unweighted" if config.loss == "mean" else ""),
+        title=f"{Path(data.name).name}: {bits:.3f} bits per token after {steps} steps",
+    )
+    path = config.folder / report["files"]["samples"]
+    if data.spec.image_shape is None:
+        samples.write(path, ids, data.spec)
+    else:
         images(
-            config.folder / "filmstrip.png",
+            path,
             ids.unflatten(-1, data.spec.image_shape),
             mask_id=data.spec.mask_id,
             column_labels=["start", *map(str, range(1, ids.shape[1]))],
             title=f"{data.name}: decoding steps, coloured where still masked",
         )
-        return "filmstrip.png"
-    name = "samples.txt" if data.spec.render == "bytes" else "samples.npy"
-    ids = samples.draw(model, 4, seed=config.seed, steps=max(data.spec.seq_len // 4, 1))
-    samples.write(config.folder / name, ids, data.spec)
-    return name
+    (config.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def summary(report: dict[str, Any]) -> str:

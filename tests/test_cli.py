@@ -110,6 +110,9 @@ def test_mistakes_in_train(capsys, tmp_path, text_run):
     assert "no checkpoint" in fails(capsys, "train", "--resume", "--out", tmp_path)
     assert "holds a run" in fails(capsys, "train", "--data", "text", "--out", text_run)
     assert "heads is 5" in fails(capsys, "train", "--data", "digits", "--heads", 5)
+    assert "ema is 1.5" in fails(capsys, "train", "--data", "digits", "--ema", 1.5)
+    out = "--out", tmp_path / "shards"
+    assert "torchrun" in fails(capsys, "train", "--data", "digits", "--shard", *out)
     np.save(tmp_path / "ids.npy", np.zeros(1000, dtype=np.int32))
     assert "give num_tokens" in fails(capsys, "train", "--data", tmp_path / "ids.npy")
     (tmp_path / "short.txt").write_bytes(b"short")

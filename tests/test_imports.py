@@ -14,16 +14,16 @@ PACKAGE = ROOT / "nar_kernels"
 
 # Lowest first. A module imports from the rows above its own only, not from its neighbours.
 LAYERS = [
-    ["errors"],
+    ["errors", "parallel"],
     ["philox", "schedules"],
     ["arguments", "masking"],
     ["backends", "reference", "kernels", "corpus"],
     ["launch", "feed"],
-    ["ops"],
+    ["loss", "ops"],
     ["data", "decode", "nets"],
     ["wrapper"],
-    ["checkpoint", "config", "evaluate", "interrupt", "sources"],
-    ["model", "pictures"],
+    ["checkpoint", "config", "ema", "evaluate", "interrupt", "sources"],
+    ["model", "pictures", "progress", "step"],
     ["samples"],
     ["report"],
     ["train"],

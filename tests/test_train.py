@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from nar_kernels import checkpoint, pictures, samples
 from nar_kernels.config import TrainConfig
 from nar_kernels.data import MaskedLoader, TokenDataset
+from nar_kernels.ema import Ema
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
-from nar_kernels.evaluate import baselines, evaluate, evaluation_batches
+from nar_kernels.evaluate import baselines, evaluate, evaluation_batch, evaluation_parts
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.model import build_model, choose_bf16, load_model
+from nar_kernels.model import build_model, checkpoint_activations, choose_bf16, load_model
 from nar_kernels.sources import SequenceSpec, open_data
 from nar_kernels.train import DivergedError, Run, learning_rate, loss_and_gradient, train
 
@@ -81,11 +83,11 @@ def test_accumulation_is_exact(sentences, tmp_path, loss, accumulate):
     config = small(sentences, tmp_path, loss=loss, dropout=0.0)
     torch.manual_seed(0)
     model, batch = build_model(config, SPEC), uneven_batch(sentences)
-    whole = loss_and_gradient(model, batch)
+    whole = loss_and_gradient(model, batch).item()
     expected = gradients(model)
     model.zero_grad()
 
-    assert loss_and_gradient(model, batch, accumulate) == pytest.approx(whole, rel=1e-6)
+    assert loss_and_gradient(model, batch, accumulate).item() == pytest.approx(whole, rel=1e-6)
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
@@ -95,7 +97,8 @@ def test_a_mean_of_means_would_be_noticed(sentences, tmp_path):
     model = build_model(small(sentences, tmp_path, dropout=0.0), SPEC)
     batch = uneven_batch(sentences)
     parts = [model(part).loss.item() for part in batch.microbatches(2)]
-    assert sum(parts) / len(parts) != pytest.approx(loss_and_gradient(model, batch), rel=1e-3)
+    whole = loss_and_gradient(model, batch).item()
+    assert sum(parts) / len(parts) != pytest.approx(whole, rel=1e-3)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -153,11 +156,13 @@ def test_noise_of_evaluation_depends_on_the_window_alone():
     """Neither on PyTorch's generator, nor on how windows are batched."""
     dataset = held_out(length=700)  # 2**14 tokens hold 7 windows of 3 draws
     torch.manual_seed(1)
+    windows, parts = torch.arange(40), evaluation_parts(dataset, 40, 3)
+    assert len(parts) == 6
     all_at_once = torch.cat(
-        [b.masked_indices for b in evaluation_batches(dataset, torch.arange(40), 3)]
+        [evaluation_batch(dataset, windows, 3, part).masked_indices for part in parts]
     )
     torch.manual_seed(2)
-    few = torch.cat([b.masked_indices for b in evaluation_batches(dataset, torch.arange(5), 3)])
+    few = evaluation_batch(dataset, windows[:5], 3, slice(0, 15)).masked_indices
     assert len(all_at_once) == 120
     assert torch.equal(all_at_once[:15], few)
     ratio = all_at_once.float().mean(1).view(-1, 3).sort(1).values
@@ -284,7 +289,7 @@ def test_what_is_no_checkpoint(tmp_path):
 
 # Runs
 
-LONG = {"steps": 200, "eval_every": 100, "save_every": 25}
+LONG = {"steps": 200, "eval_every": 100, "save_every": 25, "ema": 0.95}
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +346,7 @@ def test_a_stopped_run_continues_bit_for_bit(sentences, tmp_path, uninterrupted,
     train(replace(config, resume=True))
     resumed = checkpoint.load(config.folder / "last.pt")
     assert resumed["loader"]["step"] == 200
-    for part in ("model", "optimizer", "rng", "loader"):
+    for part in ("model", "ema", "optimizer", "loader"):
         assert same(resumed[part], uninterrupted[part]), part
     for part in ("losses", "curve"):
         assert same(resumed["log"][part], uninterrupted["log"][part]), part
@@ -352,19 +357,25 @@ def test_the_comparison_sees_another_seed(sentences, tmp_path, uninterrupted):
     assert not same(checkpoint.load(tmp_path / "last.pt")["model"], uninterrupted["model"])
 
 
-def test_the_state_of_the_generator_matters(sentences, tmp_path, uninterrupted):
-    """Dropout draws from it: with another state, the weights come out otherwise."""
-    config = small(sentences, tmp_path, **LONG)
-    run = Run(config)
-    for step, batch in zip(range(50), run.loader, strict=False):
-        run.log.add(run.step(batch, learning_rate(step, config))[0], step_seconds=0.01)
-    run.save("last.pt")
-    state = checkpoint.load(tmp_path / "last.pt")
-    assert not same(state["rng"], torch.Generator().manual_seed(5).get_state())
-    state["rng"] = torch.Generator().manual_seed(5).get_state()
-    checkpoint.save(tmp_path / "last.pt", state)
-    train(replace(config, resume=True))
-    assert not same(checkpoint.load(tmp_path / "last.pt")["model"], uninterrupted["model"])
+def steps_of(config: TrainConfig, disturb: Callable[[Run], object]) -> list[Tensor]:
+    """The weights after some steps, each of them after a call of ``disturb``."""
+    run = Run(config, torch.device("cpu"))
+    for step, batch in zip(range(5), run.loader, strict=False):
+        disturb(run)
+        run.step(batch, step)
+    return [p.detach() for p in run.model.parameters()]
+
+
+def test_dropout_is_a_function_of_seed_and_step(sentences, tmp_path):
+    """So the state of PyTorch's generator need not be saved."""
+    config = small(sentences, tmp_path, dropout=0.5)
+    expected = steps_of(config, lambda run: None)
+    assert same(steps_of(config, lambda run: torch.manual_seed(5)), expected)
+
+    def another_seed(run: Run) -> None:
+        run.noise_seed = 5
+
+    assert not same(steps_of(config, another_seed), expected)
 
 
 @pytest.fixture(scope="module")
@@ -469,6 +480,149 @@ def test_divergence_saves_nothing(sentences, tmp_path):
     assert all(p.isfinite().all() for p in state["model"].values() if p.is_floating_point())
 
 
+def test_divergence_that_is_noticed_late_saves_nothing(sentences, tmp_path):
+    """On a GPU nobody looks at the loss in every step, and AdamW goes on with what is ruined."""
+    run = Run(small(sentences, tmp_path, save_every=5, eval_every=1000), torch.device("cpu"))
+    run.settle_every = 10
+    run.begin()
+    step = run.step
+
+    def ruined(batch: Corrupted, number: int) -> None:
+        step(batch, number)
+        if number == 6:
+            next(run.model.parameters()).data.fill_(math.nan)
+
+    run.step = ruined  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="is nan after 7 steps"):
+        run.fit()
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["loader"]["step"] == 5 and len(state["log"]["losses"]) == 5
+    assert all(p.isfinite().all() for p in state["model"].values())
+
+
+def test_when_the_loss_is_looked_at_changes_nothing(sentences, tmp_path):
+    config = small(sentences, tmp_path / "often", steps=25, eval_every=12, save_every=7)
+    expected = train(config)
+    run = Run(replace(config, out=str(tmp_path / "rarely")), torch.device("cpu"))
+    run.settle_every = 10
+    settled: list[int] = []
+    settle = run.settle
+
+    def noted(stop: bool = False) -> bool:
+        stops = settle(stop)
+        settled.append(len(run.log.losses))
+        return stops
+
+    run.settle = noted  # type: ignore[method-assign]
+    run.begin()
+    run.fit()
+    assert settled == [7, 10, 12, 14, 20, 21, 24, 25]
+    assert run.finish()["curve"] == expected["curve"]
+    ours, theirs = (checkpoint.load(tmp_path / name / "last.pt") for name in ("rarely", "often"))
+    assert same(ours["model"], theirs["model"])
+    assert same(ours["log"]["losses"], theirs["log"]["losses"])
+
+
+def test_an_older_checkpoint_has_fewer_options(sentences, tmp_path):
+    config = small(sentences, tmp_path, steps=2)
+    train(config)
+    state = checkpoint.load(tmp_path / "last.pt")
+    for name in ("ema", "compile", "shard", "checkpoint_activations"):
+        del state["config"][name]
+    del state["ema"]
+    checkpoint.save(tmp_path / "last.pt", state)
+    train(replace(config, resume=True))
+    with pytest.raises(ValueError, match="--ema was 0.0 and is 0.5"):
+        train(replace(config, resume=True, ema=0.5))
+    load_model(tmp_path / "last.pt")
+
+
+# Averaged weights
+
+
+def test_the_average_is_what_it_says():
+    model = nn.Linear(3, 2)
+    average, expected = Ema(model, 0.8), model.weight.detach().clone()
+    for step in range(60):
+        with torch.no_grad():
+            model.weight.copy_(torch.full_like(expected, step))
+        average.update(step)
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    with average.applied():
+        torch.testing.assert_close(model.weight, expected)
+    assert (model.weight == 59).all()
+    # In the long run a ramp is followed at a distance of decay / (1 - decay).
+    assert average.state_dict()["weight"].mean().item() == pytest.approx(55, abs=0.1)
+
+
+def test_evaluation_and_generation_use_the_average(sentences, tmp_path):
+    config = small(sentences, tmp_path, steps=20, ema=0.9)
+    report = train(config)
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert not same(state["ema"], state["model"]) and state["ema"].keys() == state["model"].keys()
+    model, _ = load_model(tmp_path / "last.pt")
+    assert same(dict(model.state_dict()), dict(state["ema"]))
+    data = open_data(str(sentences), seq_len=16, num_held_out=8)
+    bits = {}
+    for name in ("ema", "model"):
+        model.load_state_dict(state[name])
+        arguments = model.net, data.held_out, data.held_out_windows
+        bits[name] = evaluate(*arguments, draws=2, device=torch.device("cpu")).bits_per_token
+    assert report["bits_per_token"] == bits["ema"] != bits["model"]
+    plain = train(small(sentences, tmp_path / "plain", steps=20))
+    assert same(checkpoint.load(tmp_path / "plain" / "last.pt")["model"], state["model"])
+    assert plain["bits_per_token"] == bits["model"]
+
+
+# Recomputed and compiled nets
+
+
+def test_checkpointed_activations_change_no_gradient(sentences, tmp_path):
+    config, found = small(sentences, tmp_path, depth=2, dropout=0.3), []
+    batch = uneven_batch(sentences)
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        model, calls = build_model(config, SPEC), []
+        keys = list(model.state_dict())
+        layer: Any = model.net
+        layer = layer.attn_layers.layers[1][1]
+        layer.ff[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if recomputed:
+            checkpoint_activations(model)
+        assert list(model.state_dict()) == keys
+        torch.manual_seed(1)
+        loss_and_gradient(model, batch)
+        assert len(calls) == 1 + recomputed
+        found.append(gradients(model))
+    assert same(*found)
+
+
+def test_options_that_change_no_weight(sentences, tmp_path, monkeypatch):
+    """The backend that compiles takes a minute; here another one, which only traces."""
+    whole: list[bool] = []
+    compile_it = nn.Module.compile
+
+    def trace(net: nn.Module, fullgraph: bool) -> None:
+        whole.append(fullgraph)
+        compile_it(net, fullgraph=fullgraph, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
+    states = []
+    for name in ("", "compile", "checkpoint_activations"):
+        torch._dynamo.reset()
+        config = small(sentences, tmp_path / f"run{name}", heads=2, steps=3, accumulate=3)
+        train(replace(config, **({name: True} if name else {})))
+        states.append(checkpoint.load(config.folder / "last.pt"))
+    assert whole == [True]
+    for state in states[1:]:
+        assert state["model"].keys() == states[0]["model"].keys()
+        for key, value in states[0]["model"].items():
+            torch.testing.assert_close(state["model"][key], value, rtol=1e-3, atol=1e-5)
+        expected = states[0]["log"]["losses"]
+        torch.testing.assert_close(state["log"]["losses"], expected, rtol=1e-5, atol=0)
+
+
 def test_bf16(sentences, tmp_path):
     report = train(small(sentences, tmp_path, steps=5, precision="bf16"))
     assert report["environment"]["precision"] == "bf16"
@@ -484,6 +638,7 @@ def test_bf16(sentences, tmp_path):
         ({"steps": 0}, "steps is 0: it must be at least 1"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"ema": 1.0}, r"ema is 1.0: it must be in \[0, 1\)"),
         ({"schedule": "quadratic"}, "schedule is 'quadratic'.*cosine"),
         ({"accumulate": 33}, "a batch has only 32 windows"),
         ({"resume": True, "overwrite": True}, "exclude each other"),

@@ -1,0 +1,60 @@
+"""A moving average of the weights, which often does better than where training just stands."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nar_kernels.parallel import gather_state, load_model_state, local
+
+
+class Ema:
+    """An exponential moving average of the parameters of ``model``.
+
+    Step s counts from 0. It keeps ``min(decay, (1 + s) / (10 + s))`` of the average so far, so that
+    the weights that training began with are soon forgotten.
+
+    Args:
+        model: the parameters may be sharded; the averages are then, too.
+        decay: in (0, 1): the average is over about ``1 / (1 - decay)`` steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._model = model
+        self._parameters = [local(p.detach()) for p in model.parameters()]
+        self._averages = [p.clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after ``step``."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averages for its parameters."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self._parameters, self._averages, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A state dict of the model, whole and on the CPU, with the averages."""
+        with self.applied():
+            state = gather_state(self._model.state_dict())
+            return {name: value.to("cpu", copy=True) for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes the averages of :meth:`state_dict`; the model keeps its weights."""
+        with self.applied():
+            load_model_state(self._model, state)

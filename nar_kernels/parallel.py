@@ -1,0 +1,174 @@
+"""Data parallelism: the processes that torchrun starts, and models that they share.
+
+Every process (rank) runs the same code on its part of the global batch. Without torchrun there is
+one, and most of this does nothing. Where ranks communicate, all of them must make the call.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+
+def _is_parallel() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _is_parallel() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _is_parallel() else 1
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did; gives this one's device."""
+    joins = dist.is_available() and dist.is_torchelastic_launched() and not _is_parallel()
+    if joins:
+        # What is on the host, such as flags, goes through gloo also where the net is on GPUs.
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    if device.type == "cuda" and _is_parallel():
+        fallback = rank() % torch.cuda.device_count()  # who is not started by torchrun
+        device = torch.device("cuda", dist.get_node_local_rank(fallback))
+        torch.cuda.set_device(device)
+    yield device
+    # Not after an error: others may wait for this rank in the middle of something.
+    if joins:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """``values`` of all ranks together, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    sum_over_ranks(torch.zeros(1))
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """``model`` with gradients that are means over ranks; itself if there is one."""
+    if world_size() == 1:
+        return model
+    # Buffers are constants here: nobody needs to send them around in every step. PyTorch 2.13 has
+    # a new name for that, and warns of the old one.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, **options)
+
+
+def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -> None:
+    """Divides the parameters of ``model`` over ranks, in place, and moves them to ``device``.
+
+    Those of a block are whole from the call of its first module to the end of its last one, those
+    outside of blocks while ``model`` runs. Gradients are means over ranks.
+
+    Raises:
+        ValueError: there is only one process.
+    """
+    if world_size() == 1:
+        raise ValueError(
+            "shard divides the weights over processes, and there is one: start several with "
+            "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or leave it out"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    # It says that nothing may be added in place to what blocks return; x-transformers adds to it
+    # out of place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # What is called first is the root to FSDP2 from then on, and evaluation may call a block first.
+    model.call_nothing = lambda: None
+    register_fsdp_forward_method(model, "call_nothing")
+    model.call_nothing()
+    model.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    # The class of FSDP2 costs a second to import.
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def accumulating(model: Any, *, is_last: bool) -> AbstractContextManager[Any]:
+    """Around the forward and backward pass of a part of a batch: only at its last part do ranks
+    exchange gradients."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if is_last else model.no_sync()
+    if is_sharded(model):
+        model.set_requires_gradient_sync(is_last)
+    return nullcontext()
+
+
+@contextmanager
+def unsharded(model: Any) -> Iterator[None]:
+    """Where parts of ``model`` are called by themselves, which do not gather what is not theirs."""
+    if is_sharded(model):
+        model.unshard()
+    yield
+    if is_sharded(model):
+        model.reshard()
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a tensor that is divided over ranks; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def full(tensor: Any) -> Tensor:
+    """All parts of a tensor that is divided over ranks; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather_state(state: Any) -> Any:
+    """A state dict whose divided tensors are whole, and on the CPU: on the first rank, that is.
+    Elsewhere they are empty."""
+
+    def gather(tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "full_tensor"):
+            return tensor
+        gathered = full(tensor)
+        return gathered.cpu() if rank() == 0 else gathered.new_empty(0)
+
+    return tree_map_only(Tensor, gather, state)
+
+
+def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads whole tensors, also into a sharded model."""
+    ours = model.state_dict()
+    model.load_state_dict({name: _divide(value, ours.get(name)) for name, value in state.items()})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads whole tensors, also where the parameters are sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    divided = {
+        index: {name: _divide(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": divided})
+
+
+def _divide(value: Any, like: Any) -> Any:
+    """A whole tensor, divided as ``like`` if that is a divided one of its shape."""
+    if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)

@@ -1,0 +1,355 @@
+"""Two processes with half of the batch each do what one does with all of it."""
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import nar_kernels.train
+from nar_kernels import checkpoint, parallel
+from nar_kernels.config import TrainConfig
+from nar_kernels.evaluate import evaluate
+from nar_kernels.masking import Corrupted
+from nar_kernels.model import build_model, load_model
+from nar_kernels.sources import SequenceSpec
+from nar_kernels.step import loss_and_gradient
+from nar_kernels.train import Run, train
+
+pytest.importorskip("x_transformers")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available() or os.name != "posix",
+        reason="needs the gloo backend",
+    ),
+]
+
+RANKS = 2
+SENTENCE = b"the quick brown fox jumps over the lazy dog. "
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+UNEVEN = 2  # a step in which coins mask 40 tokens of one rank and 22 of the other
+GRADIENTS = [(loss, accumulate) for loss in ("mean", "nelbo") for accumulate in (1, 3)]
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "parts": {"accumulate": 2, "loss": "nelbo", "ema": 0.9},
+    "shard": {"shard": True},
+    "shard_parts": {
+        **{"shard": True, "accumulate": 2, "loss": "nelbo", "ema": 0.9},
+        "checkpoint_activations": True,
+    },
+}
+
+
+def small(folder: Path, name: str, **options: Any) -> TrainConfig:
+    settings = {
+        **{"data": str(folder / "fox.txt"), "out": str(folder / name), "draw": "bernoulli"},
+        **{"seq_len": 16, "held_out": 90, "eval_draws": 16, "batch_size": 8},
+        **{"dim": 32, "depth": 2, "heads": 2, "lr": 3e-3, "steps": 12, "warmup": 2},
+        **{"eval_every": 6, "save_every": 6, "threads": 1, "quiet": True, "device": "cpu"},
+        "precision": "fp32",
+    }
+    return TrainConfig(**{**settings, **options})
+
+
+def gradients(folder: Path, loss: str, accumulate: int) -> tuple[Tensor, list[Tensor]]:
+    run = Run(small(folder, "none", loss=loss), CPU)
+    value = loss_and_gradient(run.trained, run.loader.batch(UNEVEN), accumulate)
+    value = parallel.sum_over_ranks(value) / parallel.world_size()
+    return value, [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
+
+
+class Killed(Exception):
+    pass
+
+
+def half_a_run(config: TrainConfig) -> None:
+    """Leaves what a run leaves that is killed in step 7, after it has saved step 6."""
+    run = Run(config, CPU)
+    run.begin()
+    step = run.step
+
+    def killed(batch: Corrupted, number: int) -> None:
+        if number == 7:
+            raise Killed
+        step(batch, number)
+
+    run.step = killed  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        run.fit()
+
+
+def as_a_rank(rank: int, folder: Path) -> None:
+    """What each of the processes does, and leaves in ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
+    found: dict[str, Any] = {}
+    run = Run(small(folder, "none"), CPU)
+    found["batches"] = [tensors(run.loader.batch(step)) for step in range(3)]
+    run.step(run.loader.batch(0), 0)
+    found["dropout"] = torch.initial_seed()
+    found["exchanges"] = []
+    for is_last in (False, True):
+        with parallel.accumulating(run.trained, is_last=is_last):
+            found["exchanges"].append(run.trained.require_backward_grad_sync)
+    for loss, accumulate in GRADIENTS:
+        found[f"{loss} {accumulate}"] = gradients(folder, loss, accumulate)
+    found["mistake"] = with_counts_of_its_own(folder)
+    found["interrupted"] = pressing_ctrl_c(small(folder, "ctrl_c"), at_step=4, here=rank == 1)
+    for name, options in RUNS.items():
+        train(small(folder, f"ranks_{name}", **options))
+    train(small(folder, "ranks_shard", shard=True, resume=True))  # it is complete
+    train(small(folder, "one_then_two", resume=True))
+    train(small(folder, "one_then_shard", resume=True, shard=True, ema=0.9))
+    half_a_run(small(folder, "shard_then_one", shard=True, ema=0.9))
+    torch.save(found, folder / f"found_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def pressing_ctrl_c(config: TrainConfig, at_step: int, here: bool) -> bool:
+    """Trains; whether that ended as if Ctrl-C had been pressed in this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    calls = itertools.count(1)
+
+    def pressed(*arguments: Any) -> Tensor:
+        if next(calls) == at_step and here:
+            signal.raise_signal(signal.SIGINT)
+        return loss_and_gradient(*arguments)
+
+    nar_kernels.train.loss_and_gradient = pressed
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        nar_kernels.train.loss_and_gradient = loss_and_gradient
+    return False
+
+
+def with_counts_of_its_own(folder: Path) -> tuple[Tensor, list[Tensor]]:
+    """Each rank divides by the count of its own masked tokens: a mean of means."""
+    exchange = parallel.sum_over_ranks
+    parallel.sum_over_ranks = lambda values: values * (1 if values.dtype.is_floating_point else 2)
+    try:
+        return gradients(folder, "mean", 1)
+    finally:
+        parallel.sum_over_ranks = exchange
+
+
+def tensors(batch: Corrupted) -> list[Tensor]:
+    return [batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    (folder / "fox.txt").write_bytes(SENTENCE * 200)
+    half_a_run(small(folder, "one_then_two"))
+    half_a_run(small(folder, "one_then_shard", ema=0.9))
+    torch.multiprocessing.spawn(as_a_rank, (folder,), RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"found_{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict[str, dict[str, Any]]:
+    """The checkpoints of the same runs in one process."""
+    checkpoints = {}
+    for name, options in {**RUNS, "ema": {"ema": 0.9}}.items():
+        train(small(folder, f"alone_{name}", **{**options, "shard": False}))
+        checkpoints[name] = checkpoint.load(folder / f"alone_{name}" / "last.pt")
+    return checkpoints
+
+
+def assert_same_run(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Equal up to rounding; and what was not rounded, equal."""
+    assert ours["loader"] == theirs["loader"]
+    torch.testing.assert_close(ours["log"]["losses"], theirs["log"]["losses"], rtol=1e-4, atol=0)
+    assert len(theirs["log"]["losses"]) == 12
+    for (step, bits, error), expected in zip(
+        ours["log"]["curve"], theirs["log"]["curve"], strict=True
+    ):
+        assert (step, bits, error) == pytest.approx(expected, rel=1e-4)
+    for part in ("model", "ema"):
+        assert (ours[part] is None) == (theirs[part] is None)
+        for name, value in (theirs[part] or {}).items():
+            torch.testing.assert_close(ours[part][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_windows_and_masks_are_bit_identical(folder, found):
+    loader = Run(small(folder, "none"), CPU).loader
+    for step in range(3):
+        halves = [found[rank]["batches"][step] for rank in range(RANKS)]
+        assert halves[0][0].shape == (4, 16)
+        for whole, parts in zip(
+            tensors(loader.batch(step)), zip(*halves, strict=True), strict=True
+        ):
+            assert torch.equal(torch.cat(parts), whole)
+
+
+def test_only_the_last_part_exchanges_gradients(found):
+    assert found[0]["exchanges"] == [False, True]
+
+
+def test_each_rank_has_dropout_of_its_own(found):
+    assert found[0]["dropout"] != found[1]["dropout"]
+
+
+@pytest.mark.parametrize(("loss", "accumulate"), GRADIENTS)
+def test_losses_and_gradients(folder, found, loss, accumulate):
+    value, expected = gradients(folder, loss, 1)
+    for rank in range(RANKS):
+        ours, grads = found[rank][f"{loss} {accumulate}"]
+        torch.testing.assert_close(ours, value, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_mean_of_means_would_be_noticed(folder, found):
+    counts = [found[rank]["batches"][UNEVEN][2].sum().item() for rank in range(RANKS)]
+    assert counts == [40, 22]
+    value, expected = gradients(folder, "mean", 1)
+    ours, grads = found[0]["mistake"]
+    assert ours.item() != pytest.approx(value.item(), rel=1e-3)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run(folder, alone, name):
+    assert_same_run(checkpoint.load(folder / f"ranks_{name}" / "last.pt"), alone[name])
+    assert (folder / f"ranks_{name}" / "report.json").exists()
+    # One process writes; a run that is resumed begins another file.
+    assert len(list((folder / f"ranks_{name}" / "tb").iterdir())) == 1 + (name == "shard")
+    load_model(folder / f"ranks_{name}" / "best.pt")[0].generate(2, seed=0)
+
+
+def test_replicas_and_shards_save_the_same_optimizer(folder, alone):
+    for name in RUNS:
+        ours = checkpoint.load(folder / f"ranks_{name}" / "last.pt")["optimizer"]
+        theirs = alone[name]["optimizer"]
+        assert ours["param_groups"] == theirs["param_groups"]
+        torch.testing.assert_close(ours["state"], theirs["state"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("one_then_two", "plain"), ("one_then_shard", "ema")]
+)
+def test_resuming_with_more_processes(folder, alone, name, expected):
+    assert_same_run(checkpoint.load(folder / name / "last.pt"), alone[expected])
+
+
+def test_resuming_a_sharded_run_in_one_process(folder, alone):
+    config = small(folder, "shard_then_one", ema=0.9)
+    assert checkpoint.load(config.folder / "last.pt")["loader"]["step"] == 6
+    train(replace(config, resume=True))
+    assert_same_run(checkpoint.load(config.folder / "last.pt"), alone["ema"])
+
+
+def test_shares_of_the_evaluation_are_those_of_one_process(monkeypatch):
+    """Three ranks with two batches: the third only joins in."""
+    net = build_model(TrainConfig("text", dim=32, depth=1), SPEC).net
+    dataset = Run(TrainConfig("text", seq_len=64, held_out=160, threads=1), CPU).data
+    arguments = net, dataset.held_out, dataset.held_out_windows
+    expected = evaluate(*arguments, draws=2, device=CPU)
+    shares: list[Tensor] = []
+    monkeypatch.setattr("nar_kernels.evaluate.world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("nar_kernels.evaluate.rank", lambda rank=rank: rank)
+        monkeypatch.setattr(
+            "nar_kernels.evaluate.sum_over_ranks", lambda share: shares.append(share) or share
+        )
+        evaluate(*arguments, draws=2, device=CPU)
+    assert [bool(share.any()) for share in shares] == [True, True, False]
+    bits = sum(shares).mean() / math.log(2)
+    assert bits.item() == pytest.approx(expected.bits_per_token, rel=1e-12)
+
+
+SPEC = SequenceSpec(num_tokens=257, seq_len=64, render="bytes", image_shape=None)
+
+
+# Through torchrun
+
+
+def torchrun(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(RANKS), "-m", "nar_kernels.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def options_of(config: TrainConfig) -> list[object]:
+    options: list[object] = []
+    for name, value in config.to_dict().items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            options += [flag] if value else []
+        elif value is not None:
+            options += [flag, value]
+    return options
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory) -> tuple[TrainConfig, str]:
+    """A run of two processes that Ctrl-C stopped in the middle, and what it printed."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "fox.txt").write_bytes(SENTENCE * 200)
+    more = {"eval_every": 1000, "save_every": 5, "dropout": 0.1, "quiet": False}
+    config = small(folder, "run", steps=2000, **more)
+    process, last = torchrun("train", *options_of(config)), config.folder / "last.pt"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if last.exists() and checkpoint.load(last)["loader"]["step"] > 0:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # torchrun hands it on to every rank
+    return config, process.communicate(timeout=120)[0]
+
+
+def test_ctrl_c_in_one_process_stops_all(folder, found):
+    assert [found[rank]["interrupted"] for rank in range(RANKS)] == [True, True]
+    state = checkpoint.load(folder / "ctrl_c" / "last.pt")
+    assert state["loader"]["step"] == len(state["log"]["losses"]) == 4
+
+
+def test_ctrl_c_under_torchrun(long_run):
+    config, printed = long_run
+    state = checkpoint.load(config.folder / "last.pt")
+    assert 0 < state["loader"]["step"] < 2000
+    assert len(state["log"]["losses"]) == state["loader"]["step"]
+    assert printed.count(f"saved step {state['loader']['step']};") == 1, printed
+    assert printed.count("to beat") == 1 and "2 processes" in printed
+
+
+def test_torchrun_says_what_is_wrong(long_run):
+    config, _ = long_run
+    out = config.folder.with_name("other")
+    process = torchrun("train", *options_of(replace(config, batch_size=7, out=str(out))))
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode != 0
+    assert "batch_size is 7, of all 2 processes together: it must be a multiple of 2" in printed
+    assert not out.exists()
+
+
+def test_sharding_needs_processes(folder):
+    with pytest.raises(ValueError, match="there is one: start several with torchrun"):
+        train(small(folder, "nowhere", shard=True))
+    assert not (folder / "nowhere").exists()
