@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only these, on the CPU")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     args = parser.parse_args()
@@ -306,7 +307,8 @@ def main() -> None:
         f"{record['device']}, torch {torch.__version__}, {threads} threads: forward and "
         f"backward, medians of {repeats} calls in turn\n"
     )
-    for setting in TINY if args.dry_run else CUDA if device == "cuda" else CPU:
+    cpu = [setting for setting in CPU if args.dtype in (None, setting.dtype)]
+    for setting in TINY if args.dry_run else CUDA if device == "cuda" else cpu:
         record["settings"].append(compare(setting, device, repeats, threads))
         report(record["settings"][-1])
         write_json(args.json, record)  # after each: the next may not end

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from nar_kernels.backends import resolve_backend
+from nar_kernels.backends import multiplies_in, resolve_backend
 from nar_kernels.launch import NLL_DTYPES, run_nll
 from nar_kernels.masking import Corrupted, MaskingConfig
 
@@ -22,9 +22,13 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, wei
 
 _BACKENDS = tuple(NLL_DTYPES)
 
-# Logits of a chunk. Each chunk reads and writes the gradient of the head once more, so few are
-# better; and their memory is what this module exists to save.
+# Logits of a chunk, at most: their memory is what this module exists to save.
 _MOST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
+
+# Rows of a chunk that are enough. Each chunk reads and writes the gradient of the head once more:
+# beside its three products that is little then, and less does not show. So are this many logits.
+_ENOUGH_ROWS = {"cpu": 512, "cuda": 4096}
+_ENOUGH_LOGITS = 1 << 20
 
 
 def masked_nll(
@@ -43,7 +47,8 @@ def masked_nll(
     weighted and reduced. But logits exist for one chunk of rows at a time, and turn into their own
     gradient in place, so that the gradients of ``hidden``, ``weight`` and ``bias`` are there when
     the loss is. Under ``torch.autocast`` the products are in its type; the softmax and the sums are
-    in float32 (float64 if ``hidden`` is).
+    in float32 (float64 if ``hidden`` is). CPUs that do not multiply in bfloat16 or float16 do it in
+    float32, which is many times faster there.
 
     Args:
         hidden: ``[B, L, D]``, any strides: float32, bfloat16, float16 or float64.
@@ -77,6 +82,8 @@ def masked_nll(
             f"hidden is {hidden.dtype} but weight is {weight.dtype}: use torch.autocast, or convert"
             " one of them"
         )
+    if device.type == "cpu" and not multiplies_in(dtype):
+        dtype = torch.float32
     backend = _resolve(backend, device, dtype)
     rows, labels = masked_labels(corrupted)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
@@ -177,8 +184,10 @@ def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
 
 
 def chunk_size(num_rows: int, vocabulary: int, device: torch.device) -> int:
-    """Rows of a chunk, at least 1: equal parts, and as few of them as ``_MOST_LOGITS`` allows."""
-    most = max(_MOST_LOGITS.get(device.type, _MOST_LOGITS["cuda"]) // vocabulary, 1)
+    """Rows of a chunk, at least 1: equal parts, within the limits above."""
+    kind = device.type if device.type in _MOST_LOGITS else "cuda"
+    enough = max(_ENOUGH_ROWS[kind], _ENOUGH_LOGITS // vocabulary)
+    most = max(min(_MOST_LOGITS[kind] // vocabulary, enough), 1)
     num_chunks = max(-(-num_rows // most), 1)
     return max(-(-num_rows // num_chunks), 1)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nar_kernels import checkpoint, parallel
+from nar_kernels.backends import multiplies_in
 from nar_kernels.config import TrainConfig
 from nar_kernels.sources import SequenceSpec, import_extra
 from nar_kernels.wrapper import NonAutoregressiveWrapper
@@ -31,9 +32,7 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # PyTorch has no public name for these two.
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return multiplies_in(torch.bfloat16)
 
 
 def build_model(config: TrainConfig, spec: SequenceSpec) -> NonAutoregressiveWrapper:

@@ -115,6 +115,12 @@ def check(tensors, corrupted, *, function=masked_nll, backend="auto", tolerance=
         assert_near(x, y, tolerance or TOLERANCE[dtype], name)
 
 
+@pytest.fixture(autouse=True)
+def any_cpu(monkeypatch):
+    """Products are in the type of the tensors, whatever this CPU multiplies in."""
+    monkeypatch.setattr(loss, "multiplies_in", lambda dtype: True)
+
+
 @pytest.fixture
 def rows_of_a_chunk(monkeypatch):
     """Sets how many rows of logits may exist at a time."""
@@ -329,6 +335,18 @@ def test_autocast(backend, reduction, hidden_dtype):
     check(tensors, corrupted, function=narrow, tolerance=1.5e-2, **args)
     with pytest.raises(AssertionError):  # the products are in bfloat16
         check(tensors, corrupted, function=narrow, tolerance=2e-5, **args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_that_does_not_multiply_in_a_type_does_it_in_float32(dtype, monkeypatch):
+    monkeypatch.setattr(loss, "multiplies_in", lambda dtype: dtype == torch.float32)
+    corrupted = corrupted_batch()
+    tensors = random_inputs(corrupted, dtype=dtype)
+    value, *gradients = results(masked_nll, tensors, corrupted)
+    expected = results(masked_nll, [tensor.float() for tensor in tensors], corrupted)
+    assert value == expected[0]
+    for got, of_float32 in zip(gradients, expected[1:], strict=True):
+        assert torch.equal(got, of_float32.to(dtype))
 
 
 def test_autocast_leaves_float64_alone():
