@@ -28,6 +28,8 @@ format: build
 
 bench: build
 	$(BIN)/python benchmarks/bench_corrupt.py
+	$(BIN)/python benchmarks/bench_masked_nll.py --dtype float32
+	$(BIN)/python benchmarks/bench_train_step.py
 
 build: .venv/built
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_kernels.decode import decode, exclude_mask_id, noise_generator, num_masked_after, sample
+from nar_kernels.heads import Prediction
 from nar_kernels.launch import NLL_DTYPES
 from nar_kernels.loss import head_widths
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.nets import Prediction, net_attribute
+from nar_kernels.nets import net_attribute
 from nar_kernels.ops import corrupt
 from nar_kernels.philox import Stream
 from nar_kernels.schedules import Schedule, resolve

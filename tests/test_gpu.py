@@ -293,3 +293,21 @@ def test_a_step_on_the_device_needs_a_corpus_that_the_kernel_reads(tmp_path):
     loader = MaskedLoader(make_dataset(tmp_path), MASKING, 4, device="cuda", corpus_memory="mapped")
     with pytest.raises(ValueError, match="here it is cuda:0 and 'mapped', so pass an int"):
         loader.batch(torch.zeros(1, dtype=torch.int64, device="cuda"))
+
+
+# ---- training
+
+
+def test_a_training_step_waits_for_nothing(tmp_path, request):
+    from nar_kernels.train import Run, TrainConfig
+
+    pytest.importorskip("x_transformers")
+    config = TrainConfig.for_data("digits", device="cuda", out=str(tmp_path), quiet=True)
+    run = Run(config, torch.device("cuda", 0))
+    for step in range(4):
+        run.step(next(run.loader), step)
+        if step == 1:  # kernels are compiled, and AdamW has its state
+            request.getfixturevalue("no_waiting")
+    torch.cuda.set_sync_debug_mode("default")
+    losses, _, _ = run.pending.settle(stop=False)
+    assert len(losses) == 4 and all(0 < loss < 4 for loss in losses)

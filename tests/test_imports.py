@@ -21,6 +21,7 @@ LAYERS = [
     ["launch", "feed"],
     ["loss", "ops"],
     ["data", "decode", "nets"],
+    ["heads"],
     ["wrapper"],
     ["checkpoint", "config", "ema", "evaluate", "interrupt", "sources"],
     ["model", "pictures", "progress", "step"],

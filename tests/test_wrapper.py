@@ -19,8 +19,9 @@ from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import loss, wrapper
 from nar_kernels.errors import InvalidTokenError
+from nar_kernels.heads import LinearHead, Prediction, split_net
 from nar_kernels.masking import MaskingConfig
-from nar_kernels.nets import LinearHead, NetAdapter, Prediction, net_attribute, split_net
+from nar_kernels.nets import NetAdapter, net_attribute
 from nar_kernels.ops import corrupt
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
