@@ -7,10 +7,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_kernels.data import TokenDataset
+from nar_kernels.heads import Prediction
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.ops import corrupt
 from nar_kernels.parallel import rank, sum_over_ranks, world_size
@@ -78,10 +78,11 @@ def evaluate(
         mine = turn + rank()
         part = parts[min(mine, len(parts) - 1)]
         batch = evaluation_batch(dataset, windows, draws, part).to(device)
-        logits = net(batch.input_ids).float().transpose(1, 2)
-        nll = F.cross_entropy(logits, batch.labels, reduction="none")  # 0 where not masked
+        nll = Prediction(net, batch.input_ids, {}).loss(batch, reduction="none")  # [R]
+        samples = batch.masked_rows // dataset.seq_len
+        totals = nll.new_zeros(len(batch)).index_add_(0, samples, nll)
         if mine < len(parts):
-            nats[part] = (nll.sum(1) * batch.loss_weight / batch.num_maskable).double().cpu()
+            nats[part] = (totals * batch.loss_weight / batch.num_maskable).double().cpu()
     net.train(was_training)
     bits = sum_over_ranks(nats).view(-1, draws).mean(1) / NATS_PER_BIT
     # With one window there is no spread to estimate from.

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.loss import Reduction, chunk_size, head_nll, logits_nll, masked_nll, reduce_nll
+from nar_kernels.loss import (
+    Reduction,
+    chunk_size,
+    head_nll,
+    logits_nll,
+    masked_labels,
+    masked_nll,
+    reduce_nll,
+)
 from nar_kernels.masking import Corrupted
 from nar_kernels.nets import net_attribute, other_attribute
 
@@ -128,15 +136,14 @@ class Prediction:
         corrupted: Corrupted,
         *,
         reduction: Reduction,
-        normalizer: float | Tensor | None,
-        backend: str,
+        normalizer: float | Tensor | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """As :func:`nar_kernels.masked_nll`."""
         head, output = self.head, self.output
         if head is None:
-            rows = corrupted.masked_rows
+            rows, labels = masked_labels(corrupted)
             logits = output.reshape(-1, output.shape[-1]).index_select(0, rows)
-            labels = corrupted.labels.view(-1).index_select(0, rows)
             nll = logits_nll(logits, labels, self._is_log_prob)
             return reduce_nll(nll, corrupted, reduction, normalizer)
         if isinstance(head, LinearHead):

@@ -88,6 +88,11 @@ def masked_nll(
     rows, labels = masked_labels(corrupted)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
     with torch.autocast(device.type, enabled=False):
+        # A Function's own needs_input_grad does not know of torch.no_grad.
+        if not torch.is_grad_enabled():
+            nothing = (False, False, False)
+            nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
+            return reduce_nll(nll, corrupted, reduction, normalizer)
         if reduction == "none":
             return _PerRow.apply(picked, weight, bias, labels, backend)
         row_weight = _row_weight(corrupted, rows, reduction)
@@ -278,7 +283,9 @@ def _losses_and_gradients(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    # The first chunk writes it all, if there is one.
+    new = torch.empty_like if len(hidden) else torch.zeros_like
+    of_weight = new(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(wide).contiguous()
@@ -297,9 +304,13 @@ def _losses_and_gradients(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``total += a @ b``, where ``total`` may be wider; it is 0 at first."""
+    """``total += a @ b``, where ``total`` may be wider; ``total = a @ b`` at first."""
     if total.dtype != a.dtype:
-        total += a @ b
+        product = a @ b
+        if first:
+            total.copy_(product)
+        else:
+            total += product
     elif first:
         torch.mm(a, b, out=total)
     else:

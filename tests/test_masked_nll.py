@@ -384,6 +384,29 @@ def test_loss_scaling_saves_float16(reduction):
     check(tensors, corrupted, function=narrow, **args)
 
 
+class CountProducts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name in ("aten::mm", "aten::addmm_")
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_without_gradients_there_is_one_product(reduction):
+    """Also if the inputs ask for gradients, as parameters do in evaluation."""
+    corrupted = corrupted_batch()
+    leaves = [tensor.requires_grad_() for tensor in random_inputs(corrupted)[:2]]
+    with CountProducts() as products:
+        expected = masked_nll(*leaves, corrupted, reduction=reduction)
+        expected.sum().backward()
+    assert products.count > 2
+    with torch.no_grad(), CountProducts() as products:
+        got = masked_nll(*leaves, corrupted, reduction=reduction)
+    assert products.count == 1
+    assert torch.equal(got, expected)
+
+
 # ---- odd batches
 
 
