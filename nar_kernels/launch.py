@@ -200,25 +200,13 @@ def _nll_triton(
 _NLL = {"reference": nll_ref, "cpp": _nll_cpp, "triton": _nll_triton}
 
 
-def _nll_impl(
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    gradient: bool,
-    backend: str,
-) -> Tensor:
-    return _NLL[backend](logits, labels, bias, weight, gradient)
+def _nll_impl(logits: Tensor, *args: Any) -> Tensor:
+    *others, backend = args
+    with torch.cuda.device_of(logits):  # launches go to the current device
+        return _NLL[backend](logits, *others)
 
 
-def _nll_fake(
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    gradient: bool,
-    backend: str,
-) -> Tensor:
+def _nll_fake(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
