@@ -11,7 +11,7 @@
 #include "corrupt_cpu.h"
 #include "cpu_features.h"
 #include "nll.h"
-#include "order_statistic.h"
+#include "key_bounds.h"
 #include "permutation.h"
 
 namespace py = pybind11;
@@ -85,8 +85,9 @@ std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length,
                                  const std::vector<int32_t>& ranks) {
   if (ranks.size() != nar::kNumRanks) throw std::invalid_argument("three ranks are needed");
   std::vector<uint64_t> bounds(nar::kNumRanks);
+  std::vector<int16_t> upper(length);
   nar::key_bounds(pointer<const uint32_t>(keys), pointer<const uint8_t>(can_take), length, num_keys,
-                  ranks.data(), bounds.data());
+                  ranks.data(), upper.data(), bounds.data());
   return bounds;
 }
 

@@ -116,7 +116,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
 
   constexpr int64_t kAlign = 64;
   const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;
-  const int64_t bytes = padded * (3 * sizeof(uint32_t) + 1);
+  const int64_t bytes = padded * (2 * sizeof(uint32_t) + sizeof(int16_t) + 1);
   std::unique_ptr<uint8_t[]> memory(new uint8_t[num_threads * bytes + kAlign]);
   uint8_t* aligned =
       memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
@@ -129,24 +129,28 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
     first_row[b + 1] = first_row[b] + exact_count(a, t16[b], seq_len);
   }
 
+  // Of the rows up to `end`, one after the other, those of b.
+  const auto write_rows = [&](int64_t b, int64_t end) {
+    k.write_rows(a, b, a.row_buffer + first_row[b], first_row[end] - first_row[b]);
+  };
+
   parallel_for(num_chunks, num_threads, [&](int64_t c, int seat) {
-    uint8_t* base = aligned + seat * bytes;
-    uint32_t* words = reinterpret_cast<uint32_t*>(base);
-    const RowScratch scratch = {words, words + padded,
-                                reinterpret_cast<int32_t*>(words + 2 * padded),
-                                base + 3 * sizeof(uint32_t) * padded};
-    for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, batch); ++b) {
+    uint32_t* keys = reinterpret_cast<uint32_t*>(aligned + seat * bytes);
+    int32_t* clean = reinterpret_cast<int32_t*>(keys + padded);
+    int16_t* upper = reinterpret_cast<int16_t*>(clean + padded);
+    const RowScratch scratch = {keys, clean, upper, reinterpret_cast<uint8_t*>(upper + padded)};
+    const int64_t end = std::min((c + 1) * chunk, batch);
+    for (int64_t b = c * chunk; b < end; ++b) {
       k.corrupt_row(a, b, t16[b], scratch, &invalid[seat]);
-      if (counts_known) k.write_rows(a, b, a.row_buffer + first_row[b]);
+      if (counts_known) write_rows(b, end);
     }
   });
 
   if (!counts_known) {
     for (int64_t b = 0; b < batch; ++b) first_row[b + 1] = first_row[b] + a.num_masked[b];
     parallel_for(num_chunks, num_threads, [&](int64_t c, int) {
-      for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, batch); ++b) {
-        k.write_rows(a, b, a.row_buffer + first_row[b]);
-      }
+      const int64_t end = std::min((c + 1) * chunk, batch);
+      for (int64_t b = c * chunk; b < end; ++b) write_rows(b, end);
     });
   }
 

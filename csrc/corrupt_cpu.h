@@ -8,16 +8,16 @@ namespace nar {
 // Memory for the rows of one thread.
 struct RowScratch {
   uint32_t* keys;     // [seq_len, rounded up to kWordPadding]
-  uint32_t* random;   // the same
   int32_t* clean;     // [seq_len]
+  int16_t* upper;     // [seq_len]
   uint8_t* can_mask;  // [seq_len]
 };
 
 // One row b: all its outputs but the rows, which need the counts of the rows before.
 using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const RowScratch&,
                             InvalidTokens*);
-// The masked positions of row b, as indices into [batch * seq_len].
-using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows);
+// The masked positions of row b, as indices into [batch * seq_len]. Up to `room` numbers may change.
+using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows, int64_t room);
 
 struct CorruptKernels {
   CorruptRow corrupt_row;

@@ -56,4 +56,9 @@ NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint6
       {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, seed);
 }
 
+NAR_HOST_DEVICE inline uint32_t random_word(uint64_t seed, uint32_t stream, uint64_t sample,
+                                            int64_t position) {
+  return random_block(seed, stream, sample, static_cast<uint32_t>(position / 4)).word[position % 4];
+}
+
 }  // namespace nar

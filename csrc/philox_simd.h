@@ -14,6 +14,9 @@ namespace nar {
 // Local to the translation unit: compiled once per instruction set (see order_statistic.h).
 namespace {
 
+// How far `words_at` goes beyond what it was asked for.
+constexpr int kWordsAtPadding = 32;
+
 #if defined(__AVX2__)
 
 // One counter per 64-bit lane, each of its four words in a register of its own. Only the low halves
@@ -28,6 +31,16 @@ inline Vec high(Vec a) { return _mm512_srli_epi64(a, 32); }
 inline Vec xor3(Vec a, Vec b, Vec c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 inline Vec pack(Vec low, Vec high) {
   return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA);
+}
+inline Vec load(const int64_t* from) { return _mm512_loadu_si512(from); }
+inline Vec shift_left(Vec a, int bits) { return _mm512_slli_epi64(a, bits); }
+inline Vec shift_right(Vec a, int bits) { return _mm512_srli_epi64(a, bits); }
+// By the sign of each lane.
+inline Vec choose(Vec sign, Vec if_negative, Vec otherwise) {
+  return _mm512_mask_blend_epi64(_mm512_movepi64_mask(sign), otherwise, if_negative);
+}
+inline void store_low(uint32_t* out, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi64_epi32(a));
 }
 // Counters in the order that leaves the unpacked words in sequence.
 inline Vec first_counters() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
@@ -46,6 +59,19 @@ inline Vec xor3(Vec a, Vec b, Vec c) { return _mm256_xor_si256(_mm256_xor_si256(
 inline Vec pack(Vec low, Vec high) {
   return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
 }
+inline Vec load(const int64_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const Vec*>(from));
+}
+inline Vec shift_left(Vec a, int bits) { return _mm256_slli_epi64(a, bits); }
+inline Vec shift_right(Vec a, int bits) { return _mm256_srli_epi64(a, bits); }
+inline Vec choose(Vec sign, Vec if_negative, Vec otherwise) {
+  return _mm256_castpd_si256(_mm256_blendv_pd(
+      _mm256_castsi256_pd(otherwise), _mm256_castsi256_pd(if_negative), _mm256_castsi256_pd(sign)));
+}
+inline void store_low(uint32_t* out, Vec a) {
+  const Vec low = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(low));
+}
 inline Vec first_counters() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 inline void store(uint32_t* out, Vec words01, Vec words23) {
   _mm256_storeu_si256(reinterpret_cast<Vec*>(out), _mm256_unpacklo_epi64(words01, words23));
@@ -53,38 +79,70 @@ inline void store(uint32_t* out, Vec words01, Vec words23) {
 }
 #endif
 
-// Words 0 .. num_words - 1 of a sample, and on to the next multiple of kWordPadding.
-//
 // kChains counters of every lane go through the rounds side by side, to hide the latency of the
 // multiplications: as many as the registers hold.
+struct Blocks {
+  Vec word[4][kChains];
+};
+
+// The four words of each block of a sample.
+inline Blocks random_blocks(const Vec* block, uint64_t seed, uint32_t stream, uint64_t sample) {
+  const Vec m0 = splat(kPhiloxM0), m1 = splat(kPhiloxM1);
+  Blocks c;
+  for (int u = 0; u < kChains; ++u) {
+    c.word[0][u] = block[u];
+    c.word[1][u] = splat(sample & 0xFFFFFFFF);
+    c.word[2][u] = splat(sample >> 32);
+    c.word[3][u] = splat(stream);
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Vec key0 = splat(k0), key1 = splat(k1);
+    for (int u = 0; u < kChains; ++u) {
+      const Vec p0 = multiply(c.word[0][u], m0), p1 = multiply(c.word[2][u], m1);
+      c.word[0][u] = xor3(high(p1), c.word[1][u], key0);
+      c.word[1][u] = p1;
+      c.word[2][u] = xor3(high(p0), c.word[3][u], key1);
+      c.word[3][u] = p0;
+    }
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return c;
+}
+
+// Words 0 .. num_words - 1 of a sample, and on to the next multiple of kWordPadding.
 inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t stream,
                        uint64_t sample) {
   constexpr int kStep = 4 * kLanes * kChains;
-  static_assert(kWordPadding % kStep == 0);
-  const Vec m0 = splat(kPhiloxM0), m1 = splat(kPhiloxM1);
-  const Vec sample_low = splat(sample & 0xFFFFFFFF), sample_high = splat(sample >> 32);
-  Vec block = first_counters();
+  static_assert(kWordPadding % kStep == 0 && kLanes * kChains <= kWordsAtPadding);
+  Vec next = first_counters();
   for (int64_t i = 0; i < num_words; i += kStep) {
-    Vec c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+    Vec block[kChains];
+    for (int u = 0; u < kChains; ++u, next = add(next, splat(kLanes))) block[u] = next;
+    const Blocks c = random_blocks(block, seed, stream, sample);
     for (int u = 0; u < kChains; ++u) {
-      c0[u] = block, c1[u] = sample_low, c2[u] = sample_high, c3[u] = splat(stream);
-      block = add(block, splat(kLanes));
+      store(out + i + u * 4 * kLanes, pack(c.word[0][u], c.word[1][u]),
+            pack(c.word[2][u], c.word[3][u]));
     }
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const Vec key0 = splat(k0), key1 = splat(k1);
-      for (int u = 0; u < kChains; ++u) {
-        const Vec p0 = multiply(c0[u], m0), p1 = multiply(c2[u], m1);
-        c0[u] = xor3(high(p1), c1[u], key0);
-        c1[u] = p1;
-        c2[u] = xor3(high(p0), c3[u], key1);
-        c3[u] = p0;
-      }
-      k0 += kPhiloxW0;
-      k1 += kPhiloxW1;
-    }
+  }
+}
+
+// The words at some positions of a sample. Reads and writes up to kWordsAtPadding more.
+inline void words_at(uint32_t* out, const int64_t* positions, int64_t count, uint64_t seed,
+                     uint32_t stream, uint64_t sample) {
+  for (int64_t i = 0; i < count; i += kLanes * kChains) {
+    Vec position[kChains], block[kChains];
     for (int u = 0; u < kChains; ++u) {
-      store(out + i + u * 4 * kLanes, pack(c0[u], c1[u]), pack(c2[u], c3[u]));
+      position[u] = load(positions + i + u * kLanes);
+      block[u] = shift_right(position[u], 2);
+    }
+    const Blocks c = random_blocks(block, seed, stream, sample);
+    for (int u = 0; u < kChains; ++u) {
+      const Vec odd = shift_left(position[u], 63), second = shift_left(position[u], 62);
+      const Vec word = choose(second, choose(odd, c.word[3][u], c.word[2][u]),
+                              choose(odd, c.word[1][u], c.word[0][u]));
+      store_low(out + i + u * kLanes, word);
     }
   }
 }
@@ -97,6 +155,11 @@ inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t
     const Words4 block = random_block(seed, stream, sample, static_cast<uint32_t>(i / 4));
     for (int j = 0; j < 4; ++j) out[i + j] = block.word[j];
   }
+}
+
+inline void words_at(uint32_t* out, const int64_t* positions, int64_t count, uint64_t seed,
+                     uint32_t stream, uint64_t sample) {
+  for (int64_t i = 0; i < count; ++i) out[i] = random_word(seed, stream, sample, positions[i]);
 }
 
 #endif

@@ -73,37 +73,38 @@ NAR_HOST_DEVICE inline bool outside_vocabulary(Token id, uint32_t num_tokens) {
   }
 }
 
-// Ids as Id (int32 or int64), bad ones replaced. Returns how many were bad.
+// Ids as Id (int32 or int64). Returns whether one was bad.
 template <typename Id, typename Token>
-int64_t load_window(const Windows& w, const Token* __restrict window, Id* __restrict clean) {
-  const Id safe = static_cast<Id>(w.safe_id()), mask_id = static_cast<Id>(w.mask_id);
+bool load_window(const Windows& w, const Token* __restrict window, Id* __restrict clean) {
+  const Id mask_id = static_cast<Id>(w.mask_id);
   const uint32_t num_tokens = static_cast<uint32_t>(w.num_tokens);
-  int64_t num_bad = 0;
+  uint32_t any_bad = 0;
   for (int64_t i = 0; i < w.seq_len; ++i) {
-    bool bad = outside_vocabulary(window[i], num_tokens);
     const Id id = static_cast<Id>(window[i]);
-    bad |= id == mask_id;
-    clean[i] = bad ? safe : id;
-    num_bad += bad;
+    any_bad |= outside_vocabulary(window[i], num_tokens) | (id == mask_id);
+    clean[i] = id;
   }
-  return num_bad;
+  return any_bad != 0;
 }
 
-// Rare: where the first of the bad ids of row b stands.
-template <typename Token>
-InvalidTokens find_invalid(const Windows& w, int64_t b, const Token* window, int64_t num_bad) {
-  for (int64_t i = 0;; ++i) {
+// Rare: replaces the bad ids of row b, and tells of them.
+template <typename Id, typename Token>
+InvalidTokens replace_invalid(const Windows& w, int64_t b, const Token* window, Id* clean) {
+  InvalidTokens found;
+  for (int64_t i = 0; i < w.seq_len; ++i) {
     const int64_t id = static_cast<int64_t>(window[i]);
-    if (id < 0 || id >= w.num_tokens || id == w.mask_id) return {num_bad, w.start(b) + i, id};
+    if (id >= 0 && id < w.num_tokens && id != w.mask_id) continue;
+    clean[i] = static_cast<Id>(w.safe_id());
+    found.merge({1, w.start(b) + i, id});
   }
+  return found;
 }
 
 template <typename Id>
 void load_row(const Windows& w, int64_t b, Id* clean, InvalidTokens* invalid) {
   visit_tokens(w, [&](const auto* tokens) {
     const auto* window = tokens + w.start(b);
-    const int64_t num_bad = load_window(w, window, clean);
-    if (num_bad != 0) invalid->merge(find_invalid(w, b, window, num_bad));
+    if (load_window(w, window, clean)) invalid->merge(replace_invalid(w, b, window, clean));
   });
 }
 

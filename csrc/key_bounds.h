@@ -1,0 +1,137 @@
+// The selection of a row on the CPU: first in the upper halves of the keys, twice as many to a
+// vector, then in full where those cannot tell two keys apart.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "order_statistic.h"
+
+namespace nar {
+namespace {
+
+// Of GCC and clang, in whatever registers there are.
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef float Float4 __attribute__((vector_size(16)));
+
+inline Float4 to_float(Int4 v) { return __builtin_convertvector(v, Float4); }
+
+inline bool all_set(Int4 v) {
+  int64_t halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return (halves[0] & halves[1]) == -1;
+}
+
+// Halves of keys are held with their sign bit flipped: x86 compares signed integers.
+constexpr int32_t kFlip = 0x8000;
+
+inline void upper_halves(const uint32_t* __restrict keys, int64_t n, int16_t* __restrict upper) {
+  for (int64_t i = 0; i < n; ++i) upper[i] = static_cast<int16_t>((keys[i] >> 16) ^ kFlip);
+}
+
+// 16-bit counts hold so many keys.
+constexpr int64_t kCountBlock = 32768;
+
+// How many of n upper halves are below each of the first kPivots.
+template <int kPivots>
+inline Int4 count_below(const int16_t* __restrict upper, int64_t n, Int4 pivots) {
+  int16_t p[kPivots];
+  for (int j = 0; j < kPivots; ++j) p[j] = static_cast<int16_t>(pivots[j] ^ kFlip);
+  Int4 below = {};
+  for (int64_t first = 0; first < n; first += kCountBlock) {
+    const int64_t end = std::min(first + kCountBlock, n);
+    uint16_t count[kPivots] = {};
+    for (int64_t i = first; i < end; ++i) {
+      for (int j = 0; j < kPivots; ++j) count[j] += upper[i] < p[j];
+    }
+    for (int j = 0; j < kPivots; ++j) below[j] += count[j];
+  }
+  return below;
+}
+
+// PivotSearch for four ranks, one a lane: what `learn` decides no branch can predict.
+struct UpperSearch {
+  Int4 rank;
+  Int4 low = {}, high = Int4{} + 65536, below_low = {}, below_high, pivot = {}, found, done;
+
+  UpperSearch(Int4 rank, int32_t num_keys)
+      : rank(rank), below_high(Int4{} + num_keys), found(rank == 0), done(found) {}
+
+  void propose(int pass) {
+    const Int4 width = high - low;
+    Float4 at = Float4{} + 0.5f;
+    if (pass < 8 || pass % 2 == 0) {
+      at = (to_float(rank - below_low) + 0.5f) / (to_float(below_high - below_low) + 1.0f);
+    }
+    const Int4 last = width - 1;
+    Int4 offset = __builtin_convertvector(to_float(width) * at, Int4);
+    offset = rank == below_high || offset > last ? last : offset;
+    offset = offset < 1 ? Int4{} + 1 : offset;
+    pivot = done ? pivot : low + offset;
+  }
+
+  void learn(Int4 below) {
+    const Int4 less = (below < rank) & ~done, more = (below > rank) & ~done;
+    low = less ? pivot : low;
+    below_low = less ? below : below_low;
+    high = more ? pivot : high;
+    below_high = more ? below : below_high;
+    found |= below == rank;
+    done = found | (high - low == 1);
+  }
+};
+
+// The same in 32 bits for the rank of one lane, between two neighbouring upper halves.
+inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int64_t length,
+                             const UpperSearch& upper, int lane) {
+  PivotSearch search(upper.rank[lane], upper.below_high[lane]);
+  search.low = static_cast<uint64_t>(upper.low[lane]) << 16;
+  search.high = static_cast<uint64_t>(upper.high[lane]) << 16;
+  search.below_low = upper.below_low[lane];
+  for (int pass = 0; !search.is_done(); ++pass) {
+    search.propose(pass);
+    int32_t below = 0;
+    for (int64_t i = 0; i < length; ++i) below += keys[i] < search.pivot;
+    search.learn(below);
+  }
+  if (search.found) return KeyBound{search.pivot} << 32;
+  int32_t wanted = search.rank - search.below_low;
+  int64_t i = 0;
+  for (;; ++i) {
+    const bool equal = keys[i] == static_cast<uint32_t>(search.low) && (!can_take || can_take[i]);
+    if (equal && --wanted == 0) break;
+  }
+  return search.low << 32 | static_cast<uint32_t>(i + 1);
+}
+
+// Bounds of the `ranks[j]` smallest among the keys whose position may be taken.
+//
+// `can_take` is null when all may. Otherwise the keys of the others must be 0xFFFFFFFF, which keeps
+// them out of every count; `num_keys` counts only those that may. 0 <= rank <= num_keys. `upper` is
+// scratch for `length` numbers.
+inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t length,
+                       int32_t num_keys, const int32_t* ranks, int16_t* upper, KeyBound* bounds) {
+  upper_halves(keys, length, upper);
+  const Int4 rank = {ranks[0], ranks[1], ranks[2], ranks[2]};
+  const Int4 last = Int4{} + ranks[2];
+  const bool one_rank = all_set((rank == 0) | (rank == last));
+  UpperSearch search(rank, num_keys);
+  for (int pass = 0; !all_set(search.done); ++pass) {
+    search.propose(pass);
+    if (one_rank) {
+      const Int4 pivot = Int4{} + search.pivot[2];
+      search.learn(Int4{} + count_below<1>(upper, length, pivot)[0]);
+    } else {
+      Int4 below = count_below<3>(upper, length, search.pivot);
+      below[3] = below[2];
+      search.learn(below);
+    }
+  }
+  for (int j = 0; j < kNumRanks; ++j) {
+    bounds[j] = search.found[j] ? static_cast<KeyBound>(search.pivot[j]) << 48
+                                : bound_within(keys, can_take, length, search, j);
+  }
+}
+
+}  // namespace
+}  // namespace nar
