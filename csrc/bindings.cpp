@@ -10,9 +10,9 @@
 
 #include "corrupt_cpu.h"
 #include "cpu_features.h"
-#include "nll.h"
 #include "key_bounds.h"
-#include "permutation.h"
+#include "nll.h"
+#include "permutation_cpu.h"
 
 namespace py = pybind11;
 using nar::pointer;
@@ -35,20 +35,23 @@ void windows(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t 
 
 void permute(int64_t index, int64_t count, int64_t n, int64_t seed, int stream, int64_t round,
              int64_t out) {
-  const nar::Permutation permutation(static_cast<uint64_t>(seed), stream,
-                                     static_cast<uint64_t>(round), static_cast<uint64_t>(n));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = pointer<const int64_t>(index)[i];
     if (from < 0 || from >= n) {
       throw std::out_of_range("index " + std::to_string(from) +
                               " is outside the permutation of [0, " + std::to_string(n) + ")");
     }
-    pointer<int64_t>(out)[i] = static_cast<int64_t>(permutation(static_cast<uint64_t>(from)));
+    pointer<int64_t>(out)[i] = from;
   }
+  const nar::Permutation permutation(static_cast<uint64_t>(seed), stream,
+                                     static_cast<uint64_t>(round), n);
+  permutation.apply(pointer<int64_t>(out), count);
 }
 
-void corrupt(std::string_view packed, int num_threads) {
-  const nar::CorruptArgs args = nar::unpack_corrupt(packed);
+void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_type,
+             int64_t num_corpus_tokens, int num_threads) {
+  const nar::CorruptArgs args =
+      nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
   const py::gil_scoped_release release;
   nar::corrupt_cpu(args, num_threads);
 }

@@ -5,9 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
-#include <string_view>
+#include <string>
 
 #include "corrupt.h"
 
@@ -18,38 +17,50 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
-// Reads 64-bit integers from what struct.pack made, which costs a fraction of as many arguments.
+// Reads a tuple of Python, item after item. Its tensors need only have the method data_ptr.
 class Unpacker {
  public:
-  Unpacker(std::string_view packed, size_t count) : next_(packed.data()) {
-    if (packed.size() != count * sizeof(int64_t)) {
-      throw std::invalid_argument("packed arguments have the wrong length");
+  Unpacker(const pybind11::tuple& items, size_t count) : items_(items) {
+    if (items.size() != count) {
+      throw std::invalid_argument("there are " + std::to_string(items.size()) +
+                                  " arguments, but this build takes " + std::to_string(count));
     }
   }
 
-  int64_t integer() {
-    int64_t value;
-    std::memcpy(&value, next_, sizeof value);
-    next_ += sizeof value;
-    return value;
-  }
+  int64_t integer() { return as_integer(next()); }
 
+  // Of a tensor, or null for None.
   template <typename T>
   T* address() {
-    return pointer<T>(integer());
+    const pybind11::handle item = next();
+    if (item.is_none()) return nullptr;
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    PyObject* result = PyObject_CallMethodNoArgs(item.ptr(), data_ptr);
+    if (!result) throw pybind11::error_already_set();
+    return pointer<T>(as_integer(pybind11::reinterpret_steal<pybind11::object>(result)));
   }
 
  private:
-  const char* next_;
+  pybind11::handle next() { return PyTuple_GET_ITEM(items_.ptr(), index_++); }
+
+  static int64_t as_integer(pybind11::handle item) {
+    const int64_t value = PyLong_AsLongLong(item.ptr());
+    if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+    return value;
+  }
+
+  const pybind11::tuple& items_;
+  Py_ssize_t index_ = 0;
 };
 
-// The order is that of `_packed_corrupt` in nar_kernels/ops.py.
-inline CorruptArgs unpack_corrupt(std::string_view packed) {
-  Unpacker next(packed, 36);
+// From CorruptArgs of nar_kernels/arguments.py, and the tensors of Corrupted.
+inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
+                                  int token_type, int64_t num_corpus_tokens) {
   CorruptArgs a;
+  Unpacker next(arguments, 25);
   a.windows.tokens = next.address<const void>();
-  a.windows.token_type = static_cast<TokenType>(next.integer());
-  a.windows.num_corpus_tokens = next.integer();
+  a.windows.token_type = static_cast<TokenType>(token_type);
+  a.windows.num_corpus_tokens = num_corpus_tokens;
   a.windows.starts = next.address<const int64_t>();
   a.windows.batch = next.integer();
   a.windows.seq_len = next.integer();
@@ -74,15 +85,17 @@ inline CorruptArgs unpack_corrupt(std::string_view packed) {
   a.keep_share = static_cast<uint64_t>(next.integer());
   a.random_share = static_cast<uint64_t>(next.integer());
   a.coin_share = static_cast<uint64_t>(next.integer());
-  a.input_ids = next.address<int64_t>();
-  a.labels = next.address<int64_t>();
-  a.masked_indices = next.address<uint8_t>();
-  a.times = next.address<float>();
-  a.loss_weight = next.address<float>();
-  a.num_masked = next.address<int64_t>();
-  a.num_maskable = next.address<int64_t>();
-  a.row_buffer = next.address<int64_t>();
-  a.invalid = next.address<int64_t>();
+
+  Unpacker next_output(outputs, 9);
+  a.input_ids = next_output.address<int64_t>();
+  a.labels = next_output.address<int64_t>();
+  a.masked_indices = next_output.address<uint8_t>();
+  a.times = next_output.address<float>();
+  a.loss_weight = next_output.address<float>();
+  a.num_masked = next_output.address<int64_t>();
+  a.num_maskable = next_output.address<int64_t>();
+  a.row_buffer = next_output.address<int64_t>();
+  a.invalid = next_output.address<int64_t>();
   return a;
 }
 

@@ -1,4 +1,4 @@
-// The Python module nar_kernels._cuda: raw addresses and a stream in, kernels below, no torch.
+// The Python module nar_kernels._cuda: addresses and a stream in, kernels below, no torch.
 #include "bindings.h"
 #include "corrupt_cuda.h"
 
@@ -6,8 +6,10 @@ namespace py = pybind11;
 
 namespace {
 
-void corrupt(std::string_view packed, int device, int64_t stream) {
-  const nar::CorruptArgs args = nar::unpack_corrupt(packed);
+void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_type,
+             int64_t num_corpus_tokens, int device, int64_t stream) {
+  const nar::CorruptArgs args =
+      nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
   const py::gil_scoped_release release;
   nar::corrupt_cuda(args, device, nar::pointer<CUstream_st>(stream));
 }

@@ -285,10 +285,10 @@ class Tiles {
 
 // ---- what a row does
 
-// Where a permutation of [0, n) sends an index, as Permutation does; made by one warp.
+// Where a permutation of [0, n) sends an index, as Permutation of permutation_cpu.h does; made by one warp.
 __device__ uint64_t permute(const Row& row, const Team& team, uint32_t stream, uint64_t round,
                             uint64_t n, uint64_t index) {
-  if (n <= kExactPermutationMax) {  // the rank of its word
+  if (n <= uint64_t{kExactPermutationMax}) {  // the rank of its word
     const Words4 around = random_block(row.seed, stream, round, static_cast<uint32_t>(index / 4));
     const uint32_t item = index % 4;
     const uint32_t own = item == 0   ? around.word[0]

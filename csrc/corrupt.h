@@ -89,6 +89,7 @@ struct CorruptionShares {
 
 NAR_HOST_DEVICE inline CorruptionShares corruption_shares(const CorruptArgs& a, uint64_t seed,
                                                           uint64_t sample) {
+  if (a.keep_share == 0 && a.random_share == 0) return {};
   const Words4 coin = random_block(seed, kCorruption, sample, 0);
   const uint64_t keep = coin.word[0] >> 1 < a.coin_share ? a.keep_share : 0;
   const uint64_t random = coin.word[1] >> 1 < a.coin_share ? a.random_share : 0;

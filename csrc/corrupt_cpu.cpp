@@ -9,7 +9,6 @@
 
 #include "cpu_features.h"
 #include "parallel_for.h"
-#include "permutation.h"
 
 namespace nar {
 namespace {
@@ -38,58 +37,11 @@ void check_samples(const CorruptArgs& a) {
   }
 }
 
-// Permutations of [0, n), one a round; the last is kept, since neighbours share it.
-class Permutations {
- public:
-  Permutations(uint64_t seed, uint32_t stream, int64_t n)
-      : seed_(seed), stream_(stream), n_(static_cast<uint64_t>(n)) {}
-
-  uint64_t operator()(uint64_t round, uint64_t index) {
-    if (!permutation_ || round != round_) {
-      permutation_ = std::make_unique<Permutation>(seed_, stream_, round, n_);
-      round_ = round;
-    }
-    return (*permutation_)(index);
-  }
-
- private:
-  uint64_t seed_;
-  uint32_t stream_;
-  uint64_t n_, round_ = 0;
-  std::unique_ptr<Permutation> permutation_;
-};
-
-// The 16-bit times of the batch.
-std::vector<uint32_t> draw_times(const CorruptArgs& a) {
-  std::vector<uint32_t> t16(a.windows.batch);
-  const uint64_t global_batch = static_cast<uint64_t>(a.global_batch);
-  Permutations strata(a.seed, kStratum, a.global_batch);
-  for (int64_t b = 0; b < a.windows.batch; ++b) {
-    const uint64_t sample = a.sample(b);
-    const uint32_t word = random_block(a.seed, kTime, sample, 0).word[0];
-    t16[b] = a.stratified ? stratified_time(strata(sample / global_batch, sample % global_batch),
-                                            word, global_batch)
-                          : word >> 16;
-  }
-  return t16;
-}
-
-std::vector<int64_t> ordered_starts(const CorruptArgs& a) {
-  std::vector<int64_t> starts(a.windows.batch);
-  const uint64_t num_windows = static_cast<uint64_t>(a.order.num_windows);
-  Permutations epochs(a.seed, kWindowOrder, a.order.num_windows);
-  for (int64_t b = 0; b < a.windows.batch; ++b) {
-    const uint64_t epoch = a.sample(b) / num_windows, position = a.sample(b) % num_windows;
-    starts[b] = a.order.start(a.order.shuffle ? epochs(epoch, position) : position);
-  }
-  return starts;
-}
-
 }  // namespace
 
 void count_masked(const CorruptArgs& a, int64_t* counts) {
   check_samples(a);
-  const std::vector<uint32_t> t16 = draw_times(a);
+  const std::vector<uint32_t> t16 = kernels().draw_times(a);
   for (int64_t b = 0; b < a.windows.batch; ++b) {
     counts[b] = exact_count(a, t16[b], static_cast<int32_t>(a.windows.seq_len));
   }
@@ -100,19 +52,19 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   if (a.seed_tensor) a.seed = *a.seed_tensor;
   const int64_t batch = a.windows.batch, seq_len = a.windows.seq_len;
   check_samples(a);
+  const CorruptKernels k = kernels();
   std::vector<int64_t> starts;
   if (a.order.num_windows) {
-    starts = ordered_starts(a);
+    starts = k.ordered_starts(a);
     a.windows.starts = starts.data();
   }
   check_windows(a.windows);
-  const CorruptKernels k = kernels();
   const int64_t chunk = std::max<int64_t>(kTokensPerChunk / seq_len, 1);
   const int64_t num_chunks = (batch + chunk - 1) / chunk;
   num_threads =
       static_cast<int>(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_chunks, 1)));
 
-  const std::vector<uint32_t> t16 = draw_times(a);
+  const std::vector<uint32_t> t16 = k.draw_times(a);
 
   constexpr int64_t kAlign = 64;
   const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;

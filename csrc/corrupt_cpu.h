@@ -1,6 +1,8 @@
 // `corrupt` on the CPU: one source for a row, compiled once per instruction set.
 #pragma once
 
+#include <vector>
+
 #include "corrupt.h"
 
 namespace nar {
@@ -19,7 +21,14 @@ using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const R
 // The masked positions of row b, as indices into [batch * seq_len]. Up to `room` numbers may change.
 using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows, int64_t room);
 
+// The 16-bit times of the batch.
+using DrawTimes = std::vector<uint32_t> (*)(const CorruptArgs&);
+// Where the windows begin that its slots hold.
+using OrderedStarts = std::vector<int64_t> (*)(const CorruptArgs&);
+
 struct CorruptKernels {
+  DrawTimes draw_times;
+  OrderedStarts ordered_starts;
   CorruptRow corrupt_row;
   WriteRows write_rows;
 };

@@ -1,7 +1,10 @@
 #include "corrupt_row.h"
+#include "slots.h"
 
 namespace nar {
 
-CorruptKernels corrupt_kernels_avx512() { return {corrupt_row, write_rows}; }
+CorruptKernels corrupt_kernels_avx512() {
+  return {draw_times, ordered_starts, corrupt_row, write_rows};
+}
 
 }  // namespace nar

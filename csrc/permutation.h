@@ -1,16 +1,14 @@
 // A keyed random permutation of [0, n) by index. Same as `permute` in nar_kernels/philox.py.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "philox.h"
 
 namespace nar {
 
 // Up to this size a permutation is the rank of random words: uniform over all n! orders.
-constexpr uint64_t kExactPermutationMax = 256;
+constexpr int64_t kExactPermutationMax = 256;
 constexpr int kFeistelRounds = 24;
 
 namespace {
@@ -21,56 +19,44 @@ NAR_HOST_DEVICE inline uint32_t feistel_mix(uint32_t x) {  // lowbias32 (Wellons
   return x ^ (x >> 16);
 }
 
-// Larger ones: a bijection of [0, n), n > 1, from kFeistelRounds random words.
-NAR_HOST_DEVICE inline uint64_t feistel_permute(uint64_t x, uint64_t n, const uint32_t* keys) {
-  int bits = 0;
-  while (bits < 64 && (n - 1) >> bits != 0) ++bits;
-  const int right_bits = bits - bits / 2;
-  const uint64_t left_mask = (uint64_t{1} << (bits / 2)) - 1;
-  const uint64_t right_mask = (uint64_t{1} << right_bits) - 1;
-  do {  // walk the cycle of the next power of two until it lands below n
-    uint64_t left = x >> right_bits, right = x & right_mask;
+// Larger ones: a bijection of the smallest power of two that holds [0, n), n > 1.
+struct FeistelNetwork {
+  int right_bits;
+  uint32_t left_mask, right_mask;
+
+  NAR_HOST_DEVICE explicit FeistelNetwork(uint64_t n) {
+    int bits = 0;
+    while (bits < 64 && (n - 1) >> bits != 0) ++bits;
+    right_bits = bits - bits / 2;
+    left_mask = static_cast<uint32_t>((uint64_t{1} << (bits / 2)) - 1);
+    right_mask = static_cast<uint32_t>((uint64_t{1} << right_bits) - 1);
+  }
+
+  NAR_HOST_DEVICE uint32_t left(uint64_t x) const { return static_cast<uint32_t>(x >> right_bits); }
+  NAR_HOST_DEVICE uint32_t right(uint64_t x) const { return static_cast<uint32_t>(x) & right_mask; }
+  NAR_HOST_DEVICE uint64_t join(uint32_t left, uint32_t right) const {
+    return uint64_t{left} << right_bits | right;
+  }
+
+  // All rounds for `count` numbers, from kFeistelRounds random words.
+  NAR_HOST_DEVICE void operator()(uint32_t* left, uint32_t* right, int count,
+                                  const uint32_t* keys) const {
     for (int r = 0; r < kFeistelRounds; r += 2) {
-      left ^= feistel_mix(static_cast<uint32_t>(right) ^ keys[r]) & left_mask;
-      right ^= feistel_mix(static_cast<uint32_t>(left) ^ keys[r + 1]) & right_mask;
+      for (int i = 0; i < count; ++i) left[i] ^= feistel_mix(right[i] ^ keys[r]) & left_mask;
+      for (int i = 0; i < count; ++i) right[i] ^= feistel_mix(left[i] ^ keys[r + 1]) & right_mask;
     }
-    x = left << right_bits | right;
-  } while (x >= n);
-  return x;
+  }
+};
+
+// Where a permutation of [0, n) sends x: it walks the cycle of the network until it is below n.
+NAR_HOST_DEVICE inline uint64_t feistel_permute(uint64_t x, uint64_t n, const uint32_t* keys) {
+  const FeistelNetwork network(n);
+  uint32_t left = network.left(x), right = network.right(x);
+  do {
+    network(&left, &right, 1, keys);
+  } while (network.join(left, right) >= n);
+  return network.join(left, right);
 }
 
 }  // namespace
-
-class Permutation {
- public:
-  // `round` is which permutation: an epoch, or a step.
-  Permutation(uint64_t seed, uint32_t stream, uint64_t round, uint64_t n) : n_(n) {
-    const bool exact = n <= kExactPermutationMax;
-    const size_t num_blocks = exact ? (n + 3) / 4 : kFeistelRounds / 4;
-    std::vector<uint32_t> words(4 * num_blocks);
-    for (size_t b = 0; b < num_blocks; ++b) {
-      const Words4 block = random_block(seed, stream, round, static_cast<uint32_t>(b));
-      std::copy(block.word, block.word + 4, &words[4 * b]);
-    }
-    if (!exact) {
-      std::copy(words.begin(), words.end(), keys_);
-      return;
-    }
-    std::vector<uint64_t> order(n);
-    for (uint32_t i = 0; i < n; ++i) order[i] = uint64_t{words[i]} << 32 | i;
-    std::sort(order.begin(), order.end());
-    rank_.resize(n);
-    for (uint32_t i = 0; i < n; ++i) rank_[static_cast<uint32_t>(order[i])] = i;
-  }
-
-  uint64_t operator()(uint64_t index) const {
-    return rank_.empty() ? feistel_permute(index, n_, keys_) : rank_[index];
-  }
-
- private:
-  uint64_t n_;
-  uint32_t keys_[kFeistelRounds] = {};
-  std::vector<uint32_t> rank_;
-};
-
 }  // namespace nar

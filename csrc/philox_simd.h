@@ -81,20 +81,12 @@ inline void store(uint32_t* out, Vec words01, Vec words23) {
 
 // kChains counters of every lane go through the rounds side by side, to hide the latency of the
 // multiplications: as many as the registers hold.
-struct Blocks {
+struct Counters {
   Vec word[4][kChains];
 };
 
-// The four words of each block of a sample.
-inline Blocks random_blocks(const Vec* block, uint64_t seed, uint32_t stream, uint64_t sample) {
+inline Counters philox4x32(Counters c, uint64_t seed) {
   const Vec m0 = splat(kPhiloxM0), m1 = splat(kPhiloxM1);
-  Blocks c;
-  for (int u = 0; u < kChains; ++u) {
-    c.word[0][u] = block[u];
-    c.word[1][u] = splat(sample & 0xFFFFFFFF);
-    c.word[2][u] = splat(sample >> 32);
-    c.word[3][u] = splat(stream);
-  }
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const Vec key0 = splat(k0), key1 = splat(k1);
@@ -111,6 +103,18 @@ inline Blocks random_blocks(const Vec* block, uint64_t seed, uint32_t stream, ui
   return c;
 }
 
+// The four words of each block of a sample, as random_block.
+inline Counters random_blocks(const Vec* block, uint64_t seed, uint32_t stream, uint64_t sample) {
+  Counters c;
+  for (int u = 0; u < kChains; ++u) {
+    c.word[0][u] = block[u];
+    c.word[1][u] = splat(sample & 0xFFFFFFFF);
+    c.word[2][u] = splat(sample >> 32);
+    c.word[3][u] = splat(stream);
+  }
+  return philox4x32(c, seed);
+}
+
 // Words 0 .. num_words - 1 of a sample, and on to the next multiple of kWordPadding.
 inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t stream,
                        uint64_t sample) {
@@ -120,7 +124,7 @@ inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t
   for (int64_t i = 0; i < num_words; i += kStep) {
     Vec block[kChains];
     for (int u = 0; u < kChains; ++u, next = add(next, splat(kLanes))) block[u] = next;
-    const Blocks c = random_blocks(block, seed, stream, sample);
+    const Counters c = random_blocks(block, seed, stream, sample);
     for (int u = 0; u < kChains; ++u) {
       store(out + i + u * 4 * kLanes, pack(c.word[0][u], c.word[1][u]),
             pack(c.word[2][u], c.word[3][u]));
@@ -137,13 +141,30 @@ inline void words_at(uint32_t* out, const int64_t* positions, int64_t count, uin
       position[u] = load(positions + i + u * kLanes);
       block[u] = shift_right(position[u], 2);
     }
-    const Blocks c = random_blocks(block, seed, stream, sample);
+    const Counters c = random_blocks(block, seed, stream, sample);
     for (int u = 0; u < kChains; ++u) {
       const Vec odd = shift_left(position[u], 63), second = shift_left(position[u], 62);
       const Vec word = choose(second, choose(odd, c.word[3][u], c.word[2][u]),
                               choose(odd, c.word[1][u], c.word[0][u]));
       store_low(out + i + u * kLanes, word);
     }
+  }
+}
+
+// The word at position 0 of each of some samples. Reads and writes up to kWordsAtPadding more.
+inline void first_words(uint32_t* out, const int64_t* samples, int64_t count, uint64_t seed,
+                        uint32_t stream) {
+  for (int64_t i = 0; i < count; i += kLanes * kChains) {
+    Counters c;
+    for (int u = 0; u < kChains; ++u) {
+      const Vec sample = load(samples + i + u * kLanes);
+      c.word[0][u] = splat(0);
+      c.word[1][u] = sample;
+      c.word[2][u] = high(sample);
+      c.word[3][u] = splat(stream);
+    }
+    c = philox4x32(c, seed);
+    for (int u = 0; u < kChains; ++u) store_low(out + i + u * kLanes, c.word[0][u]);
   }
 }
 
@@ -160,6 +181,11 @@ inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t
 inline void words_at(uint32_t* out, const int64_t* positions, int64_t count, uint64_t seed,
                      uint32_t stream, uint64_t sample) {
   for (int64_t i = 0; i < count; ++i) out[i] = random_word(seed, stream, sample, positions[i]);
+}
+
+inline void first_words(uint32_t* out, const int64_t* samples, int64_t count, uint64_t seed,
+                        uint32_t stream) {
+  for (int64_t i = 0; i < count; ++i) out[i] = random_word(seed, stream, samples[i], 0);
 }
 
 #endif

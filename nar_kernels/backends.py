@@ -27,8 +27,8 @@ cuda = _extension("_cuda")
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
-# What `backend="auto"` takes on each device, best first.
-_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# What `backend="auto"` takes on each device, best first, before `reference`.
+_PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _has_triton = find_spec("triton") is not None
 _present = {
@@ -99,8 +99,10 @@ def resolve_backend(backend: str, device: torch.device, among: tuple[str, ...] =
         BackendUnavailableError: a backend asked for by name that cannot run here. Never falls back.
     """
     if backend == "auto":
-        wanted = _PREFERENCE.get(device.type, ("reference",))
-        return next(name for name in wanted if name in among and _present[name])
+        for name in _PREFERENCE.get(device.type, ()):
+            if name in among and _present[name]:
+                return name
+        return "reference"
     if backend not in among:
         names = ", ".join(map(repr, among))
         raise ValueError(f"unknown backend {backend!r}: use 'auto', {names}")

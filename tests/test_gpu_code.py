@@ -59,11 +59,14 @@ def test_both_languages_are_in_the_table(rows):
 
 
 LAUNCH = """
-from nar_kernels import _cuda, launch
+from typing import get_type_hints
+from nar_kernels import _cuda
+from nar_kernels.arguments import CorruptArgs
 print(_cuda.architectures)
-for packed in (bytes(launch._PACKED_CORRUPT.size), b""):
+nothing = tuple(0 if hint in (int, bool) else None for hint in get_type_hints(CorruptArgs).values())
+for arguments in (nothing, nothing[1:], ("text", *nothing[1:])):
     try:
-        _cuda.corrupt(packed, 0, 0)
+        _cuda.corrupt(arguments, (None,) * 9, 0, 0, 0, 0)
     except Exception as error:
         print(type(error).__name__, error)
 """
@@ -74,11 +77,12 @@ for packed in (bytes(launch._PACKED_CORRUPT.size), b""):
 def test_a_launch_that_fails_says_why():
     """In a process of its own: in this one the module is that of the emulation."""
     result = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True)
-    architectures, launch, packing = result.stdout.splitlines()
+    architectures, launch, count, kind = result.stdout.splitlines()
     assert "sm_90" in architectures
     assert launch.startswith("RuntimeError cudaSetDevice failed: cudaError")
     assert "driver" in launch or "device" in launch
-    assert packing == "ValueError packed arguments have the wrong length"
+    assert count == "ValueError there are 24 arguments, but this build takes 25"
+    assert kind == "AttributeError 'str' object has no attribute 'data_ptr'"
 
 
 def test_launches_past_tritons_dispatch_are_those_that_it_would_make():
