@@ -285,7 +285,8 @@ class Tiles {
 
 // ---- what a row does
 
-// Where a permutation of [0, n) sends an index, as Permutation of permutation_cpu.h does; made by one warp.
+// Where a permutation of [0, n) sends an index, as Permutation of permutation_cpu.h does; made by
+// one warp.
 __device__ uint64_t permute(const Row& row, const Team& team, uint32_t stream, uint64_t round,
                             uint64_t n, uint64_t index) {
   if (n <= uint64_t{kExactPermutationMax}) {  // the rank of its word

@@ -18,7 +18,8 @@ struct RowScratch {
 // One row b: all its outputs but the rows, which need the counts of the rows before.
 using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const RowScratch&,
                             InvalidTokens*);
-// The masked positions of row b, as indices into [batch * seq_len]. Up to `room` numbers may change.
+// The masked positions of row b, as indices into [batch * seq_len]. Up to `room` numbers may
+// change.
 using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows, int64_t room);
 
 // The 16-bit times of the batch.

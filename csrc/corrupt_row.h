@@ -1,5 +1,5 @@
-// One row of `corrupt`, top to bottom. Included by one file per instruction set: the loops are
-// plain C++ over 32-bit lanes that compilers vectorise, only Philox is written with intrinsics.
+// One row of `corrupt`, top to bottom. Included by one file per instruction set: most loops are plain
+// C++ that compilers vectorise; intrinsics are in the headers of the steps where those do badly.
 #pragma once
 
 #include <algorithm>
@@ -97,9 +97,8 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
   fill_words(scratch.keys, length, a.seed, kMaskKey, sample);
   const bool all_maskable = !a.maskable && !a.never_mask;
   const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
-  const int64_t n = all_maskable
-                        ? length
-                        : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);
+  const int64_t n =
+      all_maskable ? length : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);
   const RowBounds bounds = row_bounds(a, b, t16, scratch, can_mask, n);
 
   const RowOutput out = {a.input_ids + b * length, a.labels + b * length,

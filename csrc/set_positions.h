@@ -46,7 +46,7 @@ inline int64_t count_set(const uint8_t* bytes, int64_t n) {
 // is `room` for at least as many numbers, all of which may change; what comes behind may be another
 // thread's. Some 8 more than needed spare a slow end.
 inline int64_t set_positions(const uint8_t* __restrict flags, int64_t n, int64_t first,
-                          int64_t* __restrict out, int64_t room) {
+                             int64_t* __restrict out, int64_t room) {
   const int64_t *begin = out, *end = out + room;
   int64_t i = 0;
 #if defined(__AVX512F__)

@@ -39,8 +39,8 @@ void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
     for (int j = 0; j < 4; ++j) {
       const int64_t at = i + 8 * j;
       const __m256i id = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(clean + at));
-      const __m256i key = _mm256_xor_si256(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + at)), flip);
+      const __m256i key =
+          _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + at)), flip);
       is_masked[j] = _mm256_cmpgt_epi32(below_mask, key);
       const __m256i hidden = _mm256_andnot_si256(_mm256_cmpgt_epi32(below_keep, key), is_masked[j]);
       store_wide(out.input_ids + at, _mm256_blendv_epi8(id, _mm256_set1_epi32(mask_id), hidden));

@@ -505,7 +505,7 @@ def test_masking_config_errors(change, message):
 
 
 @needs_cpp
-@pytest.mark.parametrize("spread", [1, 2, 5, 100, 2**32])
+@pytest.mark.parametrize("spread", [1, 2, 5, 100, 2**16, 2**20, 2**32])
 def test_key_bounds_choose_the_smallest(spread):
     generator = torch.Generator().manual_seed(spread)
     for trial in range(100):
