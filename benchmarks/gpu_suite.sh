@@ -50,12 +50,13 @@ tests() {
     pytest_ tests "${ignored[@]/#/--ignore=}"
 }
 
-# Kernels of both languages are called corrupt_kernel; what torch launches is not looked at.
-sanitize() {
-    local tool=$1 command=()
+# sanitize_kernel TOOL KERNEL TESTS...: what torch launches is not looked at.
+sanitize_kernel() {
+    local tool=$1 kernel=$2 command=()
+    shift 2
     if command -v compute-sanitizer >/dev/null; then
         command=(compute-sanitizer --tool "$tool" --error-exitcode 99
-            --kernel-name kernel_substring=corrupt_kernel)
+            --kernel-name "kernel_substring=$kernel")
     elif [[ -z $DRY_RUN ]]; then
         echo "compute-sanitizer is not on PATH"
         return 1
@@ -64,9 +65,17 @@ sanitize() {
     fi
     # Without torch's own allocator an access outside of a tensor is one outside of an allocation.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        "${command[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider ${DRY_RUN:+--collect-only} \
-        tests/test_corrupt.py -k \
-        "(cuda or triton) and (equals_reference or replaced or step) and not 65536 and not 70001"
+        "${command[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider ${DRY_RUN:+--collect-only} "$@"
+}
+
+# Kernels of both languages are called corrupt_kernel.
+sanitize() {
+    local status=0
+    sanitize_kernel "$1" nll_kernel tests/test_gpu.py -k "masked_nll_equals and 300" || status=$?
+    sanitize_kernel "$1" corrupt_kernel tests/test_corrupt.py -k \
+        "(cuda or triton) and (equals_reference or replaced or step) and not 65536 and not 70001" ||
+        status=$?
+    return "$status"
 }
 
 environment() {
@@ -135,7 +144,7 @@ for path in sorted(out.glob("bench_*.json")):
 END
 }
 
-export -f pytest_ tests sanitize environment build bench_train_step
+export -f pytest_ tests sanitize sanitize_kernel environment build bench_train_step
 export DRY_RUN OUT PYTHON
 
 step environment 60 bash -c environment

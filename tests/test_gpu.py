@@ -256,6 +256,20 @@ def test_masked_nll_equals_that_of_the_cpu(dtype, vocabulary):
         assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_masked_nll_on_another_device_than_the_current():
+    batch = nar_kernels.corrupt(clean_batch(MASKING, 4, 50), MASKING, seed=1)
+    inputs = [torch.randn(4, 50, 16), torch.randn(MASKING.num_tokens, 16)]
+    results = []
+    for device in ("cpu", "cuda:1"):
+        hidden, weight = (x.to(device).requires_grad_() for x in inputs)
+        loss = nar_kernels.masked_nll(hidden, weight, batch.to(device))
+        results.append([x.cpu() for x in (loss, *torch.autograd.grad(loss, (hidden, weight)))])
+    for got, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory", ["device", "pinned"])
 def test_a_graph_with_the_data_in_it(memory, backend, tmp_path):
