@@ -23,14 +23,20 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._model = model
-        self._parameters = [local(p.detach()) for p in model.parameters()]
-        self._averages = [p.clone() for p in self._parameters]
+        self._parameters = list(model.parameters())
+        with torch.no_grad():
+            self._averages = [part.clone() for part in self._parts()]
+
+    def _parts(self) -> list[Tensor]:
+        """This rank's part of each parameter: asked for each time, since FSDP2 may put another
+        tensor in its place when a state dict is loaded."""
+        return [local(p) for p in self._parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after ``step``."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._parts(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -43,7 +49,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, average in zip(self._parameters, self._averages, strict=True):
+        for parameter, average in zip(self._parts(), self._averages, strict=True):
             kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)

@@ -95,8 +95,9 @@ def prepare(
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.compile:
-        # Between sharded blocks, FSDP2 gathers weights, which cannot be traced.
-        model.net.compile(fullgraph=not config.shard)
+        # As one graph, but for what breaks it: FSDP2 gathering the weights of a block, and lines of
+        # x-transformers that PyTorch 2.7 and earlier cannot trace.
+        model.net.compile()
     if config.shard:
         parallel.shard(model, blocks(model), device)  # no device holds all of it
         return model

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+# FSDP2 records events on the streams of its device.
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
 
 def _is_parallel() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -77,12 +80,17 @@ def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -
     outside of blocks while ``model`` runs. Gradients are means over ranks.
 
     Raises:
-        ValueError: there is only one process.
+        ValueError: there is only one process, or this PyTorch has FSDP2 for GPUs alone.
     """
     if world_size() == 1:
         raise ValueError(
             "shard divides the weights over processes, and there is one: start several with "
             "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or leave it out"
+        )
+    if device.type == "cpu" and not SHARDS_ON_CPU:
+        raise ValueError(
+            f"PyTorch {torch.__version__} divides weights over GPUs alone, and this is the CPU: "
+            "install a later one, or leave out shard"
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
