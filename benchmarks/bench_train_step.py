@@ -17,6 +17,7 @@ tiny and on the CPU. Its figures say nothing.
 import argparse
 import bisect
 import gc
+import statistics
 from pathlib import Path
 
 import torch
@@ -25,11 +26,11 @@ from measure import (
     draw_bars,
     environment,
     in_fresh_process,
-    median_ns,
     peak_bytes,
     print_table,
     show,
     synchronize,
+    turns_ns,
     write_json,
 )
 from peers import COMPILED, OURS, PEER, TRUNK, Setting, Training
@@ -74,7 +75,11 @@ def compare(setting: Setting, device: str, repeats: int, compiled: bool) -> list
         for who, training in trainings.items()
         for what, call in training.calls().items()
     }
-    ns = median_ns(calls, repeats, device=device)
+    for call in calls.values():
+        call()
+    # Turn against turn: on a shared machine a step takes 10 % more in one minute than in the next.
+    turns = turns_ns(calls, repeats, warm_up=0, device=device)
+    ns = {of_call: statistics.median(times) for of_call, times in turns.items()}
     rows = {}
     for who, training in trainings.items():
         if device == "cuda":
@@ -91,7 +96,13 @@ def compare(setting: Setting, device: str, repeats: int, compiled: bool) -> list
                 "peak_bytes": peak[what],
             }
             if theirs is not None:
-                row["times_speed"] = theirs["ms"] / row["ms"]
+                pairs = zip(turns[PEER, what], turns[who, what], strict=True)
+                ratios = sorted(their_ns / our_ns for their_ns, our_ns in pairs)
+                row["times_speed"] = statistics.median(ratios)
+                row["times_speed_quartiles"] = (
+                    ratios[len(ratios) // 4],
+                    ratios[-1 - len(ratios) // 4],
+                )
                 row["share_of_memory"] = row["peak_bytes"] / theirs["peak_bytes"]
     if trainings[OURS].makes_all_logits():
         print("note: our wrapper makes logits at all positions, so its loss is not fused")
@@ -116,6 +127,7 @@ def report(setting: Setting, rows: list[dict]) -> None:
                 "tokens/s": row["tokens_per_second"],
                 "peak MB": row["peak_bytes"] / 1e6,
                 "times the speed of x-transformers": row.get("times_speed"),
+                "quartiles": " to ".join(map(show, row.get("times_speed_quartiles", ()))),
                 "goal: at least": speed_goal if is_ours else None,
                 "share of its memory": row.get("share_of_memory"),
                 "goal: at most": memory_goal if is_ours else None,

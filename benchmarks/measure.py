@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import platform
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,20 +47,20 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def median_ns(
-    fns: dict[str, Callable[[], object]],
+def turns_ns(
+    fns: dict[Any, Callable[[], object]],
     repeats: int,
     *,
     warm_up: int = 1,
     timed: int = 1,
     device: str = "cpu",
-) -> dict[str, float]:
-    """Median nanoseconds a call of each.
+) -> dict[Any, list[int]]:
+    """Nanoseconds of the calls of each, as they came.
 
     They take turns, so that all see the same machine. Each turn is a loop of its own: it begins
     with calls that are not timed, since the one before left its own data in the caches.
     """
-    times: dict[str, list[int]] = {name: [] for name in fns}
+    times: dict[Any, list[int]] = {name: [] for name in fns}
     for _ in range(repeats):
         for name, fn in fns.items():
             for _ in range(warm_up):
@@ -70,7 +71,12 @@ def median_ns(
                 fn()
                 synchronize(device)
                 times[name].append(time.perf_counter_ns() - start)
-    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+    return times
+
+
+def median_ns(fns: dict[Any, Callable[[], object]], repeats: int, **how: Any) -> dict[Any, float]:
+    """Median nanoseconds a call of each, of :func:`turns_ns`."""
+    return {name: statistics.median(t) for name, t in turns_ns(fns, repeats, **how).items()}
 
 
 def _high_water_bytes() -> int:

@@ -13,6 +13,7 @@
 #include "key_bounds.h"
 #include "nll.h"
 #include "permutation_cpu.h"
+#include "unmask.h"
 
 namespace py = pybind11;
 using nar::pointer;
@@ -83,6 +84,28 @@ void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64
   nar::nll_cpu(args, num_threads);
 }
 
+void unmask(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,
+            int64_t noise_slots, int64_t given, int64_t forbidden, int64_t num_forbidden,
+            int64_t fallback, int64_t seed, int64_t top_k, float inverse_temperature,
+            int64_t tokens, int64_t log_prob, int num_threads) {
+  const nar::UnmaskArgs args = {pointer<const void>(logits),
+                                static_cast<nar::LogitType>(logit_type),
+                                rows,
+                                vocabulary,
+                                stride,
+                                pointer<const int64_t>(noise_slots),
+                                pointer<const int64_t>(given),
+                                pointer<const int64_t>(forbidden),
+                                num_forbidden,
+                                fallback,
+                                static_cast<uint64_t>(seed),
+                                top_k,
+                                inverse_temperature,
+                                pointer<int64_t>(tokens),
+                                pointer<float>(log_prob)};
+  nar::unmask_cpu(args, num_threads);
+}
+
 // For tests: the selection on keys of their choice, three ranks at a time.
 std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length, int32_t num_keys,
                                  const std::vector<int32_t>& ranks) {
@@ -101,6 +124,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("corrupt", &corrupt);
   m.def("count_masked", &count_masked);
   m.def("nll", &nll, release_gil());
+  m.def("unmask", &unmask, release_gil());
   m.def("windows", &windows, release_gil());
   m.def("permute", &permute, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });

@@ -1,5 +1,6 @@
-// One row of `corrupt`, top to bottom. Included by one file per instruction set: most loops are plain
-// C++ that compilers vectorise; intrinsics are in the headers of the steps where those do badly.
+// One row of `corrupt`, top to bottom. Included by one file per instruction set: most loops are
+// plain C++ that compilers vectorise; intrinsics are in the headers of the steps where those do
+// badly.
 #pragma once
 
 #include <algorithm>

@@ -1,11 +1,13 @@
-// The selection of a row on the CPU: first in the upper halves of the keys, twice as many to a
-// vector, then in full where those cannot tell two keys apart.
+// The selection of a row on the CPU: a search in the upper halves of the keys, twice as many to a
+// vector, then among those alone whose upper half is at the boundary.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "order_statistic.h"
+#include "set_positions.h"
 
 namespace nar {
 namespace {
@@ -60,7 +62,8 @@ struct UpperSearch {
   void propose(int pass) {
     const Int4 width = high - low;
     Float4 at = Float4{} + 0.5f;
-    if (pass < 8 || pass % 2 == 0) {
+    // Random keys need five passes; those that are not spread evenly gain by bisection.
+    if (pass < 6 || pass % 4 == 0) {
       at = (to_float(rank - below_low) + 0.5f) / (to_float(below_high - below_low) + 1.0f);
     }
     const Int4 last = width - 1;
@@ -81,27 +84,32 @@ struct UpperSearch {
   }
 };
 
-// The same in 32 bits for the rank of one lane, between two neighbouring upper halves.
+// Of the keys whose upper half is `half` and whose position may be taken, the bound that has
+// `wanted` below it; there must be as many.
 inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int64_t length,
-                             const UpperSearch& upper, int lane) {
-  PivotSearch search(upper.rank[lane], upper.below_high[lane]);
-  search.low = static_cast<uint64_t>(upper.low[lane]) << 16;
-  search.high = static_cast<uint64_t>(upper.high[lane]) << 16;
-  search.below_low = upper.below_low[lane];
-  for (int pass = 0; !search.is_done(); ++pass) {
-    search.propose(pass);
-    int32_t below = 0;
-    for (int64_t i = 0; i < length; ++i) below += keys[i] < search.pivot;
-    search.learn(below);
+                             const int16_t* upper, int32_t half, int32_t wanted) {
+  const int16_t flipped = static_cast<int16_t>(half ^ kFlip);
+  constexpr int64_t kBlock = 512;
+  uint8_t chosen[kBlock];
+  int64_t positions[kBlock + 8];
+  std::vector<KeyBound> ordered;
+  for (int64_t first = 0; first < length; first += kBlock) {
+    const int64_t count = std::min(kBlock, length - first);
+    for (int64_t i = 0; i < count; ++i) chosen[i] = upper[first + i] == flipped;
+    const int64_t found = set_positions(chosen, count, first, positions, kBlock + 8);
+    for (int64_t j = 0; j < found; ++j) {
+      const int64_t at = positions[j];
+      if (can_take && !can_take[at]) continue;
+      ordered.push_back(KeyBound{keys[at]} << 32 | static_cast<uint32_t>(at));
+    }
   }
-  if (search.found) return KeyBound{search.pivot} << 32;
-  int32_t wanted = search.rank - search.below_low;
-  int64_t i = 0;
-  for (;; ++i) {
-    const bool equal = keys[i] == static_cast<uint32_t>(search.low) && (!can_take || can_take[i]);
-    if (equal && --wanted == 0) break;
-  }
-  return search.low << 32 | static_cast<uint32_t>(i + 1);
+  const auto last = ordered.begin() + (wanted - 1);
+  std::nth_element(ordered.begin(), last, ordered.end());
+  const uint32_t key = static_cast<uint32_t>(*last >> 32);
+  const bool is_tie =
+      key == 0xFFFFFFFF ||
+      std::any_of(last + 1, ordered.end(), [&](KeyBound other) { return other >> 32 == key; });
+  return is_tie ? *last + 1 : (KeyBound{key} + 1) << 32;
 }
 
 // Bounds of the `ranks[j]` smallest among the keys whose position may be taken.
@@ -128,8 +136,13 @@ inline void key_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t le
     }
   }
   for (int j = 0; j < kNumRanks; ++j) {
+    if (j > 0 && ranks[j] == ranks[j - 1]) {
+      bounds[j] = bounds[j - 1];
+      continue;
+    }
     bounds[j] = search.found[j] ? static_cast<KeyBound>(search.pivot[j]) << 48
-                                : bound_within(keys, can_take, length, search, j);
+                                : bound_within(keys, can_take, length, upper, search.low[j],
+                                               search.rank[j] - search.below_low[j]);
   }
 }
 

@@ -1,59 +1,17 @@
-// One row of `nll`, top to bottom. Included by one file per instruction set; the vectors are those
-// of the GNU extension, which GCC and clang lower to what the file may use.
+// One row of `nll`, top to bottom. Included by one file per instruction set.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
+#include "float_math.h"
 #include "nll.h"
 
 namespace nar {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kFloats = 16;
-#elif defined(__AVX__)
-constexpr int kFloats = 8;
-#else
-constexpr int kFloats = 4;
-#endif
-typedef float Floats __attribute__((vector_size(4 * kFloats)));
-typedef uint32_t UInts __attribute__((vector_size(4 * kFloats)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * kFloats)));
-
 // Sums of so many floats a lane are exact enough; beyond, they go on in double.
 constexpr int64_t kBlock = 256 * kFloats;
-
-inline Floats splat(float x) { return x - Floats{}; }
-
-template <typename Vector, typename T>
-inline Vector load(const T* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <typename Vector, typename T>
-inline void store(T* to, Vector v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
-// exp(x) for x <= 0, to 2 ulp; 0 below -87, where float32 ends. NaN stays NaN.
-inline Floats exp_of_negative(Floats x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: leaves the integer in the low bits
-  const Floats shifted = x * 1.44269504f + kRound;
-  const Floats n = shifted - kRound;
-  const Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts
-  Floats p = splat(1.9875691500e-4f);                           // Cephes
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const UInts power = ((UInts)shifted << 23) + 0x3F800000u;
-  return x < -87.0f ? Floats{} : p * (Floats)power;
-}
 
 inline float max_of(Floats v) {
   float m = v[0];
@@ -69,21 +27,9 @@ inline double sum_of(Floats v) {
 
 // The last logits of a row that do not fill a vector, behind them -inf.
 inline Floats load_tail(const float* from, int64_t count) {
-  Floats v = splat(-INFINITY);
+  Floats v = spread(-INFINITY);
   std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(float));
   return v;
-}
-
-inline void widen(const uint16_t* bfloats, int64_t count, float* floats) {
-  int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) {
-    const UInts bits = __builtin_convertvector(load<Shorts>(bfloats + i), UInts) << 16;
-    store(floats + i, bits);
-  }
-  for (; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(bfloats[i]) << 16;
-    std::memcpy(floats + i, &bits, sizeof bits);
-  }
 }
 
 // To the nearest, ties to even. A NaN stays one: those made here have a quiet bit that is kept.
@@ -102,7 +48,7 @@ inline void narrow(const float* floats, int64_t count, uint16_t* bfloats) {
 
 // Adds the bias, if there is one, and returns the largest logit.
 inline float add_bias(float* row, const float* bias, int64_t count) {
-  Floats largest = splat(-INFINITY);
+  Floats largest = spread(-INFINITY);
   float last = -INFINITY;
   int64_t i = 0;
   for (; i + kFloats <= count; i += kFloats) {

@@ -20,6 +20,7 @@ enum Stream : uint32_t {
   kRandomToken = 3,
   kCorruption = 4,
   kWindowOrder = 5,
+  kDecodeNoise = 7,
 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;

@@ -115,12 +115,13 @@ inline Counters random_blocks(const Vec* block, uint64_t seed, uint32_t stream, 
   return philox4x32(c, seed);
 }
 
-// Words 0 .. num_words - 1 of a sample, and on to the next multiple of kWordPadding.
+// So many words of a sample from position `first` on, a multiple of 4, and on to the next multiple
+// of kWordPadding.
 inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t stream,
-                       uint64_t sample) {
+                       uint64_t sample, int64_t first = 0) {
   constexpr int kStep = 4 * kLanes * kChains;
   static_assert(kWordPadding % kStep == 0 && kLanes * kChains <= kWordsAtPadding);
-  Vec next = first_counters();
+  Vec next = add(first_counters(), splat(static_cast<uint64_t>(first / 4)));
   for (int64_t i = 0; i < num_words; i += kStep) {
     Vec block[kChains];
     for (int u = 0; u < kChains; ++u, next = add(next, splat(kLanes))) block[u] = next;
@@ -171,9 +172,9 @@ inline void first_words(uint32_t* out, const int64_t* samples, int64_t count, ui
 #else
 
 inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t stream,
-                       uint64_t sample) {
+                       uint64_t sample, int64_t first = 0) {
   for (int64_t i = 0; i < num_words; i += 4) {
-    const Words4 block = random_block(seed, stream, sample, static_cast<uint32_t>(i / 4));
+    const Words4 block = random_block(seed, stream, sample, static_cast<uint32_t>((first + i) / 4));
     for (int j = 0; j < 4; ++j) out[i + j] = block.word[j];
   }
 }

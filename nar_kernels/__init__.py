@@ -8,6 +8,7 @@ from nar_kernels.loss import masked_nll
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.nets import NetAdapter
 from nar_kernels.ops import corrupt
+from nar_kernels.unmasking import Unmasked, unmask
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "NetAdapter",
     "NonAutoregressiveWrapper",
     "TokenDataset",
+    "Unmasked",
     "backends",
     "corrupt",
     "masked_nll",
+    "unmask",
 ]

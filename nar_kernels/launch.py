@@ -12,7 +12,7 @@ from nar_kernels.arguments import CorruptArgs
 from nar_kernels.backends import cpp, cuda
 from nar_kernels.corpus import TOKEN_DTYPES
 from nar_kernels.masking import NUM_INVALID
-from nar_kernels.reference import corrupt_ref, nll_ref
+from nar_kernels.reference import corrupt_ref, nll_ref, unmask_ref
 
 # The codes that the C++ side switches on.
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES.values())}
@@ -199,3 +199,69 @@ def run_nll(
         weight: ``[R]`` of the type of the result; None for 1.
     """
     return torch.ops.nar_kernels.nll_.default(logits, labels, bias, weight, gradient, backend)
+
+
+# ---- unmask
+
+_lib.define(
+    "unmask(Tensor logits, Tensor noise_slots, Tensor? given, Tensor forbidden, SymInt fallback, "
+    "SymInt seed, SymInt top_k, float inverse_temperature, str backend) -> (Tensor, Tensor)"
+)
+
+
+def _unmask_cpp(
+    logits: Tensor,
+    noise_slots: Tensor,
+    given: Tensor | None,
+    forbidden: Tensor,
+    fallback: int,
+    seed: int,
+    top_k: int,
+    inverse_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    assert cpp is not None
+    if logits.dtype not in _CPP_LOGITS:
+        logits = logits.float()
+    tokens = torch.empty_like(noise_slots)
+    log_prob = torch.empty(len(tokens), dtype=torch.float32)
+    cpp.unmask(
+        logits.data_ptr(),
+        _CPP_LOGITS[logits.dtype],
+        *logits.shape,
+        logits.stride(0),
+        noise_slots.data_ptr(),
+        _address(given),
+        forbidden.data_ptr(),
+        len(forbidden),
+        fallback,
+        seed,
+        top_k,
+        inverse_temperature,
+        tokens.data_ptr(),
+        log_prob.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return tokens, log_prob
+
+
+_UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp}
+
+
+def _unmask_impl(*args: Any) -> tuple[Tensor, Tensor]:
+    return _UNMASK[args[-1]](*args[:-1])
+
+
+def _unmask_fake(logits: Tensor, noise_slots: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(noise_slots), noise_slots.new_empty(
+        noise_slots.shape, dtype=torch.float32
+    )
+
+
+_lib.impl("unmask", _unmask_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("nar_kernels::unmask", _unmask_fake, lib=_lib)
+
+
+def run_unmask(*args: Any) -> tuple[Tensor, Tensor]:
+    """int64 and float32 ``[R]``: the result of :func:`nar_kernels.unmask`, whose arguments these
+    are in the order of the schema; the rows of the logits contiguous, all else entirely."""
+    return torch.ops.nar_kernels.unmask.default(*args)

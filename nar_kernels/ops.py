@@ -22,7 +22,7 @@ TOKEN_DTYPES = tuple(DTYPE_CODE)
 _ON_CPU = ("reference", "cpp")
 
 
-def _int64(seed: int) -> int:
+def signed_seed(seed: int) -> int:
     """A 64-bit seed as the signed integer with the same bits."""
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
@@ -255,7 +255,7 @@ def _corrupt(
         shuffle,
         maskable,
         *masking.tables(device),
-        _int64(seed),
+        signed_seed(seed),
         seed_tensor,
         global_batch,
         masking.exact,
@@ -365,5 +365,7 @@ def permute(
     assert cpp is not None
     index = index.contiguous()
     out = torch.empty_like(index)
-    cpp.permute(index.data_ptr(), index.numel(), n, _int64(seed), stream, round, out.data_ptr())
+    cpp.permute(
+        index.data_ptr(), index.numel(), n, signed_seed(seed), stream, round, out.data_ptr()
+    )
     return out

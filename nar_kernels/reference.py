@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.arguments import CorruptArgs
+from nar_kernels.float_math import exp_of_negative, gumbel, log_of_positive
 from nar_kernels.masking import IGNORE_INDEX
 from nar_kernels.philox import Stream, permute, words
 from nar_kernels.schedules import NUM_TIMES
@@ -174,3 +175,41 @@ def nll_ref(
         grad = z.softmax(1) - is_label.to(z.dtype)
         logits.copy_(grad if weight is None else weight[:, None] * grad)
     return nll.masked_fill(~valid, torch.nan)
+
+
+def unmask_ref(
+    logits: Tensor,
+    noise_slots: Tensor,
+    given: Tensor | None,
+    forbidden: Tensor,
+    fallback: int,
+    seed: int,
+    top_k: int,
+    inverse_temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The specification of ``unmask``: see :func:`nar_kernels.unmask`."""
+    x = logits.to(torch.float32).index_fill(1, forbidden, -torch.inf)
+    x = x.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    # The k largest; of equal ones, those that come first.
+    order = x.argsort(dim=1, descending=True, stable=True)
+    kept = torch.zeros_like(x, dtype=torch.bool).scatter_(1, order[:, :top_k], True)
+    x = x.masked_fill(~kept, -torch.inf)
+    largest = x.amax(1, keepdim=True)
+    allows_none = largest[:, 0] == -torch.inf
+    from_largest = (x - largest).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+
+    score = from_largest
+    if inverse_temperature > 0:
+        position = torch.arange(x.shape[1], device=x.device)
+        noise = gumbel(words(seed, Stream.DECODE_NOISE, noise_slots[:, None], position))
+        score = from_largest * inverse_temperature + noise
+    tokens = score.argmax(1).masked_fill(allows_none, fallback)  # of equal ones the first
+    if given is not None:
+        tokens = tokens.where(given < 0, given)
+
+    # Integers, so that no order of summing matters.
+    terms = (exp_of_negative(from_largest) * 2.0**30 + 0.5).to(torch.int64)
+    log_sum = log_of_positive(terms.sum(1).clamp(min=1).to(torch.float32) * 2.0**-30)
+    inside = tokens.clamp(max=x.shape[1] - 1)
+    log_prob = from_largest.gather(1, inside[:, None])[:, 0] - log_sum
+    return tokens, log_prob.masked_fill(allows_none | (tokens != inside), -torch.inf)

@@ -15,12 +15,12 @@ PACKAGE = ROOT / "nar_kernels"
 # Lowest first. A module imports from the rows above its own only, not from its neighbours.
 LAYERS = [
     ["errors", "parallel"],
-    ["philox", "schedules"],
+    ["float_math", "philox", "schedules"],
     ["arguments", "masking"],
     ["backends", "reference", "kernels", "corpus"],
     ["launch", "feed"],
     ["loss", "ops"],
-    ["data", "decode", "nets"],
+    ["data", "decode", "nets", "unmasking"],
     ["heads"],
     ["wrapper"],
     ["checkpoint", "config", "ema", "evaluate", "interrupt", "sources"],

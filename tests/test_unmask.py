@@ -1,0 +1,218 @@
+"""`unmask`: backends against each other, its arithmetic against float64, its samples against exact
+probabilities."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nar_kernels import unmask
+from nar_kernels.backends import cpp
+from nar_kernels.float_math import exp_of_negative, gumbel, log_of_positive
+from tests.goodness_of_fit import chi_square_p
+
+needs_cpp = pytest.mark.skipif(cpp is None, reason="the C++ extension is not built")
+MASK = 3
+
+
+def draw(logits: Tensor, **args) -> Tensor:
+    defaults = dict(mask_id=MASK, seed=1, noise_slots=torch.arange(len(logits)))
+    return unmask(logits, **{**defaults, **args})
+
+
+@pytest.fixture(params=range(cpp.simd_level() + 1) if cpp else [])
+def simd_level(request):
+    best = cpp.simd_level()
+    cpp.limit_simd(request.param)
+    yield
+    cpp.limit_simd(best)
+
+
+def awkward_logits(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Ties, zeros of both signs, what is not finite, and rows of nothing else."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(rows, vocabulary, generator=generator)
+    logits[1] = logits[1].round()
+    logits[2] = logits[2].sign() * 0.0
+    logits[3, ::2] = -torch.inf
+    logits[4, ::3] = torch.nan
+    logits[5, vocabulary // 2] = torch.inf
+    logits[6] = -torch.inf
+    logits[7] *= 1e38
+    return logits.to(dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [4, 5, 63, 127, 128, 129, 1000, 4099, 70001])
+def test_backends_agree(vocabulary, dtype, simd_level):
+    logits = awkward_logits(12, vocabulary, dtype)
+    slots = torch.arange(12) * 2**33 + 5
+    given = torch.full((12,), -1)
+    given[8], given[9], given[10] = MASK, 0, vocabulary - 1
+    for temperature in (0.0, 0.3, 1.0, 7.0):
+        for top_k in (None, 1, 2, vocabulary // 3 + 1, vocabulary - 1):
+            for more in ({}, {"forbidden_ids": (0, vocabulary - 2)}, {"given": given}):
+                args = dict(temperature=temperature, top_k=top_k, noise_slots=slots, **more)
+                tokens, log_prob = draw(logits, backend="cpp", **args)
+                expected = draw(logits, backend="reference", **args)
+                assert torch.equal(tokens, expected.tokens), (temperature, top_k, more)
+                assert torch.equal(log_prob, expected.log_prob), (temperature, top_k, more)
+
+
+@needs_cpp
+def test_ties_that_upper_halves_of_keys_cannot_tell_apart(simd_level):
+    """The k-th largest among thousands of equal logits, and of logits that differ by a bit."""
+    nearly = 1 + torch.randint(0, 9, (3000,)) * 2.0**-23
+    for row in (torch.zeros(3000), nearly, -nearly, nearly.where(nearly > 1, -torch.inf)):
+        for top_k in (1, 2, 700, 2998, 2999):
+            args = dict(top_k=top_k, noise_slots=torch.arange(50), mask_id=2999)
+            logits = row.expand(50, 3000)
+            got = draw(logits, backend="cpp", **args)
+            expected = draw(logits, backend="reference", **args)
+            assert torch.equal(got.tokens, expected.tokens)
+            order = row[:2999].sort(descending=True, stable=True).indices[:top_k].tolist()
+            assert set(got.tokens.tolist()) <= set(order)
+
+
+def test_exp_and_log_are_good_to_two_units_in_the_last_place():
+    x = torch.cat([-torch.rand(100_000) * 87, -torch.logspace(-30, 1.9, 10_000)])
+    exact = x.double().exp()
+    assert ((exp_of_negative(x).double() - exact).abs() / exact).max() < 2 * 2**-23
+    assert (exp_of_negative(torch.tensor([-88.0, -torch.inf])) == 0).all()
+    x = torch.cat([x.exp(), torch.logspace(-37, 38, 100_000, base=10), 1 + x[-10_000:] * 1e-3])
+    x = x[x > 1e-37]
+    exact = x.double().log()
+    error = (log_of_positive(x).double() - exact).abs()
+    assert (error / exact.abs().clamp(min=2.0**-23)).max() < 2 * 2**-23
+
+
+def test_noise_is_gumbel_to_its_last_bits():
+    words = torch.cat([torch.arange(1000), 2 ** torch.arange(32), 2**32 - 1 - torch.arange(1000)])
+    words = torch.cat([words, torch.randint(0, 2**32, (100_000,)), 2**30 + torch.arange(-9, 9)])
+    u = (words.double() + 0.5) * 2**-32
+    exact = -(-torch.log1p(-u)).log()
+    noise = gumbel(words)
+    assert noise.isfinite().all()
+    assert (noise - exact)[u < 0.25].abs().max() < 4e-6
+    assert (noise - exact)[(u >= 0.25) & (u < 1 - 2**-12)].abs().max() < 1e-4
+    assert (noise.min(), noise.max()) == (
+        pytest.approx(-3.1, abs=0.1),
+        pytest.approx(22.87, abs=0.01),
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_samples_have_their_probabilities(temperature, top_k):
+    logits = torch.tensor([0.0, 1.0, -1.0, 9.0, 0.5, 0.5, 2.0, -3.0, 1.5, -0.25])
+    allowed = logits.clone()
+    allowed[[MASK, 6]] = -torch.inf
+    if top_k is not None:
+        allowed[allowed < allowed.topk(top_k).values[-1]] = -torch.inf
+    number = 200_000
+    got = draw(logits.expand(number, -1), temperature=temperature, top_k=top_k, forbidden_ids=(6,))
+    counts = got.tokens.bincount(minlength=10)
+    expected = (allowed / temperature).softmax(0).double() * number
+    common = expected > 5
+    assert (counts[expected == 0] == 0).all() and counts[~common].sum() < 30
+    assert chi_square_p(counts[common], expected[common]) > 1e-4
+    torch.testing.assert_close(got.log_prob, allowed.log_softmax(0)[got.tokens])
+    # What a wrong temperature would give is noticed.
+    wrong = (allowed / (temperature * 1.05)).softmax(0).double() * number
+    if temperature < 4:
+        assert chi_square_p(counts[common], wrong[common]) < 1e-6
+
+
+@needs_cpp
+@pytest.mark.parametrize("gap", [18.0, 19.25, 20.5])
+def test_tails(gap):
+    vocabulary, number = 262_144, 12_000
+    logits = torch.full((vocabulary,), -gap)
+    logits[7] = 0
+    tokens = draw(logits.expand(number, -1), temperature=1.0, seed=int(gap * 4)).tokens
+    expected = number * (vocabulary - 2) * math.exp(-gap)
+    assert abs(int((tokens != 7).sum()) - expected) < 3 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+def test_a_row_depends_on_itself_alone(backend):
+    logits = torch.randn(40, 300)
+    whole = draw(logits, top_k=100, backend=backend)
+    order = torch.randperm(40)
+    shuffled = draw(logits[order], noise_slots=order, top_k=100, backend=backend)
+    assert torch.equal(shuffled.tokens, whole.tokens[order])
+    assert torch.equal(shuffled.log_prob, whole.log_prob[order])
+    one = draw(logits[7:8], noise_slots=torch.tensor([7]), top_k=100, backend=backend)
+    assert torch.equal(one.tokens, whole.tokens[7:8])
+    other = draw(logits, seed=2, backend=backend)
+    assert not torch.equal(other.tokens, draw(logits, backend=backend).tokens)
+
+
+@needs_cpp
+def test_any_number_of_threads():
+    logits = torch.randn(64, 3001)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(draw(logits, top_k=900))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(other.tokens, results[0].tokens)
+        assert torch.equal(other.log_prob, results[0].log_prob)
+
+
+def test_rows_in_a_larger_tensor():
+    logits = torch.randn(9, 70)
+    for view in (logits[::2, 3:60], logits.t()[:60, :9], logits[:0]):
+        slots = torch.arange(len(view))
+        got = draw(view, noise_slots=slots)
+        expected = draw(view.clone().contiguous(), noise_slots=slots, backend="reference")
+        assert torch.equal(got.tokens, expected.tokens)
+
+
+def test_a_head_without_a_column_for_mask_id():
+    logits = torch.randn(500, 6)
+    padded = torch.cat([logits, torch.full((500, 1), 99.0)], 1)
+    got = draw(logits, mask_id=6)
+    assert torch.equal(got.tokens, draw(padded, mask_id=6).tokens)
+    assert set(got.tokens.tolist()) == set(range(6))
+
+
+def test_a_row_that_allows_nothing():
+    logits = torch.full((2, 5), -torch.inf)
+    got = draw(logits, mask_id=0, forbidden_ids=(1, 2))
+    assert got.tokens.tolist() == [3, 3] and got.log_prob.tolist() == [-math.inf] * 2
+    given = draw(logits, given=torch.tensor([4, -1]), mask_id=0)
+    assert given.tokens.tolist() == [4, 1]
+
+
+def test_as_an_operator():
+    logits = torch.randn(5, 40)
+    args = (logits, torch.arange(5), None, torch.tensor([3]), 0, 1, 40, 1.0, "reference")
+    torch.library.opcheck(torch.ops.nar_kernels.unmask.default, args)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(logits=torch.zeros(2, 5).double()), TypeError, "dtype torch.float64.*torch.float32"),
+        (dict(logits=torch.zeros(5)), ValueError, r"shape \[5\].*\[R, V\]"),
+        (dict(logits=torch.zeros(2, 0)), ValueError, r"shape \[2, 0\]"),
+        (dict(noise_slots=torch.arange(3)), ValueError, r"noise_slots must be int64 \[2\].*\[3\]"),
+        (dict(given=torch.zeros(2)), ValueError, r"given must be int64 \[2\].*float32"),
+        (dict(temperature=-1.0), ValueError, "temperature is -1.0"),
+        (dict(temperature=math.nan), ValueError, "temperature is nan"),
+        (dict(top_k=0), ValueError, "top_k is 0"),
+        (dict(mask_id=6), ValueError, "mask_id is 6.*5 logits"),
+        (dict(forbidden_ids=(5,)), ValueError, r"forbidden_ids holds 5, outside \[0, 5\)"),
+        (dict(forbidden_ids=(0, 1, 2, 4)), ValueError, "leave none of the 5 ids"),
+        (dict(backend="triton"), ValueError, "unknown backend 'triton'"),
+    ],
+)
+def test_errors(change, error, message):
+    args = dict(logits=torch.zeros(2, 5), mask_id=MASK, seed=1, noise_slots=torch.arange(2))
+    with pytest.raises(error, match=message):
+        unmask(**(args | change))
