@@ -51,7 +51,7 @@ def test_backends_agree(vocabulary, dtype, simd_level):
     slots = torch.arange(12) * 2**33 + 5
     given = torch.full((12,), -1)
     given[8], given[9], given[10] = MASK, 0, vocabulary - 1
-    for temperature in (0.0, 0.3, 1.0, 7.0):
+    for temperature in (0.0, 0.3, 1.0, 7.0) if vocabulary < 5000 else (1.0,):
         for top_k in (None, 1, 2, vocabulary // 3 + 1, vocabulary - 1):
             for more in ({}, {"forbidden_ids": (0, vocabulary - 2)}, {"given": given}):
                 args = dict(temperature=temperature, top_k=top_k, noise_slots=slots, **more)
