@@ -85,7 +85,7 @@ void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64
 }
 
 void unmask(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,
-            int64_t noise_slots, int64_t given, int64_t forbidden, int64_t num_forbidden,
+            int64_t noise_slots, int64_t given, const std::vector<int64_t>& forbidden,
             int64_t fallback, int64_t seed, int64_t top_k, float inverse_temperature,
             int64_t tokens, int64_t log_prob, int num_threads) {
   const nar::UnmaskArgs args = {pointer<const void>(logits),
@@ -95,8 +95,8 @@ void unmask(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, in
                                 stride,
                                 pointer<const int64_t>(noise_slots),
                                 pointer<const int64_t>(given),
-                                pointer<const int64_t>(forbidden),
-                                num_forbidden,
+                                forbidden.data(),
+                                static_cast<int64_t>(forbidden.size()),
                                 fallback,
                                 static_cast<uint64_t>(seed),
                                 top_k,

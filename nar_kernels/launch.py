@@ -204,7 +204,7 @@ def run_nll(
 # ---- unmask
 
 _lib.define(
-    "unmask(Tensor logits, Tensor noise_slots, Tensor? given, Tensor forbidden, SymInt fallback, "
+    "unmask(Tensor logits, Tensor noise_slots, Tensor? given, SymInt[] forbidden, SymInt fallback, "
     "SymInt seed, SymInt top_k, float inverse_temperature, str backend) -> (Tensor, Tensor)"
 )
 
@@ -213,7 +213,7 @@ def _unmask_cpp(
     logits: Tensor,
     noise_slots: Tensor,
     given: Tensor | None,
-    forbidden: Tensor,
+    forbidden: list[int],
     fallback: int,
     seed: int,
     top_k: int,
@@ -231,8 +231,7 @@ def _unmask_cpp(
         logits.stride(0),
         noise_slots.data_ptr(),
         _address(given),
-        forbidden.data_ptr(),
-        len(forbidden),
+        forbidden,
         fallback,
         seed,
         top_k,
@@ -252,9 +251,7 @@ def _unmask_impl(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _unmask_fake(logits: Tensor, noise_slots: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(noise_slots), noise_slots.new_empty(
-        noise_slots.shape, dtype=torch.float32
-    )
+    return torch.empty_like(noise_slots), torch.empty_like(noise_slots, dtype=torch.float32)
 
 
 _lib.impl("unmask", _unmask_impl, "CompositeExplicitAutograd")

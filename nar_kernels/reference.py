@@ -181,14 +181,15 @@ def unmask_ref(
     logits: Tensor,
     noise_slots: Tensor,
     given: Tensor | None,
-    forbidden: Tensor,
+    forbidden: list[int],
     fallback: int,
     seed: int,
     top_k: int,
     inverse_temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """The specification of ``unmask``: see :func:`nar_kernels.unmask`."""
-    x = logits.to(torch.float32).index_fill(1, forbidden, -torch.inf)
+    forbidden_ids = torch.tensor(forbidden, dtype=torch.int64, device=logits.device)
+    x = logits.to(torch.float32).index_fill(1, forbidden_ids, -torch.inf)
     x = x.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     # The k largest; of equal ones, those that come first.
     order = x.argsort(dim=1, descending=True, stable=True)

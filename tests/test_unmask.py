@@ -191,8 +191,18 @@ def test_a_row_that_allows_nothing():
 
 def test_as_an_operator():
     logits = torch.randn(5, 40)
-    args = (logits, torch.arange(5), None, torch.tensor([3]), 0, 1, 40, 1.0, "reference")
+    args = (logits, torch.arange(5), None, [3], 0, 1, 40, 1.0, "reference")
     torch.library.opcheck(torch.ops.nar_kernels.unmask.default, args)
+
+
+def test_under_torch_compile():
+    logits, slots = torch.randn(5, 40), torch.arange(5)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(logits: Tensor, slots: Tensor) -> Tensor:
+        return unmask(logits, mask_id=MASK, seed=1, noise_slots=slots, forbidden_ids=(0,)).tokens
+
+    assert torch.equal(compiled(logits, slots), draw(logits, forbidden_ids=(0,)).tokens)
 
 
 @pytest.mark.parametrize(
