@@ -58,14 +58,15 @@ void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_typ
 }
 
 void count_masked(int64_t batch, int64_t seq_len, int64_t first_sample, int64_t global_batch,
-                  bool stratified, int64_t seed, int64_t ratio_table, int64_t counts) {
+                  bool exact, bool stratified, int64_t seed, int64_t ratio_table, int64_t counts,
+                  int num_threads) {
   nar::CorruptArgs args = {};
   args.windows.batch = batch, args.windows.seq_len = seq_len;
   args.first_sample = first_sample, args.global_batch = global_batch;
-  args.stratified = stratified;
+  args.exact = exact, args.stratified = stratified;
   args.seed = static_cast<uint64_t>(seed);
   args.ratio_table = pointer<const uint32_t>(ratio_table);
-  nar::count_masked(args, pointer<int64_t>(counts));
+  nar::count_masked(args, pointer<int64_t>(counts), num_threads);
 }
 
 void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,

@@ -27,9 +27,13 @@ using DrawTimes = std::vector<uint32_t> (*)(const CorruptArgs&);
 // Where the windows begin that its slots hold.
 using OrderedStarts = std::vector<int64_t> (*)(const CorruptArgs&);
 
+// How many positions row b masks, if none is excluded.
+using CountRow = int64_t (*)(const CorruptArgs&, int64_t b, uint32_t t16);
+
 struct CorruptKernels {
   DrawTimes draw_times;
   OrderedStarts ordered_starts;
+  CountRow count_row;
   CorruptRow corrupt_row;
   WriteRows write_rows;
 };
@@ -42,8 +46,8 @@ CorruptKernels corrupt_kernels_avx512();
 // corpus, std::invalid_argument for a negative sample slot.
 void corrupt_cpu(const CorruptArgs& args, int num_threads);
 
-// How many positions each row masks: an exact draw with nothing excluded, which no device need be
-// asked about. Of the arguments it reads those that the times depend on, in memory of the host.
-void count_masked(const CorruptArgs& args, int64_t* counts);
+// How many positions each row masks where none is excluded, which no device need be asked about.
+// Of the arguments it reads those that times and keys depend on, in memory of the host.
+void count_masked(const CorruptArgs& args, int64_t* counts, int num_threads);
 
 }  // namespace nar

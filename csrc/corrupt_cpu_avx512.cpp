@@ -4,7 +4,7 @@
 namespace nar {
 
 CorruptKernels corrupt_kernels_avx512() {
-  return {draw_times, ordered_starts, corrupt_row, write_rows};
+  return {draw_times, ordered_starts, count_row, corrupt_row, write_rows};
 }
 
 }  // namespace nar

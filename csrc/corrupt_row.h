@@ -116,6 +116,23 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
   write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(out.masked, length));
 }
 
+int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {
+  const int64_t length = a.windows.seq_len;
+  if (a.exact) return exact_count(a, t16, static_cast<int32_t>(length));
+  constexpr int64_t kBlock = 1024;
+  uint32_t keys[kBlock];
+  const uint32_t bound = a.ratio_table[t16];
+  int64_t count = 0;
+  for (int64_t first = 0; first < length; first += kBlock) {
+    const int64_t block = std::min(kBlock, length - first);
+    fill_words(keys, block, a.seed, kMaskKey, a.sample(b), first);
+    int32_t below = 0;
+    for (int64_t i = 0; i < block; ++i) below += keys[i] < bound;
+    count += below;
+  }
+  return count;
+}
+
 void write_rows(const CorruptArgs& a, int64_t b, int64_t* rows, int64_t room) {
   const int64_t base = b * a.windows.seq_len;
   set_positions(a.masked_indices + base, a.windows.seq_len, base, rows, room);

@@ -91,7 +91,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if options.get("resume"):
         if "out" not in options:
             raise ValueError("--resume needs --out, the folder of the run to continue")
-        saved = checkpoint.load(Path(options["out"]) / "last.pt")
+        saved = checkpoint.read(Path(options["out"]) / "last.pt")
         train(TrainConfig.continued(saved["config"], **options))
     elif "data" not in options:
         raise ValueError("give --data: digits, text, or a file (or --resume and --out)")

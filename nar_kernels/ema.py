@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.parallel import gather_state, load_model_state, local
+from nar_kernels.parallel import local
 
 
 class Ema:
@@ -55,12 +55,11 @@ class Ema:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A state dict of the model, whole and on the CPU, with the averages."""
+        """A state dict of the model, with the averages; divided over ranks as the model is."""
         with self.applied():
-            state = gather_state(self._model.state_dict())
-            return {name: value.to("cpu", copy=True) for name, value in state.items()}
+            return {name: value.clone() for name, value in self._model.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes the averages of :meth:`state_dict`; the model keeps its weights."""
         with self.applied():
-            load_model_state(self._model, state)
+            self._model.load_state_dict(state)

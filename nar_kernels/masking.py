@@ -214,8 +214,8 @@ class Corrupted:
     def masked_rows(self) -> Tensor:
         """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
 
-        Waits for the device, except for batches of an exact draw with nothing excluded whose seed,
-        slots and step are numbers: then the host knows R.
+        Waits for the device, except for batches with nothing excluded whose seed, slots and step
+        are numbers: then the host knows R.
         """
         counts = self.num_masked if self.host_counts is None else self.host_counts
         return self.row_buffer[: int(counts.sum())]

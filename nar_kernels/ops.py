@@ -274,7 +274,7 @@ def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
     """int64 ``[B]`` on the CPU: how many positions each row masks, or None where that depends on
     what only the device knows."""
     on_device = (a.sample_ids, a.step, a.maskable, a.never_mask, a.seed_tensor)
-    known = a.exact and all(tensor is None for tensor in on_device)
+    known = all(tensor is None for tensor in on_device)
     if not known or cpp is None or torch.compiler.is_compiling():
         return None
     counts = torch.empty(a.batch, dtype=torch.int64)
@@ -283,10 +283,12 @@ def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
         a.seq_len,
         a.first_sample,
         a.global_batch,
+        a.exact,
         a.stratified,
         a.seed,
         masking.table.ratio.data_ptr(),
         counts.data_ptr(),
+        torch.get_num_threads(),
     )
     return counts
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 # FSDP2 records events on the streams of its device.
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
@@ -54,6 +53,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def of_first_rank(value: Any) -> Any:
+    """``value`` as the first rank has it."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
 
 
 def barrier() -> None:
@@ -141,41 +148,39 @@ def local(tensor: Any) -> Tensor:
 
 def full(tensor: Any) -> Tensor:
     """All parts of a tensor that is divided over ranks; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
-def gather_state(state: Any) -> Any:
-    """A state dict whose divided tensors are whole, and on the CPU: on the first rank, that is.
-    Elsewhere they are empty."""
-
-    def gather(tensor: Tensor) -> Tensor:
-        if not hasattr(tensor, "full_tensor"):
-            return tensor
-        gathered = full(tensor)
-        return gathered.cpu() if rank() == 0 else gathered.new_empty(0)
-
-    return tree_map_only(Tensor, gather, state)
+def is_divided(value: Any) -> bool:
+    """Whether it is a tensor that is divided over ranks."""
+    return hasattr(value, "full_tensor")
 
 
-def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads whole tensors, also into a sharded model."""
-    ours = model.state_dict()
-    model.load_state_dict({name: _divide(value, ours.get(name)) for name, value in state.items()})
+def divide_as(state: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
+    """Whole tensors, divided as those of their shape in ``like`` if those are. One on the device
+    ``meta`` becomes memory without values."""
+    return {key: _divide(value, like.get(key)) for key, value in state.items()}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads whole tensors, also where the parameters are sharded."""
+def divide_optimizer_state(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Whole tensors of a state dict, divided as the parameters are to which they belong."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     divided = {
-        index: {name: _divide(value, parameters[index]) for name, value in entry.items()}
+        index: divide_as(entry, dict.fromkeys(entry, parameters[index]))
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": divided})
+    return {**state, "state": divided}
 
 
 def _divide(value: Any, like: Any) -> Any:
-    """A whole tensor, divided as ``like`` if that is a divided one of its shape."""
-    if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
+    if not isinstance(value, Tensor):
+        return value
+    fits = is_divided(like) and value.shape == like.shape
+    if value.is_meta:
+        return torch.empty_like(like) if fits else torch.empty_like(value, device="cpu")
+    if not fits:
         return value
     from torch.distributed.tensor import distribute_tensor
 

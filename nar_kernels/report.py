@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nar_kernels import samples
+from nar_kernels import checkpoint, samples
 from nar_kernels.config import TrainConfig
 from nar_kernels.evaluate import NATS_PER_BIT, Baseline
 from nar_kernels.parallel import world_size
@@ -94,6 +94,7 @@ def prepare_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _RUN_FILES:
         (folder / name).unlink(missing_ok=True)
+        checkpoint.remove_shards(folder / name)
     for events in (folder / "tb").glob("events.out.tfevents.*"):
         events.unlink()
 

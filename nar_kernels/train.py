@@ -10,6 +10,7 @@ A step does not wait for the device: losses stay there until somebody wants them
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     with parallel.joined(choose_device(config.device)) as device:
         last = config.folder / "last.pt"
-        saved = checkpoint.load(last) if config.resume else None
+        saved = checkpoint.read(last) if config.resume else None
         if saved is not None:
             config.refuse_to_continue(saved["config"])
         elif last.exists() and not config.overwrite:
@@ -83,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         run = Run(config, device)
         parallel.barrier()  # nobody writes before everybody has looked
         if saved is not None:
-            run.restore(saved)
+            run.restore(last, saved)
         else:
             run.begin()
         run.fit()
@@ -256,19 +257,24 @@ class Run:
             "config": self.config.to_dict(),
             "spec": self.data.spec._asdict(),
             "environment": self.environment,
-            "model": parallel.gather_state(self.model.state_dict()),
+            "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": parallel.gather_state(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
             "log": self.log.state_dict(),
         }
-        if parallel.rank() == 0:
-            checkpoint.save(self.config.folder / name, state)
+        checkpoint.save(self.config.folder / name, state)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Goes on from ``state``, as it was read from ``path``."""
         self.loader.load_state_dict(state["loader"])
-        parallel.load_model_state(self.model, state["model"])
-        parallel.load_optimizer_state(self.optimizer, state["optimizer"])
+        ours = self.model.state_dict()
+        for name in ("model", "ema") if self.ema is not None else ("model",):
+            state[name] = parallel.divide_as(state[name], ours)
+        state["optimizer"] = parallel.divide_optimizer_state(state["optimizer"], self.optimizer)
+        checkpoint.fill(path, state)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.log.load_state_dict(state["log"])

@@ -17,6 +17,22 @@ if not torch.cuda.is_available():
         sys.modules["nar_kernels._cuda"] = emulated
 
 
+@pytest.fixture(params=[0, 1, 2], ids=["generic", "avx2", "avx512"])
+def simd_level(request):
+    """For tests that must hold with each instruction set of the C++ extension."""
+    from nar_kernels.backends import cpp
+
+    if cpp is None:
+        pytest.skip("the C++ extension is not built")
+    best = cpp.simd_level()
+    if request.param > best:
+        pytest.skip(f"this CPU has SIMD level {best}")
+    cpp.limit_simd(request.param)
+    assert cpp.simd_level() == request.param
+    yield request.param
+    cpp.limit_simd(best)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For files whose tensors are tiny: more threads only wait for each other."""

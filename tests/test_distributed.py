@@ -118,6 +118,7 @@ def as_a_rank(rank: int, folder: Path) -> None:
         train(small(folder, "ranks_shard", shard=True, resume=True))  # it is complete
         train(small(folder, "one_then_shard", resume=True, shard=True, ema=0.9))
         half_a_run(small(folder, "shard_then_one", shard=True, ema=0.9))
+        found["full_disk"] = with_a_full_disk(folder / "full_disk", here=rank == 1)
     torch.save(found, folder / f"found_{rank}.pt")
     dist.destroy_process_group()
 
@@ -150,6 +151,29 @@ def with_counts_of_its_own(folder: Path) -> tuple[Tensor, list[Tensor]]:
         return gradients(folder, "mean", 1)
     finally:
         parallel.sum_over_ranks = exchange
+
+
+def with_a_full_disk(folder: Path, here: bool) -> str:
+    """The error of a checkpoint that one rank cannot write."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "last.pt"
+    checkpoint.save(path, {"config": 1})
+    model = nn.Linear(8, 8)
+    parallel.shard(model, [], CPU)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError("No space left on device")
+
+    save = torch.save
+    if here:
+        torch.save = fail
+    try:
+        checkpoint.save(path, {"config": 2, "model": model.state_dict()})
+    except OSError as error:
+        return str(error)
+    finally:
+        torch.save = save
+    return "nothing"
 
 
 def tensors(batch: Corrupted) -> list[Tensor]:
@@ -257,6 +281,39 @@ def test_replicas_and_shards_save_the_same_optimizer(folder, alone):
 )
 def test_resuming_with_more_processes(folder, alone, name, expected):
     assert_same_run(checkpoint.load(folder / name / "last.pt"), alone[expected])
+
+
+@needs_shards
+def test_shards_are_written_by_their_ranks(folder):
+    run = folder / "ranks_shard_parts"
+    state = checkpoint.read(run / "last.pt")
+    shards = run / state["shards"]
+    # The folders of earlier steps are gone, and each rank has written as much as the other.
+    assert sorted(run.glob("*.shards-*")) == sorted(
+        [shards, run / checkpoint.read(run / "best.pt")["shards"]]
+    )
+    sizes = [sum(f.stat().st_size for f in shards.glob(f"__{rank}_*")) for rank in range(RANKS)]
+    assert min(sizes) > 0.8 * max(sizes)
+    assert (run / "last.pt").stat().st_size < 0.5 * min(sizes)
+    parameters = dict(load_model(run / "last.pt")[0].named_parameters())
+    for name in ("model", "ema"):
+        assert {key for key, value in state[name].items() if value.is_meta} == set(parameters)
+
+
+@needs_shards
+def test_missing_shards(folder, tmp_path):
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).write_bytes((folder / "ranks_shard" / name).read_bytes())
+        with pytest.raises(FileNotFoundError, match=f"{name} has its weights in .*not there"):
+            load_model(tmp_path / name)
+
+
+@needs_shards
+def test_shards_that_cannot_be_written(folder, found):
+    """The checkpoint is as it was, and nothing else is left."""
+    assert all("No space left" in found[rank]["full_disk"] for rank in range(RANKS))
+    assert sorted(path.name for path in (folder / "full_disk").iterdir()) == ["last.pt"]
+    assert checkpoint.load(folder / "full_disk" / "last.pt") == {"config": 1}
 
 
 @needs_shards

@@ -921,17 +921,6 @@ def test_kernel_where_memory_ends_with_the_last_row(backend):
     assert_near(logits, expected.double(), 1e-6)
 
 
-@pytest.fixture
-def simd_level(request):
-    best = cpp.simd_level()
-    if request.param > best:
-        pytest.skip(f"this CPU has SIMD level {best}")
-    cpp.limit_simd(request.param)
-    assert cpp.simd_level() == request.param
-    yield
-    cpp.limit_simd(2)
-
-
 def beside_forbidden_pages(tensor, at_end):
     """A copy that begins, or ends, where one byte further may not even be read."""
     size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
@@ -963,7 +952,6 @@ def nll_beside_forbidden_pages(dtype):
 @needs_cpp
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 @pytest.mark.parametrize("dtype", NLL_DTYPES["cpp"])
-@pytest.mark.parametrize("simd_level", [0, 1, 2], indirect=True)
 def test_kernel_reads_nothing_outside(simd_level, dtype):
     context = multiprocessing.get_context("fork")
     child = context.Process(target=nll_beside_forbidden_pages, args=(dtype,))
@@ -984,7 +972,6 @@ def test_kernel_far_from_zero(backend, dtype):
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", NLL_DTYPES["cpp"])
-@pytest.mark.parametrize("simd_level", [0, 1, 2], indirect=True)
 def test_every_instruction_set(simd_level, dtype):
     for vocabulary in VOCABULARIES[:-1]:
         logits, labels, bias, weight = softmax_problem(3, vocabulary, dtype)
@@ -998,7 +985,6 @@ def test_every_instruction_set(simd_level, dtype):
 
 
 @needs_cpp
-@pytest.mark.parametrize("simd_level", [0, 1, 2], indirect=True)
 def test_exp_is_accurate(simd_level):
     """Down to the smallest normal numbers; whole steps of 2^-10 are exact in float32."""
     steps = torch.arange(-85 * 1024, 1, 5) / 1024

@@ -21,14 +21,6 @@ def draw(logits: Tensor, **args) -> Tensor:
     return unmask(logits, **{**defaults, **args})
 
 
-@pytest.fixture(params=range(cpp.simd_level() + 1) if cpp else [])
-def simd_level(request):
-    best = cpp.simd_level()
-    cpp.limit_simd(request.param)
-    yield
-    cpp.limit_simd(best)
-
-
 def awkward_logits(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     """Ties, zeros of both signs, what is not finite, and rows of nothing else."""
     generator = torch.Generator().manual_seed(vocabulary)
