@@ -88,7 +88,8 @@ void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64
 void unmask(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,
             int64_t noise_slots, int64_t given, const std::vector<int64_t>& forbidden,
             int64_t fallback, int64_t seed, int64_t top_k, float inverse_temperature,
-            int64_t tokens, int64_t log_prob, int num_threads) {
+            int confidence_type, int64_t tokens, int64_t log_prob, int64_t confidence,
+            int num_threads) {
   const nar::UnmaskArgs args = {pointer<const void>(logits),
                                 static_cast<nar::LogitType>(logit_type),
                                 rows,
@@ -102,8 +103,10 @@ void unmask(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, in
                                 static_cast<uint64_t>(seed),
                                 top_k,
                                 inverse_temperature,
+                                static_cast<nar::ConfidenceType>(confidence_type),
                                 pointer<int64_t>(tokens),
-                                pointer<float>(log_prob)};
+                                pointer<float>(log_prob),
+                                pointer<float>(confidence)};
   nar::unmask_cpu(args, num_threads);
 }
 

@@ -7,6 +7,9 @@
 
 namespace nar {
 
+// What, besides the token's own log probability, may say how sure the net is of a row.
+enum class ConfidenceType { kProbability = 0, kMargin = 1, kEntropy = 2 };
+
 struct UnmaskArgs {
   const void* logits;  // [rows, vocabulary], a row every `stride`
   LogitType logit_type;
@@ -19,15 +22,24 @@ struct UnmaskArgs {
   uint64_t seed;
   int64_t top_k;              // at least 1
   float inverse_temperature;  // 0: the most probable token
+  ConfidenceType confidence_type;
 
-  int64_t* tokens;  // [rows]
-  float* log_prob;  // [rows]
+  int64_t* tokens;    // [rows]
+  float* log_prob;    // [rows]
+  float* confidence;  // [rows], for a type other than kProbability; or null
 };
 
-// Memory for a row of one thread, each array rounded up to kWordPadding.
+// Rows are padded to so many logits: whole vectors of any instruction set.
+constexpr int64_t kRowPadding = 32;
+
+inline int64_t padded_row(int64_t vocabulary) {
+  return (vocabulary + kRowPadding - 1) / kRowPadding * kRowPadding;
+}
+
+// Memory for a padded row of one thread.
 struct UnmaskScratch {
   float* logits;
-  uint32_t* keys;
+  int32_t* ids;
   int16_t* upper;
 };
 

@@ -2,103 +2,12 @@
 #pragma once
 
 #include "float_math.h"
-#include "key_bounds.h"
 #include "philox_simd.h"
+#include "top_k.h"
 #include "unmask.h"
 
 namespace nar {
 namespace {
-
-// A logit of -inf is one that cannot be sampled.
-struct LogitStats {
-  int64_t num_allowed;
-  float largest;
-};
-
-// The row in float32, padded with -inf; no NaN, nothing above the largest finite number.
-LogitStats load_logits(const UnmaskArgs& a, int64_t r, int64_t padded, float* logits) {
-  const int64_t count = a.vocabulary;
-  if (a.logit_type == LogitType::kBfloat16) {
-    widen(static_cast<const uint16_t*>(a.logits) + r * a.stride, count, logits);
-  } else {
-    std::memcpy(logits, static_cast<const float*>(a.logits) + r * a.stride,
-                static_cast<size_t>(count) * sizeof(float));
-  }
-  std::fill(logits + count, logits + padded, -INFINITY);
-  for (int64_t i = 0; i < a.num_forbidden; ++i) logits[a.forbidden[i]] = -INFINITY;
-
-  Floats largest = spread(-INFINITY);
-  Ints num_allowed = {};
-  for (int64_t i = 0; i < padded; i += kFloats) {
-    Floats x = load<Floats>(logits + i);
-    x = x == x ? x : spread(-INFINITY);
-    x = x > 3.40282347e38f ? spread(3.40282347e38f) : x;
-    store(logits + i, x + 0.0f);  // no -0: it would not equal the other one as a key
-    largest = x > largest ? x : largest;
-    num_allowed -= x > -INFINITY;
-  }
-  LogitStats stats = {0, -INFINITY};
-  for (int i = 0; i < kFloats; ++i) {
-    stats.num_allowed += num_allowed[i];
-    stats.largest = std::max(stats.largest, largest[i]);
-  }
-  return stats;
-}
-
-// Leaves the k largest; of equal ones, those that come first.
-void filter_top_k(int64_t k, int64_t num_allowed, int64_t padded, const UnmaskScratch& s) {
-  for (int64_t i = 0; i < padded; i += kFloats) {
-    const Floats x = load<Floats>(s.logits + i);
-    const Ints bits = (Ints)x;
-    const Ints descending = bits ^ ~((bits >> 31) | INT32_MIN);  // as an unsigned number
-    store(s.keys + i, x == -INFINITY ? Ints{} - 1 : descending);
-  }
-  const int32_t rank = static_cast<int32_t>(k), ranks[kNumRanks] = {rank, rank, rank};
-  KeyBound bounds[kNumRanks];
-  key_bounds(s.keys, nullptr, padded, static_cast<int32_t>(num_allowed), ranks, s.upper, bounds);
-  const uint32_t first_out = static_cast<uint32_t>(bounds[0] >> 32);
-  if (is_tied(bounds[0])) {
-    for (int64_t i = 0; i < padded; ++i) {
-      const KeyBound key = KeyBound{s.keys[i]} << 32 | static_cast<uint32_t>(i);
-      s.logits[i] = key < bounds[0] ? s.logits[i] : -INFINITY;
-    }
-    return;
-  }
-  for (int64_t i = 0; i < padded; ++i) {
-    s.logits[i] = s.keys[i] < first_out ? s.logits[i] : -INFINITY;
-  }
-}
-
-// The sum of exp(logit - largest) in units of 2**-30: integers, so that no order of summing
-// matters.
-int64_t sum_of_exp(const float* logits, float largest, int64_t padded) {
-  // In halves of 15 bits, of which a lane of 32 bits holds the sum of so many.
-  constexpr int64_t kTerms = 32768;
-  int64_t sum = 0;
-  for (int64_t first = 0; first < padded; first += kTerms * kFloats) {
-    const int64_t end = std::min(padded, first + kTerms * kFloats);
-    Ints high = {}, low = {};
-    for (int64_t i = first; i < end; i += kFloats) {
-      const Floats e = exp_of_negative(load<Floats>(logits + i) - largest);
-      const Ints term = __builtin_convertvector(e * 0x1p30f + 0.5f, Ints);
-      high += term >> 15;
-      low += term & 0x7FFF;
-    }
-    for (int j = 0; j < kFloats; ++j) sum += (int64_t{high[j]} << 15) + low[j];
-  }
-  return sum;
-}
-
-// Standard Gumbel noise of random words: -log(E), where E = -log(1 - u) and u = (word + 1/2) /
-// 2**32. Small words, which decide, keep all their bits; large ones are rounded to 31.
-Floats gumbel(Ints words) {
-  const Ints is_small = ((words >> 30) & 3) == 0;  // u < 1/4: 1 - u would lose its bits
-  const Floats u = (__builtin_convertvector(words & 0x3FFFFFFF, Floats) + 0.5f) * 0x1p-32f;
-  const Ints complement = (~words >> 1) & 0x7FFFFFFF;
-  const Floats rest = (__builtin_convertvector(complement, Floats) + 0.5f) * 0x1p-31f;
-  const Floats log_of_rest = is_small ? log_of_parts(Floats{}, -u) : log_of_positive(rest);
-  return -log_of_positive(-log_of_rest);
-}
 
 inline bool any(Ints v) {
 #if defined(__AVX512F__)
@@ -112,20 +21,194 @@ inline bool any(Ints v) {
 #endif
 }
 
-// The first of the largest (logit - largest) / temperature + noise. Noise is made of a word, and
-// for few words in full: the position of its first bit says how large it can be.
-int64_t sample(const UnmaskArgs& a, int64_t slot, float largest, int64_t padded,
-               const float* logits) {
-  constexpr int64_t kBlock = 1024;
+// Among these a token is drawn. One of -inf cannot be.
+struct Candidates {
+  const float* logits;  // padded with -inf to whole vectors
+  const int32_t* ids;   // ascending; null for all ids
+  int64_t count;
+  float largest;
+
+  int64_t id(int64_t i) const { return ids ? ids[i] : i; }
+};
+
+struct LogitStats {
+  int64_t num_finite;
+  float largest;
+};
+
+// No NaN, nothing above the largest finite number, no -0: it would not equal the other one as a
+// key.
+inline Floats clean(Floats x) {
+  x = x == x ? x : spread(-INFINITY);
+  x = x > 3.40282347e38f ? spread(3.40282347e38f) : x;
+  return x + 0.0f;
+}
+
+template <typename T>
+inline Floats load_floats(const T* from) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return load<Floats>(from);
+  } else {
+    return (Floats)(__builtin_convertvector(load<Shorts>(from), UInts) << 16);
+  }
+}
+
+// The row in float32, padded with -inf, with the upper halves of its keys if they are needed.
+template <typename T>
+LogitStats load_logits(const UnmaskArgs& a, int64_t r, int64_t padded, const UnmaskScratch& s) {
+  const int64_t count = a.vocabulary;
+  const T* row = static_cast<const T*>(a.logits) + r * a.stride;
+  const bool selects = a.top_k < count;
+  Floats largest = spread(-INFINITY);
+  Ints num_finite = {};
+  const auto take = [&](int64_t i, Floats x) {
+    x = clean(x);
+    store(s.logits + i, x);
+    if (selects) store_upper(s.upper + i, x);
+    largest = x > largest ? x : largest;
+    num_finite -= x > -INFINITY;
+  };
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) take(i, load_floats(row + i));
+  if (i < count) {
+    Floats tail = spread(-INFINITY);
+    T last[kFloats] = {};
+    std::memcpy(last, row + i, static_cast<size_t>(count - i) * sizeof(T));
+    const Floats x = load_floats(last);
+    for (int j = 0; j < count - i; ++j) tail[j] = x[j];
+    take(i, tail);
+    i += kFloats;
+  }
+  for (; i < padded; i += kFloats) take(i, spread(-INFINITY));
+
+  LogitStats stats = {0, -INFINITY};
+  for (int j = 0; j < kFloats; ++j) {
+    stats.num_finite += num_finite[j];
+    stats.largest = std::max(stats.largest, largest[j]);
+  }
+  bool lost_largest = false;
+  for (int64_t f = 0; f < a.num_forbidden; ++f) {
+    float& logit = s.logits[a.forbidden[f]];
+    stats.num_finite -= logit > -INFINITY;
+    lost_largest |= logit == stats.largest;
+    logit = -INFINITY;
+    if (selects) s.upper[a.forbidden[f]] = kUpperOfMinusInfinity;
+  }
+  if (lost_largest) stats.largest = *std::max_element(s.logits, s.logits + count);
+  return stats;
+}
+
+int64_t first_of(const float* logits, float value) {
+  int64_t i = 0;
+  while (!any(load<Floats>(logits + i) == value)) i += kFloats;
+  while (logits[i] != value) ++i;
+  return i;
+}
+
+struct Sums {
+  int64_t exp;            // of exp(d), where d = logit - largest
+  int64_t exp_times_gap;  // of exp(d) |d|
+};
+
+// Sums over the candidates in units of 2**-30: integers, so that no order of summing matters.
+template <bool kWithGap>
+Sums sum_of_exp(const Candidates& c) {
+  // In halves of 15 bits, of which a lane of 32 bits holds the sum of so many.
+  constexpr int64_t kTerms = 32768;
+  Sums sums = {};
+  for (int64_t first = 0; first < c.count; first += kTerms * kFloats) {
+    const int64_t end = std::min(c.count, first + kTerms * kFloats);
+    Ints high[2] = {}, low[2] = {};
+    const auto add = [&](int which, Floats x) {
+      const Ints term = __builtin_convertvector(x * 0x1p30f + 0.5f, Ints);
+      high[which] += term >> 15;
+      low[which] += term & 0x7FFF;
+    };
+    for (int64_t i = first; i < end; i += kFloats) {
+      const Floats d = load<Floats>(c.logits + i) - c.largest;
+      const Floats e = exp_of_negative(d);
+      add(0, e);
+      if (kWithGap) add(1, e * (d < -87.0f ? spread(87.0f) : -d));
+    }
+    for (int j = 0; j < kFloats; ++j) {
+      sums.exp += (int64_t{high[0][j]} << 15) + low[0][j];
+      sums.exp_times_gap += (int64_t{high[1][j]} << 15) + low[1][j];
+    }
+  }
+  return sums;
+}
+
+inline float from_units(int64_t sum) { return static_cast<float>(sum) * 0x1p-30f; }
+
+// The largest logit but one; the largest itself if there are two.
+float second_largest(const Candidates& c) {
+  Floats second = spread(-INFINITY);
+  Ints num_largest = {};
+  for (int64_t i = 0; i < c.count; i += kFloats) {
+    const Floats x = load<Floats>(c.logits + i);
+    num_largest -= x == c.largest;
+    second = x < c.largest && x > second ? x : second;
+  }
+  int64_t ties = 0;
+  float result = -INFINITY;
+  for (int j = 0; j < kFloats; ++j) {
+    ties += num_largest[j];
+    result = std::max(result, second[j]);
+  }
+  return ties > 1 ? c.largest : result;
+}
+
+// Standard Gumbel noise of random words: -log(E), where E = -log(1 - u) and u = (word + 1/2) /
+// 2**32. Small words, which decide, keep all their bits; large ones are rounded to 31.
+Floats gumbel(Ints words) {
+  const Ints is_small = ((words >> 30) & 3) == 0;  // u < 1/4: 1 - u would lose its bits
+  const Floats u = (__builtin_convertvector(words & 0x3FFFFFFF, Floats) + 0.5f) * 0x1p-32f;
+  const Ints complement = (~words >> 1) & 0x7FFFFFFF;
+  const Floats rest = (__builtin_convertvector(complement, Floats) + 0.5f) * 0x1p-31f;
+  const Floats log_of_rest = is_small ? log_of_parts(Floats{}, -u) : log_of_positive(rest);
+  return -log_of_positive(-log_of_rest);
+}
+
+// Candidates whose words are drawn together.
+constexpr int64_t kChunk = 512;
+
+// The words of `count` candidates from `first` on. Words come in blocks of four, so where most of
+// a span are candidates, all of it is drawn.
+void candidate_words(const UnmaskArgs& a, uint64_t slot, const Candidates& c, int64_t first,
+                     int64_t count, uint32_t* out) {
+  if (!c.ids) {
+    fill_words(out, count, a.seed, kDecodeNoise, slot, first);
+    return;
+  }
+  const int32_t* ids = c.ids + first;
+  const int64_t begin = ids[0] & ~3, span = ids[count - 1] + 1 - begin;
+  if (span <= 4 * count) {
+    uint32_t words[4 * kChunk + kWordPadding];
+    fill_words(words, span, a.seed, kDecodeNoise, slot, begin);
+    for (int64_t j = 0; j < count; ++j) out[j] = words[ids[j] - begin];
+    return;
+  }
+  int64_t positions[kChunk + kWordsAtPadding] = {};
+  for (int64_t j = 0; j < count; ++j) positions[j] = ids[j];
+  words_at(out, positions, count, a.seed, kDecodeNoise, slot);
+}
+
+// The index of the candidate with the largest (logit - largest) / temperature + noise, of the
+// lowest id among equals. Noise is made of a word, and for few words in full: the position of its
+// first bit says how large it can be.
+int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c) {
   constexpr float kLn2 = 0.693147181f, kSlack = 1e-3f;  // for roundings
-  uint32_t words[kBlock];
-  float best = -INFINITY;
-  int64_t best_id = 0;
-  for (int64_t first = 0; first < padded; first += kBlock) {
-    const int64_t length = std::min(kBlock, padded - first);
-    fill_words(words, length, a.seed, kDecodeNoise, static_cast<uint64_t>(slot), first);
-    for (int64_t i = 0; i < length; i += kFloats) {
-      const Floats scaled = (load<Floats>(logits + first + i) - largest) * a.inverse_temperature;
+  uint32_t words[kChunk + kWordPadding];
+  // First a likely one, so that few others come into question.
+  int64_t best_index = first_of(c.logits, c.largest);
+  const uint32_t word = random_word(a.seed, kDecodeNoise, slot, c.id(best_index));
+  float best = gumbel(Ints{} + static_cast<int32_t>(word))[0];
+  for (int64_t first = 0; first < c.count; first += kChunk) {
+    const int64_t count = std::min(kChunk, c.count - first);
+    candidate_words(a, slot, c, first, count, words);
+    for (int64_t i = 0; i < count; i += kFloats) {
+      const Floats scaled =
+          (load<Floats>(c.logits + first + i) - c.largest) * a.inverse_temperature;
       const Ints word = load<Ints>(words + i);
       const Ints upper = (word >> 8) & 0xFFFFFF;
       // u >= 2**(exponent - 24), so noise is at most (24 - exponent) ln 2.
@@ -135,38 +218,56 @@ int64_t sample(const UnmaskArgs& a, int64_t slot, float largest, int64_t padded,
       if (!any(may_win)) continue;
       const Floats score = scaled + gumbel(word);
       for (int j = 0; j < kFloats; ++j) {
-        if (score[j] > best) best = score[j], best_id = first + i + j;
+        const int64_t index = first + i + j;
+        if (score[j] > best || (score[j] == best && index < best_index)) {
+          best = score[j], best_index = index;
+        }
       }
     }
   }
-  return best_id;
-}
-
-int64_t first_of(const float* logits, float value) {
-  int64_t i = 0;
-  while (logits[i] != value) ++i;
-  return i;
+  return best_index;
 }
 
 void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
-  const int64_t padded = (a.vocabulary + kWordPadding - 1) / kWordPadding * kWordPadding;
-  const LogitStats stats = load_logits(a, r, padded, s.logits);
+  const int64_t padded = padded_row(a.vocabulary);
+  const LogitStats stats = a.logit_type == LogitType::kBfloat16
+                               ? load_logits<uint16_t>(a, r, padded, s)
+                               : load_logits<float>(a, r, padded, s);
   const bool is_given = a.given && a.given[r] >= 0;
-  if (stats.num_allowed == 0) {
+  if (stats.num_finite == 0) {
     a.tokens[r] = is_given ? a.given[r] : a.fallback;
     a.log_prob[r] = -INFINITY;
+    if (a.confidence) a.confidence[r] = -INFINITY;
     return;
   }
-  if (a.top_k < stats.num_allowed) filter_top_k(a.top_k, stats.num_allowed, padded, s);
-  const int64_t token = is_given ? a.given[r]
-                        : a.inverse_temperature == 0
-                            ? first_of(s.logits, stats.largest)
-                            : sample(a, a.noise_slots[r], stats.largest, padded, s.logits);
-  const int64_t sum = sum_of_exp(s.logits, stats.largest, padded);
-  const Floats log_of_sum = log_of_positive(spread(static_cast<float>(sum) * 0x1p-30f));
+
+  int64_t token = is_given ? a.given[r] : first_of(s.logits, stats.largest);
+  float logit = token < a.vocabulary ? s.logits[token] : -INFINITY;
+  Candidates candidates = {s.logits, nullptr, padded, stats.largest};
+  if (a.top_k < stats.num_finite) {
+    const KeptBound bound = kept_bound(s.logits, s.upper, padded, a.top_k, stats.num_finite);
+    if (!bound.keeps(logit, token)) logit = -INFINITY;
+    candidates.count = keep_only(bound, s.logits, padded, s.ids);
+    candidates.ids = s.ids;
+  }
+  if (!is_given && a.inverse_temperature != 0) {
+    const int64_t index = sample(a, static_cast<uint64_t>(a.noise_slots[r]), candidates);
+    token = candidates.id(index);
+    logit = candidates.logits[index];
+  }
+
+  const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
+  const Sums sums = with_gap ? sum_of_exp<true>(candidates) : sum_of_exp<false>(candidates);
+  const float sum = from_units(sums.exp), log_of_sum = log_of_positive(spread(sum))[0];
   a.tokens[r] = token;
-  const float logit = token < a.vocabulary ? s.logits[token] : -INFINITY;
-  a.log_prob[r] = (logit - stats.largest) - log_of_sum[0];
+  a.log_prob[r] = (logit - stats.largest) - log_of_sum;
+  if (!a.confidence) return;
+  if (with_gap) {
+    a.confidence[r] = -(log_of_sum + from_units(sums.exp_times_gap) / sum);
+  } else {
+    const float gap = second_largest(candidates) - stats.largest;
+    a.confidence[r] = (1.0f - exp_of_negative(spread(gap))[0]) / sum;
+  }
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 Arguments have been checked in ``ops.py``.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -205,8 +205,22 @@ def run_nll(
 
 _lib.define(
     "unmask(Tensor logits, Tensor noise_slots, Tensor? given, SymInt[] forbidden, SymInt fallback, "
-    "SymInt seed, SymInt top_k, float inverse_temperature, str backend) -> (Tensor, Tensor)"
+    "SymInt seed, SymInt top_k, float inverse_temperature, str confidence, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
+
+# In the order of the numbers that C++ switches on.
+Confidence = Literal["probability", "margin", "entropy"]
+
+
+def _unmask_outputs(noise_slots: Tensor, confidence: str) -> tuple[Tensor, Tensor, Tensor]:
+    rows = noise_slots.shape[0]
+    others = 0 if confidence == "probability" else rows
+    return (
+        torch.empty_like(noise_slots),
+        torch.empty_like(noise_slots, dtype=torch.float32),
+        noise_slots.new_empty(others, dtype=torch.float32),
+    )
 
 
 def _unmask_cpp(
@@ -218,12 +232,12 @@ def _unmask_cpp(
     seed: int,
     top_k: int,
     inverse_temperature: float,
-) -> tuple[Tensor, Tensor]:
+    confidence: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     assert cpp is not None
     if logits.dtype not in _CPP_LOGITS:
         logits = logits.float()
-    tokens = torch.empty_like(noise_slots)
-    log_prob = torch.empty(len(tokens), dtype=torch.float32)
+    outputs = _unmask_outputs(noise_slots, confidence)
     cpp.unmask(
         logits.data_ptr(),
         _CPP_LOGITS[logits.dtype],
@@ -236,29 +250,30 @@ def _unmask_cpp(
         seed,
         top_k,
         inverse_temperature,
-        tokens.data_ptr(),
-        log_prob.data_ptr(),
+        get_args(Confidence).index(confidence),
+        *(tensor.data_ptr() for tensor in outputs),
         torch.get_num_threads(),
     )
-    return tokens, log_prob
+    return outputs
 
 
 _UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp}
 
 
-def _unmask_impl(*args: Any) -> tuple[Tensor, Tensor]:
+def _unmask_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _UNMASK[args[-1]](*args[:-1])
 
 
-def _unmask_fake(logits: Tensor, noise_slots: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(noise_slots), torch.empty_like(noise_slots, dtype=torch.float32)
+def _unmask_fake(logits: Tensor, noise_slots: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _unmask_outputs(noise_slots, args[-2])
 
 
 _lib.impl("unmask", _unmask_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("nar_kernels::unmask", _unmask_fake, lib=_lib)
 
 
-def run_unmask(*args: Any) -> tuple[Tensor, Tensor]:
-    """int64 and float32 ``[R]``: the result of :func:`nar_kernels.unmask`, whose arguments these
-    are in the order of the schema; the rows of the logits contiguous, all else entirely."""
+def run_unmask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """int64, float32 and float32 ``[R]``: the result of :func:`nar_kernels.unmask`, whose arguments
+    these are in the order of the schema; the rows of the logits contiguous, all else entirely. The
+    last is empty for ``"probability"``."""
     return torch.ops.nar_kernels.unmask.default(*args)

@@ -186,7 +186,8 @@ def unmask_ref(
     seed: int,
     top_k: int,
     inverse_temperature: float,
-) -> tuple[Tensor, Tensor]:
+    confidence: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of ``unmask``: see :func:`nar_kernels.unmask`."""
     forbidden_ids = torch.tensor(forbidden, dtype=torch.int64, device=logits.device)
     x = logits.to(torch.float32).index_fill(1, forbidden_ids, -torch.inf)
@@ -208,9 +209,26 @@ def unmask_ref(
     if given is not None:
         tokens = tokens.where(given < 0, given)
 
-    # Integers, so that no order of summing matters.
-    terms = (exp_of_negative(from_largest) * 2.0**30 + 0.5).to(torch.int64)
-    log_sum = log_of_positive(terms.sum(1).clamp(min=1).to(torch.float32) * 2.0**-30)
+    exp = exp_of_negative(from_largest)
+    total = _sum_of_units(exp)
+    log_total = log_of_positive(total)
     inside = tokens.clamp(max=x.shape[1] - 1)
-    log_prob = from_largest.gather(1, inside[:, None])[:, 0] - log_sum
-    return tokens, log_prob.masked_fill(allows_none | (tokens != inside), -torch.inf)
+    log_prob = from_largest.gather(1, inside[:, None])[:, 0] - log_total
+    log_prob = log_prob.masked_fill(allows_none | (tokens != inside), -torch.inf)
+
+    if confidence == "entropy":
+        mean_gap = _sum_of_units(exp * (-from_largest).clamp(max=87.0)) / total
+        sure = -(log_total + mean_gap)
+    elif confidence == "margin":
+        second = from_largest.topk(min(2, x.shape[1]), dim=1).values[:, 1:]
+        sure = (1 - exp_of_negative(second).sum(1)) / total
+    else:
+        return tokens, log_prob, log_prob.new_empty(0)
+    return tokens, log_prob, sure.masked_fill(allows_none, -torch.inf)
+
+
+def _sum_of_units(terms: Tensor) -> Tensor:
+    """float32 ``[R]``: sums of rows, as integers in units of 2**-30, so that no order of summing
+    matters."""
+    units = (terms * 2.0**30 + 0.5).to(torch.int64)
+    return units.sum(1).to(torch.float32) * 2.0**-30

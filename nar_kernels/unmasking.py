@@ -5,13 +5,13 @@ Shapes: R rows of logits, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from nar_kernels.backends import resolve_backend
-from nar_kernels.launch import run_unmask
+from nar_kernels.launch import Confidence, run_unmask
 from nar_kernels.ops import signed_seed
 
 _BACKENDS = ("reference", "cpp")
@@ -28,10 +28,14 @@ class Unmasked(NamedTuple):
         tokens: int64 ``[R]``.
         log_prob: float32 ``[R]``, at most 0: the logarithm of the token's share in the softmax over
             all ids that could have been drawn, at temperature 1; -inf if it is not one of those.
+        confidence: float32 ``[R]``, how sure the net is of the row, as it was asked for:
+            ``log_prob``; or the difference between the two largest shares, in [0, 1]; or the
+            negative entropy of the shares, in nats. -inf where no id could be drawn.
     """
 
     tokens: Tensor
     log_prob: Tensor
+    confidence: Tensor
 
 
 def unmask(
@@ -44,6 +48,7 @@ def unmask(
     top_k: int | None = None,
     forbidden_ids: Sequence[int] = (),
     given: Tensor | None = None,
+    confidence: Confidence = "probability",
     backend: str = "auto",
 ) -> Unmasked:
     """Draws a token for each row from ``softmax(logits / temperature)``, by Gumbel-max.
@@ -61,6 +66,8 @@ def unmask(
         top_k: draw among the k most probable ids only; of equal ones, those that come first.
         forbidden_ids: ids in [0, V) that are never drawn either.
         given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
+        confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
+            the ``"margin"`` (arXiv:2502.06768) or the ``"entropy"`` (arXiv:2508.15487).
         backend: ``"auto"``, ``"reference"`` or ``"cpp"``.
 
     Returns:
@@ -91,6 +98,10 @@ def unmask(
         raise ValueError(f"temperature is {temperature}: it must be at least 0, and finite")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}: it must be at least 1, or None")
+    if confidence not in get_args(Confidence):
+        raise ValueError(
+            f"confidence is {confidence!r}: it must be one of {', '.join(get_args(Confidence))}"
+        )
     if not 0 <= mask_id <= vocabulary:
         raise ValueError(
             f"mask_id is {mask_id}: it must be an id of the {vocabulary} logits of a row, or the "
@@ -105,7 +116,7 @@ def unmask(
         raise ValueError(f"mask_id and forbidden_ids leave none of the {vocabulary} ids to draw")
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    tokens, log_prob = run_unmask(
+    tokens, log_prob, other = run_unmask(
         logits,
         noise_slots.contiguous(),
         None if given is None else given.contiguous(),
@@ -114,6 +125,7 @@ def unmask(
         signed_seed(seed),
         vocabulary if top_k is None else min(top_k, vocabulary),
         0.0 if temperature < MIN_TEMPERATURE else 1 / temperature,
+        confidence,
         resolve_backend(backend, logits.device, _BACKENDS),
     )
-    return Unmasked(tokens, log_prob)
+    return Unmasked(tokens, log_prob, log_prob if confidence == "probability" else other)

@@ -45,12 +45,17 @@ def test_backends_agree(vocabulary, dtype, simd_level):
     given[8], given[9], given[10] = MASK, 0, vocabulary - 1
     for temperature in (0.0, 0.3, 1.0, 7.0) if vocabulary < 5000 else (1.0,):
         for top_k in (None, 1, 2, vocabulary // 3 + 1, vocabulary - 1):
-            for more in ({}, {"forbidden_ids": (0, vocabulary - 2)}, {"given": given}):
+            for more in (
+                {"forbidden_ids": (0, vocabulary - 2), "confidence": "margin"},
+                {"given": given, "confidence": "entropy"},
+                {},
+            ):
                 args = dict(temperature=temperature, top_k=top_k, noise_slots=slots, **more)
-                tokens, log_prob = draw(logits, backend="cpp", **args)
+                got = draw(logits, backend="cpp", **args)
                 expected = draw(logits, backend="reference", **args)
-                assert torch.equal(tokens, expected.tokens), (temperature, top_k, more)
-                assert torch.equal(log_prob, expected.log_prob), (temperature, top_k, more)
+                for name in got._fields:
+                    ours, theirs = getattr(got, name), getattr(expected, name)
+                    assert torch.equal(ours, theirs), (name, temperature, top_k, more)
 
 
 @needs_cpp
@@ -93,6 +98,32 @@ def test_noise_is_gumbel_to_its_last_bits():
         pytest.approx(-3.1, abs=0.1),
         pytest.approx(22.87, abs=0.01),
     )
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 40])
+def test_confidence(top_k):
+    logits = torch.randn(30, 200) * 3
+    logits[0, [5, 9]] = 20.0
+    logits[1, 17] = 100.0
+    allowed = logits.index_fill(1, torch.tensor([MASK]), -torch.inf)
+    if top_k is not None:
+        allowed = allowed.masked_fill(allowed < allowed.topk(top_k).values[:, -1:], -torch.inf)
+        if top_k == 1:
+            allowed[0, 9] = -torch.inf
+    probs = allowed.double().softmax(1)
+    best = probs.topk(2).values
+    expected = {
+        "probability": probs.log().gather(1, draw(logits, top_k=top_k).tokens[:, None])[:, 0],
+        "margin": best[:, 0] - best[:, 1],
+        "entropy": -torch.special.entr(probs).sum(1),
+    }
+    for confidence, values in expected.items():
+        got = draw(logits, top_k=top_k, confidence=confidence)
+        torch.testing.assert_close(got.confidence.double(), values, rtol=1e-5, atol=1e-5)
+        assert torch.equal(got.log_prob, draw(logits, top_k=top_k).confidence)
+    assert (
+        draw(torch.full((1, 9), -torch.inf), confidence="margin").confidence
+    ).item() == -math.inf
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
@@ -183,7 +214,7 @@ def test_a_row_that_allows_nothing():
 
 def test_as_an_operator():
     logits = torch.randn(5, 40)
-    args = (logits, torch.arange(5), None, [3], 0, 1, 40, 1.0, "reference")
+    args = (logits, torch.arange(5), None, [3], 0, 1, 40, 1.0, "entropy", "reference")
     torch.library.opcheck(torch.ops.nar_kernels.unmask.default, args)
 
 
@@ -208,6 +239,7 @@ def test_under_torch_compile():
         (dict(temperature=-1.0), ValueError, "temperature is -1.0"),
         (dict(temperature=math.nan), ValueError, "temperature is nan"),
         (dict(top_k=0), ValueError, "top_k is 0"),
+        (dict(confidence="max"), ValueError, "confidence is 'max'.*probability, margin, entropy"),
         (dict(mask_id=6), ValueError, "mask_id is 6.*5 logits"),
         (dict(forbidden_ids=(5,)), ValueError, r"forbidden_ids holds 5, outside \[0, 5\)"),
         (dict(forbidden_ids=(0, 1, 2, 4)), ValueError, "leave none of the 5 ids"),
