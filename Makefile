@@ -30,6 +30,7 @@ bench: build
 	$(BIN)/python benchmarks/bench_corrupt.py
 	$(BIN)/python benchmarks/bench_masked_nll.py --dtype float32
 	$(BIN)/python benchmarks/bench_train_step.py
+	$(BIN)/python benchmarks/bench_generate.py
 
 build: .venv/built
 

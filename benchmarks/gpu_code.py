@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nar_kernels.arguments import CorruptArgs
-from nar_kernels.kernels import corrupt, nll
+from nar_kernels.kernels import corrupt, nll, unmask
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -85,6 +85,32 @@ NLL_CASES: list[tuple[str, dict[str, str], int, bool]] = [
     ("bf16, V 50258, no gradient", {"logits": "*bf16"}, 50258, False),
 ]
 NLL_TYPES = {"nll": "*fp32", "labels": "*i64", "vocabulary": "i32", "stride": "i32", "width": "i32"}
+# Name, type of the logits and which optional pointers are given, V, k, confidence, and which of the
+# numbers are multiples of 16.
+UNMASK_CASES: list[tuple[str, dict[str, str], int, int, str, tuple[str, ...]]] = [
+    ("bf16, V 50304", {"logits": "*bf16"}, 50304, 50304, "probability", ("stride", "vocabulary")),
+    ("bf16, V 50304, k", {"logits": "*bf16"}, 50304, 50, "probability", ("stride", "vocabulary")),
+    (
+        "fp32, V 50304, k, given, entropy",
+        {"logits": "*fp32", "given": "*i64", "others": "*i64", "confidence": "*fp32"},
+        *(50304, 50, "entropy", ("stride", "vocabulary")),
+    ),
+    ("bf16, V 50258 at any address, k", {"logits": "*bf16"}, 50258, 50, "probability", ()),
+]
+UNMASK_TYPES = {
+    "tokens": "*i64",
+    "log_prob": "*fp32",
+    "noise_slots": "*i64",
+    "vocabulary": "i32",
+    "stride": "i32",
+    "forbidden0": "i32",
+    "forbidden1": "i32",
+    "num_others": "i32",
+    "fallback": "i32",
+    "seed": "i64",
+    "top_k": "i32",
+    "inverse_temperature": "fp32",
+}
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
     seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
 )
@@ -188,6 +214,12 @@ def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
             rows.append(
                 triton_row(f"nll, {name}", nll.nll_kernel, types, options, sm, ("stride", "width"))
             )
+    for name, given, vocabulary, top_k, confidence, aligned in UNMASK_CASES:
+        options = unmask.launch_options(vocabulary, top_k, confidence)
+        for sm in architectures:
+            types = UNMASK_TYPES | given
+            kernel = unmask.unmask_kernel
+            rows.append(triton_row(f"unmask, {name}", kernel, types, options, sm, aligned))
     return rows
 
 

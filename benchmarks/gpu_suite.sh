@@ -72,6 +72,7 @@ sanitize_kernel() {
 sanitize() {
     local status=0
     sanitize_kernel "$1" nll_kernel tests/test_gpu.py -k "masked_nll_equals and 300" || status=$?
+    sanitize_kernel "$1" unmask_kernel tests/test_gpu.py -k "unmask_equals and 4099" || status=$?
     sanitize_kernel "$1" corrupt_kernel tests/test_corrupt.py -k \
         "(cuda or triton) and (equals_reference or replaced or step) and not 65536 and not 70001" ||
         status=$?
@@ -109,12 +110,12 @@ build() {
         "$PYTHON" setup.py --quiet build_ext "${where[@]}"
 }
 
-bench_train_step() {
+# Of those benchmarks that compare with x-transformers.
+bench_net() {
     if "$PYTHON" -c 'import x_transformers' 2>/dev/null; then
-        "$PYTHON" benchmarks/bench_train_step.py --device cuda ${DRY_RUN:+--dry-run} \
-            --json "$OUT/bench_train_step.json"
+        "$PYTHON" "benchmarks/$1.py" --device cuda ${DRY_RUN:+--dry-run} --json "$OUT/$1.json"
     else
-        echo "x-transformers is not installed: there is no net to train"
+        echo "x-transformers is not installed: there is no net"
     fi
 }
 
@@ -144,7 +145,7 @@ for path in sorted(out.glob("bench_*.json")):
 END
 }
 
-export -f pytest_ tests sanitize sanitize_kernel environment build bench_train_step
+export -f pytest_ tests sanitize sanitize_kernel environment build bench_net
 export DRY_RUN OUT PYTHON
 
 step environment 60 bash -c environment
@@ -159,7 +160,9 @@ step bench_corrupt 200 "$PYTHON" benchmarks/bench_corrupt_gpu.py ${DRY_RUN:+--dr
     --json "$OUT/bench_corrupt.json"
 step bench_masked_nll 100 "$PYTHON" benchmarks/bench_masked_nll.py --device cuda \
     ${DRY_RUN:+--dry-run} --json "$OUT/bench_masked_nll.json"
-step bench_train_step 150 bash -c bench_train_step
+for bench in bench_train_step bench_generate; do
+    step "$bench" 150 bash -c "bench_net $bench"
+done
 results
 echo "results: $OUT/results.json"
 ! cut -f 2 "$OUT/steps.tsv" | grep -qv '^0$'

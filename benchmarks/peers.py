@@ -60,23 +60,28 @@ class Setting(NamedTuple):
     flash: bool = False
 
 
+def make_net(setting: Setting, device: str) -> TransformerWrapper:
+    """The same weights each time."""
+    torch.manual_seed(0)
+    return TransformerWrapper(
+        num_tokens=setting.num_tokens,
+        max_seq_len=setting.length,
+        attn_layers=Encoder(
+            dim=setting.dim,
+            depth=setting.depth,
+            heads=setting.heads,
+            attn_flash=setting.flash,
+            verbose=False,  # it advises larger nets
+        ),
+    ).to(device)
+
+
 class Training:
     """A net in one of the wrappers (or alone), its optimiser, and a batch."""
 
     def __init__(self, who: str, setting: Setting, device: str) -> None:
         self.who, self.setting, self.device = who, setting, device
-        torch.manual_seed(0)
-        self.net = TransformerWrapper(
-            num_tokens=setting.num_tokens,
-            max_seq_len=setting.length,
-            attn_layers=Encoder(
-                dim=setting.dim,
-                depth=setting.depth,
-                heads=setting.heads,
-                attn_flash=setting.flash,
-                verbose=False,  # it advises larger nets
-            ),
-        ).to(device)
+        self.net = make_net(setting, device)
         self.draw(setting.batch)
         if who == TRUNK:
             return

@@ -84,6 +84,13 @@ struct UpperSearch {
   }
 };
 
+// A number of a type that no other file has, so that neither have the functions of the standard
+// library that are made for it: they may use this file's instructions.
+struct OrderedKey {
+  uint64_t value;
+  bool operator<(OrderedKey other) const { return value < other.value; }
+};
+
 // Of the keys whose upper half is `half` and whose position may be taken, the bound that has
 // `wanted` below it; there must be as many.
 inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int64_t length,
@@ -92,7 +99,7 @@ inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int6
   constexpr int64_t kBlock = 512;
   uint8_t chosen[kBlock];
   int64_t positions[kBlock + 8];
-  std::vector<KeyBound> ordered;
+  std::vector<OrderedKey> ordered;
   for (int64_t first = 0; first < length; first += kBlock) {
     const int64_t count = std::min(kBlock, length - first);
     for (int64_t i = 0; i < count; ++i) chosen[i] = upper[first + i] == flipped;
@@ -100,16 +107,16 @@ inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int6
     for (int64_t j = 0; j < found; ++j) {
       const int64_t at = positions[j];
       if (can_take && !can_take[at]) continue;
-      ordered.push_back(KeyBound{keys[at]} << 32 | static_cast<uint32_t>(at));
+      ordered.push_back({KeyBound{keys[at]} << 32 | static_cast<uint32_t>(at)});
     }
   }
   const auto last = ordered.begin() + (wanted - 1);
   std::nth_element(ordered.begin(), last, ordered.end());
-  const uint32_t key = static_cast<uint32_t>(*last >> 32);
-  const bool is_tie =
-      key == 0xFFFFFFFF ||
-      std::any_of(last + 1, ordered.end(), [&](KeyBound other) { return other >> 32 == key; });
-  return is_tie ? *last + 1 : (KeyBound{key} + 1) << 32;
+  const uint32_t key = static_cast<uint32_t>(last->value >> 32);
+  const bool is_tie = key == 0xFFFFFFFF || std::any_of(last + 1, ordered.end(), [&](OrderedKey k) {
+                        return k.value >> 32 == key;
+                      });
+  return is_tie ? last->value + 1 : (KeyBound{key} + 1) << 32;
 }
 
 // Bounds of the `ranks[j]` smallest among the keys whose position may be taken.

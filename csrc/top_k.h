@@ -102,7 +102,7 @@ inline KeptBound kept_bound(const float* logits, const int16_t* upper, int64_t l
   constexpr int64_t kBlock = 512;
   uint8_t chosen[kBlock];
   int64_t positions[kBlock + 8];
-  std::vector<uint64_t> ordered;
+  std::vector<OrderedKey> ordered;
   ordered.reserve(below_high - below_low);
   const int16_t first_half = static_cast<int16_t>(low - kFlip);
   const uint16_t width = static_cast<uint16_t>(high - low);
@@ -114,13 +114,13 @@ inline KeptBound kept_bound(const float* logits, const int16_t* upper, int64_t l
     const int64_t found = set_positions(chosen, count, first, positions, kBlock + 8);
     for (int64_t j = 0; j < found; ++j) {
       const uint32_t key = static_cast<uint32_t>(descending(logits[positions[j]]) ^ INT32_MIN);
-      ordered.push_back(uint64_t{key} << 32 | static_cast<uint32_t>(positions[j]));
+      ordered.push_back({uint64_t{key} << 32 | static_cast<uint32_t>(positions[j])});
     }
   }
   const auto last = ordered.begin() + (k - below_low - 1);
   std::nth_element(ordered.begin(), last, ordered.end());
-  return {static_cast<int32_t>(static_cast<uint32_t>(*last >> 32) ^ 0x80000000u),
-          static_cast<int64_t>(*last & 0xFFFFFFFF)};
+  return {static_cast<int32_t>(static_cast<uint32_t>(last->value >> 32) ^ 0x80000000u),
+          static_cast<int64_t>(last->value & 0xFFFFFFFF)};
 }
 
 // Moves the chosen lanes of a vector to the front; how many they are.

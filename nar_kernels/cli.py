@@ -4,21 +4,29 @@ import argparse
 import dataclasses
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from nar_kernels import checkpoint, samples
+from nar_kernels import checkpoint, prompts, samples
 from nar_kernels.backends import backends, cpp
+from nar_kernels.choice import Strategy
 from nar_kernels.config import PRESETS, TrainConfig
+from nar_kernels.decode import DecodeState
 from nar_kernels.errors import BackendUnavailableError
 from nar_kernels.model import choose_device, load_model
+from nar_kernels.player import page
 from nar_kernels.report import version
+from nar_kernels.sources import SequenceSpec
 from nar_kernels.train import DivergedError, train
+from nar_kernels.watch import watch
+from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+_STEPS = 18  # of decoding
 
 _SIMD_LEVELS = ("generic", "AVX2", "AVX512")  # as the C++ extension numbers them
 
@@ -104,12 +112,36 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="such as runs/demo/last.pt")
     parser.add_argument("--num-samples", type=int, default=16, help="(default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--steps", type=int, default=18, help="of decoding (default: 18)")
     parser.add_argument(
-        "--order",
-        choices=("random", "confidence"),
+        "--steps",
+        type=int,
+        help=f"calls of the net (default: {_STEPS}; as many as it takes with threshold)",
+    )
+    parser.add_argument(
+        "--strategy",
+        choices=[name for name in get_args(Strategy) if name != "critic"],
         default="random",
         help="which tokens are filled first (default: random)",
+    )
+    parser.add_argument(
+        "--choice-temperature",
+        type=float,
+        default=0.0,
+        help="noise on what --strategy confidence, margin and entropy say (default: 0)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.9,
+        help="probability from which --strategy threshold fills a token at once (default: 0.9)",
+    )
+    parser.add_argument(
+        "--block-length", type=int, help="fill blocks of so many tokens, from left to right"
+    )
+    parser.add_argument(
+        "--remask",
+        action="store_true",
+        help="tokens that became improbable may be masked again",
     )
     parser.add_argument(
         "--temperature",
@@ -123,32 +155,81 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of the vocabulary never sampled: the least probable ids (default: 0)",
     )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt", help="how samples begin: text, ids separated by blanks, or a .npy file of ids"
+    )
+    given.add_argument(
+        "--infill",
+        help="the same with gaps: [MASK] stands for one token, [MASK:12] for twelve, negative "
+        "ids in a file for one each",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        help="how much what is given counts: classifier-free guidance (default: 1)",
+    )
     parser.add_argument("--out", help=".npy, .png (images) or text (default: the terminal)")
+    parser.add_argument("--html", help="also write a page that plays the decoding step by step")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     for name in ("num_samples", "steps"):
-        if (value := getattr(arguments, name)) < 1:
+        if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     model, spec = load_model(Path(arguments.checkpoint))
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None:
         samples.check_suffix(out, spec)
-    ids = samples.draw(
-        model.to(choose_device(arguments.device)),
-        arguments.num_samples,
-        seed=arguments.seed,
-        steps=arguments.steps,
-        order=arguments.order,
-        temperature=arguments.temperature,
-        filter_thres=arguments.filter_thres,
-    )
+    states = _states(arguments, model.to(choose_device(arguments.device)), spec)
+    kept = None
+    if arguments.html is not None:
+        states = iter(kept := list(states))
+    if out is None and sys.stdout.isatty():
+        ids = watch(states, spec, sys.stdout).ids
+    else:
+        *_, last = states
+        ids = last.ids
+    ids = ids.cpu()
     if out is None:
         print(samples.text(ids, spec), end="")
     else:
         samples.write(out, ids, spec)
         print(out)
+    if kept is not None:
+        title = f"{Path(arguments.checkpoint).parent.name}: {arguments.strategy}"
+        Path(arguments.html).write_text(page(kept, spec, title=title), "utf-8")
+        print(arguments.html)
+
+
+def _states(
+    arguments: argparse.Namespace, model: NonAutoregressiveWrapper, spec: SequenceSpec
+) -> Iterator[DecodeState]:
+    prompt, has_gaps = arguments.prompt, arguments.infill is not None
+    if has_gaps:
+        prompt = arguments.infill
+    ids = None if prompt is None else prompts.from_text(prompt, spec, gaps=has_gaps)
+    steps = arguments.steps
+    if steps is None and arguments.strategy != "threshold":
+        steps = _STEPS
+    return samples.states(
+        model,
+        None if ids is not None and ids.dim() == 2 else arguments.num_samples,
+        seed=arguments.seed,
+        steps=steps,
+        strategy=arguments.strategy,
+        choice_temperature=arguments.choice_temperature,
+        threshold=arguments.threshold,
+        grid=spec.image_shape,
+        block_length=arguments.block_length,
+        can_mask_prev_unmasked=arguments.remask,
+        temperature=arguments.temperature,
+        filter_thres=arguments.filter_thres,
+        prompt=ids,
+        guidance_scale=arguments.guidance_scale,
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -1,150 +1,140 @@
-"""Iterative unmasking: from a row of masks to token ids, in plain PyTorch.
+"""Iterative unmasking: from masks to token ids, the surest positions first.
 
 Ghazvininejad et al. 2019 (Mask-Predict, arXiv:1904.09324), Chang et al. 2022 (MaskGIT,
-arXiv:2202.04200). Shapes: B batch, L sequence length, V vocabulary, K positions in question.
+arXiv:2202.04200). Shapes: B batch, L sequence length, V vocabulary, R positions in question.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nar_kernels.philox import Stream, words
-from nar_kernels.schedules import Schedule
+from nar_kernels.choice import Choice, Noise, divide
+from nar_kernels.plan import Plan
+from nar_kernels.unmasking import LOGIT_DTYPES, Unmasked, unmask
 
-# Below this, a temperature only loses precision: the sample is the argmax already.
-MIN_TEMPERATURE = 1e-3
+# From ids [B, L] and rows [R], indices into the flat [B * L], to logits: chunks that are together
+# [R, V].
+Predict = Callable[[Tensor, Tensor], Iterable[Tensor]]
 
 
-def noise_generator(
-    seed: int, use: Stream, device: torch.device | str = "cpu", slot: int = 0
-) -> torch.Generator:
-    """A fresh generator on ``device`` for one use of ``seed``.
+class DecodeState(NamedTuple):
+    """What :func:`decode` yields at first and after each step. Nobody changes it afterwards.
 
-    Philox mixes the seed first: PyTorch's CPU generator reads only 32 bits of the one it is given.
+    Attributes:
+        step: how many steps are done.
+        num_steps: how many there are, at most.
+        ids: int64 ``[B, L]``, with ``mask_id`` at masked positions.
+        masked: bool ``[B, L]``.
+        log_prob: float32 ``[B, L]``: that of each id when it was drawn, as in :class:`Unmasked`; 0
+            for ids of the prompt, NaN where masked.
     """
-    position = 2 * int(use) + torch.arange(2)
-    low, high = words(seed, Stream.GENERATOR_SEED, torch.tensor(slot), position).tolist()
-    return torch.Generator(device).manual_seed(high << 32 | low)
 
-
-def num_masked_after(schedule: Schedule, steps: int, length: int) -> list[int]:
-    """How many of ``length`` positions are masked after each step: ``floor(m((i + 1) / steps) L)``.
-
-    In float32, as x-transformers counts. Never rises, and ends at 0 whatever the schedule.
-    """
-    times = torch.linspace(0, 1, steps + 1)[1:]
-    ratios = torch.tensor([float(schedule(t)) for t in times])
-    counts = (ratios * length).long().clamp(0, length).cummin(0).values.tolist()
-    return [*counts[:-1], 0]
-
-
-def gumbel(random_bits: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32 and finite, from int32 words in [0, 2**31).
-
-    -log(-log(1 - u)): the resolution of u near 0 becomes the upper tail, which decides which token
-    wins. It reaches 22; 24-bit uniforms would stop at 16 and lose tokens of small probability.
-    """
-    u = (random_bits.float() + 0.5) * 2**-31
-    return -torch.log(-torch.log1p(-u.clamp(max=1 - 2**-24)))
-
-
-def gumbel_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """float32 noise of ``shape`` on the generator's device."""
-    bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
-    return gumbel(bits.random_(generator=generator))
-
-
-def exclude_mask_id(logits: Tensor, mask_id: int) -> Tensor:
-    """``logits`` in float32, with -inf for ``mask_id``."""
-    is_mask_id = torch.arange(logits.shape[-1], device=logits.device) == mask_id
-    return logits.float().masked_fill(is_mask_id, -torch.inf)
-
-
-def filter_top_k(logits: Tensor, k: int) -> Tensor:
-    """``logits`` with -inf for all but the ``k`` largest of each row."""
-    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1, sorted=False)
-    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
-
-
-def sample(logits: Tensor, temperature: float, mask_id: int, generator: torch.Generator) -> Tensor:
-    """Ids drawn from ``softmax(logits / temperature)``, by Gumbel-max.
-
-    ``logits`` come from :func:`exclude_mask_id`. A row of nothing but -inf gives some id that is
-    not ``mask_id`` either.
-    """
-    noise = gumbel_noise(logits.shape, generator)
-    ids = (logits / max(temperature, MIN_TEMPERATURE) + noise).argmax(-1)
-    return torch.where(ids == mask_id, int(mask_id == 0), ids)
+    step: int
+    num_steps: int
+    ids: Tensor
+    masked: Tensor
+    log_prob: Tensor
 
 
 def decode(
-    predict: Callable[[Tensor], Tensor],
-    shape: tuple[int, int],
-    num_masked: Sequence[int],
+    predict: Predict,
+    prompt: Tensor,
+    plan: Plan,
+    choice: Choice,
     *,
     mask_id: int,
-    generator: torch.Generator,
+    seed: int,
     temperature: float = 1.0,
     top_k: int | None = None,
-    critic: Callable[[Tensor], Tensor] | None = None,
-    critic_noise: float = 1.0,
+    forbidden_ids: Sequence[int] = (),
     remask: bool = False,
-    on_step: Callable[[int, Tensor, Tensor], object] | None = None,
-) -> Tensor:
-    """Fills a batch of masks step by step, most trusted positions first.
+    backend: str = "auto",
+) -> Iterator[DecodeState]:
+    """Fills the masks of a batch step by step.
 
-    Each step samples all masked positions, then masks those again that are trusted least. Both
-    temperature and critic noise fall linearly and are 0 at the last step.
+    Each step draws ids for all masked positions of a block, keeps those that ``choice`` puts first,
+    and masks the others again. What a sequence gets is a function of its logits, its place in the
+    batch and the seed. The host knows all counts, so it does not wait for the device, except for
+    the strategy ``"threshold"``.
 
     Args:
-        predict: from ids ``[B, L]`` to logits ``[B, L, V]``.
-        shape: (B, L).
-        num_masked: how many positions stay masked after each step; must not rise, and end at 0.
-        mask_id: what stands at masked positions, and is never sampled.
-        generator: source of all noise; its device is where everything happens.
-        temperature: of the first step, at least 0.
-        top_k: sample among the k most probable ids only.
-        critic: from ids ``[B, L]`` to scores ``[B, L]``, higher where an id looks wrong. Without
-            it, a position is trusted by the probability of its id.
-        critic_noise: scale of Gumbel noise on the critic's scores.
-        remask: whether positions filled in an earlier step may be masked again.
-        on_step: called after each step with its number, the ids and bool ``[B, L]``, true where
-            still masked. It must not change them.
-
-    Returns:
-        int64 ``[B, L]`` without ``mask_id``.
+        predict: the net.
+        prompt: int64 ``[B, L]`` on the net's device; ``mask_id`` where there is something to fill.
+        plan: what :func:`nar_kernels.plan.make_plan` says for the masks in ``prompt``.
+        choice: which positions come first.
+        temperature: of the ids drawn, falling from this to 0 at the last step of a block.
+        top_k, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
+        remask: whether a position of the block may be masked again once it was filled, because its
+            id has become improbable. Those of the prompt never are.
     """
-    batch, length = shape
-    device = generator.device
-    rows = torch.arange(batch, device=device)[:, None]
-    everywhere = torch.arange(length, device=device).expand(batch, length)
-    ids = torch.full((batch, length), mask_id, device=device)
-    masked = everywhere  # [B, K], the positions still masked
+    device, (batch, length) = prompt.device, prompt.shape
+    num_steps = sum(len(block.steps) for block in plan.blocks)
+    sequences = torch.arange(batch, device=device)
+    ids = prompt.clone()
+    log_prob = torch.where(prompt == mask_id, math.nan, 0.0).float()
+    flat_ids, flat_log_prob = ids.view(-1), log_prob.view(-1)
 
-    for step, num_left in enumerate(num_masked):
-        annealing = 1 - (step + 1) / len(num_masked)
-        candidates = everywhere if remask else masked
+    done = 0
+    yield DecodeState(done, num_steps, prompt, prompt == mask_id, log_prob.clone())
+    for block in plan.blocks:
+        rows, counts = block.rows.to(device, non_blocking=True), block.counts
+        for number, annealing, left in block.steps:
+            noise = Noise(seed, sequences * plan.num_steps + number, length)
+            now, waiting = rows, rows[:0]
+            if choice.is_blind:
+                now, waiting = divide(choice.blind_score(noise), rows, counts, left)
+            current = flat_ids[now]
+            drawn = draw_tokens(
+                predict(ids, now),
+                (now // length * plan.num_steps + number) * length + now % length,
+                current.where(current != mask_id, -1) if remask else None,
+                mask_id=mask_id,
+                seed=seed,
+                temperature=temperature * annealing,
+                top_k=top_k,
+                forbidden_ids=forbidden_ids,
+                confidence=choice.confidence,
+                backend=backend,
+            )
+            flat_ids.index_copy_(0, now, drawn.tokens)
+            flat_log_prob.index_copy_(0, now, drawn.log_prob)
+            if choice.strategy == "threshold":
+                is_sure = drawn.log_prob.exp() >= choice.threshold
+                sure = torch.zeros_like(sequences).index_add_(0, rows // length, is_sure.long())
+                left = left.minimum(counts - sure.cpu().clamp(min=1)).clamp(min=0)
+            if not choice.is_blind and left.any():
+                score = choice.score(ids, rows, drawn.confidence, annealing, noise)
+                _, waiting = divide(score, rows, counts, left)
+            flat_ids.index_fill_(0, waiting, mask_id)
+            flat_log_prob.index_fill_(0, waiting, math.nan)
+            if not remask:
+                rows, counts = waiting, left
+            done += 1
+            yield DecodeState(done, num_steps, ids.clone(), ids == mask_id, log_prob.clone())
+            if not left.any():
+                break
 
-        logits = exclude_mask_id(predict(ids)[rows, candidates], mask_id)
-        if top_k is not None:
-            logits = filter_top_k(logits, top_k)
-        sampled = sample(logits, temperature * annealing, mask_id, generator)
-        current = ids.gather(1, candidates)
-        filled = torch.where(current == mask_id, sampled, current)
-        ids = ids.scatter(1, candidates, filled)
 
-        if num_left > 0:
-            if critic is None:
-                doubt = -logits.log_softmax(-1).gather(-1, filled[..., None]).squeeze(-1)
-            else:
-                doubt = critic(ids).gather(1, candidates).float()
-                doubt += critic_noise * annealing * gumbel_noise(doubt.shape, generator)
-            masked = candidates.gather(1, doubt.topk(num_left, dim=1).indices)
-            ids = ids.scatter(1, masked, mask_id)
-
-        if on_step is not None:
-            on_step(step, ids, ids == mask_id)
-        if num_left == 0:
-            break
-    return ids
+def draw_tokens(
+    chunks: Iterable[Tensor], noise_slots: Tensor, given: Tensor | None = None, **options: Any
+) -> Unmasked:
+    """:func:`nar_kernels.unmask` of logits that come chunk by chunk, so that never all of them
+    exist."""
+    parts, first = [], 0
+    for logits in chunks:
+        part = slice(first, first := first + logits.shape[0])
+        parts.append(
+            unmask(
+                logits if logits.dtype in LOGIT_DTYPES else logits.float(),
+                noise_slots=noise_slots[part],
+                given=None if given is None else given[part],
+                **options,
+            )
+        )
+    if not parts:
+        nothing = noise_slots.new_empty(0, dtype=torch.float32)
+        return Unmasked(noise_slots, nothing, nothing)
+    return Unmasked(*map(torch.cat, zip(*parts, strict=True)))

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.loss import (
+    LogitsMemory,
     Reduction,
     chunk_size,
     head_nll,
+    head_widths,
+    linear_chunks,
     logits_nll,
     masked_labels,
     masked_nll,
+    product_dtype,
     reduce_nll,
 )
-from nar_kernels.masking import Corrupted
+from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.nets import net_attribute, other_attribute
 
 
@@ -104,6 +108,11 @@ def _split_transformer_wrapper(net: Any, hidden: Callable[..., Tensor]) -> Split
     return SplitNet(hidden, net.to_logits)
 
 
+def describe(output: Any) -> str:
+    """What a net returned."""
+    return f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+
+
 class Prediction:
     """What a net says of a batch: hidden states and its head, or logits where it cannot be split.
 
@@ -111,17 +120,32 @@ class Prediction:
         net: a :class:`TokenNet`.
         ids: int64 ``[B, L]``.
         kwargs: of the net's call.
+        with_embeddings: also ask a net that cannot be split for its hidden states.
 
     Attributes:
-        output: hidden states ``[B, L, D]`` or logits ``[B, L, V]``; unchecked.
+        output: hidden states ``[B, L, D]`` or logits ``[B, L, V]``; see :meth:`check`.
         head: what makes logits of hidden states; None if ``output`` are logits.
+        embeddings: the hidden states; None if they are not known.
     """
 
-    def __init__(self, net: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        ids: Tensor,
+        kwargs: dict[str, Any],
+        *,
+        with_embeddings: bool = False,
+    ) -> None:
         # Arguments of the head itself cannot be told from others.
         split = None if "to_logits_kwargs" in kwargs else split_net(net)
         self.head = None if split is None else split.head
-        self.output = net(ids, **kwargs) if split is None else split.hidden(ids, **kwargs)
+        self.embeddings: Tensor | None = None
+        if split is not None:
+            self.output = self.embeddings = split.hidden(ids, **kwargs)
+        elif with_embeddings:
+            self.output, self.embeddings = net(ids, return_logits_and_embeddings=True, **kwargs)
+        else:
+            self.output = net(ids, **kwargs)
         self._is_log_prob = net_attribute(net, "output_is_log_prob", False)
 
     @property
@@ -130,6 +154,27 @@ class Prediction:
         if isinstance(self.head, LinearHead):
             return self.head.weight.shape[0]
         return self.output.shape[-1] if self.head is None else None
+
+    def check(self, ids: Tensor, masking: MaskingConfig) -> None:
+        """Raises TypeError unless the net did what a :class:`TokenNet` promises."""
+        output, expected = self.output, [*ids.shape, masking.num_tokens]
+        fits = isinstance(output, Tensor) and output.shape[:-1] == ids.shape
+        if self.head is None and not fits:
+            raise TypeError(
+                f"the net returned {describe(output)}, but it must return logits of shape "
+                f"{expected}; NetAdapter picks them out of most outputs"
+            )
+        if not fits:
+            raise TypeError(
+                f"the net returned {describe(output)} with return_embeddings=True, but it must "
+                f"return hidden states of shape {[*ids.shape, 'D']}"
+            )
+        # mask_id needs no column if it is the last id.
+        if self.width is not None and self.width not in head_widths(masking):
+            raise TypeError(
+                f"the net returned shape {[*ids.shape, self.width]}, but it must return logits of "
+                f"shape {expected}: num_tokens is the number of its embedding rows"
+            )
 
     def loss(
         self,
@@ -165,19 +210,27 @@ class Prediction:
             normalizer=normalizer,
         )
 
-    def logits_at(self, rows: Tensor) -> Iterator[Tensor]:
-        """Logits ``[C, V]`` of chunks of the rows, indices into the flat ``[B * L]``, in order."""
+    @torch.no_grad()
+    def logits_at(self, rows: Tensor, memory: LogitsMemory | None = None) -> Iterator[Tensor]:
+        """Logits ``[C, V]`` of chunks of the rows, indices into the flat ``[B * L]``, in order.
+
+        They are without gradients, and valid until the next chunk. ``memory`` is for those of a
+        linear head.
+        """
         picked = self.output.reshape(-1, self.output.shape[-1]).index_select(0, rows)
         head = self.head
         if head is None:
             yield picked
-            return
-        if isinstance(head, LinearHead):
-            width = head.weight.shape[0]
+        elif isinstance(head, LinearHead):
+            dtype = product_dtype(picked, head.weight)
+            bias = None if head.bias is None else head.bias.to(dtype)
+            # Nothing but logits is kept, so there may be more of them than in training.
+            size = chunk_size(len(rows), len(head.weight), rows.device, share=2)
+            scaled = picked.to(dtype) * head.scale if head.scale != 1 else picked.to(dtype)
+            # Autocast, which must not be switched off around a yield, lets these products alone.
+            for logits, _ in linear_chunks(scaled, head.weight.to(dtype), size, bias, memory):
+                yield logits
         else:
             width = head(picked[:1]).shape[-1]
-        for some in picked.split(chunk_size(len(rows), width, rows.device)):
-            if isinstance(head, LinearHead):
-                yield nn.functional.linear(some * head.scale, head.weight, head.bias)
-            else:
+            for some in picked.split(chunk_size(len(rows), width, rows.device)):
                 yield head(some)

@@ -257,11 +257,23 @@ def _unmask_cpp(
     return outputs
 
 
-_UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp}
+def _unmask_triton(
+    logits: Tensor, noise_slots: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from nar_kernels.kernels.unmask import unmask_triton
+
+    outputs = _unmask_outputs(noise_slots, args[-1])
+    unmask_triton(outputs, logits, noise_slots, *args)
+    return outputs
 
 
-def _unmask_impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _UNMASK[args[-1]](*args[:-1])
+_UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp, "triton": _unmask_triton}
+
+
+def _unmask_impl(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *others, backend = args
+    with torch.cuda.device_of(logits):  # launches go to the current device
+        return _UNMASK[backend](logits, *others)
 
 
 def _unmask_fake(logits: Tensor, noise_slots: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

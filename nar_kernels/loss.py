@@ -74,16 +74,7 @@ def masked_nll(
     """
     _check(hidden, corrupted, reduction, normalizer)
     _check_head(hidden, weight, bias, corrupted)
-    device, dtype = hidden.device, hidden.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"hidden is {hidden.dtype} but weight is {weight.dtype}: use torch.autocast, or convert"
-            " one of them"
-        )
-    if device.type == "cpu" and not multiplies_in(dtype):
-        dtype = torch.float32
+    device, dtype = hidden.device, product_dtype(hidden, weight)
     backend = _resolve(backend, device, dtype)
     rows, labels = masked_labels(corrupted)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
@@ -98,6 +89,24 @@ def masked_nll(
         row_weight = _row_weight(corrupted, rows, reduction)
         total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
         return _normalized(total, corrupted, reduction, normalizer)
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the product of hidden states and a head: theirs, or that of autocast, but float32 where
+    a CPU has no instructions for it.
+
+    Raises:
+        TypeError: they differ, and there is no autocast.
+    """
+    device, dtype = hidden.device, hidden.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} but weight is {weight.dtype}: use torch.autocast, or convert"
+            " one of them"
+        )
+    return torch.float32 if device.type == "cpu" and not multiplies_in(dtype) else dtype
 
 
 def head_nll(
@@ -188,11 +197,11 @@ def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
     return rows, corrupted.labels.view(-1).index_select(0, rows)
 
 
-def chunk_size(num_rows: int, vocabulary: int, device: torch.device) -> int:
-    """Rows of a chunk, at least 1: equal parts, within the limits above."""
+def chunk_size(num_rows: int, vocabulary: int, device: torch.device, share: int = 1) -> int:
+    """Rows of a chunk, at least 1: equal parts, within ``share`` times the limits above."""
     kind = device.type if device.type in _MOST_LOGITS else "cuda"
     enough = max(_ENOUGH_ROWS[kind], _ENOUGH_LOGITS // vocabulary)
-    most = max(min(_MOST_LOGITS[kind] // vocabulary, enough), 1)
+    most = max(min(share * _MOST_LOGITS[kind] // vocabulary, share * enough), 1)
     num_chunks = max(-(-num_rows // most), 1)
     return max(-(-num_rows // num_chunks), 1)
 
@@ -254,16 +263,39 @@ def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     raise TypeError(f"backend {backend!r} has no kernel for {dtype}; use 'auto' or 'reference'")
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Parts of the rows, and their logits, each in the memory of the one before."""
-    size, vocabulary = chunk_size(len(hidden), len(weight), hidden.device), len(weight)
-    # Rows begin at multiples of 64 bytes at least, for wide loads and stores.
-    memory = hidden.new_empty((min(size, len(hidden)), -(-vocabulary // 32) * 32))[:, :vocabulary]
+class LogitsMemory:
+    """Memory for one chunk of logits after the other, each in place of the one before."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def rows(self, num_rows: int, vocabulary: int, like: Tensor) -> Tensor:
+        """``[num_rows, V]`` of the type of ``like``, without values."""
+        # Rows begin at multiples of 64 bytes at least, for wide loads and stores: a product is
+        # twice as fast to write.
+        size, memory = num_rows * (width := -(-vocabulary // 32) * 32), self._memory
+        if memory is None or len(memory) < size or memory.dtype != like.dtype:
+            self._memory = memory = like.new_empty(size)
+        return memory[:size].view(num_rows, width)[:, :vocabulary]
+
+
+def linear_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    size: int,
+    bias: Tensor | None = None,
+    memory: LogitsMemory | None = None,
+) -> Iterator[tuple[Tensor, slice]]:
+    """Logits of ``size`` rows at a time, and which rows. They are valid until the next."""
+    memory = LogitsMemory() if memory is None else memory
     for start in range(0, len(hidden), size):
         part = slice(start, min(start + size, len(hidden)))
-        logits = memory[: part.stop - part.start]
-        torch.mm(hidden[part], weight.t(), out=logits)
-        yield hidden[part], logits, part
+        logits = memory.rows(part.stop - part.start, len(weight), hidden)
+        if bias is None:
+            torch.mm(hidden[part], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden[part], weight.t(), out=logits)
+        yield logits, part
 
 
 def _losses_and_gradients(
@@ -289,7 +321,8 @@ def _losses_and_gradients(
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(wide).contiguous()
-    for some, logits, part in _chunks(hidden, weight):
+    size = chunk_size(len(hidden), len(weight), hidden.device)
+    for logits, part in linear_chunks(hidden, weight, size):
         counts = None if row_weight is None else row_weight[part]
         nll[part] = run_nll(
             logits, labels[part], bias, counts, gradient=any(wanted), backend=backend
@@ -297,7 +330,7 @@ def _losses_and_gradients(
         if of_hidden is not None:
             torch.mm(logits, weight, out=of_hidden[part])
         if of_weight is not None:
-            _add_product(of_weight, logits.t(), some, first=part.start == 0)
+            _add_product(of_weight, logits.t(), hidden[part], first=part.start == 0)
         if of_bias is not None:
             of_bias += logits.sum(0, dtype=wide)
     return nll, (of_hidden, of_weight, of_bias)

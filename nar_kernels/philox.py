@@ -82,6 +82,23 @@ def words(seed: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
     return torch.stack(out, -1).gather(-1, (positions & 3).unsqueeze(-1)).squeeze(-1)
 
 
+def derived_seed(seed: int, use: Stream, slot: int = 0) -> int:
+    """A 64-bit seed for one use of ``seed``."""
+    position = 2 * int(use) + torch.arange(2)
+    low, high = words(seed, Stream.GENERATOR_SEED, torch.tensor(slot), position).tolist()
+    return high << 32 | low
+
+
+def noise_generator(
+    seed: int, use: Stream, device: torch.device | str = "cpu", slot: int = 0
+) -> torch.Generator:
+    """A fresh generator of PyTorch on ``device`` for one use of ``seed``.
+
+    Philox mixes the seed first: PyTorch's CPU generator reads only 32 bits of the one it is given.
+    """
+    return torch.Generator(device).manual_seed(derived_seed(seed, use, slot))
+
+
 def _mix(x: Tensor) -> Tensor:
     """A 32-bit finaliser with low bias (the constants of Wellons' lowbias32)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _U32

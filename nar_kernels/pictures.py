@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.sources import import_extra
+from nar_kernels.extras import import_extra
 
 _PIXELS = 6  # of the picture, along a token
 _GAP = 8  # pixels between images

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from nar_kernels.config import TrainConfig
+from nar_kernels.extras import import_extra
 from nar_kernels.parallel import rank
-from nar_kernels.sources import import_extra
 
 
 class Progress:

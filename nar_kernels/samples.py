@@ -3,13 +3,16 @@
 Shapes: N samples, L sequence length, S steps of the decoder, H height and W width of an image.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nar_kernels.choice import Strategy
+from nar_kernels.decode import DecodeState
 from nar_kernels.pictures import images
 from nar_kernels.sources import SequenceSpec
 from nar_kernels.wrapper import NonAutoregressiveWrapper
@@ -18,56 +21,37 @@ _SHADES = " .:-=+*#%@"
 _GRID_COLUMNS = 8
 
 
-class _NoOpinion(nn.Module):
-    """A critic that scores all tokens alike: its noise alone decides which stay masked."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros(*ids.shape, 1, device=ids.device)
-
-
-def draw(
+def states(
     model: NonAutoregressiveWrapper,
-    num_samples: int,
+    num_samples: int | None,
     *,
     seed: int,
-    steps: int = 18,
-    order: str = "random",
     temperature: float = 1.0,
     filter_thres: float = 0.0,
-    on_step: Callable[[int, Tensor, Tensor], object] | None = None,
-) -> Tensor:
-    """Samples ``[N, L]``, on the CPU.
+    strategy: Strategy = "random",
+    **options: Any,
+) -> Iterator[DecodeState]:
+    """What :meth:`NonAutoregressiveWrapper.generate_steps` yields, with its other ``options``.
 
-    Args:
-        order: which positions are filled first: in ``"random"`` order, as masked diffusion does
-            (arXiv:2406.07524), or those of highest ``"confidence"`` (MaskGIT, arXiv:2202.04200).
-            Confidence fills the background of an image first, which leaves little choice for
-            the rest; random order gives more varied samples.
-        temperature: at the first step; falls to 0 at the last.
-        filter_thres: share of the vocabulary that is never sampled: the least probable ids.
-        on_step: as in :meth:`NonAutoregressiveWrapper.generate`.
+    Its defaults are those of x-transformers. Here they are for samples that are as varied as the
+    data: any token may be drawn, in random order. Confidence fills the background of an image
+    first, which leaves little choice for the rest.
     """
-    sampler = NonAutoregressiveWrapper(
-        model.net,
-        mask_id=model.mask_id,
-        schedule=model.masking.schedule,
-        steps=steps,
-        token_critic=_NoOpinion() if order == "random" else None,
+    return model.generate_steps(
+        num_samples, temperature, filter_thres, seed=seed, strategy=strategy, **options
     )
-    return sampler.generate(
-        num_samples, temperature, filter_thres, seed=seed, on_step=on_step
-    ).cpu()
+
+
+def draw(model: NonAutoregressiveWrapper, num_samples: int, **options: Any) -> Tensor:
+    """Samples ``[N, L]``, on the CPU; ``options`` as for :func:`states`."""
+    for state in states(model, num_samples, **options):  # noqa: B007
+        pass
+    return state.ids.cpu()
 
 
 def frames(model: NonAutoregressiveWrapper, num_samples: int, *, seed: int) -> Tensor:
     """Samples while they appear, int64 ``[N, S + 1, L]``: all masked, then after each step."""
-    states = [torch.full((num_samples, model.max_seq_len), model.mask_id)]
-
-    def keep(step: int, ids: Tensor, masked: Tensor) -> None:
-        states.append(ids.cpu().clone())
-
-    draw(model, num_samples, seed=seed, on_step=keep)
-    return torch.stack(states, 1)
+    return torch.stack([state.ids.cpu() for state in states(model, num_samples, seed=seed)], 1)
 
 
 def text(ids: Tensor, spec: SequenceSpec) -> str:

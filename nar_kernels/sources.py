@@ -3,7 +3,6 @@
 Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 """
 
-import importlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from nar_kernels.corpus import Source
 from nar_kernels.data import TokenDataset
+from nar_kernels.extras import import_extra
 
 BUILT_IN = ("digits", "text")
 
@@ -76,20 +76,6 @@ class _Opened(NamedTuple):
     dtype: str | None = None
     num_held_out: int | None = None
     image_shape: tuple[int, int] | None = None
-
-
-def import_extra(module: str) -> Any:
-    """An optional package of the extra ``train``.
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error.name} is not installed: run `pip install 'nar-kernels[train]'`"
-        ) from error
 
 
 def open_data(

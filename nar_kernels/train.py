@@ -19,13 +19,13 @@ from torch import nn
 from nar_kernels import checkpoint, parallel
 from nar_kernels.config import TrainConfig
 from nar_kernels.data import MaskedLoader
-from nar_kernels.decode import noise_generator
 from nar_kernels.ema import Ema
 from nar_kernels.evaluate import NATS_PER_BIT, baselines, evaluate
+from nar_kernels.extras import import_extra
 from nar_kernels.interrupt import interruptible
 from nar_kernels.masking import Corrupted
 from nar_kernels.model import build_model, choose_bf16, choose_device, prepare
-from nar_kernels.philox import Stream
+from nar_kernels.philox import Stream, derived_seed
 from nar_kernels.progress import Progress
 from nar_kernels.report import (
     Log,
@@ -37,7 +37,7 @@ from nar_kernels.report import (
     summary,
     write_results,
 )
-from nar_kernels.sources import import_extra, open_data
+from nar_kernels.sources import open_data
 from nar_kernels.step import (
     Pending,
     adamw,
@@ -129,7 +129,7 @@ class Run:
             rank=parallel.rank(),
             world_size=parallel.world_size(),
         )
-        self.noise_seed = noise_generator(config.seed, Stream.GENERATOR_SEED).initial_seed()
+        self.noise_seed = derived_seed(config.seed, Stream.GENERATOR_SEED)
         self.log, self.progress = Log(), Progress(config)
         self.baselines = baselines(
             self.data.train,

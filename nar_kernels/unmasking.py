@@ -14,7 +14,7 @@ from nar_kernels.backends import resolve_backend
 from nar_kernels.launch import Confidence, run_unmask
 from nar_kernels.ops import signed_seed
 
-_BACKENDS = ("reference", "cpp")
+UNMASK_BACKENDS = ("reference", "cpp", "triton")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Noise spans 26. Below this it could only decide between logits that are less than 3e-5 apart.
@@ -68,7 +68,7 @@ def unmask(
         given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
         confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
             the ``"margin"`` (arXiv:2502.06768) or the ``"entropy"`` (arXiv:2508.15487).
-        backend: ``"auto"``, ``"reference"`` or ``"cpp"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
         An :class:`Unmasked`. Where a row allows no id, all of its logits being -inf, that is the
@@ -126,6 +126,6 @@ def unmask(
         vocabulary if top_k is None else min(top_k, vocabulary),
         0.0 if temperature < MIN_TEMPERATURE else 1 / temperature,
         confidence,
-        resolve_backend(backend, logits.device, _BACKENDS),
+        resolve_backend(backend, logits.device, UNMASK_BACKENDS),
     )
     return Unmasked(tokens, log_prob, log_prob if confidence == "probability" else other)

@@ -5,7 +5,7 @@ Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -13,15 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_kernels.decode import decode, exclude_mask_id, noise_generator, num_masked_after, sample
-from nar_kernels.heads import Prediction
+from nar_kernels.choice import Choice, Strategy
+from nar_kernels.decode import DecodeState, decode, draw_tokens
+from nar_kernels.extras import import_extra
+from nar_kernels.generation import (
+    Guidance,
+    LogitsProcessor,
+    Predictor,
+    Prompt,
+    grid_order,
+    is_one_sequence,
+    read_prompt,
+)
+from nar_kernels.heads import Prediction, describe
 from nar_kernels.launch import NLL_DTYPES
-from nar_kernels.loss import head_widths
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.nets import net_attribute
 from nar_kernels.ops import corrupt
-from nar_kernels.philox import Stream
+from nar_kernels.philox import Stream, noise_generator
+from nar_kernels.plan import make_plan
 from nar_kernels.schedules import Schedule, resolve
+from nar_kernels.unmasking import UNMASK_BACKENDS
 
 
 class Losses(NamedTuple):
@@ -48,15 +60,16 @@ class SelfCritic(nn.Module):
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module, submodules: Sequence[nn.Module]) -> Iterator[None]:
     """Evaluation mode; afterwards every submodule is back in the mode it had."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    training = [m for m in submodules if m.training]
+    if training:
+        module.eval()
     try:
         yield
     finally:
-        for m, training in modes:
-            m.training = training
+        for m in training:
+            m.training = True
 
 
 @contextmanager
@@ -72,10 +85,6 @@ def _rank_and_world_size() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def _describe(output: Any) -> str:
-    return f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
 
 
 def _draw_seed() -> int:
@@ -250,10 +259,7 @@ class NonAutoregressiveWrapper(nn.Module):
             if self.token_critic is None or only_train_generator:
                 return Losses(loss, loss, None)
 
-        # Slot 0 is the self-conditioning coin's.
-        device = corrupted.input_ids.device
-        noise = noise_generator(seed, Stream.CRITIC_NOISE, device, slot=1 + rank)
-        critic_loss = self._critic_loss(prediction, corrupted, generator_sample_temperature, noise)
+        critic_loss = self._critic_loss(prediction, corrupted, generator_sample_temperature, seed)
         if loss is None:
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
@@ -302,18 +308,7 @@ class NonAutoregressiveWrapper(nn.Module):
             kwargs = {**kwargs, "sum_embeds": self._self_condition(embed)}
 
         prediction = Prediction(self.net, input_ids, kwargs)
-        if prediction.head is None:
-            self._checked(prediction.output, input_ids)
-        elif (
-            not isinstance(prediction.output, Tensor)
-            or prediction.output.shape[:-1] != input_ids.shape
-        ):
-            raise TypeError(
-                f"the net returned {_describe(prediction.output)} with return_embeddings=True, but "
-                f"it must return hidden states of shape {[*input_ids.shape, 'D']}"
-            )
-        elif prediction.width is not None:
-            self._check_width(prediction.width, [*input_ids.shape, prediction.width])
+        prediction.check(input_ids, self.masking)
         return prediction
 
     def _self_condition(self, embed: Tensor) -> Tensor:
@@ -324,59 +319,40 @@ class NonAutoregressiveWrapper(nn.Module):
             )
         return self.to_self_cond(embed)
 
-    def _checked(self, logits: Any, ids: Tensor) -> Tensor:
-        """The net's output, if it is logits."""
-        if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
-            raise TypeError(
-                f"the net returned {_describe(logits)}, but it must return logits of shape "
-                f"{[*ids.shape, self.num_tokens]}; NetAdapter picks them out of most outputs"
-            )
-        self._check_width(logits.shape[-1], list(logits.shape))
-        return logits
-
-    def _check_width(self, width: int, shape: list[int]) -> None:
-        """Raises unless logits have ``num_tokens`` columns; ``mask_id`` needs none if it is the
-        last id."""
-        if width not in head_widths(self.masking):
-            raise TypeError(
-                f"the net returned shape {shape}, but it must return logits of shape "
-                f"{[*shape[:-1], self.num_tokens]}: num_tokens is the number of its embedding rows"
-            )
-
     def _critic_scores(self, ids: Tensor) -> Tensor:
         """float32 ``[B, L]``: logits of an id being wrong."""
         assert self.token_critic is not None
         scores = self.token_critic(ids)
         if not isinstance(scores, Tensor) or scores.numel() != ids.numel():
             raise TypeError(
-                f"token_critic returned {_describe(scores)}, but it must return {[*ids.shape, 1]}"
+                f"token_critic returned {describe(scores)}, but it must return {[*ids.shape, 1]}"
             )
         return scores.reshape(ids.shape).float()
 
     def _critic_loss(
-        self,
-        prediction: Prediction,
-        corrupted: Corrupted,
-        temperature: float | None,
-        noise: torch.Generator,
+        self, prediction: Prediction, corrupted: Corrupted, temperature: float | None, seed: int
     ) -> Tensor:
         """How well the critic tells wrong samples from clean ids: mean over all positions."""
         rows, clean = corrupted.masked_rows, corrupted.clean_ids
+        rank, world_size = _rank_and_world_size()
+        # Slot 0 is the self-conditioning coin's.
+        noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
+        if temperature is None:
+            temperature = torch.rand((), generator=noise).item()
         with torch.no_grad():
-            if temperature is None:
-                temperature = torch.rand((), generator=noise, device=noise.device).item()
-            sampled = torch.cat(
-                [
-                    sample(exclude_mask_id(logits, self.mask_id), temperature, self.mask_id, noise)
-                    for logits in prediction.logits_at(rows)
-                ]
-            )
+            sampled = draw_tokens(
+                prediction.logits_at(rows),
+                # The slots of the global batch, as for the masks.
+                rows + (rows // clean.shape[1] * (world_size - 1) + rank) * clean.shape[1],
+                mask_id=self.mask_id,
+                seed=noise.initial_seed(),
+                temperature=temperature,
+            ).tokens
             generated = clean.flatten().index_copy(0, rows, sampled).view_as(clean)
         return F.binary_cross_entropy_with_logits(
             self._critic_scores(generated), (generated != clean).float()
         )
 
-    @torch.no_grad()
     def generate(
         self,
         batch_size: int | None = None,
@@ -384,60 +360,161 @@ class NonAutoregressiveWrapper(nn.Module):
         filter_thres: float | None = 0.7,
         noise_level_scale: float = 1.0,
         *,
-        seed: int | None = None,
-        on_step: Callable[[int, Tensor, Tensor], object] | None = None,
+        progress: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Samples sequences.
+        """Samples sequences: the last state of :meth:`generate_steps`.
 
         Args:
-            batch_size: B; without it, one sequence.
+            batch_size, start_temperature, filter_thres, noise_level_scale: as there.
+            progress: show a bar (with tqdm).
+            kwargs: other arguments of :meth:`generate_steps`, and of the net.
+
+        Returns:
+            int64 ``[B, L]``, or ``[L]`` without ``batch_size`` and a batch of prompts; never holds
+            ``mask_id``.
+        """
+        states = self.generate_steps(
+            batch_size, start_temperature, filter_thres, noise_level_scale, **kwargs
+        )
+        state = next(states)
+        if progress:
+            bar = import_extra("tqdm").tqdm
+            states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
+        with _evaluating(self, list(self.modules())):  # once, and not at each step
+            for state in states:  # noqa: B007
+                pass
+        is_one = batch_size is None and is_one_sequence(kwargs.get("prompt"))
+        return state.ids[0] if is_one else state.ids
+
+    def generate_steps(
+        self,
+        batch_size: int | None = None,
+        start_temperature: float = 1.0,
+        filter_thres: float | None = 0.7,
+        noise_level_scale: float = 1.0,
+        *,
+        seed: int | None = None,
+        prompt: Prompt | None = None,
+        steps: int | None = None,
+        strategy: Strategy | None = None,
+        choice_temperature: float = 0.0,
+        threshold: float = 0.9,
+        grid: tuple[int, int] | None = None,
+        block_length: int | None = None,
+        can_mask_prev_unmasked: bool | None = None,
+        guidance_scale: float = 1.0,
+        unconditional: dict[str, Any] | None = None,
+        logits_processor: LogitsProcessor | None = None,
+        **kwargs: Any,
+    ) -> Iterator[DecodeState]:
+        """Samples sequences step by step. Ids of ``mask_id`` and ``never_mask_ids`` are not drawn.
+
+        The same sequence comes out in a batch of any size, up to the rounding of the net.
+
+        Args:
+            batch_size: B; without it, one sequence, or one for each prompt.
             start_temperature: of the first step, falling to 0 at the last.
             filter_thres: share of the vocabulary, in [0, 1], that is never sampled: the least
                 probable. None: no filter.
             noise_level_scale: scale of the noise on the critic's scores.
             seed: default: drawn from PyTorch's CPU generator.
-            on_step: called after each step, as in :func:`nar_kernels.decode.decode`.
+            prompt: ids that are given: one sequence (for all of the batch) or one for each, of any
+                lengths up to L. Filled is what is ``mask_id`` in them, and what is behind them.
+            steps: calls of the net. Default: those of the wrapper; with ``"threshold"``, as many
+                as it takes.
+            strategy: which positions come first, as in :class:`nar_kernels.choice.Choice`.
+                Default: ``"critic"`` if there is one, else ``"confidence"``.
+            choice_temperature: scale of the noise on confidences, falling to 0 at the last step
+                (MaskGIT has 4.5).
+            threshold: probability from which ``"threshold"`` fills a position at once.
+            grid: (height, width) for ``"halton"``. Default: a square.
+            block_length: fill blocks of so many positions one after the other, the steps divided
+                among them (semi-autoregressive, arXiv:2503.09573). Default: all at once.
+            can_mask_prev_unmasked: of the wrapper, unless given here.
+            guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 for none.
+            unconditional: keyword arguments that the net gets without the condition, in place of
+                those in ``kwargs``. Default: the prompt is masked for that call.
+            logits_processor: from logits ``[C, V]`` and their places, indices into the flat
+                ``[B * L]``, to those that are sampled from.
             kwargs: for the net.
 
-        Returns:
-            int64 ``[B, L]``, or ``[L]`` without ``batch_size``; never holds ``mask_id``.
+        Yields:
+            A :class:`DecodeState` before the first step, and one after each.
+
+        Raises:
+            TypeError, ValueError: an argument is out of its range, or contradicts another.
         """
         if filter_thres is not None and not 0 <= filter_thres <= 1:
             raise ValueError(f"filter_thres is {filter_thres}: it must be in [0, 1], or None")
         top_k = None
         if filter_thres is not None:
             top_k = max(math.ceil((1 - filter_thres) * self.num_tokens), 1)
-        seed = _draw_seed() if seed is None else seed
-        embed = self.null_embed if self.self_cond else None
-
-        def predict(ids: Tensor) -> Tensor:
-            nonlocal embed
-            if embed is None:
-                logits = self.net(ids, **kwargs)
-            else:
-                logits, embed = self.net(
-                    ids,
-                    sum_embeds=self._self_condition(embed),
-                    return_logits_and_embeddings=True,
-                    **kwargs,
-                )
-            return self._checked(logits, ids)
-
+        if strategy is None:
+            strategy = "confidence" if self.token_critic is None else "critic"
         some_parameter = next(self.net.parameters(), None)
         device = torch.device("cpu") if some_parameter is None else some_parameter.device
-        with _evaluating(self):
-            ids = decode(
-                predict,
-                (1 if batch_size is None else batch_size, self.max_seq_len),
-                num_masked_after(self.schedule_fn, self.steps, self.max_seq_len),
-                mask_id=self.mask_id,
-                generator=noise_generator(seed, Stream.DECODE_NOISE, device),
-                temperature=start_temperature,
-                top_k=top_k,
-                critic=None if self.token_critic is None else self._critic_scores,
-                critic_noise=noise_level_scale,
-                remask=self.can_mask_prev_unmasked,
-                on_step=on_step,
-            )
-        return ids[0] if batch_size is None else ids
+        choice = Choice(
+            strategy,
+            noise_level_scale if strategy == "critic" else choice_temperature,
+            threshold,
+            grid_order(grid, self.max_seq_len).to(device) if strategy == "halton" else None,
+            None if self.token_critic is None else self._critic_scores,
+        )
+        choice.check()
+        remask = self.can_mask_prev_unmasked
+        if can_mask_prev_unmasked is not None:
+            remask = can_mask_prev_unmasked
+
+        begin = read_prompt(prompt, batch_size, self.max_seq_len, self.masking)
+        is_open = begin == self.mask_id
+        if steps is None:
+            steps = self.max_seq_len if strategy == "threshold" else self.steps
+        plan = make_plan(
+            is_open,
+            self.schedule_fn,
+            steps,
+            block_length=block_length,
+            every_step=remask or self.self_cond,
+        )
+        guidance = None
+        if guidance_scale != 1:
+            if unconditional is None and is_open.all():
+                raise ValueError(
+                    f"guidance_scale is {guidance_scale}, but there is nothing to be guided by: "
+                    "give a prompt, or the net's arguments without the condition as unconditional"
+                )
+            prompt_masked = torch.where(is_open, -1, self.mask_id).to(device)
+            guidance = Guidance(guidance_scale, unconditional, prompt_masked)
+        states = decode(
+            Predictor(
+                self.net,
+                self.masking,
+                kwargs,
+                condition=self._condition if self.self_cond else None,
+                null_embed=self.null_embed if self.self_cond else None,
+                guidance=guidance,
+                logits_processor=logits_processor,
+            ),
+            begin.to(device),
+            plan,
+            choice,
+            mask_id=self.mask_id,
+            seed=_draw_seed() if seed is None else seed,
+            temperature=start_temperature,
+            top_k=top_k,
+            forbidden_ids=self.masking.never_mask_ids,
+            remask=remask,
+            backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
+        )
+        submodules = list(self.modules())
+        while True:
+            # Not around the yield: whoever gets the state may train in between.
+            with _evaluating(self, submodules), torch.no_grad():
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
+
+    def _condition(self, embeddings: Tensor) -> dict[str, Any]:
+        return {"sum_embeds": self._self_condition(embeddings)}

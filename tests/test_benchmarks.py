@@ -1,4 +1,4 @@
-"""Benchmarks of the loss and of training steps: tiny settings print and write all promised rows.
+"""Benchmarks of the loss, of training steps and of generation: tiny settings print what they must.
 
 What they measure there says nothing, and is not looked at."""
 
@@ -96,3 +96,29 @@ def test_profile_and_quality(tmp_path):
     assert [row["seed"] for row in figures["quality"]] == [0, 1]
     assert all(abs(row["difference"]) < 1e-3 for row in figures["quality"])  # after two steps
     assert "mean difference" in output
+
+
+def test_generate(tmp_path):
+    pytest.importorskip("x_transformers")
+    figures, output = run("bench_generate.py", tmp_path, "--device", "cuda")
+    (setting,) = figures["settings"]
+    assert [row["who"] for row in setting["rows"]] == ["trunk", "x-transformers", "ours"]
+    for row in setting["rows"]:
+        assert row["ms"] > 0 and row["peak_bytes"] >= 0 and row["times_speed"] > 0
+        assert f"| {row['who']} |" in output
+    (alone,) = figures["unmask"]
+    assert [row["who"] for row in alone["rows"]] == [*["unmask"] * 4, "x-transformers"]
+    assert all(row["ns_per_logit"] > 0 for row in alone["rows"])
+
+
+def test_quality_of_generated_images(tmp_path):
+    for package in ("x_transformers", "sklearn"):
+        pytest.importorskip(package)
+    figures, output = run("bench_generate.py", tmp_path, "--quality", "--folder", tmp_path / "run")
+    rows = figures["quality"]
+    assert rows[0]["sampler"] == "held-out images" and rows[0]["frechet"] < 1e-6
+    assert rows[0]["sure"] > 0.7 and rows[0]["nearest"] < 1e-3
+    for row in rows[1:]:  # of a net that has learnt nothing
+        assert row["frechet"] > 10 and row["nearest"] > 1
+        assert row["share_of_mask_id"] == 0 or row["sampler"].startswith("x-transformers")
+    assert "ours, the same arguments" in output

@@ -239,3 +239,15 @@ def test_an_isolated_build_does_not_install_torch() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     build_system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
     assert not [name for name in build_system["requires"] if name.startswith("torch")]
+
+
+def test_nothing_is_shared_by_files_for_one_instruction_set():
+    """A linker keeps any one copy of a function that several files have: maybe one that this CPU
+    cannot run."""
+    objects = [*(ROOT / "build").glob("*/nar_kernels._cpp/*_avx*.o")]
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("needs nm, and the objects of a build in place")
+    for path in objects:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        shared = [line for line in symbols.splitlines() if line[17:18] in "WVu"]
+        assert [line for line in shared if "DW.ref.__gxx_personality" not in line] == [], path

@@ -155,6 +155,58 @@ def test_generate_text(text_run, capsys, tmp_path):
     assert capsys.readouterr().out != first
 
 
+def generate(run: Path, *options: object) -> int:
+    return main(["generate", "--checkpoint", str(run / "best.pt"), *map(str, options)])
+
+
+def test_prompts(text_run, digits_run, capsys, tmp_path):
+    out = tmp_path / "a.npy"
+    assert generate(text_run, "--prompt", "ab[", "--num-samples", 3, "--out", out) == 0
+    ids = np.load(out)
+    assert ids.shape == (3, 8) and (ids[:, :3] == list(b"ab[")).all()
+    infill = ["--infill", "a[MASK:2]b[MASK]c", "--strategy", "margin", "--guidance-scale", 1.5]
+    assert generate(text_run, *infill, "--out", out) == 0
+    ids = np.load(out)
+    assert ids.shape == (16, 8) and (ids[:, [0, 3, 5]] == list(b"abc")).all()
+    assert generate(digits_run, "--prompt", "3 4 5", "--out", out, "--strategy", "halton") == 0
+    assert (np.load(out)[:, :3] == [3, 4, 5]).all()
+    half = np.load(out)[:2]
+    half[:, 32:] = -1
+    np.save(tmp_path / "half.npy", half)
+    assert generate(digits_run, "--infill", tmp_path / "half.npy", "--out", out) == 0
+    assert np.load(out).shape == (2, 64) and (np.load(out)[:, :32] == half[:, :32]).all()
+
+
+@pytest.mark.parametrize("strategy", ["confidence", "entropy", "threshold"])
+def test_strategies(text_run, capsys, strategy):
+    options = ["--strategy", strategy, "--block-length", 4, "--remask", "--num-samples", 2]
+    assert generate(text_run, *options, "--temperature", 0.5) == 0
+    assert "-" * 72 in capsys.readouterr().out
+
+
+def test_html(digits_run, capsys, tmp_path):
+    page = tmp_path / "a.html"
+    assert generate(digits_run, "--num-samples", 2, "--html", page) == 0
+    assert str(page) in capsys.readouterr().out
+    assert page.read_text().lower().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("name", ["digits_run", "text_run"])
+def test_watching_in_a_terminal(name, request, capsys, monkeypatch):
+    run = request.getfixturevalue(name)
+    assert generate(run, "--num-samples", 2, "--steps", 4) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert generate(run, "--num-samples", 2, "--steps", 4) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith(expected)  # as without a terminal, when all is done
+    frames = shown[: -len(expected)].split("\x1b[J")[1:]
+    assert [frame.splitlines()[0] for frame in frames if frame] == [
+        f"step {step} of 4, {share}% masked" for step, share in enumerate((100, 75, 50, 25, 0))
+    ]
+    assert "░" in frames[0] and "░" not in frames[4]
+
+
 def test_mistakes_in_generate(text_run, capsys, tmp_path):
     last = text_run / "last.pt"
     assert "no checkpoint" in fails(capsys, "generate", "--checkpoint", tmp_path / "x.pt")
@@ -167,6 +219,29 @@ def test_mistakes_in_generate(text_run, capsys, tmp_path):
     assert "filter_thres is 2.0" in fails(
         capsys, "generate", "--checkpoint", last, "--filter-thres", 2
     )
+    for options, message in (
+        (["--prompt", "abcdefghi"], "the prompt has 9 ids, but the model makes sequences of 8"),
+        (["--infill", "[MASK:9]"], "the prompt has 9 ids"),
+        (["--infill", "x.npy"], "No such file"),
+        (["--steps", 2, "--block-length", 1], "steps is 2: it must be at least 8"),
+        (["--guidance-scale", 2], "nothing to be guided by"),
+        (["--strategy", "random", "--choice-temperature", 1], "has no meaning"),
+    ):
+        assert message in fails(capsys, "generate", "--checkpoint", last, *options)
+
+
+def test_mistakes_in_prompts_of_ids(digits_run, capsys, tmp_path):
+    np.save(tmp_path / "float.npy", np.zeros(3))
+    (tmp_path / "no.npy").write_text("x")
+    for prompt, message in (
+        ("a b", "this model takes ids, numbers separated by blanks"),
+        ("1 99", "the prompt holds id 99: the ids of this model are 0 to 16"),
+        (tmp_path / "float.npy", r"float64 [3]: a prompt is integers"),
+        (tmp_path / "no.npy", "is no .npy file"),
+    ):
+        last = digits_run / "last.pt"
+        error = fails(capsys, "generate", "--checkpoint", last, "--prompt", prompt)
+        assert message in error
 
 
 def test_ctrl_c_is_130(monkeypatch):

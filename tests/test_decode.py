@@ -1,131 +1,59 @@
 """The unmasking loop, on nets that are plain functions."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from x_transformers import nonautoregressive_wrapper as original
 
-from nar_kernels import decode as module
-from nar_kernels.decode import (
-    decode,
-    exclude_mask_id,
-    filter_top_k,
-    gumbel,
-    noise_generator,
-    num_masked_after,
-    sample,
-)
-from nar_kernels.philox import Stream
-from nar_kernels.schedules import SCHEDULES, cosine, linear
+from nar_kernels.choice import Choice, divide
+from nar_kernels.decode import DecodeState, decode
+from nar_kernels.plan import Block, Plan, Step, halton_order, make_plan
+from nar_kernels.schedules import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-def generator(seed: int = 0) -> torch.Generator:
-    return noise_generator(seed, Stream.DECODE_NOISE)
-
-
-# Noise
-
-
-def test_gumbel_is_finite_at_both_ends_and_reaches_far():
-    ends = gumbel(torch.tensor([0, 2**31 - 1], dtype=torch.int32))
-    assert ends.dtype == torch.float32
-    assert ends.isfinite().all()
-    # P(G > 18) = 1.5e-8: out of reach for 24-bit uniforms, which stop below 17.
-    assert ends[0] > 20 and ends[1] < -2.5
-
-
-def test_gumbel_quantiles():
-    bits = torch.arange(2**10, 2**31, 2**11, dtype=torch.int32)
-    noise = gumbel(bits).sort().values.double()
-    for quantile in (0.001, 0.1, 0.5, 0.9, 0.999):
-        expected = -math.log(-math.log(quantile))
-        assert noise[int(quantile * len(noise))].item() == pytest.approx(expected, abs=2e-3)
-
-
-def test_noise_generators_differ_by_seed_stream_and_slot():
-    draws = [
-        torch.rand(4, generator=noise_generator(seed, stream, slot=slot)).tolist()
-        for seed in (0, 1, 1 << 32, -1)  # PyTorch's own seeding ignores the high 32 bits
-        for stream in (Stream.DECODE_NOISE, Stream.CRITIC_NOISE)
-        for slot in (0, 1)
-    ]
-    assert len(set(map(tuple, draws))) == 16
-    again = torch.rand(4, generator=noise_generator(0, Stream.DECODE_NOISE))
-    assert draws[0] == again.tolist()
-
-
-# Sampling
-
-
-@pytest.mark.parametrize("mask_id", [0, 2, 4])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_samples_follow_the_softmax_without_mask_id(mask_id, temperature):
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.0])
-    n = 50_000
-    rows = exclude_mask_id(logits.expand(n, -1), mask_id)
-    counts = sample(rows, temperature, mask_id, generator()).bincount(minlength=5)
-    probs = logits.double() / temperature
-    probs[mask_id] = -torch.inf
-    probs = probs.softmax(-1)
-    assert counts[mask_id] == 0
-    kept = probs > 0
-
-    def chi_square(probs: Tensor) -> float:
-        expected = n * probs[kept]
-        return ((counts[kept] - expected) ** 2 / expected).sum().item()
-
-    assert chi_square(probs) < 21  # 3 degrees of freedom: exceeded with probability 1e-4
-    slightly_off = (probs[kept] ** 1.1) / (probs[kept] ** 1.1).sum()
-    assert chi_square(probs.masked_scatter(kept, slightly_off)) > 21
-
-
-@pytest.mark.parametrize("mask_id", [0, 1, 3])
-def test_a_row_of_nothing_but_mask_id_gives_another_id(mask_id):
-    logits = torch.full((3, 4), -torch.inf)
-    logits[:, mask_id] = 0
-    ids = sample(exclude_mask_id(logits, mask_id), 1.0, mask_id, generator())
-    assert (ids != mask_id).all()
-
-
-def test_filter_keeps_exactly_k_even_of_equal_logits():
-    logits = torch.randn(5, 20, generator=generator())
-    kept = filter_top_k(logits, 7)
-    assert (kept.isfinite().sum(-1) == 7).all()
-    assert torch.equal(kept[kept.isfinite()].view(5, 7), logits[kept.isfinite()].view(5, 7))
-    assert (kept.max(-1).values == logits.max(-1).values).all()
-    assert filter_top_k(torch.zeros(2, 9), 3).isfinite().sum() == 6
-
-
-# How many stay masked
-
-
-@pytest.mark.parametrize("schedule", [linear, cosine])
-@pytest.mark.parametrize("steps", [1, 2, 7, 18, 64])
-@pytest.mark.parametrize("length", [1, 8, 18, 30, 257])
-def test_counts_are_those_of_x_transformers(schedule, steps, length):
-    theirs = getattr(original, f"{schedule.__name__}_schedule")
-    expected = (theirs(torch.linspace(0.0, 1.0, steps + 1)[1:]) * length).long().tolist()
-    assert num_masked_after(schedule, steps, length) == expected
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [*SCHEDULES.values(), lambda t: math.cos(t * math.pi / 2), lambda t: 1 - t / 2],
-)
-def test_counts_never_rise_and_end_at_zero(schedule):
-    counts = num_masked_after(schedule, 10, 37)
-    assert len(counts) == 10 and counts[-1] == 0
-    assert counts == sorted(counts, reverse=True)
-    assert 0 <= min(counts) and max(counts) <= 37
-
-
-# The loop
-
 NUM_TOKENS, MASK_ID = 6, 3
+Net = Callable[[Tensor], Tensor]  # from ids [B, L] to logits [B, L, V]
+
+
+def noise(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def plan_of(num_left: list[int], batch: int, length: int) -> Plan:
+    """A plan of one block, open everywhere, with the same counts for all sequences."""
+    number = len(num_left)
+    steps = [
+        Step(i, 1 - (i + 1) / number, torch.full((batch,), left)) for i, left in enumerate(num_left)
+    ]
+    rows = torch.arange(batch * length)
+    return Plan([Block(torch.full((batch,), length), rows, steps)], number)
+
+
+def states_of(
+    net: Net,
+    plan: Plan | list[int],
+    shape: tuple[int, int] = (2, 8),
+    choice: Choice = Choice(),  # noqa: B008
+    prompt: Tensor | None = None,
+    seed: int = 0,
+    **options,
+) -> list[DecodeState]:
+    if isinstance(plan, list):
+        plan = plan_of(plan, *shape)
+    asked = []
+
+    def predict(ids: Tensor, rows: Tensor) -> list[Tensor]:
+        asked.append(rows)
+        logits = net(ids).flatten(0, 1)[rows]
+        return list(logits.split(3)) if len(rows) else [logits]  # in chunks
+
+    prompt = torch.full(shape, MASK_ID) if prompt is None else prompt
+    states = list(decode(predict, prompt, plan, choice, mask_id=MASK_ID, seed=seed, **options))
+    states_of.asked = asked
+    return states
 
 
 def confident_from_the_left(ids: Tensor) -> Tensor:
@@ -135,45 +63,51 @@ def confident_from_the_left(ids: Tensor) -> Tensor:
     return logits
 
 
-def steps_of(predict, num_masked, shape=(2, 8), **kwargs):
-    seen = []
-    ids = decode(
-        predict,
-        shape,
-        num_masked,
-        mask_id=MASK_ID,
-        generator=generator(),
-        on_step=lambda step, ids, masked: seen.append((step, ids, masked)),
-        **kwargs,
-    )
-    return ids, seen
+def random_net(seed: int = 1) -> Net:
+    generator = noise(seed)
+    return lambda ids: torch.randn(*ids.shape, NUM_TOKENS, generator=generator)
+
+
+def without_mask(logits: Tensor) -> Tensor:
+    return logits.index_fill(-1, torch.tensor([MASK_ID]), -torch.inf)
 
 
 def test_most_confident_positions_come_first():
-    ids, seen = steps_of(confident_from_the_left, [6, 3, 0], temperature=0.0)
-    assert (ids == 5).all()
-    for (step, step_ids, masked), num_left in zip(seen, [6, 3, 0], strict=True):
+    states = states_of(confident_from_the_left, [6, 3, 0], temperature=0.0)
+    assert (states[-1].ids == 5).all()
+    for state, num_left in zip(states, [8, 6, 3, 0], strict=True):
         position = torch.arange(8).expand(2, 8)
-        assert torch.equal(masked, position >= 8 - num_left), step
-        assert torch.equal(masked, step_ids == MASK_ID)
+        assert torch.equal(state.masked, position >= 8 - num_left), state.step
+        assert torch.equal(state.masked, state.ids == MASK_ID)
+        assert torch.equal(state.log_prob.isnan(), state.masked)
+    assert [(state.step, state.num_steps) for state in states] == [(i, 3) for i in range(4)]
+    log_prob = without_mask(confident_from_the_left(states[0].ids)).log_softmax(-1)[..., 5]
+    torch.testing.assert_close(states[-1].log_prob, log_prob)
 
 
-def test_only_masked_positions_change():
-    def predict(ids):
-        return torch.randn(*ids.shape, NUM_TOKENS, generator=predict.noise)
+@pytest.mark.parametrize("choice", [Choice(), Choice("random"), Choice(temperature=3.0)])
+def test_only_masked_positions_change(choice):
+    states = states_of(random_net(), [9, 9, 4, 2, 0], (3, 11), choice)
+    for state, following in zip(states, states[1:], strict=False):
+        assert torch.equal(state.ids[~state.masked], following.ids[~state.masked])
+        assert not (following.masked & ~state.masked).any()
+    assert [s.masked.sum(1).tolist() for s in states] == [[n] * 3 for n in (11, 9, 9, 4, 2, 0)]
 
-    predict.noise = generator(1)
-    _, seen = steps_of(predict, [9, 9, 4, 2, 0], shape=(3, 11))
-    for (_, ids, masked), (_, next_ids, next_masked) in zip(seen, seen[1:], strict=False):
-        assert torch.equal(ids[~masked], next_ids[~masked])
-        assert not (next_masked & ~masked).any()
-    assert [masked.sum(1).tolist() for _, _, masked in seen] == [[n] * 3 for n in (9, 9, 4, 2, 0)]
+
+def test_logits_are_asked_for_where_they_are_needed():
+    for choice, expected in (
+        (Choice(), [22, 8, 4]),
+        (Choice("random"), [14, 4, 4]),  # only what is filled
+        (Choice("halton", order=torch.arange(11)), [14, 4, 4]),
+    ):
+        states_of(random_net(), [4, 2, 0], (2, 11), choice)
+        assert [len(rows) for rows in states_of.asked] == expected
 
 
 def test_remask_judges_the_id_in_place():
     """The first guess becomes improbable once its neighbours are there; it must be masked again."""
 
-    def predict(ids):
+    def net(ids):
         logits = torch.zeros(*ids.shape, NUM_TOKENS)
         if (ids == MASK_ID).all():
             logits[:, 0, 1] = 20.0  # position 0 first, with id 1
@@ -183,12 +117,27 @@ def test_remask_judges_the_id_in_place():
             logits[:, 1:, 2] = 10.0
         return logits
 
-    ids, seen = steps_of(predict, [3, 1, 0], shape=(1, 4), temperature=0.0, remask=True)
-    assert not seen[0][2][0, 0] and seen[0][1][0, 0] == 1
-    assert seen[1][2][0].tolist() == [True, False, False, False]
-    assert ids.tolist() == [[2, 2, 2, 2]]
-    ids, _ = steps_of(predict, [3, 1, 0], shape=(1, 4), temperature=0.0)
-    assert ids.tolist() == [[1, 2, 2, 2]]
+    states = states_of(net, [3, 1, 0], (1, 4), temperature=0.0, remask=True)
+    assert not states[1].masked[0, 0] and states[1].ids[0, 0] == 1
+    assert states[2].masked[0].tolist() == [True, False, False, False]
+    assert states[3].ids.tolist() == [[2, 2, 2, 2]]
+    states = states_of(net, [3, 1, 0], (1, 4), temperature=0.0)
+    assert states[3].ids.tolist() == [[1, 2, 2, 2]]
+
+
+def test_the_prompt_is_never_masked_again():
+    prompt = torch.full((2, 8), MASK_ID)
+    prompt[0, 2:5] = torch.tensor([0, 1, 2])
+    prompt[1, :] = 4
+    plan = make_plan(prompt == MASK_ID, linear, 4, every_step=True)
+    for remask in (False, True):
+        states = states_of(random_net(), plan, prompt=prompt, remask=remask)
+        for state in states:
+            given = prompt != MASK_ID
+            assert torch.equal(state.ids[given], prompt[given])
+            assert (state.log_prob[given] == 0).all()
+        assert not states[-1].masked.any()
+        assert [s.masked[0].sum().item() for s in states] == [5, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("remask", [False, True])
@@ -197,99 +146,193 @@ def test_critic_chooses_what_to_mask_again(remask):
         assert (ids != MASK_ID).all()  # it judges complete sequences
         return torch.arange(8.0).expand(2, 8)
 
-    _, seen = steps_of(
-        confident_from_the_left, [5, 2, 0], critic=critic, critic_noise=0.0, remask=remask
+    choice = Choice("critic", critic=critic)
+    states = states_of(confident_from_the_left, [5, 2, 0], choice=choice, remask=remask)
+    assert states[1].masked[0].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+    assert states[2].masked[0].nonzero().flatten().tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("strategy", ["critic", "confidence"])
+def test_noise_shuffles_the_choice_less_and_less(strategy):
+    def net(ids):
+        return confident_from_the_left(ids) / 2 - torch.eye(NUM_TOKENS)[5] * 6  # 4, 3.5, 3, ...
+
+    def first_masked(scale):
+        choice = Choice(strategy, scale, critic=lambda ids: torch.arange(8.0).expand(64, 8) / 8)
+        return states_of(net, [4, 0], (64, 8), choice, temperature=0.0)[1].masked.unique(dim=0)
+
+    assert len(first_masked(0.0)) == 1
+    assert len(first_masked(8.0)) > 30
+
+    scale = {"critic": 3.0, "confidence": 0.5}[strategy]
+    choice = Choice(strategy, scale, critic=lambda ids: torch.arange(8.0).expand(200, 8))
+    states = states_of(net, [4] * 9 + [0], (200, 8), choice, remask=True, temperature=0.0)
+    last = torch.arange(8) >= 4
+    share = [(state.masked == last).all(1).float().mean().item() for state in states]
+    assert share[1] < 0.3 and share[9] > 0.8
+
+
+def test_margin_and_entropy_choose_by_all_logits():
+    logits = torch.full((1, 3, NUM_TOKENS), -50.0)
+    logits[0, 0, :2] = 0.0  # two alike: margin 0, entropy ln 2
+    logits[0, 1, :2] = torch.tensor([0.1, 0.0])
+    logits[0, 1, 2:] = -1.0  # a small margin, the largest entropy
+    logits[0, 2, 0] = 0.0  # certain
+    for strategy, order in (("margin", [2, 1, 0]), ("entropy", [2, 0, 1])):
+        states = states_of(lambda ids: logits, [2, 1, 0], (1, 3), Choice(strategy))
+        filled = [
+            (a.masked & ~b.masked)[0].nonzero().item()
+            for a, b in zip(states, states[1:], strict=False)
+        ]
+        assert filled == order
+
+
+def test_threshold_fills_what_is_sure_and_at_least_one():
+    def net(ids):
+        logits = torch.zeros(*ids.shape, NUM_TOKENS)
+        known = (ids != MASK_ID).sum(1, keepdim=True)
+        # Each sequence becomes surer of what is right of what it knows.
+        sure = (torch.arange(8) < 2 * known + torch.tensor([[0], [3]])).float()
+        logits[..., 5] = 1 + 6 * sure
+        return logits
+
+    slow = plan_of([8] * 19 + [0], 2, 8)
+    states = states_of(net, slow, choice=Choice("threshold"), temperature=0.0)
+    assert [s.masked.sum(1).tolist() for s in states] == [[8, 8], [7, 5], [6, 0], [4, 0], [0, 0]]
+    # The plan is the slowest that is allowed.
+    states = states_of(net, plan_of([5, 4, 2, 0], 2, 8), choice=Choice("threshold", threshold=1.0))
+    assert [s.masked.sum(1).tolist() for s in states] == [[n] * 2 for n in (8, 5, 4, 2, 0)]
+
+
+def test_random_order_is_uniform():
+    states = states_of(
+        confident_from_the_left, [3, 0], (6000, 5), Choice("random"), temperature=0.0
     )
-    assert seen[0][2][0].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
-    assert seen[1][2][0].nonzero().flatten().tolist() == [6, 7]
+    masked = states[1].masked
+    counts = (masked.long() * 2 ** torch.arange(5)).sum(1).bincount(minlength=32)
+    counts = counts[counts > 0]
+    assert len(counts) == 10 and ((counts - 600) ** 2 / 600).sum() < 34  # p = 1e-4
 
 
-def test_critic_noise_shuffles():
-    def masked_first(noise):
-        _, seen = steps_of(
-            confident_from_the_left,
-            [4, 0],
-            shape=(64, 8),
-            critic=lambda ids: torch.arange(8.0).expand(64, 8) / 8,
-            critic_noise=noise,
-        )
-        return seen[0][2].unique(dim=0)
-
-    assert len(masked_first(0.0)) == 1
-    assert len(masked_first(4.0)) > 30
-
-
-def test_critic_noise_falls_to_zero():
-    _, seen = steps_of(
-        confident_from_the_left,
-        [4] * 9 + [0],
-        shape=(200, 8),
-        critic=lambda ids: torch.arange(8.0).expand(200, 8),
-        critic_noise=3.0,
-        remask=True,
-    )
-    most_doubted = torch.arange(8) >= 4
-    share = [(masked == most_doubted).all(1).float().mean().item() for _, _, masked in seen]
-    assert share[0] < 0.3 and share[8] > 0.8
+def test_halton_order_is_followed():
+    order = halton_order(2, 4)
+    choice = Choice("halton", order=order)
+    for state, left in zip(
+        states_of(random_net(), [6, 3, 0], choice=choice), [8, 6, 3, 0], strict=True
+    ):
+        assert torch.equal(state.masked, (order >= 8 - left).expand(2, 8))
 
 
 def test_stops_once_nothing_is_masked():
-    calls = []
-
-    def predict(ids):
-        calls.append(ids)
-        return confident_from_the_left(ids)
-
-    _, seen = steps_of(predict, [3, 0, 0, 0])
-    assert len(calls) == len(seen) == 2
+    assert len(states_of(confident_from_the_left, [3, 0, 0, 0])) == 3
 
 
 def test_top_k_of_one_is_greedy_at_any_temperature():
-    logits = torch.randn(2, 8, NUM_TOKENS, generator=generator(2))
-    ids, _ = steps_of(lambda _: logits, [4, 0], temperature=50.0, top_k=1)
-    best = exclude_mask_id(logits, MASK_ID).argmax(-1)
-    assert torch.equal(ids, best)
+    logits = torch.randn(2, 8, NUM_TOKENS, generator=noise(2))
+    states = states_of(lambda _: logits, [4, 0], temperature=50.0, top_k=1)
+    assert torch.equal(states[-1].ids, without_mask(logits).argmax(-1))
 
 
 def test_temperature_falls_to_zero():
     """The last step is greedy, the first is not."""
-    logits = torch.randn(1, 1, NUM_TOKENS, generator=generator(3)).expand(200, 8, -1)
-    greedy = exclude_mask_id(logits, MASK_ID).argmax(-1)
-    ids, seen = steps_of(lambda _: logits, [4, 0], shape=(200, 8), temperature=4.0)
-    last = seen[0][2]
-    assert torch.equal(ids[last], greedy[last])
-    assert (ids[~last] != greedy[~last]).float().mean() > 0.2
+    logits = torch.randn(1, 1, NUM_TOKENS, generator=noise(3)).expand(200, 8, -1)
+    greedy = without_mask(logits).argmax(-1)
+    states = states_of(lambda _: logits, [4, 0], (200, 8), temperature=4.0)
+    last = states[1].masked
+    assert torch.equal(states[-1].ids[last], greedy[last])
+    assert (states[-1].ids[~last] != greedy[~last]).float().mean() > 0.2
 
 
-def test_bfloat16_logits_are_sampled_in_float32(monkeypatch):
-    dtypes = []
-
-    def spy(logits, *args):
-        dtypes.append(logits.dtype)
-        return sample(logits, *args)
-
-    monkeypatch.setattr(module, "sample", spy)
-    steps_of(lambda ids: confident_from_the_left(ids).bfloat16(), [0])
-    assert dtypes == [torch.float32]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_float_type_of_logits(dtype):
+    logits = torch.randn(2, 8, NUM_TOKENS, generator=noise(4)).to(dtype)
+    ours = states_of(lambda _: logits, [4, 0])[-1]
+    theirs = states_of(lambda _: logits.float(), [4, 0])[-1]
+    assert torch.equal(ours.ids, theirs.ids)
 
 
 def test_chain_of_single_steps_samples_the_joint_distribution():
     """Two positions, always equal: once one is known, the other follows."""
 
-    def predict(ids):
+    def net(ids):
         logits = torch.zeros(*ids.shape, NUM_TOKENS)
         other = ids.flip(1)
         known = torch.full_like(logits, -20.0).scatter(2, other[..., None], 20.0)
         return torch.where((other == MASK_ID)[..., None], logits, known)
 
-    ids, _ = steps_of(predict, [1, 0], shape=(500, 2), temperature=2.0)
+    ids = states_of(net, [1, 0], (500, 2), temperature=2.0)[-1].ids
     assert torch.equal(ids[:, 0], ids[:, 1])
     assert ids.unique().tolist() == [0, 1, 2, 4, 5]
-    at_once, _ = steps_of(predict, [0], shape=(500, 2), temperature=2.0)
+    at_once = states_of(net, [0, 0], (500, 2), temperature=2.0)[-1].ids
     assert not torch.equal(at_once[:, 0], at_once[:, 1])
+
+
+@pytest.mark.parametrize(
+    "choice", [Choice(), Choice(temperature=2.0), Choice("random"), Choice("threshold")]
+)
+def test_a_sequence_does_not_depend_on_the_batch(choice):
+    logits = torch.randn(1, 12, NUM_TOKENS, generator=noise(5))
+    prompt = torch.full((4, 12), MASK_ID)
+    prompt[1, :5] = 0
+    prompt[3, 7:] = 1
+
+    def ids_of(prompt):
+        plan = make_plan(prompt == MASK_ID, linear, 7)
+        return states_of(
+            lambda ids: logits.expand(len(ids), -1, -1), plan, choice=choice, prompt=prompt
+        )[-1].ids
+
+    together = ids_of(prompt)
+    for batch in (1, 2, 3):
+        assert torch.equal(ids_of(prompt[:batch]), together[:batch])
+    if choice.temperature > 0 or choice.is_blind:
+        assert not torch.equal(together[0], together[2])
+
+
+def test_states_are_not_changed_afterwards():
+    seen, copies = [], []
+    plan = plan_of([4, 2, 0], 2, 8)
+    net = random_net()
+    for state in decode(
+        lambda ids, rows: [net(ids).flatten(0, 1)[rows]],
+        torch.full((2, 8), MASK_ID),
+        plan,
+        Choice(),
+        mask_id=MASK_ID,
+        seed=0,
+    ):
+        seen.append(state)
+        copies.append(DecodeState(*state[:2], *(tensor.clone() for tensor in state[2:])))
+    for ours, theirs in zip(seen, copies, strict=True):
+        assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.masked, theirs.masked)
+        assert torch.equal(ours.log_prob.nan_to_num(9), theirs.log_prob.nan_to_num(9))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 1)])
 def test_small_shapes(shape):
-    ids, _ = steps_of(confident_from_the_left, [0], shape=shape)
+    ids = states_of(confident_from_the_left, [0], shape)[-1].ids
     assert ids.shape == shape and (ids != MASK_ID).all()
+
+
+def test_ties_are_filled_from_the_left():
+    score = torch.tensor([[1.0, 2.0, 2.0, -math.inf, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    rows = torch.tensor([0, 1, 2, 3, 4, 7, 8, 9])  # of the second sequence the last three
+    now, waiting = divide(score, rows, torch.tensor([5, 3]), torch.tensor([2, 1]))
+    assert now.tolist() == [1, 2, 4, 7, 8] and waiting.tolist() == [0, 3, 9]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (Choice("best"), "strategy is 'best': it must be one of confidence, margin"),
+        (Choice(temperature=-1.0), "choice_temperature is -1.0"),
+        (Choice(temperature=math.nan), "choice_temperature is nan"),
+        (Choice("random", 1.0), "choice_temperature has no meaning for strategy 'random'"),
+        (Choice("threshold", threshold=1.5), r"threshold is 1.5: it must be in \[0, 1\]"),
+        (Choice("halton"), "strategy 'halton' needs"),
+        (Choice("critic"), "strategy 'critic' needs"),
+    ],
+)
+def test_choices_that_make_no_sense(choice, message):
+    with pytest.raises(ValueError, match=message):
+        choice.check()

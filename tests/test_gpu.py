@@ -310,6 +310,42 @@ def test_a_step_on_the_device_needs_a_corpus_that_the_kernel_reads(tmp_path):
         loader.batch(torch.zeros(1, dtype=torch.int64, device="cuda"))
 
 
+# ---- unmask, generate
+
+
+@pytest.mark.skipif(backends()["triton"] != "available", reason=backends()["triton"])
+@pytest.mark.parametrize("vocabulary", [300, 4099, 50258])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmask_equals_that_of_the_cpu(dtype, vocabulary):
+    logits = (4 * torch.randn(64, vocabulary)).to(dtype)
+    slots = torch.arange(64) * 2**33
+    for top_k in (None, 1, vocabulary // 3):
+        for confidence in ("probability", "margin", "entropy"):
+            options = dict(mask_id=3, seed=1, top_k=top_k, confidence=confidence, temperature=0.7)
+            got = nar_kernels.unmask(logits.cuda(), noise_slots=slots.cuda(), **options)
+            expected = nar_kernels.unmask(logits, noise_slots=slots, **options)
+            for ours, theirs in zip(got, expected, strict=True):
+                assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.skipif(backends()["triton"] != "available", reason=backends()["triton"])
+@pytest.mark.parametrize("strategy", ["confidence", "margin", "random", "halton"])
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_generate_waits_for_nothing(strategy, block_length, request):
+    net = torch.nn.Sequential(torch.nn.Embedding(300, 32), torch.nn.Linear(32, 300)).cuda()
+    adapted = nar_kernels.NetAdapter(net, num_tokens=300, max_seq_len=16, head=net[1])
+    model = nar_kernels.NonAutoregressiveWrapper(adapted, mask_id=299)
+    options = dict(strategy=strategy, block_length=block_length, seed=0)
+    model.generate(4, **options)  # kernels are compiled
+    steps = model.generate_steps(4, **options)
+    next(steps)
+    request.getfixturevalue("no_waiting")
+    for state in steps:  # noqa: B007
+        pass
+    torch.cuda.set_sync_debug_mode("default")
+    assert (state.ids < 299).all()
+
+
 # ---- training
 
 

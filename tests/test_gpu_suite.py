@@ -21,6 +21,7 @@ STEPS = [
     "bench_corrupt",
     "bench_masked_nll",
     "bench_train_step",
+    "bench_generate",
 ]
 
 
@@ -40,6 +41,6 @@ def test_dry_run(tmp_path):
     assert sorted(results["steps"]) == sorted(STEPS)
     assert all(step["exit"] == 0 for step in results["steps"].values())
     assert {row["backend"] for row in results["bench_corrupt"]["rows"]} == {"cuda", "triton"}
-    assert all(len(results[bench]["settings"]) > 0 for bench in STEPS[-2:])
+    assert all(len(results[bench]["settings"]) > 0 for bench in STEPS[-3:])
     for step in ("tests", "memcheck"):  # something was selected
         assert "tests collected" in results["steps"][step]["last_lines"][-1]

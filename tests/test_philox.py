@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from nar_kernels import ops
-from nar_kernels.philox import EXACT_PERMUTATION_MAX, Stream, permute, philox4x32, words
+from nar_kernels.philox import (
+    EXACT_PERMUTATION_MAX,
+    Stream,
+    derived_seed,
+    noise_generator,
+    permute,
+    philox4x32,
+    words,
+)
 from tests.goodness_of_fit import assert_uniform
 
 # kat_vectors of Random123: philox4x32, 10 rounds: counter, key, result.
@@ -125,3 +133,17 @@ def test_permutation_is_frozen():
     large = ops.permute(torch.arange(8), 10**6, seed=1, stream=Stream.WINDOW_ORDER, round=2)
     assert small.tolist() == [0, 5, 6, 1, 2, 4, 3, 7]
     assert large.tolist() == [881252, 711992, 722626, 521043, 728524, 539088, 302736, 907922]
+
+
+def test_noise_generators_differ_by_seed_stream_and_slot():
+    draws = [
+        torch.rand(4, generator=noise_generator(seed, stream, slot=slot)).tolist()
+        for seed in (0, 1, 1 << 32, -1)  # PyTorch's own seeding ignores the high 32 bits
+        for stream in (Stream.DECODE_NOISE, Stream.CRITIC_NOISE)
+        for slot in (0, 1)
+    ]
+    assert len(set(map(tuple, draws))) == 16
+    again = torch.rand(4, generator=noise_generator(0, Stream.DECODE_NOISE))
+    assert draws[0] == again.tolist()
+    seed = derived_seed(5, Stream.GENERATOR_SEED)
+    assert noise_generator(5, Stream.GENERATOR_SEED).initial_seed() == seed

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels import checkpoint, pictures, samples
+from nar_kernels.choice import Strategy
 from nar_kernels.config import TrainConfig
 from nar_kernels.data import MaskedLoader, TokenDataset
 from nar_kernels.ema import Ema
@@ -687,15 +688,14 @@ def test_order_of_filling(learnt):
     """In random order, what stays masked does not depend on the net."""
     model, _ = load_model(learnt[1] / "last.pt")
     kept: dict[str, list[Tensor]] = {}
-    for order in ("random", "confidence"):
+    orders: tuple[Strategy, Strategy] = ("random", "confidence")
+    for order in orders:
         for trained in (True, False):
             if not trained:
                 model = build_model(TrainConfig("text", dim=32), SPEC)
-            states = kept.setdefault(order, [])
-            samples.draw(
-                model, 8, seed=1, order=order, on_step=lambda _, ids, mask, s=states: s.append(mask)
-            )
-    random, confidence = (torch.stack(kept[order]) for order in ("random", "confidence"))
+            states = samples.states(model, 8, seed=1, strategy=order)
+            kept.setdefault(order, []).extend(state.masked for state in states)
+    random, confidence = (torch.stack(kept[order]) for order in orders)
     half = len(random) // 2
     assert torch.equal(random[:half], random[half:])
     assert not torch.equal(confidence[:half], confidence[half:])

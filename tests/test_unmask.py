@@ -1,19 +1,32 @@
 """`unmask`: backends against each other, its arithmetic against float64, its samples against exact
 probabilities."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels import unmask
+from nar_kernels import backends, unmask
 from nar_kernels.backends import cpp
 from nar_kernels.float_math import exp_of_negative, gumbel, log_of_positive
 from tests.goodness_of_fit import chi_square_p
 
+# In Triton's interpreter, of what a GPU computes in silence: -inf that is not chosen.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 needs_cpp = pytest.mark.skipif(cpp is None, reason="the C++ extension is not built")
+needs_triton = pytest.mark.skipif(backends()["triton"] != "available", reason=backends()["triton"])
+BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
+WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=needs_triton)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 3
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def draw(logits: Tensor, **args) -> Tensor:
@@ -35,34 +48,70 @@ def awkward_logits(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     return logits.to(dtype)
 
 
+def assert_equals_reference(logits: Tensor, *, backend: str, **args) -> None:
+    expected = draw(logits, backend="reference", **args)
+    moved = {"noise_slots": torch.arange(len(logits)), **args, "logits": logits}
+    for name, value in moved.items():
+        moved[name] = value.to(device_of(backend)) if isinstance(value, Tensor) else value
+    got = draw(backend=backend, **moved)
+    for name in got._fields:
+        assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), (name, args)
+
+
+def arguments(vocabulary: int) -> Iterator[dict]:
+    """Of calls for 12 rows."""
+    given = torch.full((12,), -1)
+    given[8], given[9], given[10] = MASK, 0, vocabulary - 1
+    temperatures = (0.0, 0.3, 1.0, 7.0) if vocabulary < 5000 else (1.0,)
+    top_ks = (None, 1, 2, vocabulary // 3 + 1, vocabulary - 1)
+    others = (
+        {"forbidden_ids": (0, vocabulary - 2), "confidence": "margin"},
+        {"given": given, "confidence": "entropy"},
+        {},
+    )
+    slots = torch.arange(12) * 2**33 + 5
+    for temperature, top_k, more in itertools.product(temperatures, top_ks, others):
+        yield dict(temperature=temperature, top_k=top_k, noise_slots=slots, **more)
+
+
 @needs_cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [4, 5, 63, 127, 128, 129, 1000, 4099, 70001])
 def test_backends_agree(vocabulary, dtype, simd_level):
     logits = awkward_logits(12, vocabulary, dtype)
-    slots = torch.arange(12) * 2**33 + 5
-    given = torch.full((12,), -1)
-    given[8], given[9], given[10] = MASK, 0, vocabulary - 1
-    for temperature in (0.0, 0.3, 1.0, 7.0) if vocabulary < 5000 else (1.0,):
-        for top_k in (None, 1, 2, vocabulary // 3 + 1, vocabulary - 1):
-            for more in (
-                {"forbidden_ids": (0, vocabulary - 2), "confidence": "margin"},
-                {"given": given, "confidence": "entropy"},
-                {},
-            ):
-                args = dict(temperature=temperature, top_k=top_k, noise_slots=slots, **more)
-                got = draw(logits, backend="cpp", **args)
-                expected = draw(logits, backend="reference", **args)
-                for name in got._fields:
-                    ours, theirs = getattr(got, name), getattr(expected, name)
-                    assert torch.equal(ours, theirs), (name, temperature, top_k, more)
+    for args in arguments(vocabulary):
+        assert_equals_reference(logits, backend="cpp", **args)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "vocabulary, dtype",
+    [
+        (4, torch.float32),
+        (129, torch.bfloat16),
+        (1000, torch.float16),
+        (2050, torch.float32),
+        (4099, torch.bfloat16),
+    ],
+)
+def test_triton_agrees(vocabulary, dtype):
+    every = 25 if device_of("triton") == "cpu" else 1  # its interpreter is slow
+    logits = awkward_logits(12, vocabulary, dtype)
+    for args in itertools.islice(arguments(vocabulary), 0, None, every):
+        assert_equals_reference(logits, backend="triton", **args)
+
+
+def nearly_equal_rows(length: int) -> Tensor:
+    """Ties, and logits that differ by a bit."""
+    nearly = 1 + torch.randint(0, 9, (length,)) * 2.0**-23
+    rows = (torch.zeros(length), nearly, -nearly, nearly.where(nearly > 1, -torch.inf))
+    return torch.stack(rows)
 
 
 @needs_cpp
 def test_ties_that_upper_halves_of_keys_cannot_tell_apart(simd_level):
     """The k-th largest among thousands of equal logits, and of logits that differ by a bit."""
-    nearly = 1 + torch.randint(0, 9, (3000,)) * 2.0**-23
-    for row in (torch.zeros(3000), nearly, -nearly, nearly.where(nearly > 1, -torch.inf)):
+    for row in nearly_equal_rows(3000):
         for top_k in (1, 2, 700, 2998, 2999):
             args = dict(top_k=top_k, noise_slots=torch.arange(50), mask_id=2999)
             logits = row.expand(50, 3000)
@@ -71,6 +120,29 @@ def test_ties_that_upper_halves_of_keys_cannot_tell_apart(simd_level):
             assert torch.equal(got.tokens, expected.tokens)
             order = row[:2999].sort(descending=True, stable=True).indices[:top_k].tolist()
             assert set(got.tokens.tolist()) <= set(order)
+
+
+@needs_triton
+@pytest.mark.parametrize("top_k", [700, 2998])
+def test_ties_with_triton(top_k):
+    logits = nearly_equal_rows(3000)
+    assert_equals_reference(logits, backend="triton", top_k=top_k, confidence="margin")
+
+
+@needs_triton
+def test_triton_with_more_blocks_than_it_counts_at_a_time():
+    logits = torch.stack([torch.zeros(31_000), torch.randn(31_000)]).bfloat16()
+    assert_equals_reference(logits, backend="triton", top_k=20_000, confidence="entropy")
+
+
+@pytest.mark.parametrize("backend", WITH_TRITON[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinity_is_above_what_is_finite_in_a_narrow_type(dtype, backend):
+    logits = torch.full((1, 9), torch.finfo(dtype).max, dtype=dtype)
+    logits[0, 4::2] = torch.inf
+    for given in (0, 4, 8):
+        args = dict(given=torch.tensor([given]), top_k=4)
+        assert_equals_reference(logits, backend=backend, **args)
 
 
 def test_exp_and_log_are_good_to_two_units_in_the_last_place():
@@ -159,7 +231,7 @@ def test_tails(gap):
     assert abs(int((tokens != 7).sum()) - expected) < 3 * math.sqrt(expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_depends_on_itself_alone(backend):
     logits = torch.randn(40, 300)
     whole = draw(logits, top_k=100, backend=backend)
@@ -187,13 +259,14 @@ def test_any_number_of_threads():
         assert torch.equal(other.log_prob, results[0].log_prob)
 
 
-def test_rows_in_a_larger_tensor():
-    logits = torch.randn(9, 70)
-    for view in (logits[::2, 3:60], logits.t()[:60, :9], logits[:0]):
-        slots = torch.arange(len(view))
-        got = draw(view, noise_slots=slots)
-        expected = draw(view.clone().contiguous(), noise_slots=slots, backend="reference")
-        assert torch.equal(got.tokens, expected.tokens)
+@pytest.mark.parametrize("backend", WITH_TRITON)
+def test_rows_in_a_larger_tensor(backend):
+    logits = torch.randn(9, 70, device=device_of(backend))
+    for view in (logits[::2, 3:60], logits.t()[:7, :9], logits[:1].expand(3, -1), logits[:0]):
+        slots = torch.arange(len(view), device=view.device)
+        got = draw(view, noise_slots=slots, backend=backend)
+        expected = draw(view.cpu().contiguous(), backend="reference")
+        assert torch.equal(got.tokens.cpu(), expected.tokens)
 
 
 def test_a_head_without_a_column_for_mask_id():
@@ -204,17 +277,30 @@ def test_a_head_without_a_column_for_mask_id():
     assert set(got.tokens.tolist()) == set(range(6))
 
 
-def test_a_row_that_allows_nothing():
-    logits = torch.full((2, 5), -torch.inf)
-    got = draw(logits, mask_id=0, forbidden_ids=(1, 2))
+@pytest.mark.parametrize("backend", WITH_TRITON)
+def test_a_row_that_allows_nothing(backend):
+    logits = torch.full((2, 5), -torch.inf, device=device_of(backend))
+    args = dict(noise_slots=torch.arange(2).to(logits.device), mask_id=0, backend=backend)
+    got = draw(logits, forbidden_ids=(1, 2), **args)
     assert got.tokens.tolist() == [3, 3] and got.log_prob.tolist() == [-math.inf] * 2
-    given = draw(logits, given=torch.tensor([4, -1]), mask_id=0)
+    given = draw(logits, given=torch.tensor([4, -1]).to(logits.device), **args)
     assert given.tokens.tolist() == [4, 1]
 
 
-def test_as_an_operator():
-    logits = torch.randn(5, 40)
-    args = (logits, torch.arange(5), None, [3], 0, 1, 40, 1.0, "entropy", "reference")
+@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("forbidden_ids", [(), (9,), (9, 8), (9, 8, 7), (0, 2, 4, 9, 8, 7, 6)])
+def test_any_number_of_forbidden_ids(forbidden_ids, backend):
+    logits = torch.arange(10.0).repeat(2, 1).to(device_of(backend))
+    slots = torch.arange(2).to(logits.device)
+    args = dict(noise_slots=slots, forbidden_ids=forbidden_ids, temperature=0, backend=backend)
+    largest = max({*range(10)} - {MASK, *forbidden_ids})
+    assert draw(logits, **args).tokens.tolist() == [largest] * 2
+
+
+@pytest.mark.parametrize("backend", ["reference", WITH_TRITON[-1]])
+def test_as_an_operator(backend):
+    logits, slots = (x.to(device_of(backend)) for x in (torch.randn(5, 40), torch.arange(5)))
+    args = (logits, slots, None, [3], 0, 1, 40, 1.0, "entropy", backend)
     torch.library.opcheck(torch.ops.nar_kernels.unmask.default, args)
 
 
@@ -243,7 +329,7 @@ def test_under_torch_compile():
         (dict(mask_id=6), ValueError, "mask_id is 6.*5 logits"),
         (dict(forbidden_ids=(5,)), ValueError, r"forbidden_ids holds 5, outside \[0, 5\)"),
         (dict(forbidden_ids=(0, 1, 2, 4)), ValueError, "leave none of the 5 ids"),
-        (dict(backend="triton"), ValueError, "unknown backend 'triton'"),
+        (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
     ],
 )
 def test_errors(change, error, message):

@@ -1,0 +1,359 @@
+"""Generation: x-transformers' `generate` against ours, on the same net, at its default arguments.
+
+    python benchmarks/bench_generate.py [--device cuda] [--json FILE]
+    python benchmarks/bench_generate.py --quality      # are the images as good?
+
+"trunk" is the floor: as many forward passes of the net without its head. Peak memory is what a call
+needs above the parameters; beside it stands one copy of the logits at the masked positions of the
+first step, where they are the most. `unmask` alone draws a token for each of some rows of logits,
+on one thread and on all, at the filter of `generate` (0.3 V ids are kept) and without; beside it
+what x-transformers does with the logits of as many positions (filter, softmax, sample).
+`--dry-run` is tiny, and its figures say nothing.
+
+`--quality` trains the net of `nar-kernels train --data digits` and draws images from it with both,
+and with other strategies of ours. A classifier that saw the training images alone says how sure it
+is of its digits; the Frechet distance is between Gaussians of what its hidden layer says of them
+and of the held-out images; the distance to the nearest held-out image is in its layer, too.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import (
+    environment,
+    in_fresh_process,
+    peak_bytes,
+    print_table,
+    show,
+    turns_ns,
+    write_json,
+)
+from peers import OURS, PEER, TRUNK, Setting, make_net
+from torch import Tensor, nn
+from x_transformers import nonautoregressive_wrapper as original
+
+import nar_kernels
+from nar_kernels import unmask
+from nar_kernels.config import TrainConfig
+from nar_kernels.sources import open_data
+from nar_kernels.train import Run
+
+STEPS = 18
+CPU = [Setting(257, 4, 256), Setting(8193, 4, 256), Setting(50258, 4, 128)]
+CUDA = [Setting(50258, 16, 1024, dim=768, depth=12, heads=12, flash=True)]
+TINY = Setting(33, 2, 16, dim=16, depth=1, heads=2)
+# At least so many times the speed of x-transformers.
+GOALS = dict(zip(CPU, (1.05, 5.0, 15.0), strict=True))
+UNMASK_GOAL = 2.0  # ns a logit, on one thread, with the filter
+
+
+class Generation:
+    """A net, and who generates with it."""
+
+    def __init__(self, who: str, setting: Setting, device: str) -> None:
+        self.net = make_net(setting, device).eval()
+        self.setting, self.who = setting, who
+        shape = setting.batch, setting.length
+        self.ids = torch.randint(0, setting.num_tokens - 1, shape, device=device)
+        wrapper = {
+            PEER: original.NonAutoregressiveWrapper,
+            OURS: nar_kernels.NonAutoregressiveWrapper,
+        }.get(who)
+        self.wrapper = wrapper and wrapper(self.net, mask_id=setting.num_tokens - 1, steps=STEPS)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if self.wrapper is not None:
+            self.wrapper.generate(self.setting.batch)
+            return
+        for _ in range(STEPS):
+            self.net(self.ids, return_embeddings=True)
+
+
+def cpu_peak(who: str, setting: Setting, threads: int) -> int:
+    """In a fresh process."""
+    torch.set_num_threads(threads)
+    generation = Generation(who, setting, "cpu")
+    generation.net(generation.ids[:1, :1])  # libraries get their memory
+    return peak_bytes(generation, "cpu")
+
+
+def compare(setting: Setting, device: str, repeats: int) -> list[dict]:
+    """A row for each who."""
+    generations = {who: Generation(who, setting, device) for who in (TRUNK, PEER, OURS)}
+    for generation in generations.values():
+        generation()
+    turns = turns_ns(generations, repeats, warm_up=0, device=device)
+    rows = []
+    for who, generation in generations.items():
+        if device == "cuda":
+            peak = peak_bytes(generation, device)
+        else:
+            peak = in_fresh_process(cpu_peak, who, setting, torch.get_num_threads())
+        ratios = sorted(a / b for a, b in zip(turns[PEER], turns[who], strict=True))
+        rows.append(
+            {
+                "who": who,
+                "ms": statistics.median(turns[who]) / 1e6,
+                "peak_bytes": peak,
+                "times_speed": statistics.median(ratios),
+                "times_speed_quartiles": (ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]),
+            }
+        )
+    return rows
+
+
+def report(setting: Setting, rows: list[dict]) -> None:
+    masked = setting.batch * setting.length * setting.num_tokens * 4
+    print(
+        f"V {setting.num_tokens}, B {setting.batch}, L {setting.length}, {STEPS} steps; width "
+        f"{setting.dim}, {setting.depth} layers; logits of all masked positions: "
+        f"{masked / 1e6:.0f} MB\n"
+    )
+    print_table(
+        [
+            {
+                "": row["who"],
+                "ms": row["ms"],
+                "times the speed of x-transformers": row["times_speed"],
+                "quartiles": " to ".join(map(show, row["times_speed_quartiles"])),
+                "goal": GOALS.get(setting) if row["who"] == OURS else None,
+                "peak MB": row["peak_bytes"] / 1e6,
+            }
+            for row in rows
+        ]
+    )
+
+
+def x_transformers_draw(logits: Tensor) -> None:
+    """What its `generate` does with logits in a step, but for the choice of positions."""
+    logits = logits[None]
+    filtered = original.top_k(logits, 0.7)
+    (filtered / 0.5).softmax(dim=-1)
+    ids = original.gumbel_sample(filtered, temperature=0.5)
+    (1 - filtered.softmax(dim=-1)).gather(2, ids[..., None])
+
+
+def bench_unmask(num_tokens: int, num_rows: int, device: str, repeats: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16)
+    made = 2 * torch.randn(num_rows, num_tokens, generator=generator)
+    logits = {dtype: made.to(device, dtype) for dtype in dtypes}
+    slots = torch.arange(num_rows, device=device)
+    threads = torch.get_num_threads()
+
+    def on(number: int, fn: Callable[..., object], *args: object, **options: object):
+        def call() -> None:
+            torch.set_num_threads(number)
+            fn(*args, **options)
+
+        return call
+
+    def draw(dtype: torch.dtype, top_k: int | None) -> None:
+        unmask(
+            logits[dtype],
+            mask_id=num_tokens - 1,
+            seed=0,
+            noise_slots=slots,
+            temperature=0.5,
+            top_k=top_k,
+        )
+
+    calls = {}
+    for number in sorted({1, threads}):
+        for dtype in dtypes:
+            for filter_, top_k in (("0.3 V", -(-3 * num_tokens // 10)), ("none", None)):
+                name = "unmask", str(dtype).removeprefix("torch."), filter_, number
+                calls[name] = on(number, draw, dtype, top_k)
+        peer = on(number, x_transformers_draw, logits[torch.float32])
+        calls["x-transformers", "float32", "0.3 V", number] = peer
+    for call in calls.values():
+        call()
+    turns = turns_ns(calls, repeats, warm_up=0, device=device)
+    torch.set_num_threads(threads)
+    size = num_rows * num_tokens
+    rows = []
+    for (who, dtype, filter_, number), times in turns.items():
+        ns = statistics.median(times) / size
+        # Each logit is read once, at least.
+        bytes_per_second = (4 if dtype == "float32" else 2) / ns * 1e9
+        rows.append(
+            {
+                "who": who,
+                "dtype": dtype,
+                "filter": filter_,
+                "threads": number,
+                "ns_per_logit": ns,
+                "gigabytes_per_second": bytes_per_second / 1e9,
+                "goal": UNMASK_GOAL
+                if (who, dtype, filter_, number, device) == ("unmask", "float32", "0.3 V", 1, "cpu")
+                else None,
+            }
+        )
+    return rows
+
+
+# Quality
+
+
+class Classifier:
+    """A small net that tells digits apart, and what its hidden layer says of images."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        x, y = torch.tensor(images).float() / 16, torch.tensor(labels)
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=3e-3, weight_decay=1e-2)
+        for _ in range(400):
+            noisy = x + 0.1 * torch.randn_like(x)
+            nn.functional.cross_entropy(self.net(noisy), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        return self.net[:2](images.float() / 16).double()
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        return self.net(images.float() / 16).softmax(-1)
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Between Gaussians of the mean and covariance of rows (Heusel et al. 2017)."""
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
+    squared = (a.mean(0) - b.mean(0)).square().sum()
+    return (squared + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()).item()
+
+
+def quality(folder: Path, steps: int, num_images: int, num_seeds: int) -> list[dict]:
+    from sklearn.datasets import load_digits
+
+    config = TrainConfig.for_data(
+        data="digits", out=str(folder), steps=steps, quiet=True, device="cpu"
+    )
+    run = Run(config, torch.device("cpu"))
+    run.begin()
+    run.fit()
+    net = run.model.net.eval()
+    data = open_data("digits")
+    held_out = torch.stack([data.held_out[int(i)] for i in data.held_out_windows])
+    digits = load_digits()
+    number = len(digits.data) - len(held_out)
+    classifier = Classifier(digits.data[:number], digits.target[:number])
+    correct = classifier.probabilities(held_out).argmax(-1) == torch.tensor(digits.target[number:])
+    print(f"the classifier is right on {correct.float().mean():.1%} of the held-out images\n")
+    real = classifier.features(held_out)
+    theirs = original.NonAutoregressiveWrapper(net, mask_id=17, schedule=original.linear_schedule)
+    ours = nar_kernels.NonAutoregressiveWrapper(net, mask_id=17)
+    samplers: dict[str, Callable[[int], Tensor]] = {
+        "x-transformers, its defaults": lambda _: theirs.generate(num_images),
+        "ours, the same arguments": lambda seed: ours.generate(num_images, seed=seed),
+        "x-transformers, no filter": lambda _: theirs.generate(num_images, filter_thres=None),
+        "ours, no filter": lambda seed: ours.generate(num_images, filter_thres=None, seed=seed),
+        "ours, confidence with noise 4.5": lambda seed: ours.generate(
+            num_images, filter_thres=None, choice_temperature=4.5, seed=seed
+        ),
+    }
+    for strategy in ("random", "halton", "margin", "entropy", "threshold"):
+        samplers[f"ours, {strategy}"] = lambda seed, strategy=strategy: ours.generate(
+            num_images, filter_thres=None, strategy=strategy, seed=seed
+        )
+    rows = [{"sampler": "held-out images", **judge(classifier, real, held_out)}]
+    for name, sampler in samplers.items():
+        for seed in range(num_seeds):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                images = sampler(seed)
+            figures = judge(classifier, real, images.clamp(max=16))
+            figures["share_of_mask_id"] = (images == 17).double().mean().item()
+            rows.append({"sampler": name, "seed": seed, **figures})
+    return rows
+
+
+def judge(classifier: Classifier, real: Tensor, images: Tensor) -> dict[str, float]:
+    features, probs = classifier.features(images), classifier.probabilities(images)
+    share = probs.argmax(-1).bincount(minlength=10).double() / len(images)
+    return {
+        "frechet": frechet(features, real),
+        "sure": (probs.max(-1).values > 0.9).double().mean().item(),
+        "nearest": torch.cdist(features, real).min(1).values.mean().item(),
+        "entropy_of_digits_bits": torch.special.entr(share).sum().item() / np.log(2),
+    }
+
+
+def report_quality(rows: list[dict]) -> None:
+    names = list(dict.fromkeys(row["sampler"] for row in rows))
+    columns = {
+        "frechet": "Frechet",
+        "sure": "classifier surer than 0.9",
+        "nearest": "to the nearest",
+        "entropy_of_digits_bits": "entropy of digits (bits)",
+        "share_of_mask_id": "mask_id drawn",
+    }
+    table = []
+    for name in names:
+        own = [row for row in rows if row["sampler"] == name]
+        line: dict[str, object] = {"sampler": name}
+        for key, title in columns.items():
+            values = [row[key] for row in own if key in row]
+            line[title] = show(statistics.mean(values)) if values else None
+            if len(values) > 1:
+                line[title] = f"{line[title]} ± {show(statistics.stdev(values), 2)}"
+        table.append(line)
+    print_table(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each")
+    parser.add_argument("--quality", action="store_true", help="instead, on the CPU")
+    parser.add_argument("--steps", type=int, default=800, help="of training for --quality")
+    parser.add_argument("--seeds", type=int, default=3, help="of --quality")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of --quality")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    args = parser.parse_args()
+    device = "cpu" if args.dry_run or args.quality else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
+    dry = args.dry_run
+    threads, repeats = (1, 1) if dry else (args.threads, args.repeats)
+    torch.set_num_threads(threads)
+    record = environment(device, threads=threads, repeats=repeats, dry_run=dry)
+    print(f"{record['device']}, torch {torch.__version__}, {threads} threads\n")
+    if args.quality:
+        steps, images, seeds = (2, 8, 2) if dry else (args.steps, 500, args.seeds)
+        record["quality"] = quality(args.folder, steps, images, seeds)
+        report_quality(record["quality"])
+        write_json(args.json, record)
+        return
+    for setting in [TINY] if dry else CUDA if device == "cuda" else CPU:
+        rows = compare(setting, device, repeats)
+        record.setdefault("settings", []).append({**setting._asdict(), "rows": rows})
+        report(setting, rows)
+        write_json(args.json, record)  # after each: the next may not end
+    sizes = (
+        [(33, 4)] if dry else [(50258, 1024)] if device == "cuda" else [(257, 4096), (50258, 64)]
+    )
+    for num_tokens, num_rows in sizes:
+        rows = bench_unmask(num_tokens, num_rows, device, 3 * repeats)
+        record.setdefault("unmask", []).append(
+            {"num_tokens": num_tokens, "num_rows": num_rows, "rows": rows}
+        )
+        print(f"unmask alone: V {num_tokens}, {num_rows} rows\n")
+        print_table(rows)
+        write_json(args.json, record)
+
+
+if __name__ == "__main__":
+    main()

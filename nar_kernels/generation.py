@@ -1,0 +1,171 @@
+"""What ``generate`` begins with, and what it asks the net.
+
+Shapes: B batch, L sequence length, V vocabulary, R masked positions, C rows of a chunk.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nar_kernels.heads import Prediction
+from nar_kernels.loss import LogitsMemory
+from nar_kernels.masking import MaskingConfig
+from nar_kernels.plan import halton_order
+
+Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]
+# From logits [C, V] and their rows [C], indices into the flat [B * L], to others.
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+def read_prompt(
+    prompt: Prompt | None, batch_size: int | None, seq_len: int, masking: MaskingConfig
+) -> Tensor:
+    """int64 ``[B, L]`` on the CPU: the prompt, and ``mask_id`` where there is something to fill.
+
+    Args:
+        prompt: one sequence or several, of any lengths up to L; None for none.
+        batch_size: how many samples of one sequence; None for one of each.
+
+    Raises:
+        TypeError, ValueError: wrong types, lengths or ids.
+    """
+    sequences = [torch.empty(0, dtype=torch.int64)] if prompt is None else _sequences(prompt)
+    if batch_size is not None and len(sequences) == 1:
+        sequences = sequences * batch_size
+    if batch_size is not None and len(sequences) != batch_size:
+        raise ValueError(
+            f"batch_size is {batch_size}, but the prompt has {len(sequences)} sequences: leave "
+            "batch_size out, or give one sequence"
+        )
+    ids = torch.full((len(sequences), seq_len), masking.mask_id)
+    for row, sequence in zip(ids, sequences, strict=True):
+        if len(sequence) > seq_len:
+            raise ValueError(f"a prompt has {len(sequence)} ids: the net takes {seq_len} at most")
+        row[: len(sequence)] = sequence
+    bad = (ids < 0) | (ids >= masking.num_tokens)
+    if bad.any():
+        raise ValueError(
+            f"the prompt holds id {int(ids[bad][0])}: ids must be in [0, {masking.num_tokens}), "
+            f"with {masking.mask_id} where there is something to fill"
+        )
+    return ids
+
+
+def is_one_sequence(prompt: Prompt | None) -> bool:
+    """Whether it is no batch of sequences."""
+    if prompt is None:
+        return True
+    if isinstance(prompt, Tensor):
+        return prompt.dim() == 1
+    return len(prompt) > 0 and isinstance(prompt[0], int)
+
+
+def _sequences(prompt: Prompt) -> list[Tensor]:
+    batch: Any = [prompt] if is_one_sequence(prompt) else prompt
+    sequences = [torch.as_tensor(sequence, device="cpu") for sequence in batch]
+    for sequence in sequences:
+        if len(sequence) == 0 and sequence.dim() == 1:
+            continue
+        if sequence.dim() != 1 or sequence.is_floating_point() or sequence.dtype == torch.bool:
+            raise TypeError(
+                f"a prompt has dtype {sequence.dtype} and shape {list(sequence.shape)}: it must be "
+                "integers [L] or [B, L], or a list of such sequences"
+            )
+    return [sequence.long() for sequence in sequences]
+
+
+def grid_order(grid: tuple[int, int] | None, seq_len: int) -> Tensor:
+    """int64 ``[L]``: the ranks of :func:`halton_order`, by default of a square.
+
+    Raises:
+        ValueError: L is no square, or the grid has not L cells.
+    """
+    if grid is None:
+        side = round(seq_len**0.5)
+        grid = side, side
+    height, width = grid
+    if height * width != seq_len or height < 1:
+        raise ValueError(
+            f"grid is {height} x {width}: strategy 'halton' needs grid=(height, width) with "
+            f"{seq_len} cells"
+        )
+    return halton_order(height, width)
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598): logits are ``without +
+    scale * (with - without)`` the condition.
+
+    Attributes:
+        scale: 1 for none.
+        unconditional: keyword arguments of the net that say so, in place of those of the same
+            names; None to mask the prompt instead (LLaDA, arXiv:2502.09992).
+        prompt_masked: int64 ``[B, L]``: ``mask_id`` at the positions of the prompt, -1 elsewhere.
+    """
+
+    scale: float
+    unconditional: dict[str, Any] | None
+    prompt_masked: Tensor
+
+
+class Predictor:
+    """A net as :func:`nar_kernels.decode.decode` calls it.
+
+    Args:
+        net: a :class:`nar_kernels.nets.TokenNet`.
+        masking: what its logits must fit.
+        kwargs: of each call.
+        condition: with self-conditioning, from the embeddings of the call before to keyword
+            arguments of the next.
+        null_embed: with self-conditioning, what stands for those before the first call.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        masking: MaskingConfig,
+        kwargs: dict[str, Any],
+        *,
+        condition: Callable[[Tensor], dict[str, Any]] | None = None,
+        null_embed: Tensor | None = None,
+        guidance: Guidance | None = None,
+        logits_processor: LogitsProcessor | None = None,
+    ) -> None:
+        self._net, self._masking, self._kwargs = net, masking, kwargs
+        self._condition, self._embeddings = condition, null_embed
+        self._guidance, self._logits_processor = guidance, logits_processor
+        self._memory = LogitsMemory(), LogitsMemory()
+
+    def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        first = 0
+        for logits in self._logits(ids, rows):
+            if self._logits_processor is not None:
+                logits = self._logits_processor(logits, rows[first : first + len(logits)])
+                first += len(logits)
+            yield logits
+
+    def _logits(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        kwargs, guidance = self._kwargs, self._guidance
+        if self._condition is not None and self._embeddings is not None:
+            kwargs = {**kwargs, **self._condition(self._embeddings)}
+        prediction = self._predict(ids, kwargs)
+        if self._condition is not None:
+            self._embeddings = prediction.embeddings
+        if guidance is None:
+            yield from prediction.logits_at(rows, self._memory[0])
+            return
+        if guidance.unconditional is None:
+            ids = ids.where(guidance.prompt_masked < 0, guidance.prompt_masked)
+        without = self._predict(ids, {**kwargs, **(guidance.unconditional or {})})
+        with_condition = prediction.logits_at(rows, self._memory[0])
+        without_it = without.logits_at(rows, self._memory[1])
+        for conditional, unconditional in zip(with_condition, without_it, strict=True):
+            yield unconditional + guidance.scale * (conditional - unconditional)
+
+    def _predict(self, ids: Tensor, kwargs: dict[str, Any]) -> Prediction:
+        with_embeddings = self._condition is not None
+        prediction = Prediction(self._net, ids, kwargs, with_embeddings=with_embeddings)
+        prediction.check(ids, self._masking)
+        return prediction

@@ -1,0 +1,368 @@
+"""`generate`: prompts, strategies, guidance, and what it asks of the net."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from x_transformers import Encoder, TransformerWrapper
+
+from nar_kernels import NetAdapter, NonAutoregressiveWrapper
+from nar_kernels.choice import Strategy
+from nar_kernels.generation import read_prompt
+from nar_kernels.masking import MaskingConfig
+from tests.goodness_of_fit import chi_square_p
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NUM_TOKENS, MASK_ID, LENGTH = 12, 4, 16
+STRATEGIES: list[Strategy] = ["confidence", "margin", "entropy", "threshold", "random", "halton"]
+M = MASK_ID
+
+
+def make_model(net: nn.Module | None = None, **options) -> NonAutoregressiveWrapper:
+    torch.manual_seed(0)
+    if net is None:
+        net = TransformerWrapper(
+            num_tokens=NUM_TOKENS,
+            max_seq_len=LENGTH,
+            attn_layers=Encoder(dim=16, depth=1, heads=2, attn_dim_head=8),
+        )
+    return NonAutoregressiveWrapper(net, mask_id=MASK_ID, **options)
+
+
+class Table(nn.Module):
+    """Logits that are given, for each position. Keeps what it was asked."""
+
+    num_tokens, max_seq_len = NUM_TOKENS, LENGTH
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+        self.asked: list[tuple[Tensor, dict]] = []
+
+    def forward(self, ids: Tensor, shift: float = 0.0) -> Tensor:
+        self.asked.append((ids.clone(), {"shift": shift}))
+        logits = self.logits.expand(*ids.shape, -1).clone()
+        logits[..., 7] += shift
+        return logits
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"block_length": 5}, {"can_mask_prev_unmasked": True}, {"seed": 3, "steps": 40}],
+    ids=str,
+)
+def test_prompts_of_all_kinds(strategy, options):
+    prompts = [
+        [],
+        [1, 2, 3],
+        torch.tensor([5] * LENGTH, dtype=torch.int16),
+        [0, M, 1, M, M, 2],
+    ]
+    model = make_model()
+    ids = model.generate(prompt=prompts, strategy=strategy, **options)
+    assert ids.shape == (4, LENGTH) and ids.dtype == torch.int64
+    assert ((ids >= 0) & (ids < NUM_TOKENS) & (ids != MASK_ID)).all()
+    assert ids[1, :3].tolist() == [1, 2, 3]
+    assert ids[2].tolist() == [5] * LENGTH
+    assert ids[3, [0, 2, 5]].tolist() == [0, 1, 2]
+
+
+def test_the_net_sees_the_prompt():
+    net = Table(torch.zeros(NUM_TOKENS))
+    prompt = torch.full((2, LENGTH), MASK_ID)
+    prompt[0, 3] = 9
+    prompt[1, :] = 8
+    make_model(net).generate(prompt=prompt, steps=2)
+    for ids, _ in net.asked:
+        assert ids[0, 3] == 9 and (ids[1] == 8).all()
+    assert len(net.asked) == 2
+
+
+def test_shapes_of_results():
+    model = make_model()
+    assert model.generate().shape == (LENGTH,)
+    assert model.generate(prompt=[1]).shape == (LENGTH,)
+    assert model.generate(prompt=torch.tensor([1, 2])).shape == (LENGTH,)
+    assert model.generate(1, prompt=[1]).shape == (1, LENGTH)
+    assert model.generate(3, prompt=[1]).shape == (3, LENGTH)
+    assert model.generate(prompt=[[1]]).shape == (1, LENGTH)
+    assert model.generate(prompt=torch.ones(2, 4, dtype=torch.int64)).shape == (2, LENGTH)
+    assert (
+        model.generate(prompt=torch.ones(2, LENGTH, dtype=torch.int64)).tolist()
+        == [[1] * LENGTH] * 2
+    )
+
+
+def test_prompts_without_a_gap_ask_nothing():
+    net = Table(torch.zeros(NUM_TOKENS))
+    states = list(make_model(net).generate_steps(prompt=[1] * LENGTH))
+    assert len(states) == 1 and not net.asked
+
+
+@pytest.mark.parametrize(
+    ("prompt", "batch_size", "error", "message"),
+    [
+        ([1] * (LENGTH + 1), None, ValueError, "a prompt has 17 ids: the net takes 16 at most"),
+        ([1, NUM_TOKENS], None, ValueError, r"holds id 12: ids must be in \[0, 12\), with 4 where"),
+        ([[1], [-1]], None, ValueError, "holds id -1"),
+        ([[1], [2]], 3, ValueError, "batch_size is 3, but the prompt has 2 sequences"),
+        (torch.zeros(3), None, TypeError, r"torch.float32 and shape \[3\]: it must be integers"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), None, TypeError, r"shape \[2, 3\]"),
+        (torch.ones(2, dtype=torch.bool), None, TypeError, "torch.bool"),
+    ],
+)
+def test_mistakes_in_prompts(prompt, batch_size, error, message):
+    with pytest.raises(error, match=message):
+        make_model().generate(batch_size, prompt=prompt)
+
+
+def test_read_prompt_pads_with_masks():
+    masking = MaskingConfig(NUM_TOKENS, MASK_ID)
+    ids = read_prompt([[1, 2], []], None, 4, masking)
+    assert ids.tolist() == [[1, 2, M, M], [M] * 4]
+    assert read_prompt(None, 2, 3, masking).tolist() == [[M] * 3] * 2
+    assert read_prompt([7], 2, 2, masking).tolist() == [[7, M]] * 2
+
+
+# Independence of the batch, repetition
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("self_cond", [False, True])
+def test_a_sequence_is_the_same_in_any_batch(strategy, self_cond):
+    # A net without products over the batch: the same rounding for any size.
+    logits = torch.randn(LENGTH, NUM_TOKENS, generator=torch.Generator().manual_seed(1))
+    model = make_model(Table(logits)) if not self_cond else make_model(self_cond=True)
+    choice = {"choice_temperature": 1.0} if strategy in ("confidence", "margin") else {}
+    prompts = [[1], [2, M, 3], [], [5] * 9]
+    whole = model.generate(prompt=prompts, strategy=strategy, seed=5, **choice)
+    for size in (1, 3):
+        part = model.generate(prompt=prompts[:size], strategy=strategy, seed=5, **choice)
+        assert torch.equal(part, whole[:size])
+    assert not torch.equal(
+        whole, model.generate(prompt=prompts, strategy=strategy, seed=6, **choice)
+    )
+
+
+# Steps
+
+
+def test_states():
+    model = make_model(steps=6)
+    states = list(model.generate_steps(3, prompt=[1, 2, 3, 4]))  # 4 is a mask
+    assert [state.step for state in states] == list(range(7))
+    assert [state.masked.sum(1).tolist() for state in states] == [
+        [n] * 3 for n in (13, 10, 8, 6, 4, 2, 0)
+    ]
+    assert (states[0].log_prob[:, :3] == 0).all() and states[0].log_prob[:, 3:].isnan().all()
+    assert (states[-1].log_prob <= 0).all()
+
+
+def test_threshold_takes_as_many_steps_as_it_needs():
+    logits = torch.zeros(LENGTH, NUM_TOKENS)
+    logits[:12, 7] = 9.0  # sure of these
+    states = list(make_model(Table(logits)).generate_steps(strategy="threshold", seed=0))
+    assert [state.masked.sum().item() for state in states] == [16, 4, 3, 2, 1, 0]
+    assert states[0].num_steps == LENGTH
+    states = list(make_model(Table(logits)).generate_steps(strategy="threshold", seed=0, steps=2))
+    assert [state.masked.sum().item() for state in states] == [16, 4, 0]
+
+
+def test_blocks_are_filled_from_left_to_right():
+    for strategy in STRATEGIES:
+        options = {} if strategy == "threshold" else {"steps": 8}
+        states = list(make_model().generate_steps(2, block_length=4, strategy=strategy, **options))
+        for state in states:
+            first = state.masked.float().argmax(1)
+            block = first // 4 * 4 + 4
+            for row, end in zip(state.masked, block, strict=True):
+                assert row[int(end) :].all() or not row.any()
+        assert not states[-1].masked.any()
+
+
+def test_progress_bar(capsys):
+    pytest.importorskip("tqdm")
+    make_model().generate(2, steps=5, progress=True)
+    assert "5/5" in capsys.readouterr().err
+
+
+# What is drawn
+
+
+def test_forbidden_ids_are_those_that_are_never_masked():
+    logits = torch.zeros(NUM_TOKENS)
+    logits[[0, 11]] = 50.0
+    ids = make_model(Table(logits), never_mask_ids=(0, 11)).generate(64, filter_thres=None)
+    assert set(ids.unique().tolist()) == set(range(NUM_TOKENS)) - {0, 11, MASK_ID}
+
+
+def test_logits_processor():
+    seen = []
+
+    def only_even(logits: Tensor, rows: Tensor) -> Tensor:
+        seen.append(rows)
+        assert logits.shape == (len(rows), NUM_TOKENS)
+        odd = torch.arange(NUM_TOKENS) % 2 == 1
+        # Position 3 must be 9.
+        is_third = (rows % LENGTH == 3)[:, None]
+        nine = torch.arange(NUM_TOKENS) == 9
+        return logits.masked_fill(torch.where(is_third, ~nine, odd), -torch.inf)
+
+    ids = make_model().generate(5, logits_processor=only_even, strategy="random")
+    assert (ids[:, 3] == 9).all()
+    ids[:, 3] = 0
+    assert (ids % 2 == 0).all()
+    # In random order each position is asked for once.
+    assert torch.cat(seen).sort().values.tolist() == list(range(5 * LENGTH))
+
+
+# Guidance
+
+
+def test_guidance_by_arguments_of_the_net():
+    net = Table(torch.zeros(NUM_TOKENS))
+    model = make_model(net)
+    number, scale = 6000, 3.0
+    ids = model.generate(
+        number // LENGTH,
+        start_temperature=1e9,  # so that annealing leaves it there: all logits count as 0 ...
+        filter_thres=None,
+        steps=1,
+        guidance_scale=scale,
+        unconditional={"shift": -0.25},
+        shift=0.5,
+        seed=0,
+    )
+    assert [kwargs for _, kwargs in net.asked] == [{"shift": 0.5}, {"shift": -0.25}]
+    # ... but for the last step, at temperature 0: -0.25 + 3 * 0.75 = 2 wins.
+    assert (ids == 7).all()
+
+
+def test_guided_logits_have_their_probabilities():
+    """-0.25 + 3 (0.5 + 0.25) = 2, at temperature 1."""
+    net = Table(torch.zeros(NUM_TOKENS))
+    drawn = []
+
+    def keep(logits: Tensor, rows: Tensor) -> Tensor:
+        drawn.append(logits.clone())
+        return logits
+
+    options = dict(guidance_scale=3.0, unconditional={"shift": -0.25}, shift=0.5, seed=1)
+    ids = make_model(net).generate(
+        400, 1e-9 + 2.0, None, strategy="random", steps=2, logits_processor=keep, **options
+    )
+    for logits in drawn:
+        expected = torch.zeros(NUM_TOKENS)
+        expected[7] = 2.0
+        torch.testing.assert_close(logits, expected.expand_as(logits))
+    # The first of the two steps is at temperature 1, and fills half; the other is greedy.
+    counts = ids.flatten().bincount(minlength=NUM_TOKENS)
+    counts[7] -= 400 * LENGTH // 2
+    probs = expected.index_fill(0, torch.tensor([MASK_ID]), -torch.inf).softmax(0).double()
+    allowed = probs > 0
+    assert chi_square_p(counts[allowed], probs[allowed] * counts.sum()) > 1e-4
+
+
+def test_guidance_by_the_prompt():
+    net = Table(torch.zeros(NUM_TOKENS))
+    make_model(net).generate(2, prompt=[1, 2, 3], steps=2, guidance_scale=2.0)
+    assert len(net.asked) == 4
+    with_prompt, without = net.asked[2][0], net.asked[3][0]
+    assert (with_prompt[:, :3] == torch.tensor([1, 2, 3])).all()
+    assert (without[:, :3] == MASK_ID).all()
+    assert torch.equal(with_prompt[:, 3:], without[:, 3:])
+
+
+def test_guidance_by_nothing():
+    with pytest.raises(ValueError, match="guidance_scale is 2.0, but there is nothing"):
+        make_model().generate(guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("self_cond", [False, True])
+def test_a_scale_of_one_is_no_guidance(self_cond):
+    model = make_model(self_cond=self_cond)
+    guided = model.generate(2, prompt=[1, 2], seed=0, guidance_scale=1.0 + 1e-7)
+    assert torch.equal(guided, model.generate(2, prompt=[1, 2], seed=0))
+
+
+# Nets of other kinds
+
+
+def test_strategies_with_a_net_that_cannot_be_split():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(NUM_TOKENS, NUM_TOKENS)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids)
+
+    net = NetAdapter(Plain(), num_tokens=NUM_TOKENS, max_seq_len=LENGTH)
+    split = NetAdapter(
+        nn.Sequential(nn.Embedding(NUM_TOKENS, 3), nn.Linear(3, NUM_TOKENS)),
+        num_tokens=NUM_TOKENS,
+        max_seq_len=LENGTH,
+    )
+    for some in (net, split):
+        for strategy in STRATEGIES:
+            ids = make_model(some).generate(3, strategy=strategy)
+            assert ids.shape == (3, LENGTH) and (ids != MASK_ID).all()
+
+
+def test_autocast():
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = model.generate(4, seed=0)
+        assert torch.is_autocast_enabled("cpu")
+    assert (ids != MASK_ID).all()
+
+
+def test_the_critic_is_the_default_where_there_is_one():
+    scores = torch.arange(LENGTH, dtype=torch.float32)
+
+    class Critic(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return scores.expand(ids.shape)[..., None]
+
+    model = make_model(token_critic=Critic(), steps=4)
+    options = dict(noise_level_scale=0.0, seed=0)
+    states = list(model.generate_steps(2, **options))
+    assert states[1].masked[0].tolist() == [False] * 4 + [True] * 12
+    states = list(model.generate_steps(2, strategy="confidence", **options))
+    assert states[1].masked[0].tolist() != [False] * 4 + [True] * 12
+    with pytest.raises(ValueError, match="strategy 'critic' needs"):
+        make_model().generate(strategy="critic")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0: it must be at least 1"),
+        ({"strategy": "best"}, "strategy is 'best': it must be one of confidence, "),
+        ({"strategy": "halton", "grid": (3, 5)}, "grid is 3 x 5: .* with 16 cells"),
+        ({"block_length": 0}, "block_length is 0"),
+        ({"block_length": 1, "steps": 3}, "steps is 3: it must be at least 16"),
+        ({"threshold": -0.5, "strategy": "threshold"}, "threshold is -0.5"),
+        ({"choice_temperature": -1.0}, "choice_temperature is -1.0"),
+        ({"start_temperature": math.nan}, "temperature is nan"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(**options)
+
+
+def test_no_square_for_halton():
+    class Wide(Table):
+        max_seq_len = 15
+
+    with pytest.raises(ValueError, match="grid is 4 x 4: .* with 15 cells"):
+        make_model(Wide(torch.zeros(NUM_TOKENS))).generate(strategy="halton")
+    ids = make_model(Wide(torch.zeros(NUM_TOKENS))).generate(strategy="halton", grid=(3, 5))
+    assert ids.shape == (15,)

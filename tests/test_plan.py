@@ -1,0 +1,112 @@
+"""How decoding divides positions over steps and blocks, before it begins."""
+
+import math
+
+import pytest
+import torch
+from x_transformers import nonautoregressive_wrapper as original
+
+from nar_kernels.plan import halton_order, make_plan, num_masked_after
+from nar_kernels.schedules import SCHEDULES, cosine, linear
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine])
+@pytest.mark.parametrize("steps", [1, 2, 7, 18, 64])
+def test_counts_are_those_of_x_transformers(schedule, steps):
+    lengths = [1, 8, 18, 30, 257]
+    theirs = getattr(original, f"{schedule.__name__}_schedule")
+    counts = num_masked_after(schedule, steps, torch.tensor(lengths))
+    for length, ours in zip(lengths, counts.T, strict=True):
+        expected = (theirs(torch.linspace(0.0, 1.0, steps + 1)[1:]) * length).long()
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [*SCHEDULES.values(), lambda t: math.cos(t * math.pi / 2), lambda t: 1 - t / 2],
+)
+def test_counts_never_rise_and_end_at_zero(schedule):
+    counts = num_masked_after(schedule, 10, torch.tensor([37, 0]))
+    assert counts.shape == (10, 2) and (counts[-1] == 0).all() and (counts[:, 1] == 0).all()
+    assert (counts.diff(dim=0) <= 0).all() and counts.max() <= 37 and counts.min() >= 0
+
+
+def test_a_sequence_does_not_depend_on_the_others():
+    is_open = torch.rand(3, 40) < torch.tensor([[0.1], [0.5], [1.0]])
+    together = make_plan(is_open, linear, 12)
+    for b in range(3):
+        (alone,) = make_plan(is_open[b : b + 1], linear, 12).blocks
+        steps = {step.number: step for step in together.blocks[0].steps}
+        assert {step.number for step in alone.steps} <= set(steps)
+        left = alone.counts.item()
+        for number in range(12):
+            for step in alone.steps:
+                left = step.left.item() if step.number == number else left
+            if number in steps:
+                assert steps[number].left[b] == left
+    assert together.blocks[0].rows.tolist() == is_open.flatten().nonzero()[:, 0].tolist()
+
+
+def test_steps_that_reveal_nothing_are_left_out():
+    is_open = torch.ones(2, 3, dtype=torch.bool)
+    (block,) = make_plan(is_open, linear, 10).blocks
+    assert [step.left.tolist() for step in block.steps] == [[2, 2], [1, 1], [0, 0]]
+    assert [step.number for step in block.steps] == [0, 3, 6]
+    assert [step.annealing for step in block.steps] == pytest.approx([0.9, 0.6, 0.3])
+    (block,) = make_plan(is_open, linear, 10, every_step=True).blocks
+    assert [step.number for step in block.steps] == list(range(10))
+
+
+def test_blocks():
+    is_open = torch.ones(2, 10, dtype=torch.bool)
+    is_open[:, 4:8] = False  # one block has nothing to fill
+    is_open[1, :2] = False
+    plan = make_plan(is_open, linear, 5, block_length=4)
+    assert plan.num_steps == 5
+    assert [block.counts.tolist() for block in plan.blocks] == [[4, 2], [2, 2]]
+    assert [block.rows.tolist() for block in plan.blocks] == [
+        [0, 1, 2, 3, 12, 13],
+        [8, 9, 18, 19],
+    ]
+    assert [[s.number for s in block.steps] for block in plan.blocks] == [[0, 1, 2], [3, 4]]
+    assert all(block.steps[-1].annealing == 0 for block in plan.blocks)
+    (whole,) = make_plan(is_open, linear, 5, block_length=99).blocks
+    assert whole.counts.tolist() == [6, 4]
+
+
+def test_nothing_to_fill():
+    assert make_plan(torch.zeros(2, 5, dtype=torch.bool), linear, 3).blocks == []
+    assert make_plan(torch.zeros(0, 5, dtype=torch.bool), linear, 3).blocks == []
+
+
+def test_errors():
+    is_open = torch.ones(1, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="block_length is 0"):
+        make_plan(is_open, linear, 3, block_length=0)
+    with pytest.raises(ValueError, match="steps is 3: it must be at least 4, one for each block"):
+        make_plan(is_open, linear, 3, block_length=2)
+    with pytest.raises(ValueError, match="steps is 0: it must be at least 1"):
+        make_plan(is_open, linear, 0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (4, 4), (8, 8), (5, 9), (32, 32)])
+def test_halton_visits_each_cell_once(height, width):
+    assert halton_order(height, width).sort().values.tolist() == list(range(height * width))
+
+
+def test_halton_keeps_its_distance():
+    """Any first few cells lie further apart than those of nine random orders in ten."""
+    height = width = 16
+
+    def nearest(order: torch.Tensor, number: int) -> float:
+        cells = torch.stack([order.argsort() // width, order.argsort() % width], 1)[:number].float()
+        return (torch.cdist(cells, cells) + 99 * torch.eye(number)).min().item()
+
+    torch.manual_seed(0)
+    for number in (8, 16, 32, 64):
+        ours = nearest(halton_order(height, width), number)
+        random = [nearest(torch.randperm(height * width), number) for _ in range(100)]
+        assert ours >= torch.tensor(random).quantile(0.9)
+    # The first cells by hand: (vdc2(n), vdc3(n)) * 16.
+    first = halton_order(height, width).argsort()[:4].tolist()
+    assert first == [0, 8 * 16 + 5, 4 * 16 + 10, 12 * 16 + 1]
