@@ -21,26 +21,16 @@ def from_text(text: str, spec: SequenceSpec, *, gaps: bool) -> Tensor:
         gaps: whether ``[MASK]`` in the text stands for one id to fill, and ``[MASK:12]`` for
             twelve.
 
+    Whether they are ids of the model is for :func:`nar_kernels.generation.read_prompt` to say.
+
     Raises:
-        ValueError, OSError: it is too long, or no ids of this model, or the file cannot be read.
+        ValueError, OSError: they are no ids, or the file cannot be read.
     """
     if text.endswith(".npy"):
-        ids = _from_file(Path(text), spec)
-    elif gaps:
-        ids = _with_gaps(text, spec)
-    else:
-        ids = torch.tensor(_ids(text, spec), dtype=torch.int64)
-    if ids.shape[-1] > spec.seq_len:
-        raise ValueError(
-            f"the prompt has {ids.shape[-1]} ids, but the model makes sequences of {spec.seq_len}"
-        )
-    bad = (ids < 0) | (ids >= spec.num_tokens)
-    if bad.any():
-        raise ValueError(
-            f"the prompt holds id {int(ids[bad][0])}: the ids of this model are 0 to "
-            f"{spec.num_tokens - 2}"
-        )
-    return ids
+        return _from_file(Path(text), spec)
+    if gaps:
+        return _with_gaps(text, spec)
+    return torch.tensor(_ids(text, spec), dtype=torch.int64)
 
 
 def _from_file(path: Path, spec: SequenceSpec) -> Tensor:

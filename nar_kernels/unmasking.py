@@ -19,6 +19,8 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Noise spans 26. Below this it could only decide between logits that are less than 3e-5 apart.
 MIN_TEMPERATURE = 1e-6
+# Above this nothing counts but noise; 1 / temperature must not become 0.
+MAX_TEMPERATURE = 1e30
 
 
 class Unmasked(NamedTuple):
@@ -124,7 +126,7 @@ def unmask(
         fallback,
         signed_seed(seed),
         vocabulary if top_k is None else min(top_k, vocabulary),
-        0.0 if temperature < MIN_TEMPERATURE else 1 / temperature,
+        0.0 if temperature < MIN_TEMPERATURE else 1 / min(temperature, MAX_TEMPERATURE),
         confidence,
         resolve_backend(backend, logits.device, UNMASK_BACKENDS),
     )

@@ -220,8 +220,8 @@ def test_mistakes_in_generate(text_run, capsys, tmp_path):
         capsys, "generate", "--checkpoint", last, "--filter-thres", 2
     )
     for options, message in (
-        (["--prompt", "abcdefghi"], "the prompt has 9 ids, but the model makes sequences of 8"),
-        (["--infill", "[MASK:9]"], "the prompt has 9 ids"),
+        (["--prompt", "abcdefghi"], "a prompt has 9 ids: the net takes 8 at most"),
+        (["--infill", "[MASK:9]"], "a prompt has 9 ids"),
         (["--infill", "x.npy"], "No such file"),
         (["--steps", 2, "--block-length", 1], "steps is 2: it must be at least 8"),
         (["--guidance-scale", 2], "nothing to be guided by"),
@@ -235,7 +235,7 @@ def test_mistakes_in_prompts_of_ids(digits_run, capsys, tmp_path):
     (tmp_path / "no.npy").write_text("x")
     for prompt, message in (
         ("a b", "this model takes ids, numbers separated by blanks"),
-        ("1 99", "the prompt holds id 99: the ids of this model are 0 to 16"),
+        ("1 99", "the prompt holds id 99: ids must be in [0, 18), with 17 where"),
         (tmp_path / "float.npy", r"float64 [3]: a prompt is integers"),
         (tmp_path / "no.npy", "is no .npy file"),
     ):

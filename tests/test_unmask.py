@@ -24,6 +24,18 @@ WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=needs_triton)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 3
 
+if backends()["triton"] == "available":
+    import triton
+    import triton.language as tl
+
+    from nar_kernels.kernels.unmask import _exp_of_negative, _gumbel
+
+    @triton.jit
+    def arithmetic_kernel(noise, exp, words, x, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(noise + at, _gumbel(tl.load(words + at).to(tl.uint32)))
+        tl.store(exp + at, _exp_of_negative(tl.load(x + at)))
+
 
 def device_of(backend: str) -> str:
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
@@ -170,6 +182,21 @@ def test_noise_is_gumbel_to_its_last_bits():
         pytest.approx(-3.1, abs=0.1),
         pytest.approx(22.87, abs=0.01),
     )
+
+
+@needs_triton
+def test_arithmetic_of_triton():
+    """Bit by bit: what a draw shows of it is little."""
+    number, block = 1 << 18, 1 << 13
+    words = torch.cat([torch.randint(0, 2**32, (number - 96,)), 2 ** torch.arange(32)])
+    words = torch.cat([words, 2**32 - 1 - torch.arange(32), 2**30 - 16 + torch.arange(32)])
+    x = torch.cat([-torch.rand(number // 2) * 90, -torch.logspace(-38, 38.5, number // 2)])
+    words, x = words.to(device_of("triton")), x.to(device_of("triton"))
+    noise, exp = torch.empty_like(x), torch.empty_like(x)
+    options = dict(BLOCK=block, num_warps=8, enable_fp_fusion=False)
+    arithmetic_kernel[(number // block,)](noise, exp, words, x, **options)
+    assert torch.equal(noise.cpu(), gumbel(words.cpu()))
+    assert torch.equal(exp.cpu(), exp_of_negative(x.cpu()))
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 40])
@@ -336,3 +363,10 @@ def test_errors(change, error, message):
     args = dict(logits=torch.zeros(2, 5), mask_id=MASK, seed=1, noise_slots=torch.arange(2))
     with pytest.raises(error, match=message):
         unmask(**(args | change))
+
+
+def test_any_temperature():
+    logits = torch.randn(200, 7)
+    for backend in ("reference", *(["cpp"] if cpp is not None else [])):
+        tokens = draw(logits, temperature=1e300, backend=backend).tokens
+        assert set(tokens.tolist()) == set(range(7)) - {MASK}

@@ -33,10 +33,8 @@ def _exp_of_negative(x):
     n = shifted - 12582912.0
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = r * 1.9875691500e-4 + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
+    p = (p * r + 8.3334519073e-3) * r + 4.1665795894e-2
+    p = (p * r + 1.6666665459e-1) * r + 5.0000001201e-1
     p = p * (r * r) + r + 1.0
     power = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
     return tl.where(x < -87.0, 0.0, p * power.to(tl.float32, bitcast=True))
@@ -44,14 +42,10 @@ def _exp_of_negative(x):
 
 @triton.jit
 def _log_of_parts(exponent, f):
-    y = f * 7.0376836292e-2 - 1.1514610310e-1
-    y = y * f + 1.1676998740e-1
-    y = y * f - 1.2420140846e-1
-    y = y * f + 1.4249322787e-1
-    y = y * f - 1.6668057665e-1
-    y = y * f + 2.0000714765e-1
-    y = y * f - 2.4999993993e-1
-    y = y * f + 3.3333331174e-1
+    y = (f * 7.0376836292e-2 - 1.1514610310e-1) * f + 1.1676998740e-1
+    y = (y * f - 1.2420140846e-1) * f + 1.4249322787e-1
+    y = (y * f - 1.6668057665e-1) * f + 2.0000714765e-1
+    y = (y * f - 2.4999993993e-1) * f + 3.3333331174e-1
     y = y * f * (f * f) + exponent * _LN2_LOW - 0.5 * (f * f)
     return f + y + exponent * _LN2_HIGH
 
@@ -94,7 +88,7 @@ def _from_units(total):
 
 
 @triton.jit
-def _load_logits(logits, column, vocabulary, forbidden0, forbidden1, others, num_others):
+def _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others):
     """Of a block of columns, or of one: in float32, clean, and -inf where nothing can be drawn."""
     x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
     x = tl.where((x != x) | (column == forbidden0) | (column == forbidden1), float("-inf"), x)
@@ -131,18 +125,13 @@ def _unpack(packed, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _kept_bound(
-    logits, vocabulary, forbidden0, forbidden1, others, num_others, k, BLOCK: tl.constexpr
-):
+def _bound(logits, vocabulary, forbidden0, forbidden1, others, num_others, k, BLOCK: tl.constexpr):
     """What ``_is_kept`` takes to keep the k largest logits; of equal ones, those that come first.
 
-    Finds the key of the last one by its digits of 4 bits, until all keys that begin with them are
-    kept, or equal.
+    Finds the digits, of 4 bits, of the last one until all keys that begin so are kept, or equal.
     """
     # Behind it are bits that the type of the logits lacks.
-    IS_BFLOAT16: tl.constexpr = logits.dtype.element_ty == tl.bfloat16
-    IS_FLOAT16: tl.constexpr = logits.dtype.element_ty == tl.float16
-    LAST_SHIFT: tl.constexpr = 16 if IS_BFLOAT16 else (12 if IS_FLOAT16 else 0)
+    LAST_SHIFT: tl.constexpr = (23 - logits.dtype.element_ty.fp_mantissa_width) // 4 * 4
     digits = tl.arange(0, 16)
     one = tl.full((), 1, tl.int64)
     shift = tl.full((), 32, tl.int32)
@@ -158,9 +147,7 @@ def _kept_bound(
             packed = tl.zeros([BLOCK], tl.int64)
             for first in range(start, tl.minimum(start + _COUNTED * BLOCK, vocabulary), BLOCK):
                 column = first + tl.arange(0, BLOCK)
-                x = _load_logits(
-                    logits, column, vocabulary, forbidden0, forbidden1, others, num_others
-                )
+                x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
                 next_digit = _upper(x, shift) - prefix  # 16 or more under another prefix
                 place = one << (4 * (next_digit & 15)).to(tl.int64)
                 packed += tl.where(next_digit < 16, place, 0)
@@ -177,7 +164,7 @@ def _kept_bound(
     wanted = tl.where(wanted < equal, wanted, 0)
     while wanted > 0:
         column = first + tl.arange(0, BLOCK)
-        x = _load_logits(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
+        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
         is_equal = (_upper(x, shift) == prefix).to(tl.int32)
         number = tl.sum(is_equal)
         if number >= wanted:
@@ -210,17 +197,16 @@ def unmask_kernel(
     if given is not None:
         given_token = tl.load(given + row)
     has_noise = (given_token < 0) & (inverse_temperature > 0)
-
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        x = _load_logits(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
+        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
         largest = tl.maximum(largest, x)
     largest = tl.max(largest)
     allows_none = largest == float("-inf")
     largest = tl.where(allows_none, 0.0, largest)  # -inf - -inf would be NaN
     if SELECTS:
-        shift, prefix, last_tie = _kept_bound(
+        shift, prefix, last_tie = _bound(
             logits, vocabulary, forbidden0, forbidden1, others, num_others, top_k, BLOCK
         )
 
@@ -233,7 +219,7 @@ def unmask_kernel(
     second = tl.full([BLOCK], float("-inf"), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        x = _load_logits(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
+        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
         if SELECTS:
             x = tl.where(_is_kept(x, column, shift, prefix, last_tie), x, float("-inf"))
         from_largest = x - largest
@@ -255,19 +241,19 @@ def unmask_kernel(
     token = tl.min(tl.where(best == tl.max(best), best_column, 0x7FFFFFFF)).to(tl.int64)
     token = tl.where(allows_none, fallback, token)
     token = tl.where(given_token < 0, token, given_token)
-    logit = _load_logits(logits, token, vocabulary, forbidden0, forbidden1, others, num_others)
+    logit = _load(logits, token, vocabulary, forbidden0, forbidden1, others, num_others)
     if SELECTS:
         logit = tl.where(_is_kept(logit, token, shift, prefix, last_tie), logit, float("-inf"))
     total = _from_units(tl.sum(exp_units))
     log_total = _log_of_positive(total)
     tl.store(tokens + row, token)
     tl.store(log_prob + row, (logit - largest) - log_total)
-    if CONFIDENCE == "entropy":
-        sure = -(log_total + tl.div_rn(_from_units(tl.sum(gap_units)), total))
-        tl.store(confidence + row, tl.where(allows_none, float("-inf"), sure))
-    if CONFIDENCE == "margin":
-        gap = tl.where(tl.sum(num_largest) > 1, 0.0, tl.max(second))
-        sure = tl.div_rn(1.0 - _exp_of_negative(gap), total)
+    if CONFIDENCE != "probability":
+        if CONFIDENCE == "entropy":
+            sure = -(log_total + tl.div_rn(_from_units(tl.sum(gap_units)), total))
+        else:
+            gap = tl.where(tl.sum(num_largest) > 1, 0.0, tl.max(second))
+            sure = tl.div_rn(1.0 - _exp_of_negative(gap), total)
         tl.store(confidence + row, tl.where(allows_none, float("-inf"), sure))
 
 
