@@ -66,9 +66,12 @@ def text(ids: Tensor, spec: SequenceSpec) -> str:
 
 
 def _ascii_image(image: Tensor, levels: int) -> str:
-    shades = image * (len(_SHADES) - 1) // (levels - 1)
-    # Twice as wide, because a character is about twice as high as wide.
-    return "\n".join("".join(_SHADES[s] * 2 for s in row) for row in shades.tolist())
+    return "\n".join("".join(shade(id_, levels) for id_ in row) for row in image.tolist())
+
+
+def shade(id_: int, levels: int) -> str:
+    """A pixel, two characters because one is about twice as high as wide."""
+    return _SHADES[id_ * (len(_SHADES) - 1) // (levels - 1)] * 2
 
 
 def check_suffix(path: Path, spec: SequenceSpec) -> None:

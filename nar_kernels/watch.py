@@ -4,13 +4,11 @@ import math
 from collections.abc import Iterable
 from typing import TextIO
 
-import torch
-
 from nar_kernels.decode import DecodeState
+from nar_kernels.samples import shade
 from nar_kernels.sources import SequenceSpec
 
 _MASK = "░"
-_SHADES = " .:-=+*#%@"
 # Of the 256 colours of terminals: from red (improbable) to plain text.
 _DOUBTFUL = ((0.2, 203), (0.5, 215), (0.8, 229))
 
@@ -50,16 +48,14 @@ def _cell(state: DecodeState, i: int, spec: SequenceSpec) -> str:
     id_ = int(state.ids[0, i])
     is_masked = bool(state.masked[0, i])
     if spec.image_shape is not None:
-        levels = spec.num_tokens - 1
-        text = _MASK if is_masked else _SHADES[id_ * (len(_SHADES) - 1) // max(levels - 1, 1)]
-        text *= 2  # a character is about twice as high as wide
-    elif spec.render == "bytes":
+        return _MASK * 2 if is_masked else shade(id_, spec.mask_id)
+    if spec.render == "bytes":
         character = chr(id_) if id_ < 128 else "·"
         text = _MASK if is_masked else character if character.isprintable() else " "
     else:
         text = _MASK * 6 if is_masked else f"{id_:6d}"
-    probability = math.exp(min(float(torch.nan_to_num(state.log_prob[0, i])), 0))
-    if is_masked or spec.image_shape is not None:
+    if is_masked:
         return text
+    probability = math.exp(min(float(state.log_prob[0, i]), 0))
     colour = next((code for bound, code in _DOUBTFUL if probability < bound), None)
     return text if colour is None else f"\x1b[38;5;{colour}m{text}\x1b[0m"

@@ -26,8 +26,8 @@ LAYERS = [
     ["wrapper"],
     ["checkpoint", "config", "ema", "evaluate", "interrupt", "sources"],
     ["model", "pictures", "progress", "step"],
-    ["player", "prompts", "samples", "watch"],
-    ["report"],
+    ["player", "prompts", "samples"],
+    ["report", "watch"],
     ["train"],
     ["cli"],
 ]
