@@ -35,7 +35,7 @@ EXACT_FLAGS = "-fno-fast-math -ffp-contract=off"
 # Only these files may use more than the baseline instruction set; the code in them is chosen at run
 # time. Never -march=native: a wheel must run on machines other than the one that built it.
 SIMD_FLAGS = {
-    "avx2": "-mavx2 -mbmi2 -mpopcnt",
+    "avx2": "-mavx2 -mfma -mbmi2 -mpopcnt",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mbmi2 -mpopcnt "
     "-mprefer-vector-width=512 "
     # GCC 12 warns inside its own AVX-512 header, and clang does not know the warning.

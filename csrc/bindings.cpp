@@ -11,6 +11,7 @@
 #include "corrupt_cpu.h"
 #include "cpu_features.h"
 #include "key_bounds.h"
+#include "linear.h"
 #include "nll.h"
 #include "permutation_cpu.h"
 #include "unmask.h"
@@ -110,6 +111,22 @@ void unmask(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, in
   nar::unmask_cpu(args, num_threads);
 }
 
+void linear(int64_t logits, int64_t stride, int64_t hidden, int64_t rows, int64_t depth,
+            int64_t hidden_stride, int64_t weight, int64_t vocabulary, int64_t weight_stride,
+            int64_t bias, int num_threads) {
+  const nar::LinearArgs args = {pointer<float>(logits),
+                                stride,
+                                pointer<const float>(hidden),
+                                rows,
+                                depth,
+                                hidden_stride,
+                                pointer<const float>(weight),
+                                vocabulary,
+                                weight_stride,
+                                pointer<const float>(bias)};
+  nar::linear_cpu(args, num_threads);
+}
+
 // For tests: the selection on keys of their choice, three ranks at a time.
 std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length, int32_t num_keys,
                                  const std::vector<int32_t>& ranks) {
@@ -129,6 +146,8 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("count_masked", &count_masked);
   m.def("nll", &nll, release_gil());
   m.def("unmask", &unmask, release_gil());
+  m.def("linear", &linear, release_gil());
+  m.def("has_linear", &nar::has_linear);
   m.def("windows", &windows, release_gil());
   m.def("permute", &permute, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });

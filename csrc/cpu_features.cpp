@@ -13,7 +13,10 @@ SimdLevel detect() {
       __builtin_cpu_supports("bmi2")) {
     return SimdLevel::kAvx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return SimdLevel::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2")) {
+    return SimdLevel::kAvx2;
+  }
 #endif
   return SimdLevel::kGeneric;
 }

@@ -3,6 +3,10 @@
 // has the same in PyTorch.
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,24 +43,55 @@ inline void store(T* to, Vector v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// The larger and the smaller of each two; the second where one is NaN.
+#if defined(__AVX512F__)
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+#endif
+
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts
 
-// exp(x) for x <= 0, to 2 ulp; 0 below -87, where float32 ends. NaN stays NaN.
-inline Floats exp_of_negative(Floats x) {
+// exp(x) for x <= 0, to 2 ulp; 0 below -87, where float32 ends. NaN stays NaN. Of several vectors
+// at once: each is one long chain of operations, and a CPU looks only some 60 operations ahead for
+// others to do meanwhile.
+template <int kCount>
+inline void exp_of_negative(Floats (&x)[kCount]) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: leaves the integer in the low bits
-  const Floats shifted = x * 1.44269504f + kRound;
-  const Floats n = shifted - kRound;
-  const Floats r = x - n * kLn2High - n * kLn2Low;
-  Floats p = spread(1.9875691500e-4f);  // Cephes
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const UInts power = ((UInts)shifted << 23) + 0x3F800000u;
-  return x < -87.0f ? Floats{} : p * (Floats)power;
+  const auto each = [](auto step) {
+    for (int i = 0; i < kCount; ++i) step(i);
+  };
+  Floats shifted[kCount], r[kCount], p[kCount];
+  each([&](int i) { shifted[i] = x[i] * 1.44269504f + kRound; });
+  each([&](int i) {
+    const Floats n = shifted[i] - kRound;
+    r[i] = x[i] - n * kLn2High - n * kLn2Low;
+  });
+  each([&](int i) { p[i] = 1.9875691500e-4f * r[i] + 1.3981999507e-3f; });  // Cephes
+  each([&](int i) { p[i] = p[i] * r[i] + 8.3334519073e-3f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 4.1665795894e-2f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 1.6666665459e-1f; });
+  each([&](int i) { p[i] = p[i] * r[i] + 5.0000001201e-1f; });
+  each([&](int i) { p[i] = p[i] * (r[i] * r[i]) + r[i] + 1.0f; });
+  each([&](int i) {
+    const UInts power = ((UInts)shifted[i] << 23) + 0x3F800000u;
+    x[i] = x[i] < -87.0f ? Floats{} : p[i] * (Floats)power;
+  });
 }
+
+inline Floats exp_of_negative(Floats x) {
+  Floats one[] = {x};
+  exp_of_negative(one);
+  return one[0];
+}
+
+// So many vectors at once are fast.
+constexpr int kManyVectors = 4, kManyFloats = kManyVectors * kFloats;
 
 // log(2**exponent * (1 + f)), f in [sqrt(1/2) - 1, sqrt(2) - 1]. Cephes.
 inline Floats log_of_parts(Floats exponent, Floats f) {

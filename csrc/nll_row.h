@@ -72,6 +72,15 @@ inline double sum_exp(float* row, float largest, int64_t count) {
     const int64_t end = begin + kBlock < count ? begin + kBlock : count;
     Floats sum = {};
     int64_t i = begin;
+    for (; i + kManyFloats <= end; i += kManyFloats) {
+      Floats e[kManyVectors];
+      for (int j = 0; j < kManyVectors; ++j) e[j] = load<Floats>(row + i + j * kFloats) - largest;
+      exp_of_negative(e);
+      for (int j = 0; j < kManyVectors; ++j) {
+        if (kKeep) store(row + i + j * kFloats, e[j]);
+        sum += e[j];
+      }
+    }
     for (; i + kFloats <= end; i += kFloats) {
       const Floats e = exp_of_negative(load<Floats>(row + i) - largest);
       if (kKeep) store(row + i, e);

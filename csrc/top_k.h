@@ -11,119 +11,157 @@
 namespace nar {
 namespace {
 
-// Numbers that ascend, as signed integers, while floats descend; -0 must have been made 0.
-inline Ints descending(Floats x) {
-  const Ints bits = (Ints)x;
-  return bits ^ ~(bits >> 31 | INT32_MIN) ^ INT32_MIN;
+// As many numbers of 16 bits as a vector has.
+constexpr int kHalves = 2 * kFloats;
+typedef int16_t Halves __attribute__((vector_size(4 * kFloats)));
+
+// Calls f(lane) for each lane that is set.
+template <typename F>
+inline void for_each_lane(Halves chosen, F f) {
+#if defined(__AVX512F__)
+  for (uint32_t left = _mm512_movepi16_mask((__m512i)chosen); left; left &= left - 1) {
+    f(__builtin_ctz(left));
+  }
+#elif defined(__AVX2__)
+  constexpr uint32_t kFirstOfTwo = 0x55555555;  // a bit for each byte
+  const uint32_t bytes = static_cast<uint32_t>(_mm256_movemask_epi8((__m256i)chosen));
+  for (uint32_t left = bytes & kFirstOfTwo; left; left &= left - 1) f(__builtin_ctz(left) / 2);
+#else
+  for (int lane = 0; lane < kHalves; ++lane) {
+    if (chosen[lane]) f(lane);
+  }
+#endif
 }
 
+// A number that ascends, as a signed integer, while floats descend; -0 must have been made 0.
 inline int32_t descending(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return bits ^ ~(bits >> 31 | INT32_MIN) ^ INT32_MIN;
+  return bits < 0 ? bits ^ INT32_MIN : ~bits;
+}
+
+inline float float_of(int32_t number) {
+  const int32_t bits = number < 0 ? ~number : number ^ INT32_MIN;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 // The upper half of the number of each float, as `count_below` takes it.
-inline void store_upper(int16_t* to, Floats x) {
-  store(to, __builtin_convertvector(descending(x) >> 16, Shorts));
+inline Halves upper_halves(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  Halves odd;
+  for (int i = 0; i < kHalves; ++i) odd[i] = static_cast<int16_t>(2 * i + 1);
+  const Halves bits = (Halves)_mm512_permutex2var_epi16((__m512i)a, (__m512i)odd, (__m512i)b);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)((UInts)a >> 16), (__m256i)((UInts)b >> 16));
+  const Halves bits = (Halves)_mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0));
+#else
+  Halves bits;
+  for (int i = 0; i < kFloats; ++i) {
+    bits[i] = static_cast<int16_t>(((UInts)a)[i] >> 16);
+    bits[i + kFloats] = static_cast<int16_t>(((UInts)b)[i] >> 16);
+  }
+#endif
+  return bits ^ (~(bits >> 15) | INT16_MIN);
 }
 constexpr int16_t kUpperOfMinusInfinity = 0x7F80;
 
-// A float is kept if its number is below `key`, or equal to it at an index of at most `last_tie`.
+// Floats are kept that are above `smallest`, or equal to it at an index of at most `last_tie`.
 struct KeptBound {
-  int32_t key;
+  float smallest;
   int64_t last_tie;
-
-  bool keeps(float x, int64_t index) const {
-    return descending(x) < key || (descending(x) == key && index <= last_tie);
-  }
 };
 
-// Brackets the upper half with k floats up to it by what a sample of the row shows.
-inline void bracket(const int16_t* upper, int64_t length, int64_t k, int32_t quantiles[2]) {
+// Three upper halves that are likely to have the k-th float between them, by what a sample shows.
+inline Int4 bracket(const int16_t* upper, int64_t length, int64_t k) {
   constexpr int kSamples = 256;
   constexpr double kSigmas = 2.5;
   int16_t samples[kSamples];
   const int64_t stride = length / kSamples;
   for (int i = 0; i < kSamples; ++i) samples[i] = upper[i * stride];
   const double share = static_cast<double>(k) / static_cast<double>(length);
-  const double spread = kSigmas * std::sqrt(share * (1 - share) * kSamples);
-  for (int side = 0; side < 2; ++side) {
-    // The largest number with at most so many samples below it.
-    const int most = static_cast<int>(share * kSamples + (side ? spread + 1 : -spread - 1));
-    int32_t low = 0;
-    for (int32_t bit = 0x8000; bit > 0; bit >>= 1) {
-      if (count_below<1>(samples, kSamples, Int4{} + (low + bit))[0] <= most) low += bit;
-    }
-    quantiles[side] = low;
+  const double spread = kSigmas * std::sqrt(share * (1 - share) * kSamples) + 1;
+  // The largest numbers with at most so many samples below them.
+  Int4 most, pivots = {};
+  for (int j = 0; j < 3; ++j) most[j] = static_cast<int>(share * kSamples + (j - 1) * spread);
+  for (int32_t bit = 0x8000; bit > 0; bit >>= 1) {
+    const Int4 higher = pivots + bit;
+    pivots = count_below<3>(samples, kSamples, higher) <= most ? higher : pivots;
   }
+  return pivots;
 }
 
-// What keeps the k largest of `num_finite` floats; of equal ones, those that come first.
-// 0 < k < num_finite.
-inline KeptBound kept_bound(const float* logits, const int16_t* upper, int64_t length, int64_t k,
-                            int64_t num_finite) {
-  const auto to_key = [](int32_t upper_half) {
-    return static_cast<int32_t>(static_cast<uint32_t>(upper_half) << 16) ^ INT32_MIN;
-  };
-  // The upper half of the last one kept is in [low, high).
-  int32_t low = 0, high = kUpperOfMinusInfinity + kFlip;
-  int64_t below_low = 0, below_high = num_finite;
-  const auto learn = [&](int32_t pivot, int64_t below) {
+// The upper halves in [low, high) of what may be the k-th float, and how many floats are below
+// either end.
+struct Bracket {
+  int64_t k;
+  int32_t low, high;
+  int64_t below_low, below_high;
+
+  int32_t width() const { return high - low; }
+
+  void learn(int32_t pivot, int64_t below) {
     if (below < k) {
       if (pivot > low) low = pivot, below_low = below;
     } else if (pivot < high) {
       high = pivot, below_high = below;
     }
-  };
+  }
 
+  // Around where the k-th would be if floats were spread evenly, or quarters.
+  Int4 pivots(bool interpolate) const {
+    int32_t middle = width() / 2, step = width() / 4;
+    if (interpolate) {
+      const double at = static_cast<double>(k - below_low) - 0.5;
+      middle = static_cast<int32_t>(at / static_cast<double>(below_high - below_low) * width());
+      step = width() / 8;
+    }
+    const Int4 offsets = Int4{} + middle + Int4{-1, 0, 1, 0} * std::max(step, 1);
+    const Int4 last = Int4{} + width() - 1;
+    const Int4 at_least = offsets < 1 ? Int4{} + 1 : offsets;
+    return low + (at_least > last ? last : at_least);
+  }
+};
+
+// What keeps the k largest of `num_finite` floats; of equal ones, those that come first.
+// 0 < k < num_finite. `logit(i)` is the float that `upper[i]` is the upper half of, if that is not
+// the one of -inf.
+template <typename Logit>
+KeptBound kept_bound(Logit logit, const int16_t* upper, int64_t length, int64_t k,
+                     int64_t num_finite) {
+  Bracket b = {k, 0, kUpperOfMinusInfinity + kFlip, 0, num_finite};
   constexpr int64_t kWorthSampling = 2048;
   const bool samples = length >= kWorthSampling;
-  if (samples) {
-    int32_t quantiles[2];
-    bracket(upper, length, k, quantiles);
-    const Int4 pivots = {quantiles[0], quantiles[1], quantiles[1], 0};
+  const int64_t few = 16 + length / 256;  // to look at each of them
+  for (int pass = 0; b.below_high - b.below_low > few && b.width() > 1; ++pass) {
+    // Quarters every third time bound the number of passes.
+    const Int4 pivots =
+        samples && pass == 0 ? bracket(upper, length, k) : b.pivots(samples && pass % 3 != 0);
     const Int4 below = count_below<3>(upper, length, pivots);
-    for (int side = 0; side < 2; ++side) learn(quantiles[side], below[side]);
-  }
-  const int64_t few = 16 + length / 128;  // to look at each of them
-  for (int pass = 0; below_high - below_low > few && high - low > 1; ++pass) {
-    double at = 0.5;  // bisection every other time bounds the number of passes
-    if (samples && pass % 2 == 0) {
-      at = (static_cast<double>(k - below_low) - 0.5) / static_cast<double>(below_high - below_low);
-    }
-    const int32_t width = high - low;
-    const int32_t pivot = low + std::clamp(static_cast<int32_t>(at * width), 1, width - 1);
-    const int64_t below = count_below<1>(upper, length, Int4{} + pivot)[0];
-    if (below == k) return {to_key(pivot), -1};
-    learn(pivot, below);
+    for (int j = 0; j < 3; ++j) b.learn(pivots[j], below[j]);
   }
 
-  constexpr int64_t kBlock = 512;
-  uint8_t chosen[kBlock];
-  int64_t positions[kBlock + 8];
+  const auto key = [&](int64_t i) {
+    return uint64_t{static_cast<uint32_t>(descending(logit(i))) ^ 0x80000000u} << 32 |
+           static_cast<uint32_t>(i);
+  };
   std::vector<OrderedKey> ordered;
-  ordered.reserve(below_high - below_low);
-  const int16_t first_half = static_cast<int16_t>(low - kFlip);
-  const uint16_t width = static_cast<uint16_t>(high - low);
-  for (int64_t first = 0; first < length; first += kBlock) {
-    const int64_t count = std::min(kBlock, length - first);
-    for (int64_t i = 0; i < count; ++i) {
-      chosen[i] = static_cast<uint16_t>(upper[first + i] - first_half) < width;
-    }
-    const int64_t found = set_positions(chosen, count, first, positions, kBlock + 8);
-    for (int64_t j = 0; j < found; ++j) {
-      const uint32_t key = static_cast<uint32_t>(descending(logits[positions[j]]) ^ INT32_MIN);
-      ordered.push_back({uint64_t{key} << 32 | static_cast<uint32_t>(positions[j])});
-    }
+  ordered.reserve(b.below_high - b.below_low);
+  const Halves low = Halves{} + static_cast<int16_t>(b.low - kFlip);
+  const Halves last = Halves{} + static_cast<int16_t>(b.high - 1 - kFlip);
+  for (int64_t i = 0; i < length; i += kHalves) {
+    const Halves half = load<Halves>(upper + i);
+    for_each_lane(~((half < low) | (half > last)),
+                  [&](int lane) { ordered.push_back({key(i + lane)}); });
   }
-  const auto last = ordered.begin() + (k - below_low - 1);
-  std::nth_element(ordered.begin(), last, ordered.end());
-  return {static_cast<int32_t>(static_cast<uint32_t>(last->value >> 32) ^ 0x80000000u),
-          static_cast<int64_t>(last->value & 0xFFFFFFFF)};
+  const auto kth = ordered.begin() + (k - b.below_low - 1);
+  std::nth_element(ordered.begin(), kth, ordered.end());
+  return {float_of(static_cast<int32_t>(static_cast<uint32_t>(kth->value >> 32) ^ 0x80000000u)),
+          static_cast<int64_t>(kth->value & 0xFFFFFFFF)};
 }
 
-// Moves the chosen lanes of a vector to the front; how many they are.
+// Writes the chosen lanes of two vectors, and something behind them. Returns how many they are.
 inline int compress(Ints chosen, Floats x, Ints id, float* logits, int32_t* ids) {
 #if defined(__AVX512F__)
   const __mmask16 mask = _mm512_movepi32_mask((__m512i)chosen);
@@ -146,24 +184,6 @@ inline int compress(Ints chosen, Floats x, Ints id, float* logits, int32_t* ids)
   }
   return count;
 #endif
-}
-
-// Moves the floats that are kept to the front, in place, and their indices to `ids`. Returns how
-// many; whole vectors are padded with -inf.
-inline int64_t keep_only(KeptBound bound, float* logits, int64_t length, int32_t* ids) {
-  Ints id;
-  for (int j = 0; j < kFloats; ++j) id[j] = j;
-  const Ints last_tie = Ints{} + static_cast<int32_t>(bound.last_tie);
-  int64_t count = 0;
-  for (int64_t i = 0; i < length; i += kFloats, id += kFloats) {
-    const Floats x = load<Floats>(logits + i);
-    const Ints number = descending(x);
-    const Ints chosen = (number < bound.key) | ((number == bound.key) & (id <= last_tie));
-    count += compress(chosen, x, id, logits + count, ids + count);
-  }
-  const int64_t end = (count + kFloats - 1) / kFloats * kFloats;
-  std::fill(logits + count, logits + end, -INFINITY);
-  return count;
 }
 
 }  // namespace

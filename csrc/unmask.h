@@ -29,14 +29,14 @@ struct UnmaskArgs {
   float* confidence;  // [rows], for a type other than kProbability; or null
 };
 
-// Rows are padded to so many logits: whole vectors of any instruction set.
-constexpr int64_t kRowPadding = 32;
+// Rows are padded to so many logits: four vectors of any instruction set.
+constexpr int64_t kRowPadding = 64;
 
 inline int64_t padded_row(int64_t vocabulary) {
   return (vocabulary + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
 
-// Memory for a padded row of one thread.
+// Memory for a padded row of one thread, and kRowPadding more of each.
 struct UnmaskScratch {
   float* logits;
   int32_t* ids;

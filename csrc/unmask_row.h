@@ -21,81 +21,122 @@ inline bool any(Ints v) {
 #endif
 }
 
+// No NaN, nothing above the largest finite number, no -0: it would not equal the other one as a
+// key.
+inline Floats clean(Floats x) {
+  return smaller(larger(x, spread(-INFINITY)), spread(3.40282347e38f)) + 0.0f;
+}
+
+inline Floats widened(const float* from) { return load<Floats>(from); }
+inline Floats widened(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load<Shorts>(from), UInts) << 16);
+}
+
+// The logits of a row, T is float or uint16_t for bfloat16.
+template <typename T>
+struct Row {
+  const T* from;
+  int64_t count;
+
+  float operator[](int64_t i) const {
+    T copies[kFloats] = {from[i]};
+    return clean(widened(copies))[0];
+  }
+
+  // Calls take(index, vector, next vector) up to `padded`, a multiple of kRowPadding. Behind the
+  // row there is -inf. Fetches ahead: by itself a CPU does so too late, and not across pages.
+  static constexpr int64_t kAhead = 1024;
+  template <typename Take>
+  void for_each_pair(int64_t padded, Take take) const {
+    int64_t i = 0;
+    for (; i + kHalves <= count; i += kHalves) {
+      __builtin_prefetch(from + i + kAhead, 0, 2);
+      take(i, clean(widened(from + i)), clean(widened(from + i + kFloats)));
+    }
+    for (; i < padded; i += kHalves) {
+      float last[kHalves];
+      for (int j = 0; j < kHalves; ++j) last[j] = i + j < count ? (*this)[i + j] : -INFINITY;
+      take(i, load<Floats>(last), load<Floats>(last + kFloats));
+    }
+  }
+};
+
 // Among these a token is drawn. One of -inf cannot be.
 struct Candidates {
-  const float* logits;  // padded with -inf to whole vectors
+  const float* logits;  // padded with -inf to kManyFloats
   const int32_t* ids;   // ascending; null for all ids
   int64_t count;
   float largest;
 
   int64_t id(int64_t i) const { return ids ? ids[i] : i; }
+
+  // Where an id is, or -1.
+  int64_t find(int64_t id) const {
+    if (!ids) return id < count ? id : -1;
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      (ids[middle] < id ? low : high) = ids[middle] < id ? middle + 1 : middle;
+    }
+    return low < count && ids[low] == id ? low : -1;
+  }
 };
 
-struct LogitStats {
-  int64_t num_finite;
-  float largest;
-};
-
-// No NaN, nothing above the largest finite number, no -0: it would not equal the other one as a
-// key.
-inline Floats clean(Floats x) {
-  x = x == x ? x : spread(-INFINITY);
-  x = x > 3.40282347e38f ? spread(3.40282347e38f) : x;
-  return x + 0.0f;
-}
-
+// The k largest logits of a row, or as many as there are.
 template <typename T>
-inline Floats load_floats(const T* from) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return load<Floats>(from);
+Candidates find_candidates(const UnmaskArgs& a, const Row<T>& row, const UnmaskScratch& s) {
+  const int64_t padded = padded_row(a.vocabulary);
+  Candidates c = {s.logits, nullptr, padded, -INFINITY};
+  KeptBound bound = {-INFINITY, -1};
+  if (a.top_k < a.vocabulary) {
+    row.for_each_pair(padded, [&](int64_t i, Floats x, Floats next) {
+      store(s.upper + i, upper_halves(x, next));
+    });
+    for (int64_t f = 0; f < a.num_forbidden; ++f) s.upper[a.forbidden[f]] = kUpperOfMinusInfinity;
+    const Int4 finite = Int4{} + (kUpperOfMinusInfinity + kFlip);
+    const int64_t num_finite = count_below<1>(s.upper, padded, finite)[0];
+    if (a.top_k < num_finite) {
+      const auto logit = [&](int64_t i) { return row[i]; };
+      bound = kept_bound(logit, s.upper, padded, a.top_k, num_finite);
+    }
+  }
+  if (bound.smallest == -INFINITY) {
+    row.for_each_pair(padded, [&](int64_t i, Floats x, Floats next) {
+      store(s.logits + i, x), store(s.logits + i + kFloats, next);
+    });
   } else {
-    return (Floats)(__builtin_convertvector(load<Shorts>(from), UInts) << 16);
+    const Floats smallest = spread(bound.smallest);
+    float* logits = s.logits;
+    int32_t* ids = s.ids;
+    Ints id;
+    for (int j = 0; j < kFloats; ++j) id[j] = j;
+    const auto keep = [&](Floats x) {
+      const int count = compress(x >= smallest, x, id, logits, ids);
+      logits += count, ids += count, id += kFloats;
+    };
+    row.for_each_pair(padded, [&](int64_t, Floats x, Floats next) { keep(x), keep(next); });
+    c.ids = s.ids, c.count = ids - s.ids;
+    for (int j = 0; j < kManyVectors; ++j) {
+      store(s.logits + c.count + j * kFloats, spread(-INFINITY));
+    }
   }
-}
-
-// The row in float32, padded with -inf, with the upper halves of its keys if they are needed.
-template <typename T>
-LogitStats load_logits(const UnmaskArgs& a, int64_t r, int64_t padded, const UnmaskScratch& s) {
-  const int64_t count = a.vocabulary;
-  const T* row = static_cast<const T*>(a.logits) + r * a.stride;
-  const bool selects = a.top_k < count;
-  Floats largest = spread(-INFINITY);
-  Ints num_finite = {};
-  const auto take = [&](int64_t i, Floats x) {
-    x = clean(x);
-    store(s.logits + i, x);
-    if (selects) store_upper(s.upper + i, x);
-    largest = x > largest ? x : largest;
-    num_finite -= x > -INFINITY;
-  };
-  int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) take(i, load_floats(row + i));
-  if (i < count) {
-    Floats tail = spread(-INFINITY);
-    T last[kFloats] = {};
-    std::memcpy(last, row + i, static_cast<size_t>(count - i) * sizeof(T));
-    const Floats x = load_floats(last);
-    for (int j = 0; j < count - i; ++j) tail[j] = x[j];
-    take(i, tail);
-    i += kFloats;
-  }
-  for (; i < padded; i += kFloats) take(i, spread(-INFINITY));
-
-  LogitStats stats = {0, -INFINITY};
-  for (int j = 0; j < kFloats; ++j) {
-    stats.num_finite += num_finite[j];
-    stats.largest = std::max(stats.largest, largest[j]);
-  }
-  bool lost_largest = false;
+  int64_t num_allowed = c.count;
   for (int64_t f = 0; f < a.num_forbidden; ++f) {
-    float& logit = s.logits[a.forbidden[f]];
-    stats.num_finite -= logit > -INFINITY;
-    lost_largest |= logit == stats.largest;
-    logit = -INFINITY;
-    if (selects) s.upper[a.forbidden[f]] = kUpperOfMinusInfinity;
+    const int64_t at = c.find(a.forbidden[f]);
+    if (at >= 0) s.logits[at] = -INFINITY, --num_allowed;
   }
-  if (lost_largest) stats.largest = *std::max_element(s.logits, s.logits + count);
-  return stats;
+  if (c.ids && num_allowed > a.top_k) {  // ties beyond the k-th
+    for (int64_t i = 0; i < c.count; ++i) {
+      if (s.logits[i] == bound.smallest && s.ids[i] > bound.last_tie) s.logits[i] = -INFINITY;
+    }
+  }
+  Floats largest = spread(-INFINITY);
+  for (int64_t i = 0; i < c.count; i += kFloats) {
+    const Floats x = load<Floats>(c.logits + i);
+    largest = larger(x, largest);
+  }
+  for (int j = 0; j < kFloats; ++j) c.largest = std::max(c.largest, largest[j]);
+  return c;
 }
 
 int64_t first_of(const float* logits, float value) {
@@ -124,11 +165,16 @@ Sums sum_of_exp(const Candidates& c) {
       high[which] += term >> 15;
       low[which] += term & 0x7FFF;
     };
-    for (int64_t i = first; i < end; i += kFloats) {
-      const Floats d = load<Floats>(c.logits + i) - c.largest;
-      const Floats e = exp_of_negative(d);
-      add(0, e);
-      if (kWithGap) add(1, e * (d < -87.0f ? spread(87.0f) : -d));
+    for (int64_t i = first; i < end; i += kManyFloats) {
+      Floats gap[kManyVectors], e[kManyVectors];
+      for (int j = 0; j < kManyVectors; ++j) {
+        e[j] = gap[j] = load<Floats>(c.logits + i + j * kFloats) - c.largest;
+      }
+      exp_of_negative(e);
+      for (int j = 0; j < kManyVectors; ++j) {
+        add(0, e[j]);
+        if (kWithGap) add(1, e[j] * (gap[j] < -87.0f ? spread(87.0f) : -gap[j]));
+      }
     }
     for (int j = 0; j < kFloats; ++j) {
       sums.exp += (int64_t{high[0][j]} << 15) + low[0][j];
@@ -194,8 +240,7 @@ void candidate_words(const UnmaskArgs& a, uint64_t slot, const Candidates& c, in
 }
 
 // The index of the candidate with the largest (logit - largest) / temperature + noise, of the
-// lowest id among equals. Noise is made of a word, and for few words in full: the position of its
-// first bit says how large it can be.
+// lowest id among equals. Few candidates can win, and only for those noise is made in full.
 int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c) {
   constexpr float kLn2 = 0.693147181f, kSlack = 1e-3f;  // for roundings
   uint32_t words[kChunk + kWordPadding];
@@ -209,14 +254,12 @@ int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c) {
     for (int64_t i = 0; i < count; i += kFloats) {
       const Floats scaled =
           (load<Floats>(c.logits + first + i) - c.largest) * a.inverse_temperature;
-      const Ints word = load<Ints>(words + i);
-      const Ints upper = (word >> 8) & 0xFFFFFF;
-      // u >= 2**(exponent - 24), so noise is at most (24 - exponent) ln 2.
-      const Ints exponent = ((Ints) __builtin_convertvector(upper | 1, Floats) >> 23) - 127;
-      const Floats room = __builtin_convertvector(24 - exponent, Floats) * kLn2 + kSlack;
-      const Ints may_win = (scaled + room > best) | (upper == 0);
-      if (!any(may_win)) continue;
-      const Floats score = scaled + gumbel(word);
+      const UInts word = load<UInts>(words + i);
+      // Noise is at most -log(u), and the bits of a float x are less than 2**23 (127 + log2(x)).
+      const Ints bits = (Ints) __builtin_convertvector((Ints)(word >> 1), Floats);
+      const Floats log_u = __builtin_convertvector(bits, Floats) * (0x1p-23f * kLn2);
+      if (!any(scaled - log_u > best - ((127 + 31) * kLn2 + kSlack))) continue;
+      const Floats score = scaled + gumbel((Ints)word);
       for (int j = 0; j < kFloats; ++j) {
         const int64_t index = first + i + j;
         if (score[j] > best || (score[j] == best && index < best_index)) {
@@ -228,45 +271,48 @@ int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c) {
   return best_index;
 }
 
+template <typename T>
 void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
-  const int64_t padded = padded_row(a.vocabulary);
-  const LogitStats stats = a.logit_type == LogitType::kBfloat16
-                               ? load_logits<uint16_t>(a, r, padded, s)
-                               : load_logits<float>(a, r, padded, s);
+  const Row<T> row = {static_cast<const T*>(a.logits) + r * a.stride, a.vocabulary};
+  const Candidates candidates = find_candidates(a, row, s);
+  const float largest = candidates.largest;
   const bool is_given = a.given && a.given[r] >= 0;
-  if (stats.num_finite == 0) {
+  if (largest == -INFINITY) {
     a.tokens[r] = is_given ? a.given[r] : a.fallback;
     a.log_prob[r] = -INFINITY;
     if (a.confidence) a.confidence[r] = -INFINITY;
     return;
   }
 
-  int64_t token = is_given ? a.given[r] : first_of(s.logits, stats.largest);
-  float logit = token < a.vocabulary ? s.logits[token] : -INFINITY;
-  Candidates candidates = {s.logits, nullptr, padded, stats.largest};
-  if (a.top_k < stats.num_finite) {
-    const KeptBound bound = kept_bound(s.logits, s.upper, padded, a.top_k, stats.num_finite);
-    if (!bound.keeps(logit, token)) logit = -INFINITY;
-    candidates.count = keep_only(bound, s.logits, padded, s.ids);
-    candidates.ids = s.ids;
+  int64_t index;
+  if (is_given) {
+    index = candidates.find(a.given[r]);
+  } else if (a.inverse_temperature == 0) {
+    index = first_of(candidates.logits, largest);
+  } else {
+    index = sample(a, static_cast<uint64_t>(a.noise_slots[r]), candidates);
   }
-  if (!is_given && a.inverse_temperature != 0) {
-    const int64_t index = sample(a, static_cast<uint64_t>(a.noise_slots[r]), candidates);
-    token = candidates.id(index);
-    logit = candidates.logits[index];
-  }
+  const float logit = index < 0 ? -INFINITY : candidates.logits[index];
 
   const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
   const Sums sums = with_gap ? sum_of_exp<true>(candidates) : sum_of_exp<false>(candidates);
   const float sum = from_units(sums.exp), log_of_sum = log_of_positive(spread(sum))[0];
-  a.tokens[r] = token;
-  a.log_prob[r] = (logit - stats.largest) - log_of_sum;
+  a.tokens[r] = is_given ? a.given[r] : candidates.id(index);
+  a.log_prob[r] = (logit - largest) - log_of_sum;
   if (!a.confidence) return;
   if (with_gap) {
     a.confidence[r] = -(log_of_sum + from_units(sums.exp_times_gap) / sum);
   } else {
-    const float gap = second_largest(candidates) - stats.largest;
+    const float gap = second_largest(candidates) - largest;
     a.confidence[r] = (1.0f - exp_of_negative(spread(gap))[0]) / sum;
+  }
+}
+
+void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
+  if (a.logit_type == LogitType::kBfloat16) {
+    unmask_row<uint16_t>(a, r, s);
+  } else {
+    unmask_row<float>(a, r, s);
   }
 }
 

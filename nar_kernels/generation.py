@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.heads import Prediction
-from nar_kernels.loss import LogitsMemory
+from nar_kernels.linear import LogitsMemory
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.plan import halton_order
 

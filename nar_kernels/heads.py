@@ -9,17 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nar_kernels.linear import TRAINING_LIMITS, LogitsMemory, chunk_size, inferred_logits
 from nar_kernels.loss import (
-    LogitsMemory,
     Reduction,
-    chunk_size,
     head_nll,
     head_widths,
-    linear_chunks,
     logits_nll,
     masked_labels,
     masked_nll,
-    product_dtype,
     reduce_nll,
 )
 from nar_kernels.masking import Corrupted, MaskingConfig
@@ -222,15 +219,10 @@ class Prediction:
         if head is None:
             yield picked
         elif isinstance(head, LinearHead):
-            dtype = product_dtype(picked, head.weight)
-            bias = None if head.bias is None else head.bias.to(dtype)
-            # Nothing but logits is kept, so there may be more of them than in training.
-            size = chunk_size(len(rows), len(head.weight), rows.device, share=2)
-            scaled = picked.to(dtype) * head.scale if head.scale != 1 else picked.to(dtype)
-            # Autocast, which must not be switched off around a yield, lets these products alone.
-            for logits, _ in linear_chunks(scaled, head.weight.to(dtype), size, bias, memory):
-                yield logits
+            scaled = picked * head.scale if head.scale != 1 else picked
+            yield from inferred_logits(scaled, head.weight, head.bias, memory or LogitsMemory())
         else:
             width = head(picked[:1]).shape[-1]
-            for some in picked.split(chunk_size(len(rows), width, rows.device)):
+            size = chunk_size(len(rows), width, rows.device, TRAINING_LIMITS)
+            for some in picked.split(size):
                 yield head(some)

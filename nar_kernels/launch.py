@@ -201,6 +201,53 @@ def run_nll(
     return torch.ops.nar_kernels.nll_.default(logits, labels, bias, weight, gradient, backend)
 
 
+# ---- linear
+
+_lib.define("linear_(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias) -> ()")
+
+# From so many rows on PyTorch's product is as fast. It rearranges the whole head at each call.
+_MANY_ROWS = 512
+
+
+def multiplies_few_rows(hidden: Tensor) -> bool:
+    """Whether there is a kernel for the product of a few such hidden states and a head."""
+    is_float = hidden.device.type == "cpu" and hidden.dtype == torch.float32
+    return is_float and cpp is not None and cpp.has_linear()
+
+
+def _linear_impl(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    depth_is_contiguous = hidden.stride(1) == weight.stride(1) == 1
+    if len(hidden) < _MANY_ROWS and depth_is_contiguous and multiplies_few_rows(hidden):
+        assert cpp is not None
+        bias = None if bias is None else bias.contiguous()
+        cpp.linear(
+            logits.data_ptr(),
+            logits.stride(0),
+            hidden.data_ptr(),
+            *hidden.shape,
+            hidden.stride(0),
+            weight.data_ptr(),
+            weight.shape[0],
+            weight.stride(0),
+            _address(bias),
+            torch.get_num_threads(),
+        )
+    elif bias is None:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=logits)
+
+
+_lib.impl("linear_", _linear_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("nar_kernels::linear_", lambda *args: None, lib=_lib)
+
+
+def run_linear(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Writes ``hidden @ weight.T + bias`` into ``logits [R, V]``, whose rows are contiguous; of one
+    type and device, without gradients."""
+    torch.ops.nar_kernels.linear_.default(logits, hidden, weight, bias)
+
+
 # ---- unmask
 
 _lib.define(

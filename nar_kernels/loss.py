@@ -4,7 +4,7 @@ Shapes: B batch, L sequence length, V vocabulary (rows of the head), D width, R 
 of a chunk.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from nar_kernels.backends import multiplies_in, resolve_backend
+from nar_kernels.backends import resolve_backend
 from nar_kernels.launch import NLL_DTYPES, run_nll
+from nar_kernels.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
 from nar_kernels.masking import Corrupted, MaskingConfig
 
 Reduction = Literal["nelbo", "mean", "none"]
@@ -21,14 +22,6 @@ Reduction = Literal["nelbo", "mean", "none"]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 _BACKENDS = tuple(NLL_DTYPES)
-
-# Logits of a chunk, at most: their memory is what this module exists to save.
-_MOST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
-
-# Rows of a chunk that are enough. Each chunk reads and writes the gradient of the head once more:
-# beside its three products that is little then, and less does not show. So are this many logits.
-_ENOUGH_ROWS = {"cpu": 512, "cuda": 4096}
-_ENOUGH_LOGITS = 1 << 20
 
 
 def masked_nll(
@@ -91,24 +84,6 @@ def masked_nll(
         return _normalized(total, corrupted, reduction, normalizer)
 
 
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the product of hidden states and a head: theirs, or that of autocast, but float32 where
-    a CPU has no instructions for it.
-
-    Raises:
-        TypeError: they differ, and there is no autocast.
-    """
-    device, dtype = hidden.device, hidden.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"hidden is {hidden.dtype} but weight is {weight.dtype}: use torch.autocast, or convert"
-            " one of them"
-        )
-    return torch.float32 if device.type == "cpu" and not multiplies_in(dtype) else dtype
-
-
 def head_nll(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
@@ -140,7 +115,7 @@ def head_nll(
             )
         return logits_nll(logits, labels, is_log_prob)
 
-    size = chunk_size(len(rows), corrupted.masking.num_tokens, hidden.device)
+    size = chunk_size(len(rows), corrupted.masking.num_tokens, hidden.device, TRAINING_LIMITS)
     parts = [
         checkpoint(chunk_nll, some, of_them, use_reentrant=False)
         for some, of_them in zip(picked.split(size), labels.split(size), strict=True)
@@ -195,15 +170,6 @@ def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
     """``masked_rows`` and the labels there, int64 ``[R]`` both."""
     rows = corrupted.masked_rows
     return rows, corrupted.labels.view(-1).index_select(0, rows)
-
-
-def chunk_size(num_rows: int, vocabulary: int, device: torch.device, share: int = 1) -> int:
-    """Rows of a chunk, at least 1: equal parts, within ``share`` times the limits above."""
-    kind = device.type if device.type in _MOST_LOGITS else "cuda"
-    enough = max(_ENOUGH_ROWS[kind], _ENOUGH_LOGITS // vocabulary)
-    most = max(min(share * _MOST_LOGITS[kind] // vocabulary, share * enough), 1)
-    num_chunks = max(-(-num_rows // most), 1)
-    return max(-(-num_rows // num_chunks), 1)
 
 
 def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor | None:
@@ -263,41 +229,6 @@ def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     raise TypeError(f"backend {backend!r} has no kernel for {dtype}; use 'auto' or 'reference'")
 
 
-class LogitsMemory:
-    """Memory for one chunk of logits after the other, each in place of the one before."""
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    def rows(self, num_rows: int, vocabulary: int, like: Tensor) -> Tensor:
-        """``[num_rows, V]`` of the type of ``like``, without values."""
-        # Rows begin at multiples of 64 bytes at least, for wide loads and stores: a product is
-        # twice as fast to write.
-        size, memory = num_rows * (width := -(-vocabulary // 32) * 32), self._memory
-        if memory is None or len(memory) < size or memory.dtype != like.dtype:
-            self._memory = memory = like.new_empty(size)
-        return memory[:size].view(num_rows, width)[:, :vocabulary]
-
-
-def linear_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    size: int,
-    bias: Tensor | None = None,
-    memory: LogitsMemory | None = None,
-) -> Iterator[tuple[Tensor, slice]]:
-    """Logits of ``size`` rows at a time, and which rows. They are valid until the next."""
-    memory = LogitsMemory() if memory is None else memory
-    for start in range(0, len(hidden), size):
-        part = slice(start, min(start + size, len(hidden)))
-        logits = memory.rows(part.stop - part.start, len(weight), hidden)
-        if bias is None:
-            torch.mm(hidden[part], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, hidden[part], weight.t(), out=logits)
-        yield logits, part
-
-
 def _losses_and_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -321,7 +252,7 @@ def _losses_and_gradients(
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(wide).contiguous()
-    size = chunk_size(len(hidden), len(weight), hidden.device)
+    size = chunk_size(len(hidden), len(weight), hidden.device, TRAINING_LIMITS)
     for logits, part in linear_chunks(hidden, weight, size):
         counts = None if row_weight is None else row_weight[part]
         nll[part] = run_nll(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nar_kernels
-from nar_kernels import MaskingConfig, backends, loss, masked_nll
+from nar_kernels import MaskingConfig, backends, linear, loss, masked_nll
 from nar_kernels.backends import cpp
 from nar_kernels.launch import NLL_DTYPES, run_nll
 
@@ -118,7 +118,7 @@ def check(tensors, corrupted, *, function=masked_nll, backend="auto", tolerance=
 @pytest.fixture(autouse=True)
 def any_cpu(monkeypatch):
     """Products are in the type of the tensors, whatever this CPU multiplies in."""
-    monkeypatch.setattr(loss, "multiplies_in", lambda dtype: True)
+    monkeypatch.setattr(linear, "multiplies_in", lambda dtype: True)
 
 
 @pytest.fixture
@@ -126,8 +126,9 @@ def rows_of_a_chunk(monkeypatch):
     """Sets how many rows of logits may exist at a time."""
 
     def limit(rows, vocabulary):
-        for device in loss._MOST_LOGITS:
-            monkeypatch.setitem(loss._MOST_LOGITS, device, rows * vocabulary)
+        for device, limits in linear.TRAINING_LIMITS.items():
+            limits = limits._replace(logits=rows * vocabulary)
+            monkeypatch.setitem(linear.TRAINING_LIMITS, device, limits)
 
     return limit
 
@@ -339,7 +340,7 @@ def test_autocast(backend, reduction, hidden_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cpu_that_does_not_multiply_in_a_type_does_it_in_float32(dtype, monkeypatch):
-    monkeypatch.setattr(loss, "multiplies_in", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(linear, "multiplies_in", lambda dtype: dtype == torch.float32)
     corrupted = corrupted_batch()
     tensors = random_inputs(corrupted, dtype=dtype)
     value, *gradients = results(masked_nll, tensors, corrupted)
@@ -564,13 +565,18 @@ def test_nan_stays_in_its_row(backend, dtype):
 # ---- chunks
 
 
+def chunk_of(rows, vocabulary):
+    device = torch.device("cpu")
+    return linear.chunk_size(rows, vocabulary, device, linear.TRAINING_LIMITS)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 10, 20, 21, 22])
 def test_chunks_change_nothing(rows, reduction, rows_of_a_chunk):
     corrupted = with_all_masked()
     tensors = random_inputs(corrupted)
     rows_of_a_chunk(rows, 11)
-    size = loss.chunk_size(21, 11, torch.device("cpu"))
+    size = chunk_of(21, 11)
     assert size == {0: 1, 1: 1, 2: 2, 3: 3, 10: 7, 20: 11, 21: 21, 22: 21}[rows]
     check(tensors, corrupted, reduction=reduction)
     check([x.float() for x in tensors], corrupted, reduction=reduction)
@@ -579,9 +585,9 @@ def test_chunks_change_nothing(rows, reduction, rows_of_a_chunk):
 @pytest.mark.parametrize("rows", [0, 1, 7, 100, 101])
 def test_chunk_size(rows, rows_of_a_chunk):
     rows_of_a_chunk(7, 50)
-    size = loss.chunk_size(rows, 50, torch.device("cpu"))
+    size = chunk_of(rows, 50)
     assert 1 <= size <= 7 and -(-rows // size) == -(-rows // 7)
-    assert loss.chunk_size(rows, 10**6, torch.device("cpu")) == 1
+    assert chunk_of(rows, 10**6) == 1
 
 
 class PeakMemory(TorchDispatchMode):

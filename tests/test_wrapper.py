@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Encoder, TransformerWrapper
 
-from nar_kernels import loss, wrapper
+from nar_kernels import wrapper
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.heads import LinearHead, Prediction, split_net
+from nar_kernels.linear import TRAINING_LIMITS, ChunkLimits
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import NetAdapter, net_attribute
 from nar_kernels.ops import corrupt
@@ -330,7 +331,8 @@ HEADS = {
 @pytest.mark.parametrize("weighted", [True, False])
 def test_heads_see_the_masked_rows_only(name, weighted, monkeypatch):
     """The loss and all gradients are those of logits at all positions, which nobody makes."""
-    monkeypatch.setitem(loss._MOST_LOGITS, "cpu", 7 * NUM_TOKENS)  # several chunks
+    few = ChunkLimits(7 * NUM_TOKENS, 7)  # several chunks
+    monkeypatch.setitem(TRAINING_LIMITS, "cpu", few)
     net = HEADS[name]()
     mask_id = NUM_TOKENS - 1 if name == "no column for the mask" else MASK_ID
     model = NonAutoregressiveWrapper(

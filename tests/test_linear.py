@@ -1,0 +1,141 @@
+"""Logits of a linear head that are only looked at: against PyTorch's product, and row by row."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nar_kernels import linear
+from nar_kernels.backends import cpp
+from nar_kernels.launch import multiplies_few_rows, run_linear
+from nar_kernels.linear import ChunkLimits, LogitsMemory, chunk_size, inferred_logits
+
+CPU = torch.device("cpu")
+needs_kernel = pytest.mark.skipif(
+    cpp is None or not cpp.has_linear(), reason="this CPU has no fused multiply-add, or no C++"
+)
+# Around a vector, a panel and a tile of every instruction set.
+ROWS = [0, 1, 3, 4, 7, 8, 9, 16, 23, 24, 25, 47, 48, 49, 75, 200]
+
+
+def product(hidden, weight, bias=None):
+    """``run_linear`` into memory with gaps behind the rows, which must not change."""
+    width = weight.shape[0] + 5
+    memory = torch.full((len(hidden) + 1, width), 7.0, dtype=hidden.dtype)
+    logits = memory[:-1, :-5]
+    run_linear(logits, hidden, weight, bias)
+    assert (memory[:, -5:] == 7).all() and (memory[-1] == 7).all()
+    return logits.clone()
+
+
+def assert_near_product(hidden, weight, bias=None):
+    bias_or_zero = torch.zeros(len(weight)) if bias is None else bias
+    exact = F.linear(hidden.double(), weight.double(), bias_or_zero.double())
+    sizes = F.linear(hidden.double().abs(), weight.double().abs(), bias_or_zero.double().abs())
+    # Each of D + 1 sums is rounded.
+    error = (hidden.shape[1] + 1) * 2**-24 * sizes
+    assert ((product(hidden, weight, bias) - exact).abs() <= error).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_equals_the_product(rows, simd_level):
+    for vocabulary, depth in ((1, 1), (3, 5), (4, 16), (17, 33), (64, 64), (257, 20), (1003, 300)):
+        hidden, weight = torch.randn(rows, depth), torch.randn(vocabulary, depth)
+        assert_near_product(hidden, weight)
+        assert_near_product(hidden, weight, torch.randn(vocabulary))
+
+
+def test_any_strides(simd_level):
+    hidden, weight, bias = torch.randn(9, 14), torch.randn(21, 14), torch.randn(42)
+    assert_near_product(hidden[::2, 3:], weight[1::3, 3:], bias[::6])
+    assert_near_product(hidden.t().contiguous().t(), weight.t().contiguous().t())
+    assert_near_product(hidden[:, ::2], weight[:, ::2], bias[::2])
+
+
+def test_values_that_are_not_finite(simd_level):
+    hidden, weight = torch.ones(5, 3), torch.ones(6, 3)
+    hidden[1, 0], hidden[2, 1], weight[4, 2] = torch.inf, torch.nan, -torch.inf
+    torch.testing.assert_close(product(hidden, weight), hidden @ weight.t(), equal_nan=True)
+
+
+@needs_kernel
+def test_a_row_depends_on_itself_alone():
+    """Bit for bit, whatever comes with it, on any number of threads and with any vectors."""
+    hidden, weight, bias = torch.randn(75, 67), torch.randn(1003, 67), torch.randn(1003)
+    expected = product(hidden, weight, bias)
+    before, best = torch.get_num_threads(), cpp.simd_level()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for level in range(1, best + 1):
+                cpp.limit_simd(level)
+                for rows in (slice(0, 1), slice(3, 40), slice(20, 75), slice(None)):
+                    assert torch.equal(product(hidden[rows], weight, bias), expected[rows])
+    finally:
+        torch.set_num_threads(before)
+        cpp.limit_simd(best)
+
+
+@needs_kernel
+def test_each_logit_is_one_chain_of_fused_multiply_adds():
+    """The small term survives only if the product is not rounded before it is added."""
+    tiny = 2.0**-12
+    hidden, weight = torch.tensor([[1.0, 1 + tiny]]), torch.tensor([[-1.0, 1 - tiny]])
+    assert product(hidden, weight).item() == -(tiny**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_other_types_are_pytorchs(dtype):
+    hidden, weight = torch.randn(6, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype)
+    assert multiplies_few_rows(hidden) == (dtype == torch.float32 and cpp.has_linear())
+    torch.testing.assert_close(product(hidden, weight), hidden @ weight.t())
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(20)])
+def test_opcheck(bias):
+    args = (torch.empty(6, 20), torch.randn(6, 8), torch.randn(20, 8), bias)
+    torch.library.opcheck(torch.ops.nar_kernels.linear_.default, args)
+
+
+# ---- chunks
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 30])
+def test_inferred_logits(rows, monkeypatch):
+    monkeypatch.setattr(linear, "_ENOUGH_LOGITS", 1)
+    for limits in (linear.INFERENCE_LIMITS, linear.TRAINING_LIMITS):
+        monkeypatch.setitem(limits, "cpu", ChunkLimits(7 * 50, 100))
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight, bias = torch.randn(50, 8, requires_grad=True), torch.randn(50)
+    memory, got = LogitsMemory(), []
+    for logits in inferred_logits(hidden, weight, bias, memory):
+        assert 1 <= len(logits) <= 7 and not logits.requires_grad
+        got.append(logits.clone())
+    assert len(got) == -(-rows // 7)
+    if got:
+        torch.testing.assert_close(torch.cat(got), F.linear(hidden, weight, bias))
+
+
+def test_chunks_are_in_the_same_memory():
+    memory, hidden, weight = LogitsMemory(), torch.randn(600, 4), torch.randn(70_000, 4)
+    starts = [logits.data_ptr() for logits in inferred_logits(hidden, weight, None, memory)]
+    assert len(starts) > 1 and len(set(starts)) == 1
+    assert starts[0] == next(inferred_logits(hidden[:9], weight, None, memory)).data_ptr()
+
+
+@needs_kernel
+def test_few_logits_exist_at_a_time():
+    """Caches hold what a product that needs few rows makes."""
+    limits = linear.INFERENCE_LIMITS
+    for vocabulary in (50_257, 8192, 257):
+        size = chunk_size(10_000, vocabulary, CPU, limits)
+        assert size * vocabulary <= 1 << 23 and size >= 128
+
+
+def test_autocast_and_types(monkeypatch):
+    hidden, weight, bias = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        (logits,) = inferred_logits(hidden, weight, bias, LogitsMemory())
+    assert logits.dtype == linear.product_dtype(hidden.bfloat16(), weight.bfloat16())
+    torch.testing.assert_close(logits.float(), F.linear(hidden, weight, bias), atol=0.05, rtol=0.05)
+    with pytest.raises(TypeError, match=r"hidden is torch.float64 but weight is torch.float32"):
+        next(inferred_logits(hidden.double(), weight, bias, LogitsMemory()))
