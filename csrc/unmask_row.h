@@ -125,15 +125,17 @@ Candidates find_candidates(const UnmaskArgs& a, const Row<T>& row, const UnmaskS
     const int64_t at = c.find(a.forbidden[f]);
     if (at >= 0) s.logits[at] = -INFINITY, --num_allowed;
   }
-  if (c.ids && num_allowed > a.top_k) {  // ties beyond the k-th
-    for (int64_t i = 0; i < c.count; ++i) {
-      if (s.logits[i] == bound.smallest && s.ids[i] > bound.last_tie) s.logits[i] = -INFINITY;
+  if (c.ids && num_allowed > a.top_k) {
+    const Ints last_tie = Ints{} + static_cast<int32_t>(bound.last_tie);
+    for (int64_t i = 0; i < c.count; i += kFloats) {
+      const Floats x = load<Floats>(s.logits + i);
+      const Ints is_beyond = (x == bound.smallest) & (load<Ints>(s.ids + i) > last_tie);
+      store(s.logits + i, is_beyond ? spread(-INFINITY) : x);
     }
   }
   Floats largest = spread(-INFINITY);
   for (int64_t i = 0; i < c.count; i += kFloats) {
-    const Floats x = load<Floats>(c.logits + i);
-    largest = larger(x, largest);
+    largest = larger(load<Floats>(c.logits + i), largest);
   }
   for (int j = 0; j < kFloats; ++j) c.largest = std::max(c.largest, largest[j]);
   return c;

@@ -205,20 +205,14 @@ def run_nll(
 
 _lib.define("linear_(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias) -> ()")
 
-# From so many rows on PyTorch's product is as fast. It rearranges the whole head at each call.
-_MANY_ROWS = 512
-
-
-def multiplies_few_rows(hidden: Tensor) -> bool:
-    """Whether there is a kernel for the product of a few such hidden states and a head."""
-    is_float = hidden.device.type == "cpu" and hidden.dtype == torch.float32
-    return is_float and cpp is not None and cpp.has_linear()
+# Whether `linear_` has a kernel here, for float32 on the CPU: one that fuses multiply-adds.
+HAS_LINEAR = cpp is not None and cpp.has_linear()
 
 
 def _linear_impl(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    is_float = hidden.device.type == "cpu" and hidden.dtype == torch.float32
     depth_is_contiguous = hidden.stride(1) == weight.stride(1) == 1
-    if len(hidden) < _MANY_ROWS and depth_is_contiguous and multiplies_few_rows(hidden):
-        assert cpp is not None
+    if is_float and depth_is_contiguous and cpp is not None and cpp.has_linear():
         bias = None if bias is None else bias.contiguous()
         cpp.linear(
             logits.data_ptr(),
@@ -243,8 +237,11 @@ torch.library.register_fake("nar_kernels::linear_", lambda *args: None, lib=_lib
 
 
 def run_linear(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Writes ``hidden @ weight.T + bias`` into ``logits [R, V]``, whose rows are contiguous; of one
-    type and device, without gradients."""
+    """Writes ``hidden @ weight.T + bias`` into ``logits [R, V]``, whose rows are contiguous.
+
+    All are of one type and device, and there are no gradients. Where there is a kernel, each logit
+    is one chain of fused multiply-adds, the same bit for bit whatever rows come with it.
+    """
     torch.ops.nar_kernels.linear_.default(logits, hidden, weight, bias)
 
 

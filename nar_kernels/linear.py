@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.backends import multiplies_in
-from nar_kernels.launch import multiplies_few_rows, run_linear
+from nar_kernels.launch import HAS_LINEAR, run_linear
 
 
 class ChunkLimits(NamedTuple):
@@ -30,6 +30,10 @@ _ENOUGH_LOGITS = 1 << 20
 # Each chunk reads and writes the gradient of the head once more: beside its three products that is
 # little from so many rows on, and less does not show.
 TRAINING_LIMITS = {"cpu": ChunkLimits(1 << 24, 512), "cuda": ChunkLimits(1 << 27, 4096)}
+
+# A library arranges a head anew for each product. That of a smaller one costs it little, and then
+# it is as fast as `run_linear`, or faster.
+_LARGE_HEAD = 1 << 20
 
 # Nothing but logits is kept here: a GPU may have more of them. On a CPU with a product that does
 # not need many rows, so few that caches hold them until they are looked at.
@@ -81,14 +85,20 @@ class LogitsMemory:
         return memory[:size].view(num_rows, width)[:, :vocabulary]
 
 
-def linear_chunks(hidden: Tensor, weight: Tensor, size: int) -> Iterator[tuple[Tensor, slice]]:
+def linear_chunks(
+    hidden: Tensor, weight: Tensor, size: int, backend: str
+) -> Iterator[tuple[Tensor, slice]]:
     """``hidden @ weight.T`` of ``size`` rows at a time, and which rows. Logits are valid until the
-    next."""
+    next. All backends but ``"cpp"`` leave the product to PyTorch."""
     memory = LogitsMemory()
+    is_large = weight.numel() >= _LARGE_HEAD
     for start in range(0, len(hidden), size):
         part = slice(start, min(start + size, len(hidden)))
         logits = memory.rows(part.stop - part.start, len(weight), hidden)
-        torch.mm(hidden[part], weight.t(), out=logits)
+        if is_large and backend == "cpp":
+            run_linear(logits, hidden[part], weight, None)
+        else:
+            torch.mm(hidden[part], weight.t(), out=logits)
         yield logits, part
 
 
@@ -98,13 +108,13 @@ def inferred_logits(
 ) -> Iterator[Tensor]:
     """Logits ``[C, V]`` of chunks of hidden states ``[R, D]``, in order, each valid until the next.
 
-    They have no gradients. Where :func:`multiplies_few_rows`, they depend on their own row alone.
+    They have no gradients.
     """
     dtype = product_dtype(hidden, weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    is_slow = hidden.device.type == "cpu" and not multiplies_few_rows(hidden)
-    limits = TRAINING_LIMITS if is_slow else INFERENCE_LIMITS
+    needs_many_rows = hidden.device.type == "cpu" and not (HAS_LINEAR and dtype == torch.float32)
+    limits = TRAINING_LIMITS if needs_many_rows else INFERENCE_LIMITS
     size = chunk_size(len(hidden), len(weight), hidden.device, limits)
     # Autocast, which must not be switched off around a yield, lets these products alone.
     for start in range(0, len(hidden), size):

@@ -54,8 +54,8 @@ def masked_nll(
         normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``) or
             masked (``"mean"``) positions: that of the whole batch where this is a part of it. One
             number.
-        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``: of the softmax; products
-            are PyTorch's.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``: of the softmax. Products
+            are PyTorch's, but for the logits of a large head in float32 with ``"cpp"``.
 
     Returns:
         A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
@@ -253,7 +253,7 @@ def _losses_and_gradients(
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(wide).contiguous()
     size = chunk_size(len(hidden), len(weight), hidden.device, TRAINING_LIMITS)
-    for logits, part in linear_chunks(hidden, weight, size):
+    for logits, part in linear_chunks(hidden, weight, size, backend):
         counts = None if row_weight is None else row_weight[part]
         nll[part] = run_nll(
             logits, labels[part], bias, counts, gradient=any(wanted), backend=backend

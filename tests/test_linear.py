@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nar_kernels import linear
 from nar_kernels.backends import cpp
-from nar_kernels.launch import multiplies_few_rows, run_linear
+from nar_kernels.launch import run_linear
 from nar_kernels.linear import ChunkLimits, LogitsMemory, chunk_size, inferred_logits
 
 CPU = torch.device("cpu")
@@ -83,11 +83,10 @@ def test_each_logit_is_one_chain_of_fused_multiply_adds():
     assert product(hidden, weight).item() == -(tiny**2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_pytorchs(dtype):
     hidden, weight = torch.randn(6, 8, dtype=dtype), torch.randn(20, 8, dtype=dtype)
-    assert multiplies_few_rows(hidden) == (dtype == torch.float32 and cpp.has_linear())
-    torch.testing.assert_close(product(hidden, weight), hidden @ weight.t())
+    assert torch.equal(product(hidden, weight), hidden @ weight.t())
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(20)])

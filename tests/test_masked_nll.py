@@ -121,6 +121,12 @@ def any_cpu(monkeypatch):
     monkeypatch.setattr(linear, "multiplies_in", lambda dtype: True)
 
 
+@pytest.fixture(params=[0, 1 << 20], ids=["large head", "small head"])
+def head_size(request, monkeypatch):
+    """Whether logits are those of a kernel of ours, where there is one."""
+    monkeypatch.setattr(linear, "_LARGE_HEAD", request.param)
+
+
 @pytest.fixture
 def rows_of_a_chunk(monkeypatch):
     """Sets how many rows of logits may exist at a time."""
@@ -138,7 +144,7 @@ def rows_of_a_chunk(monkeypatch):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
-def test_equals_cross_entropy(backend, dtype, reduction):
+def test_equals_cross_entropy(backend, dtype, reduction, head_size):
     corrupted = corrupted_batch().to(device_of(backend))
     tensors = random_inputs(corrupted, dtype=dtype)
     check(tensors, corrupted, backend=backend, reduction=reduction)
