@@ -67,29 +67,36 @@ inline Halves upper_halves(Floats a, Floats b) {
 }
 constexpr int16_t kUpperOfMinusInfinity = 0x7F80;
 
-// Floats are kept that are above `smallest`, or equal to it at an index of at most `last_tie`.
-struct KeptBound {
-  float smallest;
-  int64_t last_tie;
-};
+constexpr int kSamples = 256;
+constexpr int64_t kWorthSampling = 2048;  // floats
 
-// Three upper halves that are likely to have the k-th float between them, by what a sample shows.
-inline Int4 bracket(const int16_t* upper, int64_t length, int64_t k) {
-  constexpr int kSamples = 256;
-  constexpr double kSigmas = 2.5;
-  int16_t samples[kSamples];
-  const int64_t stride = length / kSamples;
-  for (int i = 0; i < kSamples; ++i) samples[i] = upper[i * stride];
-  const double share = static_cast<double>(k) / static_cast<double>(length);
-  const double spread = kSigmas * std::sqrt(share * (1 - share) * kSamples) + 1;
-  // The largest numbers with at most so many samples below them.
-  Int4 most, pivots = {};
-  for (int j = 0; j < 3; ++j) most[j] = static_cast<int>(share * kSamples + (j - 1) * spread);
+// How many samples are among the largest floats of a share, more or less so many standard
+// deviations.
+inline int samples_of_share(double share, double sigmas) {
+  const double spread = std::abs(sigmas) * std::sqrt(share * (1 - share) * kSamples) + 1;
+  return static_cast<int>(share * kSamples + (sigmas < 0 ? -spread : spread));
+}
+
+// The largest upper halves with at most so many samples below them.
+inline Int4 quantiles(const int16_t samples[kSamples], Int4 most) {
+  Int4 pivots = {};
   for (int32_t bit = 0x8000; bit > 0; bit >>= 1) {
     const Int4 higher = pivots + bit;
     pivots = count_below<3>(samples, kSamples, higher) <= most ? higher : pivots;
   }
   return pivots;
+}
+
+// Three upper halves that are likely to have the k-th float between them, by what a sample shows.
+inline Int4 bracket(const int16_t* upper, int64_t length, int64_t k) {
+  constexpr double kSigmas = 2.5;
+  int16_t samples[kSamples];
+  const int64_t stride = length / kSamples;
+  for (int i = 0; i < kSamples; ++i) samples[i] = upper[i * stride];
+  const double share = static_cast<double>(k) / static_cast<double>(length);
+  const Int4 most = {samples_of_share(share, -kSigmas), static_cast<int>(share * kSamples),
+                     samples_of_share(share, kSigmas), 0};
+  return quantiles(samples, most);
 }
 
 // The upper halves in [low, high) of what may be the k-th float, and how many floats are below
@@ -124,14 +131,17 @@ struct Bracket {
   }
 };
 
-// What keeps the k largest of `num_finite` floats; of equal ones, those that come first.
-// 0 < k < num_finite. `logit(i)` is the float that `upper[i]` is the upper half of, if that is not
-// the one of -inf.
-template <typename Logit>
-KeptBound kept_bound(Logit logit, const int16_t* upper, int64_t length, int64_t k,
-                     int64_t num_finite) {
+// A float, and where it is.
+struct Ranked {
+  float value;
+  int64_t index;
+};
+
+// The k-th largest of `num_finite` floats; of equal ones, those that come first are larger.
+// 0 < k <= num_finite. `upper` are their upper halves.
+inline Ranked kth_largest(const float* logits, const int16_t* upper, int64_t length, int64_t k,
+                          int64_t num_finite) {
   Bracket b = {k, 0, kUpperOfMinusInfinity + kFlip, 0, num_finite};
-  constexpr int64_t kWorthSampling = 2048;
   const bool samples = length >= kWorthSampling;
   const int64_t few = 16 + length / 256;  // to look at each of them
   for (int pass = 0; b.below_high - b.below_low > few && b.width() > 1; ++pass) {
@@ -143,7 +153,7 @@ KeptBound kept_bound(Logit logit, const int16_t* upper, int64_t length, int64_t 
   }
 
   const auto key = [&](int64_t i) {
-    return uint64_t{static_cast<uint32_t>(descending(logit(i))) ^ 0x80000000u} << 32 |
+    return uint64_t{static_cast<uint32_t>(descending(logits[i])) ^ 0x80000000u} << 32 |
            static_cast<uint32_t>(i);
   };
   std::vector<OrderedKey> ordered;

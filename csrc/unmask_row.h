@@ -38,11 +38,6 @@ struct Row {
   const T* from;
   int64_t count;
 
-  float operator[](int64_t i) const {
-    T copies[kFloats] = {from[i]};
-    return clean(widened(copies))[0];
-  }
-
   // Calls take(index, vector, next vector) up to `padded`, a multiple of kRowPadding. Behind the
   // row there is -inf. Fetches ahead: by itself a CPU does so too late, and not across pages.
   static constexpr int64_t kAhead = 1024;
@@ -54,19 +49,45 @@ struct Row {
       take(i, clean(widened(from + i)), clean(widened(from + i + kFloats)));
     }
     for (; i < padded; i += kHalves) {
-      float last[kHalves];
-      for (int j = 0; j < kHalves; ++j) last[j] = i + j < count ? (*this)[i + j] : -INFINITY;
-      take(i, load<Floats>(last), load<Floats>(last + kFloats));
+      T last[kHalves] = {};
+      if (i < count) std::memcpy(last, from + i, static_cast<size_t>(count - i) * sizeof(T));
+      Floats x = clean(widened(last)), next = clean(widened(last + kFloats));
+      for (int j = 0; j < kFloats; ++j) {
+        if (i + j >= count) x[j] = -INFINITY;
+        if (i + j + kFloats >= count) next[j] = -INFINITY;
+      }
+      take(i, x, next);
     }
   }
 };
 
+constexpr float kLowestFloat = -3.40282347e38f;
+
+// What probably some more than k logits of a row reach, by what a sample of it shows.
+template <typename T>
+float likely_bound(const Row<T>& row, int64_t k) {
+  constexpr double kSigmas = 3;
+  const int most =
+      samples_of_share(static_cast<double>(k) / static_cast<double>(row.count), kSigmas);
+  if (row.count < kWorthSampling || most >= kSamples) return kLowestFloat;
+  T chosen[kSamples];
+  const int64_t stride = row.count / kSamples;
+  for (int i = 0; i < kSamples; ++i) chosen[i] = row.from[i * stride];
+  int16_t samples[kSamples];
+  for (int i = 0; i < kSamples; i += kHalves) {
+    const Floats x = widened(chosen + i), next = widened(chosen + i + kFloats);
+    store(samples + i, upper_halves(clean(x), clean(next)));
+  }
+  const int32_t upper = quantiles(samples, Int4{} + most)[0] - kFlip;
+  // The smallest float with this upper half.
+  return upper < kUpperOfMinusInfinity ? float_of(upper * 65536 + 65535) : kLowestFloat;
+}
+
 // Among these a token is drawn. One of -inf cannot be.
 struct Candidates {
-  const float* logits;  // padded with -inf to kManyFloats
-  const int32_t* ids;   // ascending; null for all ids
+  float* logits;  // padded with -inf to kManyFloats
+  int32_t* ids;   // ascending; null for all ids
   int64_t count;
-  float largest;
 
   int64_t id(int64_t i) const { return ids ? ids[i] : i; }
 
@@ -80,65 +101,85 @@ struct Candidates {
     }
     return low < count && ids[low] == id ? low : -1;
   }
+
+  // How many of these ids there were.
+  int64_t forbid(const int64_t* forbidden, int64_t num_forbidden) const {
+    int64_t found = 0;
+    for (int64_t f = 0; f < num_forbidden; ++f) {
+      const int64_t at = find(forbidden[f]);
+      if (at >= 0) logits[at] = -INFINITY, ++found;
+    }
+    return found;
+  }
+
+  float largest() const {
+    Floats v = spread(-INFINITY);
+    for (int64_t i = 0; i < count; i += kFloats) v = larger(load<Floats>(logits + i), v);
+    float x = -INFINITY;
+    for (int j = 0; j < kFloats; ++j) x = std::max(x, v[j]);
+    return x;
+  }
 };
+
+// Appends what of `x`, whose ids these are, is not below the bound.
+inline void append(Floats x, Ints ids, float bound, Candidates* c) {
+  c->count += compress(x >= bound, x, ids, c->logits + c->count, c->ids + c->count);
+}
+
+void pad(const Candidates& c) {
+  for (int j = 0; j < kManyVectors; ++j) {
+    store(c.logits + c.count + j * kFloats, spread(-INFINITY));
+  }
+}
+
+// Leaves the k largest of at least as many that are not -inf.
+void keep_largest(int64_t k, int64_t num_finite, int16_t* upper, Candidates* c) {
+  const int64_t length = (c->count + kHalves - 1) / kHalves * kHalves;
+  for (int64_t i = 0; i < length; i += kHalves) {
+    const Floats x = load<Floats>(c->logits + i), next = load<Floats>(c->logits + i + kFloats);
+    store(upper + i, upper_halves(x, next));
+  }
+  const Ranked last = kth_largest(c->logits, upper, length, k, num_finite);
+  const Ints last_id = Ints{} + c->ids[last.index];
+  Candidates kept = {c->logits, c->ids, 0};
+  for (int64_t i = 0; i < c->count; i += kFloats) {
+    append(load<Floats>(c->logits + i), load<Ints>(c->ids + i), last.value, &kept);
+  }
+  pad(kept);
+  for (int64_t i = 0; kept.count > k && i < kept.count; i += kFloats) {  // equal ones
+    const Floats x = load<Floats>(kept.logits + i);
+    const Ints is_beyond = (x == last.value) & (load<Ints>(kept.ids + i) > last_id);
+    store(kept.logits + i, is_beyond ? spread(-INFINITY) : x);
+  }
+  *c = kept;
+}
 
 // The k largest logits of a row, or as many as there are.
 template <typename T>
 Candidates find_candidates(const UnmaskArgs& a, const Row<T>& row, const UnmaskScratch& s) {
   const int64_t padded = padded_row(a.vocabulary);
-  Candidates c = {s.logits, nullptr, padded, -INFINITY};
-  KeptBound bound = {-INFINITY, -1};
-  if (a.top_k < a.vocabulary) {
-    row.for_each_pair(padded, [&](int64_t i, Floats x, Floats next) {
-      store(s.upper + i, upper_halves(x, next));
-    });
-    for (int64_t f = 0; f < a.num_forbidden; ++f) s.upper[a.forbidden[f]] = kUpperOfMinusInfinity;
-    const Int4 finite = Int4{} + (kUpperOfMinusInfinity + kFlip);
-    const int64_t num_finite = count_below<1>(s.upper, padded, finite)[0];
-    if (a.top_k < num_finite) {
-      const auto logit = [&](int64_t i) { return row[i]; };
-      bound = kept_bound(logit, s.upper, padded, a.top_k, num_finite);
-    }
-  }
-  if (bound.smallest == -INFINITY) {
+  if (a.top_k >= a.vocabulary) {
     row.for_each_pair(padded, [&](int64_t i, Floats x, Floats next) {
       store(s.logits + i, x), store(s.logits + i + kFloats, next);
     });
-  } else {
-    const Floats smallest = spread(bound.smallest);
-    float* logits = s.logits;
-    int32_t* ids = s.ids;
-    Ints id;
-    for (int j = 0; j < kFloats; ++j) id[j] = j;
-    const auto keep = [&](Floats x) {
-      const int count = compress(x >= smallest, x, id, logits, ids);
-      logits += count, ids += count, id += kFloats;
-    };
-    row.for_each_pair(padded, [&](int64_t, Floats x, Floats next) { keep(x), keep(next); });
-    c.ids = s.ids, c.count = ids - s.ids;
-    for (int j = 0; j < kManyVectors; ++j) {
-      store(s.logits + c.count + j * kFloats, spread(-INFINITY));
-    }
+    const Candidates all = {s.logits, nullptr, padded};
+    all.forbid(a.forbidden, a.num_forbidden);
+    return all;
   }
-  int64_t num_allowed = c.count;
-  for (int64_t f = 0; f < a.num_forbidden; ++f) {
-    const int64_t at = c.find(a.forbidden[f]);
-    if (at >= 0) s.logits[at] = -INFINITY, --num_allowed;
+  for (float bound = likely_bound(row, a.top_k + a.num_forbidden);; bound = kLowestFloat) {
+    Candidates c = {s.logits, s.ids, 0};
+    Ints ids;
+    for (int j = 0; j < kFloats; ++j) ids[j] = j;
+    row.for_each_pair(padded, [&](int64_t, Floats x, Floats next) {
+      append(x, ids, bound, &c), append(next, ids + kFloats, bound, &c);
+      ids += kHalves;
+    });
+    pad(c);
+    const int64_t num_finite = c.count - c.forbid(a.forbidden, a.num_forbidden);
+    if (num_finite < a.top_k && bound != kLowestFloat) continue;  // a sample that misled
+    if (num_finite > a.top_k) keep_largest(a.top_k, num_finite, s.upper, &c);
+    return c;
   }
-  if (c.ids && num_allowed > a.top_k) {
-    const Ints last_tie = Ints{} + static_cast<int32_t>(bound.last_tie);
-    for (int64_t i = 0; i < c.count; i += kFloats) {
-      const Floats x = load<Floats>(s.logits + i);
-      const Ints is_beyond = (x == bound.smallest) & (load<Ints>(s.ids + i) > last_tie);
-      store(s.logits + i, is_beyond ? spread(-INFINITY) : x);
-    }
-  }
-  Floats largest = spread(-INFINITY);
-  for (int64_t i = 0; i < c.count; i += kFloats) {
-    largest = larger(load<Floats>(c.logits + i), largest);
-  }
-  for (int j = 0; j < kFloats; ++j) c.largest = std::max(c.largest, largest[j]);
-  return c;
 }
 
 int64_t first_of(const float* logits, float value) {
@@ -155,7 +196,7 @@ struct Sums {
 
 // Sums over the candidates in units of 2**-30: integers, so that no order of summing matters.
 template <bool kWithGap>
-Sums sum_of_exp(const Candidates& c) {
+Sums sum_of_exp(const Candidates& c, float largest) {
   // In halves of 15 bits, of which a lane of 32 bits holds the sum of so many.
   constexpr int64_t kTerms = 32768;
   Sums sums = {};
@@ -170,7 +211,7 @@ Sums sum_of_exp(const Candidates& c) {
     for (int64_t i = first; i < end; i += kManyFloats) {
       Floats gap[kManyVectors], e[kManyVectors];
       for (int j = 0; j < kManyVectors; ++j) {
-        e[j] = gap[j] = load<Floats>(c.logits + i + j * kFloats) - c.largest;
+        e[j] = gap[j] = load<Floats>(c.logits + i + j * kFloats) - largest;
       }
       exp_of_negative(e);
       for (int j = 0; j < kManyVectors; ++j) {
@@ -189,13 +230,13 @@ Sums sum_of_exp(const Candidates& c) {
 inline float from_units(int64_t sum) { return static_cast<float>(sum) * 0x1p-30f; }
 
 // The largest logit but one; the largest itself if there are two.
-float second_largest(const Candidates& c) {
+float second_largest(const Candidates& c, float largest) {
   Floats second = spread(-INFINITY);
   Ints num_largest = {};
   for (int64_t i = 0; i < c.count; i += kFloats) {
     const Floats x = load<Floats>(c.logits + i);
-    num_largest -= x == c.largest;
-    second = x < c.largest && x > second ? x : second;
+    num_largest -= x == largest;
+    second = x < largest && x > second ? x : second;
   }
   int64_t ties = 0;
   float result = -INFINITY;
@@ -203,7 +244,7 @@ float second_largest(const Candidates& c) {
     ties += num_largest[j];
     result = std::max(result, second[j]);
   }
-  return ties > 1 ? c.largest : result;
+  return ties > 1 ? largest : result;
 }
 
 // Standard Gumbel noise of random words: -log(E), where E = -log(1 - u) and u = (word + 1/2) /
@@ -243,11 +284,11 @@ void candidate_words(const UnmaskArgs& a, uint64_t slot, const Candidates& c, in
 
 // The index of the candidate with the largest (logit - largest) / temperature + noise, of the
 // lowest id among equals. Few candidates can win, and only for those noise is made in full.
-int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c) {
+int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c, float largest) {
   constexpr float kLn2 = 0.693147181f, kSlack = 1e-3f;  // for roundings
   uint32_t words[kChunk + kWordPadding];
   // First a likely one, so that few others come into question.
-  int64_t best_index = first_of(c.logits, c.largest);
+  int64_t best_index = first_of(c.logits, largest);
   const uint32_t word = random_word(a.seed, kDecodeNoise, slot, c.id(best_index));
   float best = gumbel(Ints{} + static_cast<int32_t>(word))[0];
   for (int64_t first = 0; first < c.count; first += kChunk) {
@@ -255,7 +296,7 @@ int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c) {
     candidate_words(a, slot, c, first, count, words);
     for (int64_t i = 0; i < count; i += kFloats) {
       const Floats scaled =
-          (load<Floats>(c.logits + first + i) - c.largest) * a.inverse_temperature;
+          (load<Floats>(c.logits + first + i) - largest) * a.inverse_temperature;
       const UInts word = load<UInts>(words + i);
       // Noise is at most -log(u), and the bits of a float x are less than 2**23 (127 + log2(x)).
       const Ints bits = (Ints) __builtin_convertvector((Ints)(word >> 1), Floats);
@@ -277,7 +318,7 @@ template <typename T>
 void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
   const Row<T> row = {static_cast<const T*>(a.logits) + r * a.stride, a.vocabulary};
   const Candidates candidates = find_candidates(a, row, s);
-  const float largest = candidates.largest;
+  const float largest = candidates.largest();
   const bool is_given = a.given && a.given[r] >= 0;
   if (largest == -INFINITY) {
     a.tokens[r] = is_given ? a.given[r] : a.fallback;
@@ -292,12 +333,13 @@ void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
   } else if (a.inverse_temperature == 0) {
     index = first_of(candidates.logits, largest);
   } else {
-    index = sample(a, static_cast<uint64_t>(a.noise_slots[r]), candidates);
+    index = sample(a, static_cast<uint64_t>(a.noise_slots[r]), candidates, largest);
   }
   const float logit = index < 0 ? -INFINITY : candidates.logits[index];
 
   const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
-  const Sums sums = with_gap ? sum_of_exp<true>(candidates) : sum_of_exp<false>(candidates);
+  const Sums sums = with_gap ? sum_of_exp<true>(candidates, largest)
+                             : sum_of_exp<false>(candidates, largest);
   const float sum = from_units(sums.exp), log_of_sum = log_of_positive(spread(sum))[0];
   a.tokens[r] = is_given ? a.given[r] : candidates.id(index);
   a.log_prob[r] = (logit - largest) - log_of_sum;
@@ -305,7 +347,7 @@ void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
   if (with_gap) {
     a.confidence[r] = -(log_of_sum + from_units(sums.exp_times_gap) / sum);
   } else {
-    const float gap = second_largest(candidates) - largest;
+    const float gap = second_largest(candidates, largest) - largest;
     a.confidence[r] = (1.0f - exp_of_negative(spread(gap))[0]) / sum;
   }
 }

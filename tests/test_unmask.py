@@ -121,6 +121,18 @@ def nearly_equal_rows(length: int) -> Tensor:
 
 
 @needs_cpp
+@pytest.mark.parametrize("sampled", [10.0, -10.0, -torch.inf])
+def test_a_sample_of_the_row_that_misleads(sampled, simd_level):
+    """The k-th largest is bracketed by what every so many logits say, but is exact all the same."""
+    logits = torch.randn(4, 4099)
+    logits[:, :: 4099 // 256] += sampled
+    for dtype in DTYPES:
+        for top_k in (1, 100, 257, 1000, 3800, 4098):
+            args = dict(top_k=top_k, noise_slots=torch.arange(4), forbidden_ids=(0, 16, 17))
+            assert_equals_reference(logits.to(dtype), backend="cpp", **args)
+
+
+@needs_cpp
 def test_ties_that_upper_halves_of_keys_cannot_tell_apart(simd_level):
     """The k-th largest among thousands of equal logits, and of logits that differ by a bit."""
     for row in nearly_equal_rows(3000):
