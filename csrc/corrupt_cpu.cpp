@@ -17,16 +17,6 @@ namespace {
 constexpr int64_t kTokensPerChunk = 4096;
 constexpr int64_t kKeysPerChunk = 16384;  // that are only counted
 
-CorruptKernels kernels() {
-  switch (simd_level()) {
-#if defined(NAR_X86)
-    case SimdLevel::kAvx512: return corrupt_kernels_avx512();
-    case SimdLevel::kAvx2: return corrupt_kernels_avx2();
-#endif
-    default: return corrupt_kernels_generic();
-  }
-}
-
 void check_samples(const CorruptArgs& a) {
   for (int64_t b = 0; b < a.windows.batch; ++b) {
     const int64_t sample = static_cast<int64_t>(a.sample(b));
@@ -42,7 +32,7 @@ void check_samples(const CorruptArgs& a) {
 
 void count_masked(const CorruptArgs& a, int64_t* counts, int num_threads) {
   check_samples(a);
-  const CorruptKernels k = kernels();
+  const CorruptKernels k = NAR_OF_BEST_LEVEL(corrupt_kernels);
   const std::vector<uint32_t> t16 = k.draw_times(a);
   const int64_t work = a.exact ? 1 : std::max<int64_t>(a.windows.seq_len, 1);
   const int64_t chunk = (kKeysPerChunk + work - 1) / work;
@@ -58,7 +48,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   if (a.seed_tensor) a.seed = *a.seed_tensor;
   const int64_t batch = a.windows.batch, seq_len = a.windows.seq_len;
   check_samples(a);
-  const CorruptKernels k = kernels();
+  const CorruptKernels k = NAR_OF_BEST_LEVEL(corrupt_kernels);
   std::vector<int64_t> starts;
   if (a.order.num_windows) {
     starts = k.ordered_starts(a);

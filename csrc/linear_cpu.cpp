@@ -10,28 +10,22 @@
 namespace nar {
 namespace {
 
-// What a thread multiplies at a time should fit a core's second cache: so many weights,
-// then panels of hidden states.
+// What a thread multiplies at a time should fit a core's second cache: so many weights, then panels
+// of hidden states.
 constexpr int64_t kWeights = 16384, kPanels = 8;
 
-LinearKernel kernel() {
-  switch (simd_level()) {
-#if defined(NAR_X86)
-    case SimdLevel::kAvx512: return linear_avx512();
-    case SimdLevel::kAvx2: return linear_avx2();
-#endif
-    default: return {};
-  }
-}
+// Without fused multiply-adds there is no kernel.
+LinearKernel linear_generic() { return {}; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-bool has_linear() { return kernel().multiply; }
+bool has_linear() { return NAR_OF_BEST_LEVEL(linear).multiply; }
 
 void linear_cpu(const LinearArgs& a, int num_threads) {
-  const LinearKernel kernel = nar::kernel();
+  if (a.rows == 0 || a.vocabulary == 0) return;
+  const LinearKernel kernel = NAR_OF_BEST_LEVEL(linear);
   const int64_t panels = ceil_div(a.rows, kernel.panel_rows);
   const int64_t panel_size = kernel.panel_rows * a.depth;
   const std::unique_ptr<float[]> packed(new float[panels * panel_size]);

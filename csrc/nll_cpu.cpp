@@ -12,20 +12,10 @@ namespace {
 // What a thread takes at a time, at least: worth some 10 microseconds.
 constexpr int64_t kLogitsPerChunk = 16384;
 
-NllRow kernel() {
-  switch (simd_level()) {
-#if defined(NAR_X86)
-    case SimdLevel::kAvx512: return nll_row_avx512();
-    case SimdLevel::kAvx2: return nll_row_avx2();
-#endif
-    default: return nll_row_generic();
-  }
-}
-
 }  // namespace
 
 void nll_cpu(const NllArgs& a, int num_threads) {
-  const NllRow row = kernel();
+  const NllRow row = NAR_OF_BEST_LEVEL(nll_row);
   const int64_t chunk = std::max<int64_t>(kLogitsPerChunk / std::max<int64_t>(a.vocabulary, 1), 1);
   const int64_t num_chunks = (a.rows + chunk - 1) / chunk;
   num_threads =

@@ -40,6 +40,7 @@ inline int32_t descending(float x) {
   return bits < 0 ? bits ^ INT32_MIN : ~bits;
 }
 
+// The float of such a number.
 inline float float_of(int32_t number) {
   const int32_t bits = number < 0 ? ~number : number ^ INT32_MIN;
   float x;

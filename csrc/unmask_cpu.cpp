@@ -23,20 +23,10 @@ std::unique_ptr<CacheLine[]> lines_of(int64_t count) {
   return std::unique_ptr<CacheLine[]>(new CacheLine[(count + kPerLine - 1) / kPerLine]);
 }
 
-UnmaskRow kernel() {
-  switch (simd_level()) {
-#if defined(NAR_X86)
-    case SimdLevel::kAvx512: return unmask_row_avx512();
-    case SimdLevel::kAvx2: return unmask_row_avx2();
-#endif
-    default: return unmask_row_generic();
-  }
-}
-
 }  // namespace
 
 void unmask_cpu(const UnmaskArgs& a, int num_threads) {
-  const UnmaskRow row = kernel();
+  const UnmaskRow row = NAR_OF_BEST_LEVEL(unmask_row);
   const int64_t padded = padded_row(a.vocabulary);
   const int64_t chunk = std::max<int64_t>(kLogitsPerChunk / std::max<int64_t>(padded, 1), 1);
   const int64_t num_chunks = (a.rows + chunk - 1) / chunk;

@@ -210,9 +210,16 @@ HAS_LINEAR = cpp is not None and cpp.has_linear()
 
 
 def _linear_impl(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    is_float = hidden.device.type == "cpu" and hidden.dtype == torch.float32
-    depth_is_contiguous = hidden.stride(1) == weight.stride(1) == 1
-    if is_float and depth_is_contiguous and cpp is not None and cpp.has_linear():
+    # PyTorch takes, or refuses, whatever the kernel does not know.
+    tensors = [logits, hidden, weight] + ([] if bias is None else [bias])
+    is_known = (
+        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and logits.stride(1) == hidden.stride(1) == weight.stride(1) == 1
+        and hidden.shape[1] == weight.shape[1]
+        and logits.shape == (len(hidden), len(weight))
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+    if is_known and cpp is not None and cpp.has_linear():
         bias = None if bias is None else bias.contiguous()
         cpp.linear(
             logits.data_ptr(),

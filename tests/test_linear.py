@@ -89,6 +89,16 @@ def test_other_types_are_pytorchs(dtype):
     assert torch.equal(product(hidden, weight), hidden @ weight.t())
 
 
+def test_shapes_that_do_not_fit():
+    """Nothing is read that is not there; PyTorch says what is wrong."""
+    hidden, weight = torch.randn(6, 8), torch.randn(20, 8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        next(inferred_logits(hidden[:, :7], weight, None, LogitsMemory()))
+    with pytest.raises(RuntimeError, match="size"):
+        next(inferred_logits(hidden, weight, torch.randn(19), LogitsMemory()))
+    assert product(hidden, weight[:0]).shape == (6, 0)
+
+
 @pytest.mark.parametrize("bias", [None, torch.randn(20)])
 def test_opcheck(bias):
     args = (torch.empty(6, 20), torch.randn(6, 8), torch.randn(20, 8), bias)
