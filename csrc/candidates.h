@@ -55,9 +55,10 @@ constexpr float kLowestFloat = -3.40282347e38f;
 template <typename T>
 float likely_bound(const Row<T>& row, int64_t k) {
   constexpr double kSigmas = 3;
+  if (row.count < kWorthSampling || k >= row.count) return kLowestFloat;
   const int most =
       samples_of_share(static_cast<double>(k) / static_cast<double>(row.count), kSigmas);
-  if (row.count < kWorthSampling || most >= kSamples) return kLowestFloat;
+  if (most >= kSamples) return kLowestFloat;
   T chosen[kSamples];
   const int64_t stride = row.count / kSamples;
   for (int i = 0; i < kSamples; ++i) chosen[i] = row.from[i * stride];
@@ -90,12 +91,12 @@ struct Candidates {
     return low < count && ids[low] == id ? low : -1;
   }
 
-  // How many of these ids there were.
+  // How many of these ids could have been drawn.
   int64_t forbid(const int64_t* forbidden, int64_t num_forbidden) const {
     int64_t found = 0;
     for (int64_t f = 0; f < num_forbidden; ++f) {
       const int64_t at = find(forbidden[f]);
-      if (at >= 0) logits[at] = -INFINITY, ++found;
+      if (at >= 0 && logits[at] > -INFINITY) logits[at] = -INFINITY, ++found;
     }
     return found;
   }
