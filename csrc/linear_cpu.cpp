@@ -1,10 +1,9 @@
 // `linear` on the CPU: threads, blocks that fit caches, choice of instruction set.
-#include "linear.h"
-
 #include <algorithm>
 #include <memory>
 
 #include "cpu_features.h"
+#include "linear.h"
 #include "parallel_for.h"
 
 namespace nar {
@@ -29,9 +28,8 @@ void linear_cpu(const LinearArgs& a, int num_threads) {
   const int64_t panels = ceil_div(a.rows, kernel.panel_rows);
   const int64_t panel_size = kernel.panel_rows * a.depth;
   const std::unique_ptr<float[]> packed(new float[panels * panel_size]);
-  parallel_for(panels, num_threads, [&](int64_t panel, int) {
-    kernel.pack(a, panel, &packed[panel * panel_size]);
-  });
+  parallel_for(panels, num_threads,
+               [&](int64_t panel, int) { kernel.pack(a, panel, &packed[panel * panel_size]); });
 
   // Equal blocks of ids, which are multiples of 16: a cache line of logits has one writer.
   const int64_t most = std::max<int64_t>(kWeights / std::max<int64_t>(a.depth, 1), 16);

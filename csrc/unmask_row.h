@@ -134,8 +134,7 @@ int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c, float la
     const int64_t count = std::min(kChunk, c.count - first);
     candidate_words(a, slot, c, first, count, words);
     for (int64_t i = 0; i < count; i += kFloats) {
-      const Floats scaled =
-          (load<Floats>(c.logits + first + i) - largest) * a.inverse_temperature;
+      const Floats scaled = (load<Floats>(c.logits + first + i) - largest) * a.inverse_temperature;
       const UInts word = load<UInts>(words + i);
       // Noise is at most -log(u), and the bits of a float x are less than 2**23 (127 + log2(x)).
       const Ints bits = (Ints) __builtin_convertvector((Ints)(word >> 1), Floats);
@@ -177,8 +176,8 @@ void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
   const float logit = index < 0 ? -INFINITY : candidates.logits[index];
 
   const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
-  const Sums sums = with_gap ? sum_of_exp<true>(candidates, largest)
-                             : sum_of_exp<false>(candidates, largest);
+  const Sums sums =
+      with_gap ? sum_of_exp<true>(candidates, largest) : sum_of_exp<false>(candidates, largest);
   const float sum = from_units(sums.exp), log_of_sum = log_of_positive(spread(sum))[0];
   a.tokens[r] = is_given ? a.given[r] : candidates.id(index);
   a.log_prob[r] = (logit - largest) - log_of_sum;
