@@ -7,7 +7,8 @@
 needs above the parameters; beside it stands one copy of the logits at the masked positions of the
 first step, where they are the most. `unmask` alone draws a token for each of some rows of logits,
 on one thread and on all, at the filter of `generate` (0.3 V ids are kept) and without; beside it
-what x-transformers does with the logits of as many positions (filter, softmax, sample).
+what x-transformers does with the logits of as many positions (filter, softmax, sample). On a CPU
+the product of some rows and the head stands beside PyTorch's.
 `--dry-run` is tiny, and its figures say nothing.
 
 `--quality` trains the net of `nar-kernels train --data digits` and draws images from it with both,
@@ -19,6 +20,7 @@ and of the held-out images; the distance to the nearest held-out image is in its
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,8 @@ from x_transformers import nonautoregressive_wrapper as original
 import nar_kernels
 from nar_kernels import unmask
 from nar_kernels.config import TrainConfig
+from nar_kernels.launch import run_linear
+from nar_kernels.linear import LogitsMemory
 from nar_kernels.sources import open_data
 from nar_kernels.train import Run
 
@@ -197,6 +201,28 @@ def bench_unmask(num_tokens: int, num_rows: int, device: str, repeats: int) -> l
     return rows
 
 
+def bench_product(num_tokens: int, dim: int, all_rows: list[int], repeats: int) -> list[dict]:
+    """Logits of some rows in float32, by PyTorch and as `generate` makes them."""
+    weight = torch.randn(num_tokens, dim)
+    rows = []
+    for num_rows in all_rows:
+        hidden = torch.randn(num_rows, dim)
+        logits = LogitsMemory().rows(num_rows, num_tokens, hidden)
+        calls = {
+            "torch.mm": partial(torch.mm, hidden, weight.t(), out=logits),
+            "ours": partial(run_linear, logits, hidden, weight, None),
+        }
+        turns = turns_ns(calls, repeats, warm_up=1, device="cpu")
+        ns = {who: statistics.median(times) for who, times in turns.items()}
+        flops = 2 * num_rows * num_tokens * dim
+        rows.append(
+            {"rows": num_rows}
+            | {f"{who}, GFLOP/s": flops / time for who, time in ns.items()}
+            | {"times as fast": ns["torch.mm"] / ns["ours"]}
+        )
+    return rows
+
+
 # Quality
 
 
@@ -351,6 +377,17 @@ def main() -> None:
             {"num_tokens": num_tokens, "num_rows": num_rows, "rows": rows}
         )
         print(f"unmask alone: V {num_tokens}, {num_rows} rows\n")
+        print_table(rows)
+        write_json(args.json, record)
+    if device == "cuda":
+        return
+    heads = [(33, 16)] if dry else [(257, 256), (8193, 256), (50258, 256), (30522, 768)]
+    for num_tokens, dim in heads:
+        rows = bench_product(num_tokens, dim, [1, 24] if dry else [1, 24, 96, 256, 512], repeats)
+        record.setdefault("product", []).append(
+            {"num_tokens": num_tokens, "dim": dim, "rows": rows}
+        )
+        print(f"product with the head: V {num_tokens}, width {dim}\n")
         print_table(rows)
         write_json(args.json, record)
 

@@ -109,6 +109,9 @@ def test_generate(tmp_path):
     (alone,) = figures["unmask"]
     assert [row["who"] for row in alone["rows"]] == [*["unmask"] * 4, "x-transformers"]
     assert all(row["ns_per_logit"] > 0 for row in alone["rows"])
+    (product,) = figures["product"]
+    assert [row["rows"] for row in product["rows"]] == [1, 24]
+    assert all(min(row.values()) > 0 for row in product["rows"])
 
 
 def test_quality_of_generated_images(tmp_path):
