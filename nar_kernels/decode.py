@@ -6,6 +6,7 @@ arXiv:2202.04200). Shapes: B batch, L sequence length, V vocabulary, R positions
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ def decode(
     top_k: int | None = None,
     forbidden_ids: Sequence[int] = (),
     remask: bool = False,
+    begin_alike: bool = False,
     backend: str = "auto",
 ) -> Iterator[DecodeState]:
     """Fills the masks of a batch step by step.
@@ -69,6 +71,8 @@ def decode(
         top_k, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
         remask: whether a position of the block may be masked again once it was filled, because its
             id has become improbable. Those of the prompt never are.
+        begin_alike: promises that all prompts are the same, and that ``predict`` says the same of
+            them: the first step asks it for one of them.
     """
     device, (batch, length) = prompt.device, prompt.shape
     num_steps = sum(len(block.steps) for block in plan.blocks)
@@ -87,10 +91,17 @@ def decode(
             if choice.is_blind:
                 now, waiting = divide(choice.blind_score(noise), rows, counts, left)
             current = flat_ids[now]
+            slots = (now // length * plan.num_steps + number) * length + now % length
+            given = current.where(current != mask_id, -1) if remask else None
+            asked, places = ids, now
+            if begin_alike and done == 0:
+                asked, places, given = ids[:1], now % length, None
+                if not choice.is_blind:  # the same places in each sequence
+                    places, slots = places[: len(now) // batch], slots.view(batch, -1)
             drawn = draw_tokens(
-                predict(ids, now),
-                (now // length * plan.num_steps + number) * length + now % length,
-                current.where(current != mask_id, -1) if remask else None,
+                predict(asked, places),
+                slots,
+                given,
                 mask_id=mask_id,
                 seed=seed,
                 temperature=temperature * annealing,
@@ -122,19 +133,31 @@ def draw_tokens(
     chunks: Iterable[Tensor], noise_slots: Tensor, given: Tensor | None = None, **options: Any
 ) -> Unmasked:
     """:func:`nar_kernels.unmask` of logits that come chunk by chunk, so that never all of them
-    exist."""
-    parts, first = [], 0
+    exist.
+
+    Args:
+        chunks: together ``[R, V]``.
+        noise_slots: int64 ``[R]``, or ``[N, R]`` to draw N times from each row.
+        given: int64 ``[R]``, for one draw.
+
+    Returns:
+        Tensors ``[R]`` or ``[N * R]``.
+    """
+    draws = torch.atleast_2d(noise_slots)
+    parts: list[list[Unmasked]] = [[] for _ in draws]
+    first = 0
     for logits in chunks:
         part = slice(first, first := first + logits.shape[0])
-        parts.append(
-            unmask(
-                logits if logits.dtype in LOGIT_DTYPES else logits.float(),
-                noise_slots=noise_slots[part],
-                given=None if given is None else given[part],
-                **options,
+        for slots, own_parts in zip(draws, parts, strict=True):
+            own_parts.append(
+                unmask(
+                    logits if logits.dtype in LOGIT_DTYPES else logits.float(),
+                    noise_slots=slots[part],
+                    given=None if given is None else given[part],
+                    **options,
+                )
             )
-        )
-    if not parts:
+    if first == 0:
         nothing = noise_slots.new_empty(0, dtype=torch.float32)
-        return Unmasked(noise_slots, nothing, nothing)
-    return Unmasked(*map(torch.cat, zip(*parts, strict=True)))
+        return Unmasked(noise_slots.flatten(), nothing, nothing)
+    return Unmasked(*map(torch.cat, zip(*chain(*parts), strict=True)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nar_kernels.heads import Prediction
 from nar_kernels.linear import LogitsMemory
 from nar_kernels.masking import MaskingConfig
+from nar_kernels.nets import is_compiled
 from nar_kernels.plan import halton_order
 
 Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]
@@ -138,6 +139,13 @@ class Predictor:
         self._guidance, self._logits_processor = guidance, logits_processor
         self._memory = LogitsMemory(), LogitsMemory()
 
+    @property
+    def sees_ids_alone(self) -> bool:
+        """Whether one sequence may stand for others with the same ids: nothing else tells them
+        apart, and no compiled net has to be compiled again for a smaller batch."""
+        told_apart = self._kwargs or self._guidance or self._logits_processor
+        return not told_apart and not is_compiled(self._net)
+
     def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         first = 0
         for logits in self._logits(ids, rows):
@@ -149,7 +157,10 @@ class Predictor:
     def _logits(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         kwargs, guidance = self._kwargs, self._guidance
         if self._condition is not None and self._embeddings is not None:
-            kwargs = {**kwargs, **self._condition(self._embeddings)}
+            embeddings = self._embeddings
+            if embeddings.dim() == 3:  # perhaps of one sequence that stood for all
+                embeddings = embeddings.expand(len(ids), -1, -1)
+            kwargs = {**kwargs, **self._condition(embeddings)}
         prediction = self._predict(ids, kwargs)
         if self._condition is not None:
             self._embeddings = prediction.embeddings

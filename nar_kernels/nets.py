@@ -121,6 +121,14 @@ def net_attribute(net: nn.Module, name: str, default: Any = _MISSING) -> Any:
     return value
 
 
+def is_compiled(net: nn.Module) -> bool:
+    """Whether ``net`` or a part of it was given to ``torch.compile``."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in net.modules()
+    )
+
+
 @contextmanager
 def other_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """``module`` with another value of an attribute or method."""

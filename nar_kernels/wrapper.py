@@ -486,16 +486,17 @@ class NonAutoregressiveWrapper(nn.Module):
                 )
             prompt_masked = torch.where(is_open, -1, self.mask_id).to(device)
             guidance = Guidance(guidance_scale, unconditional, prompt_masked)
+        predictor = Predictor(
+            self.net,
+            self.masking,
+            kwargs,
+            condition=self._condition if self.self_cond else None,
+            null_embed=self.null_embed if self.self_cond else None,
+            guidance=guidance,
+            logits_processor=logits_processor,
+        )
         states = decode(
-            Predictor(
-                self.net,
-                self.masking,
-                kwargs,
-                condition=self._condition if self.self_cond else None,
-                null_embed=self.null_embed if self.self_cond else None,
-                guidance=guidance,
-                logits_processor=logits_processor,
-            ),
+            predictor,
             begin.to(device),
             plan,
             choice,
@@ -505,6 +506,7 @@ class NonAutoregressiveWrapper(nn.Module):
             top_k=top_k,
             forbidden_ids=self.masking.never_mask_ids,
             remask=remask,
+            begin_alike=predictor.sees_ids_alone and bool((begin == begin[:1]).all()),
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
         submodules = list(self.modules())
