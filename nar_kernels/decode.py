@@ -94,7 +94,7 @@ def decode(
             slots = (now // length * plan.num_steps + number) * length + now % length
             given = current.where(current != mask_id, -1) if remask else None
             asked, places = ids, now
-            if begin_alike and done == 0:
+            if begin_alike and batch > 1 and done == 0:
                 asked, places, given = ids[:1], now % length, None
                 if not choice.is_blind:  # the same places in each sequence
                     places, slots = places[: len(now) // batch], slots.view(batch, -1)

@@ -289,6 +289,43 @@ def test_a_sequence_does_not_depend_on_the_batch(choice):
         assert not torch.equal(together[0], together[2])
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (3, 8)])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(),
+        Choice("margin", temperature=2.0),
+        Choice("threshold", threshold=0.3),
+        Choice("random"),
+        Choice("halton", order=torch.arange(8)),
+    ],
+    ids=lambda choice: choice.strategy,
+)
+@pytest.mark.parametrize("remask", [False, True])
+def test_one_sequence_stands_for_all_that_begin_alike(choice, shape, remask):
+    table = torch.randn(8, NUM_TOKENS, NUM_TOKENS, generator=noise(4))
+
+    def net(ids):  # of a position and the id of its neighbour
+        asked_batches.append(len(ids))
+        return table[torch.arange(8), ids.roll(1, 1)]
+
+    asked_batches = []
+    prompt = torch.full(shape, MASK_ID)
+    prompt[:, 2] = 1
+    plan = make_plan(prompt == MASK_ID, linear, 6, block_length=5)
+    options = dict(plan=plan, choice=choice, prompt=prompt, remask=remask, temperature=3.0)
+    by_themselves = states_of(net, **options)
+    assert set(asked_batches) == {shape[0]}
+    asked_batches.clear()
+    together = states_of(net, **options, begin_alike=True)
+    assert asked_batches == [1] + (len(together) - 2) * [shape[0]]
+    for ours, expected in zip(together, by_themselves, strict=True):
+        assert torch.equal(ours.ids, expected.ids)
+        assert torch.equal(ours.log_prob.nan_to_num(9), expected.log_prob.nan_to_num(9))
+    if shape[0] > 1:
+        assert not torch.equal(ours.ids[0], ours.ids[1])
+
+
 def test_states_are_not_changed_afterwards():
     seen, copies = [], []
     plan = plan_of([4, 2, 0], 2, 8)

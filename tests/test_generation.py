@@ -150,6 +150,42 @@ def test_a_sequence_is_the_same_in_any_batch(strategy, self_cond):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "batch"),
+    [
+        ({}, 1),
+        ({"prompt": [1, 2]}, 1),
+        ({"prompt": [[1], [1], [1]]}, 1),
+        ({"prompt": [[1], [1], [2]]}, 3),
+        ({"shift": 0.5}, 3),  # could differ by sequence
+        ({"logits_processor": lambda logits, rows: logits}, 3),
+        ({"prompt": [1], "guidance_scale": 2.0}, 3),
+    ],
+    ids=str,
+)
+def test_sequences_that_begin_alike_share_the_first_call(options, batch):
+    net = Table(torch.zeros(NUM_TOKENS))
+    make_model(net).generate(3, steps=2, **options)
+    assert len(net.asked[0][0]) == batch and len(net.asked[-1][0]) == 3
+
+
+def test_a_compiled_net_sees_one_batch_size():
+    net = Table(torch.zeros(NUM_TOKENS))
+    net.compile(backend="eager")
+    make_model(net).generate(3, steps=2)
+    assert [len(ids) for ids, _ in net.asked] == [3, 3]
+
+
+@pytest.mark.parametrize("strategy", ["confidence", "random"])
+def test_shared_calls_change_nothing(strategy):
+    """Different prompts behind, so that the batch as a whole does not begin alike."""
+    model = make_model(self_cond=True)
+    options = dict(strategy=strategy, seed=3, steps=5)
+    shared = model.generate(4, **options)
+    by_themselves = model.generate(prompt=[[], [], [], [], [1]], **options)[:4]
+    assert torch.equal(shared, by_themselves)
+
+
 # Steps
 
 
