@@ -410,7 +410,9 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Iterator[DecodeState]:
         """Samples sequences step by step. Ids of ``mask_id`` and ``never_mask_ids`` are not drawn.
 
-        The same sequence comes out in a batch of any size, up to the rounding of the net.
+        The same sequence comes out in a batch of any size, up to the rounding of the net. Where
+        sequences begin alike and nothing but their ids tells them apart, the first step asks the
+        net for one of them.
 
         Args:
             batch_size: B; without it, one sequence, or one for each prompt.
