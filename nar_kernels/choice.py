@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,17 +71,17 @@ class Choice(NamedTuple):
         """Whether it does not depend on what the net says."""
         return self.strategy in ("random", "halton")
 
-    def blind_score(self, noise: "Noise") -> Tensor:
-        """Floating-point ``[B, L]``, the highest come first, of a strategy that is blind."""
+    def blind_score(self, rows: Tensor, noise: "Noise") -> Tensor:
+        """Floating-point ``[R]``, the highest come first, of a strategy that is blind."""
         if self.strategy == "random":
-            return noise.words().double()
+            return noise.words(rows).double()
         assert self.order is not None
-        return -self.order.double().expand(len(noise.slots), -1)
+        return -self.order.double().index_select(0, rows % noise.length)
 
     def score(
         self, ids: Tensor, rows: Tensor, confidence: Tensor, annealing: float, noise: "Noise"
     ) -> Tensor:
-        """Floating-point ``[B, L]``: at ``rows``, the highest come first.
+        """Floating-point ``[R]``, the highest come first.
 
         Args:
             ids: int64 ``[B, L]``, with what was drawn.
@@ -88,59 +89,77 @@ class Choice(NamedTuple):
             confidence: float32 ``[R]``, of :func:`nar_kernels.unmask`.
             annealing: of this step, as is the noise.
         """
+        score = confidence
         if self.strategy == "critic":
             assert self.critic is not None
-            score = -self.critic(ids).float()
-        else:
-            score = torch.zeros(ids.shape, device=ids.device)
-            score.view(-1)[rows] = confidence
+            score = -self.critic(ids).float().flatten().index_select(0, rows)
         if self.temperature * annealing > 0:
-            score = score + self.temperature * annealing * gumbel(noise.words())
+            score = score + self.temperature * annealing * gumbel(noise.words(rows))
         return score
 
 
 class Noise(NamedTuple):
-    """Random words for each position of a batch.
+    """Random words for each position of a batch, of one step.
 
     Attributes:
         seed: the key.
-        slots: int64 ``[B]``.
+        num_steps: of the whole plan.
+        number: of the step.
         length: L.
     """
 
     seed: int
-    slots: Tensor
+    num_steps: int
+    number: int
     length: int
 
-    def words(self) -> Tensor:
-        """int64 ``[B, L]`` in [0, 2**32)."""
-        positions = torch.arange(self.length, device=self.slots.device)
-        return words(self.seed, Stream.CRITIC_NOISE, self.slots[:, None], positions)
+    def words(self, rows: Tensor) -> Tensor:
+        """int64 ``[R]`` in [0, 2**32), for indices into the flat ``[B * L]``."""
+        slots = rows // self.length * self.num_steps + self.number
+        return words(self.seed, Stream.CRITIC_NOISE, slots, rows % self.length)
 
 
-def divide(score: Tensor, rows: Tensor, counts: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions that are filled now, and those that must wait: of the lowest scores, and of
-    equal ones the last.
+class Ranking:
+    """Positions in question, those of each sequence by descending score; equal ones stay in order.
 
     Args:
-        score: floating-point ``[B, L]``.
-        rows: int64 ``[R]``, the positions in question, indices into the flat ``[B * L]``.
-        counts, left: int64 ``[B]`` on the CPU: how many of ``rows`` are in each sequence, and how
-            many of those must wait.
-
-    Returns:
-        Parts of ``rows``, of lengths known from ``counts`` and ``left``.
+        score: floating-point ``[R]``.
+        rows: int64 ``[R]``, the positions, ascending indices into the flat ``[B * L]``.
+        counts: int64 ``[B]`` on the CPU: how many of them are in each sequence.
     """
-    length = score.shape[1]
-    # Improbable as some may be, they come before those that are not in question.
-    in_question = torch.full_like(score, -math.inf)
-    in_question.view(-1)[rows] = score.flatten()[rows].clamp(min=torch.finfo(score.dtype).min)
-    order = in_question.argsort(dim=1, descending=True, stable=True)
-    order += torch.arange(0, order.numel(), length, device=order.device)[:, None]
-    place, first = torch.arange(length), (counts - left)[:, None]
-    parts = place < first, (place >= first) & (place < counts[:, None])
-    now, waiting = (
-        order.flatten()[part.flatten().nonzero()[:, 0].to(order.device, non_blocking=True)]
-        for part in parts
-    )
-    return now, waiting
+
+    def __init__(self, score: Tensor, rows: Tensor, counts: Tensor) -> None:
+        self._counts, self._width = counts.numpy(), max(counts.tolist(), default=0)
+        order = self._of_each(score, -math.inf).argsort(dim=1, descending=True, stable=True)
+        self._ranked = self._of_each(rows, 0).gather(1, order)
+
+    def first(self, left: Tensor) -> Tensor:
+        """All but the last ``left [B]``, on the CPU, of each sequence, as a part of ``rows``."""
+        return self._between(0 * self._counts, self._counts - left.numpy())
+
+    def last(self, left: Tensor) -> Tensor:
+        """The last ``left [B]``, on the CPU, of each sequence, as a part of ``rows``, ascending."""
+        return self._between(self._counts - left.numpy(), self._counts).sort().values
+
+    def _of_each(self, values: Tensor, behind: float) -> Tensor:
+        """From ``[R]`` to ``[B, most of any sequence]``."""
+        shape = len(self._counts), self._width
+        if values.shape[0] == math.prod(shape):
+            return values.view(shape)
+        filled = values.new_full((math.prod(shape),), behind)
+        cells = np.arange(self._width) < self._counts[:, None]
+        return filled.index_copy_(0, _indices(cells, values.device), values).view(shape)
+
+    def _between(self, begin: np.ndarray, end: np.ndarray) -> Tensor:
+        """Of the places of each sequence those in [begin, end), which are ``[B]``."""
+        begins, ends = set(begin.tolist()), set(end.tolist())
+        if len(begins) == len(ends) == 1:  # needs no indices from the host
+            return self._ranked[:, begins.pop() : ends.pop()].flatten()
+        place = np.arange(self._width)
+        cells = (place >= begin[:, None]) & (place < end[:, None])
+        return self._ranked.flatten().index_select(0, _indices(cells, self._ranked.device))
+
+
+def _indices(cells: np.ndarray, device: torch.device) -> Tensor:
+    """Those of the cells that are set, in the flat array."""
+    return torch.from_numpy(cells.ravel().nonzero()[0]).to(device, non_blocking=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nar_kernels.choice import Choice, Noise, divide
+from nar_kernels.choice import Choice, Noise, Ranking
 from nar_kernels.plan import Plan
 from nar_kernels.unmasking import LOGIT_DTYPES, Unmasked, unmask
 
@@ -76,30 +76,37 @@ def decode(
     """
     device, (batch, length) = prompt.device, prompt.shape
     num_steps = sum(len(block.steps) for block in plan.blocks)
-    sequences = torch.arange(batch, device=device)
-    ids = prompt.clone()
-    log_prob = torch.where(prompt == mask_id, math.nan, 0.0).float()
-    flat_ids, flat_log_prob = ids.view(-1), log_prob.view(-1)
+    places = torch.arange(batch * length, device=device)
+    first_slots = places + places // length * (length * (plan.num_steps - 1))
+    ids = prompt.flatten()
+    log_prob = torch.where(ids == mask_id, math.nan, 0.0).float()
+
+    def state(done: int) -> DecodeState:
+        tensors = ids, ids == mask_id, log_prob
+        return DecodeState(done, num_steps, *(tensor.view(batch, length) for tensor in tensors))
 
     done = 0
-    yield DecodeState(done, num_steps, prompt, prompt == mask_id, log_prob.clone())
+    yield state(done)
     for block in plan.blocks:
         rows, counts = block.rows.to(device, non_blocking=True), block.counts
         for number, annealing, left in block.steps:
-            noise = Noise(seed, sequences * plan.num_steps + number, length)
-            now, waiting = rows, rows[:0]
+            noise = Noise(seed, plan.num_steps, number, length)
+            now, ranking = rows, None
             if choice.is_blind:
-                now, waiting = divide(choice.blind_score(noise), rows, counts, left)
-            current = flat_ids[now]
-            slots = (now // length * plan.num_steps + number) * length + now % length
-            given = current.where(current != mask_id, -1) if remask else None
-            asked, places = ids, now
+                ranking = Ranking(choice.blind_score(rows, noise), rows, counts)
+                now = ranking.first(left)
+            slots = first_slots.index_select(0, now) + number * length
+            given = None
+            if remask:
+                current = ids.index_select(0, now)
+                given = current.where(current != mask_id, -1)
+            asked, asked_rows = ids.view(batch, length), now
             if begin_alike and batch > 1 and done == 0:
-                asked, places, given = ids[:1], now % length, None
+                asked, asked_rows, given = asked[:1], now % length, None
                 if not choice.is_blind:  # the same places in each sequence
-                    places, slots = places[: len(now) // batch], slots.view(batch, -1)
+                    asked_rows, slots = asked_rows[: len(now) // batch], slots.view(batch, -1)
             drawn = draw_tokens(
-                predict(asked, places),
+                predict(asked, asked_rows),
                 slots,
                 given,
                 mask_id=mask_id,
@@ -110,22 +117,27 @@ def decode(
                 confidence=choice.confidence,
                 backend=backend,
             )
-            flat_ids.index_copy_(0, now, drawn.tokens)
-            flat_log_prob.index_copy_(0, now, drawn.log_prob)
+            # New tensors: those of the state before are its own.
+            ids = ids.index_copy(0, now, drawn.tokens)
+            log_prob = log_prob.index_copy(0, now, drawn.log_prob)
             if choice.strategy == "threshold":
-                is_sure = drawn.log_prob.exp() >= choice.threshold
-                sure = torch.zeros_like(sequences).index_add_(0, rows // length, is_sure.long())
+                is_sure = (drawn.log_prob.exp() >= choice.threshold).long()
+                sure = is_sure.new_zeros(batch).index_add_(0, rows // length, is_sure)
                 left = left.minimum(counts - sure.cpu().clamp(min=1)).clamp(min=0)
-            if not choice.is_blind and left.any():
-                score = choice.score(ids, rows, drawn.confidence, annealing, noise)
-                _, waiting = divide(score, rows, counts, left)
-            flat_ids.index_fill_(0, waiting, mask_id)
-            flat_log_prob.index_fill_(0, waiting, math.nan)
-            if not remask:
-                rows, counts = waiting, left
+            any_left = bool(left.any())
+            if any_left:
+                if ranking is None:
+                    drawn_ids = ids.view(batch, length)
+                    score = choice.score(drawn_ids, rows, drawn.confidence, annealing, noise)
+                    ranking = Ranking(score, rows, counts)
+                waiting = ranking.last(left)
+                ids.index_fill_(0, waiting, mask_id)
+                log_prob.index_fill_(0, waiting, math.nan)
+                if not remask:
+                    rows, counts = waiting, left
             done += 1
-            yield DecodeState(done, num_steps, ids.clone(), ids == mask_id, log_prob.clone())
-            if not left.any():
+            yield state(done)
+            if not any_left:
                 break
 
 
@@ -143,7 +155,7 @@ def draw_tokens(
     Returns:
         Tensors ``[R]`` or ``[N * R]``.
     """
-    draws = torch.atleast_2d(noise_slots)
+    draws = [noise_slots] if noise_slots.dim() == 1 else list(noise_slots)
     parts: list[list[Unmasked]] = [[] for _ in draws]
     first = 0
     for logits in chunks:
@@ -160,4 +172,6 @@ def draw_tokens(
     if first == 0:
         nothing = noise_slots.new_empty(0, dtype=torch.float32)
         return Unmasked(noise_slots.flatten(), nothing, nothing)
+    if len(draws) == len(parts[0]) == 1:
+        return parts[0][0]
     return Unmasked(*map(torch.cat, zip(*chain(*parts), strict=True)))

@@ -3,6 +3,7 @@
 Arguments have been checked in ``ops.py``.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -76,12 +77,28 @@ _CORRUPT = {
 }
 
 
-def _launch(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
-    device = a.ratio_table.device
+def _needs_dispatcher(tensor: Tensor) -> bool:
+    """Whether something records, traces or intercepts what is done with tensors: it is to see
+    operators. Anybody else is spared torch's dispatcher, which costs some 10 us a call."""
+    return (
+        torch.compiler.is_compiling()  # which knows nothing of the others
+        or type(tensor) is not Tensor
+        or tensor.requires_grad
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
+    """``launch(*args)``, which goes to the current device, on that of ``tensor``."""
+    device = tensor.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # launches go to the current device
-            return _CORRUPT[backend](a)
-    return _CORRUPT[backend](a)
+        with torch.cuda.device(device):
+            return launch(*args)
+    return launch(*args)
+
+
+def _launch(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
+    return _on_device(a.ratio_table, _CORRUPT[backend], a)
 
 
 def _corrupt_impl(*args: Any) -> tuple[Tensor, ...]:
@@ -100,18 +117,10 @@ torch.library.register_fake("nar_kernels::corrupt", _corrupt_fake, lib=_lib)
 
 
 def run_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
-    """The tensors of :class:`Corrupted`.
-
-    What traces or intercepts tensors sees the operator; anybody else is spared torch's dispatcher,
-    which would cost as much as all the rest on the host.
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and type(a.tokens) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-    ):
-        return _launch(a, backend)
-    return torch.ops.nar_kernels.corrupt.default(*a, backend)
+    """The tensors of :class:`Corrupted`."""
+    if _needs_dispatcher(a.tokens):
+        return torch.ops.nar_kernels.corrupt.default(*a, backend)
+    return _launch(a, backend)
 
 
 # ---- nll
@@ -165,8 +174,7 @@ _NLL = {"reference": nll_ref, "cpp": _nll_cpp, "triton": _nll_triton}
 
 def _nll_impl(logits: Tensor, *args: Any) -> Tensor:
     *others, backend = args
-    with torch.cuda.device_of(logits):  # launches go to the current device
-        return _NLL[backend](logits, *others)
+    return _on_device(logits, _NLL[backend], logits, *others)
 
 
 def _nll_fake(logits: Tensor, *args: Any) -> Tensor:
@@ -249,7 +257,8 @@ def run_linear(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | No
     All are of one type and device, and there are no gradients. Where there is a kernel, each logit
     is one chain of fused multiply-adds, the same bit for bit whatever rows come with it.
     """
-    torch.ops.nar_kernels.linear_.default(logits, hidden, weight, bias)
+    run = torch.ops.nar_kernels.linear_.default if _needs_dispatcher(hidden) else _linear_impl
+    run(logits, hidden, weight, bias)
 
 
 # ---- unmask
@@ -262,6 +271,7 @@ _lib.define(
 
 # In the order of the numbers that C++ switches on.
 Confidence = Literal["probability", "margin", "entropy"]
+CONFIDENCES = get_args(Confidence)
 
 
 def _unmask_outputs(noise_slots: Tensor, confidence: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,7 +311,7 @@ def _unmask_cpp(
         seed,
         top_k,
         inverse_temperature,
-        get_args(Confidence).index(confidence),
+        CONFIDENCES.index(confidence),
         *(tensor.data_ptr() for tensor in outputs),
         torch.get_num_threads(),
     )
@@ -323,8 +333,7 @@ _UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp, "triton": _unmask_triton
 
 def _unmask_impl(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *others, backend = args
-    with torch.cuda.device_of(logits):  # launches go to the current device
-        return _UNMASK[backend](logits, *others)
+    return _on_device(logits, _UNMASK[backend], logits, *others)
 
 
 def _unmask_fake(logits: Tensor, noise_slots: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,4 +348,5 @@ def run_unmask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """int64, float32 and float32 ``[R]``: the result of :func:`nar_kernels.unmask`, whose arguments
     these are in the order of the schema; the rows of the logits contiguous, all else entirely. The
     last is empty for ``"probability"``."""
-    return torch.ops.nar_kernels.unmask.default(*args)
+    run = torch.ops.nar_kernels.unmask.default if _needs_dispatcher(args[0]) else _unmask_impl
+    return run(*args)

@@ -5,13 +5,13 @@ Shapes: R rows of logits, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nar_kernels.backends import resolve_backend
-from nar_kernels.launch import Confidence, run_unmask
+from nar_kernels.launch import CONFIDENCES, Confidence, run_unmask
 from nar_kernels.ops import signed_seed
 
 UNMASK_BACKENDS = ("reference", "cpp", "triton")
@@ -100,9 +100,9 @@ def unmask(
         raise ValueError(f"temperature is {temperature}: it must be at least 0, and finite")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}: it must be at least 1, or None")
-    if confidence not in get_args(Confidence):
+    if confidence not in CONFIDENCES:
         raise ValueError(
-            f"confidence is {confidence!r}: it must be one of {', '.join(get_args(Confidence))}"
+            f"confidence is {confidence!r}: it must be one of {', '.join(CONFIDENCES)}"
         )
     if not 0 <= mask_id <= vocabulary:
         raise ValueError(
@@ -113,8 +113,10 @@ def unmask(
         if not 0 <= i < vocabulary:
             raise ValueError(f"forbidden_ids holds {i}, outside [0, {vocabulary})")
     forbidden = {i for i in (mask_id, *forbidden_ids) if i < vocabulary}
-    fallback = next((i for i in range(vocabulary) if i not in forbidden), None)
-    if fallback is None:
+    fallback = 0
+    while fallback in forbidden:
+        fallback += 1
+    if fallback == vocabulary:
         raise ValueError(f"mask_id and forbidden_ids leave none of the {vocabulary} ids to draw")
     if logits.stride(1) != 1:
         logits = logits.contiguous()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels.choice import Choice, divide
+from nar_kernels.choice import Choice, Ranking
 from nar_kernels.decode import DecodeState, decode
 from nar_kernels.plan import Block, Plan, Step, halton_order, make_plan
 from nar_kernels.schedules import linear
@@ -345,17 +345,47 @@ def test_states_are_not_changed_afterwards():
         assert torch.equal(ours.log_prob.nan_to_num(9), theirs.log_prob.nan_to_num(9))
 
 
+@pytest.mark.parametrize("choice", [Choice(), Choice("random")], ids=lambda c: c.strategy)
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 1)])
-def test_small_shapes(shape):
-    ids = states_of(confident_from_the_left, [0], shape)[-1].ids
+def test_small_shapes(shape, choice):
+    ids = states_of(confident_from_the_left, [0], shape, choice)[-1].ids
     assert ids.shape == shape and (ids != MASK_ID).all()
 
 
-def test_ties_are_filled_from_the_left():
-    score = torch.tensor([[1.0, 2.0, 2.0, -math.inf, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    rows = torch.tensor([0, 1, 2, 3, 4, 7, 8, 9])  # of the second sequence the last three
-    now, waiting = divide(score, rows, torch.tensor([5, 3]), torch.tensor([2, 1]))
-    assert now.tolist() == [1, 2, 4, 7, 8] and waiting.tolist() == [0, 3, 9]
+def test_ranking_of_sequences_with_different_counts():
+    """Ties are filled from the left, and -inf is a score like any other."""
+    rows = torch.tensor([0, 1, 2, 3, 4, 17, 18, 19])  # none of the second sequence of ten
+    score = torch.tensor([1.0, 2.0, 2.0, -math.inf, 2.0, 0.0, -math.inf, 0.0])
+    ranking = Ranking(score, rows, torch.tensor([5, 3, 0]))
+    left = torch.tensor([2, 1, 0])
+    assert ranking.first(left).tolist() == [1, 2, 4, 17, 19]
+    assert ranking.last(left).tolist() == [0, 3, 18]
+    assert ranking.last(torch.tensor([4, 3, 0])).tolist() == [0, 2, 3, 4, 17, 18, 19]
+
+
+@pytest.mark.parametrize("counts", [[7, 7, 7], [7, 0, 3], [0, 0, 0], [1], []])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_ranking_against_a_sort(counts, share):
+    generator = noise(6)
+    rows = torch.cat(
+        [
+            torch.randperm(9, generator=generator)[:n].sort().values + 9 * b
+            for b, n in enumerate(counts)
+        ]
+        + [torch.empty(0, dtype=torch.int64)]
+    )
+    score = torch.randint(0, 4, rows.shape, generator=generator).float()  # with ties
+    counts = torch.tensor(counts, dtype=torch.int64)
+    left = (share * counts).long()
+    first, last = [], []
+    for b, n in enumerate(left.tolist()):
+        own = [(-score[i].item(), row) for i, row in enumerate(rows.tolist()) if row // 9 == b]
+        ranked = [row for _, row in sorted(own)]
+        first += ranked[: len(own) - n]
+        last += sorted(ranked[len(own) - n :])
+    ranking = Ranking(score, rows, counts)
+    assert ranking.first(left).tolist() == first
+    assert ranking.last(left).tolist() == last
 
 
 @pytest.mark.parametrize(
