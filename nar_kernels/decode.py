@@ -78,11 +78,11 @@ def decode(
     num_steps = sum(len(block.steps) for block in plan.blocks)
     places = torch.arange(batch * length, device=device)
     first_slots = places + places // length * (length * (plan.num_steps - 1))
-    ids = prompt.flatten()
+    ids = prompt.flatten().clone()
     log_prob = torch.where(ids == mask_id, math.nan, 0.0).float()
 
     def state(done: int) -> DecodeState:
-        tensors = ids, ids == mask_id, log_prob
+        tensors = ids.clone(), ids == mask_id, log_prob.clone()
         return DecodeState(done, num_steps, *(tensor.view(batch, length) for tensor in tensors))
 
     done = 0
@@ -117,9 +117,8 @@ def decode(
                 confidence=choice.confidence,
                 backend=backend,
             )
-            # New tensors: those of the state before are its own.
-            ids = ids.index_copy(0, now, drawn.tokens)
-            log_prob = log_prob.index_copy(0, now, drawn.log_prob)
+            ids.index_copy_(0, now, drawn.tokens)
+            log_prob.index_copy_(0, now, drawn.log_prob)
             if choice.strategy == "threshold":
                 is_sure = (drawn.log_prob.exp() >= choice.threshold).long()
                 sure = is_sure.new_zeros(batch).index_add_(0, rows // length, is_sure)
@@ -158,12 +157,13 @@ def draw_tokens(
     draws = [noise_slots] if noise_slots.dim() == 1 else list(noise_slots)
     parts: list[list[Unmasked]] = [[] for _ in draws]
     first = 0
-    for logits in chunks:
+    for chunk in chunks:
+        logits = chunk if chunk.dtype in LOGIT_DTYPES else chunk.float()
         part = slice(first, first := first + logits.shape[0])
         for slots, own_parts in zip(draws, parts, strict=True):
             own_parts.append(
                 unmask(
-                    logits if logits.dtype in LOGIT_DTYPES else logits.float(),
+                    logits,
                     noise_slots=slots[part],
                     given=None if given is None else given[part],
                     **options,

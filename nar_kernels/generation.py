@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nar_kernels.heads import Prediction
 from nar_kernels.linear import LogitsMemory
 from nar_kernels.masking import MaskingConfig
-from nar_kernels.nets import is_compiled
+from nar_kernels.nets import is_function_of_ids
 from nar_kernels.plan import halton_order
 
 Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]
@@ -32,7 +32,9 @@ def read_prompt(
     Raises:
         TypeError, ValueError: wrong types, lengths or ids.
     """
-    sequences = [torch.empty(0, dtype=torch.int64)] if prompt is None else _sequences(prompt)
+    sequences = (
+        [torch.empty(0, dtype=torch.int64, device="cpu")] if prompt is None else _sequences(prompt)
+    )
     if batch_size is not None and len(sequences) == 1:
         sequences = sequences * batch_size
     if batch_size is not None and len(sequences) != batch_size:
@@ -40,7 +42,7 @@ def read_prompt(
             f"batch_size is {batch_size}, but the prompt has {len(sequences)} sequences: leave "
             "batch_size out, or give one sequence"
         )
-    ids = torch.full((len(sequences), seq_len), masking.mask_id)
+    ids = torch.full((len(sequences), seq_len), masking.mask_id, device="cpu")
     for row, sequence in zip(ids, sequences, strict=True):
         if len(sequence) > seq_len:
             raise ValueError(f"a prompt has {len(sequence)} ids: the net takes {seq_len} at most")
@@ -141,10 +143,9 @@ class Predictor:
 
     @property
     def sees_ids_alone(self) -> bool:
-        """Whether one sequence may stand for others with the same ids: nothing else tells them
-        apart, and no compiled net has to be compiled again for a smaller batch."""
+        """Whether one sequence may stand for others with the same ids."""
         told_apart = self._kwargs or self._guidance or self._logits_processor
-        return not told_apart and not is_compiled(self._net)
+        return not told_apart and is_function_of_ids(self._net)
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         first = 0

@@ -77,14 +77,17 @@ _CORRUPT = {
 }
 
 
-def _needs_dispatcher(tensor: Tensor) -> bool:
+def _needs_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether something records, traces or intercepts what is done with tensors: it is to see
     operators. Anybody else is spared torch's dispatcher, which costs some 10 us a call."""
     return (
-        torch.compiler.is_compiling()  # which knows nothing of the others
-        or type(tensor) is not Tensor
-        or tensor.requires_grad
+        torch.compiler.is_compiling()  # which knows nothing of what follows
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None))
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
     )
 
 
@@ -118,7 +121,7 @@ torch.library.register_fake("nar_kernels::corrupt", _corrupt_fake, lib=_lib)
 
 def run_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
     """The tensors of :class:`Corrupted`."""
-    if _needs_dispatcher(a.tokens):
+    if _needs_dispatcher(a.tokens, a.maskable):
         return torch.ops.nar_kernels.corrupt.default(*a, backend)
     return _launch(a, backend)
 
@@ -257,8 +260,10 @@ def run_linear(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | No
     All are of one type and device, and there are no gradients. Where there is a kernel, each logit
     is one chain of fused multiply-adds, the same bit for bit whatever rows come with it.
     """
-    run = torch.ops.nar_kernels.linear_.default if _needs_dispatcher(hidden) else _linear_impl
-    run(logits, hidden, weight, bias)
+    if _needs_dispatcher(logits, hidden, weight, bias):
+        torch.ops.nar_kernels.linear_.default(logits, hidden, weight, bias)
+    else:
+        _linear_impl(logits, hidden, weight, bias)
 
 
 # ---- unmask
@@ -348,5 +353,6 @@ def run_unmask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """int64, float32 and float32 ``[R]``: the result of :func:`nar_kernels.unmask`, whose arguments
     these are in the order of the schema; the rows of the logits contiguous, all else entirely. The
     last is empty for ``"probability"``."""
-    run = torch.ops.nar_kernels.unmask.default if _needs_dispatcher(args[0]) else _unmask_impl
-    return run(*args)
+    if _needs_dispatcher(*args[:3]):
+        return torch.ops.nar_kernels.unmask.default(*args)
+    return _unmask_impl(*args)

@@ -25,6 +25,10 @@ class TokenNet(Protocol):
             Promises that ``forward(ids, return_embeddings=True)`` returns what it is applied to,
             ``[B, L, D]``. Training then applies it to the masked rows only. (``to_logits`` of
             x-transformers' ``TransformerWrapper`` is found without this.)
+        is_function_of_ids: true promises that equal ids get equal outputs, whatever their place in
+            the batch and its size, as far as the arguments of the call say nothing else: no
+            condition for each sequence is kept in the net. Generation then asks once for sequences
+            that begin alike. (Of x-transformers' own nets this is known; false says no.)
         emb_dim: D. Promises that ``forward`` understands these, which ``self_cond`` (all three) and
             ``self_token_critic`` (the first) need:
 
@@ -121,11 +125,23 @@ def net_attribute(net: nn.Module, name: str, default: Any = _MISSING) -> Any:
     return value
 
 
-def is_compiled(net: nn.Module) -> bool:
-    """Whether ``net`` or a part of it was given to ``torch.compile``."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in net.modules()
+def is_function_of_ids(net: nn.Module) -> bool:
+    """Whether one sequence may stand for others with the same ids, as :class:`TokenNet` says; but
+    not for compiled nets, which would have to be compiled for another size of batch."""
+    promise = net_attribute(net, "is_function_of_ids", None)
+    if promise is None:
+        inner: Any = net
+        while isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        promise = type(inner).__module__.startswith("x_transformers.")
+    return bool(promise) and not any(map(_is_compiled, net.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or "forward" in vars(module)  # perhaps a compiled one
     )
 
 

@@ -63,8 +63,8 @@ def num_masked_after(schedule: Schedule, steps: int, counts: Tensor) -> Tensor:
     Returns:
         int64 ``[S, B]``.
     """
-    times = torch.linspace(0, 1, steps + 1)[1:]
-    ratios = torch.tensor([float(schedule(t)) for t in times])
+    times = torch.linspace(0, 1, steps + 1, device="cpu")[1:]
+    ratios = torch.tensor([float(schedule(t)) for t in times], device="cpu")
     left = (ratios[:, None] * counts).long().clamp(min=0).minimum(counts).cummin(0).values
     left[-1] = 0
     return left

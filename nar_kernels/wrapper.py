@@ -411,8 +411,8 @@ class NonAutoregressiveWrapper(nn.Module):
         """Samples sequences step by step. Ids of ``mask_id`` and ``never_mask_ids`` are not drawn.
 
         The same sequence comes out in a batch of any size, up to the rounding of the net. Where
-        sequences begin alike and nothing but their ids tells them apart, the first step asks the
-        net for one of them.
+        sequences begin alike, the first step asks for one of them, if the net is a function of
+        their ids (see :class:`nar_kernels.nets.TokenNet`).
 
         Args:
             batch_size: B; without it, one sequence, or one for each prompt.

@@ -345,6 +345,24 @@ def test_states_are_not_changed_afterwards():
         assert torch.equal(ours.log_prob.nan_to_num(9), theirs.log_prob.nan_to_num(9))
 
 
+def test_changing_a_state_changes_nothing_else():
+    prompt = torch.full((2, 8), MASK_ID)
+    expected = states_of(confident_from_the_left, [4, 2, 0], prompt=prompt)[-1].ids
+    changed = decode(
+        lambda ids, rows: [confident_from_the_left(ids).flatten(0, 1)[rows]],
+        prompt,
+        plan_of([4, 2, 0], 2, 8),
+        Choice(),
+        mask_id=MASK_ID,
+        seed=0,
+    )
+    for state in changed:
+        last = state.ids.clone()
+        state.ids.zero_()
+        state.log_prob.zero_()
+    assert torch.equal(last, expected) and (prompt == MASK_ID).all()
+
+
 @pytest.mark.parametrize("choice", [Choice(), Choice("random")], ids=lambda c: c.strategy)
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 1)])
 def test_small_shapes(shape, choice):

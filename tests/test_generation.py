@@ -11,6 +11,7 @@ from nar_kernels import NetAdapter, NonAutoregressiveWrapper
 from nar_kernels.choice import Strategy
 from nar_kernels.generation import read_prompt
 from nar_kernels.masking import MaskingConfig
+from nar_kernels.nets import is_function_of_ids
 from tests.goodness_of_fit import chi_square_p
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,15 +166,36 @@ def test_a_sequence_is_the_same_in_any_batch(strategy, self_cond):
 )
 def test_sequences_that_begin_alike_share_the_first_call(options, batch):
     net = Table(torch.zeros(NUM_TOKENS))
+    net.is_function_of_ids = True
     make_model(net).generate(3, steps=2, **options)
     assert len(net.asked[0][0]) == batch and len(net.asked[-1][0]) == 3
 
 
-def test_a_compiled_net_sees_one_batch_size():
-    net = Table(torch.zeros(NUM_TOKENS))
-    net.compile(backend="eager")
-    make_model(net).generate(3, steps=2)
-    assert [len(ids) for ids, _ in net.asked] == [3, 3]
+def test_whose_calls_are_shared():
+    def x_transformer() -> TransformerWrapper:
+        return make_model().net
+
+    class Conditioned(TransformerWrapper):
+        pass
+
+    assert is_function_of_ids(x_transformer())
+    assert is_function_of_ids(nn.DataParallel(x_transformer()))
+    assert not is_function_of_ids(Table(torch.zeros(NUM_TOKENS)))  # makes no promise
+    attn_layers = Encoder(dim=16, depth=1)
+    own = Conditioned(num_tokens=12, max_seq_len=16, attn_layers=attn_layers)
+    assert not is_function_of_ids(own)
+    net = x_transformer()
+    net.is_function_of_ids = False
+    assert not is_function_of_ids(net)
+    # Compiled, as a whole or in part.
+    assert not is_function_of_ids(torch.compile(x_transformer(), backend="eager"))
+    for compiled in (net := x_transformer(), net.attn_layers):
+        compiled.compile(backend="eager")
+        assert not is_function_of_ids(net)
+        compiled._compiled_call_impl = None
+    assert is_function_of_ids(net)
+    net.forward = torch.compile(net.forward, backend="eager")
+    assert not is_function_of_ids(net)
 
 
 @pytest.mark.parametrize("strategy", ["confidence", "random"])
@@ -184,6 +206,14 @@ def test_shared_calls_change_nothing(strategy):
     shared = model.generate(4, **options)
     by_themselves = model.generate(prompt=[[], [], [], [], [1]], **options)[:4]
     assert torch.equal(shared, by_themselves)
+
+
+def test_another_default_device():
+    model = make_model()
+    expected = model.generate(prompt=[[1], [], [2, 3]], seed=0)
+    with torch.device("meta"):
+        ids = model.generate(prompt=[[1], [], [2, 3]], seed=0)
+    assert torch.equal(ids, expected)
 
 
 # Steps

@@ -105,6 +105,27 @@ def test_opcheck(bias):
     torch.library.opcheck(torch.ops.nar_kernels.linear_.default, args)
 
 
+def test_a_weight_that_is_no_plain_tensor():
+    """Of a quantised head, say, which has no memory of its own to read."""
+
+    class Doubled(torch.Tensor):
+        @staticmethod
+        def __new__(cls, half):
+            return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+
+        def __init__(self, half):
+            self.half = half
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            args = [2 * a.half if isinstance(a, cls) else a for a in args]
+            return function(*args, **(kwargs or {}))
+
+    hidden, weight = torch.randn(3, 8), torch.randn(20, 8)
+    (logits,) = inferred_logits(hidden, Doubled(weight), None, LogitsMemory())
+    torch.testing.assert_close(logits, 2 * hidden @ weight.t())
+
+
 # ---- chunks
 
 

@@ -3,11 +3,13 @@ probabilities."""
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nar_kernels import backends, unmask
 from nar_kernels.backends import cpp
@@ -382,3 +384,20 @@ def test_any_temperature():
     for backend in ("reference", *(["cpp"] if cpp is not None else [])):
         tokens = draw(logits, temperature=1e300, backend=backend).tokens
         assert set(tokens.tolist()) == set(range(7)) - {MASK}
+
+
+def test_tools_see_the_operator():
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        slots = torch.arange(logits.shape[0])
+        return unmask(logits, mask_id=0, seed=1, noise_slots=slots).tokens
+
+    logits, others = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(8))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        draw(logits)
+    assert "nar_kernels::unmask" in {event.name for event in profile.events()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes that a trace takes for constants
+        traced = torch.jit.trace(draw, logits, check_trace=False)
+    assert torch.equal(traced(others), draw(others))
+    with FlopCounterMode(display=False):  # a dispatch mode
+        assert torch.equal(draw(logits), draw(logits))
