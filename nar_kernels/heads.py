@@ -20,7 +20,7 @@ from nar_kernels.loss import (
     reduce_nll,
 )
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.nets import net_attribute, other_attribute
+from nar_kernels.nets import net_attribute, other_attribute, unwrapped
 
 
 class LinearHead(NamedTuple):
@@ -47,9 +47,7 @@ def split_net(net: nn.Module) -> SplitNet | None:
     module = net_attribute(net, "output_head", None)
     if module is not None:
         return SplitNet(hidden, _head(module))
-    inner: Any = net
-    while isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module
+    inner = unwrapped(net)
     if _is_plain_transformer_wrapper(inner):
         return _split_transformer_wrapper(inner, hidden)
     return None

@@ -125,15 +125,20 @@ def net_attribute(net: nn.Module, name: str, default: Any = _MISSING) -> Any:
     return value
 
 
+def unwrapped(net: nn.Module) -> Any:
+    """The net in wrappers such as DistributedDataParallel."""
+    inner: Any = net
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    return inner
+
+
 def is_function_of_ids(net: nn.Module) -> bool:
     """Whether one sequence may stand for others with the same ids, as :class:`TokenNet` says; but
     not for compiled nets, which would have to be compiled for another size of batch."""
     promise = net_attribute(net, "is_function_of_ids", None)
     if promise is None:
-        inner: Any = net
-        while isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module
-        promise = type(inner).__module__.startswith("x_transformers.")
+        promise = type(unwrapped(net)).__module__.startswith("x_transformers.")
     return bool(promise) and not any(map(_is_compiled, net.modules()))
 
 
