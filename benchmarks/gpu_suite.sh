@@ -71,6 +71,10 @@ sanitize_kernel() {
 # Kernels of both languages are called corrupt_kernel.
 sanitize() {
     local status=0
+    if [[ -n $DRY_RUN && $1 != memcheck ]]; then
+        echo "looks at the same tests as memcheck"
+        return
+    fi
     sanitize_kernel "$1" nll_kernel tests/test_gpu.py -k "masked_nll_equals and 300" || status=$?
     sanitize_kernel "$1" unmask_kernel tests/test_gpu.py -k "unmask_equals and 4099" || status=$?
     sanitize_kernel "$1" corrupt_kernel tests/test_corrupt.py -k \
