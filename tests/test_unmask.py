@@ -396,8 +396,10 @@ def test_tools_see_the_operator():
         draw(logits)
     assert "nar_kernels::unmask" in {event.name for event in profile.events()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of shapes that a trace takes for constants
+        warnings.simplefilter("ignore")  # of shapes taken for constants, and of speed
         traced = torch.jit.trace(draw, logits, check_trace=False)
+        mapped = torch.func.vmap(draw)(torch.stack([logits, others]))
     assert torch.equal(traced(others), draw(others))
+    assert torch.equal(mapped, torch.stack([draw(logits), draw(others)]))
     with FlopCounterMode(display=False):  # a dispatch mode
         assert torch.equal(draw(logits), draw(logits))
