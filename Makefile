@@ -3,6 +3,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 # Compiling every module of every package would double the time; Python compiles those it imports.
+PIP_INSTALL_OTHER := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
+    --no-compile --no-deps --upgrade
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
     --no-compile -c constraints.txt
 CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
@@ -44,6 +46,10 @@ build: .venv/built
 	@echo "Installing the development packages into .venv (some minutes the first time)"
 	@$(PIP_INSTALL) setuptools pybind11 ninja
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,test,dev]'
+# That of PyTorch 2.11: tests compile the kernels with it, too. Nothing else needs it.
+	@if [ "$$(uname -s)" = Linux ]; then \
+	    $(PIP_INSTALL_OTHER) --target .venv/triton-3.6.0 triton==3.6.0 || \
+	    echo "Triton 3.6.0 could not be installed beside the other: its tests will skip"; fi
 	@touch $@
 
 .venv/bin/python:

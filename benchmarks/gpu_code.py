@@ -5,7 +5,7 @@ extension. `spill` is bytes of local memory a thread; `16-byte loads` and `store
 that move 16 bytes a lane; `torn reads` are loads of what other programs write, made by more threads
 than there are elements, which may see different values of one.
 
-    python benchmarks/gpu_code.py [--json FILE]
+    python benchmarks/gpu_code.py [--architectures 90] [--json FILE]
 """
 
 import argparse
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from nar_kernels.arguments import CorruptArgs
 from nar_kernels.kernels import corrupt, nll, unmask
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = [80, 90, 100]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 POINTERS = {
@@ -57,9 +57,9 @@ SCALARS = {
     "seq_len": "i32",
     "num_tokens": "i32",
     "mask_id": "i32",
-    "global_batch": "i32",
-    "keep_share": "i32",
-    "random_share": "i32",
+    "global_batch": "i64",
+    "keep_share": "i64",
+    "random_share": "i64",
     "coin_share": "i64",
 }
 
@@ -198,7 +198,7 @@ def triton_row(
     }
 
 
-def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
+def triton_rows(architectures: list[int]) -> list[dict]:
     rows = []
     for name, ids, given, changes in CORRUPT_CASES:
         types = {"tokens": ids} | POINTERS | SCALARS
@@ -223,19 +223,17 @@ def triton_rows(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
     return rows
 
 
-def cuda_rows(library: Path) -> list[dict]:
-    """Every kernel and architecture of an extension module."""
+def cuda_rows(library: Path, architectures: list[int]) -> list[dict]:
+    """Every kernel of an extension module, for those architectures that it was built for."""
     rows = []
-    reports = run_tool("cuobjdump", "-res-usage", str(library)).split("arch = sm_")[1:]
-    listings = run_tool("cuobjdump", "-sass", str(library)).split("code for sm_")[1:]
-    sass = {}
-    for listing in listings:
-        architecture = int(re.match(r"\d+", listing)[0])
-        for function in listing.split("Function : ")[1:]:
-            sass[architecture, function.split(maxsplit=1)[0]] = function
-    for report in reports:
-        architecture = int(re.match(r"\d+", report)[0])
-        for function in report.split("Function ")[1:]:
+    for architecture in architectures:
+        # One at a time: tools of an older Triton stop at one that they do not know.
+        of_library = f"-arch=sm_{architecture}", str(library)
+        listing = run_tool("cuobjdump", "-sass", *of_library)
+        sass = {
+            function.split(maxsplit=1)[0]: function for function in listing.split("Function : ")[1:]
+        }
+        for function in run_tool("cuobjdump", "-res-usage", *of_library).split("Function ")[1:]:
             symbol = function.partition(":")[0]
             held = re.search(r"corrupt_kernelILi(\d)E", symbol)[1]
             shape = f"{held} tiles a warp" if held != "0" else "long rows"
@@ -245,7 +243,7 @@ def cuda_rows(library: Path) -> list[dict]:
                     "sm": architecture,
                     "threads": "",
                     **resources(function),
-                    **count(sass[architecture, symbol]),
+                    **count(sass[symbol]),
                     "torn reads": 0,  # one warp looks back, a word a lane
                 }
             )
@@ -260,12 +258,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", default=ARCHITECTURES, help="80, 90, ..."
+    )
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     library = built_extension()
     if library is None:
         print("nar_kernels._cuda is not built: no CUDA kernels below")
-    rows = triton_rows() + (cuda_rows(library) if library else [])
+    rows = triton_rows(arguments.architectures)
+    if library is not None:
+        rows += cuda_rows(library, arguments.architectures)
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:

@@ -17,6 +17,19 @@ if not torch.cuda.is_available():
         sys.modules["nar_kernels._cuda"] = emulated
 
 
+def pytest_collection_modifyitems(items):
+    """Tests are marked with what they need; where it is missing they skip, and say why."""
+    from nar_kernels import backends
+
+    missing = {name: reason for name, reason in backends().items() if reason != "available"}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "PyTorch sees no CUDA device"
+    for item in items:
+        for name, reason in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(params=[0, 1, 2], ids=["generic", "avx2", "avx512"])
 def simd_level(request):
     """For tests that must hold with each instruction set of the C++ extension."""

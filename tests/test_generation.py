@@ -162,7 +162,7 @@ def test_a_sequence_is_the_same_in_any_batch(strategy, self_cond):
         ({"logits_processor": lambda logits, rows: logits}, 3),
         ({"prompt": [1], "guidance_scale": 2.0}, 3),
     ],
-    ids=str,
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else str(value),
 )
 def test_sequences_that_begin_alike_share_the_first_call(options, batch):
     net = Table(torch.zeros(NUM_TOKENS))

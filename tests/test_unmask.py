@@ -14,15 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from nar_kernels import backends, unmask
 from nar_kernels.backends import cpp
 from nar_kernels.float_math import exp_of_negative, gumbel, log_of_positive
+from tests import devices
+from tests.devices import device_of
 from tests.goodness_of_fit import chi_square_p
 
 # In Triton's interpreter, of what a GPU computes in silence: -inf that is not chosen.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
-needs_cpp = pytest.mark.skipif(cpp is None, reason="the C++ extension is not built")
-needs_triton = pytest.mark.skipif(backends()["triton"] != "available", reason=backends()["triton"])
-BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
-WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.cpp)]
+WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=pytest.mark.triton)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 3
 
@@ -37,10 +37,6 @@ if backends()["triton"] == "available":
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         tl.store(noise + at, _gumbel(tl.load(words + at).to(tl.uint32)))
         tl.store(exp + at, _exp_of_negative(tl.load(x + at)))
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def draw(logits: Tensor, **args) -> Tensor:
@@ -88,7 +84,7 @@ def arguments(vocabulary: int) -> Iterator[dict]:
         yield dict(temperature=temperature, top_k=top_k, noise_slots=slots, **more)
 
 
-@needs_cpp
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [4, 5, 63, 127, 128, 129, 1000, 4099, 70001])
 def test_backends_agree(vocabulary, dtype, simd_level):
@@ -97,7 +93,7 @@ def test_backends_agree(vocabulary, dtype, simd_level):
         assert_equals_reference(logits, backend="cpp", **args)
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize(
     "vocabulary, dtype",
     [
@@ -109,7 +105,7 @@ def test_backends_agree(vocabulary, dtype, simd_level):
     ],
 )
 def test_triton_agrees(vocabulary, dtype):
-    every = 25 if device_of("triton") == "cpu" else 1  # its interpreter is slow
+    every = 25 if devices.is_interpreted("triton") else 1
     logits = awkward_logits(12, vocabulary, dtype)
     for args in itertools.islice(arguments(vocabulary), 0, None, every):
         assert_equals_reference(logits, backend="triton", **args)
@@ -122,7 +118,7 @@ def nearly_equal_rows(length: int) -> Tensor:
     return torch.stack(rows)
 
 
-@needs_cpp
+@pytest.mark.cpp
 @pytest.mark.parametrize("sampled", [10.0, -10.0, -torch.inf])
 def test_a_sample_of_the_row_that_misleads(sampled, simd_level):
     """The k-th largest is bracketed by what every so many logits say, but is exact all the same."""
@@ -134,7 +130,7 @@ def test_a_sample_of_the_row_that_misleads(sampled, simd_level):
             assert_equals_reference(logits.to(dtype), backend="cpp", **args)
 
 
-@needs_cpp
+@pytest.mark.cpp
 def test_ties_that_upper_halves_of_keys_cannot_tell_apart(simd_level):
     """The k-th largest among thousands of equal logits, and of logits that differ by a bit."""
     for row in nearly_equal_rows(3000):
@@ -148,14 +144,14 @@ def test_ties_that_upper_halves_of_keys_cannot_tell_apart(simd_level):
             assert set(got.tokens.tolist()) <= set(order)
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("top_k", [700, 2998])
 def test_ties_with_triton(top_k):
     logits = nearly_equal_rows(3000)
     assert_equals_reference(logits, backend="triton", top_k=top_k, confidence="margin")
 
 
-@needs_triton
+@pytest.mark.triton
 def test_triton_with_more_blocks_than_it_counts_at_a_time():
     logits = torch.stack([torch.zeros(31_000), torch.randn(31_000)]).bfloat16()
     assert_equals_reference(logits, backend="triton", top_k=20_000, confidence="entropy")
@@ -198,7 +194,7 @@ def test_noise_is_gumbel_to_its_last_bits():
     )
 
 
-@needs_triton
+@pytest.mark.triton
 def test_arithmetic_of_triton():
     """Bit by bit: what a draw shows of it is little."""
     number, block = 1 << 18, 1 << 13
@@ -261,7 +257,7 @@ def test_samples_have_their_probabilities(temperature, top_k):
         assert chi_square_p(counts[common], wrong[common]) < 1e-6
 
 
-@needs_cpp
+@pytest.mark.cpp
 @pytest.mark.parametrize("gap", [18.0, 19.25, 20.5])
 def test_tails(gap):
     vocabulary, number = 262_144, 12_000
@@ -286,7 +282,7 @@ def test_a_row_depends_on_itself_alone(backend):
     assert not torch.equal(other.tokens, draw(logits, backend=backend).tokens)
 
 
-@needs_cpp
+@pytest.mark.cpp
 def test_any_number_of_threads():
     logits = torch.randn(64, 3001)
     before = torch.get_num_threads()

@@ -1,7 +1,8 @@
-"""Triton's own dispatch of `corrupt` and ours, side by side, with a driver that launches nothing.
+"""Triton's own dispatch of every kernel beside ours, with a driver that launches nothing.
 
 Run as a program, since Triton's interpreter, which other tests need, cannot be switched off again.
-Prints what went wrong, and the host's microseconds a call of both.
+Prints what went wrong, or for each kernel how many were compiled and the host's microseconds a
+call of both.
 """
 
 import os
@@ -10,6 +11,8 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
 import time
 import warnings
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -22,6 +25,9 @@ launched: list[tuple] = []
 class Utilities:
     def load_binary(self, *arguments):
         return 0, 0, 32, 0, 1024
+
+    def unload_module(self, module):
+        pass
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 228_000, "warpSize": 32, "max_num_regs": 65536}
@@ -49,54 +55,163 @@ class NoDriver:
 driver.set_active(NoDriver())
 
 from nar_kernels import MaskingConfig  # noqa: E402
-from nar_kernels.kernels import corrupt  # noqa: E402
+from nar_kernels.kernels import corrupt, nll, unmask  # noqa: E402
+from nar_kernels.kernels.launcher import Launcher  # noqa: E402
 from nar_kernels.launch import _empty_outputs  # noqa: E402
 from tests.test_corrupt import arguments  # noqa: E402
 
 CORPUS = torch.zeros(40_000, dtype=torch.uint16)
+FLOATS = torch.zeros(40_000)
+WORDS = torch.zeros(64, dtype=torch.int64)
 
 
-def call(num_tokens=300, skip=0, batch=4, length=128, seed=1, step=0, keep=0.0, maskable=False):
-    """Arguments and outputs of one call; a batch that is a corpus with windows in an order."""
+def corrupt_call(
+    num_tokens=300, skip=0, batch=4, length=128, seed=1, step=0, keep=0.0, maskable=False, windows=7
+):
+    """A batch that is a corpus with windows in an order."""
     masking = MaskingConfig(num_tokens, num_tokens - 1, no_replace_prob=keep)
     tokens = CORPUS[skip : skip + batch * length].view(batch, length)
-    a = arguments(tokens, masking, seed=seed, first_sample=step * batch, num_windows=7, stride=3)
+    a = arguments(
+        tokens, masking, seed=seed, first_sample=step * batch, num_windows=windows, stride=3
+    )
     if maskable:
         a = a._replace(maskable=torch.ones(batch, length, dtype=torch.bool))
     outputs = _empty_outputs(batch, length, tokens.device)
-    return (*outputs, torch.zeros(corrupt.workspace_size(batch), dtype=torch.int64)), a
+    workspace = torch.zeros(corrupt.workspace_size(batch), dtype=torch.int64)
+    return partial(corrupt.corrupt_triton, (*outputs, workspace), a)
 
 
-CALLS = [
-    call(),
-    call(seed=2, step=3),  # the same kernel
-    call(seed=-(2**62), step=2**40),  # wider numbers
-    call(seed=2**62, step=2**41),
-    call(keep=0.1),
-    call(keep=0.2),
-    call(skip=1),  # ids that do not begin at a multiple of 16 bytes
-    call(skip=8),
-    call(maskable=True),
-    call(num_tokens=304, batch=5),  # divides by 16
-    call(length=120),
-    call(),
-]
+def nll_call(
+    vocabulary=300, stride=304, rows=5, dtype=torch.float32, bias=False, weight=False, gradient=True
+):
+    logits = torch.empty(rows, stride, dtype=dtype)[:, :vocabulary]
+    return partial(
+        nll.nll_triton,
+        FLOATS[:rows],
+        logits,
+        WORDS[:rows],
+        FLOATS[:vocabulary] if bias else None,
+        FLOATS[:rows] if weight else None,
+        gradient,
+    )
+
+
+def unmask_call(
+    vocabulary=300,
+    skip=0,
+    dtype=torch.float32,
+    given=False,
+    forbidden=(299,),
+    seed=1,
+    top_k=30,
+    inverse_temperature=2.0,
+    confidence="probability",
+):
+    rows = 5
+    logits = torch.empty(rows * vocabulary + skip, dtype=dtype)[skip:].view(rows, vocabulary)
+    slots = WORDS[:rows]
+    outputs = torch.empty_like(slots), FLOATS[:rows], FLOATS[8 : 8 + rows]
+    options = slots if given else None, list(forbidden), 7, seed, top_k, inverse_temperature
+    return partial(unmask.unmask_triton, outputs, logits, slots, *options, confidence)
+
+
+class Case(NamedTuple):
+    """A kernel, the calls that are tried, and how many kernels they are in all."""
+
+    launcher: Launcher
+    calls: list
+    compiled: int
+
+
+CASES = {
+    "corrupt": Case(
+        corrupt._launch,
+        [
+            corrupt_call(),
+            # The same kernel: other and wider numbers.
+            corrupt_call(seed=2, step=3),
+            corrupt_call(seed=-(2**62), step=2**40),
+            corrupt_call(seed=2**62, step=2**41, windows=2**33),
+            corrupt_call(num_tokens=304, batch=5, windows=1),
+            corrupt_call(keep=0.1),
+            corrupt_call(keep=0.2),
+            corrupt_call(keep=1.0),
+            corrupt_call(skip=1),  # ids that do not begin at a multiple of 16 bytes
+            corrupt_call(skip=8),
+            corrupt_call(maskable=True),
+            corrupt_call(length=120),
+            corrupt_call(windows=0),
+            corrupt_call(),
+        ],
+        6,
+    ),
+    "nll": Case(
+        nll._launch,
+        [
+            nll_call(),
+            nll_call(vocabulary=290, rows=7),
+            nll_call(vocabulary=304),
+            nll_call(vocabulary=299, stride=299),  # rows at any address
+            nll_call(weight=True),
+            nll_call(bias=True),
+            nll_call(gradient=False),
+            nll_call(dtype=torch.bfloat16),
+            nll_call(vocabulary=600, stride=608),
+        ],
+        7,
+    ),
+    "unmask": Case(
+        unmask._launch,
+        [
+            unmask_call(),
+            unmask_call(seed=-(2**62), top_k=1, inverse_temperature=0, forbidden=()),
+            unmask_call(forbidden=(1, 16), inverse_temperature=0.5, top_k=16),
+            unmask_call(top_k=300),
+            unmask_call(top_k=300, dtype=torch.bfloat16),
+            unmask_call(top_k=300, dtype=torch.bfloat16, skip=1),
+            unmask_call(forbidden=(1, 2, 3)),
+            unmask_call(given=True),
+            unmask_call(confidence="entropy"),
+            unmask_call(vocabulary=304),
+        ],
+        8,
+    ),
+}
 
 
 def addresses(values):
     return [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
 
 
-def check(outputs, a):
+def launch_of(launcher, call):
+    """What a call asks of its launcher: grid, arguments, variant, options; and what it got."""
+    asked = []
+    original = Launcher.__call__
+
+    def spy(self, *arguments):
+        asked.append((self, arguments))
+        return original(self, *arguments)
+
+    Launcher.__call__ = spy
+    try:
+        call()
+    finally:
+        Launcher.__call__ = original
+    ((asked_of, arguments),) = asked
+    assert asked_of is launcher
+    return arguments
+
+
+def check(launcher, call):
     """Ours launches the kernel that Triton would, with the same values."""
     launched.clear()
-    kernel = corrupt.corrupt_triton(outputs, a)
-    own = corrupt.corrupt_kernel
-    expected = own[(a.batch,)](*corrupt.kernel_arguments(outputs, a), **corrupt.launch_options(a))
-    (mine, theirs) = launched[0], launched[-1]
+    grid, arguments, variant, options = launch_of(launcher, call)
+    kernel = launcher(grid, arguments, variant, options)
+    expected = launcher._kernel[(grid,)](*arguments, **options())
+    mine, theirs = launched[-2:]
     assert kernel is expected, "another kernel"
-    assert mine[:3] == theirs[:3] == (a.batch, 1, 1), "another grid"
-    first = len(theirs) - len(own.arg_names)
+    assert mine[:3] == theirs[:3] == (grid, 1, 1), "another grid"
+    first = len(theirs) - len(launcher._kernel.arg_names)
     assert addresses(mine[first:]) == addresses(theirs[first:]), "other values"
 
 
@@ -112,12 +227,17 @@ def microseconds(fn, calls=300, repeats=10):
 
 
 if __name__ == "__main__":
-    for _ in range(2):
-        for outputs, a in CALLS:
-            check(outputs, a)
-    outputs, a = CALLS[0]
-    options = corrupt.launch_options(a)
-    values = corrupt.kernel_arguments(outputs, a)
-    ours = microseconds(lambda: corrupt.corrupt_triton(outputs, a))
-    theirs = microseconds(lambda: corrupt.corrupt_kernel[(4,)](*values, **options))
-    print(f"{len(corrupt._launch._compiled)} kernels; {ours:.1f} us ours, {theirs:.1f} us Triton's")
+    for name, case in CASES.items():
+        kernels = set()
+        for call in 2 * case.calls:
+            try:
+                check(case.launcher, call)
+            except Exception as error:
+                raise AssertionError(f"{name}: {call}") from error
+        kernels = {id(kernel) for kernel, _ in case.launcher._compiled.values()}
+        assert len(kernels) == case.compiled, f"{name}: {len(kernels)} kernels"
+        grid, given, variant, options = launch_of(case.launcher, case.calls[0])
+        kernel, constants = case.launcher._kernel, options()
+        ours = microseconds(partial(case.launcher, grid, given, variant, options))
+        theirs = microseconds(lambda: kernel[(grid,)](*given, **constants))  # noqa: B023
+        print(f"{name}: {len(kernels)} kernels; {ours:.1f} us ours, {theirs:.1f} us Triton's")

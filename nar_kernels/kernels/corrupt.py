@@ -190,16 +190,21 @@ def _write_tile(
     return tl.sum(masked.to(tl.int32))
 
 
-# What differs from call to call would otherwise be compiled again where it is 1 or divides by 16.
-_VARYING = ["seed", "first_sample", "mask_id", "phase", "keep_share", "random_share", "coin_share"]
+# What would otherwise be compiled again where it is 1, divides by 16 or, but for the annotations,
+# has another width.
+_VARYING = [
+    "seed", "num_corpus_tokens", "num_tokens", "mask_id", "first_sample", "num_windows", "phase",
+    "stride", "global_batch", "keep_share", "random_share", "coin_share",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def corrupt_kernel(
     tokens, starts, sample_ids, step, maskable, never_mask, ratio_table, weight_table,
-    seed, seed_tensor, input_ids, labels, masked_indices, times, loss_weight, num_masked,
-    num_maskable, rows, record, num_corpus_tokens, seq_len, num_tokens, mask_id,
-    first_sample, num_windows, phase, stride, global_batch, keep_share, random_share, coin_share,
+    seed: tl.int64, seed_tensor, input_ids, labels, masked_indices, times, loss_weight, num_masked,
+    num_maskable, rows, record, num_corpus_tokens: tl.int64, seq_len, num_tokens, mask_id,
+    first_sample: tl.int64, num_windows: tl.int64, phase: tl.int64, stride: tl.int64,
+    global_batch: tl.int64, keep_share: tl.int64, random_share: tl.int64, coin_share: tl.int64,
     ORDERED: tl.constexpr, SHUFFLE: tl.constexpr, EXACT: tl.constexpr, STRATIFIED: tl.constexpr,
     RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr, LOOK_BACK: tl.constexpr,
 ):  # fmt: skip
@@ -397,7 +402,7 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
     num_warps = min(max(tile // 256, 1), 16)
     return {
         "ORDERED": a.num_windows > 0,
-        "SHUFFLE": a.shuffle,
+        "SHUFFLE": a.shuffle and a.num_windows > 0,
         "EXACT": a.exact,
         "STRATIFIED": a.stratified,
         "RANKS": 3 if a.keep_share or a.random_share else 1,
@@ -431,5 +436,6 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
         return None
     device = a.ratio_table.get_device()
     corrupts = bool(a.keep_share or a.random_share)
-    variant = device, a.tokens.dtype, a.shuffle, a.exact, a.stratified, corrupts
+    order = a.num_windows > 0, a.shuffle
+    variant = device, a.tokens.dtype, order, a.exact, a.stratified, corrupts
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))

@@ -1,6 +1,6 @@
 """Launches past Triton's own dispatch, which looks at every argument again in each call. With as
-many as `corrupt` has that takes longer than a small batch does on a GPU: some 40 microseconds where
-this takes 14 (`python -m tests.without_a_driver` measures both).
+many as `corrupt` has that takes longer than a small batch does on a GPU (microseconds of the host:
+`python -m tests.without_a_driver`).
 """
 
 from collections.abc import Callable, Hashable
@@ -9,10 +9,14 @@ from typing import Any
 import triton
 from torch import Tensor
 
-# Earlier versions pass other arguments to a compiled kernel.
-_COMPILED_KERNELS_TAKE_ALL = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+# Versions whose compiled kernels a test has launched this way (tests/test_gpu_code.py). How they
+# are called is not a promise of Triton's: on any other, its own dispatch launches.
+TESTED_TRITON = ("3.6", "3.9")
+_IS_TESTED = triton.__version__.startswith(tuple(f"{version}." for version in TESTED_TRITON))
 
 _MOST_VARIANTS = 1024
+
+Argument = Tensor | int | float | None
 
 
 class Launcher:
@@ -20,19 +24,19 @@ class Launcher:
 
     Args:
         kernel: a ``triton.jit`` function.
-        varying: arguments that differ from call to call and are listed in its
-            ``do_not_specialize``: of them only the width matters.
+        varying: its ``do_not_specialize``: numbers whose values make no other kernel. Each has one
+            width, by its range or by an annotation.
     """
 
     def __init__(self, kernel: Any, varying: list[str]) -> None:
         self._kernel = kernel
-        self._varying = [kernel.arg_names.index(name) for name in varying]
+        self._varying = frozenset(kernel.arg_names.index(name) for name in varying)
         self._compiled: dict[Hashable, tuple[Any, list]] = {}
 
     def __call__(
         self,
         grid: int,
-        arguments: tuple[Tensor | int | None, ...],
+        arguments: tuple[Argument, ...],
         variant: Hashable,
         options: Callable[[], dict[str, Any]],
     ) -> Any:
@@ -40,38 +44,37 @@ class Launcher:
 
         Args:
             arguments: in the kernel's order. The types of tensors are told by ``variant``.
-            variant: the device, and all that ``options`` and types depend on beside ``arguments``.
+            variant: the device, and all that ``options`` and types depend on beside the
+                ``arguments`` that do not vary.
             options: gives the compile-time arguments, of the kernel and of the compiler.
 
         Returns:
             The compiled kernel; None in the interpreter.
         """
         values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-        found = self._compiled.get(self._key(arguments, values, variant))
+        key = variant, *self._specialized(arguments, values)
+        found = self._compiled.get(key)
         if found is None:
-            return self._launch_and_keep(grid, arguments, values, variant, options())
+            return self._launch_and_keep(grid, arguments, key, options())
         compiled, constants = found
         compiled[(grid, 1, 1)](*values, *constants)
         return compiled
 
-    def _key(self, arguments: tuple, values: list, variant: Hashable) -> Hashable:
+    def _specialized(self, arguments: tuple, values: list) -> list[Hashable]:
         """What Triton tells kernels apart by, or finer: equal numbers, equal alignments."""
-        key: list[Hashable] = [
-            x if x is None or type(x) is int else value & 15
-            for x, value in zip(arguments, values, strict=True)
+        return [
+            value & 15 if isinstance(x, Tensor) else x
+            for i, (x, value) in enumerate(zip(arguments, values, strict=True))
+            if i not in self._varying
         ]
-        for i in self._varying:
-            key[i] = -(1 << 31) <= values[i] < 1 << 31
-        return variant, *key
 
     def _launch_and_keep(
-        self, grid: int, arguments: tuple, values: list, variant: Hashable, options: dict[str, Any]
+        self, grid: int, arguments: tuple, key: Hashable, options: dict[str, Any]
     ) -> Any:
         compiled = self._kernel[(grid,)](*arguments, **options)
-        if compiled is not None and _COMPILED_KERNELS_TAKE_ALL:
+        if compiled is not None and _IS_TESTED:
             if len(self._compiled) >= _MOST_VARIANTS:
                 self._compiled.clear()
             names = self._kernel.arg_names[len(arguments) :]
-            key = self._key(arguments, values, variant)
             self._compiled[key] = compiled, [options[name] for name in names]
         return compiled

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nar_kernels.kernels.launcher import Launcher
+
 # Longer rows are taken in blocks of this many.
 MAX_BLOCK = 4096
 
@@ -24,7 +26,10 @@ def _load_logits(logits, bias, column, vocabulary, width):
     return tl.where(column < vocabulary, z, float("-inf"))
 
 
-@triton.jit
+_VARYING = ["vocabulary"]  # of a length, the width is what loads and stores go by
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def nll_kernel(
     nll, logits, labels, bias, weight, vocabulary, stride, width,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -66,15 +71,22 @@ def nll_kernel(
             tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < width)
 
 
+def _block(vocabulary: int) -> int:
+    return min(max(triton.next_power_of_2(vocabulary), 64), MAX_BLOCK)
+
+
 def launch_options(vocabulary: int, gradient: bool) -> dict[str, Any]:
     """Compile-time arguments."""
-    block = min(max(triton.next_power_of_2(vocabulary), 64), MAX_BLOCK)
+    block = _block(vocabulary)
     return {
         "GRADIENT": gradient,
         "BLOCK": block,
         "num_warps": min(max(block // 256, 1), 8),
         "enable_fp_fusion": False,
     }
+
+
+_launch = Launcher(nll_kernel, _VARYING)
 
 
 def nll_triton(
@@ -92,5 +104,6 @@ def nll_triton(
     # With the gap behind a row, if the last row has one.
     stride, size = logits.stride(0), logits.untyped_storage().nbytes() // logits.itemsize
     width = stride if logits.storage_offset() + rows * stride <= size else vocabulary
-    options = launch_options(vocabulary, gradient)
-    nll_kernel[(rows,)](nll, logits, labels, bias, weight, vocabulary, stride, width, **options)
+    arguments = nll, logits, labels, bias, weight, vocabulary, stride, width
+    variant = logits.get_device(), logits.dtype, gradient, _block(vocabulary)
+    _launch(rows, arguments, variant, lambda: launch_options(vocabulary, gradient))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nar_kernels.kernels.launcher import Launcher
 from nar_kernels.kernels.random import random_words
 from nar_kernels.philox import Stream
 
@@ -175,15 +176,19 @@ def _bound(logits, vocabulary, forbidden0, forbidden1, others, num_others, k, BL
     return shift, prefix, last_tie
 
 
-# What differs from call to call would otherwise be compiled again where it is 1 or divides by 16.
-_VARYING = ["forbidden0", "forbidden1", "num_others", "fallback", "seed", "top_k"]
+# What would otherwise be compiled again where it is 1, divides by 16 or, but for the annotations,
+# has another width.
+_VARYING = [
+    "forbidden0", "forbidden1", "num_others", "fallback", "seed", "top_k", "inverse_temperature",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def unmask_kernel(
     tokens, log_prob, confidence, logits, noise_slots, given, others,
-    vocabulary, stride, forbidden0, forbidden1, num_others, fallback, seed, top_k,
-    inverse_temperature, SELECTS: tl.constexpr, CONFIDENCE: tl.constexpr, BLOCK: tl.constexpr,
+    vocabulary, stride, forbidden0, forbidden1, num_others, fallback, seed: tl.int64, top_k,
+    inverse_temperature: tl.float32, SELECTS: tl.constexpr, CONFIDENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row. Arguments as in ``reference.unmask_ref``.
 
@@ -269,6 +274,9 @@ def launch_options(vocabulary: int, top_k: int, confidence: str) -> dict[str, An
     }
 
 
+_launch = Launcher(unmask_kernel, _VARYING)
+
+
 def unmask_triton(
     outputs: tuple[Tensor, Tensor, Tensor],
     logits: Tensor,
@@ -292,8 +300,9 @@ def unmask_triton(
     others = None
     if len(forbidden) > 2:
         others = torch.tensor(forbidden[2:]).to(logits.device, non_blocking=True)
-    unmask_kernel[(rows,)](
+    arguments = (
         *outputs, logits, noise_slots, given, others, vocabulary, logits.stride(0),
         forbidden0, forbidden1, len(forbidden[2:]), fallback, seed, top_k, inverse_temperature,
-        **launch_options(vocabulary, top_k, confidence),
     )  # fmt: skip
+    variant = logits.get_device(), logits.dtype, top_k < vocabulary, confidence
+    _launch(rows, arguments, variant, lambda: launch_options(vocabulary, top_k, confidence))
