@@ -20,13 +20,6 @@ from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# pip installs the build requirements by itself; a direct run of this file uses what is there.
-if int(__version__.partition(".")[0]) < 77:
-    raise SystemExit(
-        f"setup.py needs setuptools 77 or newer and found {__version__}: run `make`, or "
-        "`pip install -U 'setuptools>=77' pybind11 ninja`"
-    )
-
 CPP_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -pthread"
 
 # After the user's own flags: results are bit-identical on every machine, whatever those say.
@@ -213,12 +206,13 @@ def write_cuda_ninja(ninja_file: Path, output: str) -> None:
     )
 
 
-def run_ninja(ninja_file: Path, jobs: int | None) -> None:
+def run_ninja(ninja_file: Path, jobs: int | None, is_dry_run: bool) -> None:
     import ninja
 
     # BIN_DIR is empty in an isolated build environment, which has ninja on PATH instead.
     command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", os.fspath(ninja_file)]
     command += ["-j", str(jobs)] if jobs else []
+    command += ["-n"] if is_dry_run else []
     result = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -236,6 +230,18 @@ def run_ninja(ninja_file: Path, jobs: int | None) -> None:
 
 # Each raises BuildFailure where it cannot be built, such as for want of a compiler.
 NINJA_WRITERS = {"nar_kernels._cpp": write_cpp_ninja, "nar_kernels._cuda": write_cuda_ninja}
+
+
+def build(
+    name: str, ninja_file: Path, output: str, jobs: int | None = None, is_dry_run: bool = False
+) -> None:
+    """Builds an extension; needs nothing of setuptools.
+
+    Raises:
+        BuildFailure, ImportError, OSError: it cannot be built here.
+    """
+    NINJA_WRITERS[name](ninja_file, os.path.relpath(output))
+    run_ninja(ninja_file, jobs, is_dry_run)
 
 
 class OptionalBuildExt(build_ext):
@@ -267,17 +273,23 @@ class OptionalBuildExt(build_ext):
         ninja_file = Path(self.build_temp, ext.name, "build.ninja")
         output = self.get_ext_fullpath(ext.name)
         try:
-            NINJA_WRITERS[ext.name](ninja_file, os.path.relpath(output))
-            run_ninja(ninja_file, self.parallel)
+            build(ext.name, ninja_file, output, self.parallel)
         except (BuildFailure, ImportError, OSError) as error:
             Path(output).unlink(missing_ok=True)
             self.failures[ext.name] = str(error)
 
 
-setup(
-    ext_modules=[
-        Extension("nar_kernels._cpp", CPP_SOURCES, optional=True),
-        Extension("nar_kernels._cuda", CUDA_SOURCES, optional=True),
-    ],
-    cmdclass={"build_ext": OptionalBuildExt},
-)
+if __name__ == "__main__":
+    # pip installs the build requirements by itself; a direct run of this file uses what is there.
+    if int(__version__.partition(".")[0]) < 77:
+        raise SystemExit(
+            f"setup.py needs setuptools 77 or newer and found {__version__}: run `make`, or "
+            "`pip install -U 'setuptools>=77' pybind11 ninja`"
+        )
+    setup(
+        ext_modules=[
+            Extension("nar_kernels._cpp", CPP_SOURCES, optional=True),
+            Extension("nar_kernels._cuda", CUDA_SOURCES, optional=True),
+        ],
+        cmdclass={"build_ext": OptionalBuildExt},
+    )

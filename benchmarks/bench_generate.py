@@ -5,10 +5,8 @@
 
 "trunk" is the floor: as many forward passes of the net without its head. Peak memory is what a call
 needs above the parameters; beside it stands one copy of the logits at the masked positions of the
-first step, where they are the most. `unmask` alone draws a token for each of some rows of logits,
-on one thread and on all, at the filter of `generate` (0.3 V ids are kept) and without; beside it
-what x-transformers does with the logits of as many positions (filter, softmax, sample). On a CPU
-the product of some rows and the head stands beside PyTorch's.
+first step, where they are the most. On a CPU the product of some rows and the head stands beside
+PyTorch's. (`bench_unmask.py` draws tokens alone.)
 `--dry-run` is tiny, and its figures say nothing.
 
 `--quality` trains the net of `nar-kernels train --data digits` and draws images from it with both,
@@ -22,12 +20,14 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from measure import (
     environment,
     in_fresh_process,
+    in_this_process,
     peak_bytes,
     print_table,
     show,
@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from x_transformers import nonautoregressive_wrapper as original
 
 import nar_kernels
-from nar_kernels import unmask
 from nar_kernels.config import TrainConfig
 from nar_kernels.launch import run_linear
 from nar_kernels.linear import LogitsMemory
@@ -52,7 +51,6 @@ CUDA = [Setting(50258, 16, 1024, dim=768, depth=12, heads=12, flash=True)]
 TINY = Setting(33, 2, 16, dim=16, depth=1, heads=2)
 # At least so many times the speed of x-transformers.
 GOALS = dict(zip(CPU, (1.05, 5.0, 15.0), strict=True))
-UNMASK_GOALS = {(50258, "cpu"): 2.0}  # ns a logit in float32, on one thread, with the filter
 
 
 class Generation:
@@ -86,7 +84,7 @@ def cpu_peak(who: str, setting: Setting, threads: int) -> int:
     return peak_bytes(generation, "cpu")
 
 
-def compare(setting: Setting, device: str, repeats: int) -> list[dict]:
+def compare(setting: Setting, device: str, repeats: int, where: Callable[..., Any]) -> list[dict]:
     """A row for each who."""
     generations = {who: Generation(who, setting, device) for who in (TRUNK, PEER, OURS)}
     for generation in generations.values():
@@ -97,7 +95,7 @@ def compare(setting: Setting, device: str, repeats: int) -> list[dict]:
         if device == "cuda":
             peak = peak_bytes(generation, device)
         else:
-            peak = in_fresh_process(cpu_peak, who, setting, torch.get_num_threads())
+            peak = where(cpu_peak, who, setting, torch.get_num_threads())
         ratios = sorted(a / b for a, b in zip(turns[PEER], turns[who], strict=True))
         rows.append(
             {
@@ -131,75 +129,6 @@ def report(setting: Setting, rows: list[dict]) -> None:
             for row in rows
         ]
     )
-
-
-def x_transformers_draw(logits: Tensor) -> None:
-    """What its `generate` does with logits in a step, but for the choice of positions."""
-    logits = logits[None]
-    filtered = original.top_k(logits, 0.7)
-    (filtered / 0.5).softmax(dim=-1)
-    ids = original.gumbel_sample(filtered, temperature=0.5)
-    (1 - filtered.softmax(dim=-1)).gather(2, ids[..., None])
-
-
-def bench_unmask(num_tokens: int, num_rows: int, device: str, repeats: int) -> list[dict]:
-    generator = torch.Generator().manual_seed(0)
-    dtypes = (torch.float32, torch.bfloat16)
-    made = 2 * torch.randn(num_rows, num_tokens, generator=generator)
-    logits = {dtype: made.to(device, dtype) for dtype in dtypes}
-    slots = torch.arange(num_rows, device=device)
-    threads = torch.get_num_threads()
-
-    def on(number: int, fn: Callable[..., object], *args: object, **options: object):
-        def call() -> None:
-            torch.set_num_threads(number)
-            fn(*args, **options)
-
-        return call
-
-    def draw(dtype: torch.dtype, top_k: int | None) -> None:
-        unmask(
-            logits[dtype],
-            mask_id=num_tokens - 1,
-            seed=0,
-            noise_slots=slots,
-            temperature=0.5,
-            top_k=top_k,
-        )
-
-    calls = {}
-    for number in sorted({1, threads}):
-        for dtype in dtypes:
-            for filter_, top_k in (("0.3 V", -(-3 * num_tokens // 10)), ("none", None)):
-                name = "unmask", str(dtype).removeprefix("torch."), filter_, number
-                calls[name] = on(number, draw, dtype, top_k)
-        peer = on(number, x_transformers_draw, logits[torch.float32])
-        calls["x-transformers", "float32", "0.3 V", number] = peer
-    for call in calls.values():
-        call()
-    turns = turns_ns(calls, repeats, warm_up=0, device=device)
-    torch.set_num_threads(threads)
-    size = num_rows * num_tokens
-    has_goal = "unmask", "float32", "0.3 V", 1
-    rows = []
-    for (who, dtype, filter_, number), times in turns.items():
-        ns = statistics.median(times) / size
-        # Each logit is read once, at least.
-        bytes_per_second = (4 if dtype == "float32" else 2) / ns * 1e9
-        rows.append(
-            {
-                "who": who,
-                "dtype": dtype,
-                "filter": filter_,
-                "threads": number,
-                "ns_per_logit": ns,
-                "gigabytes_per_second": bytes_per_second / 1e9,
-                "goal": UNMASK_GOALS.get((num_tokens, device))
-                if (who, dtype, filter_, number) == has_goal
-                else None,
-            }
-        )
-    return rows
 
 
 def bench_product(num_tokens: int, dim: int, all_rows: list[int], repeats: int) -> list[dict]:
@@ -364,22 +293,12 @@ def main() -> None:
         report_quality(record["quality"])
         write_json(args.json, record)
         return
+    where = in_fresh_process if args.device == "cpu" else in_this_process
     for setting in [TINY] if dry else CUDA if device == "cuda" else CPU:
-        rows = compare(setting, device, repeats)
+        rows = compare(setting, device, repeats, where)
         record.setdefault("settings", []).append({**setting._asdict(), "rows": rows})
         report(setting, rows)
         write_json(args.json, record)  # after each: the next may not end
-    sizes = (
-        [(33, 4)] if dry else [(50258, 1024)] if device == "cuda" else [(257, 4096), (50258, 64)]
-    )
-    for num_tokens, num_rows in sizes:
-        rows = bench_unmask(num_tokens, num_rows, device, 3 * repeats)
-        record.setdefault("unmask", []).append(
-            {"num_tokens": num_tokens, "num_rows": num_rows, "rows": rows}
-        )
-        print(f"unmask alone: V {num_tokens}, {num_rows} rows\n")
-        print_table(rows)
-        write_json(args.json, record)
     if device == "cuda":
         return
     heads = [(33, 16)] if dry else [(257, 256), (8193, 256), (50258, 256), (30522, 768)]

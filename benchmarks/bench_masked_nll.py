@@ -21,13 +21,14 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from measure import (
     environment,
     in_fresh_process,
+    in_this_process,
     median_ns,
     peak_bytes,
     print_table,
@@ -210,7 +211,9 @@ def cpu_peak_bytes(setting: Setting, name: str, threads: int) -> int:
     return peak_bytes(lambda: forward_backward(loss, batch))
 
 
-def compare(setting: Setting, device: str, repeats: int, threads: int) -> dict:
+def compare(
+    setting: Setting, device: str, repeats: int, threads: int, where: Callable[..., Any]
+) -> dict:
     """A row for each loss, ours first; one that fails or is wrong says so in ``failed``."""
     batch = make_batch(setting, device)
     true, rows = truth(batch), []
@@ -239,7 +242,7 @@ def compare(setting: Setting, device: str, repeats: int, threads: int) -> dict:
             batch.hidden.grad = batch.weight.grad = None
             row["peak_bytes"] = peak_bytes(calls[name], device)
         else:
-            row["peak_bytes"] = in_fresh_process(cpu_peak_bytes, setting, name, threads)
+            row["peak_bytes"] = where(cpu_peak_bytes, setting, name, threads)
     vocabulary, samples, length, dim, _ = setting
     num_rows = int(batch.corrupted.num_masked.sum())
     return {
@@ -307,9 +310,10 @@ def main() -> None:
         f"{record['device']}, torch {torch.__version__}, {threads} threads: forward and "
         f"backward, medians of {repeats} calls in turn\n"
     )
+    where = in_fresh_process if args.device == "cpu" else in_this_process
     cpu = [setting for setting in CPU if args.dtype in (None, setting.dtype)]
     for setting in TINY if args.dry_run else CUDA if device == "cuda" else cpu:
-        record["settings"].append(compare(setting, device, repeats, threads))
+        record["settings"].append(compare(setting, device, repeats, threads, where))
         report(record["settings"][-1])
         write_json(args.json, record)  # after each: the next may not end
     failed = [row["loss"] for s in record["settings"] for row in s["rows"] if row["failed"]]

@@ -18,7 +18,9 @@ import argparse
 import bisect
 import gc
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from measure import (
     draw_bars,
     environment,
     in_fresh_process,
+    in_this_process,
     peak_bytes,
     print_table,
     show,
@@ -64,7 +67,9 @@ def cpu_peaks(who: str, setting: Setting, threads: int) -> dict[str, int]:
     return peaks(Training(who, setting, "cpu"))
 
 
-def compare(setting: Setting, device: str, repeats: int, compiled: bool) -> list[dict]:
+def compare(
+    setting: Setting, device: str, repeats: int, compiled: bool, where: Callable[..., Any]
+) -> list[dict]:
     """A row for each wrapper and call."""
     trainings = {
         who: Training(who, setting, device)
@@ -85,7 +90,7 @@ def compare(setting: Setting, device: str, repeats: int, compiled: bool) -> list
         if device == "cuda":
             peak = peaks(training)
         else:
-            peak = in_fresh_process(cpu_peaks, who, setting, torch.get_num_threads())
+            peak = where(cpu_peaks, who, setting, torch.get_num_threads())
         for what in training.calls():
             theirs = rows.get((PEER, what))
             row = rows[who, what] = {
@@ -324,9 +329,10 @@ def main() -> None:
     if args.quality:
         record["quality"] = quality(args.quality, steps, args.seeds)
         report_quality(args.quality, steps, record["quality"])
+    where = in_fresh_process if args.device == "cpu" else in_this_process
     cpu = [setting._replace(flash=args.flash) for setting in CPU]
     for setting in [] if other else [TINY] if dry else CUDA if device == "cuda" else cpu:
-        rows = compare(setting, device, repeats, args.compile)
+        rows = compare(setting, device, repeats, args.compile, where)
         record.setdefault("settings", []).append({**setting._asdict(), "rows": rows})
         report(setting, rows)
         write_json(args.json, record)  # after each: the next may not end

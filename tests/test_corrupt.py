@@ -558,7 +558,7 @@ def test_step(num_windows, shuffle, backend):
     """Equals `corrupt` with the slots and starts written out, step and seed as numbers or not."""
     masking = MaskingConfig(50, 49, no_replace_prob=0.1, random_token_prob=0.1)
     length, stride, phase, seed = 9, 4, 3, -7
-    device = torch.device(device_of(backend))
+    device = torch.empty(0, device=device_of(backend)).device  # with its index
     corpus = clean_batch(masking, 1, phase + (num_windows - 1) * stride + length, torch.int16)[0]
     order = WindowOrder(num_windows, phase, stride, shuffle)
     for step, rank, batch, world_size in [(0, 0, 7, 1), (2**33, 70, 4, 75)]:

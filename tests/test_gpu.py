@@ -9,6 +9,7 @@ import torch
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskedLoader, MaskingConfig, TokenDataset
+from tests.devices import no_waiting
 from tests.test_corrupt import assert_same, clean_batch
 
 pytestmark = pytest.mark.gpu
@@ -20,12 +21,8 @@ MEMORIES = ["device", "pinned", "mapped"]
 MASKING = MaskingConfig(300, 299, no_replace_prob=0.1, random_token_prob=0.1)
 
 
-@pytest.fixture
-def no_waiting():
-    """Makes it an error to wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+def name_of(value: object) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def make_dataset(path: Path, num_windows: int = 50, bad_offset: int | None = None) -> TokenDataset:
@@ -64,6 +61,7 @@ def test_a_graph_replays_with_another_seed(backend):
 
     maskable_on_device = maskable.cuda()
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()  # compiles, and copies the tables
     torch.cuda.current_stream().wait_stream(side)
@@ -78,10 +76,12 @@ def test_a_graph_replays_with_another_seed(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_waits_for_the_device(backend, no_waiting):
-    tokens = clean_batch(MASKING, 8, 100).to("cuda", non_blocking=True)
-    for _ in range(3):
-        nar_kernels.corrupt(tokens, MASKING, seed=1, backend=backend)
+def test_nothing_waits_for_the_device(backend):
+    tokens = clean_batch(MASKING, 8, 100).cuda()
+    nar_kernels.corrupt(tokens, MASKING, seed=1, backend=backend)  # compiles, copies the tables
+    with no_waiting():
+        for seed in range(3):
+            nar_kernels.corrupt(tokens, MASKING, seed=seed, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,7 +109,9 @@ def test_on_a_device_that_is_not_the_current_one(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64], ids=name_of
+)
 def test_a_pinned_corpus(dtype, backend):
     masking = MaskingConfig(120, 119)
     corpus = clean_batch(masking, 1, 5000, dtype)[0].pin_memory()
@@ -131,10 +133,12 @@ def test_a_corpus_that_the_device_cannot_read():
         )
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [512, 40000])
 def test_more_than_2_to_the_31_positions(length, backend):
     batch = 2**31 // length + 40
+    torch.cuda.empty_cache()  # PyTorch holds what the test before this one has freed
     if torch.cuda.mem_get_info()[0] < 32 * batch * length:
         pytest.skip("needs 64 GiB of free device memory")
     corpus = clean_batch(MASKING, 1, 10**6, torch.int16)[0]
@@ -203,12 +207,12 @@ def test_batches_equal_those_of_the_cpu(memory, backend, tmp_path):
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_iteration_waits_for_no_kernel(memory, tmp_path, request):
+def test_iteration_waits_for_no_kernel(memory, tmp_path):
     loader = MaskedLoader(make_dataset(tmp_path), MASKING, 8, device="cuda", corpus_memory=memory)
     next(loader)
-    request.getfixturevalue("no_waiting")
-    for _, batch in zip(range(5), loader, strict=False):
-        batch.input_ids.sum()
+    with no_waiting():
+        for _, batch in zip(range(5), loader, strict=False):
+            batch.input_ids.sum()
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -223,21 +227,25 @@ def test_the_host_knows_the_counts(draw, memory, tmp_path):
 
 @pytest.mark.parametrize("draw", ["exact", "bernoulli"])
 @pytest.mark.parametrize("reduction", ["nelbo", "mean", "none"])
-def test_masked_nll_waits_for_nothing(reduction, draw, tmp_path, request):
+def test_masked_nll_waits_for_nothing(reduction, draw, tmp_path):
     masking = MaskingConfig(300, 299, draw=draw)
     loader = MaskedLoader(make_dataset(tmp_path), masking, 8, device="cuda")
     hidden = torch.randn(8, 64, 32, device="cuda", requires_grad=True)
     weight = torch.randn(300, 32, device="cuda", requires_grad=True)
-    for call in range(2):  # the first compiles
+
+    def step():
         batch = next(loader)
         nar_kernels.masked_nll(hidden, weight, batch, reduction=reduction).sum().backward()
-        if call == 0:
-            request.getfixturevalue("no_waiting")
+
+    step()  # compiles
+    with no_waiting():
+        step()
 
 
 @pytest.mark.parametrize("vocabulary", [300, 50258, 256000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_masked_nll_equals_that_of_the_cpu(dtype, vocabulary):
+    torch.manual_seed(0)
     masking = MaskingConfig(vocabulary, vocabulary - 1)
     batch = nar_kernels.corrupt(clean_batch(masking, 4, 50), masking, seed=1)
     inputs = [torch.randn(4, 50, 16), torch.randn(vocabulary, 16), torch.randn(vocabulary)]
@@ -247,7 +255,7 @@ def test_masked_nll_equals_that_of_the_cpu(dtype, vocabulary):
         loss = nar_kernels.masked_nll(hidden, weight, batch.to(device), bias=bias)
         gradients = torch.autograd.grad(loss, (hidden, weight, bias))
         results.append([loss.double().cpu(), *(g.double().cpu() for g in gradients)])
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for got, expected in zip(*reversed(results), strict=True):
         assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -274,6 +282,7 @@ def test_a_graph_with_the_data_in_it(memory, backend, tmp_path):
     )
     step = torch.zeros(1, dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         loader.batch(step)
     torch.cuda.current_stream().wait_stream(side)
@@ -310,16 +319,17 @@ def test_a_step_on_the_device_needs_a_corpus_that_the_kernel_reads(tmp_path):
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    "vocabulary, dtype",
+    "dtype, vocabulary",
     [
-        (300, torch.float32),
-        (4099, torch.float16),
-        (50258, torch.float32),
-        (50258, torch.bfloat16),
-        (50304, torch.bfloat16),
+        (torch.float32, 300),
+        (torch.float16, 4099),
+        (torch.float32, 50258),
+        (torch.bfloat16, 50258),
+        (torch.bfloat16, 50304),
     ],
+    ids=name_of,
 )
-def test_unmask_equals_that_of_the_cpu(vocabulary, dtype):
+def test_unmask_equals_that_of_the_cpu(dtype, vocabulary):
     logits = (4 * torch.randn(64, vocabulary)).to(dtype)
     slots = torch.arange(64) * 2**33
     for top_k, confidence in (
@@ -338,7 +348,7 @@ def test_unmask_equals_that_of_the_cpu(vocabulary, dtype):
 @pytest.mark.triton
 @pytest.mark.parametrize("strategy", ["confidence", "margin", "random", "halton"])
 @pytest.mark.parametrize("block_length", [None, 4])
-def test_generate_waits_for_nothing(strategy, block_length, request):
+def test_generate_waits_for_nothing(strategy, block_length):
     net = torch.nn.Sequential(torch.nn.Embedding(300, 32), torch.nn.Linear(32, 300)).cuda()
     adapted = nar_kernels.NetAdapter(net, num_tokens=300, max_seq_len=16, head=net[1])
     model = nar_kernels.NonAutoregressiveWrapper(adapted, mask_id=299)
@@ -346,26 +356,24 @@ def test_generate_waits_for_nothing(strategy, block_length, request):
     model.generate(4, **options)  # kernels are compiled
     steps = model.generate_steps(4, **options)
     next(steps)
-    request.getfixturevalue("no_waiting")
-    for state in steps:  # noqa: B007
-        pass
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        *_, state = steps
     assert (state.ids < 299).all()
 
 
 # ---- training
 
 
-def test_a_training_step_waits_for_nothing(tmp_path, request):
+def test_a_training_step_waits_for_nothing(tmp_path):
     from nar_kernels.train import Run, TrainConfig
 
     pytest.importorskip("x_transformers")
     config = TrainConfig.for_data("digits", device="cuda", out=str(tmp_path), quiet=True)
     run = Run(config, torch.device("cuda", 0))
-    for step in range(4):
+    for step in range(2):  # compiles kernels, and gives AdamW its state
         run.step(next(run.loader), step)
-        if step == 1:  # kernels are compiled, and AdamW has its state
-            request.getfixturevalue("no_waiting")
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        for step in range(2, 4):
+            run.step(next(run.loader), step)
     losses, _, _ = run.pending.settle(stop=False)
     assert len(losses) == 4 and all(0 < loss < 4 for loss in losses)

@@ -1,46 +1,522 @@
-"""`benchmarks/gpu_suite.sh --dry-run` walks through every step without a GPU."""
+"""`benchmarks.gpu_suite`: its machinery, with steps that pass, fail, hang and are killed; a walk
+through all of its real steps without a GPU; and the table at the end."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import xml.etree.ElementTree as ET
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_suite import junit, report, runner, wheels
+from benchmarks.gpu_suite.__main__ import chosen, digest_of_sources
+from benchmarks.gpu_suite.runner import Step, Suite
+from benchmarks.gpu_suite.sanitize import sanitizer
+from benchmarks.gpu_suite.steps import TESTS, all_steps
+
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = [
-    "environment",
-    "build",
-    "tests",
-    "memcheck",
-    "racecheck",
-    "initcheck",
-    "synccheck",
-    "bench_corrupt",
-    "bench_masked_nll",
-    "bench_train_step",
-    "bench_generate",
+
+
+def python(name: str, code: str, seconds: float = 20, **more) -> Step:
+    return Step(name, f"about {name}", [sys.executable, "-c", code], seconds, least=0, **more)
+
+
+PASSES = python("passes", "print('fine')")
+FAILS = python("fails", "print('one'); print('wrong: 3'); raise SystemExit(3)")
+SKIPS = python("skips", f"print('no peer here'); raise SystemExit({runner.SKIP})")
+HANGS = python("hangs", "import time; print('begun'); time.sleep(600)", 1, grace=0.5)
+IGNORES = python(
+    "ignores",
+    "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)",
+    1,
+    grace=0.3,
+)
+DIES = python("dies", "import os, signal; print('soon'); os.kill(os.getpid(), signal.SIGKILL)")
+# Its child holds on to the output.
+LEAVES = python(
+    "leaves",
+    "import subprocess, sys\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])",
+)
+
+
+def run(steps, tmp_path, minutes=1.0, call=1, **more) -> tuple[int, dict]:
+    """The exit status and the results of a call in the folder ``out``."""
+    suite = Suite(steps, tmp_path / "out", tmp_path / f"work{call}", minutes=minutes, **more)
+    status = suite.run()
+    return status, json.loads((tmp_path / "out/results.json").read_text())
+
+
+def states(results: dict) -> dict[str, tuple[str, str]]:
+    return {name: (step["status"], step["reason"]) for name, step in results["steps"].items()}
+
+
+# ---- one call
+
+
+def test_what_becomes_of_a_step(tmp_path):
+    start = time.monotonic()
+    steps = [PASSES, FAILS, SKIPS, HANGS, IGNORES, DIES, LEAVES]
+    status, results = run(steps, tmp_path)
+    assert time.monotonic() - start < 15
+    assert status == 1
+    assert states(results) == {
+        "passes": ("passed", "fine"),
+        "fails": ("failed", "wrong: 3"),
+        "skips": ("skipped", "no peer here"),
+        "hangs": ("timed out", "after 1 s"),
+        "ignores": ("timed out", "after 1 s"),
+        "dies": ("failed", "killed by SIGKILL; soon"),
+        "leaves": ("passed", ""),
+    }
+    assert results["steps"]["fails"]["exit"] == 3
+    assert results["steps"]["fails"]["tail"] == ["one", "wrong: 3"]
+    log = (tmp_path / "out/suite.log").read_text().splitlines()
+    assert {"passes| fine", "fails| one", "hangs| begun", "dies| soon"} <= {*log}
+
+
+def test_all_that_passes_or_skips_is_success(tmp_path):
+    assert run([PASSES, SKIPS], tmp_path)[0] == 0
+
+
+def test_what_is_missing_is_skipped_and_said(tmp_path):
+    steps = [
+        FAILS,
+        python("needs", "", needs=("fails",)),
+        python("package", "", packages=("json", "no_such_module")),
+        python("tool", "", tools=("no-such-tool",)),
+        python("brought", "import brought", packages=("brought",)),
+        python("never", "", needs=("unknown",)),
+    ]
+    (tmp_path / "work1/site").mkdir(parents=True)
+    (tmp_path / "work1/site/brought.py").touch()
+    _, results = run(steps, tmp_path)
+    assert states(results) == {
+        "fails": ("failed", "wrong: 3"),
+        "needs": ("skipped", "fails: failed"),
+        "package": ("skipped", "no_such_module is not installed"),
+        "tool": ("skipped", "no-such-tool is not on PATH"),
+        "brought": ("passed", ""),
+        "never": ("skipped", "unknown: not run"),
+    }
+
+
+def test_a_call_ends_with_its_minutes(tmp_path):
+    """A step is cut down to what is left, and what comes later is not begun."""
+    long = python("long", "import time; time.sleep(600)", 100, grace=0.2)
+    late = Step("late", "", [sys.executable, "-c", ""], 5, least=4)
+    start = time.monotonic()
+    status, results = run([long, late], tmp_path, minutes=2 / 60)
+    assert time.monotonic() - start < 6
+    assert status == 1
+    assert states(results) == {
+        "long": ("timed out", "after 2 s"),
+        "late": ("not run", "0 s were left, and it needs 4 at least"),
+    }
+
+
+def test_steps_beside_each_other(tmp_path):
+    """Those next to each other that say so overlap; no other step does."""
+    code = "import time; print(time.time()); time.sleep(1); print(time.time())"
+    steps = [
+        python("first", code),
+        *(python(f"beside{i}", code, beside=True) for i in range(3)),
+        python("last", code),
+    ]
+    _, results = run(steps, tmp_path)
+    times = {name: [*map(float, step["tail"])] for name, step in results["steps"].items()}
+    begin = max(times[f"beside{i}"][0] for i in range(3))
+    end = min(times[f"beside{i}"][1] for i in range(3))
+    assert begin < end
+    assert times["first"][1] < min(times[f"beside{i}"][0] for i in range(3))
+    assert max(times[f"beside{i}"][1] for i in range(3)) < times["last"][0]
+
+
+def test_few_small_files_whatever_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LOG_LIMIT", 30_000)
+    monkeypatch.setattr(runner, "LOG_LIMIT_OF_STEP", 10_000)
+    chatty = "print(100_000 * 'x'); [print(i, 100 * 'x') for i in range(2000)]; print('the end')"
+    _, results = run([python(name, chatty) for name in "abcdef"], tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "results.json",
+        "suite.log",
+    ]
+    assert (tmp_path / "out/suite.log").stat().st_size <= 30_000
+    assert "a| (and more, which is left out)" in (tmp_path / "out/suite.log").read_text()
+    assert results["steps"]["f"]["reason"] == "the end"
+    assert len(json.dumps(results)) < 100_000
+
+
+def test_figures_are_part_of_the_results_and_half_written_ones_are_not(tmp_path):
+    code = (
+        "from pathlib import Path; Path(r'{work}/%s.json').write_text('%s'); raise SystemExit(%d)"
+    )
+    steps = [
+        python("bench_a", code % ("bench_a", '{"speed": 3}', 1)),
+        python("bench_b", code % ("bench_b", '{"spe', 0)),
+        python("environment", code % ("environment", '{"gpu": "H999"}', 0)),
+        PASSES,
+    ]
+    _, results = run(steps, tmp_path)
+    assert results["figures"] == {"bench_a": {"speed": 3}}
+    assert results["environment"] == {"gpu": "H999"}
+    assert results["steps"]["passes"]["gpu"] == "H999"
+
+
+# ---- the next call
+
+
+def test_a_second_call_does_what_the_first_did_not_pass(tmp_path):
+    """Also where the first one's results were brought to another machine: nothing else is kept."""
+    counting = "open(r'{out}/{name}', 'a').write('x')"
+
+    def counted(name, then="", **more):
+        return python(name, counting.format(out=tmp_path, name=name) + then, **more)
+
+    steps = [
+        counted("sets_up", is_setup=True),
+        counted("works"),
+        counted("fails", "; raise SystemExit(1)"),
+    ]
+    assert run(steps, tmp_path, sources="abc")[0] == 1
+    steps[2] = counted("fails")
+    status, results = run(steps, tmp_path, call=2, sources="abd")
+    assert status == 0
+    times = {step.name: len((tmp_path / step.name).read_text()) for step in steps}
+    assert times == {"sets_up": 2, "works": 1, "fails": 2}
+    sources = {name: step["sources"] for name, step in results["steps"].items()}
+    assert sources == {"sets_up": "abd", "works": "abc", "fails": "abd"}
+    assert [call["sources"] for call in results["calls"]] == ["abc", "abd"]
+    run(steps, tmp_path, call=3, again=True)
+    assert len((tmp_path / "works").read_text()) == 2
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.json").write_text("[1")
+    with pytest.raises(SystemExit, match="is not what this suite writes .*: move it away"):
+        run([PASSES], tmp_path)
+
+
+# ---- a call that is stopped
+
+DRIVER = """
+import sys
+from pathlib import Path
+from benchmarks.gpu_suite.runner import Step, Suite
+code = '''
+import time
+with open(r"{{work}}/bench.json", "w") as file:
+    file.write('{{"a": 1}}')
+time.sleep(600)
+'''
+steps = [
+    Step("first", "", [sys.executable, "-c", "print(1)"], 20, least=0),
+    Step("second", "", [sys.executable, "-c", code], 600, least=0),
+    Step("third", "", [sys.executable, "-c", ""], 20, least=0),
 ]
+suite = Suite(steps, Path(r"{out}"), Path(r"{work}"), minutes=5)
+suite._log.write("test", "ready")
+sys.exit(suite.run())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_stopped_from_outside(number, tmp_path):
+    """The results are there, figures of the step that ran included; also after a SIGKILL."""
+    script = DRIVER.format(out=tmp_path / "out", work=tmp_path / "work")
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    results: dict = {}
+    deadline = time.monotonic() + 30
+    while results.get("figures") != {"bench": {"a": 1}}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        if (tmp_path / "out/results.json").exists():
+            results = json.loads((tmp_path / "out/results.json").read_text())
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["figures"] == {"bench": {"a": 1}}
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+        assert [*states(results).items()] == [
+            ("first", ("passed", "1")),
+            ("second", ("running", "")),
+        ]
+        subprocess.run(["pkill", "-9", "-f", str(tmp_path / "work")])  # what it could not end
+        return
+    assert process.returncode == 128 + number
+    assert states(results) == {
+        "first": ("passed", "1"),
+        "second": ("stopped", number.name),
+        "third": ("not run", number.name),
+    }
+    assert "results:" in output
+
+
+# ---- tests of pytest
+
+SOME_TESTS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("number", range(4))
+def test_passes(number):
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+@pytest.mark.skip(reason="no GPU")
+def test_skips():
+    pass
+"""
+HANGING = """
+
+def test_hangs():
+    time.sleep(600)
+"""
+
+
+def pytest_step(name: str, path: Path, seconds: float, **more) -> Step:
+    command = [sys.executable, "-m", "benchmarks.gpu_suite.run_tests", "--workers", "2"]
+    command += ["--junit", f"{{work}}/{name}.xml", "--", str(path), f"--rootdir={path.parent}"]
+    return Step(name, "", command, seconds, least=0, **more)
+
+
+def test_results_of_tests(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(SOME_TESTS)
+    (tmp_path / "test_hanging.py").write_text(SOME_TESTS + HANGING)
+    steps = [
+        pytest_step("some", tmp_path / "test_some.py", 60, beside=True),
+        pytest_step("hanging", tmp_path / "test_hanging.py", 15, beside=True, grace=15),
+    ]
+    status, results = run(steps, tmp_path)
+    assert status == 1
+    assert results["steps"]["some"]["status"] == "failed"
+    assert results["steps"]["hanging"]["status"] == "timed out"
+    some = results["tests"]["some"]
+    assert (some["passed"], some["failed"], some["skipped"]) == (4, 1, 1)
+    ((name, failure),) = some["failures"].items()
+    assert name.endswith("test_some::test_fails") and "assert 1 == 2" in failure
+    # pytest was interrupted and said what it knew.
+    assert results["tests"]["hanging"]["passed"] == 4
+    assert results["tests"]["hanging"]["unfinished"] == 1
+    suites = ET.parse(tmp_path / "out/junit.xml").getroot()
+    assert {suite.get("name") for suite in suites} == {"hanging", "some"}
+    # A later call has one of them alone.
+    (tmp_path / "test_some.py").write_text("def test(): pass")
+    run([pytest_step("some", tmp_path / "test_some.py", 60)], tmp_path, call=2)
+    suites = ET.parse(tmp_path / "out/junit.xml").getroot()
+    assert {suite.get("name"): suite.get("tests") for suite in suites}["some"] == "1"
+    assert len(suites) == 2
+
+
+def test_a_test_that_hangs_costs_itself_alone(tmp_path):
+    for plugin in ("xdist", "pytest_timeout"):
+        pytest.importorskip(plugin)
+    (tmp_path / "test_hanging.py").write_text(SOME_TESTS + HANGING)
+    script = "import benchmarks.gpu_suite.run_tests as r; r.LIMIT = 11; r.main()"
+    command = [sys.executable, "-c", script, "--junit", "{work}/hanging.xml", "--"]
+    command += [str(tmp_path / "test_hanging.py"), f"--rootdir={tmp_path}"]
+    _, results = run([Step("hanging", "", command, 60, least=0)], tmp_path)
+    assert results["steps"]["hanging"]["status"] == "failed"
+    counted = results["tests"]["hanging"]
+    assert (counted["passed"], counted["failed"], counted["skipped"]) == (4, 2, 1)
+    assert any("crashed while running" in text for text in counted["failures"].values())
+    assert "in test_hangs\n" in (tmp_path / "out/suite.log").read_text()  # where it hung
+
+
+def test_half_an_xml_is_no_result(tmp_path):
+    (tmp_path / "half.xml").write_text("<testsuites><testsuite")
+    with pytest.raises(ValueError, match="half.xml"):
+        junit.counts(tmp_path / "half.xml")
+    junit.merge(tmp_path / "junit.xml", [tmp_path / "half.xml"])
+    assert not (tmp_path / "junit.xml").exists()
+
+
+# ---- the steps
+
+
+def test_steps_are_chosen_by_name_or_kind():
+    steps = all_steps(None, is_dry_run=False)
+    names = [step.name for step in steps]
+    assert len(names) == len({*names})
+    set_up = ["environment", "wheels", "build"]
+    assert [step.name for step in chosen(steps, "smoke")] == [*set_up, "smoke"]
+    some = [step.name for step in chosen(steps, "memcheck, bench_unmask")]
+    assert some == [
+        *set_up,
+        "bench_unmask",
+        *(f"memcheck_{k}" for k in ("corrupt", "nll", "unmask")),
+    ]
+    with pytest.raises(
+        SystemExit, match="--only tets: there is no such step; there are environment"
+    ):
+        chosen(steps, "tets")
+    assert all({*step.needs} <= {*names} for step in steps)
+
+
+def test_what_is_timed_runs_alone():
+    steps = all_steps(None, is_dry_run=False)
+    assert not any(step.beside for step in steps if step.name.startswith("bench"))
+    assert all(step.beside for step in steps if step.name.startswith(("memcheck", "racecheck")))
+
+
+def test_sanitizers_see_what_is_theirs():
+    memcheck = sanitizer("memcheck", "nll")
+    assert "kernel_substring=nll_kernel" in memcheck
+    assert memcheck[memcheck.index("--report-api-errors") + 1] == "no"
+    assert "--kernel-name" not in sanitizer("initcheck", "corrupt")
+
+
+def test_every_test_of_a_gpu_is_in_a_file_of_the_suite(request):
+    marked = "gpu or cuda or triton"
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", marked]
+    command += [f"--ignore={path}" for path in TESTS]
+    result = subprocess.run([*command, "tests"], cwd=ROOT, capture_output=True, text=True)
+    assert "no tests collected" in result.stdout.splitlines()[-1], result.stdout
+
+
+def test_sources_are_told_apart(tmp_path, monkeypatch):
+    from benchmarks.gpu_suite import __main__ as main
+
+    assert digest_of_sources() == digest_of_sources()
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    empty = digest_of_sources()
+    (tmp_path / "csrc/a.h").write_text("a")
+    with_one = digest_of_sources()
+    (tmp_path / "csrc/a.h").write_text("b")
+    assert len({empty, with_one, digest_of_sources()}) == 3
+
+
+def make_wheel(folder: Path, name: str, version: str) -> None:
+    stem, info = f"{name}-{version}", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"version = '{version}'\n")
+        wheel.writestr(f"{info}/METADATA", f"Name: {name}\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_wheels_are_installed_without_a_network(tmp_path):
+    """The peers, and what is missing; not what is here already. Without all peers it says so."""
+    folder, site = tmp_path / "wheels", tmp_path / "site"
+    folder.mkdir()
+    for name, version in (("attn_gym", "9.0"), ("no_such_package", "1.2"), ("numpy", "1.0")):
+        make_wheel(folder, name, version)
+    command = [sys.executable, "-m", "benchmarks.gpu_suite.wheels", "install", folder, site]
+    result = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PIP_NO_INDEX": "1"},
+    )
+    assert result.returncode == runner.SKIP, result.stdout + result.stderr
+    assert {path.name for path in site.glob("*.py")} == {"attn_gym.py", "no_such_package.py"}
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("not installed, so not compared with: ") and "liger-kernel" in last
+    assert "attn-gym" not in last
+
+
+def test_versions_that_are_too_old_are_replaced(monkeypatch):
+    monkeypatch.setattr(wheels, "installed", lambda name: "68.2.2" if name == "setuptools" else "1")
+    assert wheels.is_wanted(Path("setuptools-84.2.1-py3-none-any.whl"))
+    assert not wheels.is_wanted(Path("pybind11-3.1.0-py3-none-any.whl"))
+    assert wheels.requirement("setuptools") == "setuptools>=77"
+
+
+# ---- the table at the end
+
+FIGURES = {
+    "bench_corrupt_cuda": {
+        "gigabytes_per_second": {"copy": 3000.0, "bus": 50.0},
+        "rows": [
+            {"backend": "cuda", "what": "small", "host_us": 17.0, "gpu_us": 4.0},
+            {
+                "backend": "cuda",
+                "what": "large",
+                "gigabytes_per_second": 1500.0,
+                "share_of_copy": 0.5,
+            },
+        ],
+    },
+    "bench_masked_nll": {
+        "settings": [
+            {
+                "num_tokens": 9,
+                "masked_rows": 5,
+                "rows": [
+                    {"loss": "masked_nll", "failed": None, "ms": 2.0, "peak_bytes": 1e6},
+                    {"loss": "CCE, masked rows", "failed": "WRONG", "ms": 3.0, "peak_bytes": 2e6},
+                    {"loss": "products alone", "failed": None, "ms": 1.0},
+                ],
+            }
+        ]
+    },
+}
+
+
+def test_each_figure_stands_beside_a_limit_or_a_peer():
+    rows = [tuple(row) for row in report.rows(FIGURES)]
+    assert ("corrupt, cuda: large", 1500.0, "GB/s", "copy", 3000.0, 0.5) in rows
+    assert ("corrupt, cuda: small", 17.0, "us of the host", "", None, None) in rows
+    nll = "masked_nll, V 9, 5 rows"
+    assert (nll, 2.0, "ms", "CCE, masked rows (WRONG)", 3.0, 1.5) in rows
+    assert (nll, 1.0, "MB", "CCE, masked rows (WRONG)", 2.0, 2.0) in rows
+    assert (nll, 2.0, "ms", "products alone", 1.0, 0.5) in rows
+    assert [*report.not_compared({"figures": FIGURES})] == [
+        "bench_corrupt_cuda: skipped x-transformers: not installed, or it failed (see the log)",
+        "bench_masked_nll: skipped Liger: not installed, or it failed (see the log)",
+    ]
+
+
+# ---- all of it
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_dry_run(tmp_path):
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        ["benchmarks/gpu_suite.sh", "--dry-run", tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
+    for package in ("triton", "x_transformers"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert sorted(results["steps"]) == sorted(STEPS)
-    assert all(step["exit"] == 0 for step in results["steps"].values())
-    assert {row["backend"] for row in results["bench_corrupt"]["rows"]} == {"cuda", "triton"}
-    assert all(len(results[bench]["settings"]) > 0 for bench in STEPS[-3:])
-    for step in ("tests", "memcheck"):  # something was selected
-        assert "tests collected" in results["steps"][step]["last_lines"][-1]
+    steps = all_steps(None, is_dry_run=True)
+    assert {*results["steps"]} == {step.name for step in steps}
+    assert {name for name, (state, _) in states(results).items() if state != "passed"} <= {"wheels"}
+    assert {row["backend"] for row in results["figures"]["bench_corrupt_cuda"]["rows"]} == {"cuda"}
+    assert {*results["figures"]} == {s.name for s in steps if s.name.startswith("bench")}
+    for step in ("smoke", "tests_cuda", "tests_triton", "tests_large", "memcheck_corrupt"):
+        assert "collected" in results["steps"][step]["reason"]  # something was selected
+    for line in (
+        "| unmask, V 33, float32, filter none |",
+        "| train_step, V 33, ours: whole step |",
+    ):
+        assert line in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "suite.log"}
+
+
+def test_help_and_mistakes():
+    def suite(*options):
+        command = [sys.executable, "-m", "benchmarks.gpu_suite", *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    listed = suite("--list", "--only", "racecheck")
+    assert listed.returncode == 0 and "no race in shared memory" in listed.stdout
+    wrong = suite("--wheels", "nowhere")
+    assert wrong.returncode == 2 and "--wheels nowhere: there is no such folder" in wrong.stderr

@@ -388,7 +388,9 @@ def test_tools_see_the_operator():
         return unmask(logits, mask_id=0, seed=1, noise_slots=slots).tokens
 
     logits, others = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(8))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         draw(logits)
     assert "nar_kernels::unmask" in {event.name for event in profile.events()}
     with warnings.catch_warnings():

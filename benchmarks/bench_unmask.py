@@ -1,0 +1,148 @@
+"""`unmask` alone: a token for each of some rows of logits, at the filter of `generate` (0.3 V ids
+are kept) and without.
+
+    python benchmarks/bench_unmask.py [--device cuda] [--json FILE] [--dry-run]
+
+Each logit is read once, at least: bytes of logits over time stand beside the bandwidth of a copy.
+The peer is what x-transformers does with the logits of as many positions (filter, softmax, sample),
+where it is installed. On a CPU on one thread and on all. `--dry-run` is tiny, and its figures say
+nothing.
+"""
+
+import argparse
+import importlib.util
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from measure import copy_bytes_per_second, environment, print_table, turns_ns, write_json
+from torch import Tensor
+
+from nar_kernels import unmask
+
+OURS, PEER = "unmask", "x-transformers"
+CPU = [(257, 4096), (50258, 64)]  # V, rows
+CUDA = [(50258, 4096), (50304, 4096)]  # several times the cache; of any length, divides by 16
+TINY = [(33, 4)]
+FILTERED, UNFILTERED = "0.3 V", "none"
+GOALS = {(50258, "cpu"): 2.0}  # ns a logit in float32, on one thread, with the filter
+
+
+class Case(NamedTuple):
+    who: str
+    dtype: torch.dtype
+    filter: str
+    threads: int
+
+
+def x_transformers_draw(logits: Tensor) -> None:
+    """What its `generate` does with logits in a step, but for the choice of positions."""
+    from x_transformers import nonautoregressive_wrapper as original
+
+    logits = logits[None]
+    filtered = original.top_k(logits, 0.7)
+    (filtered / 0.5).softmax(dim=-1)
+    ids = original.gumbel_sample(filtered, temperature=0.5)
+    (1 - filtered.softmax(dim=-1)).gather(2, ids[..., None])
+
+
+def draws(
+    num_tokens: int, num_rows: int, device: str, threads: list[int], with_peer: bool
+) -> dict[Case, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(0)
+    made = 2 * torch.randn(num_rows, num_tokens, generator=generator)
+    slots = torch.arange(num_rows, device=device)
+    options = dict(mask_id=num_tokens - 1, seed=0, noise_slots=slots, temperature=0.5)
+
+    def on(number: int, fn: Callable[[], object]) -> Callable[[], None]:
+        def call() -> None:
+            torch.set_num_threads(number)
+            fn()
+
+        return call
+
+    calls = {}
+    for number in threads:
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = made.to(device, dtype)
+            for filter_, top_k in ((FILTERED, -(-3 * num_tokens // 10)), (UNFILTERED, None)):
+                draw = partial(unmask, logits, top_k=top_k, **options)
+                calls[Case(OURS, dtype, filter_, number)] = on(number, draw)
+        if with_peer:
+            draw = partial(x_transformers_draw, made.to(device))
+            calls[Case(PEER, torch.float32, FILTERED, number)] = on(number, draw)
+    return calls
+
+
+def compare(num_tokens: int, num_rows: int, device: str, repeats: int, with_peer: bool) -> dict:
+    """Figures of each draw, ours first, and beside them those of the peer."""
+    most = torch.get_num_threads()
+    threads = sorted({1, most}) if device == "cpu" else [most]
+    calls = draws(num_tokens, num_rows, device, threads, with_peer)
+    for call in calls.values():
+        call()
+    turns = turns_ns(calls, repeats, warm_up=0, device=device)
+    torch.set_num_threads(most)
+    copied = copy_bytes_per_second(device)
+    size = num_rows * num_tokens
+    ns = {case: statistics.median(times) / size for case, times in turns.items()}
+    rows = []
+    for case in calls:
+        read = case.dtype.itemsize / ns[case] * 1e9
+        theirs = ns.get(Case(PEER, torch.float32, FILTERED, case.threads))
+        has_goal = case == Case(OURS, torch.float32, FILTERED, 1)
+        rows.append(
+            {
+                "who": case.who,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "filter": case.filter,
+                "threads": case.threads,
+                "ns_per_logit": ns[case],
+                "gigabytes_per_second": read / 1e9,
+                "share_of_copy": read / copied,
+                "times_x_transformers": theirs and theirs / ns[case],
+                "goal": GOALS.get((num_tokens, device)) if has_goal else None,
+            }
+        )
+    return {
+        "num_tokens": num_tokens,
+        "num_rows": num_rows,
+        "copy_gigabytes_per_second": copied / 1e9,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    args = parser.parse_args()
+    device = "cpu" if args.dry_run else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
+    threads, repeats = (1, 1) if args.dry_run else (args.threads, args.repeats)
+    torch.set_num_threads(threads)
+    with_peer = importlib.util.find_spec("x_transformers") is not None
+    record = environment(
+        device, threads=threads, repeats=repeats, dry_run=args.dry_run, settings=[]
+    )
+    print(f"{record['device']}, torch {torch.__version__}, {threads} threads\n")
+    if not with_peer:
+        print("x-transformers is not installed: no comparison with it\n")
+    for num_tokens, num_rows in TINY if args.dry_run else CUDA if device == "cuda" else CPU:
+        record["settings"].append(compare(num_tokens, num_rows, device, repeats, with_peer))
+        print(f"V {num_tokens}, {num_rows} rows\n")
+        print_table(record["settings"][-1]["rows"])
+        write_json(args.json, record)  # after each: the next may not end
+
+
+if __name__ == "__main__":
+    main()

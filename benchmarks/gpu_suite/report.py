@@ -1,0 +1,163 @@
+"""The table at the end: each figure, its physical limit or peer, and the ratio."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.gpu_suite.runner import PASSED, SKIPPED
+
+
+class Row(NamedTuple):
+    what: str
+    figure: float
+    unit: str
+    against: str
+    its_figure: float | None
+    ratio: float | None
+
+
+HEAD = ("what", "figure", "unit", "limit or peer", "its figure", "ratio")
+# Modules of peers that a benchmark compares with where they are, by how its rows name them.
+COMPARED = {
+    "bench_corrupt_cuda": {"x-transformers"},
+    "bench_corrupt_triton": {"x-transformers"},
+    "bench_masked_nll": {"Liger", "CCE"},
+    "bench_unmask": {"x-transformers"},
+}
+
+
+def corrupt(record: dict) -> Iterator[Row]:
+    speeds = record["gigabytes_per_second"]
+    for row in record["rows"]:
+        what = f"corrupt, {row['backend']}: {row['what']}"
+        if "share_of_copy" in row:
+            figure = row["gigabytes_per_second"]
+            yield Row(what, figure, "GB/s", "copy", speeds["copy"], row["share_of_copy"])
+        elif "share_of_bus" in row:
+            figure = row["gigabytes_per_second"]
+            yield Row(what, figure, "GB/s", "copy over the bus", speeds["bus"], row["share_of_bus"])
+        elif "times_x_transformers" in row:
+            theirs = row["x_transformers_us"]
+            yield Row(what, row["us"], "us", "x-transformers", theirs, row["times_x_transformers"])
+        else:
+            yield Row(what, row["host_us"], "us of the host", "", None, None)
+            if "gpu_us" in row:
+                yield Row(what, row["gpu_us"], "us in a graph", "", None, None)
+
+
+def masked_nll(record: dict) -> Iterator[Row]:
+    for setting in record["settings"]:
+        what = f"masked_nll, V {setting['num_tokens']}, {setting['masked_rows']} rows"
+        ours, *others = setting["rows"]
+        if "ms" not in ours:
+            continue
+        for row in others:
+            against = row["loss"] + (f" ({row['failed']})" if row["failed"] else "")
+            if "ms" in row:
+                yield Row(what, ours["ms"], "ms", against, row["ms"], row["ms"] / ours["ms"])
+            if row.get("peak_bytes") and ours.get("peak_bytes"):
+                mine, theirs = ours["peak_bytes"] / 1e6, row["peak_bytes"] / 1e6
+                yield Row(what, mine, "MB", against, theirs, theirs / mine)
+
+
+def unmask(record: dict) -> Iterator[Row]:
+    for setting in record["settings"]:
+        copy = setting["copy_gigabytes_per_second"]
+        for row in setting["rows"]:
+            if row["who"] != "unmask":
+                continue
+            what = f"unmask, V {setting['num_tokens']}, {row['dtype']}, filter {row['filter']}"
+            rate = row["gigabytes_per_second"]
+            yield Row(what, rate, "GB/s", "copy", copy, row["share_of_copy"])
+            times = row["times_x_transformers"]
+            if times is not None:
+                ns = row["ns_per_logit"]
+                yield Row(what, ns, "ns a logit", "x-transformers", times * ns, times)
+
+
+def calls(name: str, record: dict) -> Iterator[Row]:
+    """Of whole calls of ours, the floor and x-transformers."""
+    for setting in record.get("settings", []):
+        by_who = {(row["who"], row.get("what")): row for row in setting["rows"]}
+        for (who, of), row in by_who.items():
+            if not who.startswith("ours"):
+                continue
+            what = f"{name}, V {setting['num_tokens']}, {who}{f': {of}' if of else ''}"
+            for other in ("trunk", "x-transformers"):
+                theirs = by_who.get((other, of))
+                if theirs is not None:
+                    ratio = theirs["ms"] / row["ms"]
+                    yield Row(what, row["ms"], "ms", other, theirs["ms"], ratio)
+                    mine, its = row["peak_bytes"] / 1e6, theirs["peak_bytes"] / 1e6
+                    if other != "trunk" and mine > 0:
+                        yield Row(what, mine, "MB", other, its, its / mine)
+        largest = {row["who"]: row["largest_batch"] for row in setting.get("largest_batches", [])}
+        if {"ours", "x-transformers"} <= set(largest):
+            mine, theirs = largest["ours"], largest["x-transformers"]
+            what = f"{name}, largest batch"
+            yield Row(what, mine, "sequences", "x-transformers", theirs, mine / max(theirs, 1))
+
+
+def rows(figures: dict[str, dict]) -> Iterator[Row]:
+    for name, record in figures.items():
+        if name.startswith("bench_corrupt"):
+            yield from corrupt(record)
+        elif name == "bench_masked_nll":
+            yield from masked_nll(record)
+        elif name == "bench_unmask":
+            yield from unmask(record)
+        elif name in ("bench_train_step", "bench_generate"):
+            yield from calls(name.removeprefix("bench_"), record)
+
+
+def not_compared(results: dict) -> Iterator[str]:
+    """Peers that a benchmark that ran has no figure of."""
+    for name, peers in COMPARED.items():
+        record = results["figures"].get(name)
+        if record is None:
+            continue
+        against = " ".join(row.against for row in rows({name: record}))
+        for peer in sorted(peers):
+            if peer not in against:
+                yield f"{name}: skipped {peer}: not installed, or it failed (see the log)"
+
+
+def show(value: object) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def markdown(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> list[str]:
+    table = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return table + ["| " + " | ".join(map(show, line)) + " |" for line in lines]
+
+
+def summary(results: dict) -> list[str]:
+    """Lines in Markdown: the machine, the steps, tests that failed, the figures."""
+    environment = results.get("environment") or {}
+    packages = environment.get("packages", {})
+    steps = results["steps"]
+    versions = f"torch {packages.get('torch')}, Triton {packages.get('triton')}"
+    gpu = environment.get("gpu") or "no GPU"
+    lines = [f"{gpu}, {versions}, CUDA {environment.get('cuda')}", ""]
+    sources = results["calls"][-1].get("sources")
+    states = [
+        (
+            name,
+            step["status"],
+            f"{step.get('seconds', 0):.0f} s",
+            step["reason"][:100].replace("|", "/")
+            + ("" if step["sources"] == sources else " (of other sources)"),
+        )
+        for name, step in steps.items()
+    ]
+    lines += [*markdown(("step", "status", "time", ""), states), ""]
+    for name, counted in results["tests"].items():
+        kinds = ("passed", "failed", "skipped", "unfinished")
+        numbers = ", ".join(f"{counted[kind]} {kind}" for kind in kinds)
+        lines.append(f"{name}: {numbers}")
+        lines += [f"  FAILED {test}" for test in counted["failures"]]
+    missed = [name for name, step in steps.items() if step["status"] not in (PASSED, SKIPPED)]
+    lines += [f"not passed: {', '.join(missed) or 'none'}", ""]
+    figures = [tuple(row) for row in rows(results["figures"])]
+    return [*lines, *(markdown(HEAD, figures) if figures else []), *not_compared(results)]
