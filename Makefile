@@ -33,6 +33,7 @@ bench: build
 	$(BIN)/python benchmarks/bench_masked_nll.py --dtype float32
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/bench_unmask.py
 
 build: .venv/built
 

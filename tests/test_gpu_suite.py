@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_suite import junit, report, runner, wheels
+from benchmarks.gpu_suite import hardware, junit, report, runner, wheels
 from benchmarks.gpu_suite.__main__ import chosen, digest_of_sources
 from benchmarks.gpu_suite.runner import Step, Suite
 from benchmarks.gpu_suite.sanitize import sanitizer
@@ -296,12 +296,17 @@ def test_results_of_tests(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_some.py").write_text(SOME_TESTS)
     (tmp_path / "test_hanging.py").write_text(SOME_TESTS + HANGING)
+    skips = "import pytest\n@pytest.mark.skip(reason='no GPU')\ndef test(): pass"
+    (tmp_path / "test_none.py").write_text(skips)
     steps = [
+        pytest_step("none", tmp_path / "test_none.py", 60),
         pytest_step("some", tmp_path / "test_some.py", 60, beside=True),
         pytest_step("hanging", tmp_path / "test_hanging.py", 15, beside=True, grace=15),
     ]
     status, results = run(steps, tmp_path)
     assert status == 1
+    assert results["steps"]["none"]["status"] == "skipped"
+    assert "1 skipped" in results["steps"]["none"]["reason"]
     assert results["steps"]["some"]["status"] == "failed"
     assert results["steps"]["hanging"]["status"] == "timed out"
     some = results["tests"]["some"]
@@ -312,13 +317,13 @@ def test_results_of_tests(tmp_path):
     assert results["tests"]["hanging"]["passed"] == 4
     assert results["tests"]["hanging"]["unfinished"] == 1
     suites = ET.parse(tmp_path / "out/junit.xml").getroot()
-    assert {suite.get("name") for suite in suites} == {"hanging", "some"}
+    assert {suite.get("name") for suite in suites} == {"none", "hanging", "some"}
     # A later call has one of them alone.
     (tmp_path / "test_some.py").write_text("def test(): pass")
     run([pytest_step("some", tmp_path / "test_some.py", 60)], tmp_path, call=2)
     suites = ET.parse(tmp_path / "out/junit.xml").getroot()
     assert {suite.get("name"): suite.get("tests") for suite in suites}["some"] == "1"
-    assert len(suites) == 2
+    assert len(suites) == 3
 
 
 def test_a_test_that_hangs_costs_itself_alone(tmp_path):
@@ -482,6 +487,63 @@ def test_each_figure_stands_beside_a_limit_or_a_peer():
         "bench_corrupt_cuda: skipped x-transformers: not installed, or it failed (see the log)",
         "bench_masked_nll: skipped Liger: not installed, or it failed (see the log)",
     ]
+
+
+# ---- the page of hardware
+
+
+def record_of(gpu: str | None, date: str, **steps: str) -> dict:
+    return {
+        "environment": {"gpu": gpu, "python": "3.12", "cuda": "13.0", "packages": PACKAGES},
+        "calls": [{"began": f"{date}T10:00:00+00:00"}],
+        "tests": {"smoke": {"passed": 40, "failed": 1}},
+        "steps": {
+            name: {"status": status, "gpu": gpu, "date": f"{date}T10:01:00+00:00"}
+            for name, status in steps.items()
+        },
+    }
+
+
+PACKAGES = {"torch": "2.11.0", "triton": "3.6.0"}
+
+
+def test_the_page_of_hardware_is_up_to_date():
+    """Else: `python -m benchmarks.gpu_suite.hardware`."""
+    assert hardware.PAGE.read_text() == hardware.page()
+
+
+def test_what_ran_where_and_what_did_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "RESULTS", tmp_path)
+    assert "Nothing has run on a GPU yet" in hardware.page()
+    for number, record in enumerate(
+        [
+            record_of("NVIDIA H100 80GB HBM3", "2027-01-01", smoke="failed", bench_unmask="passed"),
+            record_of("NVIDIA H200", "2027-01-03", smoke="passed"),
+            record_of("NVIDIA H100 80GB HBM3", "2027-01-02", smoke="passed"),
+        ]
+    ):
+        folder = tmp_path / f"out{number}"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(record))
+        hardware.add(folder)
+    page = hardware.page()
+    assert "Nothing has run" not in page
+    assert "| step | shows | NVIDIA H100 80GB HBM3 | NVIDIA H200 |" in page
+    (smoke,) = (line for line in page.splitlines() if line.startswith("| smoke |"))
+    assert smoke.endswith("| passed, 2027-01-02 | passed, 2027-01-03 |")
+    (unmask,) = (line for line in page.splitlines() if line.startswith("| bench_unmask |"))
+    assert unmask.endswith("| passed, 2027-01-01 |  |")
+    (row,) = (line for line in page.splitlines() if "gpu_h200_2027-01-03.json" in line)
+    assert "torch 2.11.0, Triton 3.6.0, CUDA 13.0" in row
+    assert "1 of 1 steps; tests: 40 passed, 1 failed" in row
+
+
+def test_a_dry_run_is_no_result_of_a_gpu(tmp_path):
+    with pytest.raises(SystemExit, match="results.json is not there: --add takes the folder"):
+        hardware.add(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(record_of(None, "2027-01-01")))
+    with pytest.raises(SystemExit, match="is of no GPU: a dry run, or nothing ran"):
+        hardware.add(tmp_path)
 
 
 # ---- all of it

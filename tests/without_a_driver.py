@@ -1,46 +1,63 @@
 """Triton's own dispatch of every kernel beside ours, with a driver that launches nothing.
 
-Run as a program, since Triton's interpreter, which other tests need, cannot be switched off again.
-Prints what went wrong, or for each kernel how many were compiled and the host's microseconds a
-call of both.
+Both end in the launcher that Triton compiles, which is linked against a stand-in for libcuda: what
+is compared is what the GPU would be given. Run as a program, since Triton's interpreter, which
+other tests need, cannot be switched off again. Prints what went wrong, or for each kernel how many
+were compiled and the host's microseconds a call of both.
 """
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
+import ctypes
 import time
 import warnings
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
+
+from tests import cuda_on_cpu
 
 warnings.simplefilter("ignore")
-launched: list[tuple] = []
+STAND_IN = cuda_on_cpu.stand_in_for_libcuda()
+os.environ["TRITON_LIBCUDA_PATH"] = os.fspath(STAND_IN.parent)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
 
 
-class Utilities:
-    def load_binary(self, *arguments):
-        return 0, 0, 32, 0, 1024
+class Launch(ctypes.Structure):
+    _fields_ = (("grid_and_block", ctypes.c_uint32 * 6), ("arguments", ctypes.c_uint64 * 64))
 
-    def unload_module(self, module):
-        pass
 
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 228_000, "warpSize": 32, "max_num_regs": 65536}
+libcuda = ctypes.CDLL(os.fspath(STAND_IN), mode=ctypes.RTLD_GLOBAL)  # launchers find it loaded
+sizes = (ctypes.c_int * 64).in_dll(libcuda, "sizes")
+num_arguments = ctypes.c_int.in_dll(libcuda, "num_arguments")
+num_launches = ctypes.c_int.in_dll(libcuda, "num_launches")
+last = Launch.in_dll(libcuda, "last")
+
+
+class Utilities(CudaUtils):
+    def __init__(self):
+        super().__init__()
+        self.load_binary = lambda *arguments: (0, 77, 32, 0, 1024)
+        self.unload_module = lambda module: None
+        self.get_device_properties = lambda device: {
+            "max_shared_mem": 228_000,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
 
 
 class NoDriver:
-    """What Triton asks of a driver; kernels are compiled for sm_90, and their launches listed."""
+    """What Triton asks of a driver; kernels are compiled for sm_90."""
 
-    utils = Utilities()
-
-    @staticmethod
-    def launcher_cls(source, metadata):
-        return lambda *arguments: launched.append(arguments)
+    def __init__(self):
+        self.utils = Utilities()
+        self.launcher_cls = CudaLauncher
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -53,6 +70,7 @@ class NoDriver:
 
 
 driver.set_active(NoDriver())
+SIZES = {"i1": 1, "i32": 4, "fp32": 4, "i64": 8}
 
 from nar_kernels import MaskingConfig  # noqa: E402
 from nar_kernels.kernels import corrupt, nll, unmask  # noqa: E402
@@ -179,8 +197,12 @@ CASES = {
 }
 
 
-def addresses(values):
-    return [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
+def given_to_the_gpu(call):
+    """The kernel that a call launches, its grid, and the values of its arguments."""
+    before = num_launches.value
+    kernel = call()
+    assert num_launches.value == before + 1, "it does not launch once"
+    return kernel, list(last.grid_and_block), list(last.arguments)
 
 
 def launch_of(launcher, call):
@@ -204,15 +226,19 @@ def launch_of(launcher, call):
 
 def check(launcher, call):
     """Ours launches the kernel that Triton would, with the same values."""
-    launched.clear()
+    num_arguments.value = 0  # until it is known how many the kernel has
     grid, arguments, variant, options = launch_of(launcher, call)
     kernel = launcher(grid, arguments, variant, options)
-    expected = launcher._kernel[(grid,)](*arguments, **options())
-    mine, theirs = launched[-2:]
-    assert kernel is expected, "another kernel"
-    assert mine[:3] == theirs[:3] == (grid, 1, 1), "another grid"
-    first = len(theirs) - len(launcher._kernel.arg_names)
-    assert addresses(mine[first:]) == addresses(theirs[first:]), "other values"
+    types = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
+    num_arguments.value = len(types)
+    sizes[: len(types)] = [SIZES.get(kind, 8) for kind in types]
+    mine = given_to_the_gpu(lambda: launcher(grid, arguments, variant, options))
+    theirs = given_to_the_gpu(lambda: launcher._kernel[(grid,)](*arguments, **options()))
+    assert mine[0] is theirs[0], "another kernel"
+    assert mine[1] == theirs[1] and mine[1][:3] == [grid, 1, 1], "another grid"
+    assert mine[2] == theirs[2], "other values"
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    assert {x.data_ptr() for x in tensors} <= {*mine[2]}, "tensors are not among them"
 
 
 def microseconds(fn, calls=300, repeats=10):
@@ -222,7 +248,6 @@ def microseconds(fn, calls=300, repeats=10):
         for _ in range(calls):
             fn()
         best = min(best, (time.perf_counter() - start) / calls)
-        launched.clear()
     return best * 1e6
 
 

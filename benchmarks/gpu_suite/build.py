@@ -14,11 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 LOADED = """
-from nar_kernels import backends
-from nar_kernels.backends import cuda
-missing = {name: reason for name, reason in backends().items() if reason != "available"}
-assert not missing, missing
-print(f"built for {cuda.architectures}; available: {', '.join(backends())}")
+from nar_kernels.backends import backends, cpp, cuda
+if cpp is None or cuda is None:
+    raise SystemExit(f"built, but not loaded: {backends()}")
+print(f"built for {cuda.architectures}, and loaded")
 """
 
 
@@ -47,7 +46,7 @@ def main() -> None:
         except setup.BuildFailure as error:
             sys.exit(str(error))
     if not is_dry_run:
-        subprocess.run([sys.executable, "-c", LOADED], check=True)
+        sys.exit(subprocess.run([sys.executable, "-c", LOADED]).returncode)
 
 
 if __name__ == "__main__":

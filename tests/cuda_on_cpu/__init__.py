@@ -47,6 +47,18 @@ def _compile(compiler: list[str]) -> None:
         raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
 
 
+def stand_in_for_libcuda() -> Path:
+    """A library that takes the calls of Triton's launchers; compiled if its source has changed."""
+    source, library = HERE / "libcuda.cpp", ROOT / "build/cuda_on_cpu/libcuda.so.1"
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        options = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-std=c++17"]
+        options.append(f"-Wl,-soname,{library.name}")
+        subprocess.run([*compiler, *options, str(source), "-o", str(library)], check=True)
+    return library
+
+
 def load() -> ModuleType | None:
     """The module, compiled if its sources have changed; None where there is no compiler."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
