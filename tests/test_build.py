@@ -216,6 +216,29 @@ def test_chosen_cuda_architectures(checkout: Checkout) -> None:
     assert codes == ["sm_90", "sm_100", "compute_100"]
 
 
+OLD_SETUPTOOLS = """
+import sys, setuptools
+setuptools.__version__ = "68.2.2"
+sys.argv[1:] = ["build_ext", "--inplace"]
+"""
+WITHOUT_IT = """
+from pathlib import Path
+import setup
+setup.build("nar_kernels._cpp", Path("build/build.ninja"), "nar_kernels/_cpp.so")
+"""
+
+
+def test_an_old_setuptools_is_named_and_can_be_done_without(checkout: Checkout) -> None:
+    script = f"{OLD_SETUPTOOLS}import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    result = checkout.run("-c", script, CXX=checkout.fake_compiler())
+    assert result.returncode == 1
+    assert "needs setuptools 77 or newer and found 68.2.2: run `make`, or" in result.stdout
+    assert not checkout.libraries()
+    result = checkout.run("-c", OLD_SETUPTOOLS + WITHOUT_IT, CXX=checkout.fake_compiler())
+    assert result.returncode == 0, result.stdout
+    assert checkout.libraries() and "csrc/op_cpu.cpp" in checkout.compiled()
+
+
 def test_installing_without_a_compiler(checkout: Checkout) -> None:
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", "site"]
     result = checkout.run("-m", "pip", "install", *options, ".", CXX="/nonexistent")

@@ -554,8 +554,9 @@ def test_a_dry_run_is_no_result_of_a_gpu(tmp_path):
 def test_dry_run(tmp_path):
     for package in ("triton", "x_transformers"):
         pytest.importorskip(package)
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--out", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     steps = all_steps(None, is_dry_run=True)

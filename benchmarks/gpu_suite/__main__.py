@@ -56,7 +56,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu_suite_out"), help="for the results")
+    default = Path(os.environ.get("OUT") or "gpu_suite_out")
+    parser.add_argument("--out", type=Path, default=default, help="folder ($OUT, gpu_suite_out)")
     parser.add_argument("--minutes", type=float, default=9.5, help="that this call may take (9.5)")
     parser.add_argument(
         "--only", metavar="STEP,...", help="and what those need; bench: all of those"
