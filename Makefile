@@ -3,10 +3,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 # Compiling every module of every package would double the time; Python compiles those it imports.
-PIP_INSTALL_OTHER := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
-    --no-compile --no-deps --upgrade
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
-    --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile
+PIP_INSTALL := $(PIP) -c constraints.txt
 CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
 .PHONY: demo test lint format bench build clean distclean
@@ -15,7 +13,7 @@ CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 demo: build
 	$(BIN)/nar-kernels train --data digits --out runs/demo --overwrite
 
-test: lint
+test: lint .venv/triton-3.6.0
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: build
@@ -43,14 +41,15 @@ build: .venv/built
 # After a failed build there is no library, and the next make tries again.
 	@if ls nar_kernels/_cpp.*.so >/dev/null 2>&1; then touch $@; fi
 
+# That of PyTorch 2.11, with which tests compile and launch the kernels, too.
+.venv/triton-3.6.0: .venv/bin/python
+	@if [ "$$(uname -s)" != Linux ] || ! $(PIP) --no-deps --target $@ triton==3.6.0; then \
+	    echo "Triton 3.6.0 is not installed beside the other: its tests will skip"; fi
+
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing the development packages into .venv (some minutes the first time)"
 	@$(PIP_INSTALL) setuptools pybind11 ninja
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,test,dev]'
-# That of PyTorch 2.11: tests compile the kernels with it, too. Nothing else needs it.
-	@if [ "$$(uname -s)" = Linux ]; then \
-	    $(PIP_INSTALL_OTHER) --target .venv/triton-3.6.0 triton==3.6.0 || \
-	    echo "Triton 3.6.0 could not be installed beside the other: its tests will skip"; fi
 	@touch $@
 
 .venv/bin/python:

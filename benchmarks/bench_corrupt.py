@@ -16,7 +16,7 @@ import platform
 from pathlib import Path
 
 import torch
-from measure import median_ns, processor
+from measure import SIMD_LEVELS, median_ns, processor
 from peers import x_transformers_masking
 
 from nar_kernels import MaskingConfig, backends, corrupt
@@ -24,7 +24,6 @@ from nar_kernels.backends import cpp
 
 NUM_TOKENS, MASK_ID = 8193, 8192
 WARM_UP, TIMED = 5, 10  # calls of a turn
-LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
 
 
 def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
@@ -83,7 +82,7 @@ def main() -> None:
                 ours = ns["corrupt exact, keep + random"]
                 rows.append(
                     {
-                        "simd": LEVELS[level],
+                        "simd": SIMD_LEVELS[level],
                         "threads": threads,
                         "length": length,
                         "ns_per_token": ns,

@@ -16,13 +16,14 @@ the host. Its figures say nothing.
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DRY_RUN = "--dry-run" in sys.argv
@@ -130,8 +131,7 @@ def corpus_of(tokens: int) -> Tensor:
     return torch.randint(0, MASK_ID, (tokens,)).to(torch.uint16)
 
 
-def large_batches(backend: str, copy: float) -> list[dict]:
-    rows = []
+def large_batches(backend: str, speeds: dict[str, float]) -> Iterator[dict]:
     corpus = corpus_of(2 * LARGE).to(DEVICE)
     for length in LENGTHS:
         starts = torch.randint(0, len(corpus) - length + 1, (LARGE // length,), device=DEVICE)
@@ -144,24 +144,20 @@ def large_batches(backend: str, copy: float) -> list[dict]:
 
             us = median_us(run)
             rate = bytes_moved(run()) / us / 1e3
-            rows.append(
-                {
-                    "what": f"{LARGE} tokens, L {length}, {name}",
-                    "us": us,
-                    "ns_per_token": us * 1e3 / LARGE,
-                    "gigabytes_per_second": rate,
-                    "share_of_copy": rate / copy,
-                }
-            )
-    return rows
+            yield {
+                "what": f"{LARGE} tokens, L {length}, {name}",
+                "us": us,
+                "ns_per_token": us * 1e3 / LARGE,
+                "gigabytes_per_second": rate,
+                "share_of_copy": rate / speeds["copy"],
+            }
 
 
-def small_batch(backend: str) -> list[dict]:
+def small_batch(backend: str, speeds: dict[str, float]) -> Iterator[dict]:
     batch, length = SMALL
     corpus = corpus_of(1 << 20).to(DEVICE)
     starts = torch.randint(0, len(corpus) - length + 1, (batch,), device=DEVICE)
     dataset = TokenDataset(corpus.cpu(), length, num_tokens=NUM_TOKENS, mask_id=MASK_ID)
-    rows = []
     for name, masking in MASKINGS.items():
         loader = MaskedLoader(dataset, masking, batch, device=DEVICE, backend=backend)
         ops = {
@@ -174,12 +170,10 @@ def small_batch(backend: str) -> list[dict]:
             row = {"what": f"{op}, {batch} x {length}, {name}", "host_us": host_us(run)}
             if op == "corrupt":  # the loader's check is for the host, and not for graphs
                 row["gpu_us"] = graph_us(run)
-            rows.append(row)
-    return rows
+            yield row
 
 
-def pinned(backend: str, bus: float) -> list[dict]:
-    rows = []
+def pinned(backend: str, speeds: dict[str, float]) -> Iterator[dict]:
     corpus = corpus_of(LARGE)
     if not DRY_RUN:
         corpus = corpus.pin_memory()
@@ -191,15 +185,12 @@ def pinned(backend: str, bus: float) -> list[dict]:
             )
         )
         rate = corpus.nbytes / us / 1e3
-        rows.append(
-            {
-                "what": f"pinned corpus, {LARGE} tokens, L {length}, exact",
-                "us": us,
-                "gigabytes_per_second": rate,
-                "share_of_bus": rate / bus,
-            }
-        )
-    return rows
+        yield {
+            "what": f"pinned corpus, {LARGE} tokens, L {length}, exact",
+            "us": us,
+            "gigabytes_per_second": rate,
+            "share_of_bus": rate / speeds["bus"],
+        }
 
 
 def peer_us(batch: int, length: int, calls: int) -> float:
@@ -210,9 +201,8 @@ def peer_us(batch: int, length: int, calls: int) -> float:
     return median_us(lambda: peer(windows), calls, repeats=min(REPEATS, 5))
 
 
-def compared(backend: str) -> list[dict]:
+def compared(backend: str, speeds: dict[str, float]) -> Iterator[dict]:
     """The same work as x-transformers' defaults, each as its users call it."""
-    rows = []
     masking = MaskingConfig(
         NUM_TOKENS, MASK_ID, no_replace_prob=0.15, random_token_prob=0.1, corruption_prob=0.5
     )
@@ -222,15 +212,12 @@ def compared(backend: str) -> list[dict]:
             lambda windows=windows: corrupt(windows, masking, seed=1, backend=backend), GRAPH_CALLS
         )
         theirs = peer_us(batch, length, calls=5)
-        rows.append(
-            {
-                "what": f"against x-transformers, {batch} x {length}",
-                "us": ours,
-                "x_transformers_us": theirs,
-                "times_x_transformers": theirs / ours,
-            }
-        )
-    return rows
+        yield {
+            "what": f"against x-transformers, {batch} x {length}",
+            "us": ours,
+            "x_transformers_us": theirs,
+            "times_x_transformers": theirs / ours,
+        }
 
 
 def show(value: object) -> str:
@@ -269,17 +256,12 @@ def main() -> None:
     for backend in arguments.backend:
         if backends()[backend] != "available":
             parser.exit(1, f"{backend}: {backends()[backend]}\n")
-        rows = [
-            *small_batch(backend),
-            *large_batches(backend, speeds["copy"]),
-            *pinned(backend, speeds["bus"]),
-            *(compared(backend) if has_peer else []),
-        ]
-        for row in rows:
+        parts = [small_batch, large_batches, pinned] + ([compared] if has_peer else [])
+        for row in itertools.chain.from_iterable(part(backend, speeds) for part in parts):
             print(backend, "|", " | ".join(f"{key} {show(value)}" for key, value in row.items()))
             record["rows"].append({"backend": backend, **row})
-        if arguments.json:  # after each backend: the second may fail
-            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            if arguments.json:  # after each: the next may not end
+                arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,21 @@ from typing import Any
 import torch
 
 from nar_kernels import pictures
+from nar_kernels.backends import cpp
 
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
     return found[1] if found else platform.processor() or platform.machine()
+
+
+SIMD_LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
+
+
+def instruction_set() -> str | None:
+    """The best that the C++ extension has for this processor."""
+    return None if cpp is None else SIMD_LEVELS[cpp.simd_level()]
 
 
 def environment(device: str, **more: Any) -> dict[str, Any]:
@@ -32,6 +41,7 @@ def environment(device: str, **more: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({} if device == "cuda" else {"simd": instruction_set()}),
         **more,
     }
 
@@ -99,6 +109,24 @@ def copy_bytes_per_second(device: str) -> float:
 def median_ns(fns: dict[Any, Callable[[], object]], repeats: int, **how: Any) -> dict[Any, float]:
     """Median nanoseconds a call of each, of :func:`turns_ns`."""
     return {name: statistics.median(t) for name, t in turns_ns(fns, repeats, **how).items()}
+
+
+def peers_may_fail(
+    calls: dict[Any, Callable[[], object]], peers: set[Any]
+) -> dict[Any, Callable[[], object]]:
+    """Makes each call once; those of peers that fail, for want of memory or by a fault of theirs,
+    are said and left out."""
+    able = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            if name not in peers:
+                raise
+            print(f"{name} failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+        else:
+            able[name] = call
+    return able
 
 
 def _high_water_bytes() -> int:

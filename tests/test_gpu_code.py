@@ -19,7 +19,7 @@ needs_library = pytest.mark.skipif(
 )
 
 
-# Beside the installed one: that of PyTorch 2.11, which `make` puts into a folder of its own.
+# Beside the installed one: that of PyTorch 2.11, which `make test` puts into a folder of its own.
 OTHER_TRITON = ROOT / ".venv/triton-3.6.0"
 
 
@@ -29,7 +29,7 @@ def environment_with(triton):
         pytest.importorskip("triton")
         return os.environ.copy()
     if not OTHER_TRITON.exists():
-        pytest.skip(f"Triton {triton} is not in {OTHER_TRITON.relative_to(ROOT)}: `make build`")
+        pytest.skip(f"Triton {triton} is not in {OTHER_TRITON.relative_to(ROOT)}: `make test`")
     paths = [os.fspath(OTHER_TRITON), os.environ.get("PYTHONPATH")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -117,6 +117,18 @@ def test_launches_past_tritons_dispatch_are_those_that_it_would_make(triton):
     result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert [line.split(":")[0] for line in result.stdout.splitlines()] == KERNELS
+
+
+def test_variants_are_counted():
+    """In a process of its own, where asserts are left out and nothing is launched."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-O", "-m", "pytest", "--assert=plain", "-W", "ignore", "-q"]
+    command += ["-p", "tests.triton_variants", "-m", "triton", "-k", "frozen or bad_labels"]
+    files = ["tests/test_corrupt.py", "tests/test_masked_nll.py"]
+    result = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+    assert "   2 variants of corrupt_kernel\n" in result.stdout, result.stdout  # of two draws
+    # Of three types and two lengths, with a gradient or not.
+    assert "  12 variants of nll_kernel\n" in result.stdout
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")

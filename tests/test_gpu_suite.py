@@ -7,34 +7,37 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu_suite import hardware, junit, report, runner, wheels
+from benchmarks.gpu_suite import hardware, outcomes, report, runner, wheels
 from benchmarks.gpu_suite.__main__ import chosen, digest_of_sources
 from benchmarks.gpu_suite.runner import Step, Suite
-from benchmarks.gpu_suite.sanitize import sanitizer
+from benchmarks.gpu_suite.sanitize import verdict
 from benchmarks.gpu_suite.steps import TESTS, all_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(name: str, code: str, seconds: float = 20, **more) -> Step:
-    return Step(name, f"about {name}", [sys.executable, "-c", code], seconds, least=0, **more)
+def python(name: str, code: str, timeout: float = 40, **more) -> Step:
+    more = {"min_seconds": 0, "grace": 1, **more}
+    return Step(name, f"about {name}", [sys.executable, "-c", code], timeout, **more)
 
 
 PASSES = python("passes", "print('fine')")
 FAILS = python("fails", "print('one'); print('wrong: 3'); raise SystemExit(3)")
 SKIPS = python("skips", f"print('no peer here'); raise SystemExit({runner.SKIP})")
-HANGS = python("hangs", "import time; print('begun'); time.sleep(600)", 1, grace=0.5)
+HANGS = python("hangs", "import time; print('begun'); time.sleep(600)", 3, grace=0.5)
 IGNORES = python(
     "ignores",
     "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)",
-    1,
+    3,
     grace=0.3,
 )
 DIES = python("dies", "import os, signal; print('soon'); os.kill(os.getpid(), signal.SIGKILL)")
@@ -64,14 +67,14 @@ def test_what_becomes_of_a_step(tmp_path):
     start = time.monotonic()
     steps = [PASSES, FAILS, SKIPS, HANGS, IGNORES, DIES, LEAVES]
     status, results = run(steps, tmp_path)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
     assert status == 1
     assert states(results) == {
         "passes": ("passed", "fine"),
         "fails": ("failed", "wrong: 3"),
         "skips": ("skipped", "no peer here"),
-        "hangs": ("timed out", "after 1 s"),
-        "ignores": ("timed out", "after 1 s"),
+        "hangs": ("timed out", "after 3 s"),
+        "ignores": ("timed out", "after 3 s"),
         "dies": ("failed", "killed by SIGKILL; soon"),
         "leaves": ("passed", ""),
     }
@@ -99,34 +102,34 @@ def test_what_is_missing_is_skipped_and_said(tmp_path):
     _, results = run(steps, tmp_path)
     assert states(results) == {
         "fails": ("failed", "wrong: 3"),
-        "needs": ("skipped", "fails: failed"),
+        "needs": ("not run", "it needs fails: failed"),
         "package": ("skipped", "no_such_module is not installed"),
         "tool": ("skipped", "no-such-tool is not on PATH"),
         "brought": ("passed", ""),
-        "never": ("skipped", "unknown: not run"),
+        "never": ("not run", "it needs unknown: not run"),
     }
 
 
-def test_a_call_ends_with_its_minutes(tmp_path):
+def test_a_call_ends_with_its_minutes(tmp_path, monkeypatch):
     """A step is cut down to what is left, and what comes later is not begun."""
-    long = python("long", "import time; time.sleep(600)", 100, grace=0.2)
-    late = Step("late", "", [sys.executable, "-c", ""], 5, least=4)
+    monkeypatch.setattr(runner, "READER_GRACE", 1)
+    long = python("long", "import time; time.sleep(600)", 100)
+    late = python("late", "", min_seconds=8)
     start = time.monotonic()
-    status, results = run([long, late], tmp_path, minutes=2 / 60)
-    assert time.monotonic() - start < 6
+    status, results = run([long, late], tmp_path, minutes=8 / 60)
+    assert 5 < time.monotonic() - start < 12
     assert status == 1
-    assert states(results) == {
-        "long": ("timed out", "after 2 s"),
-        "late": ("not run", "0 s were left, and it needs 4 at least"),
-    }
+    (state, reason), late_state = states(results).values()
+    assert state == "timed out" and reason in ("after 5 s", "after 6 s")
+    assert late_state == ("not run", "0 s were left, and it needs 8")
 
 
 def test_steps_beside_each_other(tmp_path):
     """Those next to each other that say so overlap; no other step does."""
-    code = "import time; print(time.time()); time.sleep(1); print(time.time())"
+    code = "import time; print(time.time()); time.sleep(3); print(time.time())"
     steps = [
         python("first", code),
-        *(python(f"beside{i}", code, beside=True) for i in range(3)),
+        *(python(f"beside{i}", code, parallel=True) for i in range(3)),
         python("last", code),
     ]
     _, results = run(steps, tmp_path)
@@ -169,6 +172,15 @@ def test_figures_are_part_of_the_results_and_half_written_ones_are_not(tmp_path)
     assert results["steps"]["passes"]["gpu"] == "H999"
 
 
+def test_a_table_that_fails_takes_nothing_with_it(tmp_path):
+    def summary(results):
+        return [results["figures"]["bench"]["rows"]]
+
+    status, results = run([PASSES], tmp_path, summary=summary)
+    assert status == 0 and states(results) == {"passes": ("passed", "fine")}
+    assert results["table"] == ["no table: KeyError: 'bench'"]
+
+
 # ---- the next call
 
 
@@ -197,6 +209,48 @@ def test_a_second_call_does_what_the_first_did_not_pass(tmp_path):
     assert len((tmp_path / "works").read_text()) == 2
 
 
+WRITES = "open(r'{work}/bench.json', 'w').write('{\"rows\": %d}'); raise SystemExit(%d)"
+
+
+def test_no_attempt_is_lost(tmp_path):
+    """Neither to another attempt nor to a call that does not come to it."""
+    run([python("bench", WRITES % (1, 1))], tmp_path)
+    status, results = run([python("bench", "", min_seconds=1e6)], tmp_path, call=2)
+    assert status == 1 and states(results) == {"bench": ("failed", "exit status 1")}
+    assert results["calls"][-1]["states"] == {"bench": "not run"}
+    _, results = run([python("bench", "", packages=("no_such_module",))], tmp_path, call=3)
+    assert states(results) == {"bench": ("failed", "exit status 1")}
+    assert results["figures"] == {"bench": {"rows": 1}} and results["attempts"] == []
+    _, results = run([python("bench", "raise SystemExit(2)")], tmp_path, call=4)
+    assert states(results) == {"bench": ("failed", "exit status 2")}
+    (attempt,) = results["attempts"]
+    assert (attempt["step"], attempt["exit"], attempt["figures"]) == ("bench", 1, {"rows": 1})
+
+
+def test_what_never_ran_comes_before_what_failed(tmp_path):
+    first, second = python("first", "raise SystemExit(1)"), python("second", "")
+    run([first], tmp_path, sources="a")
+    _, results = run([first, second], tmp_path, call=2, sources="a")
+    assert [*results["calls"][-1]["states"]] == ["second", "first"]
+    _, results = run([first, second], tmp_path, call=3, sources="mended")
+    assert [*results["calls"][-1]["states"]] == ["first", "second"]
+
+
+def test_the_environment_is_that_of_this_call(tmp_path):
+    code = "open(r'{work}/environment.json', 'w').write('{\"gpu\": \"%s\"}'); raise SystemExit(%d)"
+    for call, (gpu, fails) in enumerate([("H100", 0), ("H200", 0)], 1):
+        environment = python("environment", code % (gpu, fails), is_setup=True)
+        work = python(f"step{call}", "", needs=("environment",))
+        _, results = run([environment, work], tmp_path, call=call)
+        assert results["steps"][f"step{call}"]["gpu"] == results["environment"]["gpu"] == gpu
+    environment = python("environment", "raise SystemExit('no GPU')", is_setup=True)
+    status, results = run(
+        [environment, python("step3", "", needs=("environment",))], tmp_path, 1, 3
+    )
+    assert status == 1 and results["environment"] is None
+    assert states(results)["step3"] == ("not run", "it needs environment: failed")
+
+
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/results.json").write_text("[1")
@@ -211,20 +265,26 @@ import sys
 from pathlib import Path
 from benchmarks.gpu_suite.runner import Step, Suite
 code = '''
-import time
+import os, time
 with open(r"{{work}}/bench.json", "w") as file:
-    file.write('{{"a": 1}}')
+    file.write('{{"pid": %d}}' % os.getpid())
 time.sleep(600)
 '''
 steps = [
-    Step("first", "", [sys.executable, "-c", "print(1)"], 20, least=0),
-    Step("second", "", [sys.executable, "-c", code], 600, least=0),
-    Step("third", "", [sys.executable, "-c", ""], 20, least=0),
+    Step("first", "", [sys.executable, "-c", "print(1)"], 20),
+    Step("second", "", [sys.executable, "-c", code], 600),
+    Step("third", "", [sys.executable, "-c", ""], 20),
 ]
-suite = Suite(steps, Path(r"{out}"), Path(r"{work}"), minutes=5)
-suite._log.write("test", "ready")
-sys.exit(suite.run())
+sys.exit(Suite(steps, Path(r"{out}"), Path(r"{work}"), minutes=5).run())
 """
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -234,32 +294,71 @@ def test_stopped_from_outside(number, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    results: dict = {}
-    deadline = time.monotonic() + 30
-    while results.get("figures") != {"bench": {"a": 1}}:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        if (tmp_path / "out/results.json").exists():
-            results = json.loads((tmp_path / "out/results.json").read_text())
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    try:
+        results: dict = {}
+        deadline = time.monotonic() + 60
+        while "bench" not in results.get("figures", {}):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            if (tmp_path / "out/results.json").exists():
+                results = json.loads((tmp_path / "out/results.json").read_text())
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["figures"] == {"bench": {"a": 1}}
+    pid = results["figures"]["bench"]["pid"]
     if number == signal.SIGKILL:
         assert process.returncode == -number
-        assert [*states(results).items()] == [
-            ("first", ("passed", "1")),
-            ("second", ("running", "")),
-        ]
-        subprocess.run(["pkill", "-9", "-f", str(tmp_path / "work")])  # what it could not end
-        return
-    assert process.returncode == 128 + number
-    assert states(results) == {
-        "first": ("passed", "1"),
-        "second": ("stopped", number.name),
-        "third": ("not run", number.name),
-    }
-    assert "results:" in output
+        assert states(results) == {"first": ("passed", "1"), "second": ("running", "")}
+        if not runner.WITH_THE_SUITE:
+            os.kill(pid, signal.SIGKILL)
+    else:
+        assert process.returncode == 128 + number
+        assert states(results) == {
+            "first": ("passed", "1"),
+            "second": ("stopped", number.name),
+            "third": ("not run", number.name),
+        }
+        assert "results:" in output
+    while is_running(pid):
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.1)
+
+
+def test_signals_during_writing_lose_nothing(tmp_path):
+    """Whenever it comes: while results are written, or between steps."""
+    script = """
+import os, signal, sys, threading
+from pathlib import Path
+from benchmarks.gpu_suite import runner
+original, writes = runner.write, []
+
+def write(path, text):
+    writes.append(path)
+    if len(writes) == {at}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    original(path, text)
+
+runner.write = write
+step = runner.Step("step", "", [sys.executable, "-c", "print(1)"], 20)
+sys.exit(runner.Suite([step], Path(r"{out}"), Path(r"{work}"), minutes=5).run())
+"""
+    for at in (1, 2, 3):
+        paths = {"out": tmp_path / f"out{at}", "work": tmp_path / f"work{at}"}
+        command = [sys.executable, "-c", script.format(at=at, **paths)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 128 + signal.SIGTERM and not result.stderr, result.stderr
+        assert "step" in json.loads((paths["out"] / "results.json").read_text())["steps"]
+
+
+def test_nobody_reads_the_output(tmp_path):
+    script = DRIVER.format(out=tmp_path / "out", work=tmp_path / "work").replace("(600)", "(0)")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as p:
+        p.stdout.close()
+        p.wait(60)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {state for state, _ in states(results).values()} == {"passed"}
 
 
 # ---- tests of pytest
@@ -286,44 +385,52 @@ def test_hangs():
 """
 
 
-def pytest_step(name: str, path: Path, seconds: float, **more) -> Step:
+def pytest_step(name: str, path: Path, timeout: float, **more) -> Step:
     command = [sys.executable, "-m", "benchmarks.gpu_suite.run_tests", "--workers", "2"]
-    command += ["--junit", f"{{work}}/{name}.xml", "--", str(path), f"--rootdir={path.parent}"]
-    return Step(name, "", command, seconds, least=0, **more)
+    command += ["--results", f"{{work}}/{name}", "--", "--without-gpu"]
+    command += [str(path), f"--rootdir={path.parent}"]
+    return Step(name, "", command, timeout, min_seconds=0, **more)
 
 
 def test_results_of_tests(tmp_path):
+    """As they end; and a later call runs those alone that did not pass."""
     pytest.importorskip("xdist")
-    (tmp_path / "test_some.py").write_text(SOME_TESTS)
-    (tmp_path / "test_hanging.py").write_text(SOME_TESTS + HANGING)
+    some = tmp_path / "test_some.py"
+    some.write_text(SOME_TESTS)
+    status, results = run([pytest_step("some", some, 120)], tmp_path)
+    assert status == 1 and results["steps"]["some"]["status"] == "failed"
+    tests = results["tests"]["some"]
+    assert outcomes.counts(tests) == "4 passed, 1 failed, 1 skipped, 0 unfinished"
+    (failure,) = (of["text"] for of in tests.values() if of["outcome"] == "failed")
+    assert "assert 1 == 2" in failure
+    some.write_text(SOME_TESTS.replace("1 == 2", "1 == 1").replace("pass\n", "assert False\n"))
+    status, results = run([pytest_step("some", some, 120)], tmp_path, call=2)
+    assert status == 0
+    assert (
+        outcomes.counts(results["tests"]["some"]) == "5 passed, 0 failed, 1 skipped, 0 unfinished"
+    )
+    assert results["attempts"][0]["status"] == "failed"
+    (suite,) = ET.parse(tmp_path / "out/junit.xml").getroot()
+    assert (suite.get("name"), suite.get("tests")) == ("some", "2")
+
+
+def test_tests_that_are_all_skipped_show_nothing(tmp_path):
     skips = "import pytest\n@pytest.mark.skip(reason='no GPU')\ndef test(): pass"
     (tmp_path / "test_none.py").write_text(skips)
-    steps = [
-        pytest_step("none", tmp_path / "test_none.py", 60),
-        pytest_step("some", tmp_path / "test_some.py", 60, beside=True),
-        pytest_step("hanging", tmp_path / "test_hanging.py", 15, beside=True, grace=15),
-    ]
-    status, results = run(steps, tmp_path)
-    assert status == 1
-    assert results["steps"]["none"]["status"] == "skipped"
+    status, results = run([pytest_step("none", tmp_path / "test_none.py", 120)], tmp_path)
+    assert status == 0 and results["steps"]["none"]["status"] == "skipped"
     assert "1 skipped" in results["steps"]["none"]["reason"]
-    assert results["steps"]["some"]["status"] == "failed"
-    assert results["steps"]["hanging"]["status"] == "timed out"
-    some = results["tests"]["some"]
-    assert (some["passed"], some["failed"], some["skipped"]) == (4, 1, 1)
-    ((name, failure),) = some["failures"].items()
-    assert name.endswith("test_some::test_fails") and "assert 1 == 2" in failure
-    # pytest was interrupted and said what it knew.
-    assert results["tests"]["hanging"]["passed"] == 4
-    assert results["tests"]["hanging"]["unfinished"] == 1
-    suites = ET.parse(tmp_path / "out/junit.xml").getroot()
-    assert {suite.get("name") for suite in suites} == {"none", "hanging", "some"}
-    # A later call has one of them alone.
-    (tmp_path / "test_some.py").write_text("def test(): pass")
-    run([pytest_step("some", tmp_path / "test_some.py", 60)], tmp_path, call=2)
-    suites = ET.parse(tmp_path / "out/junit.xml").getroot()
-    assert {suite.get("name"): suite.get("tests") for suite in suites}["some"] == "1"
-    assert len(suites) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_tests_run_on_a_gpu_or_not_at_all(tmp_path):
+    """They would pass in the interpreter and the emulation, and show nothing."""
+    command = [sys.executable, "-m", "benchmarks.gpu_suite.run_tests"]
+    command += ["--results", "{work}/some", "--", "tests/test_corrupt.py", "-k", "frozen"]
+    status, results = run([Step("some", "", command, 120, min_seconds=0)], tmp_path)
+    assert status == 1
+    assert states(results)["some"][0] == "failed"
+    assert "PyTorch sees no CUDA device" in states(results)["some"][1]
 
 
 def test_a_test_that_hangs_costs_itself_alone(tmp_path):
@@ -331,22 +438,58 @@ def test_a_test_that_hangs_costs_itself_alone(tmp_path):
         pytest.importorskip(plugin)
     (tmp_path / "test_hanging.py").write_text(SOME_TESTS + HANGING)
     script = "import benchmarks.gpu_suite.run_tests as r; r.LIMIT = 11; r.main()"
-    command = [sys.executable, "-c", script, "--junit", "{work}/hanging.xml", "--"]
+    command = [sys.executable, "-c", script, "--results", "{work}/hanging", "--", "--without-gpu"]
     command += [str(tmp_path / "test_hanging.py"), f"--rootdir={tmp_path}"]
-    _, results = run([Step("hanging", "", command, 60, least=0)], tmp_path)
+    _, results = run([Step("hanging", "", command, 120, min_seconds=0)], tmp_path, minutes=3)
     assert results["steps"]["hanging"]["status"] == "failed"
-    counted = results["tests"]["hanging"]
-    assert (counted["passed"], counted["failed"], counted["skipped"]) == (4, 2, 1)
-    assert any("crashed while running" in text for text in counted["failures"].values())
+    tests = results["tests"]["hanging"]
+    assert outcomes.counts(tests) == "4 passed, 2 failed, 1 skipped, 0 unfinished"
+    assert any("crashed while running" in of.get("text", "") for of in tests.values())
     assert "in test_hangs\n" in (tmp_path / "out/suite.log").read_text()  # where it hung
+
+
+def test_tests_that_are_stopped_have_said_what_they_know(tmp_path):
+    (tmp_path / "test_hanging.py").write_text(SOME_TESTS + HANGING)
+    step = pytest_step("hanging", tmp_path / "test_hanging.py", 100)
+    suite = Suite([step], tmp_path / "out", tmp_path / "work", minutes=3)
+    finished = tmp_path / "work/hanging.jsonl"
+
+    def stop_when_the_others_have_passed():
+        while not finished.exists() or finished.read_text().count('"passed"') < 4:
+            time.sleep(0.1)
+        suite._on_signal(signal.SIGTERM, None)
+
+    threading.Thread(target=stop_when_the_others_have_passed, daemon=True).start()
+    assert suite.run() == 128 + signal.SIGTERM
+    tests = json.loads((tmp_path / "out/results.json").read_text())["tests"]["hanging"]
+    assert outcomes.counts(tests).startswith("4 passed")
+
+
+def test_outcomes_of_tests(tmp_path):
+    path = tmp_path / "tests.jsonl"
+    outcomes.append(path, "a", "began")
+    outcomes.append(path, "a", "passed")
+    outcomes.append(path, "b", "failed", 10_000 * "x" + "the end")
+    outcomes.append(path, "b", "passed")  # its clean-up
+    outcomes.append(path, "c", "began")
+    with path.open("a") as file:
+        file.write('{"test": "d", "outc')
+    tests = outcomes.read(path)
+    assert {name: of["outcome"] for name, of in tests.items()} == {
+        "a": "passed",
+        "b": "failed",
+        "c": "began",
+    }
+    assert tests["b"]["text"].endswith("the end") and len(tests["b"]["text"]) <= 4000
+    assert outcomes.passed(tests) == ["a"]
+    assert outcomes.counts(tests) == "1 passed, 1 failed, 0 skipped, 1 unfinished"
 
 
 def test_half_an_xml_is_no_result(tmp_path):
     (tmp_path / "half.xml").write_text("<testsuites><testsuite")
-    with pytest.raises(ValueError, match="half.xml"):
-        junit.counts(tmp_path / "half.xml")
-    junit.merge(tmp_path / "junit.xml", [tmp_path / "half.xml"])
-    assert not (tmp_path / "junit.xml").exists()
+    (tmp_path / "junit.xml").write_text("<testsui")
+    outcomes.merge_junit(tmp_path / "junit.xml", [tmp_path / "half.xml"])
+    assert (tmp_path / "junit.xml").read_text() == "<testsui"
 
 
 # ---- the steps
@@ -356,35 +499,31 @@ def test_steps_are_chosen_by_name_or_kind():
     steps = all_steps(None, is_dry_run=False)
     names = [step.name for step in steps]
     assert len(names) == len({*names})
-    set_up = ["environment", "wheels", "build"]
+    set_up = ["wheels", "environment", "build_cpp", "build_cuda"]
     assert [step.name for step in chosen(steps, "smoke")] == [*set_up, "smoke"]
     some = [step.name for step in chosen(steps, "memcheck, bench_unmask")]
-    assert some == [
-        *set_up,
-        "bench_unmask",
-        *(f"memcheck_{k}" for k in ("corrupt", "nll", "unmask")),
-    ]
-    with pytest.raises(
-        SystemExit, match="--only tets: there is no such step; there are environment"
-    ):
+    memcheck = [f"memcheck_{kernel}" for kernel in ("corrupt", "nll", "unmask")]
+    assert some == [*set_up, *memcheck, "bench_unmask"]
+    with pytest.raises(SystemExit, match="--only tets: there is no such step; there are wheels"):
         chosen(steps, "tets")
     assert all({*step.needs} <= {*names} for step in steps)
 
 
-def test_what_is_timed_runs_alone():
-    steps = all_steps(None, is_dry_run=False)
-    assert not any(step.beside for step in steps if step.name.startswith("bench"))
-    assert all(step.beside for step in steps if step.name.startswith(("memcheck", "racecheck")))
+@pytest.mark.parametrize(
+    "status, output, expected",
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", 0),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0),
+        (0, "4 passed", 1),  # it did not look
+        (99, "========= ERROR SUMMARY: 3 errors", 99),
+        (1, "========= Error: Device not supported", runner.SKIP),
+    ],
+)
+def test_a_sanitizer_must_say_that_it_found_nothing(status, output, expected):
+    assert verdict(status, f"some\n{output}\n")[0] == expected
 
 
-def test_sanitizers_see_what_is_theirs():
-    memcheck = sanitizer("memcheck", "nll")
-    assert "kernel_substring=nll_kernel" in memcheck
-    assert memcheck[memcheck.index("--report-api-errors") + 1] == "no"
-    assert "--kernel-name" not in sanitizer("initcheck", "corrupt")
-
-
-def test_every_test_of_a_gpu_is_in_a_file_of_the_suite(request):
+def test_every_test_of_a_gpu_is_in_a_file_of_the_suite():
     marked = "gpu or cuda or triton"
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", marked]
     command += [f"--ignore={path}" for path in TESTS]
@@ -433,7 +572,7 @@ def test_wheels_are_installed_without_a_network(tmp_path):
     assert result.returncode == runner.SKIP, result.stdout + result.stderr
     assert {path.name for path in site.glob("*.py")} == {"attn_gym.py", "no_such_package.py"}
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("not installed, so not compared with: ") and "liger-kernel" in last
+    assert last.startswith("peers that are not installed: ") and "liger-kernel" in last
     assert "attn-gym" not in last
 
 
@@ -483,7 +622,7 @@ def test_each_figure_stands_beside_a_limit_or_a_peer():
     assert (nll, 2.0, "ms", "CCE, masked rows (WRONG)", 3.0, 1.5) in rows
     assert (nll, 1.0, "MB", "CCE, masked rows (WRONG)", 2.0, 2.0) in rows
     assert (nll, 2.0, "ms", "products alone", 1.0, 0.5) in rows
-    assert [*report.not_compared({"figures": FIGURES})] == [
+    assert [*report.skipped_peers(FIGURES)] == [
         "bench_corrupt_cuda: skipped x-transformers: not installed, or it failed (see the log)",
         "bench_masked_nll: skipped Liger: not installed, or it failed (see the log)",
     ]
@@ -496,7 +635,7 @@ def record_of(gpu: str | None, date: str, **steps: str) -> dict:
     return {
         "environment": {"gpu": gpu, "python": "3.12", "cuda": "13.0", "packages": PACKAGES},
         "calls": [{"began": f"{date}T10:00:00+00:00"}],
-        "tests": {"smoke": {"passed": 40, "failed": 1}},
+        "tests": {"smoke": {"a": {"outcome": "passed"}, "b": {"outcome": "failed"}}},
         "steps": {
             name: {"status": status, "gpu": gpu, "date": f"{date}T10:01:00+00:00"}
             for name, status in steps.items()
@@ -520,6 +659,7 @@ def test_what_ran_where_and_what_did_not(tmp_path, monkeypatch):
             record_of("NVIDIA H100 80GB HBM3", "2027-01-01", smoke="failed", bench_unmask="passed"),
             record_of("NVIDIA H200", "2027-01-03", smoke="passed"),
             record_of("NVIDIA H100 80GB HBM3", "2027-01-02", smoke="passed"),
+            record_of("NVIDIA H200", "2027-01-03", smoke="running", bench_unmask="not run"),
         ]
     ):
         folder = tmp_path / f"out{number}"
@@ -533,9 +673,10 @@ def test_what_ran_where_and_what_did_not(tmp_path, monkeypatch):
     assert smoke.endswith("| passed, 2027-01-02 | passed, 2027-01-03 |")
     (unmask,) = (line for line in page.splitlines() if line.startswith("| bench_unmask |"))
     assert unmask.endswith("| passed, 2027-01-01 |  |")
+    assert "gpu_h200_2027-01-03_2.json" in page  # a second one of that day
     (row,) = (line for line in page.splitlines() if "gpu_h200_2027-01-03.json" in line)
     assert "torch 2.11.0, Triton 3.6.0, CUDA 13.0" in row
-    assert "1 of 1 steps; tests: 40 passed, 1 failed" in row
+    assert "1 of 1 steps; tests: 1 passed, 1 failed" in row
 
 
 def test_a_dry_run_is_no_result_of_a_gpu(tmp_path):

@@ -1,7 +1,7 @@
 """How many kernels Triton would compile on a GPU for the tests that are run there: a plugin of
 pytest for a machine without one.
 
-    python -O -m pytest --assert=plain -p tests.triton_variants -m triton
+    python -O -m pytest --assert=plain -W ignore -p tests.triton_variants -m triton
 
 Launches are counted and not made, outputs are zeros, and `-O` leaves asserts out, so tests make all
 calls that they would make on a GPU; what still fails means nothing. What makes a kernel another one

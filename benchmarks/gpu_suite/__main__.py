@@ -72,7 +72,7 @@ def main() -> None:
     wheels = arguments.wheels and arguments.wheels.resolve()
     steps = chosen(all_steps(wheels, arguments.dry_run), arguments.only)
     if arguments.list:
-        print("\n".join(f"{step.name:<20} {step.seconds:4.0f} s  {step.about}" for step in steps))
+        print("\n".join(f"{step.name:<20} {step.timeout:4.0f} s  {step.about}" for step in steps))
         return
     out = arguments.out.resolve()
     os.chdir(ROOT)
@@ -82,7 +82,7 @@ def main() -> None:
             out,
             Path(work),
             minutes=arguments.minutes,
-            together=os.cpu_count() or 1 if arguments.dry_run else 0,
+            max_parallel=os.cpu_count() or 1 if arguments.dry_run else 0,
             again=arguments.again,
             sources=digest_of_sources(),
             summary=summary,

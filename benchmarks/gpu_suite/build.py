@@ -1,10 +1,11 @@
-"""Builds both extensions in place, for the GPU that is here, and loads them.
+"""Builds an extension in place, that of CUDA for the GPU that is here, and loads it.
 
 By the ninja files of setup.py, without setuptools' own machinery, which would ask for a version of
 it that a machine without a network may not have.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -15,38 +16,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 LOADED = """
 from nar_kernels.backends import backends, cpp, cuda
-if cpp is None or cuda is None:
-    raise SystemExit(f"built, but not loaded: {backends()}")
-print(f"built for {cuda.architectures}, and loaded")
+if {name} is None:
+    raise SystemExit("built, but not loaded: " + backends()["{name}"])
+print("built and loaded", getattr({name}, "architectures", ""))
 """
-
-
-def capability() -> str:
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return output.splitlines()[0].replace(".", "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=("cpp", "cuda"))
     parser.add_argument("work", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled")
     arguments = parser.parse_args()
-    is_dry_run = arguments.dry_run
-    os.environ["NAR_KERNELS_CUDA_ARCHS"] = "90" if is_dry_run else capability()
-    folder = arguments.work / "build" if is_dry_run else Path("build", sys.implementation.cache_tag)
+    folder = Path("build", sys.implementation.cache_tag)
+    capability = "90"
+    if arguments.dry_run:  # what is built stays as it is
+        folder = arguments.work / "build"
+    else:
+        environment = json.loads((arguments.work / "environment.json").read_text())
+        capability = environment.get("capability") or capability
+    os.environ["NAR_KERNELS_CUDA_ARCHS"] = capability
+    try:
+        import setup
 
-    import setup
-
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for name in setup.NINJA_WRITERS:
-        output = f"{name.replace('.', '/')}{suffix}"
-        try:
-            setup.build(name, folder / name / "build.ninja", output, is_dry_run=is_dry_run)
-        except setup.BuildFailure as error:
-            sys.exit(str(error))
-    if not is_dry_run:
-        sys.exit(subprocess.run([sys.executable, "-c", LOADED]).returncode)
+        name = f"nar_kernels._{arguments.name}"
+        output = f"{name.replace('.', '/')}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        setup.build(name, folder / name / "build.ninja", output, is_dry_run=arguments.dry_run)
+    except Exception as error:  # BuildFailure, or whatever is missing here
+        sys.exit(f"{type(error).__name__}: {error}")
+    if not arguments.dry_run:
+        loaded = [sys.executable, "-c", LOADED.format(name=arguments.name)]
+        sys.exit(subprocess.run(loaded).returncode)
 
 
 if __name__ == "__main__":

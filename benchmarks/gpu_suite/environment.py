@@ -1,7 +1,6 @@
 """What this machine has: prints it, and writes it to a file."""
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -9,27 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = (
-    "torch triton numpy pytest pytest-xdist pytest-timeout setuptools pybind11 ninja"
-    " x-transformers liger-kernel cut-cross-entropy attn-gym"
-).split()
+from benchmarks.gpu_suite.wheels import PEERS, installed
+
+PACKAGES = "torch triton numpy pytest pytest-xdist pytest-timeout setuptools pybind11 ninja".split()
 
 
-def version(package: str) -> str | None:
+def output_of(*command: str) -> str:
+    """Of a program; nothing if it is not there."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def first_line(*command: str) -> str | None:
-    """Of what matches a version in the output of a program; None if it is not there."""
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "release" in line or "ersion" in line), None)
+        return ""
+
+
+def version_of(program: str) -> str | None:
+    lines = output_of(program, "--version").splitlines()
+    return next((line.strip() for line in lines if "release" in line or "ersion" in line), None)
 
 
 def describe() -> dict:
@@ -39,11 +33,11 @@ def describe() -> dict:
         "gpu": None,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "nvcc": first_line("nvcc", "--version"),
-        "compute_sanitizer": first_line("compute-sanitizer", "--version"),
+        "nvcc": version_of("nvcc"),
+        "compute_sanitizer": version_of("compute-sanitizer"),
         "kernel": platform.release(),
         "cores": os.cpu_count(),
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": {package: installed(package) for package in [*PACKAGES, *PEERS]},
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -61,15 +55,14 @@ def main() -> None:
     parser.add_argument("json", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="without a GPU")
     arguments = parser.parse_args()
-    if not arguments.dry_run:
-        print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
     found = describe()
     arguments.json.write_text(json.dumps(found))
+    print(output_of("nvidia-smi"))
+    print(json.dumps(found, indent=1))
     if found["gpu"] is None and not arguments.dry_run:
         sys.exit("PyTorch sees no CUDA device; --dry-run needs none")
     packages = found["packages"]
-    print(json.dumps(found, indent=1))
-    print(f"{found['gpu']}, torch {packages['torch']}, Triton {packages['triton']}")
+    print(f"{found['gpu'] or 'no GPU'}, torch {packages['torch']}, Triton {packages['triton']}")
 
 
 if __name__ == "__main__":

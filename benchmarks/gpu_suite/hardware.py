@@ -7,14 +7,16 @@ first, under a name of its GPU and date.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.gpu_suite import outcomes
 from benchmarks.gpu_suite.report import markdown
-from benchmarks.gpu_suite.runner import PASSED
+from benchmarks.gpu_suite.runner import FINISHED, PASSED
 from benchmarks.gpu_suite.steps import all_steps
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -52,12 +54,6 @@ through them without a GPU.
 """
 
 
-CPUS = """\
-Figures in README.md are of these. The AVX-512 code of `unmask` and of the product with a head has
-run in an emulation alone, not on a processor.
-"""
-
-
 def gpu_records() -> list[tuple[Path, dict]]:
     """Results of the suite, oldest first."""
     records = [(path, json.loads(path.read_text())) for path in RESULTS.glob("gpu_*.json")]
@@ -80,9 +76,9 @@ def gpus(records: list[tuple[Path, dict]]) -> Iterator[str]:
         lines = []
         for path, record in records:
             states = [step["status"] for step in record["steps"].values()]
-            tests = [record["tests"][name] for name in record["tests"]]
-            counts = (f"{sum(of[kind] for of in tests)} {kind}" for kind in ("passed", "failed"))
-            passed = f"{states.count(PASSED)} of {len(states)} steps; tests: {', '.join(counts)}"
+            tests = {k: v for of_step in record["tests"].values() for k, v in of_step.items()}
+            passed = f"{states.count(PASSED)} of {len(states)} steps; tests: "
+            passed += outcomes.counts(tests)
             link = f"[{path.name}](../benchmarks/results/{path.name})"
             date = record["calls"][-1]["began"][:10]
             gpu = record["environment"]["gpu"]
@@ -100,18 +96,18 @@ def gpus(records: list[tuple[Path, dict]]) -> Iterator[str]:
 
 
 def last_state(step: str, gpu: str, records: list[tuple[Path, dict]]) -> str:
-    """Of the newest record in which this step ran on this GPU."""
+    """Of the newest record in which this step came to an end on this GPU."""
     state = ""
     for _, record in records:
-        found = record["steps"].get(step)
-        if found is not None and found["gpu"] == gpu:
+        found = record["steps"].get(step, {})
+        if found.get("status") in FINISHED and found["gpu"] == gpu:
             state = f"{found['status']}, {found['date'][:10]}"
     return state
 
 
 def cpus() -> Iterator[str]:
     yield "\n## CPUs\n"
-    yield CPUS
+    yield "Figures in README.md are of these.\n"
     rows = []
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
@@ -122,10 +118,11 @@ def cpus() -> Iterator[str]:
         if generation is not None:
             processor += f" ({generation[0].capitalize().replace('Zen', 'Zen ')})"
         levels = sorted({row["simd"] for row in record.get("rows", []) if "simd" in row})
+        levels = levels or [record.get("simd", "")]
         link = f"[{path.name}](../benchmarks/results/{path.name})"
         made_with = f"Python {record['python']}, torch {record['torch']}"
         rows.append((link, record["date"], processor, ", ".join(levels), made_with))
-    head = ("results", "date", "processor", "instruction sets of `corrupt`", "versions")
+    head = ("results", "date", "processor", "instruction sets", "versions")
     yield from markdown(head, rows)
 
 
@@ -143,8 +140,13 @@ def add(folder: Path) -> Path:
     if gpu is None:
         sys.exit(f"{path} is of no GPU: a dry run, or nothing ran")
     short = re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_")
-    target = RESULTS / f"gpu_{short}_{record['calls'][-1]['began'][:10]}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1) + "\n"
+    for number in itertools.count(1):
+        date = record["calls"][-1]["began"][:10] + (f"_{number}" if number > 1 else "")
+        target = RESULTS / f"gpu_{short}_{date}.json"
+        if not target.exists() or target.read_text(encoding="utf-8") == text:
+            break
+    target.write_text(text, encoding="utf-8")
     return target
 
 

@@ -1,9 +1,16 @@
-"""The table at the end: each figure, its physical limit or peer, and the ratio."""
+"""The table at the end: each figure, its physical limit or peer, and the ratio.
 
+python -m benchmarks.gpu_suite.report FOLDER
+"""
+
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_suite.runner import PASSED, SKIPPED
+from benchmarks.gpu_suite import outcomes
+from benchmarks.gpu_suite.runner import FINISHED, PASSED, SKIPPED
 
 
 class Row(NamedTuple):
@@ -97,28 +104,34 @@ def calls(name: str, record: dict) -> Iterator[Row]:
             yield Row(what, mine, "sequences", "x-transformers", theirs, mine / max(theirs, 1))
 
 
+READERS = {
+    "bench_corrupt_cuda": corrupt,
+    "bench_corrupt_triton": corrupt,
+    "bench_masked_nll": masked_nll,
+    "bench_unmask": unmask,
+    "bench_train_step": lambda record: calls("train_step", record),
+    "bench_generate": lambda record: calls("generate", record),
+}
+
+
 def rows(figures: dict[str, dict]) -> Iterator[Row]:
-    for name, record in figures.items():
-        if name.startswith("bench_corrupt"):
-            yield from corrupt(record)
-        elif name == "bench_masked_nll":
-            yield from masked_nll(record)
-        elif name == "bench_unmask":
-            yield from unmask(record)
-        elif name in ("bench_train_step", "bench_generate"):
-            yield from calls(name.removeprefix("bench_"), record)
+    for name, reader in READERS.items():
+        try:
+            yield from reader(figures[name]) if name in figures else ()
+        except (KeyError, TypeError, ValueError) as error:  # of other code, or half of them
+            yield Row(f"{name}: cannot be read ({error!r})", 0, "", "", None, None)
 
 
-def not_compared(results: dict) -> Iterator[str]:
-    """Peers that a benchmark that ran has no figure of."""
+def skipped_peers(figures: dict[str, dict]) -> Iterator[str]:
+    """Those that a benchmark that ran has no figure of."""
     for name, peers in COMPARED.items():
-        record = results["figures"].get(name)
-        if record is None:
-            continue
-        against = " ".join(row.against for row in rows({name: record}))
-        for peer in sorted(peers):
-            if peer not in against:
-                yield f"{name}: skipped {peer}: not installed, or it failed (see the log)"
+        if name in figures:
+            against = " ".join(row.against for row in rows({name: figures[name]}))
+            missing = [peer for peer in sorted(peers) if peer not in against]
+            yield from (
+                f"{name}: skipped {peer}: not installed, or it failed (see the log)"
+                for peer in missing
+            )
 
 
 def show(value: object) -> str:
@@ -132,32 +145,47 @@ def markdown(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> list[str]:
     return table + ["| " + " | ".join(map(show, line)) + " |" for line in lines]
 
 
+def remark(step: dict, gpu: str | None, sources: str | None) -> str:
+    """What a reader must know of a step beside its state."""
+    text = step["reason"][:100].replace("|", "/")
+    if step["sources"] != sources:
+        text += f" (of other sources, {step['sources']})"
+    if step["gpu"] != gpu and step["status"] in FINISHED:
+        text += f" (on {step['gpu'] or 'no GPU'})"
+    return text.strip()
+
+
 def summary(results: dict) -> list[str]:
     """Lines in Markdown: the machine, the steps, tests that failed, the figures."""
     environment = results.get("environment") or {}
     packages = environment.get("packages", {})
-    steps = results["steps"]
+    gpu, sources = environment.get("gpu"), results["calls"][-1].get("sources")
     versions = f"torch {packages.get('torch')}, Triton {packages.get('triton')}"
-    gpu = environment.get("gpu") or "no GPU"
-    lines = [f"{gpu}, {versions}, CUDA {environment.get('cuda')}", ""]
-    sources = results["calls"][-1].get("sources")
-    states = [
-        (
-            name,
-            step["status"],
-            f"{step.get('seconds', 0):.0f} s",
-            step["reason"][:100].replace("|", "/")
-            + ("" if step["sources"] == sources else " (of other sources)"),
-        )
-        for name, step in steps.items()
+    lines = [
+        f"{gpu or 'no GPU'}, {versions}, CUDA {environment.get('cuda')}, sources {sources}",
+        "",
     ]
-    lines += [*markdown(("step", "status", "time", ""), states), ""]
-    for name, counted in results["tests"].items():
-        kinds = ("passed", "failed", "skipped", "unfinished")
-        numbers = ", ".join(f"{counted[kind]} {kind}" for kind in kinds)
-        lines.append(f"{name}: {numbers}")
-        lines += [f"  FAILED {test}" for test in counted["failures"]]
-    missed = [name for name, step in steps.items() if step["status"] not in (PASSED, SKIPPED)]
+    steps = [
+        (name, step["status"], f"{step.get('seconds', 0):.0f} s", remark(step, gpu, sources))
+        for name, step in results["steps"].items()
+    ]
+    lines += [*markdown(("step", "status", "time", ""), steps), ""]
+    for name, tests in results["tests"].items():
+        lines.append(f"{name}: {outcomes.counts(tests)}")
+        lines += [f"  FAILED {test}" for test, of in tests.items() if of["outcome"] == "failed"]
+    missed = [name for name, state, *_ in steps if state not in (PASSED, SKIPPED)]
     lines += [f"not passed: {', '.join(missed) or 'none'}", ""]
     figures = [tuple(row) for row in rows(results["figures"])]
-    return [*lines, *(markdown(HEAD, figures) if figures else []), *not_compared(results)]
+    if figures:
+        lines += markdown(HEAD, figures)
+    return [*lines, *skipped_peers(results["figures"])]
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "results.json").exists():
+        sys.exit("usage: python -m benchmarks.gpu_suite.report FOLDER, which the suite has written")
+    print("\n".join(summary(json.loads(Path(sys.argv[1], "results.json").read_text()))))
+
+
+if __name__ == "__main__":
+    main()

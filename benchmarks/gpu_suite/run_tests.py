@@ -9,18 +9,18 @@ import os
 import sys
 
 LIMIT = 90  # seconds a test, its compilation included
+# Warnings are errors in this project, but a new one on another machine is no fault of a kernel.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default"]
+PYTEST += ["-p", "benchmarks.gpu_suite.plugin"]
 
 
-def options_of(workers: str, junit: str, is_dry_run: bool) -> list[str]:
-    options = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_suite.nothing_ran", "--tb=short"]
-    if is_dry_run:
-        return [*options, "-q", "--collect-only"]
-    options += ["-v", "--durations=10", "--junitxml", junit]
+def options_of(workers: int, results: str) -> list[str]:
+    options = ["--tb=short", "-v", "--durations=10", "--junitxml", f"{results}.xml"]
+    options += ["--outcomes", f"{results}.jsonl", "--passed-before", f"{results}.passed"]
     # What hangs says where, if nothing ends it.
     options += ["-o", f"faulthandler_timeout={LIMIT - 10}"]
     if importlib.util.find_spec("xdist"):
-        number = os.cpu_count() if workers == "a core" else workers
-        options += ["-n", str(number), "--max-worker-restart", "20", "-p", "tests.lost_device"]
+        options += ["-n", str(workers), "--max-worker-restart", "20", "-p", "tests.lost_device"]
     else:
         print("pytest-xdist is not installed: one process, which ends with the first crash")
     if importlib.util.find_spec("pytest_timeout"):
@@ -33,16 +33,19 @@ def options_of(workers: str, junit: str, is_dry_run: bool) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", default="1", help='a number, or "a core"')
-    parser.add_argument("--junit", required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--results", required=True, help="path of the results, without its suffix")
     parser.add_argument("--dry-run", action="store_true", help="only collect")
     parser.add_argument("tests", nargs="+", help="arguments of pytest")
     arguments = parser.parse_args()
-    options = options_of(arguments.workers, arguments.junit, arguments.dry_run)
+    if arguments.dry_run:
+        options = ["-q", "--collect-only", "--without-gpu"]
+    else:
+        options = options_of(arguments.workers, arguments.results)
     # Each worker compares with the CPU: threads of all at once would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     sys.stdout.flush()
-    command = [sys.executable, "-m", "pytest", *options, *arguments.tests]
+    command = [*PYTEST, *options, *arguments.tests]
     os.execv(sys.executable, command)  # signals go to pytest itself
 
 

@@ -2,7 +2,7 @@
 
 Whatever happens to a step, or to the suite, the folder holds what is known until then: it is
 written anew after every step, every few seconds while one runs, and when the suite is stopped. A
-later call in the same folder goes on where this one ended.
+later call in the same folder goes on where this one ended, and loses nothing of it.
 """
 
 import contextlib
@@ -21,12 +21,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from benchmarks.gpu_suite import junit
+from benchmarks.gpu_suite import outcomes
 
-PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-TIMED_OUT, STOPPED, NOT_RUN, RUNNING = "timed out", "stopped", "not run", "running"
+PASSED, FAILED, TIMED_OUT, STOPPED = "passed", "failed", "timed out", "stopped"
+FINISHED = (PASSED, FAILED, TIMED_OUT, STOPPED)
+SKIPPED, NOT_RUN, RUNNING = "skipped", "not run", "running"
 
 SKIP = 77  # the exit status of a step that finds nothing to do; its last line says why
 
@@ -34,12 +35,14 @@ LOG_LIMIT = 12 << 20  # bytes of the log, all steps and calls together
 LOG_LIMIT_OF_STEP = 1 << 20
 TAIL = 30  # lines of each step that the results hold, too
 SAVE_EVERY = 3.0  # seconds, while a step runs
-
+READER_GRACE = 5.0  # seconds for the last lines of a process
 
 # So that all that a process starts can be ended with it.
 OWN_GROUP: dict[str, Any] = (
     {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 )
+# So that it ends with the suite, even where that is killed.
+WITH_THE_SUITE = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ class Step:
     Args:
         about: what it shows, for a reader of the results.
         command: of the process. ``{work}`` stands for the folder of this call's files.
-        seconds: how long it may take.
-        least: with less time left it is not begun.
-        needs: steps that must have passed.
+        timeout: seconds that it may take.
+        min_seconds: with less time left it is not begun.
+        needs: steps that must have passed in this call.
         packages: modules that must be importable.
         tools: programs that must be on PATH.
-        beside: it may run beside the steps next to it that say so, too; else alone, so that it can
-            be timed.
-        has_figures: it leaves a file of them, and its last line says little.
+        parallel: it may run beside the steps next to it that say so, too; else alone, so that it
+            can be timed.
+        is_benchmark: its figures say more than its last line.
         is_setup: what a former call did of it is gone with the machine: it is done in each.
         grace: seconds to end by itself once it is interrupted.
     """
@@ -64,14 +67,14 @@ class Step:
     name: str
     about: str
     command: Sequence[str]
-    seconds: float
-    least: float = 10
+    timeout: float
+    min_seconds: float = 10
     needs: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
-    beside: bool = False
-    has_figures: bool = False
+    parallel: bool = False
+    is_benchmark: bool = False
     is_setup: bool = False
     grace: float = 12
 
@@ -80,7 +83,9 @@ class Log:
     """One file for all steps: ``name| line``."""
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a", encoding="utf-8", errors="replace")
+        if path.exists() and path.stat().st_size > LOG_LIMIT // 2:  # room for this call
+            path.write_bytes(path.read_bytes()[-LOG_LIMIT // 2 :])
+        self._file = path.open("a", encoding="utf-8", errors="replace")
         self._size = path.stat().st_size
         self._sizes: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -100,7 +105,8 @@ class Log:
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
 
 class Suite:
@@ -110,8 +116,10 @@ class Suite:
         out: the folder of the results.
         work: for files that steps share; ``site`` in it is on the path of their Python.
         minutes: that this call may take.
-        together: all steps may run beside each other, so many at a time; 0 for as they say.
+        max_parallel: all steps may run beside each other, so many at a time; 0 for as they say.
+        again: do what has passed before, too.
         sources: a digest of the code that is tried.
+        summary: lines for a reader of the results.
     """
 
     def __init__(
@@ -121,23 +129,29 @@ class Suite:
         work: Path,
         *,
         minutes: float,
-        together: int = 0,
+        max_parallel: int = 0,
         again: bool = False,
         sources: str = "",
         summary: Callable[[dict], list[str]] = lambda results: [],
     ) -> None:
-        self.steps, self.out, self.work = list(steps), out, work
+        self.out, self.work = out, work
         self._deadline = time.monotonic() + 60 * minutes
         self._again, self._sources, self._summary = again, sources, summary
-        self._together = together
-        self._slots = threading.Semaphore(together or len(self.steps) or 1)
+        self._max_parallel = max_parallel
+        self._slots = threading.Semaphore(max_parallel or len(steps) or 1)
         self._lock = threading.RLock()
         self._processes: set[subprocess.Popen] = set()
         self._stopped_by: str | None = None
         out.mkdir(parents=True, exist_ok=True)
-        (work / "site").mkdir(parents=True, exist_ok=True)
-        self.results: dict[str, Any] = {"steps": {}, "figures": {}, "tests": {}, "calls": []}
+        (work / "site/bin").mkdir(parents=True, exist_ok=True)
         self._earlier = out / "results.json"
+        self.results: dict[str, Any] = {
+            "steps": {},
+            "figures": {},
+            "tests": {},
+            "attempts": [],
+            "calls": [],
+        }
         if self._earlier.exists():
             try:
                 self.results |= json.loads(self._earlier.read_text(encoding="utf-8"))
@@ -145,8 +159,22 @@ class Suite:
                 raise SystemExit(
                     f"{self._earlier} is not what this suite writes ({error}): move it away"
                 ) from error
+        self.results["environment"] = None  # of the machine that this call runs on
+        self._call: dict[str, Any] = {
+            "began": now(),
+            "minutes": minutes,
+            "sources": sources,
+            "states": {},
+        }
+        self.results["calls"].append(self._call)
+        # What never ran comes before what failed and would only fail again.
+        self.steps = sorted(steps, key=self._failed_before)
         self._log = Log(out / "suite.log")
-        self.results["calls"].append({"began": now(), "minutes": minutes, "sources": sources})
+
+    def _failed_before(self, step: Step) -> bool:
+        record = self.results["steps"].get(step.name, {})
+        is_same = record.get("sources") == self._sources
+        return is_same and not step.is_setup and record.get("status") in (FAILED, TIMED_OUT)
 
     # What the folder holds.
 
@@ -155,30 +183,55 @@ class Suite:
         with self._lock:
             for path in sorted(self.work.glob("*.json")):
                 with contextlib.suppress(ValueError):  # half written
-                    self.results["figures"][path.stem] = json.loads(path.read_text())
-            environment = self.results["figures"].pop("environment", None)
-            self.results["environment"] = environment or self.results.get("environment")
-            for path in sorted(self.work.glob("*.xml")):
-                with contextlib.suppress(ValueError):
-                    self.results["tests"][path.stem] = junit.counts(path)
-            write(self._earlier, json.dumps(self.results, indent=1) + "\n")
-            junit.merge(self.out / "junit.xml", sorted(self.work.glob("*.xml")))
+                    found = json.loads(path.read_text(encoding="utf-8"))
+                    if path.stem == "environment":
+                        self.results["environment"] = self._call["environment"] = found
+                    else:
+                        self.results["figures"][path.stem] = found
+            for path in sorted(self.work.glob("*.jsonl")):
+                self.results["tests"].setdefault(path.stem, {}).update(outcomes.read(path))
+            try:
+                self.results["table"] = self._summary(self.results)
+            except Exception as error:  # of figures that are not what it expects: they are kept
+                self.results["table"] = [f"no table: {type(error).__name__}: {error}"]
+            try:
+                write(self._earlier, json.dumps(self.results, indent=1) + "\n")
+                outcomes.merge_junit(self.out / "junit.xml", sorted(self.work.glob("*.xml")))
+            except OSError as error:  # such as a full disk: what is printed is still worth having
+                say(f"the results could not be written: {error}")
 
     def _record(self, step: Step, status: str, reason: str = "", **more: Any) -> None:
+        """A record of an attempt that finished stays until another one begins; nothing is lost
+        then, either: it goes to the list of attempts."""
         with self._lock:
+            self._call["states"][step.name] = status
+            before = self.results["steps"].get(step.name)
+            if before is not None and before["status"] in FINISHED:
+                if status == RUNNING:
+                    self._keep_attempt(step, before)
+                elif status in (NOT_RUN, SKIPPED):
+                    say(f"{step.name:<20} {status:<10}           {reason[:110]}")
+                    self.save()
+                    return
             self.results["steps"][step.name] = {
                 "about": step.about,
                 "status": status,
                 "reason": reason,
                 "date": now(),
-                "gpu": (self.results.get("environment") or {}).get("gpu"),
+                "gpu": (self.results["environment"] or {}).get("gpu"),
                 "sources": self._sources,
                 **more,
             }
+            self.save()
             if status != RUNNING:
                 seconds = more.get("seconds", 0.0)
-                print(f"{step.name:<20} {status:<10} {seconds:6.1f} s  {reason[:110]}", flush=True)
-            self.save()
+                say(f"{step.name:<20} {status:<10} {seconds:6.1f} s  {reason[:110]}")
+
+    def _keep_attempt(self, step: Step, record: dict) -> None:
+        if not step.is_setup:
+            figures = self.results["figures"].pop(step.name, None)
+            attempt = {"step": step.name, **record, "figures": figures}
+            self.results["attempts"].append(attempt)
 
     # Running.
 
@@ -200,24 +253,22 @@ class Suite:
         finally:
             for number, before in handled.items():
                 signal.signal(number, before)
-        self.results["calls"][-1]["ended"] = now()
-        self.results["table"] = self._summary(self.results)
+        self._call["ended"] = now()
         self.save()
         self._log.close()
-        print("\n".join(["", *self.results["table"], "", f"results: {self._earlier}"]), flush=True)
-        states = [self.results["steps"][step.name]["status"] for step in self.steps]
+        say("\n".join(["", *self.results["table"], "", f"results: {self._earlier}"]))
         if self._stopped_by is not None:
             return 128 + getattr(signal, self._stopped_by)
-        return int(any(state not in (PASSED, SKIPPED) for state in states))
+        return int(any(state not in (PASSED, SKIPPED) for state in self._call["states"].values()))
 
     def _groups(self) -> Iterator[list[Step]]:
         """Those that run beside each other."""
 
-        def runs_beside(step: Step) -> bool:
-            return step.beside or (self._together > 0 and not step.is_setup)
+        def is_parallel(step: Step) -> bool:
+            return step.parallel or (self._max_parallel > 0 and not step.is_setup)
 
-        for beside, steps in itertools.groupby(self.steps, runs_beside):
-            if beside:
+        for parallel, steps in itertools.groupby(self.steps, is_parallel):
+            if parallel:
                 yield list(steps)
             else:
                 yield from ([step] for step in steps)
@@ -232,75 +283,92 @@ class Suite:
     def _run_or_skip(self, step: Step) -> None:
         before = self.results["steps"].get(step.name, {})
         if before.get("status") == PASSED and not (step.is_setup or self._again):
-            print(f"{step.name:<20} passed before, {before['date']}", flush=True)
+            self._call["states"][step.name] = PASSED
+            say(f"{step.name:<20} passed before, {before['date']}")
             return
+        for need in step.needs:
+            state = self._call["states"].get(need, NOT_RUN)
+            if state != PASSED:
+                self._record(step, NOT_RUN, f"it needs {need}: {state}")
+                return
         reason = self._missing(step)
         if reason:
             self._record(step, SKIPPED, reason)
             return
-        left = self._deadline - time.monotonic()
-        if self._stopped_by is not None or left < step.least:
-            reason = f"{max(left, 0):.0f} s were left, and it needs {step.least:.0f} at least"
+        left = self._deadline - time.monotonic() - step.grace - READER_GRACE
+        if self._stopped_by is not None or left < step.min_seconds:
+            reason = f"{max(left, 0):.0f} s were left, and it needs {step.min_seconds:.0f}"
             self._record(step, NOT_RUN, self._stopped_by or reason)
             return
         self._record(step, RUNNING)
-        self._run_process(step, min(step.seconds, left))
+        self._run_process(step, min(step.timeout, left))
 
     def _missing(self, step: Step) -> str:
-        for need in step.needs:
-            state = self.results["steps"].get(need, {}).get("status", NOT_RUN)
-            if state not in (PASSED, SKIPPED):
-                return f"{need}: {state}"
         paths = [os.fspath(self.work / "site"), *sys.path]
         for package in step.packages:
             if importlib.machinery.PathFinder.find_spec(package, paths) is None:
                 return f"{package} is not installed"
         for tool in step.tools:
-            if shutil.which(tool) is None:
+            if shutil.which(tool, path=self._environment(step)["PATH"]) is None:
                 return f"{tool} is not on PATH"
         return ""
 
-    def _run_process(self, step: Step, seconds: float) -> None:
+    def _environment(self, step: Step) -> dict[str, str]:
+        """Of a process: what was brought along comes first, and the toolkit where it is usually."""
+        # The package may not be installed here: it is imported from the checkout.
+        modules = [os.fspath(self.work / "site"), os.getcwd(), os.environ.get("PYTHONPATH")]
+        home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+        programs = [os.fspath(self.work / "site/bin"), os.environ.get("PATH"), f"{home}/bin"]
+        return {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, modules)),
+            "PATH": os.pathsep.join(filter(None, programs)),
+            **step.env,
+        }
+
+    def _run_process(self, step: Step, timeout: float) -> None:
         start = time.monotonic()
+        if step.name in self.results["tests"]:  # those that passed before are not run again
+            passed = outcomes.passed(self.results["tests"][step.name])
+            write(self.work / f"{step.name}.passed", "\n".join([] if self._again else passed))
         command = [part.replace("{work}", os.fspath(self.work)) for part in step.command]
         self._log.write(step.name, f"$ {' '.join(command)}")
-        # The package may not be installed here: it is imported from the checkout.
-        paths = [os.fspath(self.work / "site"), os.getcwd(), os.environ.get("PYTHONPATH", "")]
         process = subprocess.Popen(
-            command,
+            [*WITH_THE_SUITE, *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            env=self._environment(step),
             **OWN_GROUP,
-            env=os.environ
-            | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-            | step.env,
         )
         with self._lock:
             self._processes.add(process)
+        if self._stopped_by is not None:  # since the check before
+            end(process, 0)
         tail: deque[str] = deque(maxlen=TAIL)
         reader = threading.Thread(target=self._read, args=(step, process, tail), daemon=True)
         reader.start()
         is_late = False
         try:
-            process.wait(seconds)
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
             is_late = True
             end(process, step.grace)
         # What it leaves behind would disturb the next step.
         kill_group(process)
-        reader.join(5)
+        reader.join(READER_GRACE)
         with self._lock:
             self._processes.discard(process)
         status, reason = outcome(process.returncode, tail)
-        if status == PASSED and step.has_figures:
+        if status == PASSED and step.is_benchmark:
             reason = ""
         if self._stopped_by is not None and status != PASSED:
             status, reason = STOPPED, self._stopped_by
         elif is_late:
-            status, reason = TIMED_OUT, f"after {seconds:.0f} s"
+            status, reason = TIMED_OUT, f"after {timeout:.0f} s"
         self._record(
             step,
             status,
@@ -320,12 +388,11 @@ class Suite:
                     tail.append(line[:500])
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._stopped_by is not None:
-            return
-        self._stopped_by = signal.Signals(number).name
-        for process in list(self._processes):
-            threading.Thread(target=end, args=(process, 3), daemon=True).start()
-        self.save()
+        """Ends what runs; :meth:`run`, which waits for that, does the rest."""
+        if self._stopped_by is None:
+            self._stopped_by = signal.Signals(number).name
+            for process in list(self._processes):
+                threading.Thread(target=end, args=(process, 3), daemon=True).start()
 
 
 def outcome(returncode: int, tail: Sequence[str]) -> tuple[str, str]:
@@ -353,6 +420,11 @@ def end(process: subprocess.Popen, grace: float) -> None:
 def kill_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads any more
+        print(text, flush=True)
 
 
 def now() -> str:

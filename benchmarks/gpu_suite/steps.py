@@ -37,142 +37,156 @@ def module(name: str, *arguments: str) -> list[str]:
 def setup_steps(wheels: Path | None, dry: list[str]) -> list[Step]:
     return [
         Step(
-            "environment",
-            "the GPU, and the versions of everything",
-            module("environment", "{work}/environment.json", *dry),
-            seconds=60,
-            is_setup=True,
-        ),
-        Step(
             "wheels",
             "packages brought along: peers, and plugins of pytest",
             module("wheels", "install", str(wheels or ""), "{work}/site"),
-            seconds=60,
+            timeout=60,
             is_setup=True,
         ),
         Step(
-            "build",
-            "both extensions build, for this GPU, and load",
-            module("build", "{work}", *dry),
-            seconds=200,
-            needs=("environment",),
-            tools=("nvcc",),
+            "environment",
+            "the GPU, and the versions of everything",
+            module("environment", "{work}/environment.json", *dry),
+            timeout=60,
             is_setup=True,
+        ),
+        *(
+            Step(
+                f"build_{name}",
+                f"the extension nar_kernels._{name} builds and loads",
+                module("build", name, "{work}", *dry),
+                timeout=200,
+                needs=("environment",),
+                parallel=True,
+                is_setup=True,
+            )
+            for name in ("cpp", "cuda")
         ),
     ]
 
 
-def tests(name: str, about: str, expression: str, dry: list[str], **more) -> Step:
-    """Those in ``TESTS`` with these marks."""
-    workers = more.pop("workers", "1")
-    options = ["--workers", workers, "--junit", f"{{work}}/{name}.xml", *dry]
-    command = module("run_tests", *options, "--", *TESTS, "-m", expression)
-    return Step(name, about, command, needs=("build",), packages=("pytest",), **more)
+def tests(
+    name: str, about: str, marks: str, dry: list[str], *, timeout: float, workers: int = 1
+) -> Step:
+    """Those in ``TESTS`` with these marks: one after the other, or several at once."""
+    options = ["--workers", str(workers), "--results", f"{{work}}/{name}", *dry]
+    return Step(
+        name,
+        about,
+        module("run_tests", *options, "--", *TESTS, "-m", marks),
+        timeout=timeout,
+        min_seconds=30,
+        needs=("environment",),
+        packages=("pytest",),
+        parallel=workers > 1,
+    )
 
 
 def sanitizer(tool: str, kernel: str, dry: list[str]) -> Step:
-    name = f"{tool}_{kernel}"
-    command = module("sanitize", tool, kernel, *dry, "--", *SANITIZED[kernel])
     return Step(
-        name,
+        f"{tool}_{kernel}",
         f"{tool} of {kernel}: {SANITIZERS[tool]}",
-        command,
-        seconds=150,
-        needs=("build",),
+        module("sanitize", tool, kernel, *dry, "--", *SANITIZED[kernel]),
+        timeout=150,
+        min_seconds=40,
+        needs=("environment",),
         packages=("pytest", "triton"),
         tools=() if dry else ("compute-sanitizer",),
-        beside=True,
+        parallel=True,
         # Without PyTorch's own allocator an access outside of a tensor is one outside of an
         # allocation.
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
 
 
-def benchmark(name: str, about: str, script: str, *options: str, seconds: float, **more) -> Step:
-    options = *options, "--json", f"{{work}}/{name}.json"
+def benchmark(
+    name: str,
+    about: str,
+    script: str,
+    *options: str,
+    timeout: float,
+    needs: tuple[str, ...] = (),
+    packages: tuple[str, ...] = ("triton",),
+) -> Step:
     command = [sys.executable, f"benchmarks/{script}.py", *options]
     return Step(
-        name, about, command, seconds=seconds, least=20, needs=("build",), has_figures=True, **more
+        name,
+        about,
+        [*command, "--json", f"{{work}}/{name}.json"],
+        timeout=timeout,
+        min_seconds=20,
+        needs=("environment", *needs),
+        packages=packages,
+        is_benchmark=True,
     )
 
 
 def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
     dry = ["--dry-run"] if is_dry_run else []
     on_gpu = ["--device", "cuda", *dry]
-    peer = ("x_transformers",)
     first = [
         tests(
             "smoke",
-            "tests of streams, graphs, waiting, memory, large batches; corrupt in CUDA C++",
-            "gpu and not triton",
+            "streams, graphs and memories with corrupt in CUDA C++",
+            "gpu and cuda and not large",
             dry,
-            seconds=120,
+            timeout=100,
         ),
         benchmark(
             "bench_corrupt_cuda",
             "speed of corrupt in CUDA C++",
             "bench_corrupt_gpu",
             *("--backend", "cuda", *dry),
-            seconds=60,
+            timeout=60,
+            needs=("build_cuda",),
         ),
-        benchmark(
-            "bench_masked_nll", "speed of masked_nll", "bench_masked_nll", *on_gpu, seconds=150
-        ),
-        benchmark("bench_unmask", "speed of unmask", "bench_unmask", *on_gpu, seconds=60),
         tests(
             "tests_cuda",
-            "tests of corrupt in CUDA C++",
-            "cuda and not gpu",
+            "corrupt in CUDA C++; what waits for the device; loaders, the loss, training steps",
+            "(cuda or gpu) and not (gpu and cuda) and not triton and not large",
             dry,
-            workers="a core",
-            seconds=120,
-            beside=True,
+            timeout=150,
+            workers=5,
         ),
         tests(
             "tests_triton",
-            "tests of corrupt, masked_nll and unmask in Triton",
+            "corrupt, masked_nll and unmask in Triton",
             "triton and not large",
             dry,
-            workers="a core",
-            seconds=200,
-            beside=True,
+            timeout=200,
+            workers=10,
         ),
-        *(
-            sanitizer(tool, kernel, dry)
-            for tool in ("memcheck", "racecheck")
-            for kernel in SANITIZED
+        *(sanitizer("memcheck", kernel, dry) for kernel in SANITIZED),
+        *(sanitizer("racecheck", kernel, dry) for kernel in SANITIZED),
+        benchmark("bench_unmask", "speed of unmask", "bench_unmask", *on_gpu, timeout=90),
+        benchmark(
+            "bench_masked_nll", "speed of masked_nll", "bench_masked_nll", *on_gpu, timeout=150
         ),
     ]
     second = [
+        tests("tests_large", "more than 2**31 positions", "large", dry, timeout=90),
         benchmark(
             "bench_corrupt_triton",
             "speed of corrupt in Triton",
             "bench_corrupt_gpu",
             *("--backend", "triton", *dry),
-            seconds=100,
+            timeout=100,
         ),
         benchmark(
             "bench_train_step",
             "a training step beside x-transformers' wrapper",
             "bench_train_step",
             *on_gpu,
-            seconds=120,
-            packages=peer,
+            timeout=150,
+            packages=("triton", "x_transformers"),
         ),
         benchmark(
             "bench_generate",
             "generate beside x-transformers' wrapper",
             "bench_generate",
             *on_gpu,
-            seconds=120,
-            packages=peer,
-        ),
-        tests(
-            "tests_large",
-            "more than 2**31 positions in Triton",
-            "triton and large",
-            dry,
-            seconds=60,
+            timeout=120,
+            packages=("triton", "x_transformers"),
         ),
         *(sanitizer("synccheck", kernel, dry) for kernel in SANITIZED),
         *(sanitizer("initcheck", kernel, dry) for kernel in ("corrupt", "unmask")),

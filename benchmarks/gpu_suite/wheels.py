@@ -15,13 +15,7 @@ from pathlib import Path
 
 from benchmarks.gpu_suite.runner import SKIP
 
-# Those of PyPI that benchmarks compare with, and how they are imported.
-PEERS = {
-    "x-transformers": "x_transformers",
-    "liger-kernel": "liger_kernel",
-    "cut-cross-entropy": "cut_cross_entropy",
-    "attn-gym": "attn_gym",
-}
+PEERS = ("x-transformers", "liger-kernel", "cut-cross-entropy", "attn-gym")
 # What they and the suite need, but for PyTorch, Triton and numpy: for a machine that lacks it.
 NEEDED = (
     "einops einx frozendict loguru mpmath packaging sympy torch-einops-utils"
@@ -81,7 +75,7 @@ def install(folder: Path, site: Path) -> None:
     print("\n".join(wheel.name for wheel in wheels))
     missing = [package for package in PEERS if installed(package) is None]
     if missing:
-        print(f"not installed, so not compared with: {', '.join(missing)}")
+        print(f"peers that are not installed: {', '.join(missing)}")
         sys.exit(SKIP)
     print(", ".join(f"{package} {installed(package)}" for package in PEERS))
 
