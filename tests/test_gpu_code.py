@@ -127,7 +127,7 @@ def test_variants_are_counted():
     files = ["tests/test_corrupt.py", "tests/test_masked_nll.py"]
     result = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
     assert "   2 variants of corrupt_kernel\n" in result.stdout, result.stdout  # of two draws
-    # Of three types and two lengths, with a gradient or not.
+    # Of three types and two strides, with a gradient or not.
     assert "  12 variants of nll_kernel\n" in result.stdout
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_suite import hardware, outcomes, report, runner, wheels
+from benchmarks.gpu_suite import hardware, log, outcomes, processes, report, runner, wheels
 from benchmarks.gpu_suite.__main__ import chosen, digest_of_sources
-from benchmarks.gpu_suite.runner import Step, Suite
+from benchmarks.gpu_suite.runner import Suite
 from benchmarks.gpu_suite.sanitize import verdict
+from benchmarks.gpu_suite.step import SKIP, Step
 from benchmarks.gpu_suite.steps import TESTS, all_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ def python(name: str, code: str, timeout: float = 40, **more) -> Step:
 
 PASSES = python("passes", "print('fine')")
 FAILS = python("fails", "print('one'); print('wrong: 3'); raise SystemExit(3)")
-SKIPS = python("skips", f"print('no peer here'); raise SystemExit({runner.SKIP})")
+SKIPS = python("skips", f"print('no peer here'); raise SystemExit({SKIP})")
 HANGS = python("hangs", "import time; print('begun'); time.sleep(600)", 3, grace=0.5)
 IGNORES = python(
     "ignores",
@@ -80,8 +81,8 @@ def test_what_becomes_of_a_step(tmp_path):
     }
     assert results["steps"]["fails"]["exit"] == 3
     assert results["steps"]["fails"]["tail"] == ["one", "wrong: 3"]
-    log = (tmp_path / "out/suite.log").read_text().splitlines()
-    assert {"passes| fine", "fails| one", "hangs| begun", "dies| soon"} <= {*log}
+    lines = (tmp_path / "out/suite.log").read_text().splitlines()
+    assert {"passes| fine", "fails| one", "hangs| begun", "dies| soon"} <= {*lines}
 
 
 def test_all_that_passes_or_skips_is_success(tmp_path):
@@ -142,8 +143,8 @@ def test_steps_beside_each_other(tmp_path):
 
 
 def test_few_small_files_whatever_is_printed(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "LOG_LIMIT", 30_000)
-    monkeypatch.setattr(runner, "LOG_LIMIT_OF_STEP", 10_000)
+    monkeypatch.setattr(log, "LIMIT", 30_000)
+    monkeypatch.setattr(log, "LIMIT_OF_STEP", 10_000)
     chatty = "print(100_000 * 'x'); [print(i, 100 * 'x') for i in range(2000)]; print('the end')"
     _, results = run([python(name, chatty) for name in "abcdef"], tmp_path)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -311,7 +312,7 @@ def test_stopped_from_outside(number, tmp_path):
     if number == signal.SIGKILL:
         assert process.returncode == -number
         assert states(results) == {"first": ("passed", "1"), "second": ("running", "")}
-        if not runner.WITH_THE_SUITE:
+        if not processes.WITH_THE_SUITE:
             os.kill(pid, signal.SIGKILL)
     else:
         assert process.returncode == 128 + number
@@ -516,7 +517,7 @@ def test_steps_are_chosen_by_name_or_kind():
         (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0),
         (0, "4 passed", 1),  # it did not look
         (99, "========= ERROR SUMMARY: 3 errors", 99),
-        (1, "========= Error: Device not supported", runner.SKIP),
+        (1, "========= Error: Device not supported", SKIP),
     ],
 )
 def test_a_sanitizer_must_say_that_it_found_nothing(status, output, expected):
@@ -569,7 +570,7 @@ def test_wheels_are_installed_without_a_network(tmp_path):
         text=True,
         env=os.environ | {"PIP_NO_INDEX": "1"},
     )
-    assert result.returncode == runner.SKIP, result.stdout + result.stderr
+    assert result.returncode == SKIP, result.stdout + result.stderr
     assert {path.name for path in site.glob("*.py")} == {"attn_gym.py", "no_such_package.py"}
     last = result.stdout.splitlines()[-1]
     assert last.startswith("peers that are not installed: ") and "liger-kernel" in last

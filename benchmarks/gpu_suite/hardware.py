@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.gpu_suite import outcomes
 from benchmarks.gpu_suite.report import markdown
-from benchmarks.gpu_suite.runner import FINISHED, PASSED
+from benchmarks.gpu_suite.step import FINISHED, PASSED
 from benchmarks.gpu_suite.steps import all_steps
 
 ROOT = Path(__file__).resolve().parent.parent.parent

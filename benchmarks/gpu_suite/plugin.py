@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_suite import outcomes
-from benchmarks.gpu_suite.runner import SKIP
+from benchmarks.gpu_suite.step import SKIP
 
 
 def pytest_addoption(parser):

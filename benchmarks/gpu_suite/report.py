@@ -1,6 +1,8 @@
 """The table at the end: each figure, its physical limit or peer, and the ratio.
 
-python -m benchmarks.gpu_suite.report FOLDER
+    python -m benchmarks.gpu_suite.report FOLDER
+
+prints that of a folder again.
 """
 
 import json
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_suite import outcomes
-from benchmarks.gpu_suite.runner import FINISHED, PASSED, SKIPPED
+from benchmarks.gpu_suite.step import FINISHED, PASSED, SKIPPED
 
 
 class Row(NamedTuple):

@@ -17,96 +17,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_suite import outcomes
+from benchmarks.gpu_suite.log import Log
+from benchmarks.gpu_suite.processes import end, kill_group, outcome, start
+from benchmarks.gpu_suite.step import (
+    FAILED,
+    FINISHED,
+    NOT_RUN,
+    PASSED,
+    RUNNING,
+    SKIPPED,
+    STOPPED,
+    TIMED_OUT,
+    Step,
+)
 
-PASSED, FAILED, TIMED_OUT, STOPPED = "passed", "failed", "timed out", "stopped"
-FINISHED = (PASSED, FAILED, TIMED_OUT, STOPPED)
-SKIPPED, NOT_RUN, RUNNING = "skipped", "not run", "running"
-
-SKIP = 77  # the exit status of a step that finds nothing to do; its last line says why
-
-LOG_LIMIT = 12 << 20  # bytes of the log, all steps and calls together
-LOG_LIMIT_OF_STEP = 1 << 20
 TAIL = 30  # lines of each step that the results hold, too
 SAVE_EVERY = 3.0  # seconds, while a step runs
 READER_GRACE = 5.0  # seconds for the last lines of a process
-
-# So that all that a process starts can be ended with it.
-OWN_GROUP: dict[str, Any] = (
-    {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
-)
-# So that it ends with the suite, even where that is killed.
-WITH_THE_SUITE = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
-
-
-@dataclass(frozen=True)
-class Step:
-    """One process, and what it needs.
-
-    Args:
-        about: what it shows, for a reader of the results.
-        command: of the process. ``{work}`` stands for the folder of this call's files.
-        timeout: seconds that it may take.
-        min_seconds: with less time left it is not begun.
-        needs: steps that must have passed in this call.
-        packages: modules that must be importable.
-        tools: programs that must be on PATH.
-        parallel: it may run beside the steps next to it that say so, too; else alone, so that it
-            can be timed.
-        is_benchmark: its figures say more than its last line.
-        is_setup: what a former call did of it is gone with the machine: it is done in each.
-        grace: seconds to end by itself once it is interrupted.
-    """
-
-    name: str
-    about: str
-    command: Sequence[str]
-    timeout: float
-    min_seconds: float = 10
-    needs: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ()
-    tools: tuple[str, ...] = ()
-    env: dict[str, str] = field(default_factory=dict)
-    parallel: bool = False
-    is_benchmark: bool = False
-    is_setup: bool = False
-    grace: float = 12
-
-
-class Log:
-    """One file for all steps: ``name| line``."""
-
-    def __init__(self, path: Path) -> None:
-        if path.exists() and path.stat().st_size > LOG_LIMIT // 2:  # room for this call
-            path.write_bytes(path.read_bytes()[-LOG_LIMIT // 2 :])
-        self._file = path.open("a", encoding="utf-8", errors="replace")
-        self._size = path.stat().st_size
-        self._sizes: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def write(self, name: str, line: str) -> None:
-        text = f"{name}| {line[:2000]}\n"
-        size = len(text.encode("utf-8", "replace"))
-        with self._lock:
-            is_full = self._size + size > LOG_LIMIT or self._sizes[name] > LOG_LIMIT_OF_STEP
-            if is_full or self._file.closed:  # by a reader that outlived its step
-                return
-            if self._sizes[name] + size > LOG_LIMIT_OF_STEP:
-                text = f"{name}| (and more, which is left out)\n"
-            self._size += size
-            self._sizes[name] += size
-            self._file.write(text)
-            self._file.flush()
-
-    def close(self) -> None:
-        with self._lock:
-            self._file.close()
 
 
 class Suite:
@@ -144,7 +77,7 @@ class Suite:
         self._stopped_by: str | None = None
         out.mkdir(parents=True, exist_ok=True)
         (work / "site/bin").mkdir(parents=True, exist_ok=True)
-        self._earlier = out / "results.json"
+        self._path = out / "results.json"
         self.results: dict[str, Any] = {
             "steps": {},
             "figures": {},
@@ -152,12 +85,12 @@ class Suite:
             "attempts": [],
             "calls": [],
         }
-        if self._earlier.exists():
+        if self._path.exists():
             try:
-                self.results |= json.loads(self._earlier.read_text(encoding="utf-8"))
+                self.results |= json.loads(self._path.read_text(encoding="utf-8"))
             except (ValueError, TypeError) as error:
                 raise SystemExit(
-                    f"{self._earlier} is not what this suite writes ({error}): move it away"
+                    f"{self._path} is not what this suite writes ({error}): move it away"
                 ) from error
         self.results["environment"] = None  # of the machine that this call runs on
         self._call: dict[str, Any] = {
@@ -195,7 +128,7 @@ class Suite:
             except Exception as error:  # of figures that are not what it expects: they are kept
                 self.results["table"] = [f"no table: {type(error).__name__}: {error}"]
             try:
-                write(self._earlier, json.dumps(self.results, indent=1) + "\n")
+                write(self._path, json.dumps(self.results, indent=1) + "\n")
                 outcomes.merge_junit(self.out / "junit.xml", sorted(self.work.glob("*.xml")))
             except OSError as error:  # such as a full disk: what is printed is still worth having
                 say(f"the results could not be written: {error}")
@@ -256,7 +189,7 @@ class Suite:
         self._call["ended"] = now()
         self.save()
         self._log.close()
-        say("\n".join(["", *self.results["table"], "", f"results: {self._earlier}"]))
+        say("\n".join(["", *self.results["table"], "", f"results: {self._path}"]))
         if self._stopped_by is not None:
             return 128 + getattr(signal, self._stopped_by)
         return int(any(state not in (PASSED, SKIPPED) for state in self._call["states"].values()))
@@ -328,22 +261,13 @@ class Suite:
         }
 
     def _run_process(self, step: Step, timeout: float) -> None:
-        start = time.monotonic()
+        began = time.monotonic()
         if step.name in self.results["tests"]:  # those that passed before are not run again
             passed = outcomes.passed(self.results["tests"][step.name])
             write(self.work / f"{step.name}.passed", "\n".join([] if self._again else passed))
         command = [part.replace("{work}", os.fspath(self.work)) for part in step.command]
         self._log.write(step.name, f"$ {' '.join(command)}")
-        process = subprocess.Popen(
-            [*WITH_THE_SUITE, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            env=self._environment(step),
-            **OWN_GROUP,
-        )
+        process = start(command, self._environment(step))
         with self._lock:
             self._processes.add(process)
         if self._stopped_by is not None:  # since the check before
@@ -374,7 +298,7 @@ class Suite:
             status,
             reason,
             exit=process.returncode,
-            seconds=round(time.monotonic() - start, 1),
+            seconds=round(time.monotonic() - began, 1),
             tail=list(tail),
         )
 
@@ -393,33 +317,6 @@ class Suite:
             self._stopped_by = signal.Signals(number).name
             for process in list(self._processes):
                 threading.Thread(target=end, args=(process, 3), daemon=True).start()
-
-
-def outcome(returncode: int, tail: Sequence[str]) -> tuple[str, str]:
-    """Status and reason of a process that ended by itself."""
-    last = tail[-1].strip() if tail else ""
-    if returncode == 0:
-        return PASSED, last
-    if returncode == SKIP:
-        return SKIPPED, last
-    if returncode < 0:
-        return FAILED, f"killed by {signal.Signals(-returncode).name}; {last}"
-    return FAILED, last or f"exit status {returncode}"
-
-
-def end(process: subprocess.Popen, grace: float) -> None:
-    """Interrupts a process, so that it can say what it knows, and then kills all it started."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(grace)
-    kill_group(process)
-    process.wait()
-
-
-def kill_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def say(text: str) -> None:

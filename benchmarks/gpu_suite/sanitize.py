@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from benchmarks.gpu_suite.run_tests import PYTEST
-from benchmarks.gpu_suite.runner import SKIP
+from benchmarks.gpu_suite.step import SKIP
 
 FOUND = 99  # the exit status where it finds something
 

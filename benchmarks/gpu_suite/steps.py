@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from benchmarks.gpu_suite.runner import Step
+from benchmarks.gpu_suite.step import Step
 
 # The files with tests of GPU kernels, which need no package beside PyTorch, Triton and pytest.
 TESTS = [

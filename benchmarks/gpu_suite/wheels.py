@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gpu_suite.runner import SKIP
+from benchmarks.gpu_suite.step import SKIP
 
 PEERS = ("x-transformers", "liger-kernel", "cut-cross-entropy", "attn-gym")
 # What they and the suite need, but for PyTorch, Triton and numpy: for a machine that lacks it.
