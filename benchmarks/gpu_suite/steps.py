@@ -164,14 +164,6 @@ def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
         ),
     ]
     second = [
-        tests("tests_large", "more than 2**31 positions", "large", dry, timeout=90),
-        benchmark(
-            "bench_corrupt_triton",
-            "speed of corrupt in Triton",
-            "bench_corrupt_gpu",
-            *("--backend", "triton", *dry),
-            timeout=100,
-        ),
         benchmark(
             "bench_train_step",
             "a training step beside x-transformers' wrapper",
@@ -188,6 +180,14 @@ def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
             timeout=120,
             packages=("triton", "x_transformers"),
         ),
+        benchmark(
+            "bench_corrupt_triton",
+            "speed of corrupt in Triton",
+            "bench_corrupt_gpu",
+            *("--backend", "triton", *dry),
+            timeout=100,
+        ),
+        tests("tests_large", "more than 2**31 positions", "large", dry, timeout=90),
         *(sanitizer("synccheck", kernel, dry) for kernel in SANITIZED),
         *(sanitizer("initcheck", kernel, dry) for kernel in ("corrupt", "unmask")),
     ]
