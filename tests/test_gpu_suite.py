@@ -676,6 +676,13 @@ def test_what_ran_where_and_what_did_not(tmp_path, monkeypatch):
     assert unmask.endswith("| passed, 2027-01-01 |  |")
     assert "gpu_h200_2027-01-03_2.json" in page  # a second one of that day
     (row,) = (line for line in page.splitlines() if "gpu_h200_2027-01-03.json" in line)
+    # A last call that saw no GPU takes nothing from those before it.
+    record = record_of("NVIDIA B200", "2027-02-01", smoke="passed")
+    seen = {**record["calls"][0], "environment": record["environment"]}
+    record |= {"environment": None, "calls": [seen, {"began": "2027-02-02", "environment": None}]}
+    (tmp_path / "out0/results.json").write_text(json.dumps(record))
+    assert hardware.add(tmp_path / "out0").name == "gpu_b200_2027-02-02.json"
+    assert "| NVIDIA B200 |" in hardware.page()
     assert "torch 2.11.0, Triton 3.6.0, CUDA 13.0" in row
     assert "1 of 1 steps; tests: 1 passed, 1 failed" in row
 

@@ -60,8 +60,13 @@ def gpu_records() -> list[tuple[Path, dict]]:
     return sorted(records, key=lambda record: (record[1]["calls"][-1]["began"], record[0].name))
 
 
-def versions(record: dict) -> str:
-    environment = record["environment"]
+def environment_of(record: dict) -> dict:
+    """That of its last call that saw a GPU."""
+    found = [record.get("environment"), *(call.get("environment") for call in record["calls"])]
+    return next((environment for environment in found[::-1] if (environment or {}).get("gpu")), {})
+
+
+def versions(environment: dict) -> str:
     packages = environment["packages"]
     return (
         f"Python {environment['python']}, torch {packages['torch']}, Triton {packages['triton']},"
@@ -81,12 +86,13 @@ def gpus(records: list[tuple[Path, dict]]) -> Iterator[str]:
             passed += outcomes.counts(tests)
             link = f"[{path.name}](../benchmarks/results/{path.name})"
             date = record["calls"][-1]["began"][:10]
-            gpu = record["environment"]["gpu"]
-            lines.append((gpu, date, versions(record), passed, link))
+            environment = environment_of(record)
+            lines.append((environment["gpu"], date, versions(environment), passed, link))
         yield from markdown(("GPU", "date", "versions", "passed", "results"), lines)
     yield HOW
     yield "What the last run of each step said on each GPU; empty: it has not run there.\n"
-    names = sorted({record["environment"]["gpu"] for _, record in records})
+    steps = [step for _, record in records for step in record["steps"].values()]
+    names = sorted({step["gpu"] for step in steps if step["gpu"] is not None})
     rows = []
     for step in all_steps(None, is_dry_run=False):
         if not step.is_setup:
@@ -136,7 +142,7 @@ def add(folder: Path) -> Path:
     if not path.exists():
         sys.exit(f"{path} is not there: --add takes the folder that the suite wrote")
     record = json.loads(path.read_text())
-    gpu = (record.get("environment") or {}).get("gpu")
+    gpu = environment_of(record).get("gpu")
     if gpu is None:
         sys.exit(f"{path} is of no GPU: a dry run, or nothing ran")
     short = re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_")
