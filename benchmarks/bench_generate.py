@@ -15,7 +15,6 @@ is of its digits; the Frechet distance is between Gaussians of what its hidden l
 and of the held-out images; the distance to the nearest held-out image is in its layer, too.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from measure import (
-    environment,
+    begin,
     in_fresh_process,
     in_this_process,
+    make_parser,
     peak_bytes,
     peers_may_fail,
     print_table,
@@ -263,27 +263,14 @@ def report_quality(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each")
+    parser = make_parser(__doc__, repeats=5)
     parser.add_argument("--quality", action="store_true", help="instead, on the CPU")
     parser.add_argument("--steps", type=int, default=800, help="of training for --quality")
     parser.add_argument("--seeds", type=int, default=3, help="of --quality")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="of --quality")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     args = parser.parse_args()
-    device = "cpu" if args.dry_run or args.quality else args.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
     dry = args.dry_run
-    threads, repeats = (1, 1) if dry else (args.threads, args.repeats)
-    torch.set_num_threads(threads)
-    record = environment(device, threads=threads, repeats=repeats, dry_run=dry)
-    print(f"{record['device']}, torch {torch.__version__}, {threads} threads\n")
+    device, repeats, record = begin(parser, args, on_cpu=args.quality)
     if args.quality:
         steps, images, seeds = (2, 8, 2) if dry else (args.steps, 500, args.seeds)
         record["quality"] = quality(args.folder, steps, images, seeds)

@@ -18,18 +18,17 @@ Each is checked against loss and gradients in float64, and the table says which 
 `--dry-run` is tiny and on the CPU. Its figures say nothing.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from measure import (
-    environment,
+    begin,
     in_fresh_process,
     in_this_process,
+    make_parser,
     median_ns,
     peak_bytes,
     print_table,
@@ -288,33 +287,16 @@ def report(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each")
+    parser = make_parser(__doc__, repeats=7)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only these, on the CPU")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     args = parser.parse_args()
-    device = "cpu" if args.dry_run else args.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
-    threads, repeats = (1, 1) if args.dry_run else (args.threads, args.repeats)
-    torch.set_num_threads(threads)
-
-    record = environment(
-        device, threads=threads, repeats=repeats, dry_run=args.dry_run, settings=[]
-    )
-    print(
-        f"{record['device']}, torch {torch.__version__}, {threads} threads: forward and "
-        f"backward, medians of {repeats} calls in turn\n"
-    )
+    device, repeats, record = begin(parser, args)
+    record["settings"] = []
+    print("forward and backward, medians of calls in turn\n")
     where = in_fresh_process if args.device == "cpu" else in_this_process
     cpu = [setting for setting in CPU if args.dtype in (None, setting.dtype)]
     for setting in TINY if args.dry_run else CUDA if device == "cuda" else cpu:
-        record["settings"].append(compare(setting, device, repeats, threads, where))
+        record["settings"].append(compare(setting, device, repeats, record["threads"], where))
         report(record["settings"][-1])
         write_json(args.json, record)  # after each: the next may not end
     failed = [row["loss"] for s in record["settings"] for row in s["rows"] if row["failed"]]

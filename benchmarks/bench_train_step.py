@@ -14,7 +14,6 @@ of width 768, runs in bf16 autocast, and the largest batch that fits is found, t
 tiny and on the CPU. Its figures say nothing.
 """
 
-import argparse
 import bisect
 import gc
 import statistics
@@ -25,10 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import (
+    begin,
     draw_bars,
-    environment,
     in_fresh_process,
     in_this_process,
+    make_parser,
     peak_bytes,
     peers_may_fail,
     print_table,
@@ -296,37 +296,24 @@ def report_quality(name: str, steps: int, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each")
+    parser = make_parser(__doc__, repeats=7)
     parser.add_argument("--compile", action="store_true", help="also ours with net.compile()")
     parser.add_argument("--flash", action="store_true", help="flash attention for both, on the CPU")
     parser.add_argument("--profile", type=Path, metavar="FILE.png", help="instead, on the CPU")
     parser.add_argument("--quality", choices=BUILT_IN, help="instead, on the CPU")
     parser.add_argument("--steps", type=int, default=400, help="of --quality")
     parser.add_argument("--seeds", type=int, default=3, help="of --quality")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     args = parser.parse_args()
     other = args.profile or args.quality
-    device = "cpu" if args.dry_run or other else args.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
     dry = args.dry_run
-    threads, repeats, steps = (1, 1, 2) if dry else (args.threads, args.repeats, args.steps)
-    torch.set_num_threads(threads)
-
-    record = environment(device, threads=threads, repeats=repeats, dry_run=dry)
-    print(f"{record['device']}, torch {torch.__version__}, {threads} threads\n")
+    steps = 2 if dry else args.steps
+    device, repeats, record = begin(parser, args, on_cpu=bool(other))
     if args.profile:
         setting = TINY if dry else PROFILED
         record["profile_ms"] = bars = profile_steps(setting, repeats)
         print_table([{"ms": part, **{who: bars[who][part] for who in bars}} for part in KINDS])
         title = f"A training step: V = {setting.num_tokens}, {setting.batch} x {setting.length} "
-        title += f"tokens, {record['device']}, {threads} threads"
+        title += f"tokens, {record['device']}, {record['threads']} threads"
         draw_bars(args.profile, bars, KINDS, title, "ms")
     if args.quality:
         record["quality"] = quality(args.quality, steps, args.seeds)

@@ -9,16 +9,21 @@ where it is installed. On a CPU on one thread and on all. `--dry-run` is tiny, a
 nothing.
 """
 
-import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import copy_bytes_per_second, environment, print_table, turns_ns, write_json
+from measure import (
+    begin,
+    copy_bytes_per_second,
+    make_parser,
+    print_table,
+    turns_ns,
+    write_json,
+)
 from torch import Tensor
 
 from nar_kernels import unmask
@@ -120,25 +125,11 @@ def compare(num_tokens: int, num_rows: int, device: str, repeats: int, with_peer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=15, help="turns of each")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    parser = make_parser(__doc__, repeats=15)
     args = parser.parse_args()
-    device = "cpu" if args.dry_run else args.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
-    threads, repeats = (1, 1) if args.dry_run else (args.threads, args.repeats)
-    torch.set_num_threads(threads)
+    device, repeats, record = begin(parser, args)
+    record["settings"] = []
     with_peer = importlib.util.find_spec("x_transformers") is not None
-    record = environment(
-        device, threads=threads, repeats=repeats, dry_run=args.dry_run, settings=[]
-    )
-    print(f"{record['device']}, torch {torch.__version__}, {threads} threads\n")
     if not with_peer:
         print("x-transformers is not installed: no comparison with it\n")
     for num_tokens, num_rows in TINY if args.dry_run else CUDA if device == "cuda" else CPU:

@@ -1,5 +1,6 @@
 """What benchmarks share: clocks, high-water marks of memory, the machine's name, tables, bars."""
 
+import argparse
 import ctypes
 import datetime
 import gc
@@ -44,6 +45,36 @@ def environment(device: str, **more: Any) -> dict[str, Any]:
         **({} if device == "cuda" else {"simd": instruction_set()}),
         **more,
     }
+
+
+def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """With the options that every comparison has."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=repeats, help="turns of each")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    return parser
+
+
+def begin(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, on_cpu: bool = False
+) -> tuple[str, int, dict[str, Any]]:
+    """The device, how many turns, and the head of the figures, which is printed; sets the threads.
+
+    A dry run, and what is ``on_cpu`` anyway, leaves the device alone.
+    """
+    device = "cpu" if args.dry_run or on_cpu else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "PyTorch sees no CUDA device; --dry-run needs none\n")
+    threads, repeats = (1, 1) if args.dry_run else (args.threads, args.repeats)
+    torch.set_num_threads(threads)
+    record = environment(device, threads=threads, repeats=repeats, dry_run=args.dry_run)
+    print(f"{record['device']}, torch {torch.__version__}, {threads} threads, {repeats} turns\n")
+    return device, repeats, record
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:

@@ -332,8 +332,8 @@ def test_signals_during_writing_lose_nothing(tmp_path):
     script = """
 import os, signal, sys, threading
 from pathlib import Path
-from benchmarks.gpu_suite import runner
-original, writes = runner.write, []
+from benchmarks.gpu_suite import record, runner
+original, writes = record.write, []
 
 def write(path, text):
     writes.append(path)
@@ -341,7 +341,7 @@ def write(path, text):
         os.kill(os.getpid(), signal.SIGTERM)
     original(path, text)
 
-runner.write = write
+record.write = write
 step = runner.Step("step", "", [sys.executable, "-c", "print(1)"], 20)
 sys.exit(runner.Suite([step], Path(r"{out}"), Path(r"{work}"), minutes=5).run())
 """
@@ -406,13 +406,27 @@ def test_results_of_tests(tmp_path):
     assert "assert 1 == 2" in failure
     some.write_text(SOME_TESTS.replace("1 == 2", "1 == 1").replace("pass\n", "assert False\n"))
     status, results = run([pytest_step("some", some, 120)], tmp_path, call=2)
-    assert status == 0
+    assert status == 0  # what would fail now has passed before, with the same sources
     assert (
         outcomes.counts(results["tests"]["some"]) == "5 passed, 0 failed, 1 skipped, 0 unfinished"
     )
     assert results["attempts"][0]["status"] == "failed"
     (suite,) = ET.parse(tmp_path / "out/junit.xml").getroot()
     assert (suite.get("name"), suite.get("tests")) == ("some", "2")
+
+
+def test_a_test_that_passed_with_other_code_or_on_another_gpu_is_run_again(tmp_path):
+    path = tmp_path / "tests.jsonl"
+    outcomes.append(path, "a", "passed")
+    tests = outcomes.read(path, gpu="H100", sources="abc")
+    assert outcomes.passed(tests, gpu="H100", sources="abc") == ["a"]
+    assert outcomes.passed(tests, gpu="H100", sources="abd") == []
+    assert outcomes.passed(tests, gpu="H200", sources="abc") == []
+    some = tmp_path / "test_some.py"
+    some.write_text(SOME_TESTS)
+    run([pytest_step("some", some, 120)], tmp_path, sources="abc")
+    _, results = run([pytest_step("some", some, 120)], tmp_path, call=2, sources="mended")
+    assert {of["sources"] for of in results["tests"]["some"].values()} == {"mended"}
 
 
 def test_tests_that_are_all_skipped_show_nothing(tmp_path):

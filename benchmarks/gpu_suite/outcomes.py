@@ -17,8 +17,9 @@ def append(path: Path, test: str, outcome: str, text: str = "") -> None:
         file.write(json.dumps({"test": test, "outcome": outcome, "text": text[-LONGEST:]}) + "\n")
 
 
-def read(path: Path) -> dict[str, dict]:
-    """By test; the last line of one counts, but for a failure, which stays."""
+def read(path: Path, **made_with: str | None) -> dict[str, dict]:
+    """By test; the last line of one counts, but for a failure, which stays. ``made_with``, such as
+    the GPU, is added to each."""
     found: dict[str, dict] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -31,12 +32,14 @@ def read(path: Path) -> dict[str, dict]:
         failures = sum(of["outcome"] == "failed" for of in found.values())
         if not of_test["text"] or failures >= MOST:
             del of_test["text"]
-        found[name] = of_test
+        found[name] = {**of_test, **made_with}
     return found
 
 
-def passed(tests: dict[str, dict]) -> list[str]:
-    return [name for name, of_test in tests.items() if of_test["outcome"] == "passed"]
+def passed(tests: dict[str, dict], **made_with: str | None) -> list[str]:
+    """Those that did with the same."""
+    wanted = {"outcome": "passed", **made_with}.items()
+    return [name for name, of_test in tests.items() if wanted <= of_test.items()]
 
 
 def counts(tests: dict[str, dict]) -> str:

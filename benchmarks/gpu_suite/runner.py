@@ -5,11 +5,8 @@ written anew after every step, every few seconds while one runs, and when the su
 later call in the same folder goes on where this one ended, and loses nothing of it.
 """
 
-import contextlib
-import datetime
 import importlib.machinery
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -20,14 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.gpu_suite import outcomes
 from benchmarks.gpu_suite.log import Log
 from benchmarks.gpu_suite.processes import end, kill_group, outcome, start
+from benchmarks.gpu_suite.record import Record, now, say, write
 from benchmarks.gpu_suite.step import (
     FAILED,
-    FINISHED,
     NOT_RUN,
     PASSED,
     RUNNING,
@@ -67,9 +63,9 @@ class Suite:
         sources: str = "",
         summary: Callable[[dict], list[str]] = lambda results: [],
     ) -> None:
-        self.out, self.work = out, work
+        self.work = work
         self._deadline = time.monotonic() + 60 * minutes
-        self._again, self._sources, self._summary = again, sources, summary
+        self._again = again
         self._max_parallel = max_parallel
         self._slots = threading.Semaphore(max_parallel or len(steps) or 1)
         self._lock = threading.RLock()
@@ -77,96 +73,15 @@ class Suite:
         self._stopped_by: str | None = None
         out.mkdir(parents=True, exist_ok=True)
         (work / "site/bin").mkdir(parents=True, exist_ok=True)
-        self._path = out / "results.json"
-        self.results: dict[str, Any] = {
-            "steps": {},
-            "figures": {},
-            "tests": {},
-            "attempts": [],
-            "calls": [],
-        }
-        if self._path.exists():
-            try:
-                self.results |= json.loads(self._path.read_text(encoding="utf-8"))
-            except (ValueError, TypeError) as error:
-                raise SystemExit(
-                    f"{self._path} is not what this suite writes ({error}): move it away"
-                ) from error
-        self.results["environment"] = None  # of the machine that this call runs on
-        self._call: dict[str, Any] = {
-            "began": now(),
-            "minutes": minutes,
-            "sources": sources,
-            "states": {},
-        }
-        self.results["calls"].append(self._call)
+        self._record = Record(out, work, minutes, sources, summary)
         # What never ran comes before what failed and would only fail again.
         self.steps = sorted(steps, key=self._failed_before)
         self._log = Log(out / "suite.log")
 
     def _failed_before(self, step: Step) -> bool:
-        record = self.results["steps"].get(step.name, {})
-        is_same = record.get("sources") == self._sources
-        return is_same and not step.is_setup and record.get("status") in (FAILED, TIMED_OUT)
-
-    # What the folder holds.
-
-    def save(self) -> None:
-        """Collects what steps have left, and writes it."""
-        with self._lock:
-            for path in sorted(self.work.glob("*.json")):
-                with contextlib.suppress(ValueError):  # half written
-                    found = json.loads(path.read_text(encoding="utf-8"))
-                    if path.stem == "environment":
-                        self.results["environment"] = self._call["environment"] = found
-                    else:
-                        self.results["figures"][path.stem] = found
-            for path in sorted(self.work.glob("*.jsonl")):
-                self.results["tests"].setdefault(path.stem, {}).update(outcomes.read(path))
-            try:
-                self.results["table"] = self._summary(self.results)
-            except Exception as error:  # of figures that are not what it expects: they are kept
-                self.results["table"] = [f"no table: {type(error).__name__}: {error}"]
-            try:
-                write(self._path, json.dumps(self.results, indent=1) + "\n")
-                outcomes.merge_junit(self.out / "junit.xml", sorted(self.work.glob("*.xml")))
-            except OSError as error:  # such as a full disk: what is printed is still worth having
-                say(f"the results could not be written: {error}")
-
-    def _record(self, step: Step, status: str, reason: str = "", **more: Any) -> None:
-        """A record of an attempt that finished stays until another one begins; nothing is lost
-        then, either: it goes to the list of attempts."""
-        with self._lock:
-            self._call["states"][step.name] = status
-            before = self.results["steps"].get(step.name)
-            if before is not None and before["status"] in FINISHED:
-                if status == RUNNING:
-                    self._keep_attempt(step, before)
-                elif status in (NOT_RUN, SKIPPED):
-                    say(f"{step.name:<20} {status:<10}           {reason[:110]}")
-                    self.save()
-                    return
-            self.results["steps"][step.name] = {
-                "about": step.about,
-                "status": status,
-                "reason": reason,
-                "date": now(),
-                "gpu": (self.results["environment"] or {}).get("gpu"),
-                "sources": self._sources,
-                **more,
-            }
-            self.save()
-            if status != RUNNING:
-                seconds = more.get("seconds", 0.0)
-                say(f"{step.name:<20} {status:<10} {seconds:6.1f} s  {reason[:110]}")
-
-    def _keep_attempt(self, step: Step, record: dict) -> None:
-        if not step.is_setup:
-            figures = self.results["figures"].pop(step.name, None)
-            attempt = {"step": step.name, **record, "figures": figures}
-            self.results["attempts"].append(attempt)
-
-    # Running.
+        before = self._record.results["steps"].get(step.name, {})
+        is_same = before.get("sources") == self._record.made_with()["sources"]
+        return is_same and not step.is_setup and before.get("status") in (FAILED, TIMED_OUT)
 
     def run(self) -> int:
         """All steps; the exit status: 0 if each passed, now or before, or was skipped."""
@@ -182,17 +97,19 @@ class Suite:
                 while any(thread.is_alive() for thread in threads):
                     for thread in threads:
                         thread.join(SAVE_EVERY / len(threads))
-                    self.save()
+                    self._record.save()
         finally:
             for number, before in handled.items():
                 signal.signal(number, before)
-        self._call["ended"] = now()
-        self.save()
+        self._record.call["ended"] = now()
+        self._record.save()
         self._log.close()
-        say("\n".join(["", *self.results["table"], "", f"results: {self._path}"]))
+        say("\n".join(["", *self._record.results["table"], "", f"results: {self._record.path}"]))
         if self._stopped_by is not None:
             return 128 + getattr(signal, self._stopped_by)
-        return int(any(state not in (PASSED, SKIPPED) for state in self._call["states"].values()))
+        return int(
+            any(state not in (PASSED, SKIPPED) for state in self._record.call["states"].values())
+        )
 
     def _groups(self) -> Iterator[list[Step]]:
         """Those that run beside each other."""
@@ -211,29 +128,29 @@ class Suite:
             try:
                 self._run_or_skip(step)
             except Exception as error:  # of the suite itself: the other steps are worth having
-                self._record(step, FAILED, f"{type(error).__name__}: {error}")
+                self._record.put(step, FAILED, f"{type(error).__name__}: {error}")
 
     def _run_or_skip(self, step: Step) -> None:
-        before = self.results["steps"].get(step.name, {})
+        before = self._record.results["steps"].get(step.name, {})
         if before.get("status") == PASSED and not (step.is_setup or self._again):
-            self._call["states"][step.name] = PASSED
+            self._record.call["states"][step.name] = PASSED
             say(f"{step.name:<20} passed before, {before['date']}")
             return
         for need in step.needs:
-            state = self._call["states"].get(need, NOT_RUN)
+            state = self._record.call["states"].get(need, NOT_RUN)
             if state != PASSED:
-                self._record(step, NOT_RUN, f"it needs {need}: {state}")
+                self._record.put(step, NOT_RUN, f"it needs {need}: {state}")
                 return
         reason = self._missing(step)
         if reason:
-            self._record(step, SKIPPED, reason)
+            self._record.put(step, SKIPPED, reason)
             return
         left = self._deadline - time.monotonic() - step.grace - READER_GRACE
         if self._stopped_by is not None or left < step.min_seconds:
             reason = f"{max(left, 0):.0f} s were left, and it needs {step.min_seconds:.0f}"
-            self._record(step, NOT_RUN, self._stopped_by or reason)
+            self._record.put(step, NOT_RUN, self._stopped_by or reason)
             return
-        self._record(step, RUNNING)
+        self._record.put(step, RUNNING)
         self._run_process(step, min(step.timeout, left))
 
     def _missing(self, step: Step) -> str:
@@ -262,9 +179,12 @@ class Suite:
 
     def _run_process(self, step: Step, timeout: float) -> None:
         began = time.monotonic()
-        if step.name in self.results["tests"]:  # those that passed before are not run again
-            passed = outcomes.passed(self.results["tests"][step.name])
-            write(self.work / f"{step.name}.passed", "\n".join([] if self._again else passed))
+        if step.name in self._record.results["tests"] and not self._again:
+            # Those that passed before, with this code and on such a GPU, are not run again.
+            passed = outcomes.passed(
+                self._record.results["tests"][step.name], **self._record.made_with()
+            )
+            write(self.work / f"{step.name}.passed", "\n".join(passed))
         command = [part.replace("{work}", os.fspath(self.work)) for part in step.command]
         self._log.write(step.name, f"$ {' '.join(command)}")
         process = start(command, self._environment(step))
@@ -293,7 +213,7 @@ class Suite:
             status, reason = STOPPED, self._stopped_by
         elif is_late:
             status, reason = TIMED_OUT, f"after {timeout:.0f} s"
-        self._record(
+        self._record.put(
             step,
             status,
             reason,
@@ -317,19 +237,3 @@ class Suite:
             self._stopped_by = signal.Signals(number).name
             for process in list(self._processes):
                 threading.Thread(target=end, args=(process, 3), daemon=True).start()
-
-
-def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
-        print(text, flush=True)
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -1,5 +1,6 @@
 """What the suite does, in the order of what it is worth: a call ends where its minutes end."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from benchmarks.gpu_suite.step import Step
 TESTS = [
     f"tests/test_{name}.py" for name in ("gpu", "corrupt", "cuda_kernels", "masked_nll", "unmask")
 ]
+
+# Two steps of tests share these, a worker a core.
+CORES = max(os.cpu_count() or 1, 6)
 
 # What a sanitizer looks at: the kernel's name, and some six tests in all.
 SANITIZED = {
@@ -121,10 +125,10 @@ def benchmark(
     )
 
 
-def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
-    dry = ["--dry-run"] if is_dry_run else []
+def first_half(dry: list[str]) -> list[Step]:
+    """For a first call of some six minutes."""
     on_gpu = ["--device", "cuda", *dry]
-    first = [
+    return [
         tests(
             "smoke",
             "streams, graphs and memories with corrupt in CUDA C++",
@@ -146,7 +150,7 @@ def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
             "(cuda or gpu) and not (gpu and cuda) and not triton and not large",
             dry,
             timeout=150,
-            workers=5,
+            workers=CORES // 3,
         ),
         tests(
             "tests_triton",
@@ -154,7 +158,7 @@ def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
             "triton and not large",
             dry,
             timeout=200,
-            workers=10,
+            workers=CORES * 2 // 3,
         ),
         *(sanitizer("memcheck", kernel, dry) for kernel in SANITIZED),
         *(sanitizer("racecheck", kernel, dry) for kernel in SANITIZED),
@@ -163,7 +167,12 @@ def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
             "bench_masked_nll", "speed of masked_nll", "bench_masked_nll", *on_gpu, timeout=150
         ),
     ]
-    second = [
+
+
+def second_half(dry: list[str]) -> list[Step]:
+    """For another one of four."""
+    on_gpu = ["--device", "cuda", *dry]
+    return [
         benchmark(
             "bench_train_step",
             "a training step beside x-transformers' wrapper",
@@ -191,4 +200,8 @@ def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
         *(sanitizer("synccheck", kernel, dry) for kernel in SANITIZED),
         *(sanitizer("initcheck", kernel, dry) for kernel in ("corrupt", "unmask")),
     ]
-    return setup_steps(wheels, dry) + first + second
+
+
+def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
+    dry = ["--dry-run"] if is_dry_run else []
+    return setup_steps(wheels, dry) + first_half(dry) + second_half(dry)
