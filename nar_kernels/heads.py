@@ -22,12 +22,7 @@ from nar_kernels.loss import (
     reduce_nll,
 )
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.nets import (
-    HeadMismatchError,
-    is_transformer_wrapper,
-    net_attribute,
-    plain_core,
-)
+from nar_kernels.nets import NetAdapter, is_transformer_wrapper, net_attribute, plain_core
 from nar_kernels.plain import is_plain, is_plain_linear, is_plain_tensor, is_pointwise
 
 
@@ -168,20 +163,14 @@ def _is_tied(net: Any) -> bool:
     )
 
 
-def _hidden_states(
-    net: nn.Module, split: SplitNet, ids: Tensor, kwargs: dict[str, Any]
-) -> Tensor | None:
-    """``[B, L, D]``; None if the net turns out to do more than to apply its head to them."""
-    try:
-        return split.hidden(ids, **kwargs)
-    except HeadMismatchError as error:
-        adapter: Any = plain_core(net)
-        adapter.distrust_head()  # once is enough
-        warnings.warn(
-            f"NetAdapter(head=...): {error}; so logits are made at all positions, as without head",
-            stacklevel=2,
-        )
-        return None
+def _distrust_head(adapter: NetAdapter, reason: Exception) -> None:
+    adapter.distrust_head()
+    why = str(reason).partition("\n")[0]
+    warnings.warn(
+        "NetAdapter(head=...): the net does more than to return what its head does, so logits are "
+        f"made at all positions, as without head ({why})",
+        stacklevel=2,
+    )
 
 
 def describe(output: Any) -> str:
@@ -214,16 +203,24 @@ class Prediction:
     ) -> None:
         # Arguments of the head itself cannot be told from others.
         split = None if "to_logits_kwargs" in kwargs else split_net(net)
-        hidden = None if split is None else _hidden_states(net, split, ids, kwargs)
         self.head: Head | None = None
         self.embeddings: Tensor | None = None
-        if split is not None and hidden is not None:
-            self.output = self.embeddings = hidden
-            self.head = split.head
-        elif with_embeddings:
+        unfit: tuple[NetAdapter, Exception] | None = None
+        if split is not None:
+            try:
+                self.output = self.embeddings = split.hidden(ids, **kwargs)
+                self.head = split.head
+            except Exception as error:
+                adapter = plain_core(net)
+                if not isinstance(adapter, NetAdapter):
+                    raise
+                unfit = adapter, error
+        if self.head is None and with_embeddings:
             self.output, self.embeddings = net(ids, return_logits_and_embeddings=True, **kwargs)
-        else:
+        elif self.head is None:
             self.output = net(ids, **kwargs)
+        if unfit is not None:  # a call that is wrong by itself has raised
+            _distrust_head(*unfit)
         self._is_log_prob = net_attribute(net, "output_is_log_prob", False)
 
     @property

@@ -138,7 +138,8 @@ class NetAdapter(nn.Module):
         """Logits ``[B, L, V]``, or with ``return_embeddings`` the input of the head ``[B, L, D]``.
 
         Raises:
-            HeadMismatchError: there is no head, or its output is not what the net returns.
+            HeadMismatchError: there is no head, or its output is not what the net returns. (A net
+                that works on the logits may also raise something else.)
         """
         if not return_embeddings:
             return self._logits(self.net(ids, **kwargs))
@@ -146,15 +147,8 @@ class NetAdapter(nn.Module):
         if not isinstance(head, nn.Linear):
             raise HeadMismatchError("return_embeddings needs a NetAdapter that knows its head")
         head_input = _HeadInput(head)
-        try:
-            with head_input:
-                logits = self._logits(self.net(ids, **kwargs))
-        except Exception as error:
-            if head_input.num_calls == 0:
-                raise
-            raise HeadMismatchError(
-                f"{type(self.net).__name__} uses the logits: {error}"
-            ) from error
+        with head_input:
+            logits = self._logits(self.net(ids, **kwargs))
         if head_input.num_calls != 1 or logits is not head_input.logits:
             raise HeadMismatchError(
                 f"{type(self.net).__name__} returns something else than the output of its head"
