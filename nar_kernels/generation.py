@@ -68,23 +68,36 @@ def is_one_sequence(prompt: Prompt | None) -> bool:
         return True
     if isinstance(prompt, Tensor | np.ndarray):
         return prompt.ndim == 1
+    if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+        raise _no_prompt(f"is {prompt!r}")
     return len(prompt) > 0 and np.ndim(prompt[0]) == 0
 
 
 def _sequences(prompt: Prompt) -> list[Tensor]:
     batch: Any = [prompt] if is_one_sequence(prompt) else prompt
-    # A copy, since a tensor cannot share memory that is read-only or goes backwards.
-    arrays = (np.array(s) if isinstance(s, np.ndarray) else s for s in batch)
-    sequences = [torch.as_tensor(sequence, device="cpu") for sequence in arrays]
-    for sequence in sequences:
-        if len(sequence) == 0 and sequence.dim() == 1:
-            continue
-        if sequence.dim() != 1 or sequence.is_floating_point() or sequence.dtype == torch.bool:
-            raise TypeError(
-                f"a prompt has dtype {sequence.dtype} and shape {list(sequence.shape)}: it must be "
-                "integers [L] or [B, L], or a list of such sequences"
-            )
-    return [sequence.long() for sequence in sequences]
+    return [_ids(sequence) for sequence in batch]
+
+
+def _ids(sequence: Any) -> Tensor:
+    """int64 ``[n]`` on the CPU."""
+    if isinstance(sequence, np.ndarray):
+        # A tensor cannot share memory that is read-only, goes backwards or has foreign bytes.
+        sequence = sequence.astype(sequence.dtype.newbyteorder("="))
+    try:
+        ids = torch.as_tensor(sequence, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_prompt(f"holds {sequence!r}") from None
+    if len(ids) == 0 and ids.dim() == 1:
+        return ids.long()
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise _no_prompt(f"has dtype {ids.dtype} and shape {list(ids.shape)}")
+    return ids.long()
+
+
+def _no_prompt(what: str) -> TypeError:
+    return TypeError(
+        f"a prompt {what}: it must be integers [L] or [B, L], or a list of such sequences"
+    )
 
 
 def grid_order(grid: tuple[int, int] | None, seq_len: int) -> Tensor:

@@ -17,6 +17,7 @@ from nar_kernels.backends import resolve_backend
 from nar_kernels.launch import NLL_DTYPES, run_nll
 from nar_kernels.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
 from nar_kernels.masking import IGNORE_INDEX, Corrupted, MaskingConfig
+from nar_kernels.schedules import NUM_TIMES
 
 Reduction = Literal["nelbo", "mean", "none"]
 
@@ -65,8 +66,8 @@ def masked_nll(
     what divides it. There are no second derivatives.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with a
-            schedule that gives no bound.
+        ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
+            weights of a schedule that gives no bound.
     """
     _check(hidden, corrupted, reduction, normalizer)
     _check_head(hidden, weight, bias, corrupted)
@@ -144,9 +145,9 @@ def reduce_nll(
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """The losses of the masked rows ``[R]``, reduced as :func:`masked_nll` does."""
-    _check_reduction(corrupted, reduction, normalizer)
     if reduction == "none":
         return nll
+    _check_reduction(corrupted, reduction, normalizer)
     total = (_row_weight(corrupted, corrupted.masked_rows, reduction) * nll).sum()
     return _normalized(total, corrupted, reduction, normalizer)
 
@@ -217,7 +218,7 @@ def _check_reduction(
 ) -> None:
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
-    if reduction == "nelbo":
+    if reduction == "nelbo" and not corrupted.masking.is_bound and _weights_are_drawn(corrupted):
         corrupted.masking.check_bound()
     if normalizer is None:
         return
@@ -231,6 +232,17 @@ def _check_reduction(
             f"normalizer is {float(normalizer)}: it must be positive, the count of positions that "
             "the sum of losses is divided by"
         )
+
+
+def _weights_are_drawn(corrupted: Corrupted) -> bool:
+    """Whether ``loss_weight`` is what the schedule says, and not a user's own. Waits for the
+    device."""
+    masking = corrupted.masking
+    t16 = (corrupted.times * NUM_TIMES).long()
+    weight = masking.tables(corrupted.times.device)[1].index_select(0, t16)
+    if masking.exact:
+        weight = weight * corrupted.num_maskable / corrupted.num_masked.clamp(min=1)
+    return torch.allclose(weight, corrupted.loss_weight)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
