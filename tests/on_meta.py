@@ -40,6 +40,14 @@ def usual_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+def with_usual_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with usual_defaults():
+            return function(*args, **kwargs)
+
+    return call
+
+
 def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isgeneratorfunction(function):
 
@@ -57,6 +65,9 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        processor = kwargs.get("logits_processor")
+        if processor is not None:  # a user's
+            kwargs["logits_processor"] = with_usual_defaults(processor)
         with other_defaults():
             return function(*args, **kwargs)
 
@@ -84,7 +95,7 @@ def pytest_configure() -> None:
         for f in (
             *(ops.corrupt, ops.corrupt_step, ops.windows, ops.permute, unmasking.unmask),
             *(loss.masked_nll, loss.head_nll, plan.make_plan, plan.halton_order),
-            *(plan.num_masked_after, schedules.tabulate, decode.decode, decode.draw_tokens),
+            *(plan.num_masked_after, schedules.tabulate, decode.draw_tokens),
         )
     }
     for module in modules:

@@ -299,7 +299,7 @@ def unmask_triton(
     forbidden0, forbidden1 = [*forbidden, -1, -1][:2]
     others = None
     if len(forbidden) > 2:
-        others = torch.tensor(forbidden[2:]).to(logits.device, non_blocking=True)
+        others = torch.tensor(forbidden[2:], device="cpu").to(logits.device, non_blocking=True)
     arguments = (
         *outputs, logits, noise_slots, given, others, vocabulary, logits.stride(0),
         forbidden0, forbidden1, len(forbidden[2:]), fallback, seed, top_k, inverse_temperature,
