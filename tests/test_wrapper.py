@@ -10,11 +10,13 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import wrapper
@@ -24,7 +26,7 @@ from nar_kernels.linear import TRAINING_LIMITS, ChunkLimits
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import NetAdapter, net_attribute
 from nar_kernels.ops import corrupt
-from nar_kernels.wrapper import NonAutoregressiveWrapper
+from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -801,3 +803,117 @@ def test_hugging_face_masked_lm():
     assert losses.generator_loss.item() < 0.5 * math.log(NUM_TOKENS)
     generated = model.generate(4, seed=0)
     assert (generated == batch[0]).float().mean() > 0.8
+
+
+# What other trainers do with it
+
+
+def test_losses_are_a_named_tuple_and_what_transformers_makes_of_one():
+    losses = make_model()(clean_batch(), seed=0)
+    loss, generator_loss, critic_loss = losses
+    assert losses._fields == ("loss", "generator_loss", "critic_loss") and critic_loss is None
+    assert losses == Losses(loss, generator_loss, None) == losses._replace(critic_loss=None)
+    assert Losses(loss=loss, generator_loss=None, critic_loss=loss).critic_loss is loss
+    assert pickle.loads(pickle.dumps(Losses(1.0, 2.0, None))) == Losses(1.0, 2.0, None)
+    leaves, spec = tree_flatten(losses)
+    assert type(tree_unflatten(leaves, spec)) is Losses
+    # `nested_detach` of transformers: type(tensors)(f(t) for t in tensors)
+    assert type(losses)(t if t is None else t.detach() for t in losses) == (loss, generator_loss)
+
+
+@pytest.mark.parametrize("kind", ["tied", "self critic", "buffers"])
+def test_a_state_dict_shares_no_memory(kind, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    if kind == "tied":
+        net = hugging_face_net()
+        net.net.cls.predictions.decoder.weight = net.net.bert.embeddings.word_embeddings.weight
+        make = lambda: make_model(net)  # noqa: E731
+    elif kind == "self critic":
+        make = lambda: make_model(self_token_critic=True)  # noqa: E731
+    else:
+        net = make_net()
+        net.register_buffer("one", torch.arange(4.0))
+        net.register_buffer("other", net.one[1:])
+        make = lambda: make_model(net)  # noqa: E731
+    model = make()
+    state = model.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == state.keys()
+    model.load_state_dict(loaded)
+    kept = model.state_dict(keep_vars=True)  # the parameters themselves
+    assert all(kept[name] is parameter for name, parameter in model.named_parameters())
+    with torch.device("meta"):
+        empty = make_model(self_token_critic=True).state_dict()
+    assert all(value.is_meta for value in empty.values())
+
+
+def test_a_critic_does_not_judge_what_is_not_known():
+    critic = Recorder(num_outputs=1)
+    model = make_model(Recorder(), token_critic=critic)
+    batch = corrupt(clean_batch(), model.masking, seed=0)
+    known = batch.clean_ids
+    batch.labels[:, :4] = -100
+    ignored = batch.masked_indices.clone()
+    ignored[:, 4:] = False
+    losses = model(batch, seed=1)
+    judged = critic.inputs[0]
+    assert ((judged >= 0) & (judged < NUM_TOKENS) & (judged != MASK_ID)).all() and ignored.any()
+    scores = critic.table(judged).squeeze(-1)
+    each = F.binary_cross_entropy_with_logits(scores, (judged != known).float(), reduction="none")
+    torch.testing.assert_close(losses.critic_loss, each[~ignored].mean())
+    assert losses.loss.isfinite()
+
+
+def test_labels_edited_by_the_user_count_alike_with_any_head():
+    values = []
+    for head in (True, False):
+        net = hugging_face_net()
+        if not head:
+            net = NetAdapter(net.net, num_tokens=NUM_TOKENS, max_seq_len=LENGTH)
+        for weighted in (True, False):
+            model = make_model(net, use_simple_mdlm_loss_weight=weighted)
+            batch = corrupt(clean_batch(), model.masking, seed=0)
+            batch.labels[:, :4] = -100
+            values.append(model(batch).loss.item())
+    assert values[:2] == pytest.approx(values[2:]) and all(map(math.isfinite, values))
+
+
+def test_a_ratio_that_gives_no_bound():
+    with pytest.raises(ValueError, match="goes from 0.15 at t = 0 to 0.15 at t = 1.*the mean"):
+        make_model(schedule=lambda t: 0.15)
+    model = make_model(schedule=lambda t: 0.15, use_simple_mdlm_loss_weight=False)
+    model(clean_batch()).loss.backward()
+    assert model.net.to_logits.weight.grad.abs().sum() > 0
+    assert model.generate(2).shape == (2, LENGTH)
+    model = make_model()
+    model.masking = replace(model.masking, schedule=lambda t: 0.8 - 0.5 * t)
+    with pytest.raises(ValueError, match="goes from 0.8 at t = 0 to 0.3"):
+        model(clean_batch())
+
+
+def test_the_default_type_changes_no_count():
+    model, expected = make_model(), make_model().generate(3, seed=0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        masking = MaskingConfig(NUM_TOKENS, MASK_ID, schedule="cosine")
+        assert torch.equal(model.generate(3, seed=0), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wanted = MaskingConfig(NUM_TOKENS, MASK_ID, schedule="cosine")
+    assert all(map(torch.equal, masking.table, wanted.table))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_any_kind_are_plain_inside(kind):
+    class Sized(Recorder):
+        num_tokens, max_seq_len = kind(NUM_TOKENS), kind(LENGTH)
+
+    model = make_model(Sized(), mask_id=kind(MASK_ID), steps=kind(4), never_mask_ids=[kind(1)])
+    values = model.masking.num_tokens, model.masking.mask_id, model.steps, model.max_seq_len
+    assert all(type(value) is int for value in (*values, *model.masking.never_mask_ids))
+    assert torch.equal(masks_of(model, seed=kind(3)), masks_of(model, seed=3))
+    for wrong in (1.5, "1", None):
+        with pytest.raises(TypeError, match=f"mask_id is {wrong!r}: it must be an int"):
+            make_model(mask_id=wrong)

@@ -1,0 +1,66 @@
+"""The wrapper in transformers' Trainer: predictions, tied weights in safetensors, a resume."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nar_kernels import NetAdapter, NonAutoregressiveWrapper
+
+pytest.importorskip("accelerate")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        *(f"ignore::{kind}" for kind in ("FutureWarning", "UserWarning", "DeprecationWarning"))
+    ),
+]
+
+NUM_TOKENS, LENGTH, ROWS = 37, 16, 20
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"x": torch.arange(LENGTH) * (i + 1) % (NUM_TOKENS - 1)}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transformers_trainer(compiled, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+
+    config = BertConfig(
+        vocab_size=NUM_TOKENS,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=LENGTH,
+    )
+    bert = BertForMaskedLM(config)  # ties its head to its embedding
+    head = bert.get_output_embeddings()
+    net = NetAdapter(bert, num_tokens=NUM_TOKENS, max_seq_len=LENGTH, head=head)
+    model = NonAutoregressiveWrapper(net, mask_id=NUM_TOKENS - 1)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=5,
+        max_steps=4,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        torch_compile=compiled,
+        torch_compile_backend="eager" if compiled else None,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Rows())
+    trainer.train()
+    predictions = trainer.predict(Rows()).predictions
+    assert len(predictions) == 2 and all((p > 0).all() for p in predictions)  # two losses a batch
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = load_file(tmp_path / "saved" / "model.safetensors")
+    assert loaded.keys() == model.state_dict().keys()
+    Trainer(model, arguments, train_dataset=Rows()).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
