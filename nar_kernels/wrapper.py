@@ -326,7 +326,8 @@ class NonAutoregressiveWrapper(nn.Module):
         normalizer: float | Tensor | None,
     ) -> Losses:
         reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
-        counts = self._counts_of_ranks(corrupted, reduction)
+        needs_counts = with_critic or normalizer is None
+        counts = self._counts_of_ranks(corrupted, reduction) if needs_counts else None
         with nullcontext() if with_generator else _no_grad():
             prediction = self._predict(corrupted.input_ids, seed, kwargs)
         of_ranks = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
