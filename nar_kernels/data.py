@@ -172,8 +172,11 @@ class TokenDataset(Dataset[Tensor]):
         start = self.phase
         while start < end:
             part = tokens[start : min(start + _TOKENS_SCANNED, end)]
-            bad = (part < 0) | (part >= self.num_tokens) | (part == self.mask_id)
-            if bad.any():
+            low, high = part.min(), part.max()
+            # Where the mask's is the last id, as is usual, only bad tokens are looked at again.
+            has_mask = low <= self.mask_id <= high and self.mask_id in part
+            if low < 0 or high >= self.num_tokens or has_mask:
+                bad = (part < 0) | (part >= self.num_tokens) | (part == self.mask_id)
                 offsets = start + bad.nonzero()[0]
                 offsets = offsets[(offsets - self.phase) % self.stride < self.seq_len]
                 if len(offsets) and not count:

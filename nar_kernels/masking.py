@@ -244,7 +244,8 @@ class Corrupted:
         invalid: int64 ``[5]``: how many ids were bad, the lowest offset of one, its value; how many
             windows reached outside the corpus; how many sample slots were negative. Bad ids are
             replaced by a valid one, so that no embedding lookup is out of bounds, bad windows by
-            the first of the corpus. Parts of a batch have that of the whole.
+            the first of the corpus. Parts of a batch have the record of the whole; :meth:`cat` adds
+            counts up, and keeps the lowest offset as the batch that it comes from counted it.
         masking: the configuration that made this batch.
         host_counts: int64 ``[B]`` on the CPU, ``num_masked`` where the device need not be asked for
             it; None where it must.

@@ -255,6 +255,9 @@ def test_validate_all_of_every_type(dtype: str) -> None:
         tokens[3] = bad
         with pytest.raises(InvalidTokenError, match=f"token id {bad} at offset 3"):
             dataset.validate_all()
+    tokens[3] = 3
+    with pytest.raises(InvalidTokenError, match="token id 1 at offset 1 of array equals mask_id"):
+        make_dataset(tokens, 2, num_tokens=5, mask_id=1).validate_all()
     if info.max < 1 << 16:  # a vocabulary that the type cannot exceed
         tokens[3] = info.max
         make_dataset(tokens, 2, num_tokens=1 << 17, mask_id=1 << 16).validate_all()
