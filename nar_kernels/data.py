@@ -5,23 +5,33 @@ Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus, N wind
 """
 
 import copy
+import hashlib
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, SupportsIndex, get_args
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nar_kernels import parallel
 from nar_kernels.arguments import WindowOrder
 from nar_kernels.backends import resolve_backend
+from nar_kernels.checks import as_int
 from nar_kernels.corpus import Corpus, Source
+from nar_kernels.errors import InvalidTokenError
 from nar_kernels.feed import CorpusMemory, DeferredCheck, Stager, choose_memory_here
 from nar_kernels.masking import Corrupted, MaskingConfig, check_record, check_vocabulary
 from nar_kernels.ops import corrupt_step, permute, windows
 from nar_kernels.philox import Stream
+from nar_kernels.schedules import ScheduleTable
+
+_TOKENS_SCANNED = 1 << 18  # at a time: what is made of them stays in the cache
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -62,8 +72,10 @@ class TokenDataset(Dataset[Tensor]):
         dtype: DTypeLike | torch.dtype | None = None,
         validate: bool = True,
     ) -> None:
+        num_tokens, mask_id = as_int("num_tokens", num_tokens), as_int("mask_id", mask_id)
         check_vocabulary(num_tokens, mask_id)
-        stride = seq_len if stride is None else stride
+        seq_len = as_int("seq_len", seq_len)
+        stride = seq_len if stride is None else as_int("stride", stride)
         for name, value in (("seq_len", seq_len), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
@@ -84,12 +96,20 @@ class TokenDataset(Dataset[Tensor]):
         return self._num_windows
 
     def starts(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """int64 ``[B]``: where in the corpus the windows of these indices begin.
+        """int64 ``[B]``: where in the corpus the windows of these indices begin; on the device of
+        ``indices`` if that is a tensor.
 
         Raises:
             IndexError: an index is outside [-N, N).
+            TypeError: an index is no integer.
         """
-        index = torch.as_tensor(indices, dtype=torch.int64)
+        if isinstance(indices, Tensor):
+            if indices.is_floating_point() or indices.dtype == torch.bool:
+                raise TypeError(f"window indices are {indices.dtype}: they must be integers")
+            index = indices.to(torch.int64)
+        else:
+            numbers = [as_int("window index", i) for i in indices]
+            index = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         outside = (index < -len(self)) | (index >= len(self))
         if outside.any():
             raise IndexError(
@@ -124,6 +144,7 @@ class TokenDataset(Dataset[Tensor]):
         Raises:
             ValueError: either side would be empty.
         """
+        num_held_out = as_int("num_held_out", num_held_out)
         dropped = -(-self.seq_len // self.stride) - 1
         num_train = len(self) - num_held_out - dropped
         if num_held_out < 1 or num_train < 1:
@@ -138,6 +159,106 @@ class TokenDataset(Dataset[Tensor]):
         held_out.phase = self.phase + (len(self) - num_held_out) * self.stride
         return train, held_out
 
+    def validate_all(self) -> None:
+        """Checks the tokens of all windows, each once, in one pass over the part of the corpus that
+        they cover.
+
+        Raises:
+            InvalidTokenError: with the lowest offset of a bad id, and how many there are.
+        """
+        tokens = self.corpus.tokens.numpy()
+        end = self.phase + (len(self) - 1) * self.stride + self.seq_len
+        count, offset = 0, -1
+        start = self.phase
+        while start < end:
+            part = tokens[start : min(start + _TOKENS_SCANNED, end)]
+            low, high = part.min(), part.max()
+            # Where the mask's is the last id, as is usual, only bad tokens are looked at again.
+            has_mask = low <= self.mask_id <= high and self.mask_id in part
+            if low < 0 or high >= self.num_tokens or has_mask:
+                bad = (part < 0) | (part >= self.num_tokens) | (part == self.mask_id)
+                offsets = start + bad.nonzero()[0]
+                offsets = offsets[(offsets - self.phase) % self.stride < self.seq_len]
+                if len(offsets) and not count:
+                    offset = int(offsets[0])
+                count += len(offsets)
+            start += len(part)
+            # A gap between two windows is skipped from where the part ended.
+            if (beyond := (start - self.phase) % self.stride) >= self.seq_len:
+                start += self.stride - beyond
+        if count:
+            raise InvalidTokenError.at(
+                f"offset {offset} of {self.corpus.name}",
+                token_id=int(tokens[offset]),
+                offset=offset,
+                count=count,
+                num_tokens=self.num_tokens,
+                mask_id=self.mask_id,
+            )
+
+
+def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """``rank`` and ``world_size`` as given, or those of the process group."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(
+            f"rank is {rank} and world_size is {world_size}: give both, or neither to take those "
+            "of the process group"
+        )
+    if rank is not None:
+        return as_int("rank", rank), as_int("world_size", world_size)
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        warnings.warn(
+            "torchrun started this process, but there is no process group yet: each process gets "
+            "the same batches. Make the loader after torch.distributed.init_process_group, or pass "
+            "rank and world_size",
+            stacklevel=3,
+        )
+    return parallel.rank(), parallel.world_size()
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    """``device``, with its number if it is CUDA's; ValueError unless batches can go there."""
+    try:
+        found = torch.device(device)
+        if found.type == "cuda":
+            is_there = (found.index or 0) < torch.cuda.device_count()
+        else:
+            torch.empty(0, device=found)
+            is_there = found.type != "meta"
+    # Each kind of device says in another way that it is missing.
+    except (RuntimeError, AssertionError, ImportError, TypeError):
+        is_there = False
+    if not is_there:
+        raise ValueError(
+            f"device is {str(device)!r}, where no batch can go: PyTorch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices here; use 'cpu', or 'cuda' with a GPU and a "
+            "PyTorch for it"
+        )
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def _check_step(step: int) -> int:
+    step = as_int("step", step)
+    if step < 0:
+        raise ValueError(f"step is {step}: it must be at least 0")
+    return step
+
+
+def _digest_of_schedule(table: ScheduleTable) -> str:
+    """A fingerprint of a schedule, whether it has a name or is a callable.
+
+    It is coarse (ratios to 16 bits, slopes to 6 behind the point): the last bits of a cosine differ
+    between CPUs, which must not end a run that moves from one to another.
+    """
+    ratio = table.ratio.numpy().view(np.uint32) / 2.0**16
+    slope = table.exact_weight.numpy() * 2.0**6
+    sha = hashlib.sha256()
+    for values in (ratio, slope):
+        sha.update(np.rint(values).astype("<i8").tobytes())
+    return sha.hexdigest()
+
 
 class MaskedLoader:
     """Batches of corrupted windows, by random access or in order, without end.
@@ -149,10 +270,17 @@ class MaskedLoader:
     masks depend neither on ``world_size`` (for equal G), nor on where a run was resumed.
 
     Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches.
-    (``range`` first: so ``zip`` stops before it takes a batch that nobody sees.) Ids are always
-    checked, whatever ``dataset.validate`` says: the operation that corrupts does it in passing. On
-    the CPU an error comes with the batch; on a GPU, which is not waited for, with the next one (or
-    :meth:`raise_if_invalid`): the host is never more than a step ahead of the device.
+    (``range`` first: so ``zip`` stops before it takes a batch that nobody sees.) Frameworks that
+    ask for ``len(loader)`` get the number of steps in an epoch, and go on with the next step when
+    they iterate again.
+
+    Ids are always checked, whatever ``dataset.validate`` says: the operation that corrupts does it
+    in passing. On the CPU an error comes with the batch; on a GPU, which is not waited for, with
+    the next one (or :meth:`raise_if_invalid`): the host is never more than a step ahead of the
+    device.
+
+    A copy, also by ``pickle``, continues from the same step by itself. A corpus in a file travels
+    as its path; copies in one process share it. What lies on a device is made again on arrival.
 
     On a CUDA device a batch is one launch, which finds its windows by itself; nothing but a few
     numbers comes from the host. The corpus stays in its own type, and lies
@@ -173,7 +301,9 @@ class MaskedLoader:
             them: see :meth:`Corrupted.microbatches`.
         seed: 64-bit key of the order of windows and of the masks.
         device: where the batches go. Those for CUDA devices are made there, others on the CPU.
-        rank, world_size: this process among those that share the global batch.
+        rank, world_size: this process among those that share the global batch; both or neither.
+            Default: as in the process group of ``torch.distributed``, if one is initialised by now,
+            else 0 of 1.
         shuffle: if false, slot g is window ``g % N``.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
@@ -195,14 +325,16 @@ class MaskedLoader:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         shuffle: bool = True,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
     ) -> None:
+        batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        rank, world_size = _place_among_ranks(rank, world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}: it must be in [0, world_size) = [0, {world_size})")
         for name in ("num_tokens", "mask_id"):
@@ -213,15 +345,13 @@ class MaskedLoader:
                 )
         self.dataset, self.masking = dataset, masking
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.seed, self.shuffle = seed, shuffle
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.seed, self.shuffle = as_int("seed", seed), bool(shuffle)
+        self.device = _check_device(device)
         # Where batches are made.
         self._made_on = self.device if self.device.type == "cuda" else torch.device("cpu")
         self.backend = resolve_backend(backend, self._made_on)
         self.step = 0
-        self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, shuffle)
+        self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, self.shuffle)
         self._deferred = DeferredCheck()
         self._place_corpus(corpus_memory)
 
@@ -253,6 +383,24 @@ class MaskedLoader:
                 self._made_on,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        # Memory, threads and events of a device are made again on arrival. A check that is pending
+        # stays with this loader.
+        for name in ("_tokens", "_stager", "_deferred"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _check_device(self.device)
+        self._deferred = DeferredCheck()
+        self._place_corpus(self.corpus_memory)
+
+    def __len__(self) -> int:
+        """Whole steps in an epoch, ``max(N // G, 1)``. Iteration itself does not end there."""
+        return max(len(self.dataset) // self.global_batch, 1)
+
     @property
     def global_batch(self) -> int:
         """G, sequences of one optimiser step on all ranks together."""
@@ -260,10 +408,8 @@ class MaskedLoader:
 
     def sample_ids(self, step: int) -> Tensor:
         """int64 ``[B]``: the global sample slots of ``step`` on this rank."""
-        if step < 0:
-            raise ValueError(f"step is {step}: it must be at least 0")
-        first = step * self.global_batch + self.rank * self.batch_size
-        return torch.arange(first, first + self.batch_size)
+        first = _check_step(step) * self.global_batch + self.rank * self.batch_size
+        return torch.arange(first, first + self.batch_size, device="cpu")
 
     def window_indices(self, step: int) -> Tensor:
         """int64 ``[B]`` in [0, N): the windows of the dataset that ``step`` holds on this rank."""
@@ -311,10 +457,10 @@ class MaskedLoader:
                     f"'pinned' does the kernel find the windows; here it is {self.device} and "
                     f"{self.corpus_memory!r}, so pass an int"
                 )
-        elif step < 0:
-            raise ValueError(f"step is {step}: it must be at least 0")
-        elif self._stager is not None:
-            tokens = self._stager.windows(step)
+        else:
+            step = _check_step(step)
+            if self._stager is not None:
+                tokens = self._stager.windows(step)
         corrupted = corrupt_step(
             tokens,
             self.masking,
@@ -367,7 +513,7 @@ class MaskedLoader:
         batch s was received from iteration, ``"step"`` is s + 1.
         """
         return {
-            "step": self.step,
+            "step": _check_step(self.step),
             "seed": self.seed,
             "global_batch": self.global_batch,
             "shuffle": self.shuffle,
@@ -376,6 +522,24 @@ class MaskedLoader:
             "stride": self.dataset.stride,
             "phase": self.dataset.phase,
             "num_windows": len(self.dataset),
+            **self._masking_state(),
+        }
+
+    @cached_property
+    def _schedule_digest(self) -> str:
+        return _digest_of_schedule(self.masking.table)
+
+    def _masking_state(self) -> dict[str, Any]:
+        masking = self.masking
+        shares = ("no_replace_prob", "random_token_prob", "corruption_prob")
+        return {
+            "num_tokens": int(masking.num_tokens),
+            "mask_id": int(masking.mask_id),
+            "schedule_digest": self._schedule_digest,
+            "draw": str(masking.draw),
+            "times": str(masking.times),
+            "never_mask_ids": sorted({int(i) for i in masking.never_mask_ids}),
+            **{name: float(getattr(masking, name)) for name in shares},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -384,19 +548,23 @@ class MaskedLoader:
         ``world_size`` may have changed, if ``batch_size * world_size`` has not.
 
         Raises:
-            ValueError: the state is of another seed, corpus, window layout or global batch, with
-                which this loader would not continue the same sequence of batches.
+            ValueError: the state is of another seed, corpus, window layout, global batch or
+                masking, with which this loader would not continue the same sequence of batches.
         """
         for name, ours in self.state_dict().items():
             if name not in state_dict:
+                if name in self._masking_state():  # states of earlier versions have no such entries
+                    continue
                 raise ValueError(f"the state has no {name!r}: it is not one of a MaskedLoader")
             theirs = state_dict[name]
             if name == "step" or ours == theirs:
                 continue
-            where = f" of {self.dataset.corpus.name}" if name == "corpus_digest" else ""
+            names = {"corpus_digest": self.dataset.corpus.name}
+            names["schedule_digest"] = repr(self.masking.schedule)
+            where = f" of {names[name]}" if name in names else ""
             what = "batch_size * world_size" if name == "global_batch" else name
             raise ValueError(
                 f"cannot continue: {what} is {theirs} in the state, but {ours}{where} here; make "
                 "the loader as it was when the state was taken"
             )
-        self.step = state_dict["step"]
+        self.step = _check_step(state_dict["step"])

@@ -65,7 +65,9 @@ class Stager:
         self._on_gpu = device.type == "cuda"
         self._device, self._seq_len = device, seq_len
         self._staging = [
-            torch.empty((batch_size, seq_len), dtype=tokens.dtype, pin_memory=self._on_gpu)
+            torch.empty(
+                (batch_size, seq_len), dtype=tokens.dtype, device="cpu", pin_memory=self._on_gpu
+            )
             for _ in range(2)
         ]
         self._turn = 0
@@ -117,7 +119,9 @@ class DeferredCheck:
     def watch(self, batch: Corrupted, check: Callable[[Tensor], None]) -> None:
         """``check`` gets the record of ``batch``, on the CPU, when :meth:`settle` is called."""
         if self._record is None:
-            self._record = torch.empty(batch.invalid.shape, dtype=torch.int64, pin_memory=True)
+            self._record = torch.empty(
+                batch.invalid.shape, dtype=torch.int64, device="cpu", pin_memory=True
+            )
         with torch.cuda.device(batch.invalid.device):
             self._record.copy_(batch.invalid, non_blocking=True)
             self._pending = torch.cuda.current_stream().record_event(), check

@@ -1,11 +1,18 @@
 """Readers: the right tokens, never copied or written, and a clear error for all else."""
 
+import bz2
+import copy
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
 import re
+import sqlite3
+import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,9 +157,36 @@ def test_a_file_travels_as_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (arrived.name, arrived.digest) == ("a.npy", digest)
 
 
-def test_an_array_travels_whole() -> None:
-    arrived = pickle.loads(pickle.dumps(Corpus(np.arange(9, dtype="int16"))))
-    assert values(arrived) == list(range(9))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_array_travels_whole(dtype: str) -> None:
+    array = extremes(dtype)
+    for source, name in ((array, "array"), (torch.from_numpy(array), "tensor")):
+        corpus = Corpus(source)
+        arrived = pickle.loads(pickle.dumps(corpus))
+        assert arrived.tokens.dtype == TOKEN_DTYPES[dtype]
+        assert values(arrived) == array.tolist()
+        assert (arrived.name, arrived.digest) == (name, corpus.digest)
+
+
+def test_a_part_of_an_array_travels_alone() -> None:
+    array = np.arange(100_000, dtype="uint16")
+    for part in (array[500:600], torch.from_numpy(array)[500:600], array[::1000]):
+        pickled = pickle.dumps(Corpus(part))
+        assert len(pickled) < 1000
+        assert values(pickle.loads(pickled)) == part.tolist()
+
+
+def test_a_pickle_of_an_earlier_version() -> None:
+    """It holds a tensor."""
+    old = copy.copy(Corpus(np.arange(9)))
+    old.__setstate__({"_layout": None, "name": "array", "tokens": torch.arange(9)})
+    assert values(old) == list(range(9))
+
+
+def test_copies_share_the_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.bin", IDS)
+    for corpus in (Corpus(np.arange(9)), Corpus(path, dtype="uint16")):
+        assert copy.deepcopy(corpus).tokens.data_ptr() == corpus.tokens.data_ptr()
 
 
 def digest_by_hand(array: np.ndarray) -> str:
@@ -318,6 +352,108 @@ def test_files_that_are_no_stream_of_ids(tmp_path: Path, name: str) -> None:
         Corpus(path, dtype=dtype)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == content
+
+
+def saved(save: Callable[[Any], Any]) -> bytes:
+    file = io.BytesIO()
+    save(file)
+    return file.getvalue()
+
+
+def tar_bytes() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("ids.npy"))
+    return file.getvalue()
+
+
+def sqlite_bytes() -> bytes:
+    with sqlite3.connect(":memory:") as database:
+        database.execute("CREATE TABLE ids (id INTEGER)")
+        return database.serialize() if hasattr(database, "serialize") else b"SQLite format 3\0"
+
+
+def safetensors_bytes() -> bytes:
+    header = b'{"ids":{"dtype":"U16","shape":[8],"data_offsets":[0,16]}}'
+    return struct.pack("<Q", len(header)) + header + IDS.tobytes()
+
+
+# As TensorFlow writes it.
+TFRECORD = bytes.fromhex("0e00000000000000c5e5693f") + b"fourteen bytes" + b"\x8c\xd1\x66\x49"
+ARROW_STREAM = bytes.fromhex("ffffffff780000001000000000000a000c00060005000800")
+
+# What errors call them: files, or what they begin with.
+OTHER_FORMATS: dict[str, list[bytes]] = {
+    "a zip archive, as np.savez": [
+        saved(lambda file: np.savez(file, ids=IDS)),
+        saved(lambda file: np.savez_compressed(file, ids=IDS)),
+        saved(lambda file: torch.save(torch.arange(9), file)),
+    ],
+    "a pickle": [
+        pickle.dumps(value, protocol)
+        for protocol in range(2, 6)
+        for value in (IDS, [1, 2, 3, 4, 5], {"ids": [1, 2, 3]}, {1: 2, 3: 4})
+    ],
+    "a file of torch.save, in its old format": [
+        saved(lambda file: torch.save(torch.arange(9), file, _use_new_zipfile_serialization=False))
+    ],
+    "compressed by gzip": [gzip.compress(IDS.tobytes(), level) for level in (1, 6, 9)],
+    "compressed by bzip2": [bz2.compress(IDS.tobytes()), bz2.compress(b"")],
+    "compressed by xz": [lzma.compress(IDS.tobytes())],
+    "compressed by zstd": [bytes.fromhex("28b52ffd200021000000")],
+    "compressed by lz4": [bytes.fromhex("04224d18684003000000")],
+    "a tar archive": [tar_bytes()],
+    "a Parquet file": [b"PAR1\x15\x04\x15" + bytes(32), b"PAR1 no bytes below 32 PAR1"],
+    "an Arrow or Feather file": [b"ARROW1\0\0" + bytes(32), b"FEA1" + bytes(32) + b"FEA1"],
+    "a stream of Arrow": [ARROW_STREAM + bytes(32)],
+    "a safetensors file": [safetensors_bytes()],
+    "an HDF5 file": [b"\x89HDF\r\n\x1a\n" + bytes(32)],
+    "an SQLite database": [sqlite_bytes()],
+    "a TFRecord file": [TFRECORD],
+    "a PNG image": [b"\x89PNG\r\n\x1a\n" + bytes(32)],
+    "a JPEG image": [b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(32)],
+}
+
+
+@pytest.mark.parametrize("what", OTHER_FORMATS)
+def test_other_formats(tmp_path: Path, what: str) -> None:
+    for content in OTHER_FORMATS[what]:
+        path = write(tmp_path / "a.bin", content)
+        for dtype in (None, "uint8", "uint16", "int64"):
+            with pytest.raises(CorpusFormatError, match=rf"a\.bin is {what}.*not read yet: "):
+                Corpus(path, dtype=dtype)
+        # The way out that the message names.
+        assert bytes(values(Corpus(np.memmap(path, dtype="uint8", mode="r")))) == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK, the magic number of zip",
+        b"PAR1 is what Parquet files begin with",
+        b"PAR1",
+        b"BZh91 is a bzip2 header",
+        b"SQLite format 3 is a header",
+        b"ARROW1 is a header",
+        b"x" * 257 + b"ustar is a header",
+        b"\x1f\x8b\x08\x00\0\0\0\0\x07\x03",  # gzip has no such level
+        b"\x1f\x8b\x09\x00" + bytes(8),  # nor this method
+        b"\x80\x04\x95\x05" + b"\x01" * 8,  # a frame of exabytes
+        b"\x80\x02as ids",
+        b"\xff\xff\xff\xff\x10\0\0\0" + bytes(8),
+        bytes(32),
+        b"\xff" * 32,
+        np.array([19280, 7], "<u2").tobytes(),
+        np.array([35615, 8, 9, 10, 11, 12], "<u2").tobytes(),
+        # `{"` alone is no header of safetensors: 8827 as an id.
+        np.array([16, 8827, 3], "<i8").tobytes(),
+        np.array([16, 0, 8827, 3], "<i4").tobytes(),
+        np.array([16, 0, 0, 0, 8827, 3], "<u2").tobytes(),
+    ],
+)
+def test_ids_and_text_that_begin_like_other_formats(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "a.txt", content)
+    assert bytes(values(Corpus(path, dtype="uint8"))) == content
 
 
 def test_half_of_a_megatron_corpus(tmp_path: Path) -> None:

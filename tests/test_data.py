@@ -1,21 +1,27 @@
 """Windows and batches: the right ones, each once an epoch, whatever the ranks and the resume."""
 
 import copy
+import json
+import os
 import pickle
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nar_kernels import data
 from nar_kernels.backends import backends, device_type
 from nar_kernels.corpus import TOKEN_DTYPES
 from nar_kernels.data import MaskedLoader, TokenDataset
 from nar_kernels.errors import BackendUnavailableError, CorpusFormatError, InvalidTokenError
+from nar_kernels.feed import Stager
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.philox import Stream, permute
 
@@ -208,6 +214,93 @@ def test_bad_split(stride: int, num_held_out: int) -> None:
         assert len(dataset.split(57)[0]) == 1
 
 
+def all_bad(dataset: TokenDataset) -> list[int]:
+    """The offsets of bad ids that windows cover, found one by one."""
+    tokens = dataset.corpus.tokens.tolist()
+    starts = dataset.starts(torch.arange(len(dataset))).tolist()
+    covered = sorted({s + i for s in starts for i in range(dataset.seq_len)})
+    return [i for i in covered if not 0 <= tokens[i] < V or tokens[i] == MASK_ID]
+
+
+@pytest.mark.parametrize("scanned", [1, 5, 64, 1 << 18])
+@pytest.mark.parametrize(("seq_len", "stride"), [(7, 7), (7, 3), (7, 9), (1, 1), (3, 50), (90, 1)])
+def test_validate_all(
+    monkeypatch: pytest.MonkeyPatch, seq_len: int, stride: int, scanned: int
+) -> None:
+    """Each token that a window covers, once; neither gaps nor tails."""
+    monkeypatch.setattr(data, "_TOKENS_SCANNED", scanned)
+    tokens = np.arange(200)
+    make_dataset(tokens, seq_len, stride=stride).validate_all()
+    tokens[[0, 8, 49, 51, 52, 120, 199]] = [-1, V, MASK_ID, 1 << 40, INT64_MIN, -1, -1]
+    whole = make_dataset(tokens, seq_len, stride=stride, validate=False)
+    for dataset in (whole, *whole.split(2)):
+        bad = all_bad(dataset)
+        if not bad:
+            dataset.validate_all()
+            continue
+        with pytest.raises(InvalidTokenError, match=f"at offset {bad[0]} of array") as caught:
+            dataset.validate_all()
+        error = caught.value
+        assert (error.offset, error.count) == (bad[0], len(bad))
+        assert error.token_id == tokens[bad[0]]
+
+
+@pytest.mark.parametrize("dtype", TOKEN_DTYPES)
+def test_validate_all_of_every_type(dtype: str) -> None:
+    info = np.iinfo(dtype)
+    tokens = np.array([0, 1, 2, 3], dtype)
+    dataset = make_dataset(tokens, 2, num_tokens=5, mask_id=4)
+    dataset.validate_all()
+    for bad in {info.max, info.min, 4} - {0}:
+        tokens[3] = bad
+        with pytest.raises(InvalidTokenError, match=f"token id {bad} at offset 3"):
+            dataset.validate_all()
+    tokens[3] = 3
+    with pytest.raises(InvalidTokenError, match="token id 1 at offset 1 of array equals mask_id"):
+        make_dataset(tokens, 2, num_tokens=5, mask_id=1).validate_all()
+    if info.max < 1 << 16:  # a vocabulary that the type cannot exceed
+        tokens[3] = info.max
+        make_dataset(tokens, 2, num_tokens=1 << 17, mask_id=1 << 16).validate_all()
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    """A loader made of them is the loader made of ints, and its state holds no numpy."""
+    plain = make_dataset(stride=3).split(5)[0]
+    n = np.int64
+    dataset = make_dataset(None, n(7), stride=np.uint8(3), num_tokens=n(V), mask_id=np.uint16(1000))
+    dataset = dataset.split(n(5))[0]
+    assert torch.equal(dataset[n(4)], plain[4])
+    indices = [n(3), np.uint64(1), torch.tensor(2)]
+    assert dataset.starts(indices).tolist() == plain.starts([3, 1, 2]).tolist() == [9, 3, 6]
+    assert dataset.starts(np.array([3, -1])).tolist() == plain.starts([3, -1]).tolist()
+    loader = MaskedLoader(dataset, MASKING, n(4), seed=n(5), rank=np.int32(1), world_size=n(2))
+    expected = MaskedLoader(plain, MASKING, 4, seed=5, rank=1, world_size=2)
+    assert_same(loader.batch(n(3)), expected.batch(3))
+    assert torch.equal(loader.sample_ids(n(3)), expected.sample_ids(3))
+    loader.step = n(3)
+    state = loader.state_dict()
+    assert json.loads(json.dumps(state)) == state == expected.state_dict() | {"step": 3}
+    expected.load_state_dict(state | {"step": n(4)})
+    assert type(expected.state_dict()["step"]) is int
+
+
+@pytest.mark.parametrize("indices", [[0.5], np.array([1.0]), torch.tensor([1.0]), [None]])
+def test_indices_that_are_no_integers(indices: Any) -> None:
+    with pytest.raises(TypeError, match="window ind.* must be (an int|integers)"):
+        make_dataset().starts(indices)
+
+
+def test_a_bool_tensor_is_no_list_of_windows() -> None:
+    with pytest.raises(TypeError, match=r"are torch\.bool: they must be integers"):
+        make_dataset().starts(torch.ones(128, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["seq_len", "stride", "num_tokens", "mask_id"])
+def test_numbers_of_a_dataset_are_integers(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} is 7.5: it must be an int"):
+        make_dataset(**{name: 7.5})
+
+
 def test_a_dataset_travels_without_its_data(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(100_000) % V % MASK_ID)
     dataset = make_dataset(tmp_path / "a.npy")
@@ -216,15 +309,23 @@ def test_a_dataset_travels_without_its_data(tmp_path: Path) -> None:
     assert torch.equal(pickle.loads(pickled)[14_000], dataset[14_000])
 
 
+def test_copies_of_a_dataset_share_the_corpus() -> None:
+    dataset = make_dataset().split(5)[1]
+    copied = copy.deepcopy(dataset)
+    assert copied.corpus is dataset.corpus
+    assert torch.equal(copied[0], dataset[0]) and len(copied) == 5
+
+
+@pytest.mark.parametrize("in_file", [True, False])
 @pytest.mark.parametrize(
     "start_method", [None, "fork", pytest.param("spawn", marks=pytest.mark.slow)]
 )
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_data_loader(tmp_path: Path, start_method: str | None) -> None:
+def test_data_loader(tmp_path: Path, start_method: str | None, in_file: bool) -> None:
     if start_method not in (None, *torch.multiprocessing.get_all_start_methods()):
         pytest.skip(f"no {start_method} here")
     np.save(tmp_path / "a.npy", np.arange(100, dtype="uint16"))
-    dataset = make_dataset(tmp_path / "a.npy")
+    dataset = make_dataset(tmp_path / "a.npy" if in_file else np.arange(100, dtype="uint16"))
     loader = DataLoader(
         dataset,
         batch_size=4,
@@ -390,13 +491,30 @@ OTHER_CORPUS = np.arange(900, dtype="uint16")
 OTHER_CORPUS[500] = 0
 
 
+def test_a_state_is_plain() -> None:
+    masking = MaskingConfig(
+        V, MASK_ID, schedule=lambda t: 1 - t**3, never_mask_ids=(7, 3, 7), random_token_prob=0.1
+    )
+    loader = MaskedLoader(make_dataset(), masking, 5, shuffle=np.bool_(True))
+    state = loader.state_dict()
+    restored = json.loads(json.dumps(state))
+    assert restored == state
+    assert state["never_mask_ids"] == [3, 7]
+    loader.load_state_dict(restored | {"step": 8})
+    assert loader.step == 8
+
+
 @pytest.mark.parametrize(
     ("dataset", "kwargs", "message"),
     [
         (make_dataset(OTHER_CORPUS), {}, "corpus_digest is .* of array here"),
         (make_dataset(), {"seed": 1}, "seed is 0 in the state, but 1 here"),
         (make_dataset(), {"batch_size": 5}, r"batch_size \* world_size is 6 .*, but 5 here"),
-        (make_dataset(), {"world_size": 2}, r"batch_size \* world_size is 6 .*, but 12 here"),
+        (
+            make_dataset(),
+            {"rank": 0, "world_size": 2},
+            r"batch_size \* world_size is 6 .*, but 12 here",
+        ),
         (make_dataset(), {"shuffle": False}, "shuffle is True in the state, but False here"),
         (make_dataset(seq_len=8), {}, "seq_len is 7 in the state, but 8 here"),
         (make_dataset(stride=6), {}, "stride is 7 in the state, but 6 here"),
@@ -411,10 +529,64 @@ def test_states_of_another_run(dataset: TokenDataset, kwargs: dict[str, Any], me
     assert loader.step == 0
 
 
+def falling(t: Tensor) -> Tensor:
+    return 1 - t.clamp(0.25, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mask_id": 999}, "mask_id is 1000 in the state, but 999 here"),
+        ({"num_tokens": 1002}, "num_tokens is 1001 in the state, but 1002 here"),
+        ({"schedule": "cosine"}, "schedule_digest is .* of 'cosine' here"),
+        ({"schedule": falling}, "schedule_digest is .* of <function falling.* here"),
+        ({"schedule": lambda t: 1 - t**1.001}, "schedule_digest is "),
+        ({"draw": "bernoulli"}, "draw is exact in the state, but bernoulli here"),
+        ({"times": "uniform"}, "times is stratified in the state, but uniform here"),
+        ({"never_mask_ids": [3]}, r"never_mask_ids is \[\] in the state, but \[3\] here"),
+        ({"no_replace_prob": 0.1}, "no_replace_prob is 0.0 in the state, but 0.1 here"),
+        ({"random_token_prob": 0.1}, "random_token_prob is 0.0 in the state, but 0.1 here"),
+        ({"corruption_prob": 0.5}, "corruption_prob is 1.0 in the state, but 0.5 here"),
+    ],
+)
+def test_states_of_other_masking(changed: dict[str, Any], message: str) -> None:
+    state = MaskedLoader(make_dataset(), MASKING, 6).state_dict() | {"step": 17}
+    masking = replace(MASKING, **changed)
+    dataset = make_dataset(num_tokens=masking.num_tokens, mask_id=masking.mask_id)
+    loader = MaskedLoader(dataset, masking, 6)
+    for theirs in (state, json.loads(json.dumps(state))):
+        with pytest.raises(ValueError, match=f"cannot continue: {message}"):
+            loader.load_state_dict(theirs)
+    assert loader.step == 0
+
+
+def test_the_state_knows_a_schedule_by_its_values() -> None:
+    """However it is named, and whatever the last bits of a cosine are on this CPU."""
+
+    def almost(t: Tensor) -> Tensor:
+        return torch.cos(t * (torch.pi / 2)) * (1 - 1e-15 * t)
+
+    def digest(schedule: Any) -> str:
+        masking = replace(MASKING, schedule=schedule)
+        return MaskedLoader(make_dataset(), masking, 6).state_dict()["schedule_digest"]
+
+    assert digest("cosine") == digest(almost)
+    assert digest("linear") == digest(lambda t: 1 - t) != digest("cosine")
+
+
+def test_states_of_earlier_versions() -> None:
+    """They say nothing of the masking."""
+    loader = MaskedLoader(make_dataset(), MASKING, 6)
+    names = "step seed global_batch shuffle corpus_digest seq_len stride phase num_windows"
+    state = {name: loader.state_dict()[name] for name in names.split()}
+    loader.load_state_dict(state | {"step": 17})
+    assert loader.step == 17
+
+
 def test_states_of_something_else() -> None:
     loader = MaskedLoader(make_dataset(), MASKING, 6)
     state = loader.state_dict()
-    for name in state:
+    for name in ("step", "seed", "global_batch", "shuffle", "corpus_digest", "num_windows"):
         partial = copy.copy(state)
         del partial[name]
         with pytest.raises(ValueError, match=f"the state has no '{name}'"):
@@ -426,8 +598,10 @@ def test_states_of_something_else() -> None:
     [
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"rank": 2, "world_size": 2}, r"rank is 2: it must be in \[0, world_size\) = \[0, 2\)"),
-        ({"rank": -1}, "rank is -1"),
-        ({"world_size": 0}, r"rank is 0: it must be in \[0, world_size\) = \[0, 0\)"),
+        ({"rank": -1, "world_size": 1}, "rank is -1"),
+        ({"rank": 1}, "rank is 1 and world_size is None: give both, or neither"),
+        ({"world_size": 2}, "rank is None and world_size is 2: give both, or neither"),
+        ({"rank": 0, "world_size": 0}, r"rank is 0: it must be in \[0, world_size\) = \[0, 0\)"),
         ({"masking": MaskingConfig(V + 1, MASK_ID)}, "masking has num_tokens 1002 but .* 1001"),
         ({"masking": MaskingConfig(V, 0)}, "masking has mask_id 0 but the dataset has 1000"),
         ({"backend": "fastest"}, "unknown backend 'fastest'"),
@@ -462,9 +636,140 @@ def test_a_step_on_a_device() -> None:
 
 
 def test_another_device() -> None:
-    batch = MaskedLoader(make_dataset(), MASKING, 4, device="meta").batch(0)
+    loader = MaskedLoader(make_dataset(), MASKING, 4)
+    loader.device = torch.device("meta")  # the only other one that is everywhere
+    batch = loader.batch(0)
     others = ("masking", "host_counts")
     assert {tensor.device.type for name, tensor in vars(batch).items() if name not in others} == {
         "meta"
     }
     assert batch.input_ids.shape == (4, 7)
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense", "cpu:x", "cuda:99", "xla", "hpu", None])
+def test_devices_where_no_batch_can_go(device: Any) -> None:
+    with pytest.raises(ValueError, match=f"device is '{device}', where no batch can go: PyTorch"):
+        MaskedLoader(make_dataset(), MASKING, 4, device=device)
+
+
+def test_the_number_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    check = data._check_device
+    assert [check(d).index for d in ("cuda", "cuda:0", torch.device("cuda:1"))] == [1, 0, 1]
+    with pytest.raises(ValueError, match="'cuda:2', .* sees 2 CUDA devices"):
+        check("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="'cuda', .* sees 0 CUDA devices"):
+        check("cuda")
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "batch_size", "world_size", "steps"),
+    [(24, 4, 1, 6), (24, 4, 2, 3), (25, 4, 2, 3), (23, 4, 2, 2), (3, 4, 1, 1), (1, 1, 1, 1)],
+)
+def test_length(num_windows: int, batch_size: int, world_size: int, steps: int) -> None:
+    dataset = numbered(num_windows)
+    loader = MaskedLoader(dataset, masking_for(dataset), batch_size, rank=0, world_size=world_size)
+    assert len(loader) == steps
+    for _ in zip(range(steps + 2), loader, strict=False):  # it does not end there
+        pass
+    assert loader.step == steps + 2
+
+
+# Copies of a MaskedLoader
+
+
+def test_a_loader_travels_without_its_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", (np.arange(1_000_000) % MASK_ID).astype("uint16"))
+    masking = MaskingConfig(V, MASK_ID, schedule="cosine", never_mask_ids=[3], draw="bernoulli")
+    loader = MaskedLoader(make_dataset(tmp_path / "a.npy"), masking, 4, seed=3)
+    next(loader)
+    pickled = pickle.dumps(loader)
+    assert len(pickled) < 4000
+    arrived = pickle.loads(pickled)
+    assert arrived.state_dict() == loader.state_dict()
+    assert_same(next(arrived), next(loader))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_loader_has_a_step_of_its_own(
+    copied: Callable[[MaskedLoader], MaskedLoader],
+) -> None:
+    loader = MaskedLoader(make_dataset(), MASKING, 4)
+    next(loader)
+    other = copied(loader)
+    assert other.dataset.corpus is loader.dataset.corpus
+    assert other.masking is loader.masking
+    assert_same(next(other), loader.batch(1))
+    assert (loader.step, other.step) == (1, 2)
+
+
+def test_what_belongs_to_a_device_stays_here() -> None:
+    """Threads, buffers, events: those of a GPU, on the CPU."""
+    loader = MaskedLoader(make_dataset(), MASKING, 4)
+    loader._stager = Stager(loader._tokens, loader._starts, 4, 7, torch.device("cpu"))
+    loader._stager.prefetch(0)
+    loader._deferred._pending = torch.Event(), lambda record: None
+    for arrived in (pickle.loads(pickle.dumps(loader)), copy.deepcopy(loader)):
+        assert arrived._stager is None and arrived._deferred._pending is None
+        assert_same(arrived.batch(5), MaskedLoader(make_dataset(), MASKING, 4).batch(5))
+
+
+def test_a_loader_arrives_where_its_device_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    loader = MaskedLoader(make_dataset(), MASKING, 4)
+    loader.device = torch.device("cuda:0")
+    with pytest.raises(ValueError, match="device is 'cuda:0', where no batch can go"):
+        pickle.loads(pickle.dumps(loader))
+
+
+# Several processes
+
+
+def as_a_rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    loader = MaskedLoader(make_dataset(), MASKING, 4)
+    alone = MaskedLoader(make_dataset(), MASKING, 8, rank=0, world_size=1)
+    torch.save([loader.batch(2).input_ids, alone.batch(2).input_ids], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or os.name != "posix",
+    reason="needs the gloo backend",
+)
+def test_the_process_group_says_which_rank_this_is(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(as_a_rank, (tmp_path,), 2)
+    whole = MaskedLoader(make_dataset(), MASKING, 8).batch(2).input_ids
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert torch.equal(torch.cat([half[0] for half in halves]), whole)
+    for half in halves:  # what is given counts
+        assert torch.equal(half[1], whole)
+
+
+def test_torchrun_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    with pytest.warns(UserWarning, match="there is no process group yet.*init_process_group"):
+        loader = MaskedLoader(make_dataset(), MASKING, 4)
+    assert (loader.rank, loader.world_size) == (0, 1)
+    MaskedLoader(make_dataset(), MASKING, 4, rank=0, world_size=1)
+
+
+# The default device
+
+
+def test_the_default_device_changes_nothing() -> None:
+    dataset = make_dataset()
+    expected = MaskedLoader(dataset, MASKING, 4, seed=3).batch(40)
+    with torch.device("meta"):
+        again = make_dataset()
+        again.validate_all()
+        train, _ = again.split(5)
+        assert train.starts([3]).device.type == "cpu"
+        loader = pickle.loads(pickle.dumps(MaskedLoader(again, MASKING, 4, seed=3)))
+        loader.load_state_dict(loader.state_dict() | {"step": 40})
+        assert loader.sample_ids(40).tolist() == [160, 161, 162, 163]
+        stager = Stager(loader._tokens, loader._starts, 4, 7, torch.device("cpu"))
+        assert torch.equal(stager.windows(40).to(torch.int64), expected.clean_ids)

@@ -1,0 +1,296 @@
+"""Batches as values: parts of them, several in one, and copies that travel."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from nar_kernels import corrupt
+from nar_kernels.data import MaskedLoader, TokenDataset
+from nar_kernels.masking import Corrupted, MaskingConfig
+
+MASKING = MaskingConfig(37, 36, never_mask_ids=(5,), random_token_prob=0.2, no_replace_prob=0.2)
+PER_SAMPLE = ["input_ids", "labels", "masked_indices", "times", "loss_weight"]
+PER_SAMPLE += ["num_masked", "num_maskable"]
+
+
+def falling(t: Tensor) -> Tensor:
+    return 1 - t**5
+
+
+def make_batch(seed: int = 1, size: int = 5, masking: MaskingConfig = MASKING) -> Corrupted:
+    ids = torch.randint(0, 36, (size, 16), generator=torch.Generator().manual_seed(seed))
+    batch = corrupt(ids, masking, seed=seed)
+    return replace(batch, host_counts=batch.num_masked.clone())  # as on a GPU
+
+
+def assert_is(batch: Corrupted, **expected: Tensor) -> None:
+    for name, value in expected.items():
+        assert torch.equal(getattr(batch, name), value), name
+    assert torch.equal(batch.masked_rows, batch.masked_indices.flatten().nonzero().flatten())
+    if batch.host_counts is not None:
+        assert torch.equal(batch.host_counts, batch.num_masked)
+
+
+def per_sample(batch: Corrupted) -> dict[str, Tensor]:
+    return {name: getattr(batch, name) for name in PER_SAMPLE}
+
+
+def test_every_tensor_is_known_here() -> None:
+    others = {"row_buffer", "invalid", "masking", "host_counts"}
+    assert {f.name for f in fields(Corrupted)} == {*PER_SAMPLE, *others}
+
+
+# Parts
+
+
+@pytest.mark.parametrize("knows_counts", [True, False])
+@pytest.mark.parametrize(
+    ("index", "samples"),
+    [
+        (slice(2, 4), [2, 3]),
+        (slice(None), [0, 1, 2, 3, 4]),
+        (slice(-2, 100), [3, 4]),
+        (slice(3, 1), []),
+        (slice(None, None, 2), [0, 2, 4]),
+        (slice(None, None, -2), [4, 2, 0]),
+        ([3, 0, 0, -1], [3, 0, 0, 4]),
+        ([np.int64(1)], [1]),
+        ([], []),
+        (np.array([4, 1], "int32"), [4, 1]),
+        (torch.tensor([4, -5]), [4, 0]),
+        (torch.tensor([2], dtype=torch.uint8), [2]),
+        (torch.tensor([True, False, False, True, True]), [0, 3, 4]),
+    ],
+)
+def test_some_samples(index: Any, samples: list[int], knows_counts: bool) -> None:
+    whole = make_batch()
+    if not knows_counts:
+        whole = replace(whole, host_counts=None)
+    part = whole[index]
+    assert_is(part, **{name: value[samples] for name, value in per_sample(whole).items()})
+    assert (part.host_counts is not None) == knows_counts
+    assert part.masking is MASKING
+    assert torch.equal(part.clean_ids, whole.clean_ids[samples])
+    # A part of a part.
+    assert_is(part[1:], **{name: value[1:] for name, value in per_sample(part).items()})
+
+
+def test_a_slice_asks_only_the_host() -> None:
+    """The counts of the device are not looked at where the host knows them."""
+    batch = make_batch()
+    told = replace(batch, num_masked=torch.zeros(5, dtype=torch.int64))
+    assert torch.equal(told[2:4].masked_rows, batch[2:4].masked_rows)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [3, np.int64(3), torch.tensor(3), (1, 2), "a", None, [1.5], [[1]], torch.ones(4) > 0, [True]],
+)
+def test_what_is_no_index(index: Any) -> None:
+    with pytest.raises(TypeError, match="the index of a batch is .* must be a slice, a list or"):
+        make_batch()[index]
+
+
+@pytest.mark.parametrize("sample", [5, -6, 1 << 40])
+def test_samples_that_are_not_there(sample: int) -> None:
+    with pytest.raises(IndexError, match=rf"sample {sample} is outside \[-5, 5\)"):
+        make_batch()[[0, sample]]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_microbatches_need_a_size(size: int) -> None:
+    with pytest.raises(ValueError, match=f"size is {size}: it must be at least 1"):
+        make_batch().microbatches(size)  # at once, not when somebody iterates
+
+
+def test_microbatches_by_a_number_of_numpy() -> None:
+    batch = make_batch()
+    parts = list(batch.microbatches(np.int64(2)))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert_is(Corrupted.cat(parts), **per_sample(batch))
+
+
+# Several in one
+
+
+def test_cat() -> None:
+    batches = [make_batch(seed, size) for seed, size in ((1, 5), (2, 0), (3, 2))]
+    whole = Corrupted.cat(iter(batches))
+    for name in PER_SAMPLE:
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(b, name) for b in batches]))
+    assert_is(whole)
+    assert whole.host_counts is not None
+    unknown = Corrupted.cat([batches[0], replace(batches[2], host_counts=None)])
+    assert unknown.host_counts is None
+    assert_is(unknown, masked_rows=whole.masked_rows)
+    assert_is(Corrupted.cat(batches[:1]), **per_sample(batches[0]))
+
+
+def test_cat_keeps_what_was_wrong() -> None:
+    """The lowest offset of those that found something, and the counts of all."""
+    batches = [make_batch() for _ in range(4)]
+    for batch, record in zip(
+        batches, ([0, 0, 0, 1, 0], [2, 70, 99, 0, 0], [1, 30, 36, 1, 2], [0] * 5), strict=True
+    ):
+        batch.invalid = torch.tensor(record)
+    assert Corrupted.cat(batches).invalid.tolist() == [3, 30, 36, 2, 2]
+    assert not Corrupted.cat(batches[-1:]).invalid.any()
+
+
+def test_what_cannot_be_put_together() -> None:
+    batch = make_batch()
+    shorter = corrupt(batch.clean_ids[:, :9], MASKING, seed=1)
+    other = make_batch(masking=MaskingConfig(37, 36))
+    for batches in ([], [batch, shorter], [batch, other], [batch, batch.to("meta")]):
+        with pytest.raises(ValueError, match="at least one, all of the same seq_len, device and"):
+            Corrupted.cat(batches)
+
+
+# Copies
+
+
+def saved(batch: Corrupted) -> bytes:
+    file = io.BytesIO()
+    torch.save(batch, file)
+    return file.getvalue()
+
+
+def loaded(content: bytes) -> Corrupted:
+    return torch.load(io.BytesIO(content), weights_only=False)
+
+
+@pytest.mark.parametrize(("dump", "load"), [(pickle.dumps, pickle.loads), (saved, loaded)])
+def test_a_batch_travels(
+    dump: Callable[[Corrupted], bytes], load: Callable[[bytes], Corrupted]
+) -> None:
+    masking = MaskingConfig(50_000, 36, schedule=falling, never_mask_ids=[3], draw="bernoulli")
+    batch = make_batch(masking=masking)
+    pickled = dump(batch)
+    assert len(pickled) < 10_000  # no table of 65536 times, nor one of the vocabulary
+    arrived = load(pickled)
+    assert_is(arrived, **per_sample(batch), invalid=batch.invalid)
+    assert arrived.masking == masking
+    for name in ("weight_table", "never_mask_table"):
+        assert torch.equal(getattr(arrived.masking, name), getattr(masking, name))
+    assert arrived.masking.shares == masking.shares
+
+
+def test_a_part_travels_alone() -> None:
+    batch = make_batch(size=1000)
+    for part in (batch[10:12], batch[[10, 11]], next(batch.microbatches(2))):
+        pickled = pickle.dumps(part)
+        assert len(pickled) < 6000
+        assert_is(pickle.loads(pickled), **per_sample(part))
+
+
+def test_copies() -> None:
+    batch = make_batch()
+    shallow, deep = copy.copy(batch), copy.deepcopy(batch)
+    assert shallow.labels is batch.labels and shallow.row_buffer is batch.row_buffer
+    assert deep.labels is not batch.labels and deep.masking is batch.masking
+    assert_is(deep, **per_sample(batch))
+    assert copy.deepcopy(MASKING) is MASKING
+
+
+def test_a_configuration_travels_as_its_arguments() -> None:
+    masking = replace(MASKING, schedule="cosine", times="uniform", corruption_prob=0.5)
+    pickled = pickle.dumps(masking)
+    assert len(pickled) < 1000
+    arrived = pickle.loads(pickled)
+    assert arrived == masking and hash(arrived) == hash(masking)
+    assert torch.equal(arrived.table.ratio, masking.table.ratio)
+    assert arrived.shares == masking.shares
+
+
+class Batches(Dataset[Corrupted]):
+    def __init__(self, loader: MaskedLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Corrupted:
+        return self.loader.batch(index)
+
+
+@pytest.mark.parametrize(
+    "start_method", [None, "fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_batches_of_a_data_loader(start_method: str | None) -> None:
+    if start_method not in (None, *torch.multiprocessing.get_all_start_methods()):
+        pytest.skip(f"no {start_method} here")
+    tokens = np.arange(900, dtype="uint16") % 36
+    dataset = TokenDataset(tokens, 7, num_tokens=37, mask_id=36)
+    loader = MaskedLoader(dataset, MaskingConfig(37, 36, schedule=falling), 3, seed=4)
+    ways: list[tuple[Any, Any]] = [(None, None), (2, Corrupted.cat)]
+    for size, collate in ways[1:] if start_method == "spawn" else ways:
+        batches = list(
+            DataLoader(
+                Batches(loader),
+                batch_size=size,
+                collate_fn=collate,
+                num_workers=0 if start_method is None else 2,
+                multiprocessing_context=start_method,
+            )
+        )
+        assert [len(batch) for batch in batches] == ([3] * 4 if size is None else [6] * 2)
+        whole = Corrupted.cat(batches)
+        assert_is(whole, **per_sample(Corrupted.cat(loader.batch(i) for i in range(4))))
+
+
+def test_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a DataLoader does with ``pin_memory=True``."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor + 0)
+    batch = make_batch()
+    result = pin_memory(batch)
+    assert len(pinned) == 9
+    assert result is not batch and result.labels is not batch.labels
+    assert result.host_counts is batch.host_counts and result.masking is MASKING
+    assert_is(result, **per_sample(batch))
+
+
+# What it says of itself
+
+
+def test_repr() -> None:
+    batch = make_batch()
+    num_masked = int(batch.num_masked.sum())
+    on_cpu = f"Corrupted(shape=[5, 16], device='cpu', num_masked={num_masked})"
+    assert repr(batch) == repr(replace(batch, host_counts=None)) == on_cpu
+    # No value of a tensor on the device "meta" can be looked at; nor must one of a GPU.
+    assert repr(batch.to("meta")) == on_cpu.replace("cpu", "meta")
+    unknown = replace(batch, host_counts=None).to("meta")
+    assert repr(unknown) == "Corrupted(shape=[5, 16], device='meta', num_masked=on the device)"
+
+
+@pytest.fixture
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture
+def batch() -> Corrupted:
+    return make_batch()
+
+
+def test_the_default_device_changes_nothing(batch: Corrupted, default_device: None) -> None:
+    for part in (batch[1:3], batch[[1, 2]], batch[torch.tensor([1, 2], device="cpu")]):
+        assert_is(part, **{name: value[1:3] for name, value in per_sample(batch).items()})
+    assert_is(Corrupted.cat(batch.microbatches(2)), **per_sample(batch))
+    assert_is(pickle.loads(pickle.dumps(batch)), **per_sample(batch))
+    assert_is(copy.deepcopy(batch).to("cpu"), **per_sample(batch))
+    batch.raise_if_invalid()
