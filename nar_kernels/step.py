@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nar_kernels import parallel
 from nar_kernels.config import TrainConfig
+from nar_kernels.loss import count
 from nar_kernels.masking import Corrupted
 
 
@@ -31,8 +32,8 @@ def loss_and_gradient(
         accumulate: how many parts to compute one after the other.
     """
     wrapper: Any = getattr(model, "module", model)
-    counts = batch.num_maskable if wrapper.use_simple_mdlm_loss_weight else batch.num_masked
-    normalizer = parallel.sum_over_ranks(counts.sum()).clamp(min=1) / parallel.world_size()
+    counted = count(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
+    normalizer = parallel.sum_over_ranks(counted) / parallel.world_size()
     device = next(model.parameters()).device
     parts = list(batch.microbatches(-(-len(batch) // accumulate)))
     losses = []
@@ -62,7 +63,7 @@ class Pending:
         """
         pairs = torch.stack(self._pairs).double().cpu()
         self._pairs.clear()
-        ours = torch.cat([pairs.T.flatten(), torch.tensor([float(stop)])])
+        ours = torch.cat([pairs.T.flatten(), torch.tensor([float(stop)], device="cpu")])
         *values, stops = (parallel.sum_over_ranks(ours) / parallel.world_size()).tolist()
         return values[: len(pairs)], values[len(pairs) :], stops > 0
 

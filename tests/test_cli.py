@@ -109,12 +109,14 @@ def test_mistakes_in_train(capsys, tmp_path, text_run):
     assert "needs --out" in fails(capsys, "train", "--resume")
     assert "no checkpoint" in fails(capsys, "train", "--resume", "--out", tmp_path)
     assert "holds a run" in fails(capsys, "train", "--data", "text", "--out", text_run)
-    assert "heads is 5" in fails(capsys, "train", "--data", "digits", "--heads", 5)
+    assert "--heads is 5: it must divide --dim, which is 96" in fails(
+        capsys, "train", "--data", "digits", "--heads", 5
+    )
     assert "ema is 1.5" in fails(capsys, "train", "--data", "digits", "--ema", 1.5)
     out = "--out", tmp_path / "shards"
     assert "torchrun" in fails(capsys, "train", "--data", "digits", "--shard", *out)
     np.save(tmp_path / "ids.npy", np.zeros(1000, dtype=np.int32))
-    assert "give num_tokens" in fails(capsys, "train", "--data", tmp_path / "ids.npy")
+    assert "give --num-tokens" in fails(capsys, "train", "--data", tmp_path / "ids.npy")
     (tmp_path / "short.txt").write_bytes(b"short")
     assert "less than one window" in fails(capsys, "train", "--data", tmp_path / "short.txt")
     with pytest.raises(SystemExit) as stopped:
@@ -216,7 +218,7 @@ def test_mistakes_in_generate(text_run, capsys, tmp_path):
     assert "--num-samples is 0" in fails(
         capsys, "generate", "--checkpoint", last, "--num-samples", 0
     )
-    assert "filter_thres is 2.0" in fails(
+    assert "--filter-thres is 2.0" in fails(
         capsys, "generate", "--checkpoint", last, "--filter-thres", 2
     )
     for options, message in (

@@ -406,7 +406,7 @@ def test_torchrun_says_what_is_wrong(long_run):
     process = torchrun("train", *options_of(replace(config, batch_size=7, out=str(out))))
     printed = process.communicate(timeout=240)[0]
     assert process.returncode != 0
-    assert "batch_size is 7, of all 2 processes together: it must be a multiple of 2" in printed
+    assert "--batch-size is 7, of all 2 processes together: it must be a multiple of 2" in printed
     assert not out.exists()
 
 

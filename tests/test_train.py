@@ -455,8 +455,10 @@ def test_resume_refuses_another_course(sentences, tmp_path):
     train(config)
     for change, message in (
         ({"lr": 1.0}, "--lr was 0.003 and is 1.0"),
-        ({"steps": 50}, "--steps was 2 and is 50"),
-        ({"data": "text"}, "--data was"),
+        ({"steps": 1}, "--steps was 2 and is 1 now, but 2 are done"),
+        ({"eval_draws": 3}, "--eval-draws was 2 and is 3"),
+        ({"init": "other.pt"}, "--init was None and is other.pt"),
+        ({"data": "text"}, "--data was .*fox.txt and is text now, which holds other tokens"),
     ):
         with pytest.raises(ValueError, match=f"cannot resume .*{message}"):
             train(replace(config, resume=True, **change))
