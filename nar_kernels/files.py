@@ -50,9 +50,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def naming(error: OSError, path: Path) -> OSError:
     """``error`` with the name of its file, which it lacks if it came from writing."""
-    if error.errno is None:
-        return OSError(f"{error}: {str(path)!r}")
-    return OSError(error.errno, os.strerror(error.errno), str(path))
+    if error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno), str(path))
+    named = OSError(f"{error}: {str(path)!r}")  # a library's own
+    named.filename = str(path)
+    return named
 
 
 def remove_unfinished(path: Path) -> None:

@@ -3,6 +3,7 @@
 Shapes: N samples, L sequence length, S steps of the decoder, H height and W width of an image.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
     """
     check_suffix(path, spec)
     if path.suffix == ".npy":
+        buffer = io.BytesIO()  # to a file, numpy would not say why it cannot write
+        np.save(buffer, ids.numpy())
         with replacing(path) as file:
-            np.save(file, ids.numpy())
+            file.write(buffer.getbuffer())
     elif path.suffix == ".png" and spec.image_shape is not None:
         columns = min(len(ids), _GRID_COLUMNS)
         blank = ids.new_zeros(-len(ids) % columns, ids.shape[1])
