@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import torch
 from nar_kernels import checkpoint, files, lock, pictures, samples
 from nar_kernels.lock import FolderInUseError, FolderLock
 from nar_kernels.sources import SequenceSpec
+
+resource = pytest.importorskip("resource")
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = SequenceSpec(3, 64, "image", (8, 8))
