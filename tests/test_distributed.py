@@ -443,10 +443,9 @@ def test_a_signal_under_torchrun(long_run):
     assert printed.count("to beat") == 1 and "2 processes" in printed
 
 
-def test_torchrun_says_what_is_wrong(long_run):
-    config, _ = long_run
-    out = config.folder.with_name("other")
-    process = torchrun("train", *options_of(replace(config, batch_size=7, out=str(out))))
+def test_torchrun_says_what_is_wrong(folder):
+    config = small(folder, "other", batch_size=7)
+    process, out = torchrun("train", *options_of(config)), config.folder
     printed = process.communicate(timeout=240)[0]
     assert process.returncode != 0
     assert "--batch-size is 7, of all 2 processes together: it must be a multiple of 2" in printed
