@@ -15,12 +15,14 @@ from nar_kernels.checks import as_int
 from nar_kernels.corpus import Source
 from nar_kernels.data import TokenDataset
 from nar_kernels.extras import import_extra
+from nar_kernels.parallel import on_first_rank
 
 BUILT_IN = ("digits", "text")
 
 _NUM_BYTES = 256
 _DEFAULT_SEQ_LEN = 256
 _MAX_HELD_OUT = 256
+_MAX_VALIDATED = 2_000_000_000  # tokens, which takes some seconds
 
 # scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
 _DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
@@ -64,6 +66,17 @@ class Data(NamedTuple):
     train: TokenDataset
     held_out: TokenDataset
     held_out_windows: Tensor
+
+    def validate(self) -> None:
+        """Looks for bad ids, so that none stops a run in the middle; not in data so large that this
+        would take long, where each window is checked when its turn comes. All ranks must call this.
+
+        Raises:
+            InvalidTokenError: an id is outside [0, V), or is the mask's.
+        """
+        if len(self.train.corpus) <= _MAX_VALIDATED:
+            for dataset in (self.train, self.held_out):
+                on_first_rank(dataset.validate_all)
 
 
 class _Opened(NamedTuple):

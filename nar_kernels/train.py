@@ -142,6 +142,7 @@ class Run:
             num_held_out=config.held_out,
             folder=config.folder if config.resume else None,
         )
+        self.data.validate()
         # On a CPU nothing is gained by waiting.
         self.settle_every = 1 if device.type == "cpu" else _LOG_EVERY
         self.pending = Pending()
