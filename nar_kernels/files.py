@@ -1,5 +1,6 @@
 """Files that are never half written, and errors that name theirs."""
 
+import errno
 import glob
 import os
 import uuid
@@ -50,11 +51,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def naming(error: OSError, path: Path) -> OSError:
     """``error`` with the name of its file, which it lacks if it came from writing."""
-    if error.errno is not None:
-        return OSError(error.errno, os.strerror(error.errno), str(path))
-    named = OSError(f"{error}: {str(path)!r}")  # a library's own
-    named.filename = str(path)
-    return named
+    if error.errno is None:  # a library's own
+        return OSError(errno.EIO, str(error), str(path))
+    return OSError(error.errno, os.strerror(error.errno), str(path))
 
 
 def remove_unfinished(path: Path) -> None:

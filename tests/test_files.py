@@ -88,6 +88,12 @@ def test_errors_of_other_files_keep_their_names(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_error_without_a_number_keeps_its_words(tmp_path):
+    with pytest.raises(OSError, match="7 requested and 3 written: .*/a'"):
+        with files.replacing(tmp_path / "a"):
+            raise OSError("7 requested and 3 written")
+
+
 def test_two_writers_do_not_meet(tmp_path):
     path = tmp_path / "a"
     with files.replacing(path) as one, files.replacing(path) as other:
