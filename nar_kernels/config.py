@@ -170,6 +170,8 @@ class TrainConfig:
                 raise ValueError(f"{f.name} is {value!r}: it must be one of {', '.join(choices)}")
             if f.name in _AT_LEAST_ONE and value is not None and value < 1:
                 raise ValueError(f"{f.name} is {value}: it must be at least 1")
+            if f.name != "seed" and isinstance(value, int) and value >= 1 << 31:
+                raise ValueError(f"{f.name} is {value}: it must be below 2**31")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive and finite")
@@ -179,7 +181,7 @@ class TrainConfig:
         for name in ("weight_decay", "warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
-        if self.num_tokens is not None and not 2 <= self.num_tokens < 1 << 31:
+        if self.num_tokens is not None and self.num_tokens < 2:
             raise ValueError(f"num_tokens is {self.num_tokens}: it must be in [2, 2**31)")
         check_seed(self.seed)
         if self.dim % self.heads:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nar_kernels.checks import as_int
 from nar_kernels.data import TokenDataset
 from nar_kernels.heads import Prediction
 from nar_kernels.masking import Corrupted, MaskingConfig
@@ -71,6 +72,7 @@ def evaluate(
     """
     was_training = net.training
     net.eval()
+    draws = as_int("draws", draws)
     parts = evaluation_parts(dataset, len(windows), draws)
     nats = torch.zeros(len(windows) * draws, dtype=torch.float64, device="cpu")
     for turn in range(0, len(parts), world_size()):

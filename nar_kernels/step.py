@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels import parallel
+from nar_kernels.checks import as_int
 from nar_kernels.config import TrainConfig
 from nar_kernels.loss import count
 from nar_kernels.masking import Corrupted
@@ -35,7 +36,7 @@ def loss_and_gradient(
     counted = count(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
     normalizer = parallel.sum_over_ranks(counted) / parallel.world_size()
     device = next(model.parameters()).device
-    parts = list(batch.microbatches(-(-len(batch) // accumulate)))
+    parts = list(batch.microbatches(-(-len(batch) // as_int("accumulate", accumulate))))
     losses = []
     for part in parts:
         with parallel.accumulating(model, is_last=part is parts[-1]):

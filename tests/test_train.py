@@ -930,6 +930,8 @@ def test_bf16(sentences, tmp_path):
         ({"num_tokens": 1}, r"num_tokens is 1: it must be in \[2, 2\*\*31\)"),
         ({"seed": 1 << 64}, "seed is 18446744073709551616: it must have 64 bits"),
         ({"threads": np.int64(0)}, "threads is 0"),
+        ({"batch_size": 1 << 31}, r"batch_size is 2147483648: it must be below 2\*\*31"),
+        ({"num_tokens": 1 << 31}, "num_tokens is 2147483648"),
     ],
 )
 def test_wrong_options(options, message):
