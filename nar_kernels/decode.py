@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from nar_kernels.choice import Choice, Noise, Ranking
+from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.plan import Plan
-from nar_kernels.unmasking import LOGIT_DTYPES, Unmasked, unmask
+from nar_kernels.unmasking import LOGIT_DTYPES, unmask
 
 # From ids [B, L] and rows [R], indices into the flat [B * L], to logits: chunks that are together
 # [R, V].
@@ -29,7 +30,7 @@ class DecodeState(NamedTuple):
         num_steps: how many there are, at most.
         ids: int64 ``[B, L]``, with ``mask_id`` at masked positions.
         masked: bool ``[B, L]``.
-        log_prob: float32 ``[B, L]``: that of each id when it was drawn, as in :class:`Unmasked`; 0
+        log_prob: float32 ``[B, L]``: that of each id when it was drawn, as in ``Unmasked``; 0
             for ids of the prompt, NaN where masked.
     """
 
@@ -53,14 +54,15 @@ def decode(
     forbidden_ids: Sequence[int] = (),
     remask: bool = False,
     begin_alike: bool = False,
+    first_sequence: int = 0,
     backend: str = "auto",
 ) -> Iterator[DecodeState]:
     """Fills the masks of a batch step by step.
 
     Each step draws ids for all masked positions of a block, keeps those that ``choice`` puts first,
     and masks the others again. What a sequence gets is a function of its logits, its place in the
-    batch and the seed. The host knows all counts, so it does not wait for the device, except for
-    the strategy ``"threshold"``.
+    batch and the seed. The host knows all counts, so it does not wait for the device before the
+    last step, except for the strategy ``"threshold"``.
 
     Args:
         predict: the net.
@@ -73,11 +75,18 @@ def decode(
             id has become improbable. Those of the prompt never are.
         begin_alike: promises that all prompts are the same, and that ``predict`` says the same of
             them: the first step asks it for one of them.
+        first_sequence: the number of the first sequence, by which its noise goes.
+
+    Raises:
+        InvalidLogitsError: the logits of a row, or a critic's score, are NaN: at once on the CPU,
+            elsewhere after the last step.
     """
     device, (batch, length) = prompt.device, prompt.shape
     num_steps = sum(len(block.steps) for block in plan.blocks)
     places = torch.arange(batch * length, device=device)
-    first_slots = places + places // length * (length * (plan.num_steps - 1))
+    sequences = places // length + first_sequence
+    first_slots = places % length + sequences * (length * plan.num_steps)
+    nans = NanRecord(num_steps, length)
     ids = prompt.flatten().clone()
     log_prob = torch.where(ids == mask_id, math.nan, 0.0).float()
 
@@ -90,7 +99,7 @@ def decode(
     for block in plan.blocks:
         rows, counts = block.rows.to(device, non_blocking=True), block.counts
         for number, annealing, left in block.steps:
-            noise = Noise(seed, plan.num_steps, number, length)
+            noise = Noise(seed, plan.num_steps, number, length, first_sequence)
             now, ranking = rows, None
             if choice.is_blind:
                 ranking = Ranking(choice.blind_score(rows, noise), rows, counts)
@@ -117,6 +126,7 @@ def decode(
                 confidence=choice.confidence,
                 backend=backend,
             )
+            nans.note("logits", drawn.is_nan, now, done)
             ids.index_copy_(0, now, drawn.tokens)
             log_prob.index_copy_(0, now, drawn.log_prob)
             if choice.strategy == "threshold":
@@ -128,6 +138,8 @@ def decode(
                 if ranking is None:
                     drawn_ids = ids.view(batch, length)
                     score = choice.score(drawn_ids, rows, drawn.confidence, annealing, noise)
+                    if choice.strategy == "critic":
+                        nans.note("critic's scores", score.isnan(), rows, done)
                     ranking = Ranking(score, rows, counts)
                 waiting = ranking.last(left)
                 ids.index_fill_(0, waiting, mask_id)
@@ -135,14 +147,66 @@ def decode(
                 if not remask:
                     rows, counts = waiting, left
             done += 1
+            if done == num_steps:
+                nans.check()
             yield state(done)
             if not any_left:
                 break
+    nans.check()
+
+
+class NanRecord:
+    """Where NaN was met first: looked for on the device, which is not waited for if it is none of
+    the CPU."""
+
+    def __init__(self, num_steps: int, length: int) -> None:
+        self._num_steps, self._length = num_steps, length
+        self._first: dict[str, Tensor] = {}
+
+    def note(self, what: str, is_nan: Tensor, rows: Tensor, step: int) -> None:
+        """Takes note of the rows, indices into the flat ``[B * L]``, where ``is_nan``."""
+        if len(rows) == 0:
+            return
+        places = step << 40 | rows // self._length  # by step, then by sequence
+        first = places.where(is_nan, 1 << 62).amin(0, keepdim=True)
+        self._first[what] = first.minimum(self._first.get(what, first))
+        if is_nan.is_cpu:
+            self.check()
+
+    def check(self) -> None:
+        """Raises InvalidLogitsError if there was any."""
+        for what, first in self._first.items():
+            step, sequence = divmod(int(first), 1 << 40)
+            if step < 1 << 22:
+                raise InvalidLogitsError(
+                    f"the {what} are NaN in step {step + 1} of {self._num_steps}, sequence "
+                    f"{sequence} of the batch: look for a NaN among the net's parameters (training "
+                    "that diverged) and arguments"
+                )
+        self._first.clear()
+
+
+class Drawn(NamedTuple):
+    """What :func:`draw_tokens` returns: an ``Unmasked``, and where it was NaN, bool ``[R]``,
+    that left no id to draw."""
+
+    tokens: Tensor
+    log_prob: Tensor
+    confidence: Tensor
+    is_nan: Tensor
+
+
+def _left_nothing(logits: Tensor, log_prob: Tensor) -> Tensor:
+    """bool ``[C]``: where NaN left no id to draw. (Beside others it counts as -inf.)"""
+    nothing = log_prob == -math.inf
+    if logits.is_cpu and not nothing.any():  # elsewhere, to look would wait
+        return nothing
+    return nothing & logits.amax(1).isnan()
 
 
 def draw_tokens(
     chunks: Iterable[Tensor], noise_slots: Tensor, given: Tensor | None = None, **options: Any
-) -> Unmasked:
+) -> Drawn:
     """:func:`nar_kernels.unmask` of logits that come chunk by chunk, so that never all of them
     exist.
 
@@ -155,23 +219,22 @@ def draw_tokens(
         Tensors ``[R]`` or ``[N * R]``.
     """
     draws = [noise_slots] if noise_slots.dim() == 1 else list(noise_slots)
-    parts: list[list[Unmasked]] = [[] for _ in draws]
+    parts: list[list[Drawn]] = [[] for _ in draws]
     first = 0
     for chunk in chunks:
         logits = chunk if chunk.dtype in LOGIT_DTYPES else chunk.float()
         part = slice(first, first := first + logits.shape[0])
         for slots, own_parts in zip(draws, parts, strict=True):
-            own_parts.append(
-                unmask(
-                    logits,
-                    noise_slots=slots[part],
-                    given=None if given is None else given[part],
-                    **options,
-                )
+            unmasked = unmask(
+                logits,
+                noise_slots=slots[part],
+                given=None if given is None else given[part],
+                **options,
             )
+            own_parts.append(Drawn(*unmasked, _left_nothing(logits, unmasked.log_prob)))
     if first == 0:
         nothing = noise_slots.new_empty(0, dtype=torch.float32)
-        return Unmasked(noise_slots.flatten(), nothing, nothing)
+        return Drawn(noise_slots.flatten(), nothing, nothing, nothing.bool())
     if len(draws) == len(parts[0]) == 1:
         return parts[0][0]
-    return Unmasked(*map(torch.cat, zip(*chain(*parts), strict=True)))
+    return Drawn(*map(torch.cat, zip(*chain(*parts), strict=True)))

@@ -34,6 +34,10 @@ class InvalidTokenError(ValueError):
         return error
 
 
+class InvalidLogitsError(ValueError):
+    """A net returned NaN where tokens were to be drawn."""
+
+
 class CorpusFormatError(ValueError):
     """A corpus file or array cannot be read as one stream of integer token ids."""
 

@@ -6,16 +6,20 @@ Shapes: B batch, L sequence length, V vocabulary, R masked positions, C rows of 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.heads import Prediction
+from nar_kernels.checks import as_int
+from nar_kernels.heads import Prediction, describe
 from nar_kernels.linear import LogitsMemory
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import is_function_of_ids
 from nar_kernels.plan import halton_order
 
-Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]
+Prompt = (
+    Tensor | np.ndarray | Sequence[int] | Sequence[Tensor | np.ndarray] | Sequence[Sequence[int]]
+)
 # From logits [C, V] and their rows [C], indices into the flat [B * L], to others.
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,6 +36,8 @@ def read_prompt(
     Raises:
         TypeError, ValueError: wrong types, lengths or ids.
     """
+    if batch_size is not None and (batch_size := as_int("batch_size", batch_size)) < 0:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 0")
     sequences = (
         [torch.empty(0, dtype=torch.int64, device="cpu")] if prompt is None else _sequences(prompt)
     )
@@ -60,23 +66,38 @@ def is_one_sequence(prompt: Prompt | None) -> bool:
     """Whether it is no batch of sequences."""
     if prompt is None:
         return True
-    if isinstance(prompt, Tensor):
-        return prompt.dim() == 1
-    return len(prompt) > 0 and isinstance(prompt[0], int)
+    if isinstance(prompt, Tensor | np.ndarray):
+        return prompt.ndim == 1
+    if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+        raise _no_prompt(f"is {prompt!r}")
+    return len(prompt) > 0 and np.ndim(prompt[0]) == 0
 
 
 def _sequences(prompt: Prompt) -> list[Tensor]:
     batch: Any = [prompt] if is_one_sequence(prompt) else prompt
-    sequences = [torch.as_tensor(sequence, device="cpu") for sequence in batch]
-    for sequence in sequences:
-        if len(sequence) == 0 and sequence.dim() == 1:
-            continue
-        if sequence.dim() != 1 or sequence.is_floating_point() or sequence.dtype == torch.bool:
-            raise TypeError(
-                f"a prompt has dtype {sequence.dtype} and shape {list(sequence.shape)}: it must be "
-                "integers [L] or [B, L], or a list of such sequences"
-            )
-    return [sequence.long() for sequence in sequences]
+    return [_ids(sequence) for sequence in batch]
+
+
+def _ids(sequence: Any) -> Tensor:
+    """int64 ``[n]`` on the CPU."""
+    if isinstance(sequence, np.ndarray):
+        # A tensor cannot share memory that is read-only, goes backwards or has foreign bytes.
+        sequence = sequence.astype(sequence.dtype.newbyteorder("="))
+    try:
+        ids = torch.as_tensor(sequence, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_prompt(f"holds {sequence!r}") from None
+    if len(ids) == 0 and ids.dim() == 1:
+        return ids.long()
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise _no_prompt(f"has dtype {ids.dtype} and shape {list(ids.shape)}")
+    return ids.long()
+
+
+def _no_prompt(what: str) -> TypeError:
+    return TypeError(
+        f"a prompt {what}: it must be integers [L] or [B, L], or a list of such sequences"
+    )
 
 
 def grid_order(grid: tuple[int, int] | None, seq_len: int) -> Tensor:
@@ -88,7 +109,7 @@ def grid_order(grid: tuple[int, int] | None, seq_len: int) -> Tensor:
     if grid is None:
         side = round(seq_len**0.5)
         grid = side, side
-    height, width = grid
+    height, width = (as_int("grid", size) for size in grid)
     if height * width != seq_len or height < 1:
         raise ValueError(
             f"grid is {height} x {width}: strategy 'halton' needs grid=(height, width) with "
@@ -151,9 +172,20 @@ class Predictor:
         first = 0
         for logits in self._logits(ids, rows):
             if self._logits_processor is not None:
-                logits = self._logits_processor(logits, rows[first : first + len(logits)])
+                logits = self._processed(logits, rows[first : first + len(logits)])
                 first += len(logits)
             yield logits
+
+    def _processed(self, logits: Tensor, rows: Tensor) -> Tensor:
+        assert self._logits_processor is not None
+        # Chunks share memory, and what the processor gets is its own.
+        processed = self._logits_processor(logits.clone(), rows)
+        if not isinstance(processed, Tensor) or processed.shape != logits.shape:
+            raise TypeError(
+                f"logits_processor returned {describe(processed)}: it must return logits of shape "
+                f"{list(logits.shape)}"
+            )
+        return processed
 
     def _logits(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         kwargs, guidance = self._kwargs, self._guidance

@@ -3,6 +3,8 @@
 Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows, C rows of a chunk.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +22,8 @@ from nar_kernels.loss import (
     reduce_nll,
 )
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.nets import net_attribute, other_attribute, unwrapped
+from nar_kernels.nets import NetAdapter, is_transformer_wrapper, net_attribute, plain_core
+from nar_kernels.plain import is_plain, is_plain_linear, is_plain_tensor, is_pointwise
 
 
 class LinearHead(NamedTuple):
@@ -31,76 +34,143 @@ class LinearHead(NamedTuple):
     scale: float = 1.0
 
 
+Head = LinearHead | Callable[[Tensor], Tensor]  # from [C, D] to [C, V]
+
+
 class SplitNet(NamedTuple):
     """A net in two: ``head(hidden(ids, **kwargs))`` are the logits."""
 
     hidden: Callable[..., Tensor]  # from ids [B, L] to [B, L, D]
-    head: LinearHead | Callable[[Tensor], Tensor]  # from [C, D] to [C, V]
+    head: Head
 
 
 def split_net(net: nn.Module) -> SplitNet | None:
-    """Where the head of ``net`` begins, or None if that cannot be told."""
+    """Where the head of ``net`` begins; None where it is not sure that its call does nothing else
+    than to apply the head to the hidden states, hooks and overridden methods included."""
+    core: Any = plain_core(net)
+    if core is None:
+        return None
+    head = None
+    if is_transformer_wrapper(core):
+        if core is net and (split := _split_unusual_softmax(core)) is not None:
+            return split
+        head = _transformer_wrapper_head(core)
+    elif getattr(core, "output_head", None) is not None and _keeps_its_promise(type(core)):
+        head = _promised_head(core.output_head)
+    if head is None:
+        return None
 
     def hidden(ids: Tensor, **kwargs: Any) -> Tensor:
         return net(ids, return_embeddings=True, **kwargs)
 
-    module = net_attribute(net, "output_head", None)
-    if module is not None:
-        return SplitNet(hidden, _head(module))
-    inner = unwrapped(net)
-    if _is_plain_transformer_wrapper(inner):
-        return _split_transformer_wrapper(inner, hidden)
-    return None
+    return SplitNet(hidden, head)
 
 
-def _head(module: nn.Module) -> LinearHead | Callable[[Tensor], Tensor]:
-    has_hooks = module._forward_hooks or module._forward_pre_hooks
-    if type(module) is nn.Linear and not has_hooks:
-        return LinearHead(module.weight, module.bias)
+def _keeps_its_promise(kind: type) -> bool:
+    """Whether no subclass of the one that has ``output_head`` overrides its ``forward``."""
+    promising = next((c for c in kind.__mro__ if "output_head" in vars(c)), None)
+    calling = next(c for c in kind.__mro__ if "forward" in vars(c))
+    # Of an attribute of the instance it is not known which class set it.
+    return promising is None or issubclass(promising, calling)
+
+
+def _promised_head(module: nn.Module) -> Head | None:
+    if is_plain_linear(module):
+        return LinearHead(module.weight, module.bias)  # type: ignore[arg-type]
+    if type(module) is nn.Linear or not is_plain(module):
+        return None
+    return _of_rows(module)
+
+
+def _of_rows(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda rows: module(rows[None])[0]  # some expect a batch of sequences
 
 
-def _is_plain_transformer_wrapper(net: nn.Module) -> bool:
-    """Whether this is x-transformers' TransformerWrapper, with one output for each position."""
-    if not hasattr(net, "attn_layers") or getattr(net, "to_logits", None) is None:
-        return False
-    unusual = ("has_multiple_heads", "average_pool_embed", "looped", "squeeze_out_last_dim")
-    modules = ("cls_token", "attn_pool")
-    return not any(getattr(net, name, False) for name in unusual) and all(
-        getattr(net, name, None) is None for name in modules
+def _has_unusual_output(net: Any, but: str = "") -> bool:
+    """Whether a TransformerWrapper does more than to apply ``to_logits`` at each position."""
+    unusual = (
+        *("has_multiple_heads", "average_pool_embed", "looped", "squeeze_out_last_dim"),
+        *("sigsoftmax_logits", "to_mixture", "cls_token", "attn_pool"),
     )
+    return any(getattr(net, name, None) not in (None, False) for name in unusual if name != but)
 
 
-def _split_transformer_wrapper(net: Any, hidden: Callable[..., Tensor]) -> SplitNet:
-    if getattr(net, "to_mixture", None) is not None:  # a mixture of softmaxes
+def _transformer_wrapper_head(net: Any) -> Head | None:
+    """That of x-transformers' TransformerWrapper, if it has one output for each position."""
+    if _has_unusual_output(net):
+        return None
+    module = getattr(net, "to_logits", None)
+    if isinstance(module, nn.Module):
+        if is_plain_linear(module):
+            return LinearHead(module.weight, module.bias)  # type: ignore[arg-type]
+        return _of_rows(module) if is_pointwise(module) else None
+    scale = getattr(net, "tie_embedding_scale", None)
+    if scale is None or not _is_tied(net) or not is_plain_tensor(net.token_emb.emb.weight):
+        return None
+    return LinearHead(net.token_emb.emb.weight, scale=scale)
 
-        def before_mixture(ids: Tensor, **kwargs: Any) -> Tensor:
-            with other_attribute(net, "to_mixture", None):
-                return hidden(ids, **kwargs)
+
+def _split_unusual_softmax(net: Any) -> SplitNet | None:
+    """A TransformerWrapper whose logits are no linear function of its hidden states: a mixture of
+    softmaxes, or sigsoftmax."""
+    if not is_plain_linear(getattr(net, "to_logits", None)):
+        return None
+    if (to_mixture := getattr(net, "to_mixture", None)) is not None:
+        layers = (net.combine_mixture, to_mixture[0])
+        if not (all(map(is_plain_linear, layers)) and all(map(is_plain, to_mixture.modules()))):
+            return None
 
         def mixture(rows: Tensor) -> Tensor:
             of_each = net.to_logits(net.to_mixture(rows)).float().softmax(-1)  # [C, K, V]
             share = net.combine_mixture(rows).float().softmax(-1)
             return torch.einsum("ckv,ck->cv", of_each, share).log()
 
-        return SplitNet(before_mixture, mixture)
+        return _split_at(net, "to_mixture", None, mixture)
     if getattr(net, "sigsoftmax_logits", False):
-
-        def before_sigsoftmax(ids: Tensor, **kwargs: Any) -> Tensor:
-            with other_attribute(net, "sigsoftmax_logits", False):
-                return hidden(ids, **kwargs)
 
         def sigsoftmax(rows: Tensor) -> Tensor:
             logits = net.to_logits(rows)
             return logits + logits.sigmoid().log()
 
-        return SplitNet(before_sigsoftmax, sigsoftmax)
-    if isinstance(net.to_logits, nn.Module):
-        return SplitNet(hidden, _head(net.to_logits))
-    scale = getattr(net, "tie_embedding_scale", None)
-    if scale is not None:
-        return SplitNet(hidden, LinearHead(net.token_emb.emb.weight, scale=scale))
-    return SplitNet(hidden, net.to_logits)
+        return _split_at(net, "sigsoftmax_logits", False, sigsoftmax)
+    return None
+
+
+def _split_at(net: Any, name: str, without: Any, head: Head) -> SplitNet | None:
+    if _has_unusual_output(net, but=name) or net._compiled_call_impl is not None:
+        return None
+    # Asked for hidden states, the net would trip over this attribute. The net of the user stays as
+    # it is: this one shares all parts with it but that one.
+    trunk = copy.copy(net)
+    trunk.__dict__["_modules"] = net._modules.copy()
+    setattr(trunk, name, without)
+
+    def hidden(ids: Tensor, **kwargs: Any) -> Tensor:
+        return trunk(ids, return_embeddings=True, **kwargs)
+
+    return SplitNet(hidden, head)
+
+
+def _is_tied(net: Any) -> bool:
+    """Whether ``to_logits`` is what x-transformers makes of the embedding of this very net: that of
+    a deep copy is still the original's."""
+    function = net.to_logits
+    closure = getattr(function, "__closure__", None) or ()
+    return (
+        getattr(function, "__module__", None) == type(net).__module__
+        and getattr(function, "__qualname__", "").startswith("TransformerWrapper.__init__")
+        and [cell.cell_contents for cell in closure] == [net]
+    )
+
+
+def _distrust_head(adapter: NetAdapter, reason: Exception) -> None:
+    adapter.distrust_head()
+    why = str(reason).partition("\n")[0]
+    warnings.warn(
+        "NetAdapter(head=...): the net does more than to return what its head does, so logits are "
+        f"made at all positions, as without head ({why})",
+        stacklevel=2,
+    )
 
 
 def describe(output: Any) -> str:
@@ -133,14 +203,24 @@ class Prediction:
     ) -> None:
         # Arguments of the head itself cannot be told from others.
         split = None if "to_logits_kwargs" in kwargs else split_net(net)
-        self.head = None if split is None else split.head
+        self.head: Head | None = None
         self.embeddings: Tensor | None = None
+        unfit: tuple[NetAdapter, Exception] | None = None
         if split is not None:
-            self.output = self.embeddings = split.hidden(ids, **kwargs)
-        elif with_embeddings:
+            try:
+                self.output = self.embeddings = split.hidden(ids, **kwargs)
+                self.head = split.head
+            except Exception as error:
+                adapter = plain_core(net)
+                if not isinstance(adapter, NetAdapter):
+                    raise
+                unfit = adapter, error
+        if self.head is None and with_embeddings:
             self.output, self.embeddings = net(ids, return_logits_and_embeddings=True, **kwargs)
-        else:
+        elif self.head is None:
             self.output = net(ids, **kwargs)
+        if unfit is not None:  # a call that is wrong by itself has raised
+            _distrust_head(*unfit)
         self._is_log_prob = net_attribute(net, "output_is_log_prob", False)
 
     @property

@@ -22,8 +22,17 @@ _lib = torch.library.Library("nar_kernels", "DEF")
 _lib.define(f"corrupt({CorruptArgs.schema()}, str backend) -> ({', '.join(['Tensor'] * 9)})")
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def host_address(tensor: Tensor | None) -> int:
+    """Where a kernel of the CPU finds it; 0 for None.
+
+    Raises:
+        ValueError: it is somewhere else. (Callers check what users pass.)
+    """
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise ValueError(f"a tensor is on {tensor.device}, but the kernel runs on the CPU")
+    return tensor.data_ptr()
 
 
 def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -40,7 +49,7 @@ def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tens
 
 def _corrupt_cpp(a: CorruptArgs) -> tuple[Tensor, ...]:
     assert cpp is not None
-    invalid = torch.empty(NUM_INVALID, dtype=torch.int64)
+    invalid = torch.empty(NUM_INVALID, dtype=torch.int64, device="cpu")
     outputs = (*_empty_outputs(a.batch, a.seq_len, invalid.device), invalid)
     token_type, num_tokens = DTYPE_CODE[a.tokens.dtype], a.tokens.numel()
     cpp.corrupt(a, outputs, token_type, num_tokens, torch.get_num_threads())
@@ -79,10 +88,15 @@ _CORRUPT = {
 
 def _needs_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether something records, traces or intercepts what is done with tensors: it is to see
-    operators. Anybody else is spared torch's dispatcher, which costs some 10 us a call."""
+    operators, as are tensors without values. Anybody else is spared torch's dispatcher, which costs
+    some 10 us a call."""
     return (
         torch.compiler.is_compiling()  # which knows nothing of what follows
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+        or any(
+            type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta
+            for t in tensors
+            if t is not None
+        )
         or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
@@ -146,17 +160,17 @@ def _nll_cpp(
     logits: Tensor, labels: Tensor, bias: Tensor | None, weight: Tensor | None, gradient: bool
 ) -> Tensor:
     assert cpp is not None
-    nll = torch.empty(logits.shape[0], dtype=torch.float32)
+    nll = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
     cpp.nll(
-        logits.data_ptr(),
+        host_address(logits),
         _CPP_LOGITS[logits.dtype],
         *logits.shape,
         logits.stride(0),
-        _address(bias),
-        labels.data_ptr(),
-        _address(weight),
+        host_address(bias),
+        host_address(labels),
+        host_address(weight),
         gradient,
-        nll.data_ptr(),
+        host_address(nll),
         torch.get_num_threads(),
     )
     return nll
@@ -233,15 +247,15 @@ def _linear_impl(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | 
     if is_known and cpp is not None and cpp.has_linear():
         bias = None if bias is None else bias.contiguous()
         cpp.linear(
-            logits.data_ptr(),
+            host_address(logits),
             logits.stride(0),
-            hidden.data_ptr(),
+            host_address(hidden),
             *hidden.shape,
             hidden.stride(0),
-            weight.data_ptr(),
+            host_address(weight),
             weight.shape[0],
             weight.stride(0),
-            _address(bias),
+            host_address(bias),
             torch.get_num_threads(),
         )
     elif bias is None:
@@ -305,19 +319,19 @@ def _unmask_cpp(
         logits = logits.float()
     outputs = _unmask_outputs(noise_slots, confidence)
     cpp.unmask(
-        logits.data_ptr(),
+        host_address(logits),
         _CPP_LOGITS[logits.dtype],
         *logits.shape,
         logits.stride(0),
-        noise_slots.data_ptr(),
-        _address(given),
+        host_address(noise_slots),
+        host_address(given),
         forbidden,
         fallback,
         seed,
         top_k,
         inverse_temperature,
         CONFIDENCES.index(confidence),
-        *(tensor.data_ptr() for tensor in outputs),
+        *map(host_address, outputs),
         torch.get_num_threads(),
     )
     return outputs

@@ -4,6 +4,7 @@ Shapes: B batch, L sequence length, V vocabulary (rows of the head), D width, R 
 of a chunk.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from nar_kernels.backends import resolve_backend
 from nar_kernels.launch import NLL_DTYPES, run_nll
 from nar_kernels.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
-from nar_kernels.masking import Corrupted, MaskingConfig
+from nar_kernels.masking import IGNORE_INDEX, Corrupted, MaskingConfig
+from nar_kernels.schedules import NUM_TIMES
 
 Reduction = Literal["nelbo", "mean", "none"]
 
@@ -52,34 +54,39 @@ def masked_nll(
             on the negative log-likelihood in nats per token. ``"mean"`` is the mean over masked
             positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
         normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``) or
-            masked (``"mean"``) positions: that of the whole batch where this is a part of it. One
-            number.
+            masked (``"mean"``) positions: that of the whole batch where this is a part of it
+            (:func:`count`). One positive number; on a GPU, its value is not looked at.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``: of the softmax. Products
             are PyTorch's, but for the logits of a large head in float32 with ``"cpp"``.
 
     Returns:
         A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
 
-    There are no second derivatives.
+    Masked positions whose label somebody has set to -100 are not counted, neither in the sum nor in
+    what divides it. There are no second derivatives.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit each other.
+        ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
+            weights of a schedule that gives no bound.
     """
     _check(hidden, corrupted, reduction, normalizer)
     _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, product_dtype(hidden, weight)
     backend = _resolve(backend, device, dtype)
     rows, labels = masked_labels(corrupted)
+    is_ignored = labels == IGNORE_INDEX
+    labels = labels.masked_fill(is_ignored, 0)  # of no account, and no id out of range
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
     with torch.autocast(device.type, enabled=False):
         # A Function's own needs_input_grad does not know of torch.no_grad.
         if not torch.is_grad_enabled():
             nothing = (False, False, False)
             nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
-            return reduce_nll(nll, corrupted, reduction, normalizer)
+            return reduce_nll(nll.masked_fill(is_ignored, 0), corrupted, reduction, normalizer)
         if reduction == "none":
-            return _PerRow.apply(picked, weight, bias, labels, backend)
-        row_weight = _row_weight(corrupted, rows, reduction)
+            nll = _PerRow.apply(picked, weight, bias, labels, backend)
+            return nll.masked_fill(is_ignored, 0)
+        row_weight = _row_weight(corrupted, rows, reduction).masked_fill(is_ignored, 0)
         total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
         return _normalized(total, corrupted, reduction, normalizer)
 
@@ -124,7 +131,8 @@ def head_nll(
 
 
 def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
-    """``[R]``, at least float32: the loss of logits ``[R, V]`` that are there."""
+    """``[R]``, at least float32: the loss of logits ``[R, V]`` that are there; 0 where the label is
+    -100."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = torch.nn.functional.nll_loss if is_log_prob else torch.nn.functional.cross_entropy
     return loss(logits, labels, reduction="none")
@@ -139,8 +147,8 @@ def reduce_nll(
     """The losses of the masked rows ``[R]``, reduced as :func:`masked_nll` does."""
     if reduction == "none":
         return nll
-    row_weight = _row_weight(corrupted, corrupted.masked_rows, reduction)
-    total = nll.sum() if row_weight is None else (row_weight * nll).sum()
+    _check_reduction(corrupted, reduction, normalizer)
+    total = (_row_weight(corrupted, corrupted.masked_rows, reduction) * nll).sum()
     return _normalized(total, corrupted, reduction, normalizer)
 
 
@@ -162,8 +170,15 @@ def head_widths(masking: MaskingConfig) -> set[int]:
 
 def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
     """int64 scalar, at least 1, on the device: what a reduction divides by."""
+    return num_counted(corrupted, reduction).clamp(min=1)
+
+
+def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
+    """int64 scalar on the device: how many positions are maskable (``"nelbo"``) or masked, without
+    those whose label was set to -100."""
     counts = corrupted.num_maskable if reduction == "nelbo" else corrupted.num_masked
-    return counts.sum().clamp(min=1)
+    is_ignored = corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX)
+    return counts.sum() - is_ignored.sum()
 
 
 def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
@@ -172,10 +187,10 @@ def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
     return rows, corrupted.labels.view(-1).index_select(0, rows)
 
 
-def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor | None:
-    """``loss_weight`` at each masked row, or None where all count alike."""
+def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor:
+    """float32 ``[R]``: ``loss_weight`` at each masked row, or 1."""
     if reduction == "mean":
-        return None
+        return torch.ones_like(rows, dtype=torch.float32)
     return corrupted.loss_weight.index_select(0, rows // corrupted.labels.shape[1])
 
 
@@ -185,12 +200,7 @@ def _check(
     reduction: Reduction,
     normalizer: float | Tensor | None,
 ) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
-    if reduction == "none" and normalizer is not None:
-        raise ValueError("normalizer was given, but reduction 'none' divides by nothing")
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise ValueError(f"normalizer has shape {list(normalizer.shape)}: it must be one number")
+    _check_reduction(corrupted, reduction, normalizer)
     shape = tuple(corrupted.input_ids.shape)
     if hidden.dim() != 3 or hidden.shape[:2] != shape:
         raise ValueError(
@@ -201,6 +211,38 @@ def _check(
         raise ValueError(
             f"corrupted is on {corrupted.labels.device}, but hidden on {hidden.device}"
         )
+
+
+def _check_reduction(
+    corrupted: Corrupted, reduction: Reduction, normalizer: float | Tensor | None
+) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
+    if reduction == "nelbo" and not corrupted.masking.is_bound and _weights_are_drawn(corrupted):
+        corrupted.masking.check_bound()
+    if normalizer is None:
+        return
+    if reduction == "none":
+        raise ValueError("normalizer was given, but reduction 'none' divides by nothing")
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {list(normalizer.shape)}: it must be one number")
+    on_device = isinstance(normalizer, Tensor) and not normalizer.is_cpu  # looking would wait
+    if not on_device and not 0 < float(normalizer) < math.inf:
+        raise ValueError(
+            f"normalizer is {float(normalizer)}: it must be positive, the count of positions that "
+            "the sum of losses is divided by"
+        )
+
+
+def _weights_are_drawn(corrupted: Corrupted) -> bool:
+    """Whether ``loss_weight`` is what the schedule says, and not a user's own. Waits for the
+    device."""
+    masking = corrupted.masking
+    t16 = (corrupted.times * NUM_TIMES).long()
+    weight = masking.tables(corrupted.times.device)[1].index_select(0, t16)
+    if masking.exact:
+        weight = weight * corrupted.num_maskable / corrupted.num_masked.clamp(min=1)
+    return torch.allclose(weight, corrupted.loss_weight)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
@@ -300,7 +342,7 @@ class _WeightedSum(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        row_weight: Tensor | None,
+        row_weight: Tensor,
         backend: str,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels, row_weight)
@@ -308,7 +350,7 @@ class _WeightedSum(torch.autograd.Function):
         nll, ctx.gradients = _losses_and_gradients(
             hidden, weight, bias, labels, row_weight, backend, ctx.needs_input_grad[:3]
         )
-        return nll.sum() if row_weight is None else (row_weight * nll).sum()
+        return (row_weight * nll).sum()
 
     @staticmethod
     @once_differentiable

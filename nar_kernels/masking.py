@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nar_kernels.checks import as_int
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.schedules import Schedule, ScheduleTable, tabulate
+from nar_kernels.schedules import Schedule, ScheduleTable, resolve, tabulate
 
 IGNORE_INDEX = -100
 
@@ -25,9 +26,6 @@ NUM_INVALID = 5
 
 def check_vocabulary(num_tokens: int, mask_id: int) -> None:
     """Raises ValueError unless num_tokens is in [2, 2**31) and mask_id in [0, num_tokens)."""
-    for name, value in (("num_tokens", num_tokens), ("mask_id", mask_id)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}: it must be an int")
     if not 2 <= num_tokens < 1 << 31:
         raise ValueError(f"num_tokens is {num_tokens}: it must be in [2, 2**31)")
     if not 0 <= mask_id < num_tokens:
@@ -47,7 +45,9 @@ class MaskingConfig:
         mask_id: the id of the mask token, in [0, V).
         schedule: mask ratio m(t), falling from 1 at t = 0 to 0 at t = 1: ``"linear"``,
             ``"cosine"``, ``"square"``, ``"cubic"``, ``"sqrt"``, ``"arccos"``, ``"sigmoid"``, or a
-            callable from times to ratios.
+            callable from times to ratios, which is tabulated here and not asked again. One that
+            spans less, such as BERT's ``lambda t: 0.15``, gives no bound on the likelihood: train
+            the mean with it.
         draw: ``"exact"`` masks exactly ``clamp(ceil(m(t) n), 1, n)`` of n maskable positions,
             uniformly among all such subsets (MaskGIT, arXiv:2202.04200). ``"bernoulli"`` masks each
             with probability m(t) (MDLM, arXiv:2406.07524).
@@ -62,7 +62,7 @@ class MaskingConfig:
         never_mask_ids: ids whose positions are never masked: BOS, padding, separators.
 
     Raises:
-        ValueError: a value is out of its range.
+        TypeError, ValueError: a value is of the wrong type, or out of its range.
     """
 
     num_tokens: int
@@ -89,12 +89,18 @@ class MaskingConfig:
     # no_replace_prob, random_token_prob and corruption_prob in units of 1 / PROBABILITY_ONE.
     shares: tuple[int, int, int] = field(init=False, repr=False, compare=False)
 
+    # Whether loss_weight is that of a bound on the likelihood.
+    is_bound: bool = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
+        for name in ("num_tokens", "mask_id"):
+            object.__setattr__(self, name, as_int(name, getattr(self, name)))
         check_vocabulary(self.num_tokens, self.mask_id)
         for name, valid in (("draw", ("exact", "bernoulli")), ("times", ("stratified", "uniform"))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {valid}")
         for name in ("no_replace_prob", "random_token_prob", "corruption_prob"):
+            object.__setattr__(self, name, float(getattr(self, name)))
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
         if self.no_replace_prob + self.random_token_prob > 1:
@@ -102,7 +108,8 @@ class MaskingConfig:
                 f"no_replace_prob + random_token_prob is "
                 f"{self.no_replace_prob + self.random_token_prob}: shares of one whole, at most 1"
             )
-        object.__setattr__(self, "never_mask_ids", tuple(int(i) for i in self.never_mask_ids))
+        never_mask_ids = tuple(as_int("never_mask_ids", i) for i in self.never_mask_ids)
+        object.__setattr__(self, "never_mask_ids", never_mask_ids)
         for i in self.never_mask_ids:
             if not 0 <= i < self.num_tokens:
                 raise ValueError(f"never_mask_ids holds {i}, outside [0, {self.num_tokens})")
@@ -112,11 +119,12 @@ class MaskingConfig:
         object.__setattr__(self, "weight_table", weight)
         object.__setattr__(self, "never_mask_table", self._never_mask_table())
         object.__setattr__(self, "shares", self._shares())
+        object.__setattr__(self, "is_bound", self.table.is_bound)
 
     def _never_mask_table(self) -> Tensor | None:
         if not self.never_mask_ids:
             return None
-        table = torch.zeros(self.num_tokens, dtype=torch.bool)
+        table = torch.zeros(self.num_tokens, dtype=torch.bool, device="cpu")
         table[list(self.never_mask_ids)] = True
         return table
 
@@ -137,6 +145,23 @@ class MaskingConfig:
             assert ratio is not None and weight is not None
             self._copies[device] = ratio, weight, never_mask
         return self._copies[device]
+
+    def ratio_at(self, t: Tensor) -> Tensor:
+        """m(t) at times in [0, 1]; of a callable, what was tabulated."""
+        if isinstance(self.schedule, str):
+            return resolve(self.schedule)(t)
+        return self.table.at(t.double())
+
+    def check_bound(self) -> None:
+        """Raises ValueError if the schedule gives no bound on the likelihood."""
+        if not self.is_bound:
+            first, last = self.table.edges[0].item(), self.table.edges[-1].item()
+            raise ValueError(
+                f"the mask ratio goes from {first:g} at t = 0 to {last:g} at t = 1, but the bound "
+                "on the likelihood is an integral from 1 to 0: use such a schedule, or the mean "
+                "over masked tokens (masked_nll: reduction='mean', NonAutoregressiveWrapper: "
+                "use_simple_mdlm_loss_weight=False)"
+            )
 
     @property
     def exact(self) -> bool:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from nar_kernels.arguments import CorruptArgs, WindowOrder
 from nar_kernels.backends import cpp, resolve_backend
+from nar_kernels.checks import as_int
 from nar_kernels.corpus import TOKEN_DTYPES as _DTYPES
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.launch import DTYPE_CODE, run_corrupt
+from nar_kernels.launch import DTYPE_CODE, host_address, run_corrupt
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.philox import Stream
 from nar_kernels.philox import permute as permute_ref
@@ -24,7 +25,7 @@ _ON_CPU = ("reference", "cpp")
 
 def signed_seed(seed: int) -> int:
     """A 64-bit seed as the signed integer with the same bits."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    return (as_int("seed", seed) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _check_ids(name: str, ids: Tensor, device: torch.device) -> Tensor:
@@ -111,6 +112,7 @@ def corrupt(
     at them would stall the device, when ``raise_if_invalid()`` is called on the result.
     """
     check_token_dtype(tokens.dtype)
+    seq_len = None if seq_len is None else as_int("seq_len", seq_len)
     if starts is None:
         if tokens.dim() != 2:
             raise ValueError(
@@ -137,8 +139,7 @@ def corrupt(
         sample_ids = _check_ids("sample_ids", sample_ids, device)
         if sample_ids.shape[0] != batch:
             raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
-    if global_batch is None:
-        global_batch = max(batch, 1)
+    global_batch = max(batch, 1) if global_batch is None else as_int("global_batch", global_batch)
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
     if maskable is not None:
@@ -277,7 +278,7 @@ def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
     known = all(tensor is None for tensor in on_device)
     if not known or cpp is None or torch.compiler.is_compiling():
         return None
-    counts = torch.empty(a.batch, dtype=torch.int64)
+    counts = torch.empty(a.batch, dtype=torch.int64, device="cpu")
     cpp.count_masked(
         a.batch,
         a.seq_len,
@@ -286,8 +287,8 @@ def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
         a.exact,
         a.stratified,
         a.seed,
-        masking.table.ratio.data_ptr(),
-        counts.data_ptr(),
+        host_address(masking.table.ratio),
+        host_address(counts),
         torch.get_num_threads(),
     )
     return counts
@@ -327,18 +328,18 @@ def windows(
     if resolve_backend(backend, tokens.device, _ON_CPU) == "cpp":
         assert cpp is not None
         tokens = tokens.contiguous()
-        out = torch.empty((starts.shape[0], seq_len), dtype=torch.int64)
-        record = torch.empty(3, dtype=torch.int64)
+        out = torch.empty((starts.shape[0], seq_len), dtype=torch.int64, device="cpu")
+        record = torch.empty(3, dtype=torch.int64, device="cpu")
         cpp.windows(
-            tokens.data_ptr(),
+            host_address(tokens),
             DTYPE_CODE[tokens.dtype],
             tokens.numel(),
-            starts.data_ptr(),
+            host_address(starts),
             *out.shape,
             num_tokens,
             mask_id,
-            out.data_ptr(),
-            record.data_ptr(),
+            host_address(out),
+            host_address(record),
         )
     else:
         out, record = windows_ref(tokens, starts, seq_len, num_tokens, mask_id)
@@ -368,6 +369,6 @@ def permute(
     index = index.contiguous()
     out = torch.empty_like(index)
     cpp.permute(
-        index.data_ptr(), index.numel(), n, signed_seed(seed), stream, round, out.data_ptr()
+        host_address(index), index.numel(), n, signed_seed(seed), stream, round, host_address(out)
     )
     return out

@@ -70,6 +70,25 @@ def max_over_ranks(value: int) -> int:
     return int(largest)
 
 
+class SumOverRanks:
+    """A sum over ranks that is being made while other work goes on. All ranks must ask for it.
+
+    Args:
+        values: of this rank; they become those of all.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.world_size = world_size()
+        self._values = values
+        self._work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+
+    def mean(self) -> Tensor:
+        """The sum divided by the number of ranks."""
+        if self._work is not None:
+            self._work.wait()
+        return self._values / self.world_size
+
+
 def of_first_rank(value: Any) -> Any:
     """``value`` as the first rank has it."""
     values = [value]

@@ -84,8 +84,9 @@ def words(seed: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
 
 def derived_seed(seed: int, use: Stream, slot: int = 0) -> int:
     """A 64-bit seed for one use of ``seed``."""
-    position = 2 * int(use) + torch.arange(2)
-    low, high = words(seed, Stream.GENERATOR_SEED, torch.tensor(slot), position).tolist()
+    position = 2 * int(use) + torch.arange(2, device="cpu")
+    sample = torch.tensor(slot, device="cpu")
+    low, high = words(seed, Stream.GENERATOR_SEED, sample, position).tolist()
     return high << 32 | low
 
 

@@ -55,7 +55,8 @@ class Plan(NamedTuple):
 def num_masked_after(schedule: Schedule, steps: int, counts: Tensor) -> Tensor:
     """How many of each of the ``counts`` are masked after each step: ``floor(m((i + 1) / S) n)``.
 
-    In float32, as x-transformers counts. Never rises, and ends at 0 whatever the schedule.
+    In float32 whatever the default type, as x-transformers counts. Never rises, and ends at 0
+    whatever the schedule.
 
     Args:
         counts: int64 ``[B]``.
@@ -63,9 +64,10 @@ def num_masked_after(schedule: Schedule, steps: int, counts: Tensor) -> Tensor:
     Returns:
         int64 ``[S, B]``.
     """
-    times = torch.linspace(0, 1, steps + 1, device="cpu")[1:]
-    ratios = torch.tensor([float(schedule(t)) for t in times], device="cpu")
-    left = (ratios[:, None] * counts).long().clamp(min=0).minimum(counts).cummin(0).values
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float32, device="cpu")[1:]
+    ratios = [float(schedule(t)) for t in times]
+    ratio = torch.tensor(ratios, dtype=torch.float32, device="cpu")
+    left = (ratio[:, None] * counts).long().clamp(min=0).minimum(counts).cummin(0).values
     left[-1] = 0
     return left
 
@@ -135,7 +137,7 @@ def halton_order(height: int, width: int) -> Tensor:
     Returns:
         int64 ``[height * width]``: the rank of each cell, row by row.
     """
-    ranks = torch.full((height, width), -1)
+    ranks = torch.full((height, width), -1, device="cpu")
     visited = 0
     for down, right in zip(_van_der_corput(2), _van_der_corput(3), strict=True):
         cell = int(down * height), int(right * width)

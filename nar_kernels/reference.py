@@ -68,7 +68,8 @@ def _shares(
     seed: int, sample_ids: Tensor, keep_share: int, random_share: int, coin_share: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per sample ``[B, 1]``: the share to keep, to keep or randomise, and a rounding word."""
-    draw = words(seed, Stream.CORRUPTION, sample_ids[:, None], torch.arange(3).to(sample_ids))
+    device = sample_ids.device
+    draw = words(seed, Stream.CORRUPTION, sample_ids[:, None], torch.arange(3, device=device))
     keep_coin, random_coin, rounding = (draw >> 1).split(1, dim=1)
     keep = torch.where(keep_coin < coin_share, keep_share, 0)
     random = torch.where(random_coin < coin_share, random_share, 0)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 NUM_TIMES = 1 << 16
 
+_CUT_OFF = 1e-3 + 1e-6
+
 Schedule = Callable[[Tensor], Tensor]
 
 
@@ -68,11 +70,26 @@ class ScheduleTable(NamedTuple):
             at most 2**32 - 1. Down, so that ``ceil(m * n)`` is right for ratios such as 2/3.
         exact_weight: float32 ``[65536]``, |m'(t)|.
         bernoulli_weight: float32 ``[65536]``, |m'(t)| / m(t); 0 where m is 0.
+        edges: float64 ``[65537]``, m at the beginning of each bin of time, and at 1.
     """
 
     ratio: Tensor
     exact_weight: Tensor
     bernoulli_weight: Tensor
+    edges: Tensor
+
+    def at(self, t: Tensor) -> Tensor:
+        """float64: m at float64 times in [0, 1], linear between the edges."""
+        place = t * NUM_TIMES
+        i = place.long().clamp(max=NUM_TIMES - 1)
+        left, right = self.edges[i], self.edges[i + 1]
+        return left + (right - left) * (place - i)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether losses weighted by |m'| are a bound on the likelihood: they are where the ratio
+        falls from 1 to 0. (1e-3 may be missing at either end: many cut times off there.)"""
+        return self.edges[0].item() >= 1 - _CUT_OFF and self.edges[-1].item() <= _CUT_OFF
 
 
 def resolve(schedule: str | Schedule) -> Schedule:
@@ -95,10 +112,9 @@ def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
         value = None
     if isinstance(value, Tensor) and value.shape == t.shape:
         return value.detach().to("cpu", torch.float64)
-    return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64)
+    return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64, device="cpu")
 
 
-@lru_cache(maxsize=16)
 def tabulate(schedule: str | Schedule) -> ScheduleTable:
     """Tabulates a schedule, with |m'| as the mean slope over each of the 65536 bins of time.
 
@@ -108,9 +124,19 @@ def tabulate(schedule: str | Schedule) -> ScheduleTable:
     Raises:
         ValueError: the schedule is not finite, leaves [0, 1], or increases.
     """
+    # A callable may give something else next time: its table is made anew.
+    return _tabulate_named(schedule) if isinstance(schedule, str) else _tabulate(schedule)
+
+
+@lru_cache
+def _tabulate_named(name: str) -> ScheduleTable:
+    return _tabulate(name)
+
+
+def _tabulate(schedule: str | Schedule) -> ScheduleTable:
     name = schedule if isinstance(schedule, str) else getattr(schedule, "__name__", repr(schedule))
     fn = resolve(schedule)
-    edges = torch.arange(NUM_TIMES + 1, dtype=torch.float64) / NUM_TIMES
+    edges = torch.arange(NUM_TIMES + 1, dtype=torch.float64, device="cpu") / NUM_TIMES
     m_edges = _evaluate(fn, edges)
     m = _evaluate(fn, edges[:-1] + 0.5 / NUM_TIMES)
     for t, value in ((edges, m_edges), (edges[:-1], m)):
@@ -138,4 +164,5 @@ def tabulate(schedule: str | Schedule) -> ScheduleTable:
         ratio=torch.where(fixed >= 1 << 31, fixed - (1 << 32), fixed).to(torch.int32),
         exact_weight=slope.to(torch.float32),
         bernoulli_weight=torch.where(fixed > 0, slope / ratio, 0.0).to(torch.float32),
+        edges=m_edges,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nar_kernels import parallel
 from nar_kernels.checks import as_int
 from nar_kernels.config import TrainConfig
-from nar_kernels.loss import count
+from nar_kernels.loss import num_counted
 from nar_kernels.masking import Corrupted
 
 
@@ -33,8 +33,8 @@ def loss_and_gradient(
         accumulate: how many parts to compute one after the other.
     """
     wrapper: Any = getattr(model, "module", model)
-    counted = count(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
-    normalizer = parallel.sum_over_ranks(counted) / parallel.world_size()
+    counted = num_counted(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
+    normalizer = parallel.sum_over_ranks(counted).clamp(min=1) / parallel.world_size()
     device = next(model.parameters()).device
     parts = list(batch.microbatches(-(-len(batch) // as_int("accumulate", accumulate))))
     losses = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.backends import resolve_backend
+from nar_kernels.checks import as_int
 from nar_kernels.launch import CONFIDENCES, Confidence, run_unmask
 from nar_kernels.ops import signed_seed
 
@@ -96,6 +97,9 @@ def unmask(
             )
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
+    mask_id, temperature = as_int("mask_id", mask_id), float(temperature)
+    top_k = None if top_k is None else as_int("top_k", top_k)
+    forbidden_ids = [as_int("forbidden_ids", i) for i in forbidden_ids]
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: it must be at least 0, and finite")
     if top_k is not None and top_k < 1:

@@ -4,8 +4,10 @@ Its names are kept here and translated to the field's before any other module is
 Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows.
 """
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_kernels.checks import as_int
 from nar_kernels.choice import Choice, Strategy
 from nar_kernels.decode import DecodeState, decode, draw_tokens
 from nar_kernels.extras import import_extra
@@ -26,10 +29,14 @@ from nar_kernels.generation import (
     read_prompt,
 )
 from nar_kernels.heads import Prediction, describe
+from nar_kernels.keywords import for_the_net
 from nar_kernels.launch import NLL_DTYPES
-from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.nets import net_attribute
+from nar_kernels.loss import Reduction, num_counted
+from nar_kernels.masking import IGNORE_INDEX, Corrupted, MaskingConfig
+from nar_kernels.modes import evaluating, turn
+from nar_kernels.nets import causal_module, net_attribute
 from nar_kernels.ops import corrupt
+from nar_kernels.parallel import SumOverRanks
 from nar_kernels.philox import Stream, noise_generator
 from nar_kernels.plan import make_plan
 from nar_kernels.schedules import Schedule, resolve
@@ -42,6 +49,18 @@ class Losses(NamedTuple):
     loss: Tensor
     generator_loss: Tensor | None
     critic_loss: Tensor | None
+
+
+def _new_losses(cls: type, loss: Any, *others: Any, **named: Any) -> Any:
+    # Of an iterator transformers makes what it has done to each item (`nested_detach` in
+    # Trainer.predict). What is None there is more than it can go on with.
+    if isinstance(loss, Iterator):
+        return tuple(item for item in loss if item is not None)
+    return _named_tuple(cls, loss, *others, **named)
+
+
+_named_tuple: Callable[..., Any] = Losses.__new__
+Losses.__new__ = _new_losses  # type: ignore[method-assign, assignment]
 
 
 class SelfCritic(nn.Module):
@@ -60,19 +79,6 @@ class SelfCritic(nn.Module):
 
 
 @contextmanager
-def _evaluating(module: nn.Module, submodules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode; afterwards every submodule is back in the mode it had."""
-    training = [m for m in submodules if m.training]
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-@contextmanager
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
@@ -88,7 +94,28 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 
 def _draw_seed() -> int:
-    return int(torch.randint(0, 2**63 - 1, ()).item())
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item())
+
+
+def _random_number(generator: torch.Generator) -> float:
+    """In [0, 1)."""
+    return torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
+
+
+def _without_aliases(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """Copies what is in a state dict twice: tied weights, and the net of its own critic. Formats
+    such as safetensors, in which transformers' Trainer saves, refuse memory that is shared."""
+    seen: set[tuple[torch.device, int]] = set()
+    for name, value in state_dict.items():
+        is_copy = name.startswith(prefix) and type(value) is Tensor
+        if not is_copy or value.is_meta or value.layout != torch.strided or value.numel() == 0:
+            continue
+        place = value.device, value.untyped_storage().data_ptr()
+        if place in seen:
+            state_dict[name] = value.clone()
+        seen.add(place)
 
 
 class NonAutoregressiveWrapper(nn.Module):
@@ -116,11 +143,22 @@ class NonAutoregressiveWrapper(nn.Module):
             mean NLL of the masked positions.
         draw, times, never_mask_ids: as in :class:`MaskingConfig`. (Not of x-transformers.)
         backend: of the masking, as in :func:`nar_kernels.corrupt`.
+        average_tokens_across_devices: under ``torch.distributed``, in training mode and with
+            gradients, divide the loss by the counts of all ranks, so that the mean of their
+            gradients is that of one batch whatever each holds. One all-reduce of two numbers, while
+            the net runs. All ranks must call ``forward`` then.
 
     ``masking`` holds the :class:`MaskingConfig` in use; assign another to change it in training.
 
+    Threads may call ``forward`` and ``generate`` of one net side by side: those that need it in
+    evaluation mode take turns with all others, a step of ``generate`` at a time. (A net that is
+    called past the wrapper does not wait.)
+
     Raises:
         TypeError, ValueError: the net lacks what the arguments need, or they contradict.
+
+    Warns:
+        UserWarning: the net looks causal.
     """
 
     def __init__(
@@ -143,15 +181,17 @@ class NonAutoregressiveWrapper(nn.Module):
         times: Literal["stratified", "uniform"] = "stratified",
         never_mask_ids: Sequence[int] = (),
         backend: str = "auto",
+        average_tokens_across_devices: bool = True,
     ) -> None:
         super().__init__()
+        steps = as_int("steps", steps)
         if steps < 1:
             raise ValueError(f"steps is {steps}: generate needs at least 1")
         if self_token_critic and token_critic is not None:
             raise ValueError("pass either token_critic or self_token_critic, not both")
 
         self.net = net
-        self.max_seq_len: int = net_attribute(net, "max_seq_len")
+        self.max_seq_len = as_int("max_seq_len", net_attribute(net, "max_seq_len"))
         self.dim = net_attribute(net, "emb_dim", None)
         if self.dim is None and (self_cond or self_token_critic):
             raise ValueError(
@@ -170,7 +210,18 @@ class NonAutoregressiveWrapper(nn.Module):
             corruption_prob=0.5,
             never_mask_ids=never_mask_ids,
         )
+        if use_simple_mdlm_loss_weight:
+            self.masking.check_bound()
+        causal = causal_module(net)
+        if causal is not None:
+            warnings.warn(
+                f"{type(net).__name__} holds a {type(causal).__name__} that is causal: a masked "
+                "token cannot be predicted from what is behind it. Use a bidirectional net (an "
+                "encoder), or set is_causal = False where the net allows that",
+                stacklevel=2,
+            )
         self.backend = backend
+        self.average_tokens_across_devices = average_tokens_across_devices
         self.steps = steps
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
@@ -178,11 +229,12 @@ class NonAutoregressiveWrapper(nn.Module):
         self.self_cond = self_cond
         self.self_cond_train_prob = self_cond_train_prob
         if self_cond:
-            self.null_embed = nn.Parameter(torch.randn(self.dim))
+            self.null_embed = nn.Parameter(torch.randn(self.dim, device=torch.get_default_device()))
             self.to_self_cond = nn.Linear(self.dim, self.dim, bias=False)
 
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
         self.critic_loss_weight = critic_loss_weight
+        self.register_state_dict_post_hook(_without_aliases)
 
     @property
     def num_tokens(self) -> int:
@@ -211,8 +263,10 @@ class NonAutoregressiveWrapper(nn.Module):
         only_train_critic: bool = False,
         generator_sample_temperature: float | None = None,
         *,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        maskable: Tensor | None = None,
+        net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Losses:
         """The losses of a batch.
@@ -230,48 +284,105 @@ class NonAutoregressiveWrapper(nn.Module):
             seed: of everything random in here, the net's own dropout excepted. Default: drawn from
                 PyTorch's CPU generator. Under ``torch.distributed`` rank r of W takes sample slots
                 r, r + W, ...: ranks with the same seed draw different masks.
-            normalizer: divide the generator's loss by this, instead of the batch's own count of
-                maskable (or masked, if the loss is the mean) positions.
-            kwargs: for the net.
+            normalizer: divide the generator's loss by this, instead of the count of maskable (or
+                masked, if the loss is the mean) positions.
+            maskable: bool ``[B, L]``, positions that may be masked, such as answers; for clean ids.
+            kwargs: for the net, if its ``forward`` declares them.
+            net_kwargs: others for the net, which it takes as ``**kwargs``.
 
         Raises:
             InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
-            TypeError, ValueError: wrong dtype, shape or length, or arguments that contradict.
+            TypeError, ValueError: wrong dtype, shape or length, arguments that contradict, or one
+                that nobody declares.
         """
         if only_train_critic and self.token_critic is None:
             raise ValueError("only_train_critic needs a token_critic or self_token_critic")
         if only_train_critic and only_train_generator:
             raise ValueError("only_train_generator and only_train_critic exclude each other")
-        seed = _draw_seed() if seed is None else seed
+        kwargs = for_the_net(self.net, kwargs, net_kwargs, _FORWARD_ARGUMENTS)
+        seed = _draw_seed() if seed is None else as_int("seed", seed)
         rank, world_size = _rank_and_world_size()
-        corrupted = self._corrupted(x, seed, rank, world_size)
+        corrupted = self._corrupted(x, maskable, seed, rank, world_size)
+        with turn(self.net):
+            return self._losses(
+                corrupted,
+                kwargs,
+                seed,
+                with_generator=not only_train_critic,
+                with_critic=self.token_critic is not None and not only_train_generator,
+                temperature=generator_sample_temperature,
+                normalizer=normalizer,
+            )
 
-        loss: Tensor | None = None
-        with _no_grad() if only_train_critic else nullcontext():
+    def _losses(
+        self,
+        corrupted: Corrupted,
+        kwargs: dict[str, Any],
+        seed: int,
+        *,
+        with_generator: bool,
+        with_critic: bool,
+        temperature: float | None,
+        normalizer: float | Tensor | None,
+    ) -> Losses:
+        reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
+        counts = self._counts_of_ranks(corrupted, reduction)
+        with nullcontext() if with_generator else _no_grad():
             prediction = self._predict(corrupted.input_ids, seed, kwargs)
-        if not only_train_critic:
+        of_ranks = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
+        loss: Tensor | None = None
+        if with_generator:
+            if normalizer is None and of_ranks is not None:
+                normalizer = of_ranks[0]
             loss = prediction.loss(
                 corrupted,
-                reduction="nelbo" if self.use_simple_mdlm_loss_weight else "mean",
+                reduction=reduction,
                 normalizer=normalizer,
                 backend=self.backend if self.backend in NLL_DTYPES else "auto",
             )
-            if self.token_critic is None or only_train_generator:
-                return Losses(loss, loss, None)
-
-        critic_loss = self._critic_loss(prediction, corrupted, generator_sample_temperature, seed)
+        if not with_critic:
+            assert loss is not None
+            return Losses(loss, loss, None)
+        critic_loss = self._critic_loss(
+            prediction, corrupted, temperature, seed, None if of_ranks is None else of_ranks[1]
+        )
         if loss is None:
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
 
-    def _corrupted(self, x: Tensor | Corrupted, seed: int, rank: int, world_size: int) -> Corrupted:
+    def _counts_of_ranks(self, corrupted: Corrupted, reduction: Reduction) -> SumOverRanks | None:
+        """What the losses of the generator and of the critic are divided by, summed over ranks
+        while the net runs; None where each rank is by itself."""
+        together = self.average_tokens_across_devices and _rank_and_world_size()[1] > 1
+        if not (together and self.training and torch.is_grad_enabled()):
+            return None
+        counts = num_counted(corrupted, reduction), _is_judged(corrupted).sum()
+        return SumOverRanks(torch.stack(counts).double())
+
+    def _corrupted(
+        self,
+        x: Tensor | Corrupted,
+        maskable: Tensor | None,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> Corrupted:
         ids = x.input_ids if isinstance(x, Corrupted) else x
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}: it must be a tensor of ids, or Corrupted")
+        if ids.is_meta:
+            raise ValueError("x is on the device meta, which holds no ids: move it to the net's")
         if ids.dim() != 2 or ids.shape[1] != self.max_seq_len:
             raise ValueError(
                 f"x has shape {list(ids.shape)}: it must be [batch, {self.max_seq_len}], windows "
                 "of exactly the net's max_seq_len"
             )
         if isinstance(x, Corrupted):
+            if maskable is not None:
+                raise ValueError(
+                    "maskable was given with a batch that is corrupted already: pass it to what "
+                    "made that, nar_kernels.corrupt(..., maskable=...)"
+                )
             got = x.masking.num_tokens, x.masking.mask_id
             if got != (self.num_tokens, self.mask_id):
                 raise ValueError(
@@ -289,6 +400,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 seed=seed,
                 sample_ids=slots,
                 global_batch=max(batch, 1) * world_size,
+                maskable=maskable,
                 backend=self.backend,
             )
         # To look at a record on a GPU waits for it. Batches from there are checked by the loader
@@ -301,7 +413,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if self.self_cond:
             embed: Tensor = self.null_embed
             # The same coin on all ranks: they must build the same graph.
-            coin = torch.rand((), generator=noise_generator(seed, Stream.CRITIC_NOISE))
+            coin = _random_number(noise_generator(seed, Stream.CRITIC_NOISE))
             if coin < self.self_cond_train_prob:
                 with _no_grad():
                     embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
@@ -330,15 +442,21 @@ class NonAutoregressiveWrapper(nn.Module):
         return scores.reshape(ids.shape).float()
 
     def _critic_loss(
-        self, prediction: Prediction, corrupted: Corrupted, temperature: float | None, seed: int
+        self,
+        prediction: Prediction,
+        corrupted: Corrupted,
+        temperature: float | None,
+        seed: int,
+        normalizer: Tensor | None,
     ) -> Tensor:
-        """How well the critic tells wrong samples from clean ids: mean over all positions."""
+        """How well the critic tells wrong samples from clean ids: mean over all positions but those
+        whose clean id is not known, since its label was set to -100."""
         rows, clean = corrupted.masked_rows, corrupted.clean_ids
         rank, world_size = _rank_and_world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
         if temperature is None:
-            temperature = torch.rand((), generator=noise).item()
+            temperature = _random_number(noise)
         with torch.no_grad():
             sampled = draw_tokens(
                 prediction.logits_at(rows),
@@ -349,9 +467,14 @@ class NonAutoregressiveWrapper(nn.Module):
                 temperature=temperature,
             ).tokens
             generated = clean.flatten().index_copy(0, rows, sampled).view_as(clean)
-        return F.binary_cross_entropy_with_logits(
-            self._critic_scores(generated), (generated != clean).float()
+        is_judged = _is_judged(corrupted)
+        total = F.binary_cross_entropy_with_logits(
+            self._critic_scores(generated),
+            (generated != clean).float(),
+            weight=is_judged.float(),
+            reduction="sum",
         )
+        return total / (is_judged.sum().clamp(min=1) if normalizer is None else normalizer).float()
 
     def generate(
         self,
@@ -381,9 +504,8 @@ class NonAutoregressiveWrapper(nn.Module):
         if progress:
             bar = import_extra("tqdm").tqdm
             states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
-        with _evaluating(self, list(self.modules())):  # once, and not at each step
-            for state in states:  # noqa: B007
-                pass
+        for state in states:  # noqa: B007
+            pass
         is_one = batch_size is None and is_one_sequence(kwargs.get("prompt"))
         return state.ids[0] if is_one else state.ids
 
@@ -394,7 +516,8 @@ class NonAutoregressiveWrapper(nn.Module):
         filter_thres: float | None = 0.7,
         noise_level_scale: float = 1.0,
         *,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
+        first_sequence: int | None = None,
         prompt: Prompt | None = None,
         steps: int | None = None,
         strategy: Strategy | None = None,
@@ -406,6 +529,7 @@ class NonAutoregressiveWrapper(nn.Module):
         guidance_scale: float = 1.0,
         unconditional: dict[str, Any] | None = None,
         logits_processor: LogitsProcessor | None = None,
+        net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Iterator[DecodeState]:
         """Samples sequences step by step. Ids of ``mask_id`` and ``never_mask_ids`` are not drawn.
@@ -421,8 +545,12 @@ class NonAutoregressiveWrapper(nn.Module):
                 probable. None: no filter.
             noise_level_scale: scale of the noise on the critic's scores.
             seed: default: drawn from PyTorch's CPU generator.
+            first_sequence: the number of the first sequence, at least 0: sequence i of a seed is
+                the same in any batch that it is in. Default: 0, or under ``torch.distributed``
+                rank * B, so that ranks with equal seeds generate different sequences.
             prompt: ids that are given: one sequence (for all of the batch) or one for each, of any
-                lengths up to L. Filled is what is ``mask_id`` in them, and what is behind them.
+                lengths up to L: lists, arrays or tensors. Filled is what is ``mask_id`` in them,
+                and what is behind them.
             steps: calls of the net. Default: those of the wrapper; with ``"threshold"``, as many
                 as it takes.
             strategy: which positions come first, as in :class:`nar_kernels.choice.Choice`.
@@ -437,16 +565,20 @@ class NonAutoregressiveWrapper(nn.Module):
             guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 for none.
             unconditional: keyword arguments that the net gets without the condition, in place of
                 those in ``kwargs``. Default: the prompt is masked for that call.
-            logits_processor: from logits ``[C, V]`` and their places, indices into the flat
-                ``[B * L]``, to those that are sampled from.
-            kwargs: for the net.
+            logits_processor: from logits ``[C, V]``, which are its own to keep or to change, and
+                their places, indices into the flat ``[B * L]``, to those that are sampled from.
+            kwargs: for the net, if its ``forward`` declares them.
+            net_kwargs: others for the net, which it takes as ``**kwargs``.
 
         Yields:
             A :class:`DecodeState` before the first step, and one after each.
 
         Raises:
-            TypeError, ValueError: an argument is out of its range, or contradicts another.
+            TypeError, ValueError: an argument is out of its range, contradicts another, or is
+                declared by nobody.
+            InvalidLogitsError: the net says NaN: at that step on the CPU, else after the last one.
         """
+        kwargs = for_the_net(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
         if filter_thres is not None and not 0 <= filter_thres <= 1:
             raise ValueError(f"filter_thres is {filter_thres}: it must be in [0, 1], or None")
         top_k = None
@@ -456,6 +588,11 @@ class NonAutoregressiveWrapper(nn.Module):
             strategy = "confidence" if self.token_critic is None else "critic"
         some_parameter = next(self.net.parameters(), None)
         device = torch.device("cpu") if some_parameter is None else some_parameter.device
+        if device.type == "meta":
+            raise ValueError(
+                "the net's parameters are on the device meta: give them memory by "
+                "model.to_empty(device=...), and load weights"
+            )
         choice = Choice(
             strategy,
             noise_level_scale if strategy == "critic" else choice_temperature,
@@ -472,14 +609,20 @@ class NonAutoregressiveWrapper(nn.Module):
         is_open = begin == self.mask_id
         if steps is None:
             steps = self.max_seq_len if strategy == "threshold" else self.steps
+        if first_sequence is None:
+            first_sequence = _rank_and_world_size()[0] * len(begin)
+        if (first_sequence := as_int("first_sequence", first_sequence)) < 0:
+            raise ValueError(f"first_sequence is {first_sequence}: it must be at least 0")
         plan = make_plan(
             is_open,
-            self.schedule_fn,
-            steps,
-            block_length=block_length,
+            self.masking.ratio_at,
+            as_int("steps", steps),
+            block_length=None if block_length is None else as_int("block_length", block_length),
             every_step=remask or self.self_cond,
         )
         guidance = None
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}: it must be finite")
         if guidance_scale != 1:
             if unconditional is None and is_open.all():
                 raise ValueError(
@@ -503,18 +646,18 @@ class NonAutoregressiveWrapper(nn.Module):
             plan,
             choice,
             mask_id=self.mask_id,
-            seed=_draw_seed() if seed is None else seed,
+            seed=_draw_seed() if seed is None else as_int("seed", seed),
             temperature=start_temperature,
             top_k=top_k,
             forbidden_ids=self.masking.never_mask_ids,
             remask=remask,
             begin_alike=predictor.sees_ids_alone and bool((begin == begin[:1]).all()),
+            first_sequence=first_sequence,
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
-        submodules = list(self.modules())
         while True:
             # Not around the yield: whoever gets the state may train in between.
-            with _evaluating(self, submodules), torch.no_grad():
+            with evaluating(self, self.net), torch.no_grad():
                 state = next(states, None)
             if state is None:
                 return
@@ -522,3 +665,15 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _condition(self, embeddings: Tensor) -> dict[str, Any]:
         return {"sum_embeds": self._self_condition(embeddings)}
+
+
+def _is_judged(corrupted: Corrupted) -> Tensor:
+    """bool ``[B, L]``: where the clean id is known, since nobody set its label to -100."""
+    return ~(corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX))
+
+
+_FORWARD_ARGUMENTS = tuple(inspect.signature(NonAutoregressiveWrapper.forward).parameters)[1:-1]
+_GENERATE_ARGUMENTS = (
+    *tuple(inspect.signature(NonAutoregressiveWrapper.generate_steps).parameters)[1:-1],
+    "progress",
+)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import NetAdapter, NonAutoregressiveWrapper
 from nar_kernels.choice import Strategy
+from nar_kernels.decode import NanRecord
+from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.generation import read_prompt
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import is_function_of_ids
@@ -432,3 +435,166 @@ def test_no_square_for_halton():
         make_model(Wide(torch.zeros(NUM_TOKENS))).generate(strategy="halton")
     ids = make_model(Wide(torch.zeros(NUM_TOKENS))).generate(strategy="halton", grid=(3, 5))
     assert ids.shape == (15,)
+
+
+# Prompts of any kind
+
+
+PROMPTS = {
+    "array": np.array([1, 2, 3]),
+    "unsigned array": np.array([1, 2, 3], dtype=np.uint16),
+    "backward array": np.array([3, 2, 1])[::-1],
+    "array of other bytes": np.array([1, 2, 3], dtype=">i4"),
+    "list of numpy integers": [np.int64(1), np.uint8(2), 3],
+    "list of tensors": [torch.tensor(1), torch.tensor(2), torch.tensor(3)],
+    "tuple": (1, 2, 3),
+    "range": range(1, 4),
+    "tensor": torch.tensor([1, 2, 3], dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_of_any_kind(kind):
+    model, prompt = make_model(), PROMPTS[kind]
+    one = model.generate(prompt=prompt, steps=2)
+    assert one.shape == (LENGTH,) and one[:3].tolist() == [1, 2, 3]
+    several = model.generate(prompt=[prompt, [5]], steps=2)
+    assert several.shape == (2, LENGTH) and several[0, :3].tolist() == [1, 2, 3]
+    assert model.generate(2, prompt=prompt, steps=2).shape == (2, LENGTH)
+
+
+def test_a_matrix_of_prompts():
+    ids = make_model().generate(prompt=np.array([[1, 2], [3, M]], dtype=np.uint32), steps=2)
+    assert ids[:, 0].tolist() == [1, 3] and ids[0, 1] == 2
+
+
+@pytest.mark.parametrize("prompt", ["text", 5, [None], [1.5], np.array([True]), np.zeros(2), 1j])
+def test_what_is_no_prompt(prompt):
+    with pytest.raises(TypeError, match=r"a prompt .*must be integers \[L\] or \[B, L\]"):
+        make_model().generate(prompt=prompt)
+
+
+def test_integers_of_any_kind():
+    model = make_model()
+    expected = model.generate(3, seed=5, steps=4, block_length=8)
+    for kind in (np.int64, np.uint8, torch.tensor, lambda i: torch.tensor([i])):
+        got = model.generate(kind(3), seed=kind(5), steps=kind(4), block_length=kind(8))
+        assert torch.equal(got, expected)
+    with pytest.raises(TypeError, match="seed is 5.0: it must be an int"):
+        model.generate(3, seed=5.0)
+    with pytest.raises(ValueError, match="batch_size is -1"):
+        model.generate(-1)
+
+
+# NaN
+
+
+class Bad(Table):
+    """Says NaN for the second sequence once there is something in it, or everywhere."""
+
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__(torch.linspace(0, 1, NUM_TOKENS))
+        self.everywhere = everywhere
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        if self.everywhere:
+            return logits * math.nan
+        if (ids != MASK_ID).any():
+            logits[1] = math.nan
+        return logits
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_logits_are_an_error(strategy):
+    for options in ({}, {"can_mask_prev_unmasked": True}, {"block_length": 4}):
+        model = make_model(Bad(everywhere=True), steps=8)
+        with pytest.raises(InvalidLogitsError, match="logits are NaN in step 1 of .*, sequence 0 "):
+            model.generate(3, strategy=strategy, **options)
+    model = make_model(Bad(everywhere=False), steps=8)
+    with pytest.raises(InvalidLogitsError, match="NaN in step 2 of .*, sequence 1 of the batch"):
+        model.generate(3, strategy=strategy)
+
+
+def test_nan_by_other_ways():
+    model = make_model()
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"guidance_scale is {value}: it must be finite"):
+            model.generate(2, prompt=[1], guidance_scale=value)
+    with pytest.raises(InvalidLogitsError, match="logits are NaN in step 1"):
+        model.generate(2, logits_processor=lambda logits, rows: logits * math.nan)
+
+    def ban_most(logits: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(torch.arange(NUM_TOKENS) == 7, logits * math.nan, -math.inf)
+
+    with pytest.raises(InvalidLogitsError, match="logits are NaN in step 1"):
+        model.generate(2, logits_processor=ban_most)
+
+    class Critic(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.full((*ids.shape, 1), math.nan)
+
+    with pytest.raises(InvalidLogitsError, match="critic's scores are NaN in step 1"):
+        make_model(token_critic=Critic()).generate(2)
+
+
+def test_nan_beside_other_logits_is_no_error():
+    logits = torch.zeros(NUM_TOKENS)
+    logits[2] = math.nan
+    ids = make_model(Table(logits)).generate(20, filter_thres=None)
+    assert (ids != 2).all()
+
+
+def test_nan_is_kept_for_the_end_where_looking_would_wait():
+    record = NanRecord(num_steps=4, length=LENGTH)
+    rows = torch.arange(3 * LENGTH, device="meta")
+    record.note("logits", torch.zeros(3 * LENGTH, dtype=torch.bool, device="meta"), rows, 0)
+    assert not record._first["logits"].is_cpu  # nobody has looked
+    is_nan = torch.zeros(3 * LENGTH, dtype=torch.bool)
+    record = NanRecord(num_steps=4, length=LENGTH)
+    record.note("logits", is_nan, torch.arange(3 * LENGTH), 0)
+    record.check()
+    is_nan[2 * LENGTH] = True
+    with pytest.raises(InvalidLogitsError, match="step 3 of 4, sequence 2"):
+        record.note("logits", is_nan, torch.arange(3 * LENGTH), 2)
+
+
+# Logits that are handed out
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_logits_of_a_processor_are_its_own(split):
+    net = None if split else Table(torch.linspace(0, 1, NUM_TOKENS))
+    kept, copies = [], []
+
+    def keep(logits: Tensor, rows: Tensor) -> Tensor:
+        kept.append(logits)
+        copies.append(logits.clone())
+        logits = logits.clone()
+        kept[-1][:, 3] = 5.0  # and may be changed
+        copies[-1][:, 3] = 5.0
+        return logits
+
+    model = make_model(net, steps=5)
+    expected = model.generate(3, seed=0)
+    assert torch.equal(model.generate(3, seed=0, logits_processor=keep), expected)
+    assert len(kept) == 5 and all(map(torch.equal, kept, copies))
+    with pytest.raises(TypeError, match="logits_processor returned NoneType: it must return"):
+        model.generate(1, logits_processor=lambda logits, rows: None)
+
+
+# The number of a sequence
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_parts_of_a_batch_by_the_number_of_their_first_sequence(strategy):
+    options = {"seed": 3, "strategy": strategy, "prompt": [1, 2], "filter_thres": 0.0}
+    if strategy in ("confidence", "margin", "entropy"):
+        options["choice_temperature"] = 2.0
+    model = make_model()
+    whole = model.generate(6, **options)
+    parts = [model.generate(2, first_sequence=first, **options) for first in (0, 2, 4)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole[:2], whole[2:4])
+    with pytest.raises(ValueError, match="first_sequence is -1"):
+        model.generate(2, first_sequence=-1)

@@ -1154,3 +1154,60 @@ def test_argument_errors_of_a_head(change, message):
     args = dict(hidden=H, head=lambda x: x @ W.T, corrupted=corrupted_batch()) | change
     with pytest.raises(ValueError, match=message):
         loss.head_nll(**args)
+
+
+# Labels that a user has set to -100
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_labels_do_not_count(backend, reduction):
+    batch = corrupted_batch(length=9)
+    hidden, weight, bias = (x.float() for x in random_inputs(batch))
+    edited = dataclasses.replace(batch, labels=batch.labels.clone())
+    edited.labels[:, :4] = -100
+    rows = batch.masked_rows
+    ignored = batch.masked_indices.clone()
+    ignored[:, 4:] = False
+    assert 0 < ignored.sum() < len(rows)
+
+    nll = cross_entropy(hidden, weight, batch, bias=bias, reduction="none")
+    counts = ~ignored.flatten()[rows]
+    if reduction == "none":
+        wanted = nll * counts
+    elif reduction == "mean":
+        wanted = nll[counts].mean()
+    else:
+        weighted = nll * batch.loss_weight[rows // 9] * counts
+        wanted = weighted.sum() / (batch.num_maskable.sum() - ignored.sum())
+    tensors = hidden, weight, bias
+    for tensor in tensors:
+        tensor.requires_grad_()
+    got = masked_nll(hidden, weight, edited, bias=bias, reduction=reduction, backend=backend)
+    torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        again = masked_nll(hidden, weight, edited, bias=bias, reduction=reduction, backend=backend)
+    torch.testing.assert_close(again, wanted)
+    (of_hidden,) = torch.autograd.grad(got.sum(), hidden)
+    assert of_hidden.isfinite().all() and (of_hidden[:, :4] == 0).all()
+    assert (of_hidden[:, 4:] != 0).any()
+
+
+@pytest.mark.parametrize("reduction", ["nelbo", "mean"])
+def test_every_label_ignored(reduction):
+    batch = corrupted_batch()
+    batch.labels.fill_(-100)
+    hidden, weight, _ = random_inputs(batch)
+    hidden.requires_grad_()
+    value = masked_nll(hidden, weight, batch, reduction=reduction)
+    value.backward()
+    assert value == 0 and (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("normalizer", [0, -1.0, float("nan"), float("inf"), torch.tensor(0)])
+def test_a_normalizer_is_positive(normalizer):
+    batch = corrupted_batch()
+    with pytest.raises(ValueError, match=r"normalizer is .*: it must be positive"):
+        masked_nll(*random_inputs(batch)[:2], batch, normalizer=normalizer)
+    with pytest.raises(ValueError, match=r"normalizer is .*: it must be positive"):
+        loss.reduce_nll(torch.ones(len(batch.masked_rows)), batch, "mean", normalizer)

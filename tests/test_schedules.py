@@ -1,10 +1,13 @@
 """Schedules: the shapes, the table, the weights against autograd, the errors."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from nar_kernels import MaskingConfig, corrupt, masked_nll
+from nar_kernels.plan import make_plan
 from nar_kernels.schedules import NUM_TIMES, SCHEDULES, tabulate
 
 NAMES = list(SCHEDULES)
@@ -98,3 +101,71 @@ def test_ratio_one_fits_and_ratio_zero_has_no_weight():
 def test_errors(schedule, message):
     with pytest.raises(ValueError, match=message):
         tabulate(schedule)
+
+
+# What the likelihood bound needs
+
+
+@pytest.mark.parametrize(
+    ("schedule", "is_bound"),
+    [
+        *((name, True) for name in NAMES),
+        (lambda t: 1 - (1 - 1e-3) * t, True),  # LLaDA's eps
+        (lambda t: 0.999 - 0.998 * t, True),
+        (lambda t: 0.15, False),  # BERT
+        (lambda t: 0 * t + 1, False),
+        (lambda t: 0.8 - 0.5 * t, False),
+        (lambda t: 1 - 0.99 * t, False),
+    ],
+)
+def test_only_what_falls_from_one_to_zero_gives_a_bound(schedule, is_bound):
+    assert tabulate(schedule).is_bound == is_bound
+    masking = MaskingConfig(37, 36, schedule=schedule)
+    batch = corrupt(torch.arange(36).repeat(4, 2), masking, seed=0)
+    hidden, head = torch.ones(4, 72, 3), torch.eye(37, 3)
+    if is_bound:
+        assert masked_nll(hidden, head, batch) > 1
+        return
+    with pytest.raises(ValueError, match=r"an integral from 1 to 0: use such .* reduction='mean'"):
+        masked_nll(hidden, head, batch)
+    assert masked_nll(hidden, head, batch, reduction="mean") > 1
+    own = dataclasses.replace(batch, loss_weight=torch.ones(4))
+    assert masked_nll(hidden, head, own) > 0.01
+
+
+class Power:
+    """A schedule whose parameter changes, and that has no hash."""
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, t):
+        return 1 - t**self.power
+
+    def __eq__(self, other):
+        return self.power == other.power
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_a_callable_is_tabulated_each_time_it_is_given():
+    ids, schedule = torch.zeros(512, 100, dtype=torch.int64), Power(1.0)
+    before = MaskingConfig(37, 36, schedule=schedule)
+    schedule.power = 8.0
+    after = MaskingConfig(37, 36, schedule=schedule)
+    for masking, ratio in ((before, 1 / 2), (after, 8 / 9)):
+        masked = corrupt(ids, masking, seed=0).num_masked.float().mean().item()
+        assert masked == pytest.approx(100 * ratio, abs=0.6)  # ceil adds a half
+        # generate keeps to the same table
+        plan = make_plan(torch.ones(1, 1000, dtype=torch.bool), masking.ratio_at, 2)
+        left = plan.blocks[0].steps[0].left.item()
+        assert left == pytest.approx(1000 * (1 - 0.5 ** (1.0 if masking is before else 8.0)), abs=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_between_its_edges(name):
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    inside = (t > 0.001) & (t < 0.999)
+    error = (tabulate(name).at(t) - SCHEDULES[name](t)).abs()
+    assert error[inside].max() < 1e-6 and error.max() < 1e-2
+    assert tabulate(name).at(torch.tensor([0.0, 1.0]).double()).tolist() == pytest.approx([1, 0])
