@@ -4,6 +4,7 @@ A checkpoint is one file. Tensors that are divided over ranks lie in a folder be
 torch.distributed.checkpoint: each rank writes its own part, and any number of ranks reads it.
 """
 
+import glob
 import os
 import shutil
 import uuid
@@ -15,19 +16,23 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
-from nar_kernels import parallel
+from nar_kernels import files, parallel
+
+StrPath = str | os.PathLike[str]
 
 _SHARDS = "shards"  # in a state: the name of the folder
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(path: StrPath, state: dict[str, Any]) -> None:
     """Writes ``state`` so that ``path`` is whole at any moment, even in a power cut: old or new.
 
     All ranks must call this, with the same values. Their folder must be the same.
 
     Raises:
-        OSError: the disk is full, or the folder is not writable. ``path`` is then as it was.
+        OSError: the disk is full, or the folder is not writable. It names the file. ``path`` is
+            then as it was.
     """
+    path = Path(path)
     divided = {
         keystr(key): value
         for key, value in tree_flatten_with_path(state)[0]
@@ -45,9 +50,20 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def remove_shards(path: Path, but: str | None = None) -> None:
     """Removes the folders of checkpoints that were at ``path`` once, also unfinished ones."""
-    for folder in path.parent.glob(f"{path.stem}.shards-*"):
+    for folder in _shards_of(path):
         if folder.name != but:
             shutil.rmtree(folder)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what died before it took the place of ``path``. Nobody else may be writing it."""
+    files.remove_unfinished(path)
+    if _shards_of(path):
+        remove_shards(path, but=read(path).get(_SHARDS) if path.exists() else None)
+
+
+def _shards_of(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{glob.escape(path.stem)}.shards-*"))
 
 
 def _without_divided_values(tensor: Tensor) -> Tensor:
@@ -65,31 +81,30 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         if parallel.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         first = next(iter(error.failures.values()))[0]
+        cause = _cause(first)
+        if cause is not None:
+            raise files.naming(cause, folder) from error
         raise OSError(f"could not write {folder}: {first}") from error
 
 
 def _write_file(path: Path, state: dict[str, Any]) -> None:
-    # In the same folder, because a rename is atomic within one file system only.
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        # The rename itself is on the disk only when the folder is.
-        folder = os.open(path.parent, os.O_RDONLY)
+    with files.replacing(path) as file:
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            torch.save(state, file)
+        except RuntimeError as error:
+            cause = _cause(error)
+            if cause is None:
+                raise
+            raise cause from None
 
 
-def read(path: Path) -> dict[str, Any]:
+def _cause(error: BaseException) -> OSError | None:
+    """The system's error, also behind torch's own complaint about a file that came out short."""
+    errors = (error, error.__context__)
+    return next((e for e in errors if isinstance(e, OSError)), None)
+
+
+def read(path: StrPath) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, but for tensors that were divided: those are on the device
     ``meta``, without values. Executes no code from the file.
 
@@ -97,6 +112,7 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the file is no checkpoint.
     """
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
@@ -110,7 +126,7 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def fill(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
+def fill(path: StrPath, state: dict[str, Any], *, alone: bool = False) -> None:
     """Gives the tensors of ``state`` that were divided their values, in place.
 
     The index of the folder is a pickle, so its reader must trust who wrote it.
@@ -128,7 +144,7 @@ def fill(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
         return
     from torch.distributed import checkpoint as dcp
 
-    folder = path.with_name(state[_SHARDS])
+    folder = Path(path).with_name(state[_SHARDS])
     if not (folder / ".metadata").exists():
         raise FileNotFoundError(f"{path} has its weights in {folder}, which is not there")
     reader = dcp.FileSystemReader(folder)
@@ -145,7 +161,7 @@ def fill(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
         dcp.load(tensors, storage_reader=reader, **options)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: StrPath) -> dict[str, Any]:
     """Reads a checkpoint with whole tensors onto the CPU, in this process alone.
 
     Raises:

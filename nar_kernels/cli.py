@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import math
 import platform
+import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,9 +16,11 @@ import torch
 from nar_kernels import checkpoint, prompts, samples
 from nar_kernels.backends import backends, cpp
 from nar_kernels.choice import Strategy
-from nar_kernels.config import PRESETS, TrainConfig
+from nar_kernels.config import PRESETS, TrainConfig, check_seed, option_of
 from nar_kernels.decode import DecodeState
 from nar_kernels.errors import BackendUnavailableError
+from nar_kernels.files import check_writable
+from nar_kernels.interrupt import Interrupted
 from nar_kernels.model import choose_device, load_model
 from nar_kernels.player import page
 from nar_kernels.report import version
@@ -24,9 +29,27 @@ from nar_kernels.train import DivergedError, train
 from nar_kernels.watch import watch
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells count
-
 _STEPS = 18  # of decoding
+
+# Of the numbers of `generate`: the least, the largest, and both in words.
+_COUNT = (1, (1 << 31) - 1, "in [1, 2**31)")
+_SHARE = (0, 1, "in [0, 1]")
+_FINITE = (0, sys.float_info.max, "at least 0 and finite")
+_RANGES = {
+    **{"num_samples": _COUNT, "steps": _COUNT, "block_length": _COUNT},
+    **{"threshold": _SHARE, "filter_thres": _SHARE},
+    **{"temperature": _FINITE, "choice_temperature": _FINITE, "guidance_scale": _FINITE},
+}
+
+# What options are called in Python, by which messages know them.
+_TRAIN_NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(TrainConfig)} | {
+    "num_held_out": "--held-out"
+}
+_GENERATE_NAMES = {name: option_of(name) for name in (*_RANGES, "seed", "strategy", "device")} | {
+    "batch_size": "--num-samples",
+    "start_temperature": "--temperature",
+    "can_mask_prev_unmasked": "--remask",
+}
 
 _SIMD_LEVELS = ("generic", "AVX2", "AVX512")  # as the C++ extension numbers them
 
@@ -40,20 +63,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, 1 if training diverged, 2 if the user can mend it (said in one line), 130 after Ctrl-C.
+        0, 1 if training diverged, 2 if the user can mend it (said in one line); after a signal 128
+        and its number, as shells count: 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+    except KeyboardInterrupt as error:
+        return 128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT)
     except DivergedError as error:
         print(f"nar-kernels: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError, BackendUnavailableError) as error:
-        print(f"nar-kernels: {error}", file=sys.stderr)
+        print(f"nar-kernels: {_in_options(str(error), arguments.names)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _in_options(message: str, names: Mapping[str, str]) -> str:
+    """A message that speaks of arguments in Python, with the options that set them.
+
+    Args:
+        names: from arguments to options. One that is a common word is taken for the argument only
+            where messages give its value.
+    """
+    for name, option in names.items():
+        word = rf"(?<![\w./'\"-]){name}"
+        message = re.sub(rf"{word}='(\w+)'", rf"{option} \1", message)
+        message = re.sub(rf"{word}=", option, message)
+        message = re.sub(rf"^{name}(?= is )|{word}(?=, which is )", option, message)
+        if "_" in name:
+            message = re.sub(rf"{word}(?![\w/'\"-]|\.\w)", option, message)
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,13 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train a net and write checkpoints and a report"))
     _add_generate(commands.add_parser("generate", help="write samples of a checkpoint"))
     doctor = commands.add_parser("doctor", help="say what works here, and why the rest does not")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, names={})
     return parser
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     """One option for each field of TrainConfig. Those not given do not appear in the result."""
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, names=_TRAIN_NAMES)
     for f in dataclasses.fields(TrainConfig):
         keywords = {k: v for k, v in f.metadata.items() if k not in ("help", "otherwise")}
         help_text = f.metadata["help"]
@@ -83,7 +124,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
             keywords.setdefault("type", type(f.default))
             help_text += _defaults(f.name, f.metadata.get("otherwise", f.default))
         parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **keywords
+            option_of(f.name), default=argparse.SUPPRESS, help=help_text, **keywords
         )
 
 
@@ -95,7 +136,7 @@ def _defaults(name: str, default: Any) -> str:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    options = {k: v for k, v in vars(arguments).items() if k != "run"}
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "names")}
     if options.get("resume"):
         if "out" not in options:
             raise ValueError("--resume needs --out, the folder of the run to continue")
@@ -108,7 +149,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_generate)
+    parser.set_defaults(run=_generate, names=_GENERATE_NAMES)
     parser.add_argument("--checkpoint", required=True, help="such as runs/demo/last.pt")
     parser.add_argument("--num-samples", type=int, default=16, help="(default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
@@ -120,8 +161,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         choices=[name for name in get_args(Strategy) if name != "critic"],
-        default="random",
-        help="which tokens are filled first (default: random)",
+        default=samples.STRATEGY,
+        help=f"which tokens are filled first (default: {samples.STRATEGY}, for samples as varied "
+        "as the data; in Python it is confidence, as in x-transformers)",
     )
     parser.add_argument(
         "--choice-temperature",
@@ -146,14 +188,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
-        default=1.0,
-        help="at the first step, falling to 0 (default: 1)",
+        default=samples.TEMPERATURE,
+        help=f"at the first step, falling to 0 (default: {samples.TEMPERATURE:g})",
     )
     parser.add_argument(
         "--filter-thres",
         type=float,
-        default=0.0,
-        help="share of the vocabulary never sampled: the least probable ids (default: 0)",
+        default=samples.FILTER_THRES,
+        help="share of the vocabulary never sampled: the least probable ids (default: "
+        f"{samples.FILTER_THRES:g}; in Python it is 0.7, as in x-transformers)",
     )
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
@@ -170,22 +213,28 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="how much what is given counts: classifier-free guidance (default: 1)",
     )
-    parser.add_argument("--out", help=".npy, .png (images) or text (default: the terminal)")
+    parser.add_argument(
+        "--out", help="a file: .npy (ids), .png (images) or .txt (default: the terminal)"
+    )
     parser.add_argument("--html", help="also write a page that plays the decoding step by step")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    for name in ("num_samples", "steps"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    model, spec = load_model(Path(arguments.checkpoint))
-    out = None if arguments.out is None else Path(arguments.out)
+    out, html = (None if name is None else Path(name) for name in (arguments.out, arguments.html))
+    _check_generate(arguments, out, html)
+    model, spec = load_model(arguments.checkpoint)
     if out is not None:
         samples.check_suffix(out, spec)
+    if arguments.strategy == "halton" and spec.image_shape is None:
+        if math.isqrt(spec.seq_len) ** 2 != spec.seq_len:
+            raise ValueError(
+                f"--strategy halton fills a grid, and this model makes {spec.seq_len} tokens, "
+                "which are neither an image nor a square: use another one"
+            )
     states = _states(arguments, model.to(choose_device(arguments.device)), spec)
     kept = None
-    if arguments.html is not None:
+    if html is not None:
         states = iter(kept := list(states))
     if out is None and sys.stdout.isatty():
         ids = watch(states, spec, sys.stdout).ids
@@ -200,8 +249,28 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(out)
     if kept is not None:
         title = f"{Path(arguments.checkpoint).parent.name}: {arguments.strategy}"
-        Path(arguments.html).write_text(page(kept, spec, title=title), "utf-8")
-        print(arguments.html)
+        assert html is not None
+        samples.write_text(html, page(kept, spec, title=title))
+        print(html)
+
+
+def _check_generate(arguments: argparse.Namespace, out: Path | None, html: Path | None) -> None:
+    """What can be known before there is a model, so that no work is lost to it."""
+    for name, (least, most, words) in _RANGES.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:  # nor NaN
+            raise ValueError(f"{option_of(name)} is {value}: it must be {words}")
+    check_seed(arguments.seed)
+    if arguments.guidance_scale != 1 and arguments.prompt is None and arguments.infill is None:
+        raise ValueError(
+            f"--guidance-scale is {arguments.guidance_scale}, but there is nothing to be guided "
+            "by: give --prompt or --infill"
+        )
+    for path in (out, html):
+        if path is not None:
+            check_writable(path)
+    if out is not None and out == html:
+        raise ValueError(f"--out and --html are both {out}: give each a file of its own")
 
 
 def _states(

@@ -1,10 +1,16 @@
 """The options of a training run, and how they differ by data set."""
 
+import math
+import os
 import shlex
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
+
+from nar_kernels.checks import as_int
 from nar_kernels.schedules import SCHEDULES
 
 
@@ -21,17 +27,27 @@ class TrainConfig:
     """Every option of ``nar-kernels train``; ``for_data`` gives the defaults of a data set.
 
     Each field carries its description, with units, as ``metadata["help"]``; the command line is
-    made from it.
+    made from it. Numbers of numpy and paths of any kind are welcome; the fields hold plain ones.
 
     Raises:
+        TypeError: a value is not of the field's type.
         ValueError: a value is out of range.
     """
 
-    data: str = _option(
-        MISSING, "digits, text, or a file: .npy and .bin hold token ids, others bytes"
+    data: str | os.PathLike[str] = _option(
+        MISSING,
+        "digits, text, or a file: .npy and .bin hold token ids, others bytes. To resume, a file "
+        "that has moved: what it holds must be the same",
+        type=str,
     )
-    out: str | None = _option(
+    out: str | os.PathLike[str] | None = _option(
         None, "folder of the run", type=str, otherwise="runs/ and the name of the data"
+    )
+    init: str | os.PathLike[str] | None = _option(
+        None,
+        "checkpoint of a run with the same net, vocabulary and seq-len: a new run starts from its "
+        "weights, or their averages if it kept some",
+        type=str,
     )
 
     dtype: str | None = _option(None, "type of the ids in a raw file, such as uint16", type=str)
@@ -72,7 +88,11 @@ class TrainConfig:
         choices=("mean", "nelbo"),
     )
 
-    steps: int = _option(2000, "optimiser steps")
+    steps: int = _option(
+        2000,
+        "optimiser steps, over which the learning rate falls to zero. To resume, another number "
+        "than before: from there on it is the rate of a run of so many steps",
+    )
     batch_size: int = _option(32, "windows of one optimiser step, on all processes together")
     accumulate: int = _option(
         1, "parts that a batch (of each process) is split into, to save memory"
@@ -112,17 +132,18 @@ class TrainConfig:
     )
     shard: bool = _option(
         False,
-        "divide weights, gradients and AdamW's state over the processes of torchrun (FSDP2); "
-        "checkpoints are whole all the same",
+        "divide weights, gradients and AdamW's state over the processes of torchrun (FSDP2), and "
+        "checkpoints: each process keeps its part in a folder beside them, and any number of "
+        "processes resumes",
     )
     resume: bool = _option(False, "continue the run in the folder; its options are the defaults")
     overwrite: bool = _option(False, "start again where the folder holds a run")
     quiet: bool = _option(False, "print nothing but errors")
 
     @classmethod
-    def for_data(cls, data: str, **options: Any) -> "TrainConfig":
+    def for_data(cls, data: str | os.PathLike[str], **options: Any) -> "TrainConfig":
         """The defaults for ``data``, with some options changed."""
-        return cls(**{"data": data, **PRESETS.get(data, {}), **options})
+        return cls(**{"data": data, **PRESETS.get(str(data), {}), **options})
 
     @classmethod
     def continued(cls, saved: dict[str, Any], **options: Any) -> "TrainConfig":
@@ -142,20 +163,27 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
+            value = _plain(f, getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
             choices = f.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{f.name} is {value!r}: it must be one of {', '.join(choices)}")
             if f.name in _AT_LEAST_ONE and value is not None and value < 1:
                 raise ValueError(f"{f.name} is {value}: it must be at least 1")
+            if f.name != "seed" and isinstance(value, int) and value >= 1 << 31:
+                raise ValueError(f"{f.name} is {value}: it must be below 2**31")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive and finite")
         for name in ("dropout", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        if self.weight_decay < 0 or self.warmup < 0:
-            raise ValueError("weight_decay and warmup must not be negative")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.num_tokens is not None and self.num_tokens < 2:
+            raise ValueError(f"num_tokens is {self.num_tokens}: it must be in [2, 2**31)")
+        check_seed(self.seed)
         if self.dim % self.heads:
             raise ValueError(f"heads is {self.heads}: it must divide dim, which is {self.dim}")
         if self.rotary and self.dim // self.heads % 2:
@@ -168,7 +196,7 @@ class TrainConfig:
                 f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} windows"
             )
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise ValueError("--resume and --overwrite exclude each other")
 
     @property
     def folder(self) -> Path:
@@ -183,17 +211,56 @@ class TrainConfig:
         """Plain values, for JSON and checkpoints."""
         return asdict(self)
 
-    def refuse_to_continue(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError unless a run with the ``saved`` options can go on with these."""
+    def refuse_to_continue(self, saved: dict[str, Any], done: int) -> None:
+        """Raises ValueError unless a run with the ``saved`` options can go on with these after
+        ``done`` steps."""
         for f in fields(self):
             ours = getattr(self, f.name)
             theirs = saved.get(f.name, f.default)  # older versions had fewer options
             if f.name not in FREE_ON_RESUME and theirs != ours:
-                option = "--" + f.name.replace("_", "-")
                 raise ValueError(
-                    f"cannot resume {self.folder}: {option} was {theirs} and is {ours} now; leave "
-                    "it out, or start another run with another --out"
+                    f"cannot resume {self.folder}: {option_of(f.name)} was {theirs} and is {ours} "
+                    "now; leave it out, or start another run with another --out"
                 )
+        if self.steps < done:
+            raise ValueError(
+                f"cannot resume {self.folder}: --steps was {saved['steps']} and is {self.steps} "
+                f"now, but {done} are done; give at least as many, or leave it out"
+            )
+
+
+def option_of(name: str) -> str:
+    """The option of the command line for a field of TrainConfig."""
+    return "--" + name.replace("_", "-")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless ``seed`` has 64 bits, with or without a sign."""
+    if not -1 << 63 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}: it must have 64 bits, in [-2**63, 2**64)")
+
+
+def _plain(f: Field[Any], value: Any) -> Any:
+    """``value`` as a plain one of the field's type.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    types = get_args(f.type) or (f.type,)
+    if value is None and type(None) in types:
+        return None
+    if bool in types and isinstance(value, bool | np.bool_):
+        return bool(value)
+    if int in types and not isinstance(value, bool | np.bool_):
+        return as_int(f.name, value)
+    if float in types and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if os.PathLike[str] in types and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if str in types and isinstance(value, str):
+        return str(value)
+    names = [getattr(t, "__name__", str(t)) for t in types if t is not type(None)]
+    raise TypeError(f"{f.name} is {value!r}: it must be of type {' or '.join(names)}")
 
 
 _AT_LEAST_ONE = (
@@ -201,10 +268,13 @@ _AT_LEAST_ONE = (
     *("accumulate", "eval_every", "eval_draws", "save_every", "threads"),
 )
 
-# Options that do not change what is learnt, but for rounding and the noise of dropout.
+# Options that do not change what is learnt, but for rounding and the noise of dropout; and the
+# number of steps, which changes the learning rate of those to come. Data may lie elsewhere: that it
+# is the same is for its digest to say.
 FREE_ON_RESUME = frozenset(
     (
-        *("out", "device", "threads", "accumulate", "eval_every", "save_every"),
+        *("data", "out", "steps"),
+        *("device", "threads", "accumulate", "eval_every", "save_every"),
         *("compile", "checkpoint_activations", "shard", "resume", "overwrite", "quiet"),
     )
 )

@@ -21,7 +21,7 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.decay = float(decay)
         self._model = model
         self._parameters = list(model.parameters())
         with torch.no_grad():

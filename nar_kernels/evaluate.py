@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nar_kernels.checks import as_int
 from nar_kernels.data import TokenDataset
 from nar_kernels.heads import Prediction
 from nar_kernels.masking import Corrupted, MaskingConfig
@@ -50,7 +51,7 @@ def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: s
         seed=_EVALUATION_SEED,
         starts=dataset.starts(windows).repeat_interleave(draws)[part],
         seq_len=dataset.seq_len,
-        sample_ids=torch.arange(len(windows) * draws)[part],
+        sample_ids=torch.arange(len(windows) * draws, device="cpu")[part],
         global_batch=draws,
     )
 
@@ -71,8 +72,9 @@ def evaluate(
     """
     was_training = net.training
     net.eval()
+    draws = as_int("draws", draws)
     parts = evaluation_parts(dataset, len(windows), draws)
-    nats = torch.zeros(len(windows) * draws, dtype=torch.float64)
+    nats = torch.zeros(len(windows) * draws, dtype=torch.float64, device="cpu")
     for turn in range(0, len(parts), world_size()):
         # A rank left over in the last turn joins in: a sharded net is called by all or none.
         mine = turn + rank()
@@ -106,7 +108,7 @@ def baselines(
         windows: the held-out windows that are evaluated. Counts use at most 4 M tokens a side.
         per_position: true where a position has a meaning, as in images.
     """
-    seen = _count(train, torch.arange(len(train)), per_position)
+    seen = _count(train, torch.arange(len(train), device="cpu"), per_position)
     unseen = _count(held_out, windows, per_position)
     seen_anywhere, unseen_anywhere = seen.sum(0), unseen.sum(0)
     known = {
@@ -138,9 +140,10 @@ def baselines(
 def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor:
     """float64 ``[L or 1, V - 1]``: how often each id but the mask stands at each position."""
     most = max(_TOKENS_COUNTED // dataset.seq_len, 1)
-    chosen = windows[torch.linspace(0, len(windows) - 1, min(len(windows), most)).long()]
+    spread = torch.linspace(0, len(windows) - 1, min(len(windows), most), device="cpu")
+    chosen = windows[spread.long()]
     rows = dataset.seq_len if per_position else 1
-    counts = torch.zeros(rows, dataset.num_tokens, dtype=torch.float64)
+    counts = torch.zeros(rows, dataset.num_tokens, dtype=torch.float64, device="cpu")
     for some in chosen.split(1024):
         ids = torch.stack(dataset.__getitems__(some.tolist()))
         ids = ids.T if per_position else ids.view(1, -1)

@@ -1,36 +1,85 @@
-"""Ctrl-C that lets a step finish."""
+"""Signals that let a step finish: Ctrl-C, and those by which schedulers stop a job."""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+# Kubernetes and Slurm send SIGTERM before they kill; Slurm sends what `--signal` says. Windows has
+# no SIGUSR1.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+
+_ECHO = 1.0  # seconds
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has stopped training.
+
+    Attributes:
+        signum: its number.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return signal.Signals(self.signum).name
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed."""
+    """Which signal asked to stop, if one did.
 
-    requested = False
+    Args:
+        hears_echoes: a launcher hands on what it receives, so a signal to a whole job comes twice;
+            what comes at once after the first is no second wish.
+    """
+
+    def __init__(self, hears_echoes: bool = False) -> None:
+        self.signum: int | None = None
+        self._echo_until = 0.0
+        self._hears_echoes = hears_echoes
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            if time.monotonic() < self._echo_until:
+                return
+            raise Interrupted(signum)
+        self.signum = signum
+        if self._hears_echoes:
+            self._echo_until = time.monotonic() + _ECHO
+        name = signal.Signals(signum).name
+        line = f"\n{name}: finishing this step to save it; another signal does not wait\n"
         # print() is not safe here: the signal may have come in the middle of another one.
-        os.write(2, b"\nfinishing this step to save it; Ctrl-C again does not wait\n")
+        with suppress(OSError):
+            os.write(2, line.encode())
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Takes note of the first Ctrl-C, where there is one to take note of."""
-    interrupt, before = Interrupt(), signal.getsignal(signal.SIGINT)
-    # Only the main thread may set a handler. In the background of a shell script, it is ignored.
-    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+def interruptible(hears_echoes: bool = False) -> Iterator[Interrupt]:
+    """Takes note of the first of :data:`SIGNALS`, where there is one to take note of."""
+    interrupt = Interrupt(hears_echoes)
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield interrupt
         return
-    signal.signal(signal.SIGINT, interrupt.handle)
+    before = {}
     try:
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            # Ignored is Ctrl-C in the background of a shell script; None are handlers of C code.
+            if handler not in (signal.SIG_IGN, None):
+                before[number] = handler
+                signal.signal(number, interrupt.handle)
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """The net of the trainer, and its way into and out of checkpoints."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from nar_kernels import checkpoint, parallel
 from nar_kernels.backends import multiplies_in
-from nar_kernels.config import TrainConfig
+from nar_kernels.config import TrainConfig, option_of
 from nar_kernels.extras import import_extra
 from nar_kernels.sources import SequenceSpec
 from nar_kernels.wrapper import NonAutoregressiveWrapper
@@ -39,6 +39,13 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
 def build_model(config: TrainConfig, spec: SequenceSpec) -> NonAutoregressiveWrapper:
     """A bidirectional transformer of x-transformers, in the wrapper that trains it."""
     x_transformers = import_extra("x_transformers")
+    with torch.device("cpu"):  # whatever the default is
+        return _build_model(x_transformers, config, spec)
+
+
+def _build_model(
+    x_transformers: Any, config: TrainConfig, spec: SequenceSpec
+) -> NonAutoregressiveWrapper:
     net = x_transformers.TransformerWrapper(
         num_tokens=spec.num_tokens,
         max_seq_len=spec.seq_len,
@@ -105,7 +112,52 @@ def prepare(
     return parallel.replicate(model.to(device))
 
 
-def load_model(path: Path) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
+# What the weights of a net must have in common with it; beside them, what a sequence is.
+_SAME_NET = ("dim", "depth", "heads", "rotary")
+_SAME_SEQUENCES = ("num_tokens", "seq_len")
+
+
+def start_from(
+    model: NonAutoregressiveWrapper,
+    path: str | os.PathLike[str],
+    config: TrainConfig,
+    spec: SequenceSpec,
+) -> None:
+    """Gives ``model``, which is of ``config`` and ``spec``, the weights of another run's
+    checkpoint: the averages, if it kept some.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is of another net.
+    """
+    state = checkpoint.load(path)
+    theirs = TrainConfig.continued(state["config"]).to_dict() | state["spec"]
+    ours = config.to_dict() | spec._asdict()
+    for name in (*_SAME_SEQUENCES, *_SAME_NET):
+        if ours[name] != theirs[name]:
+            raise ValueError(
+                f"cannot start from {path}: {option_of(name)} is {theirs[name]} there and "
+                f"{ours[name]} here; weights fit a net of the same shape only, so give the same "
+                "options, and data with the same vocabulary"
+            )
+    _take_weights(model, path, state)
+
+
+def _take_weights(
+    model: NonAutoregressiveWrapper, path: str | os.PathLike[str], state: dict[str, Any]
+) -> None:
+    """Those of a checkpoint: the averages, if the run kept any."""
+    try:
+        model.load_state_dict(state.get("ema") or state["model"])
+    except RuntimeError as error:  # keys or shapes, one a line
+        raise ValueError(
+            f"{path} holds the weights of another net than this version builds from its options: "
+            "use the versions of nar-kernels and x-transformers that wrote it"
+        ) from error
+
+
+def load_model(
+    path: str | os.PathLike[str],
+) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
     """The trained model of a checkpoint, on the CPU, and what it makes.
 
     Its weights are the averages, if the run kept any.
@@ -116,5 +168,5 @@ def load_model(path: Path) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
     state = checkpoint.load(path)
     spec = SequenceSpec(**state["spec"])
     model = build_model(TrainConfig.continued(state["config"]), spec)
-    model.load_state_dict(state.get("ema") or state["model"])
+    _take_weights(model, path, state)
     return model.eval(), spec

@@ -6,9 +6,9 @@ one, and most of this does nothing. Where ranks communicate, all of them must ma
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 # FSDP2 records events on the streams of its device.
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
+T = TypeVar("T")
 
 
 def _is_parallel() -> bool:
@@ -31,10 +33,15 @@ def world_size() -> int:
     return dist.get_world_size() if _is_parallel() else 1
 
 
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did; gives this one's device."""
-    joins = dist.is_available() and dist.is_torchelastic_launched() and not _is_parallel()
+    joins = is_launched() and not _is_parallel()
     if joins:
         # What is on the host, such as flags, goes through gloo also where the net is on GPUs.
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
@@ -53,6 +60,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest ``value`` of all ranks."""
+    largest = torch.tensor(value, device="cpu")
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 class SumOverRanks:
@@ -82,9 +97,24 @@ def of_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def on_first_rank(call: Callable[[], T]) -> T:
+    """What ``call`` returns on the first rank, which alone makes it; or, on all, what it raises."""
+    result: T | None = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            result = call()
+        except Exception as raised:
+            error = raised
+    result, error = of_first_rank((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
 def barrier() -> None:
     """Waits until all ranks are here."""
-    sum_over_ranks(torch.zeros(1))
+    sum_over_ranks(torch.zeros(1, device="cpu"))
 
 
 def replicate(model: nn.Module) -> nn.Module:
@@ -110,13 +140,13 @@ def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -
     """
     if world_size() == 1:
         raise ValueError(
-            "shard divides the weights over processes, and there is one: start several with "
+            "--shard divides the weights over processes, and there is one: start several with "
             "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or leave it out"
         )
     if device.type == "cpu" and not SHARDS_ON_CPU:
         raise ValueError(
             f"PyTorch {torch.__version__} divides weights over GPUs alone, and this is the CPU: "
-            "install a later one, or leave out shard"
+            "install a later one, or leave out --shard"
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.extras import import_extra
+from nar_kernels.files import replacing
 
 _PIXELS = 6  # of the picture, along a token
 _GAP = 8  # pixels between images
@@ -24,6 +25,11 @@ _MASKED = "#f6b957"  # no grey can be taken for it
 def _figure(width: float, height: float) -> Any:
     """An empty figure, in inches. Not from pyplot, which keeps global state."""
     return import_extra("matplotlib.figure").Figure(figsize=(width, height), dpi=_DPI)
+
+
+def _write(figure: Any, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", facecolor=figure.get_facecolor())
 
 
 def loss_curve(
@@ -83,7 +89,7 @@ def loss_curve(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncol=2, fontsize=9)
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def images(
@@ -115,15 +121,15 @@ def images(
         x = margin["left"] + column * step + (step - _GAP) / 2
         y = height - margin["top"] + 8
         figure.text(x / width, y / height, label, ha="center", color=_FAINT, fontsize=9)
-    figure.savefig(path, facecolor=_TABLE)
+    _write(figure, path)
 
 
 def _tiles(ids: Tensor, mask_id: int) -> np.ndarray:
     """uint8 RGB of all images, with gaps between them."""
     # One colour for each id: dark ink on white paper, and the mask.
-    ink = torch.linspace(0, 1, mask_id)[:, None]
-    white, black = torch.tensor([_rgb(_PAPER), _rgb(_INK)])
-    palette = torch.cat([white + ink * (black - white), torch.tensor([_rgb(_MASKED)])])
+    ink = torch.linspace(0, 1, mask_id, device="cpu")[:, None]
+    white, black, masked = torch.tensor([_rgb(_PAPER), _rgb(_INK), _rgb(_MASKED)], device="cpu")
+    palette = torch.cat([white + ink * (black - white), masked[None]])
     tiles = (
         palette.round()
         .to(torch.uint8)[ids]
@@ -132,7 +138,7 @@ def _tiles(ids: Tensor, mask_id: int) -> np.ndarray:
     )
 
     rows, columns, height, width, _ = tiles.shape
-    canvas = torch.tensor(_rgb(_TABLE), dtype=torch.uint8).repeat(
+    canvas = torch.tensor(_rgb(_TABLE), dtype=torch.uint8, device="cpu").repeat(
         rows, columns, height + _GAP, width + _GAP, 1
     )
     canvas[:, :, :height, :width] = tiles

@@ -30,18 +30,22 @@ def from_text(text: str, spec: SequenceSpec, *, gaps: bool) -> Tensor:
         return _from_file(Path(text), spec)
     if gaps:
         return _with_gaps(text, spec)
-    return torch.tensor(_ids(text, spec), dtype=torch.int64)
+    return _tensor(_ids(text, spec), spec)
 
 
 def _from_file(path: Path, spec: SequenceSpec) -> Tensor:
     try:
         array = np.load(path)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is no .npy file of ids: {error}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError(f"{path} is no .npy file of ids: it is a .npz archive")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(
             f"{path} holds {array.dtype} {list(array.shape)}: a prompt is integers [L] or [B, L]"
         )
+    _check_fits(int(array.max()), spec)
     ids = torch.from_numpy(array.astype(np.int64))
     return ids.where(ids >= 0, spec.mask_id)
 
@@ -51,14 +55,34 @@ def _with_gaps(text: str, spec: SequenceSpec) -> Tensor:
     end = 0
     for gap in _GAP.finditer(text):
         ids += _ids(text[end : gap.start()], spec)
-        ids += [spec.mask_id] * int(gap[1] or 1)
+        length = int(gap[1] or 1)
+        if len(ids) + length > spec.seq_len:  # before there is memory for all of them
+            raise ValueError(
+                f"a prompt has {len(ids) + length} ids: the net takes {spec.seq_len} at most"
+            )
+        ids += [spec.mask_id] * length
         end = gap.end()
-    return torch.tensor(ids + _ids(text[end:], spec), dtype=torch.int64)
+    return _tensor(ids + _ids(text[end:], spec), spec)
+
+
+def _tensor(ids: list[int], spec: SequenceSpec) -> Tensor:
+    for id_ in ids:
+        _check_fits(id_, spec)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def _check_fits(id_: int, spec: SequenceSpec) -> None:
+    """Raises ValueError for an id that a tensor cannot hold."""
+    if not -1 << 63 <= id_ < 1 << 63:
+        raise ValueError(
+            f"the prompt holds id {id_}: ids must be in [0, {spec.num_tokens}), with "
+            f"{spec.mask_id} where there is something to fill"
+        )
 
 
 def _ids(text: str, spec: SequenceSpec) -> list[int]:
     if spec.render == "bytes":
-        return list(text.encode())
+        return list(text.encode(errors="surrogateescape"))  # as they were typed, if no UTF-8
     try:
         return [int(word) for word in text.split()]
     except ValueError:

@@ -60,6 +60,10 @@ class Log:
     def best(self) -> tuple[int, float, float]:
         return min(self.curve, key=lambda point: point[1])
 
+    def last_evaluated(self) -> int | None:
+        """The step of the last evaluation."""
+        return self.curve[-1][0] if self.curve else None
+
     def recent_loss(self) -> float:
         """Nats, mean of the last steps."""
         recent = self.losses[-20:]
@@ -75,7 +79,7 @@ class Log:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        losses = torch.tensor(self.losses, dtype=torch.float64)
+        losses = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
         return {
             "losses": losses,
             "curve": self.curve,
@@ -94,9 +98,15 @@ def prepare_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _RUN_FILES:
         (folder / name).unlink(missing_ok=True)
-        checkpoint.remove_shards(folder / name)
+    remove_leftovers(folder)
     for events in (folder / "tb").glob("events.out.tfevents.*"):
         events.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a run that was killed had not written to its end."""
+    for name in _RUN_FILES:
+        checkpoint.remove_leftovers(folder / name)
 
 
 def version(package: str) -> str | None:
@@ -141,6 +151,7 @@ def describe(
         "masking": f"{config.schedule} schedule, {config.draw} draw; loss: {config.loss}",
         "steps": f"{config.steps} of {config.batch_size} windows; AdamW, peak learning rate "
         f"{config.lr:g}",
+        **({} if config.init is None else {"from": f"the weights of {config.init}"}),
         "on": f"{environment['device']}, {environment['threads']} threads, "
         f"{environment['precision']}"
         + (f", {environment['processes']} processes" if environment["processes"] > 1 else ""),
@@ -251,7 +262,7 @@ def write_results(
             column_labels=["start", *map(str, range(1, ids.shape[1]))],
             title=f"{data.name}: decoding steps, coloured where still masked",
         )
-    (config.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    samples.write_text(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 def summary(report: dict[str, Any]) -> str:

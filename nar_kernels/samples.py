@@ -3,6 +3,7 @@
 Shapes: N samples, L sequence length, S steps of the decoder, H height and W width of an image.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,19 @@ from torch import Tensor
 
 from nar_kernels.choice import Strategy
 from nar_kernels.decode import DecodeState
+from nar_kernels.files import replacing
 from nar_kernels.pictures import images
 from nar_kernels.sources import SequenceSpec
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
+# The defaults of the trainer's pictures and of the command line, for samples that are as varied as
+# the data: any token may be drawn, in random order. Confidence, the default of `generate` as in
+# x-transformers, fills the background of an image first, which leaves little choice for the rest.
+STRATEGY: Strategy = "random"
+TEMPERATURE = 1.0
+FILTER_THRES = 0.0
+
+_SUFFIXES = (".npy", ".png", ".txt", "")
 _SHADES = " .:-=+*#%@"
 _GRID_COLUMNS = 8
 
@@ -26,16 +36,14 @@ def states(
     num_samples: int | None,
     *,
     seed: int,
-    temperature: float = 1.0,
-    filter_thres: float = 0.0,
-    strategy: Strategy = "random",
+    temperature: float = TEMPERATURE,
+    filter_thres: float = FILTER_THRES,
+    strategy: Strategy = STRATEGY,
     **options: Any,
 ) -> Iterator[DecodeState]:
     """What :meth:`NonAutoregressiveWrapper.generate_steps` yields, with its other ``options``.
 
-    Its defaults are those of x-transformers. Here they are for samples that are as varied as the
-    data: any token may be drawn, in random order. Confidence fills the background of an image
-    first, which leaves little choice for the rest.
+    Three defaults differ from its own: see :data:`STRATEGY`.
     """
     return model.generate_steps(
         num_samples, temperature, filter_thres, seed=seed, strategy=strategy, **options
@@ -75,20 +83,40 @@ def shade(id_: int, levels: int) -> str:
 
 
 def check_suffix(path: Path, spec: SequenceSpec) -> None:
-    """Raises ValueError for a picture of something that is no image."""
+    """Raises ValueError for a kind of file that is not written, and for a picture of something
+    that is no image."""
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"{path} ends in {path.suffix}: write .npy (ids), .png (images), or .txt or nothing "
+            "(text)"
+        )
     if path.suffix == ".png" and spec.image_shape is None:
         raise ValueError(f"{path}: the model makes {spec.render}, not images; write .txt or .npy")
 
 
 def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
-    """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text."""
+    """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text.
+
+    Raises:
+        ValueError: as :func:`check_suffix` says.
+        OSError: the file cannot be written.
+    """
     check_suffix(path, spec)
     if path.suffix == ".npy":
-        np.save(path, ids.numpy())
+        buffer = io.BytesIO()  # to a file, numpy would not say why it cannot write
+        np.save(buffer, ids.numpy())
+        with replacing(path) as file:
+            file.write(buffer.getbuffer())
     elif path.suffix == ".png" and spec.image_shape is not None:
         columns = min(len(ids), _GRID_COLUMNS)
-        blank = torch.zeros(-len(ids) % columns, ids.shape[1], dtype=ids.dtype)
+        blank = ids.new_zeros(-len(ids) % columns, ids.shape[1])
         table = torch.cat([ids, blank]).view(-1, columns, *spec.image_shape)
         images(path, table, mask_id=spec.mask_id)
     else:
-        path.write_text(text(ids, spec), "utf-8")
+        write_text(path, text(ids, spec))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a file in UTF-8."""
+    with replacing(path) as file:
+        file.write(content.encode())

@@ -3,6 +3,7 @@
 Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 """
 
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,15 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nar_kernels.checks import as_int
 from nar_kernels.corpus import Source
 from nar_kernels.data import TokenDataset
 from nar_kernels.extras import import_extra
+from nar_kernels.parallel import on_first_rank
 
 BUILT_IN = ("digits", "text")
 
 _NUM_BYTES = 256
 _DEFAULT_SEQ_LEN = 256
 _MAX_HELD_OUT = 256
+_MAX_VALIDATED = 2_000_000_000  # tokens, which takes some seconds
 
 # scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
 _DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
@@ -63,6 +67,17 @@ class Data(NamedTuple):
     held_out: TokenDataset
     held_out_windows: Tensor
 
+    def validate(self) -> None:
+        """Looks for bad ids, so that none stops a run in the middle; not in data so large that this
+        would take long, where each window is checked when its turn comes. All ranks must call this.
+
+        Raises:
+            InvalidTokenError: an id is outside [0, V), or is the mask's.
+        """
+        if len(self.train.corpus) <= _MAX_VALIDATED:
+            for dataset in (self.train, self.held_out):
+                on_first_rank(dataset.validate_all)
+
 
 class _Opened(NamedTuple):
     """A source, before it is cut into windows.
@@ -79,13 +94,14 @@ class _Opened(NamedTuple):
 
 
 def open_data(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     dtype: str | None = None,
     num_tokens: int | None = None,
     seq_len: int | None = None,
     stride: int | None = None,
     num_held_out: int | None = None,
+    folder: Path | None = None,
 ) -> Data:
     """Opens a built-in data set or a file, and splits off its last windows for evaluation.
 
@@ -99,19 +115,19 @@ def open_data(
         stride: tokens from one training window to the next; divides L. Default: L.
         num_held_out: non-overlapping windows held out at the end. Default: 180 for ``digits``, else
             a tenth of all, at most 256.
+        folder: where else to look for a file whose path is relative.
 
     Raises:
-        ValueError, CorpusFormatError, FileNotFoundError: an option or the file is wrong.
+        TypeError, ValueError, CorpusFormatError, FileNotFoundError: an option or the file is wrong.
         ImportError: ``digits`` without scikit-learn.
     """
+    name = os.fspath(name)
+    options: dict[str, Any] = {"num_tokens": num_tokens, "seq_len": seq_len, "stride": stride}
+    for option, value in options.items():
+        options[option] = None if value is None else as_int(option, value)
+    options["dtype"] = dtype
     built_in = {"digits": _open_digits, "text": _open_text}.get(name)
-    opened = _open_file(name, dtype) if built_in is None else built_in()
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "num_tokens": num_tokens,
-        "seq_len": seq_len,
-        "stride": stride,
-    }
+    opened = _open_file(_find(name, folder), dtype) if built_in is None else built_in()
     for option, value in opened.fixed.items():
         if options[option] not in (None, value):
             raise ValueError(
@@ -123,7 +139,8 @@ def open_data(
             f"{name} holds token ids of an unknown vocabulary: give num_tokens, the vocabulary of "
             "its tokenizer plus one for the mask token (GPT-2: --num-tokens 50258)"
         )
-    seq_len = options["seq_len"] or _DEFAULT_SEQ_LEN
+    seq_len = _DEFAULT_SEQ_LEN if options["seq_len"] is None else options["seq_len"]
+    num_held_out = None if num_held_out is None else as_int("num_held_out", num_held_out)
     return _split(name, opened, options["num_tokens"], seq_len, options["stride"], num_held_out)
 
 
@@ -135,6 +152,8 @@ def _split(
     stride: int | None,
     num_held_out: int | None,
 ) -> Data:
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}: it must be at least 1")
     stride = seq_len if stride is None else stride
     if stride < 1 or seq_len % stride:
         raise ValueError(f"stride is {stride}: it must divide seq_len, which is {seq_len}")
@@ -151,9 +170,21 @@ def _split(
     if num_held_out is None:
         a_tenth = max(len(windows) // apart // 10, 1)
         num_held_out = opened.num_held_out or min(a_tenth, _MAX_HELD_OUT)
+    # One window more than these must remain, to train on.
+    most = (len(windows) - 1) // apart
+    if most < 1:
+        raise ValueError(
+            f"{name} has {len(windows.corpus)} tokens: too few for two windows of seq_len "
+            f"{seq_len}, one to train on and one held out; give more data, or a shorter seq_len"
+        )
+    if not 1 <= num_held_out <= most:
+        raise ValueError(
+            f"num_held_out is {num_held_out}: it must be in [1, {most}], so that of the windows of "
+            f"{name} one that shares no token with those remains to train on"
+        )
     train, held_out = windows.split((num_held_out - 1) * apart + 1)
     spec = SequenceSpec(num_tokens, seq_len, opened.render, opened.image_shape)
-    return Data(name, spec, train, held_out, torch.arange(0, len(held_out), apart))
+    return Data(name, spec, train, held_out, torch.arange(0, len(held_out), apart, device="cpu"))
 
 
 def _open_digits() -> _Opened:
@@ -178,12 +209,21 @@ def _open_text() -> _Opened:
     return _Opened(np.frombuffer(text.encode(), dtype=np.uint8), "bytes", fixed)
 
 
-def _open_file(name: str, dtype: str | None) -> _Opened:
-    path = Path(name)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no file {name}, and the built-in data sets are {' and '.join(BUILT_IN)}"
-        )
+def _find(name: str, folder: Path | None) -> Path:
+    """The file of this name, in the current folder or the other one."""
+    places = [Path(name)]
+    if folder is not None and not places[0].is_absolute():
+        places.append(folder / name)
+    for place in places:
+        if place.exists():
+            return place
+    looked = f" (looked for {' and '.join(str(place.absolute()) for place in places)})"
+    raise FileNotFoundError(
+        f"there is no file {name}{looked}, and the built-in data sets are {' and '.join(BUILT_IN)}"
+    )
+
+
+def _open_file(path: Path, dtype: str | None) -> _Opened:
     if dtype is not None or path.suffix in (".npy", ".bin"):
         return _Opened(path, "ids", {}, dtype=dtype)
     return _Opened(path, "bytes", {"num_tokens": _NUM_BYTES + 1}, dtype="uint8")

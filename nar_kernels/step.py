@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels import parallel
+from nar_kernels.checks import as_int
 from nar_kernels.config import TrainConfig
+from nar_kernels.loss import num_counted
 from nar_kernels.masking import Corrupted
 
 
@@ -31,10 +33,10 @@ def loss_and_gradient(
         accumulate: how many parts to compute one after the other.
     """
     wrapper: Any = getattr(model, "module", model)
-    counts = batch.num_maskable if wrapper.use_simple_mdlm_loss_weight else batch.num_masked
-    normalizer = parallel.sum_over_ranks(counts.sum()).clamp(min=1) / parallel.world_size()
+    counted = num_counted(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
+    normalizer = parallel.sum_over_ranks(counted).clamp(min=1) / parallel.world_size()
     device = next(model.parameters()).device
-    parts = list(batch.microbatches(-(-len(batch) // accumulate)))
+    parts = list(batch.microbatches(-(-len(batch) // as_int("accumulate", accumulate))))
     losses = []
     for part in parts:
         with parallel.accumulating(model, is_last=part is parts[-1]):
@@ -62,7 +64,7 @@ class Pending:
         """
         pairs = torch.stack(self._pairs).double().cpu()
         self._pairs.clear()
-        ours = torch.cat([pairs.T.flatten(), torch.tensor([float(stop)])])
+        ours = torch.cat([pairs.T.flatten(), torch.tensor([float(stop)], device="cpu")])
         *values, stops = (parallel.sum_over_ranks(ours) / parallel.world_size()).tolist()
         return values[: len(pairs)], values[len(pairs) :], stops > 0
 

@@ -10,6 +10,7 @@ A step does not wait for the device: losses stay there until somebody wants them
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from nar_kernels.data import MaskedLoader
 from nar_kernels.ema import Ema
 from nar_kernels.evaluate import NATS_PER_BIT, baselines, evaluate
 from nar_kernels.extras import import_extra
-from nar_kernels.interrupt import interruptible
+from nar_kernels.interrupt import Interrupted, interruptible
+from nar_kernels.lock import FolderInUseError, FolderLock
 from nar_kernels.masking import Corrupted
-from nar_kernels.model import build_model, choose_bf16, choose_device, prepare
+from nar_kernels.model import build_model, choose_bf16, choose_device, prepare, start_from
 from nar_kernels.philox import Stream, derived_seed
 from nar_kernels.progress import Progress
 from nar_kernels.report import (
@@ -34,6 +36,7 @@ from nar_kernels.report import (
     environment,
     make_report,
     prepare_folder,
+    remove_leftovers,
     summary,
     write_results,
 )
@@ -46,7 +49,15 @@ from nar_kernels.step import (
     loss_and_gradient,
 )
 
-__all__ = ["DivergedError", "TrainConfig", "learning_rate", "loss_and_gradient", "train"]
+__all__ = [
+    "DivergedError",
+    "FolderInUseError",
+    "Interrupted",
+    "TrainConfig",
+    "learning_rate",
+    "loss_and_gradient",
+    "train",
+]
 
 _LOG_EVERY = 10  # steps
 
@@ -60,35 +71,54 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     ``config.folder`` gets ``last.pt`` and ``best.pt`` (checkpoints), ``report.json``, ``loss.png``,
     samples, and ``tb`` (TensorBoard). Only the first process writes, but all must see the folder.
+    While it runs, no other run may use that: ``run.lock`` says which one does.
 
     Returns:
         What is in ``report.json``.
 
     Raises:
-        ValueError, OSError: an option or the data is wrong, or the folder holds a run already.
+        ValueError, OSError: an option or the data is wrong, the folder holds a run already, or the
+            disk is full.
+        InvalidTokenError: the data holds an id that is none.
+        FolderInUseError: another run, which it names, has the folder.
         ImportError: a package of the extra ``train`` is missing.
         DivergedError: the loss is not finite. The checkpoints are from before.
-        KeyboardInterrupt: after Ctrl-C. The first one finishes the step and saves; a second one
-            does not wait.
+        Interrupted: after Ctrl-C, SIGTERM or SIGUSR1; it is a KeyboardInterrupt. The first one
+            finishes the step and saves; a second one does not wait.
     """
-    with parallel.joined(choose_device(config.device)) as device:
-        last = config.folder / "last.pt"
+    folder, last = config.folder, config.folder / "last.pt"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: --out must name a folder, or a new one")
+    with parallel.joined(choose_device(config.device)) as device, FolderLock(folder) as lock:
+
+        def claim(also_new: bool) -> None:
+            if also_new or folder.is_dir():
+                lock.acquire()
+                refuse_to_lose_a_run(config)
+
+        parallel.on_first_rank(lambda: claim(also_new=False))
         saved = checkpoint.read(last) if config.resume else None
         if saved is not None:
-            config.refuse_to_continue(saved["config"])
-        elif last.exists() and not config.overwrite:
-            raise FileExistsError(
-                f"{config.folder} holds a run: --resume continues it, --overwrite starts again, "
-                "and --out names another folder"
-            )
+            config.refuse_to_continue(saved["config"], saved["loader"]["step"])
         run = Run(config, device)
-        parallel.barrier()  # nobody writes before everybody has looked
+        # Nobody writes before everybody has looked; a new folder is made when all else is right.
+        parallel.barrier()
+        parallel.on_first_rank(lambda: claim(also_new=True))
         if saved is not None:
             run.restore(last, saved)
         else:
             run.begin()
         run.fit()
         return run.finish()
+
+
+def refuse_to_lose_a_run(config: TrainConfig) -> None:
+    """Raises FileExistsError if the folder holds a run that is neither continued nor replaced."""
+    if (config.folder / "last.pt").exists() and not (config.resume or config.overwrite):
+        raise FileExistsError(
+            f"{config.folder} holds a run: --resume continues it, --overwrite starts again, "
+            "and --out names another folder"
+        )
 
 
 class Run:
@@ -110,13 +140,17 @@ class Run:
             seq_len=config.seq_len,
             stride=config.stride,
             num_held_out=config.held_out,
+            folder=config.folder if config.resume else None,
         )
+        self.data.validate()
         # On a CPU nothing is gained by waiting.
         self.settle_every = 1 if device.type == "cpu" else _LOG_EVERY
         self.pending = Pending()
         torch.manual_seed(config.seed)
         # `model` has the keys of checkpoints; `trained` is the same, for all ranks together.
         self.model = build_model(config, self.data.spec)
+        if config.init is not None and not config.resume:
+            start_from(self.model, config.init, config, self.data.spec)
         self.trained = prepare(self.model, config, device)
         self.optimizer = adamw(self.model, config)
         self.ema = Ema(self.model, config.ema) if config.ema else None
@@ -149,7 +183,10 @@ class Run:
         self.progress.say(describe(config, self.data, self.model, self.baselines, self.environment))
         alone, stops = parallel.world_size() == 1, False
         self.log.tick()
-        with interruptible() as interrupt, self.progress.running(first):
+        if first == config.steps != self.log.last_evaluated():  # made to end here
+            self.evaluate(first)
+            self.save("last.pt")
+        with interruptible(parallel.is_launched()) as interrupt, self.progress.running(first):
             steps = range(first, config.steps)
             for step, batch in zip(steps, self.loader, strict=False):
                 self.step(batch, step)
@@ -167,15 +204,17 @@ class Run:
                     if saves or stops:
                         self.save("last.pt")
                         self.log.tick()
+                    self.progress.note(self.state())
                 if stops:
                     break
         if stops:
+            signum = parallel.max_over_ranks(interrupt.signum or 0)
             if parallel.rank() == 0:
                 print(
                     f"saved step {self.loader.step}; to continue: {config.how_to_resume}",
                     file=sys.stderr,
                 )
-            raise KeyboardInterrupt
+            raise Interrupted(signum)
 
     def step(self, batch: Corrupted, step: int) -> None:
         """One optimiser step. Its loss, in nats, and the norm of its gradient become pending."""
@@ -209,11 +248,10 @@ class Run:
 
     def show(self, losses: list[float], norms: list[float]) -> None:
         done = len(self.log.losses)
-        rate = learning_rate(done - 1, self.config)
-        self.progress.advance(len(losses), f"{self.speed()}, lr {rate:.1e}")
+        self.progress.advance(len(losses), self.state())
         if done % _LOG_EVERY == 0:
             values = {"bits_per_token": losses[-1] / NATS_PER_BIT, "gradient_norm": norms[-1]}
-            values["learning_rate"] = rate
+            values["learning_rate"] = learning_rate(done - 1, self.config)
             self.progress.plot(done, {f"train/{name}": value for name, value in values.items()})
 
     def evaluate(self, step: int) -> None:
@@ -267,7 +305,11 @@ class Run:
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
         """Goes on from ``state``, as it was read from ``path``."""
+        config, was = self.config, state["config"]
+        self.check_corpus(state)
         self.loader.load_state_dict(state["loader"])
+        if parallel.rank() == 0:
+            remove_leftovers(config.folder)
         ours = self.model.state_dict()
         for name in ("model", "ema") if self.ema is not None else ("model",):
             state[name] = parallel.divide_as(state[name], ours)
@@ -278,11 +320,34 @@ class Run:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.log.load_state_dict(state["log"])
+        done = self.loader.step
+        self.progress.say(
+            f"goes on from step {done}: {config.steps - done} of {config.steps} remain"
+        )
+        if config.steps != was["steps"]:
+            before = learning_rate(done, replace(config, steps=was["steps"]))
+            self.progress.say(
+                f"note: --steps was {was['steps']} and is {config.steps}; the learning rate falls "
+                f"to zero over the new number, so it is {learning_rate(done, config):.1e} now "
+                f"instead of {before:.1e}"
+            )
         for name, now in self.environment.items():
             if now != (then := state["environment"].get(name, now)):
                 self.progress.say(
                     f"note: {name} was {then} and is {now}; rounding may differ from here on"
                 )
+
+    def check_corpus(self, state: dict[str, Any]) -> None:
+        """Raises ValueError unless the data, wherever it lies, is what ``state`` was trained on."""
+        ours, theirs = self.loader.state_dict(), state["loader"]
+        if ours["corpus_digest"] != theirs["corpus_digest"]:
+            was, now = state["config"]["data"], self.config.data
+            raise ValueError(
+                f"cannot resume {self.config.folder}: --data was {was} and is {now} now, which "
+                f"holds other tokens (corpus_digest {theirs['corpus_digest'][:12]} and "
+                f"{ours['corpus_digest'][:12]}); give what the run was trained on, or start "
+                "another run with another --out"
+            )
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model has its averaged weights, if any are kept."""
@@ -290,6 +355,10 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def state(self) -> str:
+        rate = learning_rate(len(self.log.losses) - 1, self.config)
+        return f"{self.speed()}, lr {rate:.1e}"
 
     def speed(self) -> str:
         seconds = max(self.log.step_seconds, 1e-9)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from nar_kernels import cli, samples
 from nar_kernels.cli import main
 from nar_kernels.config import TrainConfig
+from nar_kernels.interrupt import SIGNALS, Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,12 +111,14 @@ def test_mistakes_in_train(capsys, tmp_path, text_run):
     assert "needs --out" in fails(capsys, "train", "--resume")
     assert "no checkpoint" in fails(capsys, "train", "--resume", "--out", tmp_path)
     assert "holds a run" in fails(capsys, "train", "--data", "text", "--out", text_run)
-    assert "heads is 5" in fails(capsys, "train", "--data", "digits", "--heads", 5)
+    assert "--heads is 5: it must divide --dim, which is 96" in fails(
+        capsys, "train", "--data", "digits", "--heads", 5
+    )
     assert "ema is 1.5" in fails(capsys, "train", "--data", "digits", "--ema", 1.5)
     out = "--out", tmp_path / "shards"
     assert "torchrun" in fails(capsys, "train", "--data", "digits", "--shard", *out)
     np.save(tmp_path / "ids.npy", np.zeros(1000, dtype=np.int32))
-    assert "give num_tokens" in fails(capsys, "train", "--data", tmp_path / "ids.npy")
+    assert "give --num-tokens" in fails(capsys, "train", "--data", tmp_path / "ids.npy")
     (tmp_path / "short.txt").write_bytes(b"short")
     assert "less than one window" in fails(capsys, "train", "--data", tmp_path / "short.txt")
     with pytest.raises(SystemExit) as stopped:
@@ -216,7 +220,7 @@ def test_mistakes_in_generate(text_run, capsys, tmp_path):
     assert "--num-samples is 0" in fails(
         capsys, "generate", "--checkpoint", last, "--num-samples", 0
     )
-    assert "filter_thres is 2.0" in fails(
+    assert "--filter-thres is 2.0" in fails(
         capsys, "generate", "--checkpoint", last, "--filter-thres", 2
     )
     for options, message in (
@@ -244,9 +248,208 @@ def test_mistakes_in_prompts_of_ids(digits_run, capsys, tmp_path):
         assert message in error
 
 
-def test_ctrl_c_is_130(monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "value", "valid"),
+    [
+        *(("--num-samples", value, "in [1, 2**31)") for value in (0, -1, 1 << 31)),
+        *(("--steps", value, "in [1, 2**31)") for value in (0, -3)),
+        *(("--block-length", value, "in [1, 2**31)") for value in (0, -4)),
+        *(("--temperature", value, "at least 0 and finite") for value in ("-1.0", "nan", "inf")),
+        *(("--choice-temperature", value, "at least 0 and") for value in ("-0.5", "nan", "inf")),
+        *(("--guidance-scale", value, "at least 0 and finite") for value in ("-1.0", "nan", "inf")),
+        *(("--filter-thres", value, "in [0, 1]") for value in ("-0.1", "1.5", "nan", "inf")),
+        *(("--threshold", value, "in [0, 1]") for value in ("-0.1", "90.0", "nan", "inf")),
+        *(("--seed", value, "64 bits") for value in (1 << 64, -(1 << 63) - 1)),
+    ],
+)
+def test_numbers_of_generate_are_checked_before_any_work(
+    text_run, capsys, monkeypatch, option, value, valid
+):
+    monkeypatch.setattr("nar_kernels.cli.load_model", None)
+    options = f"{option}={value}", "--prompt", "a"
+    error = fails(capsys, "generate", "--checkpoint", text_run / "last.pt", *options)
+    assert error.startswith(f"nar-kernels: {option} is {value}: it must ") and valid in error
+
+
+def test_every_number_of_generate_has_a_range():
+    numbers = {
+        action.dest
+        for action in cli._parser()._subparsers._group_actions[0].choices["generate"]._actions
+        if action.type in (int, float)
+    }
+    assert numbers == {*cli._RANGES, "seed"}
+
+
+@pytest.mark.parametrize("seed", [(1 << 64) - 1, -(1 << 63)])
+def test_seeds_have_64_bits(text_run, capsys, tmp_path, seed):
+    assert generate(text_run, f"--seed={seed}", "--num-samples", 1) == 0
+    argv = ["--data", str(text_run.parent / "abc.txt"), "--seq-len", "8", "--steps", "1", *TINY]
+    assert main(["train", *argv, f"--seed={seed}", "--out", str(tmp_path / "run")]) == 0
+    assert "--seed is" in fails(capsys, "train", *argv, f"--seed={1 << 64}")
+
+
+def test_where_samples_cannot_be_written(text_run, digits_run, capsys, tmp_path, monkeypatch):
+    """Known before anything is decoded."""
+    monkeypatch.setattr("nar_kernels.cli._states", None)
+    (tmp_path / "file").write_text("")
+    for option, path, message in (
+        ("--out", tmp_path / "a.jpg", "ends in .jpg: write .npy (ids), .png (images), or .txt"),
+        ("--out", tmp_path / "a.npz", "ends in .npz"),
+        ("--out", tmp_path / "no" / "a.npy", f"there is no folder {tmp_path / 'no'}"),
+        ("--html", tmp_path / "no" / "a.html", f"there is no folder {tmp_path / 'no'}"),
+        ("--out", tmp_path / "file" / "a.txt", f"there is no folder {tmp_path / 'file'}"),
+        ("--out", tmp_path, "it is a folder; name a file in it"),
+        ("--html", tmp_path, "it is a folder; name a file in it"),
+    ):
+        last = digits_run / "last.pt"
+        assert message in fails(capsys, "generate", "--checkpoint", last, option, path)
+    both = "--out", tmp_path / "a.txt", "--html", tmp_path / "a.txt"
+    assert "a file of its own" in fails(capsys, "generate", "--checkpoint", "x.pt", *both)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for option in ("--out", "--html"):
+        target = option, tmp_path / "a.txt"
+        assert "is not writable" in fails(capsys, "generate", "--checkpoint", "x.pt", *target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_name_without_a_suffix_is_text(text_run, capsys, tmp_path):
+    assert generate(text_run, "--num-samples", 1, "--out", tmp_path / "a") == 0
+    assert len((tmp_path / "a").read_text().rstrip("\n")) == 8
+
+
+def test_a_grid_needs_a_square(text_run, capsys):
+    last = text_run / "last.pt"
+    error = fails(capsys, "generate", "--checkpoint", last, "--strategy", "halton")
+    assert "--strategy halton fills a grid" in error and "8 tokens" in error
+
+
+def test_the_default_strategy_is_said(digits_run, capsys):
+    """That of the pictures, not that of Python."""
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(default: random, for samples as varied as the data; in Python it is confid" in printed
+    shown = {}
+    for name in ("random", "confidence", None):
+        options = [] if name is None else ["--strategy", name]
+        assert generate(digits_run, "--num-samples", 2, *options) == 0
+        shown[name] = capsys.readouterr().out
+    assert shown[None] == shown[samples.STRATEGY] == shown["random"] != shown["confidence"]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("give num_tokens, or not", "give --num-tokens, or not"),
+        ("num_held_out is 3: too many", "--held-out is 3: too many"),
+        ("pass dtype= (files are dtype='uint16'; or", "pass --dtype (files are --dtype uint16; or"),
+        ("heads is 3: it must divide dim, which is 8", "--heads is 3: it must divide --dim, which"),
+        ("seq_len is 9 of 8", "--seq-len is 9 of 8"),
+        ("the data is short, and so is the loss", "the data is short, and so is the loss"),
+        ("/a/num_tokens/b is missing", "/a/num_tokens/b is missing"),
+        ("num_tokens.txt is missing", "num_tokens.txt is missing"),
+        ('write {"dtype": "uint16"}', 'write {"dtype": "uint16"}'),
+        ("--steps was 2 and is 3", "--steps was 2 and is 3"),
+    ],
+)
+def test_messages_speak_of_options(message, expected):
+    assert cli._in_options(message, cli._TRAIN_NAMES).startswith(expected)
+
+
+def test_data_of_an_unknown_type(capsys, tmp_path):
+    (tmp_path / "raw.bin").write_bytes(bytes(100))
+    raw = "train", "--data", tmp_path / "raw.bin"
+    assert "pass --dtype (" in fails(capsys, *raw, "--num-tokens", 9)
+    error = fails(capsys, *raw, "--num-tokens", 9, "--dtype", "float16")
+    assert "was given --dtype float16: a raw file holds" in error
+    assert "--num-tokens is 1: it must be in [2, 2**31)" in fails(capsys, *raw, "--num-tokens", 1)
+    assert "--seq-len is 0" in fails(capsys, *raw, "--seq-len", 0)
+    text = "train", "--data", "text"
+    assert "--held-out is 1000000: it must be in [1, " in fails(capsys, *text, "--held-out", 10**6)
+    assert "--num-tokens is 9, but that of text" in fails(capsys, *text, "--num-tokens", 9)
+    for option in ("--lr", "--weight-decay", "--clip", "--ema", "--dropout", "--beta2"):
+        assert f"{option} is nan" in fails(capsys, *text, option, "nan")
+
+
+def test_init_on_the_command_line(text_run, capsys, tmp_path):
+    argv = ["--data", str(text_run.parent / "abc.txt"), "--steps", "2", *TINY]
+    argv += ["--init", str(text_run / "best.pt")]
+    out = tmp_path / "run"
+    assert main(["train", *argv, "--seq-len", "8", "--out", str(out)]) == 0
+    assert f"the weights of {text_run / 'best.pt'}" in capsys.readouterr().out
+    error = fails(capsys, "train", *argv, "--seq-len", "4", "--out", tmp_path / "other")
+    assert "cannot start from" in error and "--seq-len is 8 there and 4 here" in error
+    error = fails(capsys, "train", "--resume", "--out", out, "--init", "other.pt")
+    assert f"--init was {text_run / 'best.pt'} and is other.pt now" in error
+
+
+def test_resuming_says_where_it_goes_on(text_run, capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--data", str(text_run.parent / "abc.txt"), "--seq-len", "8", "--out", str(out)]
+    assert main(["train", *argv, "--steps", "3", *TINY]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(out), "--steps", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "goes on from step 3: 2 of 5 remain" in printed
+    assert "note: --steps was 3 and is 5; the learning rate falls to zero over the new" in printed
+    assert "--steps was 5 and is 4 now, but 5 are done" in fails(
+        capsys, "train", "--resume", "--out", out, "--steps", 4
+    )
+
+
+def test_lines_where_there_is_no_terminal(text_run, capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--data", str(text_run.parent / "abc.txt"), "--seq-len", "8", "--out", str(out)]
+    argv += ["--steps", "20", "--eval-every", "10", *TINY]
+    assert main(["train", *argv]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    steps = [line.split(":")[0] for line in lines]
+    assert [step.split()[1] for step in steps] == [str(step) for step in range(2, 21, 2)]
+    assert [step for step in steps if "of 20" not in step] == ["step     10", "step     20"]
+    assert all("loss " in line and "tokens/s" in line for line in lines)
+    assert main(["train", *argv, "--quiet", "--overwrite"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_is_no_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = fails(capsys, "train", "--data", "text", "--out", tmp_path / "file")
+    assert "is a file: --out must name a folder" in error
+
+
+def test_prompts_that_no_tensor_holds(digits_run, text_run, capsys, tmp_path):
+    for prompt in (f"1 {1 << 64}", f"{-(1 << 64)}"):
+        error = fails(
+            capsys, "generate", "--checkpoint", digits_run / "last.pt", "--prompt", prompt
+        )
+        assert "ids must be in [0, 18)" in error
+    np.save(tmp_path / "large.npy", np.array([1 << 63], dtype=np.uint64))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "archive.npz", np.zeros(3))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    for name, message in (
+        ("large", "holds id 9223372036854775808"),
+        ("empty", "is no .npy file of ids"),
+        ("archive", "is no .npy file of ids: it is a .npz archive"),
+    ):
+        prompt = "--infill", tmp_path / f"{name}.npy"
+        last = digits_run / "last.pt"
+        assert message in fails(capsys, "generate", "--checkpoint", last, *prompt)
+    gap = "--infill", "a[MASK:99999999999999]"
+    error = fails(capsys, "generate", "--checkpoint", text_run / "last.pt", *gap)
+    assert "a prompt has 100000000000000 ids: the net takes 8 at most" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), 130),
+        *((Interrupted(number), 128 + number) for number in SIGNALS),
+    ],
+)
+def test_the_status_after_a_signal(monkeypatch, error, status):
     def interrupted(config: TrainConfig) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr("nar_kernels.cli.train", interrupted)
-    assert main(["train", "--data", "digits"]) == 130
+    assert main(["train", "--data", "digits"]) == status

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ import nar_kernels.train
 from nar_kernels import checkpoint, parallel
 from nar_kernels.config import TrainConfig
 from nar_kernels.evaluate import evaluate
+from nar_kernels.interrupt import Interrupted
+from nar_kernels.lock import FolderLock
 from nar_kernels.masking import Corrupted
 from nar_kernels.model import build_model, load_model
 from nar_kernels.sources import SequenceSpec
@@ -40,6 +43,7 @@ SENTENCE = b"the quick brown fox jumps over the lazy dog. "
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
+STOPS = {"ctrl_c": signal.SIGINT, "terminated": signal.SIGTERM, "warned": signal.SIGUSR1}
 UNEVEN = 2  # a step in which coins mask 40 tokens of one rank and 22 of the other
 GRADIENTS = [(loss, accumulate) for loss in ("mean", "nelbo") for accumulate in (1, 3)]
 RUNS: dict[str, dict[str, Any]] = {
@@ -110,7 +114,10 @@ def as_a_rank(rank: int, folder: Path) -> None:
     for loss, accumulate in GRADIENTS:
         found[f"{loss} {accumulate}"] = gradients(folder, loss, accumulate)
     found["mistake"] = with_counts_of_its_own(folder)
-    found["interrupted"] = pressing_ctrl_c(small(folder, "ctrl_c"), at_step=4, here=rank == 1)
+    for name, number in STOPS.items():
+        config = small(folder, name)
+        found[name] = signalled(config, number, at_step=4, here=rank == 1)
+    found["refused"] = (refused(folder, rank), refused_data(folder))
     for name, options in RUNS.items():
         train(small(folder, f"ranks_{name}", **options))
     train(small(folder, "one_then_two", resume=True))
@@ -123,24 +130,49 @@ def as_a_rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def pressing_ctrl_c(config: TrainConfig, at_step: int, here: bool) -> bool:
-    """Trains; whether that ended as if Ctrl-C had been pressed in this process."""
+def signalled(config: TrainConfig, number: int, at_step: int, here: bool) -> int | None:
+    """Trains; the signal by which that ended, as if it had come to this process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     calls = itertools.count(1)
 
     def pressed(*arguments: Any) -> Tensor:
         if next(calls) == at_step and here:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return loss_and_gradient(*arguments)
 
     nar_kernels.train.loss_and_gradient = pressed
     try:
         train(config)
-    except KeyboardInterrupt:
-        return True
+    except Interrupted as stopped:
+        return stopped.signum
     finally:
         nar_kernels.train.loss_and_gradient = loss_and_gradient
-    return False
+    return None
+
+
+def refused(folder: Path, rank: int) -> str:
+    """The error where another run has the folder, which only the first rank looks at."""
+    config = small(folder, "locked")
+    with FolderLock(config.folder) as lock:
+        if rank == 0:
+            lock.acquire()
+        parallel.barrier()
+        try:
+            train(config)
+        except OSError as error:
+            return f"{type(error).__name__} {error}"
+        finally:
+            parallel.barrier()
+    return "nothing"
+
+
+def refused_data(folder: Path) -> str:
+    """The error of a bad id, which only the first rank looks for."""
+    try:
+        train(small(folder, "bad", data=str(folder / "fox.npy"), num_tokens=100))
+    except ValueError as error:
+        return f"{type(error).__name__} {error}"
+    return "nothing"
 
 
 def with_counts_of_its_own(folder: Path) -> tuple[Tensor, list[Tensor]]:
@@ -184,6 +216,7 @@ def tensors(batch: Corrupted) -> list[Tensor]:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
     (folder / "fox.txt").write_bytes(SENTENCE * 200)
+    np.save(folder / "fox.npy", np.frombuffer(SENTENCE * 200, dtype=np.uint8))
     half_a_run(small(folder, "one_then_two"))
     half_a_run(small(folder, "one_then_shard", ema=0.9))
     torch.multiprocessing.spawn(as_a_rank, (folder,), RANKS)
@@ -311,7 +344,8 @@ def test_missing_shards(folder, tmp_path):
 @needs_shards
 def test_shards_that_cannot_be_written(folder, found):
     """The checkpoint is as it was, and nothing else is left."""
-    assert all("No space left" in found[rank]["full_disk"] for rank in range(RANKS))
+    for rank in range(RANKS):
+        assert "No space left" in found[rank]["full_disk"]
     assert sorted(path.name for path in (folder / "full_disk").iterdir()) == ["last.pt"]
     assert checkpoint.load(folder / "full_disk" / "last.pt") == {"config": 1}
 
@@ -368,9 +402,9 @@ def options_of(config: TrainConfig) -> list[object]:
     return options
 
 
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory) -> tuple[TrainConfig, str]:
-    """A run of two processes that Ctrl-C stopped in the middle, and what it printed."""
+@pytest.fixture(scope="module", params=["SIGINT", "SIGTERM"])
+def long_run(request, tmp_path_factory) -> tuple[TrainConfig, str]:
+    """A run of two processes that a signal stopped in the middle, and what it printed."""
     folder = tmp_path_factory.mktemp("torchrun")
     (folder / "fox.txt").write_bytes(SENTENCE * 200)
     more = {"eval_every": 1000, "save_every": 5, "dropout": 0.1, "quiet": False}
@@ -381,17 +415,27 @@ def long_run(tmp_path_factory) -> tuple[TrainConfig, str]:
         if last.exists() and checkpoint.load(last)["loader"]["step"] > 0:
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)  # torchrun hands it on to every rank
+    # torchrun hands it on to every rank.
+    process.send_signal(getattr(signal, request.param))
     return config, process.communicate(timeout=120)[0]
 
 
-def test_ctrl_c_in_one_process_stops_all(folder, found):
-    assert [found[rank]["interrupted"] for rank in range(RANKS)] == [True, True]
-    state = checkpoint.load(folder / "ctrl_c" / "last.pt")
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_to_one_process_stops_all(folder, found, name):
+    assert [found[rank][name] for rank in range(RANKS)] == [STOPS[name]] * RANKS
+    state = checkpoint.load(folder / name / "last.pt")
     assert state["loader"]["step"] == len(state["log"]["losses"]) == 4
 
 
-def test_ctrl_c_under_torchrun(long_run):
+def test_what_the_first_process_finds_stops_all(folder, found):
+    for rank in range(RANKS):
+        in_use, bad_data = found[rank]["refused"]
+        assert in_use.startswith(f"FolderInUseError {folder / 'locked'} is in use by process")
+        assert bad_data.startswith("InvalidTokenError token id 116 at offset 0 of")
+    assert not (folder / "bad").exists()
+
+
+def test_a_signal_under_torchrun(long_run):
     config, printed = long_run
     state = checkpoint.load(config.folder / "last.pt")
     assert 0 < state["loader"]["step"] < 2000
@@ -400,13 +444,12 @@ def test_ctrl_c_under_torchrun(long_run):
     assert printed.count("to beat") == 1 and "2 processes" in printed
 
 
-def test_torchrun_says_what_is_wrong(long_run):
-    config, _ = long_run
-    out = config.folder.with_name("other")
-    process = torchrun("train", *options_of(replace(config, batch_size=7, out=str(out))))
+def test_torchrun_says_what_is_wrong(folder):
+    config = small(folder, "other", batch_size=7)
+    process, out = torchrun("train", *options_of(config)), config.folder
     printed = process.communicate(timeout=240)[0]
     assert process.returncode != 0
-    assert "batch_size is 7, of all 2 processes together: it must be a multiple of 2" in printed
+    assert "--batch-size is 7, of all 2 processes together: it must be a multiple of 2" in printed
     assert not out.exists()
 
 

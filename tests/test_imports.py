@@ -14,7 +14,7 @@ PACKAGE = ROOT / "nar_kernels"
 
 # Lowest first. A module imports from the rows above its own only, not from its neighbours.
 LAYERS = [
-    ["checks", "errors", "extras", "parallel", "plain"],
+    ["checks", "errors", "extras", "files", "lock", "parallel", "plain"],
     ["float_math", "philox", "schedules"],
     ["arguments", "masking", "plan"],
     ["backends", "reference", "kernels", "corpus"],

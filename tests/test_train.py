@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from nar_kernels.data import MaskedLoader, TokenDataset
 from nar_kernels.ema import Ema
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
 from nar_kernels.evaluate import baselines, evaluate, evaluation_batch, evaluation_parts
+from nar_kernels.interrupt import SIGNALS, Interrupt, Interrupted, interruptible
+from nar_kernels.lock import FolderInUseError
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.model import build_model, checkpoint_activations, choose_bf16, load_model
 from nar_kernels.sources import SequenceSpec, open_data
@@ -304,7 +308,11 @@ def uninterrupted(sentences, tmp_path_factory) -> dict[str, Any]:
 def start(config: TrainConfig) -> subprocess.Popen[str]:
     """The same run in a process of its own, through the command line."""
     # Tests in the background of a script hand down that Ctrl-C is to be ignored.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    heed = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL); "
+        "signal.signal(signal.SIGUSR1, signal.SIG_DFL)"
+    )
     main = "import sys; from nar_kernels.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", f"{heed}; {main}", "train"]
     for name, value in config.to_dict().items():
@@ -333,24 +341,141 @@ def signal_in_the_middle(config: TrainConfig, number: signal.Signals) -> tuple[i
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_continues_bit_for_bit(sentences, tmp_path, uninterrupted, number):
     config = small(sentences, tmp_path / "run", **LONG)
     status, errors = signal_in_the_middle(config, number)
-    if number == signal.SIGINT:
-        assert status == 130
+    if number != signal.SIGKILL:
+        assert status == 128 + number
+        assert f"{number.name}: finishing this step to save it" in errors
+        assert not (config.folder / "run.lock").exists()
         assert f"--resume --out {config.folder}" in errors and "Traceback" not in errors
         assert f"saved step {step_of(config.folder / 'last.pt')}" in errors
     else:
         assert status == -signal.SIGKILL
+        assert (config.folder / "run.lock").exists()
+        (config.folder / "last.pt.0123456789ab.tmp").write_bytes(b"half of it")
 
     train(replace(config, resume=True))
     resumed = checkpoint.load(config.folder / "last.pt")
     assert resumed["loader"]["step"] == 200
+    assert not [*config.folder.glob("*.tmp"), *config.folder.glob("run.lock")]
     for part in ("model", "ema", "optimizer", "loader"):
         assert same(resumed[part], uninterrupted[part]), part
     for part in ("losses", "curve"):
         assert same(resumed["log"][part], uninterrupted["log"][part]), part
+
+
+def interrupted_at(run: Run, at_step: int, *numbers: int) -> None:
+    """The run hears these signals in the middle of a step."""
+    step = run.step
+
+    def disturbed(batch: Corrupted, number: int) -> None:
+        step(batch, number)
+        if number == at_step:
+            for signum in numbers:
+                signal.raise_signal(signum)
+
+    run.step = disturbed  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def handlers() -> Iterator[dict[int, Any]]:
+    """Those of the caller's, which must be there afterwards."""
+    ours = {number: lambda signum, frame: None for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield ours
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_lets_the_step_finish(sentences, tmp_path, handlers, number):
+    run = Run(small(sentences, tmp_path), torch.device("cpu"))
+    run.begin()
+    interrupted_at(run, 3, number)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run.fit()
+    assert isinstance(stopped.value, Interrupted) and stopped.value.signum == number
+    assert pickle.loads(pickle.dumps(stopped.value)).signum == number
+    assert str(stopped.value) == signal.Signals(number).name
+    assert checkpoint.load(tmp_path / "last.pt")["loader"]["step"] == 4
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (1, 1), (2, 0)])
+def test_a_second_signal_does_not_wait(sentences, tmp_path, handlers, first, second):
+    run = Run(small(sentences, tmp_path), torch.device("cpu"))
+    run.begin()
+    interrupted_at(run, 3, SIGNALS[first], SIGNALS[second])
+    with pytest.raises(Interrupted) as stopped:
+        run.fit()
+    assert stopped.value.signum == SIGNALS[second]
+    assert checkpoint.load(tmp_path / "last.pt")["loader"]["step"] == 0
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+def test_the_echo_of_a_launcher_waits(monkeypatch):
+    """torchrun hands on what a scheduler has sent to its processes, too."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    interrupt = Interrupt(hears_echoes=True)
+    interrupt.handle(signal.SIGTERM, None)
+    interrupt.handle(signal.SIGTERM, None)
+    now += 2
+    with pytest.raises(Interrupted):
+        interrupt.handle(signal.SIGTERM, None)
+
+
+def test_ignored_signals_stay_ignored(handlers):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with interruptible() as interrupt:
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        signal.raise_signal(signal.SIGTERM)
+        assert not interrupt.requested
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.signum == signal.SIGINT
+
+
+def test_handlers_of_c_code_are_left_alone(handlers, monkeypatch):
+    monkeypatch.setattr("signal.getsignal", lambda number: None)
+    with interruptible():
+        monkeypatch.undo()
+        assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+def test_only_the_main_thread_hears_signals(handlers):
+    found: list[bool] = []
+
+    def elsewhere() -> None:
+        with interruptible() as interrupt:
+            found.append(interrupt.requested)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_a_second_trainer_is_refused(sentences, tmp_path):
+    config = small(sentences, tmp_path / "run", **{**LONG, "steps": 100_000, "save_every": 1})
+    process, last = start(config), config.folder / "last.pt"
+    try:
+        deadline = time.monotonic() + 120
+        while step_of(last) < 1 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for changes in ({}, {"resume": True}, {"overwrite": True}):
+            message = f"is in use by process {process.pid} on .*, since .*: wait until it ends"
+            with pytest.raises(FolderInUseError, match=message):
+                train(replace(config, **changes))
+        before = step_of(last)
+        while step_of(last) <= before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert step_of(last) > before
+    finally:
+        process.kill()
+        process.communicate()
+    train(replace(config, resume=True, steps=step_of(last)))
 
 
 def test_the_comparison_sees_another_seed(sentences, tmp_path, uninterrupted):
@@ -455,11 +580,164 @@ def test_resume_refuses_another_course(sentences, tmp_path):
     train(config)
     for change, message in (
         ({"lr": 1.0}, "--lr was 0.003 and is 1.0"),
-        ({"steps": 50}, "--steps was 2 and is 50"),
-        ({"data": "text"}, "--data was"),
+        ({"steps": 1}, "--steps was 2 and is 1 now, but 2 are done"),
+        ({"eval_draws": 3}, "--eval-draws was 2 and is 3"),
+        ({"init": "other.pt"}, "--init was None and is other.pt"),
+        ({"data": "text"}, "--data was .*fox.txt and is text now, which holds other tokens"),
     ):
         with pytest.raises(ValueError, match=f"cannot resume .*{message}"):
             train(replace(config, resume=True, **change))
+
+
+def test_a_run_may_be_given_more_steps(sentences, tmp_path, capsys):
+    config = small(sentences, tmp_path / "run", steps=6)
+    train(config)
+    train(replace(config, resume=True, steps=9, quiet=False))
+    printed = capsys.readouterr().out
+    assert "goes on from step 6: 3 of 9 remain" in printed
+    was, now = 0.0, learning_rate(6, replace(config, steps=9))
+    assert f"it is {now:.1e} now instead of {was:.1e}" in printed
+    state = checkpoint.load(config.folder / "last.pt")
+    assert state["loader"]["step"] == len(state["log"]["losses"]) == 9
+    assert [step for step, *_ in state["log"]["curve"]] == [6, 9]
+    assert state["config"]["steps"] == 9
+    train(replace(config, resume=True, steps=9, quiet=False))
+    printed = capsys.readouterr().out
+    assert "goes on from step 9: 0 of 9 remain" in printed and "--steps was" not in printed
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_may_be_made_to_end_where_it_stands(sentences, tmp_path):
+    config = small(sentences, tmp_path, steps=30, eval_every=20)
+    run = Run(config, torch.device("cpu"))
+    run.begin()
+    interrupted_at(run, 6, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        run.fit()
+    report = train(replace(config, resume=True, steps=7))
+    assert report["steps"] == 7 and math.isfinite(report["bits_per_token"])
+    assert checkpoint.load(tmp_path / "last.pt")["config"]["steps"] == 7
+    assert load_model(str(tmp_path / "best.pt"))[1] == SPEC
+
+
+def test_data_may_move(sentences, tmp_path, monkeypatch):
+    content = sentences.read_bytes()
+    for name in ("start", "elsewhere", "start/run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "start" / "fox.txt").write_bytes(content)
+    monkeypatch.chdir(tmp_path / "start")
+    config = small(Path("fox.txt"), tmp_path / "start" / "run", steps=2)
+    train(config)
+
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resumed = replace(config, resume=True)
+    places = f"{tmp_path / 'elsewhere' / 'fox.txt'} and {tmp_path / 'start' / 'run' / 'fox.txt'}"
+    with pytest.raises(FileNotFoundError, match=f"no file fox.txt .looked for {places}"):
+        train(resumed)
+    (tmp_path / "moved.txt").write_bytes(content)
+    train(replace(resumed, data=tmp_path / "moved.txt"))
+    state = checkpoint.load(config.folder / "last.pt")
+    assert state["config"]["data"] == "fox.txt"  # nothing remained to be saved
+    train(replace(resumed, data=tmp_path / "moved.txt", steps=3))
+    state = checkpoint.load(config.folder / "last.pt")
+    assert state["config"]["data"] == str(tmp_path / "moved.txt")
+
+    (config.folder / "fox.txt").write_bytes(content)
+    train(replace(resumed, steps=3))
+    (tmp_path / "elsewhere" / "fox.txt").write_bytes(content.upper())  # comes first
+    with pytest.raises(ValueError, match="fox.txt now, which holds other tokens .corpus_digest"):
+        train(replace(resumed, steps=3))
+
+
+def test_a_new_run_looks_for_data_in_the_current_folder_alone(sentences, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a.txt").write_bytes(sentences.read_bytes())
+    with pytest.raises(FileNotFoundError, match="no file a.txt"):
+        train(small(Path("a.txt"), tmp_path / "run"))
+    assert os.listdir(tmp_path / "run") == ["a.txt"]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_may_start_from_the_weights_of_another(sentences, tmp_path, ema):
+    config = small(sentences, tmp_path / "first", steps=5, ema=ema)
+    train(config)
+    (tmp_path / "other.txt").write_bytes(sentences.read_bytes().upper())
+    later = replace(config, data=tmp_path / "other.txt", out=tmp_path / "later", seed=1, steps=3)
+    run = Run(replace(later, init=tmp_path / "first" / "last.pt"), torch.device("cpu"))
+    first = checkpoint.load(tmp_path / "first" / "last.pt")
+    assert same(dict(run.model.state_dict()), dict(first["ema" if ema else "model"]))
+    assert run.loader.step == 0 and not run.optimizer.state_dict()["state"]
+    if run.ema is not None:
+        assert same(run.ema.state_dict(), dict(run.model.state_dict()))
+
+    report = train(run.config)
+    assert report["config"]["init"] == str(tmp_path / "first" / "last.pt")
+    assert report["steps"] == 3
+    (tmp_path / "first" / "last.pt").unlink()  # to resume, it is not needed
+    train(replace(run.config, resume=True, steps=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 64}, "--dim is 32 there and 64 here"),
+        ({"depth": 2}, "--depth is 1 there and 2 here"),
+        ({"heads": 2}, "--heads is 1 there and 2 here"),
+        ({"rotary": False}, "--rotary is True there and False here"),
+        ({"seq_len": 8}, "--seq-len is 16 there and 8 here"),
+        ({"dtype": "uint8", "num_tokens": 300}, "--num-tokens is 257 there and 300 here"),
+    ],
+)
+def test_weights_of_another_net_are_refused(learnt_weights, sentences, tmp_path, options, message):
+    config = small(sentences, tmp_path / "run", init=learnt_weights, **options)
+    with pytest.raises(ValueError, match=f"cannot start from .*last.pt: {message}"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def learnt_weights(sentences, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("weights")
+    train(small(sentences, out, steps=1))
+    return out / "last.pt"
+
+
+def test_weights_that_fit_no_net_of_their_options(learnt_weights, tmp_path):
+    state = checkpoint.load(learnt_weights)
+    state["model"].popitem()
+    checkpoint.save(tmp_path / "a.pt", state)
+    with pytest.raises(ValueError, match="a.pt holds the weights of another net"):
+        load_model(tmp_path / "a.pt")
+
+
+def test_bad_ids_are_found_before_the_first_step(tmp_path):
+    """Also one that no step would show, or only the evaluation."""
+    ids = np.arange(3200, dtype=np.uint16) % 10
+    for place in (5, 3195):
+        bad = ids.copy()
+        bad[place] = 77
+        np.save(tmp_path / "ids.npy", bad)
+        config = small(tmp_path / "ids.npy", tmp_path / "run", num_tokens=11, steps=1)
+        with pytest.raises(InvalidTokenError, match=f"token id 77 at offset {place} of"):
+            train(config)
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_default_device_changes_nothing(sentences, tmp_path):
+    config = small(sentences, tmp_path / "plain", steps=4, eval_every=2, ema=0.9, accumulate=2)
+    expected = train(config)
+    drawn = samples.draw(load_model(tmp_path / "plain" / "best.pt")[0], 2, seed=0)
+    try:
+        torch.set_default_device("meta")
+        report = train(replace(config, out=tmp_path / "meta"))
+        train(replace(config, out=tmp_path / "meta", resume=True, steps=5))
+        with torch.device("meta"):
+            model, _ = load_model(tmp_path / "plain" / "best.pt")
+            again = samples.draw(model, 2, seed=0)
+    finally:
+        torch.set_default_device(None)
+    assert report["curve"] == expected["curve"]
+    assert torch.equal(again, drawn)
 
 
 def test_resume_refuses_another_corpus(sentences, tmp_path):
@@ -645,11 +923,56 @@ def test_bf16(sentences, tmp_path):
         ({"schedule": "quadratic"}, "schedule is 'quadratic'.*cosine"),
         ({"accumulate": 33}, "a batch has only 32 windows"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"clip": math.nan}, "clip is nan"),
+        ({"weight_decay": math.nan}, "weight_decay is nan: it must be at least 0"),
+        ({"warmup": -1}, "warmup is -1: it must be at least 0"),
+        ({"num_tokens": 1}, r"num_tokens is 1: it must be in \[2, 2\*\*31\)"),
+        ({"seed": 1 << 64}, "seed is 18446744073709551616: it must have 64 bits"),
+        ({"threads": np.int64(0)}, "threads is 0"),
+        ({"batch_size": 1 << 31}, r"batch_size is 2147483648: it must be below 2\*\*31"),
+        ({"num_tokens": 1 << 31}, "num_tokens is 2147483648"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig("digits", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("steps", value) for value in (1.0, "3", True, None, np.float32(3), [3])),
+        *(("lr", value) for value in ("0.1", True, None, np.bool_(True))),
+        *(("rotary", value) for value in (1, "yes", None)),
+        *(("out", value) for value in (3, b"runs")),
+        *(("data", value) for value in (3, b"digits", None)),
+        *(("schedule", value) for value in (3, None)),
+        *(("threads", value) for value in (1.5, "2", False)),
+        *(("dtype", value) for value in (np.uint16, torch.uint8)),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(name, value):
+    with pytest.raises(TypeError, match=f"^{name} is .*: it must be "):
+        TrainConfig(**{"data": "digits", name: value})
+
+
+def test_numbers_of_numpy_and_paths_become_plain(sentences, tmp_path):
+    options = {
+        **{"steps": np.int64(2), "batch_size": np.uint8(8), "seed": np.uint64((1 << 64) - 1)},
+        **{"lr": np.float32(0.5), "warmup": np.array(1), "dropout": 0, "rotary": np.bool_(True)},
+        **{"held_out": np.int32(8), "precision": np.str_("fp32")},
+    }
+    config = small(sentences, tmp_path, **options)
+    config = replace(config, data=sentences, out=tmp_path)
+    plain = TrainConfig(**json.loads(json.dumps(config.to_dict())))
+    assert plain == config
+    for name, value in config.to_dict().items():
+        assert type(value) in (str, int, float, bool, type(None)), name
+    assert TrainConfig.for_data(Path("digits")).dim == 96
+    report = train(config)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert checkpoint.load(tmp_path / "last.pt")["config"] == config.to_dict()
 
 
 # Pictures and samples
