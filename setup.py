@@ -1,14 +1,8 @@
 """Builds the extensions with ninja; all else about the package is in pyproject.toml.
 
 An extension is optional. Where it cannot be built the installation still succeeds, the package runs
-on the other backends, and the reason is left in nar_kernels/_build_failure.txt.
-
-`nar_kernels._cpp` is always built; NAR_KERNELS_REQUIRE_CPP=1 makes it an error if that fails.
-
-`nar_kernels._cuda` takes nvcc much longer, and serves GPUs only. It is built where nvidia-smi finds
-one, for its architecture; NAR_KERNELS_CUDA_ARCHS="80 90" builds for these, "all" for all, also
-where no GPU is; NAR_KERNELS_CUDA=1 makes it an error if it is not built, NAR_KERNELS_CUDA=0 leaves
-it out.
+on the other backends, and the reason is left in nar_kernels/_build_failure.txt. That of CUDA is
+built for the GPUs that are there. CONTRIBUTING.md lists the environment variables that choose.
 """
 
 import os
