@@ -35,20 +35,20 @@ bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_unmask.py
 
-build: .venv/built
+build: .venv/built .venv/installed
 
 ifneq ($(NAR_KERNELS_CUDA)$(NAR_KERNELS_CUDA_ARCHS),)
 .PHONY: .venv/built  # the choice may be another than that of the last time
 endif
 
 # The directory csrc is named too: its time changes when a file is added or removed.
-.venv/built: .venv/installed setup.py csrc $(CXX_SOURCES)
+.venv/built: .venv/requirements setup.py csrc $(CXX_SOURCES)
 	@$(BUILD)
 # After a failed build there is no library, and the next make tries again.
 	@if ls nar_kernels/_cpp.*.so >/dev/null 2>&1; then touch $@; fi
 
 # Tests look into the CUDA extension where no GPU is, too.
-.venv/built-for-tests: .venv/built | .venv/installed-dev
+.venv/built-for-tests: .venv/built .venv/installed-dev
 	@NAR_KERNELS_CUDA_ARCHS="$${NAR_KERNELS_CUDA_ARCHS:-all}" $(BUILD)
 	@touch $@
 
@@ -57,15 +57,17 @@ endif
 	@if [ "$$(uname -s)" != Linux ] || ! $(PIP) --no-deps --target $@ triton==3.6.0; then \
 	    echo "Triton 3.6.0 is not installed beside the other: its tests will skip"; fi
 
-# Compiled first, since pip shows nothing of a build; it finds that all is there.
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	@echo "Installing the package and its dependencies into .venv (a minute the first time)"
+.venv/requirements: .venv/bin/python constraints.txt
+	@echo "Installing what the package needs into .venv (a minute the first time)"
 	@$(PIP_INSTALL) setuptools pybind11 ninja
-	@$(BUILD)
+	@touch $@
+
+# After the build, of which pip shows nothing: it finds all compiled.
+.venv/installed: pyproject.toml constraints.txt | .venv/built
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train]'
 	@touch $@
 
-.venv/installed-dev: .venv/installed | .venv/built
+.venv/installed-dev: .venv/installed
 	@echo "Installing the development packages into .venv"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,test,dev]'
 	@touch $@

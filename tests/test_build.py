@@ -600,7 +600,7 @@ def test_make_builds_again_if_a_choice_is_made(checkout: Checkout) -> None:
     shutil.copy(ROOT / "Makefile", checkout.root)
     (checkout.root / "constraints.txt").write_text("")
     (checkout.root / ".venv/bin").mkdir(parents=True)
-    for stamp in ("bin/python", "installed", "built"):
+    for stamp in ("bin/python", "requirements", "built", "installed"):
         (checkout.root / ".venv" / stamp).write_text("")
     for choice, status in ("", 0), ("NAR_KERNELS_CUDA=0", 1), ("NAR_KERNELS_CUDA_ARCHS=90", 1):
         command = ["make", "-q", "build", *choice.split()]
