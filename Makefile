@@ -5,50 +5,70 @@ BIN := .venv/bin
 # Compiling every module of every package would double the time; Python compiles those it imports.
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile
 PIP_INSTALL := $(PIP) -c constraints.txt
+BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
 .PHONY: demo test lint format bench build clean distclean
 .DEFAULT_GOAL := build
 
+# Fewer steps than by default, so that it is over within minutes on a busy machine, too.
 demo: build
-	$(BIN)/nar-kernels train --data digits --out runs/demo --overwrite
+	$(BIN)/nar-kernels train --data digits --steps 700 --out runs/demo --overwrite
 
-test: lint .venv/triton-3.6.0
+test: lint .venv/built-for-tests .venv/triton-3.6.0
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: build
+lint: build .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
 
-format: build
+format: .venv/installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
 
-bench: build
+bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_corrupt.py
 	$(BIN)/python benchmarks/bench_masked_nll.py --dtype float32
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_unmask.py
 
-build: .venv/built
+build: .venv/built .venv/installed
+
+ifneq ($(NAR_KERNELS_CUDA)$(NAR_KERNELS_CUDA_ARCHS),)
+.PHONY: .venv/built  # the choice may be another than that of the last time
+endif
 
 # The directory csrc is named too: its time changes when a file is added or removed.
-.venv/built: .venv/installed setup.py csrc $(CXX_SOURCES)
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+.venv/built: .venv/requirements setup.py csrc $(CXX_SOURCES)
+	@$(BUILD)
 # After a failed build there is no library, and the next make tries again.
 	@if ls nar_kernels/_cpp.*.so >/dev/null 2>&1; then touch $@; fi
+
+# Tests look into the CUDA extension where no GPU is, too.
+.venv/built-for-tests: .venv/built .venv/installed-dev
+	@NAR_KERNELS_CUDA_ARCHS="$${NAR_KERNELS_CUDA_ARCHS:-all}" $(BUILD)
+	@touch $@
 
 # That of PyTorch 2.11, with which tests compile and launch the kernels, too.
 .venv/triton-3.6.0: .venv/bin/python
 	@if [ "$$(uname -s)" != Linux ] || ! $(PIP) --no-deps --target $@ triton==3.6.0; then \
 	    echo "Triton 3.6.0 is not installed beside the other: its tests will skip"; fi
 
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	@echo "Installing the development packages into .venv (some minutes the first time)"
+.venv/requirements: .venv/bin/python constraints.txt
+	@echo "Installing what the package needs into .venv (a minute the first time)"
 	@$(PIP_INSTALL) setuptools pybind11 ninja
+	@touch $@
+
+# After the build, of which pip shows nothing: it finds all compiled.
+.venv/installed: pyproject.toml constraints.txt | .venv/built
+	@$(PIP_INSTALL) --no-build-isolation -e '.[train]'
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "Installing the development packages into .venv"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,test,dev]'
 	@touch $@
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 from nar_kernels.errors import BackendUnavailableError
+from nar_kernels.extras import how_to_install
 
 _import_errors: dict[str, str] = {}
 
@@ -39,24 +40,28 @@ _present = {
 }
 
 
-def _why_not_built(name: str, needs: str) -> str:
+def _why_not_built(name: str, needs: str, variable: str) -> str:
     report = Path(__file__).with_name("_build_failure.txt")
     lines = report.read_text(encoding="utf-8").strip() if report.exists() else ""
     _, here, reason = lines.partition(f"nar_kernels.{name}: ")
-    reason = reason.partition("\nnar_kernels.")[0] if here else _import_errors[name]
+    if here:  # of the build, which may have been on another machine
+        reason = "at the build: " + reason.partition("\nnar_kernels.")[0]
+    else:
+        reason = _import_errors[name]
     return (
-        f"the extension nar_kernels.{name} is not built ({reason}); install {needs}, then run "
-        "`pip install --force-reinstall --no-deps --no-cache-dir nar-kernels`, or `make` in a "
-        "checkout"
+        f"the extension nar_kernels.{name} is not built ({reason}); with {needs}, run "
+        f"`{variable}=1 pip install .` or `{variable}=1 make` in a checkout of nar_kernels"
     )
 
 
 def _why_absent(backend: str) -> str:
     if backend == "cpp":
-        return _why_not_built("_cpp", "a C++17 compiler")
+        return _why_not_built("_cpp", "a C++17 compiler", "NAR_KERNELS_REQUIRE_CPP")
     if backend == "cuda":
-        return _why_not_built("_cuda", "the CUDA toolkit (nvcc)")
-    return "Triton is not installed; run `pip install 'nar-kernels[triton]'`"
+        return _why_not_built("_cuda", "the CUDA toolkit (nvcc)", "NAR_KERNELS_CUDA")
+    return (
+        f"Triton is not installed; run `{how_to_install('triton')}` (there is one for Linux only)"
+    )
 
 
 def device_type(backend: str) -> str:
@@ -84,7 +89,8 @@ def backends() -> dict[str, str]:
     """Every backend, with ``"available"`` or the reason why it is not.
 
     ``reference`` is plain PyTorch on any device; ``cpp`` is the C++ extension for CPU tensors;
-    ``triton`` and ``cuda`` run on CUDA devices, the latter where nvcc built it.
+    ``triton`` and ``cuda`` run on CUDA devices, the latter where nvcc built it. A reason comes with
+    the command that mends it.
     """
     return {name: _status(name) for name in BACKENDS}
 

@@ -1,7 +1,19 @@
-"""Optional packages."""
+"""Optional packages, and how to get what is missing."""
 
 import importlib
+import shlex
 from typing import Any
+
+# As in pyproject.toml, which a package that is not installed cannot ask.
+EXTRAS = {
+    "train": ("x-transformers>=2.31", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
+    "triton": ("triton>=3.2",),
+}
+
+
+def how_to_install(extra: str) -> str:
+    """The command for the packages of an extra: by their own names, wherever this one is from."""
+    return f"pip install {shlex.join(EXTRAS[extra])}"
 
 
 def import_extra(module: str) -> Any:
@@ -14,5 +26,5 @@ def import_extra(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{error.name} is not installed: run `pip install 'nar-kernels[train]'`"
+            f"{error.name} is not installed: run `{how_to_install('train')}`"
         ) from error
