@@ -1,7 +1,6 @@
 """Which backends can run here, and the one place that chooses between them."""
 
 import os
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,11 +123,15 @@ def resolve_backend(backend: str, device: torch.device, among: tuple[str, ...] =
     return backend
 
 
-@lru_cache
+# PyTorch has no public name for these two.
+_CPU_MULTIPLIES_BF16 = any(
+    getattr(torch.cpu, check, bool)()
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+)
+
+
 def multiplies_in(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of matrices of a type."""
     if dtype == torch.bfloat16:
-        # PyTorch has no public name for these two.
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
+        return _CPU_MULTIPLIES_BF16
     return dtype != torch.float16

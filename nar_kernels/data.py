@@ -223,7 +223,7 @@ def _check_device(device: torch.device | str) -> torch.device:
         if found.type == "cuda":
             is_there = (found.index or 0) < torch.cuda.device_count()
         else:
-            torch.empty(0, device=found)
+            torch.empty(0, dtype=torch.uint8, device=found)
             is_there = found.type != "meta"
     # Each kind of device says in another way that it is missing.
     except (RuntimeError, AssertionError, ImportError, TypeError):

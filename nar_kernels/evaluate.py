@@ -13,6 +13,7 @@ from nar_kernels.checks import as_int
 from nar_kernels.data import TokenDataset
 from nar_kernels.heads import Prediction
 from nar_kernels.masking import Corrupted, MaskingConfig
+from nar_kernels.modes import evaluating
 from nar_kernels.ops import corrupt
 from nar_kernels.parallel import rank, sum_over_ranks, world_size
 
@@ -70,22 +71,20 @@ def evaluate(
         windows: int64 ``[N]``, indices into ``dataset``.
         draws: E, masks per window.
     """
-    was_training = net.training
-    net.eval()
     draws = as_int("draws", draws)
     parts = evaluation_parts(dataset, len(windows), draws)
     nats = torch.zeros(len(windows) * draws, dtype=torch.float64, device="cpu")
-    for turn in range(0, len(parts), world_size()):
+    for first in range(0, len(parts), world_size()):
         # A rank left over in the last turn joins in: a sharded net is called by all or none.
-        mine = turn + rank()
+        mine = first + rank()
         part = parts[min(mine, len(parts) - 1)]
         batch = evaluation_batch(dataset, windows, draws, part).to(device)
-        nll = Prediction(net, batch.input_ids, {}).loss(batch, reduction="none")  # [R]
+        with evaluating(net, net):
+            nll = Prediction(net, batch.input_ids, {}).loss(batch, reduction="none")  # [R]
         samples = batch.masked_rows // dataset.seq_len
         totals = nll.new_zeros(len(batch)).index_add_(0, samples, nll)
         if mine < len(parts):
             nats[part] = (totals * batch.loss_weight / batch.num_maskable).double().cpu()
-    net.train(was_training)
     bits = sum_over_ranks(nats).view(-1, draws).mean(1) / NATS_PER_BIT
     # With one window there is no spread to estimate from.
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
@@ -140,7 +139,8 @@ def baselines(
 def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor:
     """float64 ``[L or 1, V - 1]``: how often each id but the mask stands at each position."""
     most = max(_TOKENS_COUNTED // dataset.seq_len, 1)
-    spread = torch.linspace(0, len(windows) - 1, min(len(windows), most), device="cpu")
+    most = min(len(windows), most)
+    spread = torch.linspace(0, len(windows) - 1, most, dtype=torch.float32, device="cpu")
     chosen = windows[spread.long()]
     rows = dataset.seq_len if per_position else 1
     counts = torch.zeros(rows, dataset.num_tokens, dtype=torch.float64, device="cpu")

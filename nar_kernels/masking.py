@@ -374,11 +374,13 @@ class Corrupted:
             ValueError: there are none, or they differ in L, device or masking.
         """
         batches = list(batches)
-        kinds = {(b.input_ids.shape[1], str(b.input_ids.device), b.masking) for b in batches}
-        if len(kinds) != 1:
+        kinds = [(b.input_ids.shape[1], str(b.input_ids.device), b.masking) for b in batches]
+        other = next((kind for kind in kinds if kind != kinds[0]), None)
+        if other is not None or not kinds:
+            what = f"a batch of {kinds[0]} and one of {other}" if kinds else "no batches"
             raise ValueError(
-                f"cat got {len(batches)} batches of {len(kinds)} kinds {list(kinds)}: it takes at "
-                "least one, all of the same seq_len, device and masking"
+                f"cat got {what}: it takes at least one, all of the same seq_len, device and "
+                "masking"
             )
         tensors: dict[str, Any] = {
             name: torch.cat([getattr(b, name) for b in batches]) for name in _PER_SAMPLE

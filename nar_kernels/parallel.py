@@ -114,7 +114,7 @@ def on_first_rank(call: Callable[[], T]) -> T:
 
 def barrier() -> None:
     """Waits until all ranks are here."""
-    sum_over_ranks(torch.zeros(1, device="cpu"))
+    sum_over_ranks(torch.zeros(1, dtype=torch.float32, device="cpu"))
 
 
 def replicate(model: nn.Module) -> nn.Module:

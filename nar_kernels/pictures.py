@@ -127,7 +127,7 @@ def images(
 def _tiles(ids: Tensor, mask_id: int) -> np.ndarray:
     """uint8 RGB of all images, with gaps between them."""
     # One colour for each id: dark ink on white paper, and the mask.
-    ink = torch.linspace(0, 1, mask_id, device="cpu")[:, None]
+    ink = torch.linspace(0, 1, mask_id, dtype=torch.float32, device="cpu")[:, None]
     white, black, masked = torch.tensor([_rgb(_PAPER), _rgb(_INK), _rgb(_MASKED)], device="cpu")
     palette = torch.cat([white + ink * (black - white), masked[None]])
     tiles = (
