@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nar_kernels.data import MaskedLoader, TokenDataset
 from nar_kernels.masking import Corrupted, MaskingConfig
 
-lightning = pytest.importorskip("lightning")
+lightning = pytest.importorskip("pytorch_lightning")
 # It has advice on workers and the like, and calls what PyTorch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -44,7 +44,7 @@ def fit(
 ) -> list[Tensor]:
     """What a run has seen; it leaves a checkpoint after every step."""
     model = Model()
-    keep_all = lightning.pytorch.callbacks.ModelCheckpoint(
+    keep_all = lightning.callbacks.ModelCheckpoint(
         folder, "{step}", save_top_k=-1, every_n_train_steps=1
     )
     trainer = lightning.Trainer(
