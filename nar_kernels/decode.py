@@ -165,7 +165,7 @@ class NanRecord:
 
     def note(self, what: str, is_nan: Tensor, rows: Tensor, step: int) -> None:
         """Takes note of the rows, indices into the flat ``[B * L]``, where ``is_nan``."""
-        if len(rows) == 0:
+        if len(rows) == 0 or (is_nan.is_cpu and not is_nan.any()):
             return
         places = step << 40 | rows // self._length  # by step, then by sequence
         first = places.where(is_nan, 1 << 62).amin(0, keepdim=True)

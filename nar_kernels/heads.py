@@ -55,8 +55,8 @@ def split_net(net: nn.Module) -> SplitNet | None:
         if core is net and (split := _split_unusual_softmax(core)) is not None:
             return split
         head = _transformer_wrapper_head(core)
-    elif getattr(core, "output_head", None) is not None and _keeps_its_promise(type(core)):
-        head = _promised_head(core.output_head)
+    elif (module := getattr(core, "output_head", None)) is not None:
+        head = _promised_head(module) if _keeps_its_promise(type(core)) else None
     if head is None:
         return None
 

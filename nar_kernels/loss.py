@@ -74,21 +74,22 @@ def masked_nll(
     device, dtype = hidden.device, product_dtype(hidden, weight)
     backend = _resolve(backend, device, dtype)
     rows, labels = masked_labels(corrupted)
-    is_ignored = labels == IGNORE_INDEX
-    labels = labels.masked_fill(is_ignored, 0)  # of no account, and no id out of range
+    labels, is_ignored = _without_ignored(labels)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
     with torch.autocast(device.type, enabled=False):
         # A Function's own needs_input_grad does not know of torch.no_grad.
         if not torch.is_grad_enabled():
             nothing = (False, False, False)
             nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
-            return reduce_nll(nll.masked_fill(is_ignored, 0), corrupted, reduction, normalizer)
+            return reduce_nll(_zero(nll, is_ignored), corrupted, reduction, normalizer)
         if reduction == "none":
-            nll = _PerRow.apply(picked, weight, bias, labels, backend)
-            return nll.masked_fill(is_ignored, 0)
-        row_weight = _row_weight(corrupted, rows, reduction).masked_fill(is_ignored, 0)
+            return _zero(_PerRow.apply(picked, weight, bias, labels, backend), is_ignored)
+        row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
         total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
-        return _normalized(total, corrupted, reduction, normalizer)
+        if normalizer is None:
+            num_ignored = 0 if is_ignored is None else is_ignored.sum()
+            normalizer = _count(corrupted, reduction, num_ignored).clamp(min=1)
+        return _normalized(total, normalizer)
 
 
 def head_nll(
@@ -149,17 +150,10 @@ def reduce_nll(
         return nll
     _check_reduction(corrupted, reduction, normalizer)
     total = (_row_weight(corrupted, corrupted.masked_rows, reduction) * nll).sum()
-    return _normalized(total, corrupted, reduction, normalizer)
+    return _normalized(total, count(corrupted, reduction) if normalizer is None else normalizer)
 
 
-def _normalized(
-    total: Tensor,
-    corrupted: Corrupted,
-    reduction: Reduction,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    if normalizer is None:
-        normalizer = count(corrupted, reduction)
+def _normalized(total: Tensor, normalizer: float | Tensor) -> Tensor:
     return (total / normalizer).to(total.dtype).view(())
 
 
@@ -176,15 +170,32 @@ def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
 def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
     """int64 scalar on the device: how many positions are maskable (``"nelbo"``) or masked, without
     those whose label was set to -100."""
-    counts = corrupted.num_maskable if reduction == "nelbo" else corrupted.num_masked
     is_ignored = corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX)
-    return counts.sum() - is_ignored.sum()
+    return _count(corrupted, reduction, is_ignored.sum())
+
+
+def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor) -> Tensor:
+    counts = corrupted.num_maskable if reduction == "nelbo" else corrupted.num_masked
+    return counts.sum() - num_ignored
 
 
 def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
     """``masked_rows`` and the labels there, int64 ``[R]`` both."""
     rows = corrupted.masked_rows
     return rows, corrupted.labels.view(-1).index_select(0, rows)
+
+
+def _without_ignored(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels ``[R]`` with ids for those that are -100, which are of no account, and where those
+    are, bool ``[R]``; or None if it is seen without waiting for a device that there are none."""
+    is_ignored = labels == IGNORE_INDEX
+    if labels.is_cpu and not is_ignored.any():
+        return labels, None
+    return labels.masked_fill(is_ignored, 0), is_ignored
+
+
+def _zero(values: Tensor, where: Tensor | None) -> Tensor:
+    return values if where is None else values.masked_fill(where, 0)
 
 
 def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor:

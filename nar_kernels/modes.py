@@ -1,7 +1,7 @@
 """Evaluation mode of nets that other threads may be training."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -9,33 +9,70 @@ from torch import nn
 
 from nar_kernels.nets import unwrapped
 
-# The mode is a flag of the module, which all threads see: so those that need one take turns.
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
+
+class Turn:
+    """A lock for the time in which nobody else may change the mode of a net, or rely on it.
+
+    The mode is a flag of modules, which all threads see: so those that need one take turns. Within
+    a thread it may be taken again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._counting = threading.Lock()
+        self._waiting = 0
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether another thread waits for it."""
+        return self._waiting > 0
+
+    def __enter__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            return
+        with self._counting:
+            self._waiting += 1
+        try:
+            self._lock.acquire()
+        finally:
+            with self._counting:
+                self._waiting -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
-def turn(net: nn.Module) -> threading.RLock:
-    """A lock for the time in which nobody may change the mode of ``net``."""
+_turns: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
+_looking_up = threading.Lock()
+
+
+def turn(net: nn.Module) -> Turn:
+    """That of ``net``, whatever it is wrapped in."""
     inner = unwrapped(net)
-    with _locks_lock:
-        return _locks.setdefault(inner, threading.RLock())
+    with _looking_up:
+        return _turns.setdefault(inner, Turn())
 
 
 @contextmanager
-def evaluating(module: nn.Module, net: nn.Module) -> Iterator[None]:
-    """``module``, which holds ``net``, is in evaluation mode; afterwards each of its submodules is
-    back in the mode it had. Waits while another thread needs ``net`` in the mode it has."""
+def evaluating(
+    module: nn.Module, net: nn.Module, submodules: Sequence[nn.Module] | None = None
+) -> Iterator[None]:
+    """``module``, which holds ``net``, is in evaluation mode; afterwards each of its ``submodules``
+    (by default all) is back in the mode it had. Waits while another thread needs ``net`` as it is.
+    """
     with turn(net):
+        submodules = list(module.modules()) if submodules is None else submodules
+        training = [m for m in submodules if m.training]
         was_training = module.training
-        training = [m for m in module.modules() if m.training]
         if training:
             module.eval()
         try:
             yield
         finally:
-            if was_training:
-                module.train()  # some nets do more than set a flag
             if training:
+                if was_training:
+                    module.train()  # some nets do more than set a flag
                 kept = set(training)
-                for m in module.modules():
-                    m.training = m in kept
+                for m in submodules:
+                    if m.training != (m in kept):
+                        m.training = m in kept

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(name.replace("_", "_global_", 1) for name in _HOOKS)
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks, its own or those of all modules."""
-    return any(getattr(module, name, None) for name in _HOOKS) or any(
-        getattr(torch_module, name, None) for name in _GLOBAL_HOOKS
-    )
+    return any(map(vars(module).get, _HOOKS)) or any(_GLOBAL_HOOKS)
 
 
 def is_plain(module: nn.Module) -> bool:

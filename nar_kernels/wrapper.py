@@ -505,8 +505,16 @@ class NonAutoregressiveWrapper(nn.Module):
         if progress:
             bar = import_extra("tqdm").tqdm
             states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
-        for state in states:  # noqa: B007
-            pass
+        submodules, own_turn = list(self.modules()), turn(self.net)
+        is_done = False
+        while not is_done:
+            # Once for all steps, rather than at each, but for a thread that waits to train.
+            with evaluating(self, self.net, submodules):
+                for state in states:  # noqa: B007
+                    if own_turn.is_wanted:
+                        break
+                else:
+                    is_done = True
         is_one = batch_size is None and is_one_sequence(kwargs.get("prompt"))
         return state.ids[0] if is_one else state.ids
 
@@ -656,9 +664,11 @@ class NonAutoregressiveWrapper(nn.Module):
             first_sequence=first_sequence,
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
+        yield next(states)  # before the net is asked
+        submodules = list(self.modules())
         while True:
             # Not around the yield: whoever gets the state may train in between.
-            with evaluating(self, self.net), torch.no_grad():
+            with evaluating(self, self.net, submodules), torch.no_grad():
                 state = next(states, None)
             if state is None:
                 return
