@@ -15,7 +15,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
       std::string(what) + " failed: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) {
     message += "; this build has kernels for " NAR_CUDA_ARCHS
-               ": build on a machine whose nvcc knows this GPU";
+               ": build on a machine whose nvcc knows this GPU (in a checkout: NAR_KERNELS_CUDA=1 "
+               "pip install .)";
   }
   throw std::runtime_error(message);
 }

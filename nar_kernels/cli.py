@@ -19,6 +19,7 @@ from nar_kernels.choice import Strategy
 from nar_kernels.config import PRESETS, TrainConfig, check_seed, option_of
 from nar_kernels.decode import DecodeState
 from nar_kernels.errors import BackendUnavailableError
+from nar_kernels.extras import EXTRAS, how_to_install
 from nar_kernels.files import check_writable
 from nar_kernels.interrupt import Interrupted
 from nar_kernels.model import choose_device, load_model
@@ -52,11 +53,6 @@ _GENERATE_NAMES = {name: option_of(name) for name in (*_RANGES, "seed", "strateg
 }
 
 _SIMD_LEVELS = ("generic", "AVX2", "AVX512")  # as the C++ extension numbers them
-
-_OPTIONAL = {
-    "train": ("x-transformers", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
-    "triton": ("triton",),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -325,9 +321,10 @@ def _doctor(arguments: argparse.Namespace) -> None:
     _table(
         "optional packages",
         {
-            package: version(package) or f"not installed: pip install 'nar-kernels[{extra}]'"
-            for extra, packages in _OPTIONAL.items()
-            for package in packages
+            (package := requirement.partition(">")[0]): version(package)
+            or f"not installed: {how_to_install(extra)}"
+            for extra, requirements in EXTRAS.items()
+            for requirement in requirements
         },
     )
 

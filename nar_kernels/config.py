@@ -282,7 +282,7 @@ FREE_ON_RESUME = frozenset(
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         **{"dim": 96, "rotary": False, "lr": 6e-3, "steps": 1000, "warmup": 50},
-        **{"eval_every": 100, "eval_draws": 4, "threads": 2, "precision": "fp32"},
+        **{"eval_every": 100, "eval_draws": 4, "threads": 1, "precision": "fp32"},
     },
     "text": {
         **{"stride": 32, "batch_size": 16, "lr": 2e-3, "steps": 1500},
