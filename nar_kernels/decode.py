@@ -61,8 +61,8 @@ def decode(
 
     Each step draws ids for all masked positions of a block, keeps those that ``choice`` puts first,
     and masks the others again. What a sequence gets is a function of its logits, its place in the
-    batch and the seed. The host knows all counts, so it does not wait for the device before the
-    last step, except for the strategy ``"threshold"``.
+    batch and the seed. The host knows all counts, so it does not wait for the device before all is
+    done, except for the strategy ``"threshold"``.
 
     Args:
         predict: the net.
@@ -79,7 +79,7 @@ def decode(
 
     Raises:
         InvalidLogitsError: the logits of a row, or a critic's score, are NaN: at once on the CPU,
-            elsewhere after the last step.
+            elsewhere behind the last state, when another one is asked for.
     """
     device, (batch, length) = prompt.device, prompt.shape
     num_steps = sum(len(block.steps) for block in plan.blocks)
@@ -147,8 +147,6 @@ def decode(
                 if not remask:
                     rows, counts = waiting, left
             done += 1
-            if done == num_steps:
-                nans.check()
             yield state(done)
             if not any_left:
                 break

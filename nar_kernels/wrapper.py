@@ -556,7 +556,9 @@ class NonAutoregressiveWrapper(nn.Module):
             seed: default: drawn from PyTorch's CPU generator.
             first_sequence: the number of the first sequence, at least 0: sequence i of a seed is
                 the same in any batch that it is in. Default: 0, or under ``torch.distributed``
-                rank * B, so that ranks with equal seeds generate different sequences.
+                rank * B, so that ranks with equal seeds generate different sequences. (A net that
+                is divided over ranks is called by all or none, and ``"threshold"`` makes as many
+                calls as the sequences need: give all ranks the same number then.)
             prompt: ids that are given: one sequence (for all of the batch) or one for each, of any
                 lengths up to L: lists, arrays or tensors. Filled is what is ``mask_id`` in them,
                 and what is behind them.
@@ -585,7 +587,7 @@ class NonAutoregressiveWrapper(nn.Module):
         Raises:
             TypeError, ValueError: an argument is out of its range, contradicts another, or is
                 declared by nobody.
-            InvalidLogitsError: the net says NaN: at that step on the CPU, else after the last one.
+            InvalidLogitsError: the net says NaN: at that step on the CPU, else behind the last one.
         """
         kwargs = for_the_net(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
         if filter_thres is not None and not 0 <= filter_thres <= 1:

@@ -355,10 +355,23 @@ def test_generate_waits_for_nothing(strategy, block_length):
     options = dict(strategy=strategy, block_length=block_length, seed=0)
     model.generate(4, **options)  # kernels are compiled
     steps = model.generate_steps(4, **options)
-    next(steps)
+    num_steps = next(steps).num_steps
     with no_waiting():
-        *_, state = steps
+        for _ in range(num_steps):
+            state = next(steps)
+    assert next(steps, None) is None  # which has looked for NaN
     assert (state.ids < 299).all()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("strategy", ["confidence", "random"])
+def test_nan_is_found_in_the_end(strategy):
+    net = torch.nn.Sequential(torch.nn.Embedding(300, 32), torch.nn.Linear(32, 300)).cuda()
+    adapted = nar_kernels.NetAdapter(net, num_tokens=300, max_seq_len=16, head=net[1])
+    model = nar_kernels.NonAutoregressiveWrapper(adapted, mask_id=299)
+    torch.nn.init.constant_(net[1].bias, float("nan"))
+    with pytest.raises(nar_kernels.InvalidLogitsError, match="logits are NaN in step 1 of"):
+        model.generate(4, strategy=strategy, seed=0)
 
 
 # ---- training

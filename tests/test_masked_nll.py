@@ -1162,7 +1162,7 @@ def test_argument_errors_of_a_head(change, message):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_labels_do_not_count(backend, reduction):
-    batch = corrupted_batch(length=9)
+    batch = corrupted_batch(length=9).to(device_of(backend))
     hidden, weight, bias = (x.float() for x in random_inputs(batch))
     edited = dataclasses.replace(batch, labels=batch.labels.clone())
     edited.labels[:, :4] = -100
