@@ -106,19 +106,19 @@ class Noise(NamedTuple):
         num_steps: of the whole plan.
         number: of the step.
         length: L.
-        first_sequence: the number of the batch's first sequence.
+        sequences: the number of each sequence of the batch.
     """
 
     seed: int
     num_steps: int
     number: int
     length: int
-    first_sequence: int = 0
+    sequences: range
 
     def words(self, rows: Tensor) -> Tensor:
         """int64 ``[R]`` in [0, 2**32), for indices into the flat ``[B * L]``."""
-        sequences = rows // self.length + self.first_sequence
-        slots = sequences * self.num_steps + self.number
+        numbers = rows // self.length * self.sequences.step + self.sequences.start
+        slots = numbers * self.num_steps + self.number
         return words(self.seed, Stream.CRITIC_NOISE, slots, rows % self.length)
 
 

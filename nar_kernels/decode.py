@@ -54,7 +54,7 @@ def decode(
     forbidden_ids: Sequence[int] = (),
     remask: bool = False,
     begin_alike: bool = False,
-    first_sequence: int = 0,
+    sequences: range | None = None,
     backend: str = "auto",
 ) -> Iterator[DecodeState]:
     """Fills the masks of a batch step by step.
@@ -75,7 +75,7 @@ def decode(
             id has become improbable. Those of the prompt never are.
         begin_alike: promises that all prompts are the same, and that ``predict`` says the same of
             them: the first step asks it for one of them.
-        first_sequence: the number of the first sequence, by which its noise goes.
+        sequences: the number of each sequence, by which its noise goes. Default: from 0 on.
 
     Raises:
         InvalidLogitsError: the logits of a row, or a critic's score, are NaN: at once on the CPU,
@@ -84,8 +84,9 @@ def decode(
     device, (batch, length) = prompt.device, prompt.shape
     num_steps = sum(len(block.steps) for block in plan.blocks)
     places = torch.arange(batch * length, device=device)
-    sequences = places // length + first_sequence
-    first_slots = places % length + sequences * (length * plan.num_steps)
+    sequences = range(batch) if sequences is None else sequences
+    numbers = places // length * sequences.step + sequences.start
+    first_slots = places % length + numbers * (length * plan.num_steps)
     nans = NanRecord(num_steps, length)
     ids = prompt.flatten().clone()
     log_prob = torch.where(ids == mask_id, math.nan, 0.0).float()
@@ -99,7 +100,7 @@ def decode(
     for block in plan.blocks:
         rows, counts = block.rows.to(device, non_blocking=True), block.counts
         for number, annealing, left in block.steps:
-            noise = Noise(seed, plan.num_steps, number, length, first_sequence)
+            noise = Noise(seed, plan.num_steps, number, length, sequences)
             now, ranking = rows, None
             if choice.is_blind:
                 ranking = Ranking(choice.blind_score(rows, noise), rows, counts)
@@ -194,11 +195,13 @@ class Drawn(NamedTuple):
     is_nan: Tensor
 
 
-def _left_nothing(logits: Tensor, log_prob: Tensor) -> Tensor:
+def _left_nothing(logits: Tensor, log_prob: Tensor, given: Tensor | None) -> Tensor:
     """bool ``[C]``: where NaN left no id to draw. (Beside others it counts as -inf.)"""
     nothing = log_prob == -math.inf
     if logits.is_cpu and not nothing.any():  # elsewhere, to look would wait
         return nothing
+    if given is not None:  # such an id may be improbable by itself
+        nothing &= (given < 0) | ~(logits > -math.inf).any(1)
     return nothing & logits.amax(1).isnan()
 
 
@@ -223,13 +226,10 @@ def draw_tokens(
         logits = chunk if chunk.dtype in LOGIT_DTYPES else chunk.float()
         part = slice(first, first := first + logits.shape[0])
         for slots, own_parts in zip(draws, parts, strict=True):
-            unmasked = unmask(
-                logits,
-                noise_slots=slots[part],
-                given=None if given is None else given[part],
-                **options,
-            )
-            own_parts.append(Drawn(*unmasked, _left_nothing(logits, unmasked.log_prob)))
+            own_given = None if given is None else given[part]
+            unmasked = unmask(logits, noise_slots=slots[part], given=own_given, **options)
+            is_nan = _left_nothing(logits, unmasked.log_prob, own_given)
+            own_parts.append(Drawn(*unmasked, is_nan))
     if first == 0:
         nothing = noise_slots.new_empty(0, dtype=torch.float32)
         return Drawn(noise_slots.flatten(), nothing, nothing, nothing.bool())

@@ -22,7 +22,15 @@ from nar_kernels.loss import (
     reduce_nll,
 )
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.nets import NetAdapter, is_transformer_wrapper, net_attribute, plain_core
+from nar_kernels.modes import evaluating
+from nar_kernels.nets import (
+    HeadMismatchError,
+    NetAdapter,
+    is_compiled,
+    is_transformer_wrapper,
+    net_attribute,
+    plain_core,
+)
 from nar_kernels.plain import is_plain, is_plain_linear, is_plain_tensor, is_pointwise
 
 
@@ -92,7 +100,8 @@ def _has_unusual_output(net: Any, but: str = "") -> bool:
         *("has_multiple_heads", "average_pool_embed", "looped", "squeeze_out_last_dim"),
         *("sigsoftmax_logits", "to_mixture", "cls_token", "attn_pool"),
     )
-    return any(getattr(net, name, None) not in (None, False) for name in unusual if name != but)
+    values = [getattr(net, name, None) for name in unusual if name != but]
+    return any(value is not None and value is not False for value in values)
 
 
 def _transformer_wrapper_head(net: Any) -> Head | None:
@@ -163,12 +172,41 @@ def _is_tied(net: Any) -> bool:
     )
 
 
-def _distrust_head(adapter: NetAdapter, reason: Exception) -> None:
-    adapter.distrust_head()
+@torch.no_grad()
+def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
+    """Looks once whether the logits of a sequence are what the head makes of its hidden states: a
+    net may do with their values what cannot be seen from outside.
+
+    Raises:
+        HeadMismatchError: they are not.
+    """
+    if any(map(is_compiled, adapter.modules())):
+        return  # which would have to be compiled for another size of batch
+    one: dict[str, Any] = {
+        name: value[:1] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
+        for name, value in kwargs.items()
+    }
+    head: Any = adapter.output_head
+    with evaluating(adapter, adapter):
+        logits = adapter.forward(ids[:1], **one)
+        hidden = adapter.forward(ids[:1], return_embeddings=True, **one)
+        expected = nn.functional.linear(hidden, head.weight, head.bias)
+    # Autocast of older PyTorch would give the next call of the net the weights that were cast in
+    # here, cut off from their gradients (pytorch issue 112583).
+    torch.clear_autocast_cache()
+    scale = expected.abs().amax().item() if expected.numel() else 0.0
+    if logits.shape != expected.shape or not torch.allclose(
+        logits.float(), expected.float(), rtol=0, atol=0.02 * scale, equal_nan=True
+    ):
+        raise HeadMismatchError("its logits of a sequence are others")
+
+
+def _distrust_head(adapter: NetAdapter, kwargs: dict[str, Any], reason: Exception) -> None:
+    adapter.take_note_of_head(kwargs, is_last=False)
     why = str(reason).partition("\n")[0]
     warnings.warn(
-        "NetAdapter(head=...): the net does more than to return what its head does, so logits are "
-        f"made at all positions, as without head ({why})",
+        "NetAdapter(head=...): called like this, the net does more than to return what its head "
+        f"does, so logits are made at all positions, as without head ({why})",
         stacklevel=2,
     )
 
@@ -176,6 +214,10 @@ def _distrust_head(adapter: NetAdapter, reason: Exception) -> None:
 def describe(output: Any) -> str:
     """What a net returned."""
     return f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+
+
+# Arguments of x-transformers' nets for the head itself, or for what is behind it.
+_AT_ALL_POSITIONS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
 
 
 class Prediction:
@@ -201,26 +243,33 @@ class Prediction:
         *,
         with_embeddings: bool = False,
     ) -> None:
-        # Arguments of the head itself cannot be told from others.
-        split = None if "to_logits_kwargs" in kwargs else split_net(net)
+        split = None if _AT_ALL_POSITIONS & kwargs.keys() else split_net(net)
+        adapter = None if split is None else plain_core(net)
+        if isinstance(adapter, NetAdapter) and adapter.head_is_last(kwargs) is False:
+            split = None
         self.head: Head | None = None
         self.embeddings: Tensor | None = None
-        unfit: tuple[NetAdapter, Exception] | None = None
+        unfit: Exception | None = None
         if split is not None:
             try:
+                if isinstance(adapter, NetAdapter) and adapter.head_is_last(kwargs) is None:
+                    _check_head(adapter, ids, kwargs)
+                    adapter.take_note_of_head(kwargs, is_last=True)
                 self.output = self.embeddings = split.hidden(ids, **kwargs)
                 self.head = split.head
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
-                adapter = plain_core(net)
                 if not isinstance(adapter, NetAdapter):
                     raise
-                unfit = adapter, error
+                unfit = error
         if self.head is None and with_embeddings:
             self.output, self.embeddings = net(ids, return_logits_and_embeddings=True, **kwargs)
         elif self.head is None:
             self.output = net(ids, **kwargs)
         if unfit is not None:  # a call that is wrong by itself has raised
-            _distrust_head(*unfit)
+            assert isinstance(adapter, NetAdapter)
+            _distrust_head(adapter, kwargs, unfit)
         self._is_log_prob = net_attribute(net, "output_is_log_prob", False)
 
     @property

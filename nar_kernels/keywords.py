@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from nar_kernels.nets import NetAdapter, unwrapped
+from nar_kernels.nets import innermost
 
 
 def for_the_net(
@@ -36,7 +36,7 @@ def for_the_net(
             suggestion = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(
                 f"unknown argument {name!r}: neither this method nor the forward of "
-                f"{type(_innermost(net)).__name__} declares it{suggestion} What the net takes as "
+                f"{type(innermost(net)).__name__} declares it{suggestion} What the net takes as "
                 f"**kwargs goes into net_kwargs={{{name!r}: ...}}"
             )
     twice = sorted(set(kwargs) & set(net_kwargs or {}))
@@ -47,7 +47,7 @@ def for_the_net(
 
 def declared_names(net: nn.Module) -> frozenset[str] | None:
     """The keywords that a net declares, its ids left out; None if that cannot be told."""
-    module = _innermost(net)
+    module = innermost(net)
     names = _names_of_class(type(module))  # type: ignore[arg-type]
     if names is None:
         return None
@@ -55,20 +55,25 @@ def declared_names(net: nn.Module) -> frozenset[str] | None:
     for more in (own, *_passed_on_to(module)):
         if more is not None:
             names |= _names(more)[0]
-    return names
+    return names - _reserved(module)
 
 
-def _innermost(net: nn.Module) -> Any:
-    module: Any = unwrapped(net)
-    while isinstance(module, NetAdapter):
-        module = unwrapped(module.net)
-    return module
+def _reserved(module: Any) -> set[str]:
+    """What changes the output of a net, and is for whoever calls it here to say."""
+    if _is_of_x_transformers(module):
+        parameters = inspect.signature(type(module).forward).parameters
+        return {name for name in parameters if name.startswith("return_")}
+    return {"return_embeddings", "return_logits_and_embeddings"}
+
+
+def _is_of_x_transformers(module: Any) -> bool:
+    return any(c.__module__.startswith("x_transformers.") for c in type(module).__mro__)
 
 
 def _passed_on_to(module: Any) -> list[Any]:
     """What known nets hand their ``**kwargs`` to."""
     found = []
-    if any(c.__module__.startswith("x_transformers.") for c in type(module).__mro__):
+    if _is_of_x_transformers(module):
         found.append(getattr(getattr(module, "attn_layers", None), "forward", None))
     if hasattr(module, "get_base_model"):  # of peft
         found.append(module.get_base_model().forward)

@@ -181,8 +181,8 @@ def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor
 
 def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
     """``masked_rows`` and the labels there, int64 ``[R]`` both."""
-    rows = corrupted.masked_rows
-    return rows, corrupted.labels.view(-1).index_select(0, rows)
+    rows, labels = corrupted.masked_rows, corrupted.labels.reshape(-1)
+    return rows, labels.index_select(0, rows).to(torch.int64)
 
 
 def _without_ignored(labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -212,7 +212,10 @@ def _check(
     normalizer: float | Tensor | None,
 ) -> None:
     _check_reduction(corrupted, reduction, normalizer)
-    shape = tuple(corrupted.input_ids.shape)
+    labels, shape = corrupted.labels, tuple(corrupted.input_ids.shape)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != shape:
+        what = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"labels are {what}: they must be integers {list(shape)}, or -100")
     if hidden.dim() != 3 or hidden.shape[:2] != shape:
         raise ValueError(
             f"hidden has shape {list(hidden.shape)}: it must be [{shape[0]}, {shape[1]}, D], the "

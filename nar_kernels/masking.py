@@ -158,10 +158,13 @@ class MaskingConfig:
         """Raises ValueError if the schedule gives no bound on the likelihood."""
         if not self.is_bound:
             first, last = self.table.edges[0].item(), self.table.edges[-1].item()
+            jumps = self.table.share_in_jumps
+            how = f", {jumps:.0%} of it in jumps" if jumps > 0.01 else ""
             raise ValueError(
-                f"the mask ratio goes from {first:g} at t = 0 to {last:g} at t = 1, but the bound "
-                "on the likelihood is an integral from 1 to 0: use such a schedule, or the mean "
-                "over masked tokens (masked_nll: reduction='mean', NonAutoregressiveWrapper: "
+                f"the mask ratio goes from {first:g} at t = 0 to {last:g} at t = 1{how}, but the "
+                "bound on the likelihood is an integral from 1 to 0 over its slope: use a smooth "
+                "schedule in float32 or float64 that spans this, or the mean over masked tokens "
+                "(masked_nll: reduction='mean', NonAutoregressiveWrapper: "
                 "use_simple_mdlm_loss_weight=False)"
             )
 
@@ -302,7 +305,7 @@ class Corrupted:
 
     @property
     def clean_ids(self) -> Tensor:
-        """int64 ``[B, L]``: the windows before corruption."""
+        """int64 ``[B, L]``: the windows before corruption, but -100 where a label was set to it."""
         return torch.where(self.masked_indices, self.labels, self.input_ids)
 
     def raise_if_invalid(self, source: str | None = None) -> None:

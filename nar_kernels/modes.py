@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from nar_kernels.nets import unwrapped
+from nar_kernels.nets import innermost
 
 
 class Turn:
@@ -46,21 +46,37 @@ _turns: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
 _looking_up = threading.Lock()
 
 
-def turn(net: nn.Module) -> Turn:
-    """That of ``net``, whatever it is wrapped in."""
-    inner = unwrapped(net)
-    with _looking_up:
-        return _turns.setdefault(inner, Turn())
+class Turns:
+    """Those of several nets at once, whatever they are wrapped in; None stands for no net."""
+
+    def __init__(self, *nets: nn.Module | None) -> None:
+        inner = {id(net): net for net in (innermost(net) for net in nets if net is not None)}
+        with _looking_up:
+            # All threads take them in the same order, so that none waits for another in a circle.
+            self._turns = [_turns.setdefault(inner[i], Turn()) for i in sorted(inner)]
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether another thread waits for one of them."""
+        return any(turn.is_wanted for turn in self._turns)
+
+    def __enter__(self) -> None:
+        for turn in self._turns:
+            turn.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for turn in reversed(self._turns):
+            turn.__exit__()
 
 
 @contextmanager
 def evaluating(
-    module: nn.Module, net: nn.Module, submodules: Sequence[nn.Module] | None = None
+    module: nn.Module, *nets: nn.Module | None, submodules: Sequence[nn.Module] | None = None
 ) -> Iterator[None]:
-    """``module``, which holds ``net``, is in evaluation mode; afterwards each of its ``submodules``
-    (by default all) is back in the mode it had. Waits while another thread needs ``net`` as it is.
-    """
-    with turn(net):
+    """``module``, which holds the ``nets``, is in evaluation mode; afterwards each of its
+    ``submodules`` (by default all) is back in the mode it had. Waits while another thread needs
+    them as they are."""
+    with Turns(*nets):
         submodules = list(module.modules()) if submodules is None else submodules
         training = [m for m in submodules if m.training]
         was_training = module.training

@@ -3,9 +3,12 @@
 Shapes: B batch, L sequence length, V vocabulary, D width.
 """
 
+import math
 import sys
+from collections.abc import Iterable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -54,16 +57,18 @@ class HeadMismatchError(TypeError):
 class _HeadInput(TorchFunctionMode):
     """Within it, and in this thread alone, a linear head is not applied: its input is kept.
 
-    In place of logits the net gets a tensor of theirs at one position, so that it can be told
-    afterwards whether they are what it returns.
+    In place of logits the net gets NaN for one position, in a tensor that tells afterwards whether
+    it is what the net returns, untouched.
     """
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
         self._weight = head.weight
         self.hidden: Tensor | None = None
-        self.logits: Tensor | None = None
         self.num_calls = 0
+        self._logits: Tensor | None = None
+        self._versions: tuple[int, int] | None = None
+        self._place = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -71,11 +76,32 @@ class _HeadInput(TorchFunctionMode):
         if func is nn.functional.linear and len(args) > 1 and args[1] is self._weight:
             self.num_calls += 1
             self.hidden = args[0]
-            # Elements share their memory, so that writing to it is an error.
             shape = (*args[0].shape[:-2], 1, self._weight.shape[0])
-            self.logits = args[0].detach().new_zeros(()).expand(shape)
-            return self.logits
+            with torch.inference_mode(False):  # else it has no version
+                # Elements share their memory, so that most ways to write to it are errors.
+                nan = torch.full((), math.nan, dtype=args[0].dtype, device=args[0].device)
+                self._logits = nan.expand(shape)
+            self._versions, self._place = self._now()
+            return self._logits
         return func(*args, **(kwargs or {}))
+
+    def _now(self) -> tuple[tuple[int, int] | None, int]:
+        """What changes when somebody writes to the logits, or to the hidden states."""
+        assert self.hidden is not None and self._logits is not None
+        if torch.compiler.is_compiling():  # which cannot ask
+            return None, 0
+        hidden_version = 0 if self.hidden.is_inference() else self.hidden._version
+        return (self._logits._version, hidden_version), self._logits.data_ptr()
+
+    def is_output(self, logits: Tensor) -> bool:
+        """Whether ``logits`` are the only output of the head, as it was."""
+        if self.num_calls != 1 or logits is not self._logits:
+            return False
+        if self._versions is not None:
+            return self._now() == (self._versions, self._place)
+        # A compiled net, which has no versions: what nobody wrote to is NaN. (To look waits for the
+        # device; where all of this is compiled, it cannot be looked at.)
+        return torch.compiler.is_compiling() or bool(logits.isnan().all())
 
 
 class NetAdapter(nn.Module):
@@ -120,12 +146,13 @@ class NetAdapter(nn.Module):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         self._head_name = names[0] if names else None
-        self._head_is_last = True  # as far as is known
+        # By the names of keyword arguments: whether the head was seen to be the last thing.
+        self._head_is_last: dict[frozenset[str], bool] = {}
 
     @property
     def output_head(self) -> nn.Module | None:
         """The head, if logits may be made of its input here."""
-        if self._head_name is None or not self._head_is_last:
+        if self._head_name is None:
             return None
         module: nn.Module | None = self.net
         for name in self._head_name.split("."):
@@ -149,16 +176,21 @@ class NetAdapter(nn.Module):
         head_input = _HeadInput(head)
         with head_input:
             logits = self._logits(self.net(ids, **kwargs))
-        if head_input.num_calls != 1 or logits is not head_input.logits:
+        if not head_input.is_output(logits):
             raise HeadMismatchError(
                 f"{type(self.net).__name__} returns something else than the output of its head"
             )
         assert head_input.hidden is not None
         return head_input.hidden
 
-    def distrust_head(self) -> None:
-        """Makes logits at all positions from now on."""
-        self._head_is_last = False
+    def head_is_last(self, names: Iterable[str]) -> bool | None:
+        """Whether the head is the last thing in the net where it is called with keywords of these
+        names; None if nobody has looked."""
+        return self._head_is_last.get(frozenset(names))
+
+    def take_note_of_head(self, names: Iterable[str], *, is_last: bool) -> None:
+        """What :meth:`head_is_last` says from now on."""
+        self._head_is_last[frozenset(names)] = is_last
 
     def _logits(self, out: Any) -> Tensor:
         if isinstance(out, Tensor):
@@ -213,6 +245,14 @@ _TRANSPARENT = {
 }
 
 
+def innermost(net: nn.Module) -> Any:
+    """The net in all wrappers, :class:`NetAdapter` among them."""
+    module: Any = unwrapped(net)
+    while isinstance(module, NetAdapter):
+        module = unwrapped(module.net)
+    return module
+
+
 def plain_core(net: nn.Module) -> nn.Module | None:
     """The net in wrappers of PyTorch; None if anything between its call and its class is unknown:
     hooks, a ``forward`` of its own, wrappers that divide parameters."""
@@ -222,14 +262,20 @@ def plain_core(net: nn.Module) -> nn.Module | None:
         name = _TRANSPARENT.get(type(net).__name__)
         if name is None:
             return net
+        if getattr(net, "find_unused_parameters", False):
+            return None  # it would take a head that is called outside for one that is not used
         net = net._modules[name]  # type: ignore[assignment]
     return None
 
 
 def is_transformer_wrapper(net: nn.Module) -> bool:
-    """Whether it is x-transformers' own TransformerWrapper, and no subclass of it."""
+    """Whether it is x-transformers' own TransformerWrapper: no subclass of it, nor with another
+    ``forward``."""
     module = sys.modules.get("x_transformers.x_transformers")
-    return module is not None and type(net) is module.TransformerWrapper
+    if module is None or type(net) is not module.TransformerWrapper:
+        return False
+    forward = type(net).forward
+    return forward.__module__ == module.__name__ and not hasattr(forward, "__wrapped__")
 
 
 def causal_module(net: nn.Module) -> nn.Module | None:
@@ -247,10 +293,11 @@ def is_function_of_ids(net: nn.Module) -> bool:
     promise = net_attribute(net, "is_function_of_ids", None)
     if promise is None:
         promise = is_transformer_wrapper(unwrapped(net)) and not any(map(has_hooks, net.modules()))
-    return bool(promise) and not any(map(_is_compiled, net.modules()))
+    return bool(promise) and not any(map(is_compiled, net.modules()))
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module, or of what is in it, runs what torch.compile made."""
     return (
         hasattr(module, "_orig_mod")
         or getattr(module, "_compiled_call_impl", None) is not None

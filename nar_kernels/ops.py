@@ -143,6 +143,9 @@ def corrupt(
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
     if maskable is not None:
+        if not isinstance(maskable, Tensor):
+            what = type(maskable).__name__
+            raise TypeError(f"maskable is a {what}: it must be a bool tensor [{batch}, {length}]")
         if maskable.dtype != torch.bool or maskable.shape != (batch, length):
             raise ValueError(
                 f"maskable must be bool [{batch}, {length}]; got {maskable.dtype} "

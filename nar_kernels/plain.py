@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LINEAR_FORWARD = nn.Linear.forward
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
 
 
@@ -35,6 +36,7 @@ def is_plain_linear(module: Any) -> bool:
     """Whether a call of the module is ``F.linear`` with its weight and bias."""
     return (
         type(module) is nn.Linear  # a module with parametrizations has another class
+        and nn.Linear.forward is _LINEAR_FORWARD
         and is_plain(module)
         and is_plain_tensor(module.weight)
         and (module.bias is None or is_plain_tensor(module.bias))

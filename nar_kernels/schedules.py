@@ -8,8 +8,9 @@ Python callable works inside every kernel and no device ever evaluates a cosine.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 NUM_TIMES = 1 << 16
 
 _CUT_OFF = 1e-3 + 1e-6
+_MOST_IN_JUMPS = 0.05
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -88,8 +90,17 @@ class ScheduleTable(NamedTuple):
     @property
     def is_bound(self) -> bool:
         """Whether losses weighted by |m'| are a bound on the likelihood: they are where the ratio
-        falls from 1 to 0. (1e-3 may be missing at either end: many cut times off there.)"""
-        return self.edges[0].item() >= 1 - _CUT_OFF and self.edges[-1].item() <= _CUT_OFF
+        falls from 1 to 0. (1e-3 may be missing at either end: many cut times off there.) Nor may
+        it fall in jumps: hardly any time that is drawn would meet one."""
+        spans = self.edges[0].item() >= 1 - _CUT_OFF and self.edges[-1].item() <= _CUT_OFF
+        return spans and self.share_in_jumps < _MOST_IN_JUMPS
+
+    @property
+    def share_in_jumps(self) -> float:
+        """How much of 1 the ratio falls in bins of time between two in which it does not."""
+        falls = self.edges[:-1] - self.edges[1:]
+        still = torch.nn.functional.pad(falls <= 0, (1, 1), value=True)
+        return falls[still[:-2] & still[2:]].clamp(min=0).sum().item()
 
 
 def resolve(schedule: str | Schedule) -> Schedule:
@@ -106,12 +117,19 @@ def resolve(schedule: str | Schedule) -> Schedule:
 
 def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
     """``schedule(t)`` in float64, element by element if it only knows Python floats."""
-    try:
+    value: Any = None
+    with suppress(TypeError, ValueError, RuntimeError):  # math.cos, max and the like want a number
         value = schedule(t)
-    except (TypeError, ValueError):  # math.cos and the like refuse a tensor
-        value = None
     if isinstance(value, Tensor) and value.shape == t.shape:
         return value.detach().to("cpu", torch.float64)
+    first: Any = schedule(t[0].item())  # type: ignore[arg-type]
+    try:
+        float(first)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"schedule {schedule!r} gives {first!r} at t = {t[0].item()}: a mask ratio must be a "
+            "number in [0, 1]"
+        ) from None
     return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64, device="cpu")
 
 

@@ -33,7 +33,7 @@ from nar_kernels.keywords import for_the_net
 from nar_kernels.launch import NLL_DTYPES
 from nar_kernels.loss import Reduction, num_counted
 from nar_kernels.masking import IGNORE_INDEX, Corrupted, MaskingConfig
-from nar_kernels.modes import evaluating, turn
+from nar_kernels.modes import Turns, evaluating
 from nar_kernels.nets import causal_module, net_attribute
 from nar_kernels.ops import corrupt
 from nar_kernels.parallel import SumOverRanks
@@ -44,11 +44,17 @@ from nar_kernels.unmasking import UNMASK_BACKENDS
 
 
 class Losses(NamedTuple):
-    """Scalars; a part that was not trained is None."""
+    """Scalars; a part that was not trained is None, and left out of slices."""
 
     loss: Tensor
     generator_loss: Tensor | None
     critic_loss: Tensor | None
+
+
+def _get_losses(self: Losses, index: Any) -> Any:
+    # transformers takes all but the loss for predictions, `outputs[1:]`, and stumbles over None.
+    found = tuple.__getitem__(self, index)
+    return tuple(x for x in found if x is not None) if isinstance(index, slice) else found
 
 
 def _new_losses(cls: type, loss: Any, *others: Any, **named: Any) -> Any:
@@ -61,6 +67,7 @@ def _new_losses(cls: type, loss: Any, *others: Any, **named: Any) -> Any:
 
 _named_tuple: Callable[..., Any] = Losses.__new__
 Losses.__new__ = _new_losses  # type: ignore[method-assign, assignment]
+Losses.__getitem__ = _get_losses  # type: ignore[method-assign, assignment]
 
 
 class SelfCritic(nn.Module):
@@ -146,7 +153,8 @@ class NonAutoregressiveWrapper(nn.Module):
         average_tokens_across_devices: under ``torch.distributed``, in training mode and with
             gradients, divide the loss by the counts of all ranks, so that the mean of their
             gradients is that of one batch whatever each holds. One all-reduce of two numbers, while
-            the net runs. All ranks must call ``forward`` then.
+            the net runs. All ranks must call ``forward`` then, so turn it off within
+            DistributedDataParallel's ``join()``.
 
     ``masking`` holds the :class:`MaskingConfig` in use; assign another to change it in training.
 
@@ -227,6 +235,10 @@ class NonAutoregressiveWrapper(nn.Module):
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
 
         self.self_cond = self_cond
+        if not 0 <= self_cond_train_prob <= 1:
+            raise ValueError(
+                f"self_cond_train_prob is {self_cond_train_prob}: it must be in [0, 1]"
+            )
         self.self_cond_train_prob = self_cond_train_prob
         if self_cond:
             self.null_embed = nn.Parameter(torch.randn(self.dim, device=torch.get_default_device()))
@@ -303,7 +315,7 @@ class NonAutoregressiveWrapper(nn.Module):
         seed = _draw_seed() if seed is None else as_int("seed", seed)
         rank, world_size = _rank_and_world_size()
         corrupted = self._corrupted(x, maskable, seed, rank, world_size)
-        with turn(self.net):
+        with Turns(self.net, self.token_critic):
             return self._losses(
                 corrupted,
                 kwargs,
@@ -505,13 +517,14 @@ class NonAutoregressiveWrapper(nn.Module):
         if progress:
             bar = import_extra("tqdm").tqdm
             states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
-        submodules, own_turn = list(self.modules()), turn(self.net)
+        nets = self.net, self.token_critic
+        submodules, turns = list(self.modules()), Turns(*nets)
         is_done = False
         while not is_done:
             # Once for all steps, rather than at each, but for a thread that waits to train.
-            with evaluating(self, self.net, submodules):
+            with evaluating(self, *nets, submodules=submodules):
                 for state in states:  # noqa: B007
-                    if own_turn.is_wanted:
+                    if turns.are_wanted:
                         break
                 else:
                     is_done = True
@@ -554,11 +567,12 @@ class NonAutoregressiveWrapper(nn.Module):
                 probable. None: no filter.
             noise_level_scale: scale of the noise on the critic's scores.
             seed: default: drawn from PyTorch's CPU generator.
-            first_sequence: the number of the first sequence, at least 0: sequence i of a seed is
-                the same in any batch that it is in. Default: 0, or under ``torch.distributed``
-                rank * B, so that ranks with equal seeds generate different sequences. (A net that
-                is divided over ranks is called by all or none, and ``"threshold"`` makes as many
-                calls as the sequences need: give all ranks the same number then.)
+            first_sequence: the number of the first of B consecutive sequences, at least 0: sequence
+                i of a seed is the same in any batch that it is in. Default: 0; under
+                ``torch.distributed`` rank r of W has the sequences r, r + W, ..., so that ranks
+                with equal seeds generate different ones. (A net that is divided over ranks is
+                called by all or none, and ``"threshold"`` makes as many calls as the sequences
+                need: give all ranks the same number then.)
             prompt: ids that are given: one sequence (for all of the batch) or one for each, of any
                 lengths up to L: lists, arrays or tensors. Filled is what is ``mask_id`` in them,
                 and what is behind them.
@@ -620,10 +634,11 @@ class NonAutoregressiveWrapper(nn.Module):
         is_open = begin == self.mask_id
         if steps is None:
             steps = self.max_seq_len if strategy == "threshold" else self.steps
-        if first_sequence is None:
-            first_sequence = _rank_and_world_size()[0] * len(begin)
-        if (first_sequence := as_int("first_sequence", first_sequence)) < 0:
-            raise ValueError(f"first_sequence is {first_sequence}: it must be at least 0")
+        first, stride = _rank_and_world_size()
+        if first_sequence is not None:
+            first, stride = as_int("first_sequence", first_sequence), 1
+        if first < 0:
+            raise ValueError(f"first_sequence is {first}: it must be at least 0")
         plan = make_plan(
             is_open,
             self.masking.ratio_at,
@@ -663,14 +678,14 @@ class NonAutoregressiveWrapper(nn.Module):
             forbidden_ids=self.masking.never_mask_ids,
             remask=remask,
             begin_alike=predictor.sees_ids_alone and bool((begin == begin[:1]).all()),
-            first_sequence=first_sequence,
+            sequences=range(first, first + len(begin) * stride, stride),
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
         yield next(states)  # before the net is asked
-        submodules = list(self.modules())
+        nets, submodules = (self.net, self.token_critic), list(self.modules())
         while True:
             # Not around the yield: whoever gets the state may train in between.
-            with evaluating(self, self.net, submodules), torch.no_grad():
+            with evaluating(self, *nets, submodules=submodules), torch.no_grad():
                 state = next(states, None)
             if state is None:
                 return
@@ -686,7 +701,6 @@ def _is_judged(corrupted: Corrupted) -> Tensor:
 
 
 _FORWARD_ARGUMENTS = tuple(inspect.signature(NonAutoregressiveWrapper.forward).parameters)[1:-1]
-_GENERATE_ARGUMENTS = (
-    *tuple(inspect.signature(NonAutoregressiveWrapper.generate_steps).parameters)[1:-1],
-    "progress",
-)
+_GENERATE_ARGUMENTS = tuple(inspect.signature(NonAutoregressiveWrapper.generate_steps).parameters)[
+    1:-1
+]

@@ -160,6 +160,7 @@ def work_of_generation(rank: int) -> dict:
     options = {"seed": 5, "steps": 4, "strategy": "random"}
     return {
         "default": model.generate(3, **options),
+        "fewer": model.generate(3 - rank, **options),
         "the same": model.generate(3, first_sequence=0, **options),
     }
 
@@ -167,9 +168,10 @@ def work_of_generation(rank: int) -> dict:
 def test_ranks_generate_different_sequences(tmp_path):
     found = run("work_of_generation", tmp_path)
     options = {"seed": 5, "steps": 4, "strategy": "random"}
-    together = torch.cat([f["default"] for f in found])
+    together = torch.stack([f["default"] for f in found], 1).flatten(0, 1)
     assert torch.equal(together, make_model().generate(6, **options))
     assert torch.equal(found[0]["the same"], found[1]["the same"])
+    assert not (found[0]["fewer"][:, None] == found[1]["fewer"]).all(-1).any()
 
 
 def work_of_sharding(rank: int) -> dict:

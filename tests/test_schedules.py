@@ -116,6 +116,15 @@ def test_errors(schedule, message):
         (lambda t: 0 * t + 1, False),
         (lambda t: 0.8 - 0.5 * t, False),
         (lambda t: 1 - 0.99 * t, False),
+        (lambda t: torch.ceil((1 - t) * 10) / 10, False),  # in jumps
+        (lambda t: (t < 0.5).double(), False),
+        (lambda t: (1 - t).bfloat16(), False),
+        (lambda t: (1 - t).half(), False),
+        (lambda t: (1 - t).float(), True),
+        (lambda t: torch.cos(t.float() * math.pi / 2), True),
+        (lambda t: (1 - t) ** 50, True),
+        (lambda t: max(0.0, 1 - t), True),
+        (lambda t: 1 - t if t < 1 else 0.0, True),
     ],
 )
 def test_only_what_falls_from_one_to_zero_gives_a_bound(schedule, is_bound):
@@ -126,7 +135,7 @@ def test_only_what_falls_from_one_to_zero_gives_a_bound(schedule, is_bound):
     if is_bound:
         assert masked_nll(hidden, head, batch) > 1
         return
-    with pytest.raises(ValueError, match=r"an integral from 1 to 0: use such .* reduction='mean'"):
+    with pytest.raises(ValueError, match=r"an integral from 1 to 0 .* reduction='mean'"):
         masked_nll(hidden, head, batch)
     assert masked_nll(hidden, head, batch, reduction="mean") > 1
     own = dataclasses.replace(batch, loss_weight=torch.ones(4))
