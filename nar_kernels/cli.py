@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import platform
 import re
 import signal
@@ -30,6 +31,7 @@ from nar_kernels.train import DivergedError, train
 from nar_kernels.watch import watch
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
+_NUM_SAMPLES = 16
 _STEPS = 18  # of decoding
 
 # Of the numbers of `generate`: the least, the largest, and both in words.
@@ -85,8 +87,9 @@ def _in_options(message: str, names: Mapping[str, str]) -> str:
     """
     for name, option in names.items():
         word = rf"(?<![\w./'\"-]){name}"
-        message = re.sub(rf"{word}='(\w+)'", rf"{option} \1", message)
-        message = re.sub(rf"{word}=", option, message)
+        own = rf"(?<!\()(?<!, ){word}"  # and no argument of a call that is written out
+        message = re.sub(rf"{own}='(\w+)'", rf"{option} \1", message)
+        message = re.sub(rf"{own}=", option, message)
         message = re.sub(rf"^{name}(?= is )|{word}(?=, which is )", option, message)
         if "_" in name:
             message = re.sub(rf"{word}(?![\w/'\"-]|\.\w)", option, message)
@@ -137,6 +140,8 @@ def _train(arguments: argparse.Namespace) -> None:
         if "out" not in options:
             raise ValueError("--resume needs --out, the folder of the run to continue")
         saved = checkpoint.read(Path(options["out"]) / "last.pt")
+        if Path(options.get("data", "")).suffix == ".npy":
+            options.setdefault("dtype", None)  # the same tokens with a header of their own
         train(TrainConfig.continued(saved["config"], **options))
     elif "data" not in options:
         raise ValueError("give --data: digits, text, or a file (or --resume and --out)")
@@ -147,7 +152,9 @@ def _train(arguments: argparse.Namespace) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate, names=_GENERATE_NAMES)
     parser.add_argument("--checkpoint", required=True, help="such as runs/demo/last.pt")
-    parser.add_argument("--num-samples", type=int, default=16, help="(default: 16)")
+    parser.add_argument(
+        "--num-samples", type=int, help=f"(default: {_NUM_SAMPLES}, or one for each prompt)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument(
         "--steps",
@@ -235,7 +242,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if out is None and sys.stdout.isatty():
         ids = watch(states, spec, sys.stdout).ids
     else:
-        *_, last = states
+        for last in states:  # noqa: B007
+            pass
         ids = last.ids
     ids = ids.cpu()
     if out is None:
@@ -262,11 +270,24 @@ def _check_generate(arguments: argparse.Namespace, out: Path | None, html: Path 
             f"--guidance-scale is {arguments.guidance_scale}, but there is nothing to be guided "
             "by: give --prompt or --infill"
         )
-    for path in (out, html):
-        if path is not None:
-            check_writable(path)
-    if out is not None and out == html:
-        raise ValueError(f"--out and --html are both {out}: give each a file of its own")
+    for name in ("checkpoint", "out", "html", "prompt", "infill"):
+        if getattr(arguments, name) == "":
+            raise ValueError(f"--{name} is empty: leave it out, or say what it is")
+    read = {"--checkpoint": arguments.checkpoint, "--prompt": arguments.prompt}
+    taken = {
+        os.path.realpath(path): option
+        for option, path in read.items()
+        if path is not None and os.path.isfile(path)
+    }
+    for option, path in (("--out", out), ("--html", html)):
+        if path is None:
+            continue
+        check_writable(path)
+        other = taken.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise ValueError(f"{option} and {other} are both {path}: give each a file of its own")
+        if option == "--html" and path.suffix not in (".html", ".htm"):
+            raise ValueError(f"--html is {path}: a page is written to a .html file")
 
 
 def _states(
@@ -279,9 +300,12 @@ def _states(
     steps = arguments.steps
     if steps is None and arguments.strategy != "threshold":
         steps = _STEPS
+    num_samples = arguments.num_samples
+    if num_samples is None and (ids is None or ids.dim() == 1):
+        num_samples = _NUM_SAMPLES
     return samples.states(
         model,
-        None if ids is not None and ids.dim() == 2 else arguments.num_samples,
+        num_samples,
         seed=arguments.seed,
         steps=steps,
         strategy=arguments.strategy,
@@ -332,7 +356,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _table(title: str, rows: dict[str, str]) -> None:
     print(title)
     for name, value in rows.items():
-        print(f"  {name:<16}{value}")
+        print(f"  {name:<16}{value.partition(chr(10))[0]}")
 
 
 if __name__ == "__main__":

@@ -170,6 +170,10 @@ class TrainConfig:
                 raise ValueError(f"{f.name} is {value!r}: it must be one of {', '.join(choices)}")
             if f.name in _AT_LEAST_ONE and value is not None and value < 1:
                 raise ValueError(f"{f.name} is {value}: it must be at least 1")
+            if value == "":
+                raise ValueError(f"{option_of(f.name)} is empty: leave it out, or say what it is")
+            if f.name == "threads" and value is not None and value > _MOST_THREADS:
+                raise ValueError(f"threads is {value}: it must be at most {_MOST_THREADS}")
             if f.name != "seed" and isinstance(value, int) and value >= 1 << 31:
                 raise ValueError(f"{f.name} is {value}: it must be below 2**31")
         for name in ("lr", "clip"):
@@ -263,17 +267,19 @@ def _plain(f: Field[Any], value: Any) -> Any:
     raise TypeError(f"{f.name} is {value!r}: it must be of type {' or '.join(names)}")
 
 
+_MOST_THREADS = 1024  # PyTorch crashes where the system does not give it as many
+
 _AT_LEAST_ONE = (
     *("seq_len", "stride", "held_out", "dim", "depth", "heads", "steps", "batch_size"),
     *("accumulate", "eval_every", "eval_draws", "save_every", "threads"),
 )
 
 # Options that do not change what is learnt, but for rounding and the noise of dropout; and the
-# number of steps, which changes the learning rate of those to come. Data may lie elsewhere: that it
-# is the same is for its digest to say.
+# number of steps, which changes the learning rate of those to come. Data may lie elsewhere, in
+# another container: that it is the same is for its digest to say.
 FREE_ON_RESUME = frozenset(
     (
-        *("data", "out", "steps"),
+        *("data", "dtype", "out", "steps"),
         *("device", "threads", "accumulate", "eval_every", "save_every"),
         *("compile", "checkpoint_activations", "shard", "resume", "overwrite", "quiet"),
     )

@@ -42,7 +42,10 @@ TOKEN_DTYPES = {
 # and others is taken together with what must follow it.
 _HEAD_BYTES, _TAIL_BYTES = 512, 8
 _BY_OFFSET = "pass its tokens as an array, such as np.memmap(file, dtype=..., mode='r', offset=...)"
-_RAW = "; if these are raw ids all the same, pass np.memmap(file, dtype=..., mode='r')"
+_RAW = (
+    "; if these are raw ids all the same, pass np.memmap(file, dtype=..., mode='r'), or np.save it "
+    "to a .npy file"
+)
 _BY_LIBRARY = f"read the ids with a library for this format, and pass them as an array{_RAW}"
 _UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
     _BY_OFFSET: {
@@ -69,6 +72,8 @@ _UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
         rb"\xfd7zXZ\0": "compressed by xz",
         rb"\x28\xb5\x2f\xfd": "compressed by zstd",
         rb"\x04\x22\x4d\x18[\x40-\x7f][\x40-\x70]": "compressed by lz4",
+        rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+        rb"Rar!\x1a\x07[\0\x01]": "a RAR archive",
     },
     f"extract it{_RAW}": {rb".{257}ustar(\x0000|  \0)": "a tar archive"},
     _BY_LIBRARY: {
@@ -79,11 +84,17 @@ _UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
         # The length of the header, below 128 MiB, and its beginning.
         rb'.{3}[\0-\x07]\0{4}\{"[ -~]': "a safetensors file",
         rb"\x89HDF\r\n\x1a\n": "an HDF5 file",
+        rb"GGUF[\x01-\x0f]\0{3}": "a GGUF file",
+        rb"Obj\x01.{1,16}avro\.": "an Avro file",
+        rb"%PDF-\d\.\d": "a PDF document",
         rb"SQLite format 3\0": "an SQLite database",
     },
     f"decode it, and pass its ids as an array{_RAW}": {
         rb"\x89PNG\r\n\x1a\n": "a PNG image",
         rb"\xff\xd8\xff[\xc0-\xfe]..(JFIF|Exif)\0": "a JPEG image",
+        rb"GIF8[79]a": "a GIF image",
+        rb"RIFF.{4}WAVEfmt": "a WAV file",
+        rb"fLaC\0{3}\x22": "a FLAC file",
     },
 }
 

@@ -5,14 +5,12 @@ Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus, N wind
 """
 
 import copy
-import hashlib
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, SupportsIndex, get_args
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import DTypeLike
@@ -29,7 +27,6 @@ from nar_kernels.feed import CorpusMemory, DeferredCheck, Stager, choose_memory_
 from nar_kernels.masking import Corrupted, MaskingConfig, check_record, check_vocabulary
 from nar_kernels.ops import corrupt_step, permute, windows
 from nar_kernels.philox import Stream
-from nar_kernels.schedules import ScheduleTable
 
 _TOKENS_SCANNED = 1 << 18  # at a time: what is made of them stays in the cache
 
@@ -244,20 +241,6 @@ def _check_step(step: int) -> int:
     if step < 0:
         raise ValueError(f"step is {step}: it must be at least 0")
     return step
-
-
-def _digest_of_schedule(table: ScheduleTable) -> str:
-    """A fingerprint of a schedule, whether it has a name or is a callable.
-
-    It is coarse (ratios to 16 bits, slopes to 6 behind the point): the last bits of a cosine differ
-    between CPUs, which must not end a run that moves from one to another.
-    """
-    ratio = table.ratio.numpy().view(np.uint32) / 2.0**16
-    slope = table.exact_weight.numpy() * 2.0**6
-    sha = hashlib.sha256()
-    for values in (ratio, slope):
-        sha.update(np.rint(values).astype("<i8").tobytes())
-    return sha.hexdigest()
 
 
 class MaskedLoader:
@@ -525,17 +508,13 @@ class MaskedLoader:
             **self._masking_state(),
         }
 
-    @cached_property
-    def _schedule_digest(self) -> str:
-        return _digest_of_schedule(self.masking.table)
-
     def _masking_state(self) -> dict[str, Any]:
         masking = self.masking
         shares = ("no_replace_prob", "random_token_prob", "corruption_prob")
         return {
             "num_tokens": int(masking.num_tokens),
             "mask_id": int(masking.mask_id),
-            "schedule_digest": self._schedule_digest,
+            "schedule_digest": masking.schedule_digest,
             "draw": str(masking.draw),
             "times": str(masking.times),
             "never_mask_ids": sorted({int(i) for i in masking.never_mask_ids}),

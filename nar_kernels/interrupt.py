@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -65,11 +65,10 @@ class Interrupt:
 
 
 @contextmanager
-def interruptible(hears_echoes: bool = False) -> Iterator[Interrupt]:
-    """Takes note of the first of :data:`SIGNALS`, where there is one to take note of."""
-    interrupt = Interrupt(hears_echoes)
+def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """``handle`` gets :data:`SIGNALS`, where there is one to get."""
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield interrupt
+        yield
         return
     before = {}
     try:
@@ -78,8 +77,27 @@ def interruptible(hears_echoes: bool = False) -> Iterator[Interrupt]:
             # Ignored is Ctrl-C in the background of a shell script; None are handlers of C code.
             if handler not in (signal.SIG_IGN, None):
                 before[number] = handler
-                signal.signal(number, interrupt.handle)
-        yield interrupt
+                signal.signal(number, handle)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible(hears_echoes: bool = False) -> Iterator[Interrupt]:
+    """Takes note of the first of :data:`SIGNALS`."""
+    interrupt = Interrupt(hears_echoes)
+    with _handling(interrupt.handle):
+        yield interrupt
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """The first of :data:`SIGNALS` is an exception, so that what is held gets released."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    with _handling(end):
+        yield

@@ -4,9 +4,10 @@ Shapes: B batch, L sequence length, V vocabulary (``num_tokens``), R masked rows
 """
 
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -176,13 +177,45 @@ class MaskingConfig:
     def stratified(self) -> bool:
         return self.times == "stratified"
 
+    @cached_property
+    def schedule_digest(self) -> str:
+        """A fingerprint of the schedule, as it was tabulated."""
+        return self.table.digest()
+
+    def masks_like(self, other: "MaskingConfig") -> bool:
+        """Whether both draw the same masks, though a callable schedule be another object."""
+        ours, theirs = (
+            [getattr(m, f.name) for f in fields(m) if f.init and f.name != "schedule"]
+            for m in (self, other)
+        )
+        return ours == theirs and self.schedule_digest == other.schedule_digest
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Its arguments alone: to make the tables again is cheaper than to send them.
+        name = getattr(self.schedule, "__qualname__", "")
+        if "<lambda>" in name or "<locals>" in name:
+            raise pickle.PicklingError(
+                f"the schedule of this MaskingConfig is {name}, which no other process can find: "
+                "pass the name of one, or a function of a module"
+            )
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return partial(type(self), **arguments), ()
+        digest = None if isinstance(self.schedule, str) else self.schedule_digest
+        return _make_again, (type(self), arguments, digest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MaskingConfig":
         return self  # it is frozen
+
+
+def _make_again(
+    cls: type[MaskingConfig], arguments: dict[str, Any], schedule_digest: str | None
+) -> MaskingConfig:
+    masking = cls(**arguments)
+    if schedule_digest not in (None, masking.schedule_digest):
+        raise ValueError(
+            f"the schedule {masking.schedule!r} gives other ratios than when it was tabulated for "
+            "the MaskingConfig that was pickled: make another one after a change to it"
+        )
+    return masking
 
 
 def check_record(
@@ -377,10 +410,10 @@ class Corrupted:
             ValueError: there are none, or they differ in L, device or masking.
         """
         batches = list(batches)
-        kinds = [(b.input_ids.shape[1], str(b.input_ids.device), b.masking) for b in batches]
-        other = next((kind for kind in kinds if kind != kinds[0]), None)
-        if other is not None or not kinds:
-            what = f"a batch of {kinds[0]} and one of {other}" if kinds else "no batches"
+        other = next((b for b in batches if not batches[0]._is_like(b)), None)
+        if other is not None or not batches:
+            kinds = [(b, b.masking) for b in (*batches[:1], other) if b is not None]
+            what = " and ".join(map(str, kinds)) or "no batches"
             raise ValueError(
                 f"cat got {what}: it takes at least one, all of the same seq_len, device and "
                 "masking"
@@ -404,6 +437,10 @@ class Corrupted:
             invalid=invalid,
             host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
         )
+
+    def _is_like(self, other: "Corrupted") -> bool:
+        places = [(b.input_ids.shape[1], b.input_ids.device) for b in (self, other)]
+        return places[0] == places[1] and self.masking.masks_like(other.masking)
 
     def microbatches(self, size: int) -> Iterator["Corrupted"]:
         """Consecutive parts of at most ``size`` samples, for gradient accumulation.

@@ -6,12 +6,14 @@ al. 2022, arXiv:2202.04200) and x-transformers. Times are 16-bit: ``t16`` in [0,
 Python callable works inside every kernel and no device ever evaluates a cosine.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +96,19 @@ class ScheduleTable(NamedTuple):
         it fall in jumps: hardly any time that is drawn would meet one."""
         spans = self.edges[0].item() >= 1 - _CUT_OFF and self.edges[-1].item() <= _CUT_OFF
         return spans and self.share_in_jumps < _MOST_IN_JUMPS
+
+    def digest(self) -> str:
+        """A fingerprint, whether the schedule has a name or is a callable.
+
+        It is coarse (ratios to 16 bits, slopes to 6 behind the point): the last bits of a cosine
+        differ between CPUs, which must not end a run that moves from one to another.
+        """
+        ratio = self.ratio.numpy().view(np.uint32) / 2.0**16
+        slope = self.exact_weight.numpy() * 2.0**6
+        sha = hashlib.sha256()
+        for values in (ratio, slope):
+            sha.update(np.rint(values).astype("<i8").tobytes())
+        return sha.hexdigest()
 
     @property
     def share_in_jumps(self) -> float:

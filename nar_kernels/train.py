@@ -23,7 +23,7 @@ from nar_kernels.data import MaskedLoader
 from nar_kernels.ema import Ema
 from nar_kernels.evaluate import NATS_PER_BIT, baselines, evaluate
 from nar_kernels.extras import import_extra
-from nar_kernels.interrupt import Interrupted, interruptible
+from nar_kernels.interrupt import Interrupted, ended_by_signals, interruptible
 from nar_kernels.lock import FolderInUseError, FolderLock
 from nar_kernels.masking import Corrupted
 from nar_kernels.model import build_model, choose_bf16, choose_device, prepare, start_from
@@ -84,12 +84,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ImportError: a package of the extra ``train`` is missing.
         DivergedError: the loss is not finite. The checkpoints are from before.
         Interrupted: after Ctrl-C, SIGTERM or SIGUSR1; it is a KeyboardInterrupt. The first one
-            finishes the step and saves; a second one does not wait.
+            finishes the step and saves; a second one, or one before the first step or after the
+            last, does not wait.
     """
     folder, last = config.folder, config.folder / "last.pt"
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: --out must name a folder, or a new one")
-    with parallel.joined(choose_device(config.device)) as device, FolderLock(folder) as lock:
+    with (
+        ended_by_signals(),
+        parallel.joined(choose_device(config.device)) as device,
+        FolderLock(folder) as lock,
+    ):
 
         def claim(also_new: bool) -> None:
             if also_new or folder.is_dir():

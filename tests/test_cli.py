@@ -303,6 +303,12 @@ def test_where_samples_cannot_be_written(text_run, digits_run, capsys, tmp_path,
     ):
         last = digits_run / "last.pt"
         assert message in fails(capsys, "generate", "--checkpoint", last, option, path)
+    assert "written to a .html file" in fails(
+        capsys, "generate", "--checkpoint", last, "--html", tmp_path / "a.pt"
+    )
+    for option in ("checkpoint", "out", "html", "prompt"):
+        others = () if option == "checkpoint" else ("--checkpoint", last)
+        assert f"--{option} is empty" in fails(capsys, "generate", *others, f"--{option}", "")
     both = "--out", tmp_path / "a.txt", "--html", tmp_path / "a.txt"
     assert "a file of its own" in fails(capsys, "generate", "--checkpoint", "x.pt", *both)
     monkeypatch.setattr("os.access", lambda path, mode: False)
@@ -453,3 +459,31 @@ def test_the_status_after_a_signal(monkeypatch, error, status):
 
     monkeypatch.setattr("nar_kernels.cli.train", interrupted)
     assert main(["train", "--data", "digits"]) == status
+
+
+def test_generate_does_not_write_over_what_it_reads(digits_run, capsys, tmp_path, monkeypatch):
+    weights = (digits_run / "last.pt").read_bytes()
+    for name in ("checkpoint", "page.html"):
+        (tmp_path / name).write_bytes(weights)
+        (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for checkpoint, option, path in (
+        ("checkpoint", "--out", "./checkpoint"),
+        (tmp_path / "checkpoint", "--out", "link to checkpoint"),
+        ("page.html", "--html", tmp_path / "page.html"),
+    ):
+        error = fails(capsys, "generate", "--checkpoint", checkpoint, option, path)
+        assert f"{option} and --checkpoint are both" in error
+    np.save("ids.npy", np.zeros((3, 64), dtype=np.int64))
+    options = "--checkpoint", "checkpoint", "--prompt", "ids.npy"
+    assert "--out and --prompt are both" in fails(capsys, "generate", *options, "--out", "ids.npy")
+    error = fails(capsys, "generate", *options, "--num-samples", 2)
+    assert "--num-samples is 2, but the prompt has 3 sequences" in error
+    assert (tmp_path / "checkpoint").read_bytes() == weights
+
+
+def test_an_empty_name_is_no_folder(capsys):
+    error = fails(capsys, "train", "--data", "digits", "--out", "")
+    assert "--out is empty: leave it out" in error
+    error = fails(capsys, "train", "--data", "digits", "--threads", 1_000_000)
+    assert "--threads is 1000000: it must be at most 1024" in error

@@ -294,3 +294,34 @@ def test_the_default_device_changes_nothing(batch: Corrupted, default_device: No
     assert_is(pickle.loads(pickle.dumps(batch)), **per_sample(batch))
     assert_is(copy.deepcopy(batch).to("cpu"), **per_sample(batch))
     batch.raise_if_invalid()
+
+
+class Power:
+    """A schedule that another process finds, whose parameter may change."""
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, t):
+        return (1 - t) ** self.power
+
+
+def test_callable_schedules_travel_as_they_were_tabulated():
+    schedule = Power(2.0)
+    masking = MaskingConfig(37, 36, schedule=schedule)
+    batches = [corrupt(torch.zeros(2, 8, dtype=torch.int64), masking, seed=s) for s in range(2)]
+    sent = [pickle.loads(pickle.dumps(batch)) for batch in batches]
+    both = Corrupted.cat(sent)  # each has a schedule object of its own
+    assert torch.equal(both.input_ids, Corrupted.cat(batches).input_ids)
+    schedule.power = 3.0
+    content = pickle.dumps(masking)
+    with pytest.raises(ValueError, match="gives other ratios than when it was tabulated"):
+        pickle.loads(content)
+
+
+def test_a_lambda_cannot_travel():
+    masking = MaskingConfig(37, 36, schedule=lambda t: 1 - t)
+    with pytest.raises(
+        pickle.PicklingError, match="the schedule of this MaskingConfig is .*lambda"
+    ):
+        pickle.dumps(masking)

@@ -545,6 +545,15 @@ def test_nan_beside_other_logits_is_no_error():
     assert (ids != 2).all()
 
 
+def test_nan_beside_others_when_what_stands_is_judged_again():
+    logits = torch.linspace(0, 3, NUM_TOKENS)
+    logits[::2] = math.nan
+    model = make_model(Table(logits), steps=8, can_mask_prev_unmasked=True)
+    for strategy in ("confidence", "margin"):
+        ids = model.generate(6, seed=0, strategy=strategy, choice_temperature=3.0)
+        assert (ids % 2 == 1).all()
+
+
 def test_nan_is_kept_for_the_end_where_looking_would_wait():
     record = NanRecord(num_steps=4, length=LENGTH)
     rows = torch.arange(3 * LENGTH, device="meta")

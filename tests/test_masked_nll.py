@@ -1211,3 +1211,19 @@ def test_a_normalizer_is_positive(normalizer):
         masked_nll(*random_inputs(batch)[:2], batch, normalizer=normalizer)
     with pytest.raises(ValueError, match=r"normalizer is .*: it must be positive"):
         loss.reduce_nll(torch.ones(len(batch.masked_rows)), batch, "mean", normalizer)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, "strides"])
+def test_labels_of_other_integers(kind):
+    batch = corrupted_batch()
+    tensors = random_inputs(batch)
+    wanted = masked_nll(*tensors[:2], batch)
+    labels = batch.labels.t().contiguous().t() if kind == "strides" else batch.labels.to(kind)
+    assert masked_nll(*tensors[:2], dataclasses.replace(batch, labels=labels)) == wanted
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3, 7), torch.zeros(2, 7, dtype=torch.int64)])
+def test_what_labels_are_not(labels):
+    batch = dataclasses.replace(corrupted_batch(), labels=labels)
+    with pytest.raises(ValueError, match=r"labels are .*: they must be integers \[3, 7\]"):
+        masked_nll(*random_inputs(corrupted_batch())[:2], batch)

@@ -58,6 +58,10 @@ def test_transformers_trainer(compiled, tmp_path):
     trainer.train()
     predictions = trainer.predict(Rows()).predictions
     assert len(predictions) == 2 and all((p > 0).all() for p in predictions)  # two losses a batch
+    arguments.label_names = ["x"]  # which makes it report a loss
+    evaluated = Trainer(model, arguments, eval_dataset=Rows())
+    assert evaluated.evaluate()["eval_loss"] > 0
+    assert (evaluated.predict(Rows()).predictions > 0).all()
     trainer.save_model(str(tmp_path / "saved"))
     loaded = load_file(tmp_path / "saved" / "model.safetensors")
     assert loaded.keys() == model.state_dict().keys()

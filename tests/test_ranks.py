@@ -84,6 +84,12 @@ def work_of_training(rank: int) -> dict:
         loss.backward()
         found[name] = {"loss": loss.item(), "gradients": gradients(model)}
 
+    # A head that is called outside of it must not be taken for one that is not used.
+    for kind in ("adapter", "transformer"):
+        model = make_model(kind)
+        model.net = DistributedDataParallel(model.net, find_unused_parameters=True)
+        model(batch_of(rank, B)).loss.backward()
+
     critic = nn.Sequential(nn.Embedding(V, 1))
     model = make_model(token_critic=critic)
     with torch.no_grad():

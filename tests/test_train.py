@@ -366,6 +366,30 @@ def test_a_stopped_run_continues_bit_for_bit(sentences, tmp_path, uninterrupted,
         assert same(resumed["log"][part], uninterrupted["log"][part]), part
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("where", ["begin", "finish"])
+def test_a_signal_before_the_first_step_or_after_the_last(
+    sentences, tmp_path, monkeypatch, where, number
+):
+    """Nothing is left that would keep another run from the folder."""
+    config = small(sentences, tmp_path / "run", steps=10)
+    handlers = [signal.getsignal(n) for n in SIGNALS]
+    original = getattr(Run, where)
+
+    def disturbed(run: Run) -> Any:
+        signal.raise_signal(number)
+        return original(run)
+
+    monkeypatch.setattr(Run, where, disturbed)
+    with pytest.raises(Interrupted) as stopped:
+        train(config)
+    assert stopped.value.signum == number
+    assert not [*config.folder.glob("*.tmp"), *config.folder.glob("run.lock")]
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    monkeypatch.setattr(Run, where, original)
+    train(replace(config, resume=where == "finish"))
+
+
 def interrupted_at(run: Run, at_step: int, *numbers: int) -> None:
     """The run hears these signals in the middle of a step."""
     step = run.step

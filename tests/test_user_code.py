@@ -213,6 +213,25 @@ def test_global_hooks():
     assert model.generate(50, seed=0, filter_thres=None).max() >= RARE
 
 
+@pytest.mark.parametrize("owner", [TransformerWrapper, nn.Linear])
+def test_another_forward_of_the_class(owner, monkeypatch):
+    original = owner.forward
+    monkeypatch.setattr(
+        owner, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs) / 2
+    )
+    model = NonAutoregressiveWrapper(transformer(), mask_id=MASK_ID)
+    torch.testing.assert_close(model(IDS, seed=0).loss, whole_loss(model.net, model, 0))
+
+
+def test_arguments_for_what_is_behind_the_hidden_states():
+    model = NonAutoregressiveWrapper(transformer(), mask_id=MASK_ID)
+    options = {"prepend_embeds": torch.randn(BATCH, 3, WIDTH), "excise_prepend_embeds": True}
+    wanted = whole_loss(model.net, model, 0, **options)
+    torch.testing.assert_close(model(IDS, seed=0, **options).loss, wanted)
+    with pytest.raises(TypeError, match="unknown argument 'return_embeddings'"):
+        model(IDS, return_embeddings=True)
+
+
 @pytest.mark.parametrize("place", ["net", "head"])
 def test_hooks_see_logits_and_not_hidden_states(place):
     net, seen = transformer(), []
@@ -261,6 +280,30 @@ class InPlace(Net):
         return logits
 
 
+class Filled(Net):
+    """By a method that writes where elements share their memory."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).masked_fill_(torch.arange(NUM_TOKENS) >= RARE, -30.0)
+
+
+class Sliced(Net):
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        logits[..., RARE:].fill_(-30.0)
+        return logits
+
+
+class Looking(Net):
+    """What it does depends on the values."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        if logits.abs().max() > 0.5:
+            logits = logits / 2
+        return logits
+
+
 class Viewed(Net):
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.e(ids).flatten(0, 1)).view(*ids.shape, NUM_TOKENS)
@@ -272,8 +315,16 @@ class Twice(Net):
         return super().forward(first.argmax(-1).clamp(max=MASK_ID - 1))
 
 
-@pytest.mark.parametrize("cls", [Scaled, InPlace, Viewed, Twice])
-@pytest.mark.parametrize("mode", ["train", "no_grad", "inference", "compiled"])
+CLASSES = [Scaled, InPlace, Filled, Sliced, Viewed, Twice]
+
+
+@pytest.mark.parametrize(
+    ("cls", "mode"),
+    [
+        *((c, mode) for c in CLASSES for mode in ("train", "no_grad", "inference", "compiled")),
+        *((Looking, mode) for mode in ("train", "no_grad", "inference")),  # compiled: not noticed
+    ],
+)
 def test_an_adapter_notices_that_its_head_is_not_the_last(cls, mode):
     net = cls()
     inner = torch.compile(net, backend="eager") if mode == "compiled" else net
@@ -328,6 +379,22 @@ def test_what_users_change_in_an_adapted_net(name, before):
     assert torch.equal(model.generate(8, seed=0), plain.generate(8, seed=0))
 
 
+def test_one_call_that_uses_logits_says_nothing_of_others():
+    class Judging(Net):
+        def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+            logits = super().forward(ids)
+            if labels is not None:
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return logits
+
+    model = NonAutoregressiveWrapper(adapted(Judging()), mask_id=MASK_ID)
+    with pytest.warns(UserWarning, match="called like this, the net does more"):
+        model(IDS, labels=IDS)
+    assert model.net.head_is_last(()) is None and model.net.head_is_last(["labels"]) is False
+    model(IDS)
+    assert model.net.head_is_last(()) is True
+
+
 def test_lora_in_the_place_of_the_adapted_head():
     net = Net()
     model = NonAutoregressiveWrapper(adapted(net), mask_id=MASK_ID)
@@ -347,6 +414,10 @@ def test_the_adapted_head_runs_at_the_masked_rows_only():
                 rows.append(args[0].shape)
             return func(*args, **(kwargs or {}))
 
+    with Counting():
+        model(IDS)
+    assert {shape[:-1] for shape in rows} == {(1, LENGTH)}  # looks once at one sequence
+    rows.clear()
     with Counting():
         model(IDS)
     assert rows == []
@@ -441,6 +512,47 @@ def test_training_beside_generation_keeps_its_mode():
     assert modes["train"] and all(modes["train"])
     assert modes["generate"] and not any(modes["generate"])
     assert model.training and model.net.training and not model.net.head.training
+
+
+@pytest.mark.parametrize("shared", ["net", "critic"])
+def test_wrappers_that_share_a_net_take_turns(shared):
+    """Though each has an adapter of its own."""
+    modes: list[bool] = []
+
+    class Moody(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = super().forward(ids)
+            if threading.current_thread() is threading.main_thread():
+                modes.append(self.training)
+            return logits
+
+    common = Moody()
+    critic = NetAdapter(common, num_tokens=NUM_TOKENS, max_seq_len=LENGTH)
+    if shared == "net":
+        one, other = (NonAutoregressiveWrapper(adapted(common), mask_id=MASK_ID) for _ in range(2))
+    else:
+        scores = nn.Sequential(critic, nn.Linear(NUM_TOKENS, 1))
+        one, other = (
+            NonAutoregressiveWrapper(adapted(Net()), mask_id=MASK_ID, token_critic=scores)
+            for _ in range(2)
+        )
+    one(IDS)  # which looks at the head in evaluation mode
+    modes.clear()
+    stop = threading.Event()
+
+    def generate() -> None:
+        while not stop.is_set():
+            other.generate(2)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    try:
+        for _ in range(60):
+            one(IDS)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(modes) == 60 and all(modes)
 
 
 def test_a_step_of_generation_may_train():

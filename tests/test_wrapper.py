@@ -817,6 +817,7 @@ def test_losses_are_a_named_tuple_and_what_transformers_makes_of_one():
     assert pickle.loads(pickle.dumps(Losses(1.0, 2.0, None))) == Losses(1.0, 2.0, None)
     leaves, spec = tree_flatten(losses)
     assert type(tree_unflatten(leaves, spec)) is Losses
+    assert losses[1:] == (generator_loss,) and losses[2] is None  # `outputs[1:]` of transformers
     # `nested_detach` of transformers: type(tensors)(f(t) for t in tensors)
     assert type(losses)(t if t is None else t.detach() for t in losses) == (loss, generator_loss)
 
