@@ -135,7 +135,8 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     for folder in folders:
         pattern = "**/*" if folder else "*"
         for path in (ROOT / folder).glob(pattern):
-            if path.is_file() and path.suffix in suffixes:
+            is_left_by_a_build = path.name == "_build_failure.txt"
+            if path.is_file() and path.suffix in suffixes and not is_left_by_a_build:
                 match = private.search(path.read_text(errors="replace"))
                 assert match is None, f"{path} names {match and match[0]}"
                 checked += 1
