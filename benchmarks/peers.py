@@ -7,10 +7,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from x_transformers import Encoder, TransformerWrapper
 from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
 
 import nar_kernels
+
+
+class _LargestLogits(TorchDispatchMode):
+    """The most rows of any tensor that is made with ``vocabulary`` columns."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self._vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self._vocabulary,):
+                self.rows = max(self.rows, tensor.numel() // self._vocabulary)
+        return out
 
 
 class Masked(Exception):
@@ -131,9 +148,7 @@ class Training:
 
     def makes_all_logits(self) -> bool:
         """Whether the net's head runs at all positions in a forward pass."""
-        widths = []
-        # Not on the head: the wrapper does not look into one that has hooks.
-        hook = self.net.register_forward_hook(lambda _, ids, out: widths.append(out.shape[-1]))
-        self.forward()
-        hook.remove()
-        return self.setting.num_tokens in widths
+        setting = self.setting
+        with _LargestLogits(setting.num_tokens) as largest:  # the wrapper would notice a hook
+            self.forward()
+        return largest.rows >= setting.batch * setting.length

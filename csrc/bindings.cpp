@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -50,10 +51,22 @@ void permute(int64_t index, int64_t count, int64_t n, int64_t seed, int stream, 
   permutation.apply(pointer<int64_t>(out), count);
 }
 
+// A tensor without memory, such as one on the device "meta", is never written to.
+void check_memory(std::initializer_list<const void*> addresses) {
+  for (const void* address : addresses) {
+    if (!address) throw std::invalid_argument("a tensor has no memory");
+  }
+}
+
 void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_type,
              int64_t num_corpus_tokens, int num_threads) {
   const nar::CorruptArgs args =
       nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
+  check_memory({args.ratio_table, args.weight_table, args.invalid});
+  if (args.windows.batch > 0) {
+    check_memory({args.windows.tokens, args.input_ids, args.labels, args.masked_indices, args.times,
+                  args.loss_weight, args.num_masked, args.num_maskable, args.row_buffer});
+  }
   const py::gil_scoped_release release;
   nar::corrupt_cpu(args, num_threads);
 }

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -54,13 +53,6 @@ class Unpacker {
   Py_ssize_t index_ = 0;
 };
 
-// A tensor without memory, such as one on the device "meta", is never written to.
-inline void check_memory(std::initializer_list<const void*> addresses) {
-  for (const void* address : addresses) {
-    if (!address) throw std::invalid_argument("a tensor has no memory");
-  }
-}
-
 // From CorruptArgs of nar_kernels/arguments.py, and the tensors of Corrupted.
 inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
                                   int token_type, int64_t num_corpus_tokens) {
@@ -104,11 +96,6 @@ inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind
   a.num_maskable = next_output.address<int64_t>();
   a.row_buffer = next_output.address<int64_t>();
   a.invalid = next_output.address<int64_t>();
-  check_memory({a.ratio_table, a.weight_table, a.invalid});
-  if (a.windows.batch > 0) {
-    check_memory({a.windows.tokens, a.input_ids, a.labels, a.masked_indices, a.times, a.loss_weight,
-                  a.num_masked, a.num_maskable, a.row_buffer});
-  }
   return a;
 }
 

@@ -8,9 +8,10 @@ would be of bfloat16.
 import functools
 import inspect
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,26 +19,27 @@ from torch import nn
 
 
 @contextmanager
-def other_defaults() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+def _defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    # The type is that of all threads, of which one at a time may change it.
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             yield
     finally:
-        torch.set_default_dtype(dtype)
+        if is_main:
+            torch.set_default_dtype(before)
 
 
-@contextmanager
-def usual_defaults() -> Iterator[None]:
+def other_defaults() -> AbstractContextManager[None]:
+    return _defaults("meta", torch.bfloat16)
+
+
+def usual_defaults() -> AbstractContextManager[None]:
     """For what belongs to a user, and is called from inside."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    return _defaults("cpu", torch.float32)
 
 
 def with_usual_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
