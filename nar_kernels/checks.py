@@ -1,7 +1,9 @@
-"""Numbers that users pass, as the plain Python ones that kernels and files take."""
+"""Numbers and devices that users pass, as kernels and files take them."""
 
 import operator
 from typing import Any
+
+import torch
 
 
 def as_int(name: str, value: Any) -> int:
@@ -16,3 +18,26 @@ def as_int(name: str, value: Any) -> int:
         return int(operator.index(value))
     except TypeError:
         raise TypeError(f"{name} is {value!r}: it must be an int") from None
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """``device``, with its number if it is CUDA's; ValueError unless batches can go there."""
+    try:
+        found = torch.device(device)
+        if found.type == "cuda":
+            is_there = (found.index or 0) < torch.cuda.device_count()
+        else:
+            torch.empty(0, dtype=torch.uint8, device=found)
+            is_there = found.type != "meta"
+    # Each kind of device says in another way that it is missing.
+    except (RuntimeError, AssertionError, ImportError, TypeError):
+        is_there = False
+    if not is_there:
+        raise ValueError(
+            f"device is {str(device)!r}, where no batch can go: PyTorch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices here; use 'cpu', or 'cuda' with a GPU and a "
+            "PyTorch for it"
+        )
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found

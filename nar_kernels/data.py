@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
-import torch.distributed as dist
 from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 from nar_kernels import parallel
 from nar_kernels.arguments import WindowOrder
 from nar_kernels.backends import resolve_backend
-from nar_kernels.checks import as_int
+from nar_kernels.checks import as_int, check_device
 from nar_kernels.corpus import Corpus, Source
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.feed import CorpusMemory, DeferredCheck, Stager, choose_memory_here
@@ -203,7 +202,7 @@ def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
         )
     if rank is not None:
         return as_int("rank", rank), as_int("world_size", world_size)
-    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+    if parallel.is_launched() and not parallel.has_group():
         warnings.warn(
             "torchrun started this process, but there is no process group yet: each process gets "
             "the same batches. Make the loader after torch.distributed.init_process_group, or pass "
@@ -211,29 +210,6 @@ def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
             stacklevel=3,
         )
     return parallel.rank(), parallel.world_size()
-
-
-def _check_device(device: torch.device | str) -> torch.device:
-    """``device``, with its number if it is CUDA's; ValueError unless batches can go there."""
-    try:
-        found = torch.device(device)
-        if found.type == "cuda":
-            is_there = (found.index or 0) < torch.cuda.device_count()
-        else:
-            torch.empty(0, dtype=torch.uint8, device=found)
-            is_there = found.type != "meta"
-    # Each kind of device says in another way that it is missing.
-    except (RuntimeError, AssertionError, ImportError, TypeError):
-        is_there = False
-    if not is_there:
-        raise ValueError(
-            f"device is {str(device)!r}, where no batch can go: PyTorch {torch.__version__} sees "
-            f"{torch.cuda.device_count()} CUDA devices here; use 'cpu', or 'cuda' with a GPU and a "
-            "PyTorch for it"
-        )
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", torch.cuda.current_device())
-    return found
 
 
 def _check_step(step: int) -> int:
@@ -329,7 +305,7 @@ class MaskedLoader:
         self.dataset, self.masking = dataset, masking
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle = as_int("seed", seed), bool(shuffle)
-        self.device = _check_device(device)
+        self.device = check_device(device)
         # Where batches are made.
         self._made_on = self.device if self.device.type == "cuda" else torch.device("cpu")
         self.backend = resolve_backend(backend, self._made_on)
@@ -376,7 +352,7 @@ class MaskedLoader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _check_device(self.device)
+        check_device(self.device)
         self._deferred = DeferredCheck()
         self._place_corpus(self.corpus_memory)
 

@@ -22,7 +22,7 @@ from nar_kernels.loss import (
     reduce_nll,
 )
 from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.modes import evaluating
+from nar_kernels.modes import evaluating, no_grad
 from nar_kernels.nets import (
     HeadMismatchError,
     NetAdapter,
@@ -172,7 +172,6 @@ def _is_tied(net: Any) -> bool:
     )
 
 
-@torch.no_grad()
 def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
     """Looks once whether the logits of a sequence are what the head makes of its hidden states: a
     net may do with their values what cannot be seen from outside.
@@ -187,13 +186,10 @@ def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> Non
         for name, value in kwargs.items()
     }
     head: Any = adapter.output_head
-    with evaluating(adapter, adapter):
+    with evaluating(adapter, adapter), no_grad():
         logits = adapter.forward(ids[:1], **one)
         hidden = adapter.forward(ids[:1], return_embeddings=True, **one)
         expected = nn.functional.linear(hidden, head.weight, head.bias)
-    # Autocast of older PyTorch would give the next call of the net the weights that were cast in
-    # here, cut off from their gradients (pytorch issue 112583).
-    torch.clear_autocast_cache()
     scale = expected.abs().amax().item() if expected.numel() else 0.0
     if logits.shape != expected.shape or not torch.allclose(
         logits.float(), expected.float(), rtol=0, atol=0.02 * scale, equal_nan=True

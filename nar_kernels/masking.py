@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_int
+from nar_kernels.checks import as_int, check_device
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.schedules import Schedule, ScheduleTable, resolve, tabulate
 
@@ -454,7 +454,13 @@ class Corrupted:
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Corrupted":
-        """This batch on another device."""
+        """This batch on another device.
+
+        Raises:
+            ValueError: it is a CUDA device that is not there.
+        """
+        if torch.device(device).type == "cuda":
+            device = check_device(device)
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Corrupted":

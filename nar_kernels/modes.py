@@ -1,13 +1,24 @@
-"""Evaluation mode of nets that other threads may be training."""
+"""Calls of nets that are training: in evaluation mode, beside other threads, without gradients."""
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from nar_kernels.nets import innermost
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """``torch.no_grad`` around a call of a net that is called with gradients, too."""
+    with torch.no_grad():
+        yield
+    # Else autocast of older PyTorch gives the next call of the net the weights that were cast in
+    # here, cut off from their gradients (pytorch issue 112583).
+    torch.clear_autocast_cache()
 
 
 class Turn:

@@ -21,16 +21,17 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 T = TypeVar("T")
 
 
-def _is_parallel() -> bool:
+def has_group() -> bool:
+    """Whether this process has joined others."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    return dist.get_rank() if _is_parallel() else 0
+    return dist.get_rank() if has_group() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if _is_parallel() else 1
+    return dist.get_world_size() if has_group() else 1
 
 
 def is_launched() -> bool:
@@ -41,11 +42,11 @@ def is_launched() -> bool:
 @contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did; gives this one's device."""
-    joins = is_launched() and not _is_parallel()
+    joins = is_launched() and not has_group()
     if joins:
         # What is on the host, such as flags, goes through gloo also where the net is on GPUs.
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-    if device.type == "cuda" and _is_parallel():
+    if device.type == "cuda" and has_group():
         fallback = rank() % torch.cuda.device_count()  # who is not started by torchrun
         device = torch.device("cuda", dist.get_node_local_rank(fallback))
         torch.cuda.set_device(device)

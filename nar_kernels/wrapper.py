@@ -8,13 +8,14 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_kernels import parallel
 from nar_kernels.checks import as_int
 from nar_kernels.choice import Choice, Strategy
 from nar_kernels.decode import DecodeState, decode, draw_tokens
@@ -33,10 +34,9 @@ from nar_kernels.keywords import for_the_net
 from nar_kernels.launch import NLL_DTYPES
 from nar_kernels.loss import Reduction, num_counted
 from nar_kernels.masking import IGNORE_INDEX, Corrupted, MaskingConfig
-from nar_kernels.modes import Turns, evaluating
+from nar_kernels.modes import Turns, evaluating, no_grad
 from nar_kernels.nets import causal_module, net_attribute
 from nar_kernels.ops import corrupt
-from nar_kernels.parallel import SumOverRanks
 from nar_kernels.philox import Stream, noise_generator
 from nar_kernels.plan import make_plan
 from nar_kernels.schedules import Schedule, resolve
@@ -85,19 +85,8 @@ class SelfCritic(nn.Module):
         return self.to_logits(self.net(x, return_embeddings=True))
 
 
-@contextmanager
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-    # Else autocast of older PyTorch gives the next call of the net the weights that were cast in
-    # here, cut off from their gradients (pytorch issue 112583).
-    torch.clear_autocast_cache()
-
-
 def _rank_and_world_size() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    return parallel.rank(), parallel.world_size()
 
 
 def _draw_seed() -> int:
@@ -340,7 +329,7 @@ class NonAutoregressiveWrapper(nn.Module):
         reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
         needs_counts = with_critic or normalizer is None
         counts = self._counts_of_ranks(corrupted, reduction) if needs_counts else None
-        with nullcontext() if with_generator else _no_grad():
+        with nullcontext() if with_generator else no_grad():
             prediction = self._predict(corrupted.input_ids, seed, kwargs)
         of_ranks = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
         loss: Tensor | None = None
@@ -363,14 +352,16 @@ class NonAutoregressiveWrapper(nn.Module):
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
 
-    def _counts_of_ranks(self, corrupted: Corrupted, reduction: Reduction) -> SumOverRanks | None:
+    def _counts_of_ranks(
+        self, corrupted: Corrupted, reduction: Reduction
+    ) -> parallel.SumOverRanks | None:
         """What the losses of the generator and of the critic are divided by, summed over ranks
         while the net runs; None where each rank is by itself."""
         together = self.average_tokens_across_devices and _rank_and_world_size()[1] > 1
         if not (together and self.training and torch.is_grad_enabled()):
             return None
         counts = num_counted(corrupted, reduction), _is_judged(corrupted).sum()
-        return SumOverRanks(torch.stack(counts).double())
+        return parallel.SumOverRanks(torch.stack(counts).double())
 
     def _corrupted(
         self,
@@ -428,7 +419,7 @@ class NonAutoregressiveWrapper(nn.Module):
             # The same coin on all ranks: they must build the same graph.
             coin = _random_number(noise_generator(seed, Stream.CRITIC_NOISE))
             if coin < self.self_cond_train_prob:
-                with _no_grad():
+                with no_grad():
                     embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
             kwargs = {**kwargs, "sum_embeds": self._self_condition(embed)}
 

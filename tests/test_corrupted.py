@@ -319,6 +319,12 @@ def test_callable_schedules_travel_as_they_were_tabulated():
         pickle.loads(content)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="device is 'cuda', where no batch can go"):
+        make_batch().to("cuda")
+
+
 def test_a_lambda_cannot_travel():
     masking = MaskingConfig(37, 36, schedule=lambda t: 1 - t)
     with pytest.raises(

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels import NetAdapter, NonAutoregressiveWrapper
+from tests.tiny import tiny_sizes
 
 pytest.importorskip("accelerate")
 
@@ -31,14 +32,7 @@ def test_transformers_trainer(compiled, tmp_path):
     from safetensors.torch import load_file
     from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
-    config = BertConfig(
-        vocab_size=NUM_TOKENS,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=LENGTH,
-    )
+    config = BertConfig(**tiny_sizes(NUM_TOKENS, LENGTH))
     bert = BertForMaskedLM(config)  # ties its head to its embedding
     head = bert.get_output_embeddings()
     net = NetAdapter(bert, num_tokens=NUM_TOKENS, max_seq_len=LENGTH, head=head)

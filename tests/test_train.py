@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nar_kernels import checkpoint, pictures, samples
+from nar_kernels import checkpoint, cli, pictures, samples
 from nar_kernels.choice import Strategy
 from nar_kernels.config import TrainConfig
 from nar_kernels.data import MaskedLoader, TokenDataset
@@ -671,6 +671,23 @@ def test_data_may_move(sentences, tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "fox.txt").write_bytes(content.upper())  # comes first
     with pytest.raises(ValueError, match="fox.txt now, which holds other tokens .corpus_digest"):
         train(replace(resumed, steps=3))
+
+
+def test_data_may_move_into_another_container(tmp_path, capsys):
+    """What says the type of the ids is then another file, or another option."""
+    ids = np.arange(4000, dtype=np.uint16) % 50
+    ids.tofile(tmp_path / "ids.bin")
+    np.save(tmp_path / "ids.npy", ids)
+    np.save(tmp_path / "wider.npy", ids.astype(np.int64))
+    raw = tmp_path / "ids.bin"
+    config = small(raw, tmp_path / "run", steps=2, dtype="uint16", num_tokens=51)
+    train(config)
+    resume = ["train", "--resume", "--out", str(config.folder), "--quiet", "--steps"]
+    assert cli.main([*resume, "3", "--data", str(tmp_path / "ids.npy")]) == 0
+    assert cli.main([*resume, "4", "--data", str(raw), "--dtype", "uint16"]) == 0
+    assert step_of(config.folder / "last.pt") == 4
+    assert cli.main([*resume, "5", "--data", str(tmp_path / "wider.npy")]) == 2
+    assert "which holds other tokens" in capsys.readouterr().err
 
 
 def test_a_new_run_looks_for_data_in_the_current_folder_alone(sentences, tmp_path):

@@ -16,6 +16,7 @@ from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import MaskingConfig, NetAdapter, NonAutoregressiveWrapper, corrupt
 from nar_kernels.heads import split_net
+from tests.tiny import tiny_sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -654,14 +655,7 @@ def test_a_causal_net_is_remarked_upon():
     from transformers import LlamaConfig, LlamaForCausalLM
     from x_transformers import Decoder
 
-    config = LlamaConfig(
-        vocab_size=NUM_TOKENS,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=LENGTH,
-    )
+    config = LlamaConfig(**tiny_sizes(NUM_TOKENS, LENGTH))
     llama = LlamaForCausalLM(config)
     net = adapted(llama, llama.lm_head)
     with pytest.warns(UserWarning, match="holds a LlamaAttention that is causal"):

@@ -27,6 +27,7 @@ from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import NetAdapter, net_attribute
 from nar_kernels.ops import corrupt
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
+from tests.tiny import tiny_sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -301,12 +302,7 @@ def hugging_face_net() -> NetAdapter:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=NUM_TOKENS,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=LENGTH,
+        **tiny_sizes(NUM_TOKENS, LENGTH),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
