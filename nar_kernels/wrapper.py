@@ -7,7 +7,7 @@ Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows.
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -57,15 +57,16 @@ def _get_losses(self: Losses, index: Any) -> Any:
     return tuple(x for x in found if x is not None) if isinstance(index, slice) else found
 
 
-def _new_losses(cls: type, loss: Any, *others: Any, **named: Any) -> Any:
+def _new_losses(
+    cls: type, loss: Any, generator_loss: Any = None, critic_loss: Any = None
+) -> tuple[Any, ...]:
     # Of an iterator transformers makes what it has done to each item (`nested_detach` in
     # Trainer.predict). What is None there is more than it can go on with.
     if isinstance(loss, Iterator):
         return tuple(item for item in loss if item is not None)
-    return _named_tuple(cls, loss, *others, **named)
+    return tuple.__new__(cls, (loss, generator_loss, critic_loss))
 
 
-_named_tuple: Callable[..., Any] = Losses.__new__
 Losses.__new__ = _new_losses  # type: ignore[method-assign, assignment]
 Losses.__getitem__ = _get_losses  # type: ignore[method-assign, assignment]
 
@@ -230,7 +231,7 @@ class NonAutoregressiveWrapper(nn.Module):
             )
         self.self_cond_train_prob = self_cond_train_prob
         if self_cond:
-            self.null_embed = nn.Parameter(torch.randn(self.dim, device=torch.get_default_device()))
+            self.null_embed = nn.Parameter(torch.randn(self.dim))
             self.to_self_cond = nn.Linear(self.dim, self.dim, bias=False)
 
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
