@@ -82,14 +82,14 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
     k.write_rows(a, b, a.row_buffer + first_row[b], first_row[end] - first_row[b]);
   };
 
-  parallel_for(num_chunks, num_threads, [&](int64_t c, int seat) {
-    uint32_t* keys = reinterpret_cast<uint32_t*>(aligned + seat * bytes);
+  parallel_for(num_chunks, num_threads, [&](int64_t c, int worker) {
+    uint32_t* keys = reinterpret_cast<uint32_t*>(aligned + worker * bytes);
     int32_t* clean = reinterpret_cast<int32_t*>(keys + padded);
     int16_t* upper = reinterpret_cast<int16_t*>(clean + padded);
     const RowScratch scratch = {keys, clean, upper, reinterpret_cast<uint8_t*>(upper + padded)};
     const int64_t end = std::min((c + 1) * chunk, batch);
     for (int64_t b = c * chunk; b < end; ++b) {
-      k.corrupt_row(a, b, t16[b], scratch, &invalid[seat]);
+      k.corrupt_row(a, b, t16[b], scratch, &invalid[worker]);
       if (counts_known) write_rows(b, end);
     }
   });
@@ -102,7 +102,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
     });
   }
 
-  for (int seat = 1; seat < num_threads; ++seat) invalid[0].merge(invalid[seat]);
+  for (int worker = 1; worker < num_threads; ++worker) invalid[0].merge(invalid[worker]);
   write_record(invalid[0], a.invalid);
   a.invalid[3] = a.invalid[4] = 0;  // bad rows have thrown
 }

@@ -22,9 +22,9 @@ void nll_cpu(const NllArgs& a, int num_threads) {
       static_cast<int>(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_chunks, 1)));
   const int64_t scratch = a.logit_type == LogitType::kFloat32 ? 0 : a.vocabulary;
   const std::unique_ptr<float[]> memory(new float[num_threads * scratch]);
-  parallel_for(num_chunks, num_threads, [&](int64_t c, int seat) {
+  parallel_for(num_chunks, num_threads, [&](int64_t c, int worker) {
     for (int64_t r = c * chunk; r < std::min((c + 1) * chunk, a.rows); ++r) {
-      row(a, r, memory.get() + seat * scratch);
+      row(a, r, memory.get() + worker * scratch);
     }
   });
 }

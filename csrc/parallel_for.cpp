@@ -31,26 +31,26 @@ struct OpenMp {
 };
 
 struct Job {
-  Job(int64_t count, int seats, const std::function<void(int64_t, int)>& work)
-      : count(count), seats(seats), work(work), next(seats) {
-    for (int s = 0; s < seats; ++s) next[s] = begin(s);
+  Job(int64_t count, int workers, const std::function<void(int64_t, int)>& work)
+      : count(count), workers(workers), work(work), next(workers) {
+    for (int s = 0; s < workers; ++s) next[s] = begin(s);
   }
 
-  // The part of each seat. Two passes over the same items find what the first wrote in the cache.
-  int64_t begin(int seat) const { return count * seat / seats; }
+  // The part of each worker. Two passes over the same items find what the first wrote in the cache.
+  int64_t begin(int worker) const { return count * worker / workers; }
 
-  // A part of its own first, then what others have left: there may be fewer threads than seats,
+  // Its own part first, then what others have left: OpenMP may give fewer threads than asked for,
   // and some may come late.
-  void take_part(int seat) {
-    for (int turn = 0; turn < seats; ++turn) {
-      const int part = (seat + turn) % seats;
+  void take_part(int worker) {
+    for (int turn = 0; turn < workers; ++turn) {
+      const int part = (worker + turn) % workers;
       const int64_t end = begin(part + 1);
-      for (int64_t i; (i = next[part].fetch_add(1)) < end;) work(i, seat);
+      for (int64_t i; (i = next[part].fetch_add(1)) < end;) work(i, worker);
     }
   }
 
   const int64_t count;
-  const int seats;
+  const int workers;
   const std::function<void(int64_t, int)>& work;
   std::vector<std::atomic<int64_t>> next;  // of each part
 };
@@ -59,15 +59,15 @@ struct Job {
 
 void parallel_for(int64_t count, int num_threads, const std::function<void(int64_t, int)>& work) {
   const OpenMp& openmp = OpenMp::get();
-  const int seats = static_cast<int>(std::min<int64_t>(count, num_threads));
-  if (seats <= 1 || !openmp.is_there() || getpid() != home) {
+  const int workers = static_cast<int>(std::min<int64_t>(count, num_threads));
+  if (workers <= 1 || !openmp.is_there() || getpid() != home) {
     for (int64_t i = 0; i < count; ++i) work(i, 0);
     return;
   }
-  Job job(count, seats, work);
+  Job job(count, workers, work);
   openmp.parallel(
       [](void* data) { static_cast<Job*>(data)->take_part(OpenMp::get().thread_num()); }, &job,
-      static_cast<unsigned>(seats), 0);
+      static_cast<unsigned>(workers), 0);
 }
 
 }  // namespace nar

@@ -6,7 +6,7 @@
 
 namespace nar {
 
-// Calls work(i, seat) for every i in [0, count), on at most num_threads threads. `seat` in
+// Calls work(i, worker) for every i in [0, count), on at most num_threads threads. `worker` in
 // [0, num_threads) names the thread, for memory of its own. Work must not throw.
 //
 // The threads are those of the OpenMP runtime that PyTorch has loaded. After each operation they

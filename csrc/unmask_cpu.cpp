@@ -36,10 +36,10 @@ void unmask_cpu(const UnmaskArgs& a, int num_threads) {
   const std::unique_ptr<CacheLine[]> logits = lines_of<float>(num_threads * size);
   const std::unique_ptr<CacheLine[]> ids = lines_of<int32_t>(num_threads * size);
   const std::unique_ptr<CacheLine[]> upper = lines_of<int16_t>(num_threads * size);
-  parallel_for(num_chunks, num_threads, [&](int64_t c, int seat) {
-    const UnmaskScratch scratch = {reinterpret_cast<float*>(logits.get()) + seat * size,
-                                   reinterpret_cast<int32_t*>(ids.get()) + seat * size,
-                                   reinterpret_cast<int16_t*>(upper.get()) + seat * size};
+  parallel_for(num_chunks, num_threads, [&](int64_t c, int worker) {
+    const UnmaskScratch scratch = {reinterpret_cast<float*>(logits.get()) + worker * size,
+                                   reinterpret_cast<int32_t*>(ids.get()) + worker * size,
+                                   reinterpret_cast<int16_t*>(upper.get()) + worker * size};
     for (int64_t r = c * chunk; r < std::min((c + 1) * chunk, a.rows); ++r) row(a, r, scratch);
   });
 }

@@ -67,11 +67,11 @@ class Choice(NamedTuple):
         return "probability"
 
     @property
-    def is_blind(self) -> bool:
+    def order_is_fixed(self) -> bool:
         """Whether it does not depend on what the net says."""
         return self.strategy in ("random", "halton")
 
-    def blind_score(self, rows: Tensor, noise: "Noise") -> Tensor:
+    def fixed_score(self, rows: Tensor, noise: "Noise") -> Tensor:
         """Floating-point ``[R]``, the highest come first, of a strategy that is blind."""
         if self.strategy == "random":
             return noise.words(rows).double()

@@ -53,7 +53,7 @@ def decode(
     top_k: int | None = None,
     forbidden_ids: Sequence[int] = (),
     remask: bool = False,
-    begin_alike: bool = False,
+    share_first_step: bool = False,
     sequences: range | None = None,
     backend: str = "auto",
 ) -> Iterator[DecodeState]:
@@ -73,8 +73,8 @@ def decode(
         top_k, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
         remask: whether a position of the block may be masked again once it was filled, because its
             id has become improbable. Those of the prompt never are.
-        begin_alike: promises that all prompts are the same, and that ``predict`` says the same of
-            them: the first step asks it for one of them.
+        share_first_step: the first step runs ``predict`` on one sequence and uses its logits for
+            all. Right only if all prompts are equal and ``predict`` is independent of the batch.
         sequences: the number of each sequence, by which its noise goes. Default: from 0 on.
 
     Raises:
@@ -102,8 +102,8 @@ def decode(
         for number, annealing, left in block.steps:
             noise = Noise(seed, plan.num_steps, number, length, sequences)
             now, ranking = rows, None
-            if choice.is_blind:
-                ranking = Ranking(choice.blind_score(rows, noise), rows, counts)
+            if choice.order_is_fixed:
+                ranking = Ranking(choice.fixed_score(rows, noise), rows, counts)
                 now = ranking.first(left)
             slots = first_slots.index_select(0, now) + number * length
             given = None
@@ -111,9 +111,9 @@ def decode(
                 current = ids.index_select(0, now)
                 given = current.where(current != mask_id, -1)
             asked, asked_rows = ids.view(batch, length), now
-            if begin_alike and batch > 1 and done == 0:
+            if share_first_step and batch > 1 and done == 0:
                 asked, asked_rows, given = asked[:1], now % length, None
-                if not choice.is_blind:  # the same places in each sequence
+                if not choice.order_is_fixed:  # the same places in each sequence
                     asked_rows, slots = asked_rows[: len(now) // batch], slots.view(batch, -1)
             drawn = draw_tokens(
                 predict(asked, asked_rows),

@@ -14,7 +14,7 @@ from nar_kernels.checks import as_int
 from nar_kernels.heads import Prediction, describe
 from nar_kernels.linear import LogitsMemory
 from nar_kernels.masking import MaskingConfig
-from nar_kernels.nets import is_function_of_ids
+from nar_kernels.nets import batch_independent
 from nar_kernels.plan import halton_order
 
 Prompt = (
@@ -166,7 +166,7 @@ class Predictor:
     def sees_ids_alone(self) -> bool:
         """Whether one sequence may stand for others with the same ids."""
         told_apart = self._kwargs or self._guidance or self._logits_processor
-        return not told_apart and is_function_of_ids(self._net)
+        return not told_apart and batch_independent(self._net)
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         first = 0

@@ -31,7 +31,7 @@ class TokenNet(Protocol):
             Promises that ``forward(ids, return_embeddings=True)`` returns what it is applied to,
             ``[B, L, D]``. Training then applies it to the masked rows only. (``to_logits`` of
             x-transformers' ``TransformerWrapper`` is found without this.)
-        is_function_of_ids: true promises that equal ids get equal outputs, whatever their place in
+        batch_independent: true promises that equal ids get equal outputs, whatever their place in
             the batch and its size, as far as the arguments of the call say nothing else: no
             condition for each sequence is kept in the net. Generation then asks once for sequences
             that begin alike. (Of x-transformers' own nets this is known; false says no.)
@@ -287,10 +287,10 @@ def causal_module(net: nn.Module) -> nn.Module | None:
     return None
 
 
-def is_function_of_ids(net: nn.Module) -> bool:
+def batch_independent(net: nn.Module) -> bool:
     """Whether one sequence may stand for others with the same ids, as :class:`TokenNet` says; but
     not for compiled nets, which would have to be compiled for another size of batch."""
-    promise = net_attribute(net, "is_function_of_ids", None)
+    promise = net_attribute(net, "batch_independent", None)
     if promise is None:
         promise = is_transformer_wrapper(unwrapped(net)) and not any(map(has_hooks, net.modules()))
     return bool(promise) and not any(map(is_compiled, net.modules()))

@@ -40,7 +40,7 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
+def init_distributed(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did; gives this one's device."""
     joins = is_launched() and not has_group()
     if joins:
@@ -206,7 +206,7 @@ def is_divided(value: Any) -> bool:
     return hasattr(value, "full_tensor")
 
 
-def divide_as(state: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
+def distribute_like(state: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
     """Whole tensors, divided as those of their shape in ``like`` if those are. One on the device
     ``meta`` becomes memory without values."""
     return {key: _divide(value, like.get(key)) for key, value in state.items()}
@@ -218,7 +218,7 @@ def divide_optimizer_state(
     """Whole tensors of a state dict, divided as the parameters are to which they belong."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     divided = {
-        index: divide_as(entry, dict.fromkeys(entry, parameters[index]))
+        index: distribute_like(entry, dict.fromkeys(entry, parameters[index]))
         for index, entry in state["state"].items()
     }
     return {**state, "state": divided}

@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise NotADirectoryError(f"{folder} is a file: --out must name a folder, or a new one")
     with (
         ended_by_signals(),
-        parallel.joined(choose_device(config.device)) as device,
+        parallel.init_distributed(choose_device(config.device)) as device,
         FolderLock(folder) as lock,
     ):
 
@@ -317,7 +317,7 @@ class Run:
             remove_leftovers(config.folder)
         ours = self.model.state_dict()
         for name in ("model", "ema") if self.ema is not None else ("model",):
-            state[name] = parallel.divide_as(state[name], ours)
+            state[name] = parallel.distribute_like(state[name], ours)
         state["optimizer"] = parallel.divide_optimizer_state(state["optimizer"], self.optimizer)
         checkpoint.fill(path, state)
         self.model.load_state_dict(state["model"])

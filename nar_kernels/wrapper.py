@@ -669,7 +669,7 @@ class NonAutoregressiveWrapper(nn.Module):
             top_k=top_k,
             forbidden_ids=self.masking.never_mask_ids,
             remask=remask,
-            begin_alike=predictor.sees_ids_alone and bool((begin == begin[:1]).all()),
+            share_first_step=predictor.sees_ids_alone and bool((begin == begin[:1]).all()),
             sequences=range(first, first + len(begin) * stride, stride),
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )

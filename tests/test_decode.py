@@ -285,7 +285,7 @@ def test_a_sequence_does_not_depend_on_the_batch(choice):
     together = ids_of(prompt)
     for batch in (1, 2, 3):
         assert torch.equal(ids_of(prompt[:batch]), together[:batch])
-    if choice.temperature > 0 or choice.is_blind:
+    if choice.temperature > 0 or choice.order_is_fixed:
         assert not torch.equal(together[0], together[2])
 
 
@@ -317,7 +317,7 @@ def test_one_sequence_stands_for_all_that_begin_alike(choice, shape, remask):
     by_themselves = states_of(net, **options)
     assert set(asked_batches) == {shape[0]}
     asked_batches.clear()
-    together = states_of(net, **options, begin_alike=True)
+    together = states_of(net, **options, share_first_step=True)
     assert asked_batches == [1] + (len(together) - 2) * [shape[0]]
     for ours, expected in zip(together, by_themselves, strict=True):
         assert torch.equal(ours.ids, expected.ids)

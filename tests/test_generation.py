@@ -14,7 +14,7 @@ from nar_kernels.decode import NanRecord
 from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.generation import read_prompt
 from nar_kernels.masking import MaskingConfig
-from nar_kernels.nets import is_function_of_ids
+from nar_kernels.nets import batch_independent
 from tests.goodness_of_fit import chi_square_p
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,7 +169,7 @@ def test_a_sequence_is_the_same_in_any_batch(strategy, self_cond):
 )
 def test_sequences_that_begin_alike_share_the_first_call(options, batch):
     net = Table(torch.zeros(NUM_TOKENS))
-    net.is_function_of_ids = True
+    net.batch_independent = True
     make_model(net).generate(3, steps=2, **options)
     assert len(net.asked[0][0]) == batch and len(net.asked[-1][0]) == 3
 
@@ -181,24 +181,24 @@ def test_whose_calls_are_shared():
     class Conditioned(TransformerWrapper):
         pass
 
-    assert is_function_of_ids(x_transformer())
-    assert is_function_of_ids(nn.DataParallel(x_transformer()))
-    assert not is_function_of_ids(Table(torch.zeros(NUM_TOKENS)))  # makes no promise
+    assert batch_independent(x_transformer())
+    assert batch_independent(nn.DataParallel(x_transformer()))
+    assert not batch_independent(Table(torch.zeros(NUM_TOKENS)))  # makes no promise
     attn_layers = Encoder(dim=16, depth=1)
     own = Conditioned(num_tokens=12, max_seq_len=16, attn_layers=attn_layers)
-    assert not is_function_of_ids(own)
+    assert not batch_independent(own)
     net = x_transformer()
-    net.is_function_of_ids = False
-    assert not is_function_of_ids(net)
+    net.batch_independent = False
+    assert not batch_independent(net)
     # Compiled, as a whole or in part.
-    assert not is_function_of_ids(torch.compile(x_transformer(), backend="eager"))
+    assert not batch_independent(torch.compile(x_transformer(), backend="eager"))
     for compiled in (net := x_transformer(), net.attn_layers):
         compiled.compile(backend="eager")
-        assert not is_function_of_ids(net)
+        assert not batch_independent(net)
         compiled._compiled_call_impl = None
-    assert is_function_of_ids(net)
+    assert batch_independent(net)
     net.forward = torch.compile(net.forward, backend="eager")
-    assert not is_function_of_ids(net)
+    assert not batch_independent(net)
 
 
 @pytest.mark.parametrize("strategy", ["confidence", "random"])

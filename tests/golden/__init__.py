@@ -38,7 +38,7 @@ class ExactNet(nn.Module):
     """A net whose sums are exact, so that no machine rounds them in another way."""
 
     num_tokens, max_seq_len, emb_dim = V, L, D
-    is_function_of_ids = batch_independent = True
+    batch_independent = True
 
     def __init__(self) -> None:
         super().__init__()
