@@ -1,8 +1,10 @@
 """Numbers and devices that users pass, as kernels and files take them."""
 
 import operator
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -18,6 +20,24 @@ def as_int(name: str, value: Any) -> int:
         return int(operator.index(value))
     except TypeError:
         raise TypeError(f"{name} is {value!r}: it must be an int") from None
+
+
+def as_float(name: str, value: Any) -> float:
+    """``value`` as a float: also one of numpy, or a tensor of one element.
+
+    Raises:
+        TypeError: it is no real number.
+    """
+    is_number = isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    if not is_number or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {value!r}: it must be of type float")
+    return float(value)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless ``seed`` has 64 bits, with or without a sign."""
+    if not -1 << 63 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}: it must have 64 bits, in [-2**63, 2**64)")
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -5,17 +5,17 @@ Shapes: B batch, L sequence length, R positions in question.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nar_kernels.float_math import gumbel
+from nar_kernels.halton import grid_order
 from nar_kernels.launch import Confidence
 from nar_kernels.philox import Stream, words
-
-Strategy = Literal["confidence", "margin", "entropy", "threshold", "random", "halton", "critic"]
+from nar_kernels.sampling_config import SamplingConfig, Strategy
 
 
 class Choice(NamedTuple):
@@ -43,21 +43,6 @@ class Choice(NamedTuple):
     threshold: float = 0.9
     order: Tensor | None = None
     critic: Callable[[Tensor], Tensor] | None = None
-
-    def check(self) -> None:
-        """Raises ValueError for what makes no sense."""
-        if self.strategy not in get_args(Strategy):
-            names = ", ".join(get_args(Strategy))
-            raise ValueError(f"strategy is {self.strategy!r}: it must be one of {names}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"choice_temperature is {self.temperature}: it must be at least 0")
-        if self.temperature > 0 and self.strategy in ("threshold", "random", "halton"):
-            raise ValueError(f"choice_temperature has no meaning for strategy {self.strategy!r}")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}: it must be in [0, 1]")
-        for strategy, part in (("halton", self.order), ("critic", self.critic)):
-            if self.strategy == strategy and part is None:
-                raise ValueError(f"strategy {strategy!r} needs an order of positions or a critic")
 
     @property
     def confidence(self) -> Confidence:
@@ -96,6 +81,29 @@ class Choice(NamedTuple):
         if self.temperature * annealing > 0:
             score = score + self.temperature * annealing * gumbel(noise.words(rows))
         return score
+
+
+def make_choice(
+    config: SamplingConfig,
+    seq_len: int,
+    device: torch.device,
+    critic: Callable[[Tensor], Tensor] | None,
+) -> Choice:
+    """The choice that a config describes, for a net on ``device``.
+
+    Raises:
+        ValueError: the strategy needs a critic or a grid, and there is none.
+    """
+    if config.strategy == "critic" and critic is None:
+        raise ValueError("strategy 'critic' needs a token_critic or self_token_critic")
+    order = grid_order(config.grid, seq_len).to(device) if config.strategy == "halton" else None
+    return Choice(
+        config.strategy,  # type: ignore[arg-type]
+        config.choice_temperature,
+        config.threshold,
+        order,
+        critic,
+    )
 
 
 class Noise(NamedTuple):

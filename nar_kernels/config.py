@@ -3,23 +3,13 @@
 import math
 import os
 import shlex
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from numbers import Real
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
-
-from nar_kernels.checks import as_int
+from nar_kernels.checks import check_seed
+from nar_kernels.options import make_plain, option, option_of
 from nar_kernels.schedules import SCHEDULES
-
-
-def _option(default: Any, help: str, **more: Any) -> Any:
-    """A field for TrainConfig and the command line.
-
-    ``otherwise`` says what None stands for; the rest of ``more`` is for argparse.
-    """
-    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -34,111 +24,111 @@ class TrainConfig:
         ValueError: a value is out of range.
     """
 
-    data: str | os.PathLike[str] = _option(
+    data: str | os.PathLike[str] = option(
         MISSING,
         "digits, text, or a file: .npy and .bin hold token ids, others bytes. To resume, a file "
         "that has moved: what it holds must be the same",
         type=str,
     )
-    out: str | os.PathLike[str] | None = _option(
+    out: str | os.PathLike[str] | None = option(
         None, "folder of the run", type=str, otherwise="runs/ and the name of the data"
     )
-    init: str | os.PathLike[str] | None = _option(
+    init: str | os.PathLike[str] | None = option(
         None,
         "checkpoint of a run with the same net, vocabulary and seq-len: a new run starts from its "
         "weights, or their averages if it kept some",
         type=str,
     )
 
-    dtype: str | None = _option(None, "type of the ids in a raw file, such as uint16", type=str)
-    num_tokens: int | None = _option(
+    dtype: str | None = option(None, "type of the ids in a raw file, such as uint16", type=str)
+    num_tokens: int | None = option(
         None,
         "for token ids: the vocabulary of the data plus one for the mask token, which gets the "
         "last id (GPT-2: 50258)",
         type=int,
     )
-    seq_len: int | None = _option(None, "tokens of a window", type=int, otherwise="256, digits 64")
-    stride: int | None = _option(
+    seq_len: int | None = option(None, "tokens of a window", type=int, otherwise="256, digits 64")
+    stride: int | None = option(
         None,
         "tokens from one training window to the next; divides seq-len",
         type=int,
         otherwise="seq-len",
     )
-    held_out: int | None = _option(
+    held_out: int | None = option(
         None,
         "windows held out for evaluation, at the end of the data",
         type=int,
         otherwise="a tenth, at most 256, digits 180",
     )
 
-    dim: int = _option(128, "width of the net")
-    depth: int = _option(4, "blocks of attention and feed-forward")
-    heads: int = _option(4, "attention heads; divides dim")
-    dropout: float = _option(0.0, "probability of dropping an activation")
-    rotary: bool = _option(True, "rotary position embeddings, beside the learnt absolute ones")
+    dim: int = option(128, "width of the net")
+    depth: int = option(4, "blocks of attention and feed-forward")
+    heads: int = option(4, "attention heads; divides dim")
+    dropout: float = option(0.0, "probability of dropping an activation")
+    rotary: bool = option(True, "rotary position embeddings, beside the learnt absolute ones")
 
-    schedule: str = _option("linear", "mask ratio over time", choices=tuple(SCHEDULES))
-    draw: str = _option(
+    schedule: str = option("linear", "mask ratio over time", choices=tuple(SCHEDULES))
+    draw: str = option(
         "exact", "masks of an exact count or by coins", choices=("exact", "bernoulli")
     )
-    loss: str = _option(
+    loss: str = option(
         "mean",
         "what is minimised: the mean over masked tokens, which has less variance, or nelbo, the "
         "likelihood bound that evaluation reports",
         choices=("mean", "nelbo"),
     )
 
-    steps: int = _option(
+    steps: int = option(
         2000,
         "optimiser steps, over which the learning rate falls to zero. To resume, another number "
         "than before: from there on it is the rate of a run of so many steps",
     )
-    batch_size: int = _option(32, "windows of one optimiser step, on all processes together")
-    accumulate: int = _option(
+    batch_size: int = option(32, "windows of one optimiser step, on all processes together")
+    accumulate: int = option(
         1, "parts that a batch (of each process) is split into, to save memory"
     )
-    lr: float = _option(1e-3, "peak learning rate of AdamW")
-    warmup: int = _option(100, "steps of linear warm-up, before cosine decay to zero")
-    weight_decay: float = _option(0.1, "of matrices")
-    beta2: float = _option(0.99, "AdamW's decay of squared gradients")
-    clip: float = _option(1.0, "largest norm of the gradient")
-    ema: float = _option(
+    lr: float = option(1e-3, "peak learning rate of AdamW")
+    warmup: int = option(100, "steps of linear warm-up, before cosine decay to zero")
+    weight_decay: float = option(0.1, "of matrices")
+    beta2: float = option(0.99, "AdamW's decay of squared gradients")
+    clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(
         0.0,
         "decay of a moving average of the weights, such as 0.999, which evaluation and generate "
         "then use; 0 is off",
     )
 
-    eval_every: int = _option(200, "steps from one evaluation to the next")
-    eval_draws: int = _option(8, "masks of each held-out window")
-    save_every: int = _option(200, "steps from one checkpoint to the next")
+    eval_every: int = option(200, "steps from one evaluation to the next")
+    eval_draws: int = option(8, "masks of each held-out window")
+    save_every: int = option(200, "steps from one checkpoint to the next")
 
-    seed: int = _option(0, "of weights, order of windows, masks, dropout")
-    device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    threads: int | None = _option(
+    seed: int = option(0, "of weights, order of windows, masks, dropout")
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    threads: int | None = option(
         None,
         "CPU threads of each process; few are best for a small net, and on a machine with other "
         "work to do",
         type=int,
         otherwise="PyTorch's choice",
     )
-    precision: str = _option(
+    precision: str = option(
         "auto",
         "bf16 is autocast; auto takes it where the hardware multiplies in it",
         choices=("auto", "fp32", "bf16"),
     )
-    compile: bool = _option(False, "compile the net with torch.compile, which takes a minute")
-    checkpoint_activations: bool = _option(
+    compile: bool = option(False, "compile the net with torch.compile, which takes a minute")
+    checkpoint_activations: bool = option(
         False, "save memory: compute the inside of each block again for its gradient"
     )
-    shard: bool = _option(
+    shard: bool = option(
         False,
         "divide weights, gradients and AdamW's state over the processes of torchrun (FSDP2), and "
         "checkpoints: each process keeps its part in a folder beside them, and any number of "
         "processes resumes",
     )
-    resume: bool = _option(False, "continue the run in the folder; its options are the defaults")
-    overwrite: bool = _option(False, "start again where the folder holds a run")
-    quiet: bool = _option(False, "print nothing but errors")
+    resume: bool = option(False, "continue the run in the folder; its options are the defaults")
+    overwrite: bool = option(False, "start again where the folder holds a run")
+    quiet: bool = option(False, "print nothing but errors")
 
     @classmethod
     def for_data(cls, data: str | os.PathLike[str], **options: Any) -> "TrainConfig":
@@ -162,16 +152,11 @@ class TrainConfig:
         return cls(**{**saved, **once, **options})
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for f in fields(self):
-            value = _plain(f, getattr(self, f.name))
-            object.__setattr__(self, f.name, value)
-            choices = f.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+            value = getattr(self, f.name)
             if f.name in _AT_LEAST_ONE and value is not None and value < 1:
                 raise ValueError(f"{f.name} is {value}: it must be at least 1")
-            if value == "":
-                raise ValueError(f"{option_of(f.name)} is empty: leave it out, or say what it is")
             if f.name == "threads" and value is not None and value > _MOST_THREADS:
                 raise ValueError(f"threads is {value}: it must be at most {_MOST_THREADS}")
             if f.name != "seed" and isinstance(value, int) and value >= 1 << 31:
@@ -231,40 +216,6 @@ class TrainConfig:
                 f"cannot resume {self.folder}: --steps was {saved['steps']} and is {self.steps} "
                 f"now, but {done} are done; give at least as many, or leave it out"
             )
-
-
-def option_of(name: str) -> str:
-    """The option of the command line for a field of TrainConfig."""
-    return "--" + name.replace("_", "-")
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless ``seed`` has 64 bits, with or without a sign."""
-    if not -1 << 63 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed}: it must have 64 bits, in [-2**63, 2**64)")
-
-
-def _plain(f: Field[Any], value: Any) -> Any:
-    """``value`` as a plain one of the field's type.
-
-    Raises:
-        TypeError: it is of another type.
-    """
-    types = get_args(f.type) or (f.type,)
-    if value is None and type(None) in types:
-        return None
-    if bool in types and isinstance(value, bool | np.bool_):
-        return bool(value)
-    if int in types and not isinstance(value, bool | np.bool_):
-        return as_int(f.name, value)
-    if float in types and isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
-    if os.PathLike[str] in types and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if str in types and isinstance(value, str):
-        return str(value)
-    names = [getattr(t, "__name__", str(t)) for t in types if t is not type(None)]
-    raise TypeError(f"{f.name} is {value!r}: it must be of type {' or '.join(names)}")
 
 
 _MOST_THREADS = 1024  # PyTorch crashes where the system does not give it as many

@@ -81,44 +81,29 @@ def decode(
         InvalidLogitsError: the logits of a row, or a critic's score, are NaN: at once on the CPU,
             elsewhere behind the last state, when another one is asked for.
     """
-    device, (batch, length) = prompt.device, prompt.shape
-    num_steps = sum(len(block.steps) for block in plan.blocks)
-    places = torch.arange(batch * length, device=device)
+    (batch, length), device = prompt.shape, prompt.device
     sequences = range(batch) if sequences is None else sequences
-    numbers = places // length * sequences.step + sequences.start
-    first_slots = places % length + numbers * (length * plan.num_steps)
-    nans = NanRecord(num_steps, length)
-    ids = prompt.flatten().clone()
-    log_prob = torch.where(ids == mask_id, math.nan, 0.0).float()
-
-    def state(done: int) -> DecodeState:
-        tensors = ids.clone(), ids == mask_id, log_prob.clone()
-        return DecodeState(done, num_steps, *(tensor.view(batch, length) for tensor in tensors))
-
+    num_steps = sum(len(block.steps) for block in plan.blocks)
+    canvas, nans = _Canvas(prompt, mask_id), NanRecord(num_steps, length)
+    first_slots = _noise_slots(sequences, length, plan.num_steps, device)
     done = 0
-    yield state(done)
+    yield canvas.state(done, num_steps)
     for block in plan.blocks:
         rows, counts = block.rows.to(device, non_blocking=True), block.counts
         for number, annealing, left in block.steps:
             noise = Noise(seed, plan.num_steps, number, length, sequences)
             now, ranking = rows, None
-            if choice.order_is_fixed:
+            if choice.order_is_fixed:  # only what will stay is drawn
                 ranking = Ranking(choice.fixed_score(rows, noise), rows, counts)
                 now = ranking.first(left)
-            slots = first_slots.index_select(0, now) + number * length
-            given = None
-            if remask:
-                current = ids.index_select(0, now)
-                given = current.where(current != mask_id, -1)
-            asked, asked_rows = ids.view(batch, length), now
-            if share_first_step and batch > 1 and done == 0:
-                asked, asked_rows, given = asked[:1], now % length, None
-                if not choice.order_is_fixed:  # the same places in each sequence
-                    asked_rows, slots = asked_rows[: len(now) // batch], slots.view(batch, -1)
-            drawn = draw_tokens(
-                predict(asked, asked_rows),
-                slots,
-                given,
+            drawn = _draw(
+                predict,
+                canvas,
+                now,
+                first_slots.index_select(0, now) + number * length,
+                again=remask,
+                share=share_first_step and done == 0,
+                same_rows=not choice.order_is_fixed,
                 mask_id=mask_id,
                 seed=seed,
                 temperature=temperature * annealing,
@@ -128,30 +113,100 @@ def decode(
                 backend=backend,
             )
             nans.note("logits", drawn.is_nan, now, done)
-            ids.index_copy_(0, now, drawn.tokens)
-            log_prob.index_copy_(0, now, drawn.log_prob)
+            canvas.fill(now, drawn)
             if choice.strategy == "threshold":
-                is_sure = (drawn.log_prob.exp() >= choice.threshold).long()
-                sure = is_sure.new_zeros(batch).index_add_(0, rows // length, is_sure)
-                left = left.minimum(counts - sure.cpu().clamp(min=1)).clamp(min=0)
+                is_sure = drawn.log_prob.exp() >= choice.threshold
+                left = _num_unsure(left, counts, is_sure, rows // length)
             any_left = bool(left.any())
             if any_left:
                 if ranking is None:
-                    drawn_ids = ids.view(batch, length)
-                    score = choice.score(drawn_ids, rows, drawn.confidence, annealing, noise)
+                    score = choice.score(canvas.ids, rows, drawn.confidence, annealing, noise)
                     if choice.strategy == "critic":
                         nans.note("critic's scores", score.isnan(), rows, done)
                     ranking = Ranking(score, rows, counts)
                 waiting = ranking.last(left)
-                ids.index_fill_(0, waiting, mask_id)
-                log_prob.index_fill_(0, waiting, math.nan)
+                canvas.mask(waiting)
                 if not remask:
                     rows, counts = waiting, left
             done += 1
-            yield state(done)
+            yield canvas.state(done, num_steps)
             if not any_left:
                 break
     nans.check()
+
+
+class _Canvas:
+    """A batch while its masks are filled. Rows are indices into the flat ``[B * L]``.
+
+    Attributes:
+        ids: int64 ``[B, L]``.
+    """
+
+    def __init__(self, prompt: Tensor, mask_id: int) -> None:
+        self.ids, self._mask_id = prompt.clone(memory_format=torch.contiguous_format), mask_id
+        self._log_prob = torch.where(self.ids == mask_id, math.nan, 0.0).float()
+        self._flat_ids, self._flat_log_prob = self.ids.view(-1), self._log_prob.view(-1)
+
+    def state(self, step: int, num_steps: int) -> DecodeState:
+        masked = self.ids == self._mask_id
+        return DecodeState(step, num_steps, self.ids.clone(), masked, self._log_prob.clone())
+
+    def given(self, rows: Tensor) -> Tensor:
+        """int64 ``[R]``: the ids there, -1 where masked."""
+        ids = self._flat_ids.index_select(0, rows)
+        return ids.where(ids != self._mask_id, -1)
+
+    def fill(self, rows: Tensor, drawn: "Drawn") -> None:
+        self._flat_ids.index_copy_(0, rows, drawn.tokens)
+        self._flat_log_prob.index_copy_(0, rows, drawn.log_prob)
+
+    def mask(self, rows: Tensor) -> None:
+        self._flat_ids.index_fill_(0, rows, self._mask_id)
+        self._flat_log_prob.index_fill_(0, rows, math.nan)
+
+
+def _noise_slots(sequences: range, length: int, num_steps: int, device: torch.device) -> Tensor:
+    """int64 ``[B * L]``: those of the first step. Each step takes ``length`` more."""
+    places = torch.arange(len(sequences) * length, device=device)
+    numbers = places // length * sequences.step + sequences.start
+    return places % length + numbers * (length * num_steps)
+
+
+def _draw(
+    predict: Predict,
+    canvas: _Canvas,
+    rows: Tensor,
+    slots: Tensor,
+    *,
+    again: bool,
+    share: bool,
+    same_rows: bool,
+    **options: Any,
+) -> "Drawn":
+    """Ids for the rows.
+
+    Args:
+        slots: int64 ``[R]``, of the noise.
+        again: rows that are filled keep their ids, and get the probability that they have now.
+        share: all sequences are equal, so one stands for them.
+        same_rows: the rows are the same places of each sequence.
+        options: of :func:`draw_tokens`.
+    """
+    ids, given = canvas.ids, canvas.given(rows) if again else None
+    batch, length = ids.shape
+    if share and batch > 1:
+        ids, rows, given = ids[:1], rows % length, None  # nothing but masks is drawn at first
+        if same_rows:
+            rows, slots = rows[: len(rows) // batch], slots.view(batch, -1)
+    return draw_tokens(predict(ids, rows), slots, given, **options)
+
+
+def _num_unsure(left: Tensor, counts: Tensor, is_sure: Tensor, sequence: Tensor) -> Tensor:
+    """int64 ``[B]`` on the CPU: how many stay masked where all that are sure are kept, but at least
+    one, and as many as the plan says. Waits for the device."""
+    sure = torch.zeros(len(left), dtype=torch.int64, device=is_sure.device)
+    sure.index_add_(0, sequence, is_sure.long())
+    return left.minimum(counts - sure.cpu().clamp(min=1)).clamp(min=0)
 
 
 class NanRecord:

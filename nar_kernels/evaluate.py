@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from nar_kernels.checks import as_int
 from nar_kernels.data import TokenDataset
-from nar_kernels.heads import Prediction
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.modes import evaluating
 from nar_kernels.ops import corrupt
 from nar_kernels.parallel import rank, sum_over_ranks, world_size
+from nar_kernels.prediction import TrunkAndHead
 
 NATS_PER_BIT = math.log(2)
 
@@ -80,7 +80,7 @@ def evaluate(
         part = parts[min(mine, len(parts) - 1)]
         batch = evaluation_batch(dataset, windows, draws, part).to(device)
         with evaluating(net, net):
-            nll = Prediction(net, batch.input_ids, {}).loss(batch, reduction="none")  # [R]
+            nll = TrunkAndHead(net)(batch.input_ids, {}).loss(batch, reduction="none")  # [R]
         samples = batch.masked_rows // dataset.seq_len
         totals = nll.new_zeros(len(batch)).index_add_(0, samples, nll)
         if mine < len(parts):
@@ -148,7 +148,8 @@ def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor
         ids = torch.stack(dataset.__getitems__(some.tolist()))
         ids = ids.T if per_position else ids.view(1, -1)
         counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float64))
-    return counts[:, :-1]
+    is_clean = torch.arange(dataset.num_tokens, device="cpu") != dataset.mask_id
+    return counts[:, is_clean]
 
 
 def _bits(counts: Tensor, model: Tensor) -> float:

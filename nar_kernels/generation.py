@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.checks import as_int
-from nar_kernels.heads import Prediction, describe
 from nar_kernels.linear import LogitsMemory
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import batch_independent
-from nar_kernels.plan import halton_order
+from nar_kernels.prediction import Prediction, TrunkAndHead, describe
+from nar_kernels.sampling_config import SamplingConfig
 
 Prompt = (
     Tensor | np.ndarray | Sequence[int] | Sequence[Tensor | np.ndarray] | Sequence[Sequence[int]]
@@ -100,24 +100,6 @@ def _no_prompt(what: str) -> TypeError:
     )
 
 
-def grid_order(grid: tuple[int, int] | None, seq_len: int) -> Tensor:
-    """int64 ``[L]``: the ranks of :func:`halton_order`, by default of a square.
-
-    Raises:
-        ValueError: L is no square, or the grid has not L cells.
-    """
-    if grid is None:
-        side = round(seq_len**0.5)
-        grid = side, side
-    height, width = (as_int("grid", size) for size in grid)
-    if height * width != seq_len or height < 1:
-        raise ValueError(
-            f"grid is {height} x {width}: strategy 'halton' needs grid=(height, width) with "
-            f"{seq_len} cells"
-        )
-    return halton_order(height, width)
-
-
 class Guidance(NamedTuple):
     """Classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598): logits are ``without +
     scale * (with - without)`` the condition.
@@ -132,6 +114,29 @@ class Guidance(NamedTuple):
     scale: float
     unconditional: dict[str, Any] | None
     prompt_masked: Tensor
+
+
+def make_guidance(
+    config: SamplingConfig, unconditional: dict[str, Any] | None, is_open: Tensor, mask_id: int
+) -> Guidance | None:
+    """The guidance of a config; None for none.
+
+    Args:
+        unconditional: as in :class:`Guidance`.
+        is_open: bool ``[B, L]``, what the prompt leaves to fill.
+
+    Raises:
+        ValueError: there is nothing to be guided by.
+    """
+    scale = config.guidance_scale
+    if scale == 1:
+        return None
+    if unconditional is None and is_open.all():
+        raise ValueError(
+            f"guidance_scale is {scale}, but there is nothing to be guided by: give a prompt, or "
+            "the net's arguments without the condition as unconditional"
+        )
+    return Guidance(scale, unconditional, torch.where(is_open, -1, mask_id))
 
 
 class Predictor:
@@ -158,12 +163,13 @@ class Predictor:
         logits_processor: LogitsProcessor | None = None,
     ) -> None:
         self._net, self._masking, self._kwargs = net, masking, kwargs
+        self._trunk_and_head = TrunkAndHead(net)
         self._condition, self._embeddings = condition, null_embed
         self._guidance, self._logits_processor = guidance, logits_processor
         self._memory = LogitsMemory(), LogitsMemory()
 
     @property
-    def sees_ids_alone(self) -> bool:
+    def is_batch_independent(self) -> bool:
         """Whether one sequence may stand for others with the same ids."""
         told_apart = self._kwargs or self._guidance or self._logits_processor
         return not told_apart and batch_independent(self._net)
@@ -210,6 +216,6 @@ class Predictor:
 
     def _predict(self, ids: Tensor, kwargs: dict[str, Any]) -> Prediction:
         with_embeddings = self._condition is not None
-        prediction = Prediction(self._net, ids, kwargs, with_embeddings=with_embeddings)
+        prediction = self._trunk_and_head(ids, kwargs, with_embeddings=with_embeddings)
         prediction.check(ids, self._masking)
         return prediction

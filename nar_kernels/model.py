@@ -8,8 +8,9 @@ from torch import nn
 
 from nar_kernels import checkpoint, parallel
 from nar_kernels.backends import multiplies_in
-from nar_kernels.config import TrainConfig, option_of
+from nar_kernels.config import TrainConfig
 from nar_kernels.extras import import_extra
+from nar_kernels.options import option_of
 from nar_kernels.sources import SequenceSpec
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 

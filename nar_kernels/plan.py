@@ -3,7 +3,6 @@
 Shapes: B batch, L sequence length.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -128,35 +127,3 @@ def _block(
             kept.append(Step(number + i, 1 - (i + 1) / steps, left))
         before = left
     return Block(counts, here.flatten().nonzero()[:, 0], kept)
-
-
-def halton_order(height: int, width: int) -> Tensor:
-    """The cells of a grid in the order in which a Halton sequence visits them: each new one far
-    from those before. Bases 2 and 3 (Besnier et al. 2025, arXiv:2503.17076).
-
-    Returns:
-        int64 ``[height * width]``: the rank of each cell, row by row.
-    """
-    ranks = torch.full((height, width), -1, device="cpu")
-    visited = 0
-    for down, right in zip(_van_der_corput(2), _van_der_corput(3), strict=True):
-        cell = int(down * height), int(right * width)
-        if ranks[cell] < 0:
-            ranks[cell] = visited
-            visited += 1
-            if visited == height * width:
-                break
-    return ranks.flatten()
-
-
-def _van_der_corput(base: int) -> Iterator[float]:
-    """0, 1, 2, ... with their digits mirrored behind the point."""
-    index = 0
-    while True:
-        value, unit, rest = 0.0, 1.0, index
-        while rest:
-            unit /= base
-            rest, digit = divmod(rest, base)
-            value += digit * unit
-        yield value
-        index += 1

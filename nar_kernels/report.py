@@ -16,6 +16,7 @@ from nar_kernels.config import TrainConfig
 from nar_kernels.evaluate import NATS_PER_BIT, Baseline
 from nar_kernels.parallel import world_size
 from nar_kernels.pictures import images, loss_curve
+from nar_kernels.sampling_config import SamplingConfig
 from nar_kernels.sources import Data, SequenceSpec
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
@@ -229,8 +230,10 @@ def _samples_name(spec: SequenceSpec) -> str:
 def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> Tensor:
     """What the report shows of a model: ``[N, L]``, or images as they appear, ``[N, S + 1, L]``."""
     if data.spec.image_shape is not None:
-        return samples.frames(model, _FILMSTRIP_ROWS, seed=config.seed)
-    return samples.draw(model, 4, seed=config.seed, steps=max(data.spec.seq_len // 4, 1))
+        states = model.sample(SamplingConfig(), _FILMSTRIP_ROWS, seed=config.seed)
+        return torch.stack([state.ids.cpu() for state in states], 1)
+    sampling = SamplingConfig(steps=max(data.spec.seq_len // 4, 1))
+    return model.sample(sampling, 4, seed=config.seed).last().ids.cpu()
 
 
 def write_results(

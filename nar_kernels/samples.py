@@ -1,65 +1,22 @@
 """Samples as pictures, text or ids.
 
-Shapes: N samples, L sequence length, S steps of the decoder, H height and W width of an image.
+Shapes: N samples, L sequence length.
 """
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.choice import Strategy
-from nar_kernels.decode import DecodeState
 from nar_kernels.files import replacing
 from nar_kernels.pictures import images
 from nar_kernels.sources import SequenceSpec
-from nar_kernels.wrapper import NonAutoregressiveWrapper
-
-# The defaults of the trainer's pictures and of the command line, for samples that are as varied as
-# the data: any token may be drawn, in random order. Confidence, the default of `generate` as in
-# x-transformers, fills the background of an image first, which leaves little choice for the rest.
-STRATEGY: Strategy = "random"
-TEMPERATURE = 1.0
-FILTER_THRES = 0.0
 
 _SUFFIXES = (".npy", ".png", ".txt", "")
 _SHADES = " .:-=+*#%@"
 _GRID_COLUMNS = 8
-
-
-def states(
-    model: NonAutoregressiveWrapper,
-    num_samples: int | None,
-    *,
-    seed: int,
-    temperature: float = TEMPERATURE,
-    filter_thres: float = FILTER_THRES,
-    strategy: Strategy = STRATEGY,
-    **options: Any,
-) -> Iterator[DecodeState]:
-    """What :meth:`NonAutoregressiveWrapper.generate_steps` yields, with its other ``options``.
-
-    Three defaults differ from its own: see :data:`STRATEGY`.
-    """
-    return model.generate_steps(
-        num_samples, temperature, filter_thres, seed=seed, strategy=strategy, **options
-    )
-
-
-def draw(model: NonAutoregressiveWrapper, num_samples: int, **options: Any) -> Tensor:
-    """Samples ``[N, L]``, on the CPU; ``options`` as for :func:`states`."""
-    for state in states(model, num_samples, **options):  # noqa: B007
-        pass
-    return state.ids.cpu()
-
-
-def frames(model: NonAutoregressiveWrapper, num_samples: int, *, seed: int) -> Tensor:
-    """Samples while they appear, int64 ``[N, S + 1, L]``: all masked, then after each step."""
-    return torch.stack([state.ids.cpu() for state in states(model, num_samples, seed=seed)], 1)
 
 
 def text(ids: Tensor, spec: SequenceSpec) -> str:

@@ -5,9 +5,8 @@ Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows.
 """
 
 import inspect
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -17,28 +16,28 @@ from torch import Tensor, nn
 
 from nar_kernels import parallel
 from nar_kernels.checks import as_int
-from nar_kernels.choice import Choice, Strategy
-from nar_kernels.decode import DecodeState, decode, draw_tokens
-from nar_kernels.extras import import_extra
+from nar_kernels.choice import make_choice
+from nar_kernels.decode import decode, draw_tokens
 from nar_kernels.generation import (
-    Guidance,
     LogitsProcessor,
     Predictor,
     Prompt,
-    grid_order,
     is_one_sequence,
+    make_guidance,
     read_prompt,
 )
-from nar_kernels.heads import Prediction, describe
 from nar_kernels.keywords import for_the_net
 from nar_kernels.launch import NLL_DTYPES
 from nar_kernels.loss import Reduction, num_counted
 from nar_kernels.masking import IGNORE_INDEX, Corrupted, MaskingConfig
-from nar_kernels.modes import Turns, evaluating, no_grad
+from nar_kernels.modes import Turns, no_grad
 from nar_kernels.nets import causal_module, net_attribute
 from nar_kernels.ops import corrupt
 from nar_kernels.philox import Stream, noise_generator
 from nar_kernels.plan import make_plan
+from nar_kernels.prediction import Prediction, TrunkAndHead, describe
+from nar_kernels.sample_states import SampleStates
+from nar_kernels.sampling_config import SamplingConfig, Strategy, top_k_of
 from nar_kernels.schedules import Schedule, resolve
 from nar_kernels.unmasking import UNMASK_BACKENDS
 
@@ -84,10 +83,6 @@ class SelfCritic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_logits(self.net(x, return_embeddings=True))
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    return parallel.rank(), parallel.world_size()
 
 
 def _draw_seed() -> int:
@@ -303,8 +298,7 @@ class NonAutoregressiveWrapper(nn.Module):
             raise ValueError("only_train_generator and only_train_critic exclude each other")
         kwargs = for_the_net(self.net, kwargs, net_kwargs, _FORWARD_ARGUMENTS)
         seed = _draw_seed() if seed is None else as_int("seed", seed)
-        rank, world_size = _rank_and_world_size()
-        corrupted = self._corrupted(x, maskable, seed, rank, world_size)
+        corrupted = self._corrupted(x, maskable, seed)
         with Turns(self.net, self.token_critic):
             return self._losses(
                 corrupted,
@@ -358,7 +352,7 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> parallel.SumOverRanks | None:
         """What the losses of the generator and of the critic are divided by, summed over ranks
         while the net runs; None where each rank is by itself."""
-        together = self.average_tokens_across_devices and _rank_and_world_size()[1] > 1
+        together = self.average_tokens_across_devices and parallel.world_size() > 1
         if not (together and self.training and torch.is_grad_enabled()):
             return None
         counts = num_counted(corrupted, reduction), _is_judged(corrupted).sum()
@@ -369,8 +363,6 @@ class NonAutoregressiveWrapper(nn.Module):
         x: Tensor | Corrupted,
         maskable: Tensor | None,
         seed: int,
-        rank: int,
-        world_size: int,
     ) -> Corrupted:
         ids = x.input_ids if isinstance(x, Corrupted) else x
         if not isinstance(ids, Tensor):
@@ -396,9 +388,9 @@ class NonAutoregressiveWrapper(nn.Module):
                 )
             corrupted = x
         else:
-            batch, slots = x.shape[0], None
+            batch, slots, world_size = x.shape[0], None, parallel.world_size()
             if world_size > 1:
-                slots = torch.arange(batch, device=x.device) * world_size + rank
+                slots = torch.arange(batch, device=x.device) * world_size + parallel.rank()
             corrupted = corrupt(
                 x,
                 self.masking,
@@ -424,7 +416,7 @@ class NonAutoregressiveWrapper(nn.Module):
                     embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
             kwargs = {**kwargs, "sum_embeds": self._self_condition(embed)}
 
-        prediction = Prediction(self.net, input_ids, kwargs)
+        prediction = TrunkAndHead(self.net)(input_ids, kwargs)
         prediction.check(input_ids, self.masking)
         return prediction
 
@@ -457,7 +449,7 @@ class NonAutoregressiveWrapper(nn.Module):
         """How well the critic tells wrong samples from clean ids: mean over all positions but those
         whose clean id is not known, since its label was set to -100."""
         rows, clean = corrupted.masked_rows, corrupted.clean_ids
-        rank, world_size = _rank_and_world_size()
+        rank, world_size = parallel.rank(), parallel.world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
         if temperature is None:
@@ -505,23 +497,9 @@ class NonAutoregressiveWrapper(nn.Module):
         states = self.generate_steps(
             batch_size, start_temperature, filter_thres, noise_level_scale, **kwargs
         )
-        state = next(states)
-        if progress:
-            bar = import_extra("tqdm").tqdm
-            states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
-        nets = self.net, self.token_critic
-        submodules, turns = list(self.modules()), Turns(*nets)
-        is_done = False
-        while not is_done:
-            # Once for all steps, rather than at each, but for a thread that waits to train.
-            with evaluating(self, *nets, submodules=submodules):
-                for state in states:  # noqa: B007
-                    if turns.are_wanted:
-                        break
-                else:
-                    is_done = True
+        ids = states.last(progress=progress).ids
         is_one = batch_size is None and is_one_sequence(kwargs.get("prompt"))
-        return state.ids[0] if is_one else state.ids
+        return ids[0] if is_one else ids
 
     def generate_steps(
         self,
@@ -545,19 +523,72 @@ class NonAutoregressiveWrapper(nn.Module):
         logits_processor: LogitsProcessor | None = None,
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Iterator[DecodeState]:
-        """Samples sequences step by step. Ids of ``mask_id`` and ``never_mask_ids`` are not drawn.
-
-        The same sequence comes out in a batch of any size, up to the rounding of the net. Where
-        sequences begin alike, the first step asks for one of them, if the net is a function of
-        their ids (see :class:`nar_kernels.nets.TokenNet`).
+    ) -> SampleStates:
+        """:meth:`sample` by the names and defaults of x-transformers.
 
         Args:
-            batch_size: B; without it, one sequence, or one for each prompt.
-            start_temperature: of the first step, falling to 0 at the last.
+            batch_size, seed, first_sequence, prompt, unconditional, logits_processor, net_kwargs,
+                kwargs: as in :meth:`sample`.
+            start_temperature: ``temperature`` of :class:`SamplingConfig`.
             filter_thres: share of the vocabulary, in [0, 1], that is never sampled: the least
                 probable. None: no filter.
             noise_level_scale: scale of the noise on the critic's scores.
+            steps: default: those of the wrapper; with ``"threshold"``, as many as it takes.
+            strategy: default: ``"critic"`` if there is one, else ``"confidence"``.
+            choice_temperature, threshold, grid, block_length, guidance_scale: as in
+                :class:`SamplingConfig`.
+            can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
+        """
+        kwargs = for_the_net(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
+        if strategy is None:
+            strategy = "confidence" if self.token_critic is None else "critic"
+        if can_mask_prev_unmasked is None:
+            can_mask_prev_unmasked = self.can_mask_prev_unmasked
+        config = SamplingConfig(
+            steps=self.steps if steps is None and strategy != "threshold" else steps,
+            strategy=strategy,
+            temperature=start_temperature,
+            top_k=top_k_of(filter_thres, self.num_tokens),
+            choice_temperature=noise_level_scale if strategy == "critic" else choice_temperature,
+            threshold=threshold,
+            block_length=block_length,
+            remask=can_mask_prev_unmasked,
+            guidance_scale=guidance_scale,
+            grid=grid,
+        )
+        return self.sample(
+            config,
+            batch_size,
+            seed=seed,
+            first_sequence=first_sequence,
+            prompt=prompt,
+            unconditional=unconditional,
+            logits_processor=logits_processor,
+            net_kwargs=kwargs,
+        )
+
+    def sample(
+        self,
+        config: SamplingConfig,
+        batch_size: int | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        first_sequence: int | None = None,
+        prompt: Prompt | None = None,
+        unconditional: dict[str, Any] | None = None,
+        logits_processor: LogitsProcessor | None = None,
+        net_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SampleStates:
+        """Samples sequences step by step. Ids of ``mask_id`` and ``never_mask_ids`` are not drawn.
+
+        The same sequence comes out in a batch of any size, up to the rounding of the net. Where
+        all prompts are equal, the first step runs the net on one of them, if its outputs are
+        independent of the batch (see :class:`nar_kernels.nets.TokenNet`).
+
+        Args:
+            config: how.
+            batch_size: B; without it, one sequence, or one for each prompt.
             seed: default: drawn from PyTorch's CPU generator.
             first_sequence: the number of the first of B consecutive sequences, at least 0: sequence
                 i of a seed is the same in any batch that it is in. Default: 0; under
@@ -568,41 +599,60 @@ class NonAutoregressiveWrapper(nn.Module):
             prompt: ids that are given: one sequence (for all of the batch) or one for each, of any
                 lengths up to L: lists, arrays or tensors. Filled is what is ``mask_id`` in them,
                 and what is behind them.
-            steps: calls of the net. Default: those of the wrapper; with ``"threshold"``, as many
-                as it takes.
-            strategy: which positions come first, as in :class:`nar_kernels.choice.Choice`.
-                Default: ``"critic"`` if there is one, else ``"confidence"``.
-            choice_temperature: scale of the noise on confidences, falling to 0 at the last step
-                (MaskGIT has 4.5).
-            threshold: probability from which ``"threshold"`` fills a position at once.
-            grid: (height, width) for ``"halton"``. Default: a square.
-            block_length: fill blocks of so many positions one after the other, the steps divided
-                among them (semi-autoregressive, arXiv:2503.09573). Default: all at once.
-            can_mask_prev_unmasked: of the wrapper, unless given here.
-            guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 for none.
             unconditional: keyword arguments that the net gets without the condition, in place of
-                those in ``kwargs``. Default: the prompt is masked for that call.
+                those in ``kwargs``, for guidance. Default: the prompt is masked for that call.
             logits_processor: from logits ``[C, V]``, which are its own to keep or to change, and
                 their places, indices into the flat ``[B * L]``, to those that are sampled from.
             kwargs: for the net, if its ``forward`` declares them.
             net_kwargs: others for the net, which it takes as ``**kwargs``.
 
-        Yields:
-            A :class:`DecodeState` before the first step, and one after each.
+        Returns:
+            An iterator: a :class:`DecodeState` before the first step, and one after each.
 
         Raises:
             TypeError, ValueError: an argument is out of its range, contradicts another, or is
                 declared by nobody.
             InvalidLogitsError: the net says NaN: at that step on the CPU, else behind the last one.
         """
-        kwargs = for_the_net(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
-        if filter_thres is not None and not 0 <= filter_thres <= 1:
-            raise ValueError(f"filter_thres is {filter_thres}: it must be in [0, 1], or None")
-        top_k = None
-        if filter_thres is not None:
-            top_k = max(math.ceil((1 - filter_thres) * self.num_tokens), 1)
-        if strategy is None:
-            strategy = "confidence" if self.token_critic is None else "critic"
+        kwargs = for_the_net(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
+        device = self._device()
+        begin = read_prompt(prompt, batch_size, self.max_seq_len, self.masking)
+        is_open = begin == self.mask_id
+        plan = make_plan(
+            is_open,
+            self.masking.ratio_at,
+            config.num_steps(self.max_seq_len),
+            block_length=config.block_length,
+            every_step=config.remask or self.self_cond,
+        )
+        predictor = Predictor(
+            self.net,
+            self.masking,
+            kwargs,
+            condition=self._condition if self.self_cond else None,
+            null_embed=self.null_embed if self.self_cond else None,
+            guidance=make_guidance(config, unconditional, is_open.to(device), self.mask_id),
+            logits_processor=logits_processor,
+        )
+        states = decode(
+            predictor,
+            begin.to(device),
+            plan,
+            make_choice(config, self.max_seq_len, device, self._critic_scores_if_any()),
+            mask_id=self.mask_id,
+            seed=_draw_seed() if seed is None else as_int("seed", seed),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            forbidden_ids=self.masking.never_mask_ids,
+            remask=config.remask,
+            share_first_step=predictor.is_batch_independent and bool((begin == begin[:1]).all()),
+            sequences=_sequence_numbers(first_sequence, len(begin)),
+            backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
+        )
+        return SampleStates(states, self, self.net, self.token_critic)
+
+    def _device(self) -> torch.device:
+        """Where the net is."""
         some_parameter = next(self.net.parameters(), None)
         device = torch.device("cpu") if some_parameter is None else some_parameter.device
         if device.type == "meta":
@@ -610,78 +660,10 @@ class NonAutoregressiveWrapper(nn.Module):
                 "the net's parameters are on the device meta: give them memory by "
                 "model.to_empty(device=...), and load weights"
             )
-        choice = Choice(
-            strategy,
-            noise_level_scale if strategy == "critic" else choice_temperature,
-            threshold,
-            grid_order(grid, self.max_seq_len).to(device) if strategy == "halton" else None,
-            None if self.token_critic is None else self._critic_scores,
-        )
-        choice.check()
-        remask = self.can_mask_prev_unmasked
-        if can_mask_prev_unmasked is not None:
-            remask = can_mask_prev_unmasked
+        return device
 
-        begin = read_prompt(prompt, batch_size, self.max_seq_len, self.masking)
-        is_open = begin == self.mask_id
-        if steps is None:
-            steps = self.max_seq_len if strategy == "threshold" else self.steps
-        first, stride = _rank_and_world_size()
-        if first_sequence is not None:
-            first, stride = as_int("first_sequence", first_sequence), 1
-        if first < 0:
-            raise ValueError(f"first_sequence is {first}: it must be at least 0")
-        plan = make_plan(
-            is_open,
-            self.masking.ratio_at,
-            as_int("steps", steps),
-            block_length=None if block_length is None else as_int("block_length", block_length),
-            every_step=remask or self.self_cond,
-        )
-        guidance = None
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}: it must be finite")
-        if guidance_scale != 1:
-            if unconditional is None and is_open.all():
-                raise ValueError(
-                    f"guidance_scale is {guidance_scale}, but there is nothing to be guided by: "
-                    "give a prompt, or the net's arguments without the condition as unconditional"
-                )
-            prompt_masked = torch.where(is_open, -1, self.mask_id).to(device)
-            guidance = Guidance(guidance_scale, unconditional, prompt_masked)
-        predictor = Predictor(
-            self.net,
-            self.masking,
-            kwargs,
-            condition=self._condition if self.self_cond else None,
-            null_embed=self.null_embed if self.self_cond else None,
-            guidance=guidance,
-            logits_processor=logits_processor,
-        )
-        states = decode(
-            predictor,
-            begin.to(device),
-            plan,
-            choice,
-            mask_id=self.mask_id,
-            seed=_draw_seed() if seed is None else as_int("seed", seed),
-            temperature=start_temperature,
-            top_k=top_k,
-            forbidden_ids=self.masking.never_mask_ids,
-            remask=remask,
-            share_first_step=predictor.sees_ids_alone and bool((begin == begin[:1]).all()),
-            sequences=range(first, first + len(begin) * stride, stride),
-            backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
-        )
-        yield next(states)  # before the net is asked
-        nets, submodules = (self.net, self.token_critic), list(self.modules())
-        while True:
-            # Not around the yield: whoever gets the state may train in between.
-            with evaluating(self, *nets, submodules=submodules), torch.no_grad():
-                state = next(states, None)
-            if state is None:
-                return
-            yield state
+    def _critic_scores_if_any(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self.token_critic is None else self._critic_scores
 
     def _condition(self, embeddings: Tensor) -> dict[str, Any]:
         return {"sum_embeds": self._self_condition(embeddings)}
@@ -692,7 +674,21 @@ def _is_judged(corrupted: Corrupted) -> Tensor:
     return ~(corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX))
 
 
-_FORWARD_ARGUMENTS = tuple(inspect.signature(NonAutoregressiveWrapper.forward).parameters)[1:-1]
-_GENERATE_ARGUMENTS = tuple(inspect.signature(NonAutoregressiveWrapper.generate_steps).parameters)[
-    1:-1
-]
+def _sequence_numbers(first: int | None, batch: int) -> range:
+    """Of the sequences of a batch: consecutive ones, or those of this rank."""
+    start, stride = parallel.rank(), parallel.world_size()
+    if first is not None:
+        start, stride = as_int("first_sequence", first), 1
+    if start < 0:
+        raise ValueError(f"first_sequence is {start}: it must be at least 0")
+    return range(start, start + batch * stride, stride)
+
+
+def _arguments(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Without self and kwargs."""
+    return tuple(inspect.signature(method).parameters)[1:-1]
+
+
+_FORWARD_ARGUMENTS = _arguments(NonAutoregressiveWrapper.forward)
+_GENERATE_ARGUMENTS = _arguments(NonAutoregressiveWrapper.generate_steps)
+_SAMPLE_ARGUMENTS = _arguments(NonAutoregressiveWrapper.sample)

@@ -82,10 +82,12 @@ def pytest_configure() -> None:
         corpus,
         data,
         decode,
+        halton,
         loss,
         masking,
         ops,
         plan,
+        sample_states,
         schedules,
         unmasking,
         wrapper,
@@ -96,7 +98,7 @@ def pytest_configure() -> None:
         f: wrapped(f)
         for f in (
             *(ops.corrupt, ops.corrupt_step, ops.windows, ops.permute, unmasking.unmask),
-            *(loss.masked_nll, loss.head_nll, plan.make_plan, plan.halton_order),
+            *(loss.masked_nll, loss.head_nll, plan.make_plan, halton.halton_order),
             *(plan.num_masked_after, schedules.tabulate, decode.draw_tokens),
         )
     }
@@ -106,13 +108,13 @@ def pytest_configure() -> None:
                 setattr(module, name, functions[value])
     for cls in (
         *(masking.MaskingConfig, masking.Corrupted, corpus.Corpus, data.TokenDataset),
-        *(data.MaskedLoader, choice.Ranking),
+        *(data.MaskedLoader, choice.Ranking, sample_states.SampleStates),
     ):
         for name, value in list(vars(cls).items()):
             if isinstance(value, types.FunctionType):
                 setattr(cls, name, wrapped(value))
     # Not those that only pass something on, and not the making of modules, whose place is wanted.
-    for name in ("forward", "generate", "generate_steps"):
+    for name in ("forward", "generate", "generate_steps", "sample"):
         function = getattr(wrapper.NonAutoregressiveWrapper, name)
         setattr(wrapper.NonAutoregressiveWrapper, name, wrapped(function))
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from nar_kernels import cli, samples
-from nar_kernels.cli import main
+from nar_kernels.cli.main import _in_options, main
+from nar_kernels.cli.train import NAMES
 from nar_kernels.config import TrainConfig
 from nar_kernels.interrupt import SIGNALS, Interrupted
+from nar_kernels.options import option_of
+from nar_kernels.sampling_config import SamplingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,9 +55,9 @@ def test_doctor(capsys):
 
 
 def test_doctor_says_why(capsys, monkeypatch):
-    monkeypatch.setattr("nar_kernels.cli.backends", lambda: {"cpp": "no compiler"})
-    monkeypatch.setattr("nar_kernels.cli.cpp", None)
-    monkeypatch.setattr("nar_kernels.cli.version", lambda package: None)
+    monkeypatch.setattr("nar_kernels.cli.doctor.backends", lambda: {"cpp": "no compiler"})
+    monkeypatch.setattr("nar_kernels.cli.doctor.cpp", None)
+    monkeypatch.setattr("nar_kernels.cli.doctor.version", lambda package: None)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "no compiler" in out and "not installed: pip install 'x-transformers>=" in out
@@ -230,6 +232,7 @@ def test_mistakes_in_generate(text_run, capsys, tmp_path):
         (["--steps", 2, "--block-length", 1], "steps is 2: it must be at least 8"),
         (["--guidance-scale", 2], "nothing to be guided by"),
         (["--strategy", "random", "--choice-temperature", 1], "has no meaning"),
+        (["--top-k", 3, "--filter-thres", 0.5], "--top-k and --filter-thres exclude each other"),
     ):
         assert message in fails(capsys, "generate", "--checkpoint", last, *options)
 
@@ -256,7 +259,8 @@ def test_mistakes_in_prompts_of_ids(digits_run, capsys, tmp_path):
         *(("--block-length", value, "in [1, 2**31)") for value in (0, -4)),
         *(("--temperature", value, "at least 0 and finite") for value in ("-1.0", "nan", "inf")),
         *(("--choice-temperature", value, "at least 0 and") for value in ("-0.5", "nan", "inf")),
-        *(("--guidance-scale", value, "at least 0 and finite") for value in ("-1.0", "nan", "inf")),
+        *(("--guidance-scale", value, "finite") for value in ("nan", "inf")),
+        *(("--top-k", value, "in [1, 2**31)") for value in (0, -1)),
         *(("--filter-thres", value, "in [0, 1]") for value in ("-0.1", "1.5", "nan", "inf")),
         *(("--threshold", value, "in [0, 1]") for value in ("-0.1", "90.0", "nan", "inf")),
         *(("--seed", value, "64 bits") for value in (1 << 64, -(1 << 63) - 1)),
@@ -265,19 +269,18 @@ def test_mistakes_in_prompts_of_ids(digits_run, capsys, tmp_path):
 def test_numbers_of_generate_are_checked_before_any_work(
     text_run, capsys, monkeypatch, option, value, valid
 ):
-    monkeypatch.setattr("nar_kernels.cli.load_model", None)
+    monkeypatch.setattr("nar_kernels.cli.generate.load_model", None)
     options = f"{option}={value}", "--prompt", "a"
     error = fails(capsys, "generate", "--checkpoint", text_run / "last.pt", *options)
     assert error.startswith(f"nar-kernels: {option} is {value}: it must ") and valid in error
 
 
-def test_every_number_of_generate_has_a_range():
-    numbers = {
-        action.dest
-        for action in cli._parser()._subparsers._group_actions[0].choices["generate"]._actions
-        if action.type in (int, float)
-    }
-    assert numbers == {*cli._RANGES, "seed"}
+def test_every_option_of_sampling_is_on_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    options = {option_of(f.name) for f in fields(SamplingConfig) if f.name != "grid"}
+    assert all(option in out for option in options)
 
 
 @pytest.mark.parametrize("seed", [(1 << 64) - 1, -(1 << 63)])
@@ -290,7 +293,7 @@ def test_seeds_have_64_bits(text_run, capsys, tmp_path, seed):
 
 def test_where_samples_cannot_be_written(text_run, digits_run, capsys, tmp_path, monkeypatch):
     """Known before anything is decoded."""
-    monkeypatch.setattr("nar_kernels.cli._states", None)
+    monkeypatch.setattr("nar_kernels.cli.generate._states", None)
     (tmp_path / "file").write_text("")
     for option, path, message in (
         ("--out", tmp_path / "a.jpg", "ends in .jpg: write .npy (ids), .png (images), or .txt"),
@@ -340,7 +343,7 @@ def test_the_default_strategy_is_said(digits_run, capsys):
         options = [] if name is None else ["--strategy", name]
         assert generate(digits_run, "--num-samples", 2, *options) == 0
         shown[name] = capsys.readouterr().out
-    assert shown[None] == shown[samples.STRATEGY] == shown["random"] != shown["confidence"]
+    assert shown[None] == shown[SamplingConfig().strategy] == shown["random"] != shown["confidence"]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ def test_the_default_strategy_is_said(digits_run, capsys):
     ],
 )
 def test_messages_speak_of_options(message, expected):
-    assert cli._in_options(message, cli._TRAIN_NAMES).startswith(expected)
+    assert _in_options(message, NAMES).startswith(expected)
 
 
 def test_data_of_an_unknown_type(capsys, tmp_path):
@@ -457,7 +460,7 @@ def test_the_status_after_a_signal(monkeypatch, error, status):
     def interrupted(config: TrainConfig) -> None:
         raise error
 
-    monkeypatch.setattr("nar_kernels.cli.train", interrupted)
+    monkeypatch.setattr("nar_kernels.cli.train.train", interrupted)
     assert main(["train", "--data", "digits"]) == status
 
 

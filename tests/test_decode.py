@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nar_kernels.choice import Choice, Ranking
 from nar_kernels.decode import DecodeState, decode
-from nar_kernels.plan import Block, Plan, Step, halton_order, make_plan
+from nar_kernels.halton import halton_order
+from nar_kernels.plan import Block, Plan, Step, make_plan
 from nar_kernels.schedules import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -404,20 +405,3 @@ def test_ranking_against_a_sort(counts, share):
     ranking = Ranking(score, rows, counts)
     assert ranking.first(left).tolist() == first
     assert ranking.last(left).tolist() == last
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        (Choice("best"), "strategy is 'best': it must be one of confidence, margin"),
-        (Choice(temperature=-1.0), "choice_temperature is -1.0"),
-        (Choice(temperature=math.nan), "choice_temperature is nan"),
-        (Choice("random", 1.0), "choice_temperature has no meaning for strategy 'random'"),
-        (Choice("threshold", threshold=1.5), r"threshold is 1.5: it must be in \[0, 1\]"),
-        (Choice("halton"), "strategy 'halton' needs"),
-        (Choice("critic"), "strategy 'critic' needs"),
-    ],
-)
-def test_choices_that_make_no_sense(choice, message):
-    with pytest.raises(ValueError, match=message):
-        choice.check()

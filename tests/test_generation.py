@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import NetAdapter, NonAutoregressiveWrapper
-from nar_kernels.choice import Strategy
 from nar_kernels.decode import NanRecord
 from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.generation import read_prompt
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import batch_independent
+from nar_kernels.sampling_config import Strategy
 from tests.goodness_of_fit import chi_square_p
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -412,7 +412,7 @@ def test_the_critic_is_the_default_where_there_is_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps is 0: it must be at least 1"),
+        ({"steps": 0}, r"steps is 0: it must be in \[1, 2\*\*31\)"),
         ({"strategy": "best"}, "strategy is 'best': it must be one of confidence, "),
         ({"strategy": "halton", "grid": (3, 5)}, "grid is 3 x 5: .* with 16 cells"),
         ({"block_length": 0}, "block_length is 0"),

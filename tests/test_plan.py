@@ -6,7 +6,8 @@ import pytest
 import torch
 from x_transformers import nonautoregressive_wrapper as original
 
-from nar_kernels.plan import halton_order, make_plan, num_masked_after
+from nar_kernels.halton import halton_order
+from nar_kernels.plan import make_plan, num_masked_after
 from nar_kernels.schedules import SCHEDULES, cosine, linear
 
 

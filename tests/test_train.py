@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels import checkpoint, cli, pictures, samples
-from nar_kernels.choice import Strategy
 from nar_kernels.config import TrainConfig
 from nar_kernels.data import MaskedLoader, TokenDataset
 from nar_kernels.ema import Ema
@@ -30,6 +29,7 @@ from nar_kernels.interrupt import SIGNALS, Interrupt, Interrupted, interruptible
 from nar_kernels.lock import FolderInUseError
 from nar_kernels.masking import Corrupted, MaskingConfig
 from nar_kernels.model import build_model, checkpoint_activations, choose_bf16, load_model
+from nar_kernels.sampling_config import SamplingConfig, Strategy
 from nar_kernels.sources import SequenceSpec, open_data
 from nar_kernels.train import DivergedError, Run, learning_rate, loss_and_gradient, train
 
@@ -767,14 +767,15 @@ def test_bad_ids_are_found_before_the_first_step(tmp_path):
 def test_the_default_device_changes_nothing(sentences, tmp_path):
     config = small(sentences, tmp_path / "plain", steps=4, eval_every=2, ema=0.9, accumulate=2)
     expected = train(config)
-    drawn = samples.draw(load_model(tmp_path / "plain" / "best.pt")[0], 2, seed=0)
+    model, _ = load_model(tmp_path / "plain" / "best.pt")
+    drawn = model.sample(SamplingConfig(), 2, seed=0).last().ids
     try:
         torch.set_default_device("meta")
         report = train(replace(config, out=tmp_path / "meta"))
         train(replace(config, out=tmp_path / "meta", resume=True, steps=5))
         with torch.device("meta"):
             model, _ = load_model(tmp_path / "plain" / "best.pt")
-            again = samples.draw(model, 2, seed=0)
+            again = model.sample(SamplingConfig(), 2, seed=0).last().ids
     finally:
         torch.set_default_device(None)
     assert report["curve"] == expected["curve"]
@@ -1039,15 +1040,6 @@ def test_images_show_ink_and_masks(tmp_path):
     assert (cells[4] == cells[5]).all() and cells[4].max() - cells[4].min() > 100  # no grey
 
 
-def test_frames_end_with_the_sample(learnt):
-    model, spec = load_model(learnt[1] / "last.pt")
-    ids = samples.frames(model, 3, seed=1)
-    assert ids.shape[::2] == (3, 16) and 10 < ids.shape[1] <= 19
-    masked = (ids == spec.mask_id).sum(-1)
-    assert (masked[:, 0] == 16).all() and (masked.diff(dim=1) <= 0).all()
-    assert torch.equal(ids[:, -1], samples.draw(model, 3, seed=1))
-
-
 def test_order_of_filling(learnt):
     """In random order, what stays masked does not depend on the net."""
     model, _ = load_model(learnt[1] / "last.pt")
@@ -1057,7 +1049,7 @@ def test_order_of_filling(learnt):
         for trained in (True, False):
             if not trained:
                 model = build_model(TrainConfig("text", dim=32), SPEC)
-            states = samples.states(model, 8, seed=1, strategy=order)
+            states = model.sample(SamplingConfig(strategy=order), 8, seed=1)
             kept.setdefault(order, []).extend(state.masked for state in states)
     random, confidence = (torch.stack(kept[order]) for order in orders)
     half = len(random) // 2

@@ -21,11 +21,12 @@ from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import wrapper
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.heads import LinearHead, Prediction, split_net
+from nar_kernels.heads import LinearHead, split_net
 from nar_kernels.linear import TRAINING_LIMITS, ChunkLimits
 from nar_kernels.masking import MaskingConfig
 from nar_kernels.nets import NetAdapter, net_attribute
 from nar_kernels.ops import corrupt
+from nar_kernels.prediction import TrunkAndHead
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 from tests.tiny import tiny_sizes
 
@@ -245,7 +246,7 @@ class Says(nn.Module):
 
 def masked_loss(logits, corrupted, *, weighted, is_log_prob=False):
     """Of a net that cannot be split."""
-    prediction = Prediction(Says(logits, is_log_prob), corrupted.input_ids, {})
+    prediction = TrunkAndHead(Says(logits, is_log_prob))(corrupted.input_ids, {})
     return prediction.loss(
         corrupted, reduction="nelbo" if weighted else "mean", normalizer=None, backend="auto"
     )

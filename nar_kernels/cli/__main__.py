@@ -1,0 +1,7 @@
+"""``python -m nar_kernels.cli``."""
+
+import sys
+
+from nar_kernels.cli.main import main
+
+sys.exit(main())

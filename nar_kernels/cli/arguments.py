@@ -1,0 +1,47 @@
+"""Command-line arguments from the fields of a dataclass."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nar_kernels.options import option_of
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    config_class: Any,
+    *,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    but: tuple[str, ...] = (),
+) -> None:
+    """Adds an argument for each field that has a description. Those not given do not appear in the
+    result.
+
+    Args:
+        presets: other defaults, by what they are for.
+        but: names of fields to leave out.
+    """
+    for f in dataclasses.fields(config_class):
+        if f.name in but or "help" not in f.metadata:
+            continue
+        keywords = {k: v for k, v in f.metadata.items() if k not in ("help", "otherwise")}
+        help_text = f.metadata["help"]
+        if f.default is dataclasses.MISSING:
+            pass
+        elif isinstance(f.default, bool):
+            keywords["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        else:
+            keywords.setdefault("type", type(f.default))
+            help_text += _defaults(f, presets or {})
+        parser.add_argument(
+            option_of(f.name), default=argparse.SUPPRESS, help=help_text, **keywords
+        )
+
+
+def _defaults(f: dataclasses.Field[Any], presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """What stands behind the help of an option."""
+    default = f.metadata.get("otherwise", f.default)
+    others = [f"{name} {preset[f.name]}" for name, preset in presets.items() if f.name in preset]
+    shown = [*([] if default is None else [str(default)]), *others]
+    return f" (default: {', '.join(shown)})" if shown else ""

@@ -1,0 +1,184 @@
+"""``nar-kernels generate``."""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from nar_kernels import samples
+from nar_kernels.checks import check_seed
+from nar_kernels.cli import prompts
+from nar_kernels.cli.arguments import add_options
+from nar_kernels.decode import DecodeState
+from nar_kernels.files import check_writable
+from nar_kernels.model import choose_device, load_model
+from nar_kernels.options import option_of
+from nar_kernels.player import page
+from nar_kernels.sampling_config import SamplingConfig, Strategy, top_k_of
+from nar_kernels.sources import SequenceSpec
+from nar_kernels.watch import watch
+from nar_kernels.wrapper import NonAutoregressiveWrapper
+
+HELP = "write samples of a checkpoint"
+
+_NUM_SAMPLES = 16
+
+# What options are called in Python, by which messages know them.
+NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(SamplingConfig) if f.metadata} | {
+    **{"seed": "--seed", "device": "--device", "filter_thres": "--filter-thres"},
+    "batch_size": "--num-samples",
+}
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of SamplingConfig, and what is sampled to where."""
+    parser.set_defaults(run=_run, names=NAMES)
+    parser.add_argument("--checkpoint", required=True, help="such as runs/demo/last.pt")
+    parser.add_argument(
+        "--num-samples", type=int, help=f"(default: {_NUM_SAMPLES}, or one for each prompt)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    add_options(parser, SamplingConfig, but=("strategy",))
+    strategies = [name for name in get_args(Strategy) if name != "critic"]  # no run trains one
+    default = SamplingConfig().strategy
+    parser.add_argument(
+        "--strategy",
+        choices=strategies,
+        default=argparse.SUPPRESS,
+        help=f"which tokens are unmasked first (default: {default}, for samples as varied as the "
+        "data; in Python it is confidence, as in x-transformers)",
+    )
+    parser.add_argument(
+        "--filter-thres",
+        type=float,
+        help="in place of --top-k, the share of the vocabulary that is never sampled: the least "
+        "probable ids (default: 0; in Python it is 0.7, as in x-transformers)",
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt", help="how samples begin: text, ids separated by blanks, or a .npy file of ids"
+    )
+    given.add_argument(
+        "--infill",
+        help="the same with gaps: [MASK] stands for one token, [MASK:12] for twelve, negative "
+        "ids in a file for one each",
+    )
+    parser.add_argument(
+        "--out", help="a file: .npy (ids), .png (images) or .txt (default: the terminal)"
+    )
+    parser.add_argument("--html", help="also write a page that plays the decoding step by step")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    out, html = (None if name is None else Path(name) for name in (arguments.out, arguments.html))
+    _check(arguments, config, out, html)
+    model, spec = load_model(arguments.checkpoint)
+    if out is not None:
+        samples.check_suffix(out, spec)
+    config = _fitted(config, arguments, spec)
+    states = _states(arguments, config, model.to(choose_device(arguments.device)), spec)
+    kept = None
+    if html is not None:
+        states = iter(kept := list(states))
+    if out is None and sys.stdout.isatty():
+        ids = watch(states, spec, sys.stdout).ids
+    else:
+        for last in states:  # noqa: B007
+            pass
+        ids = last.ids
+    ids = ids.cpu()
+    if out is None:
+        print(samples.text(ids, spec), end="")
+    else:
+        samples.write(out, ids, spec)
+        print(out)
+    if kept is not None:
+        title = f"{Path(arguments.checkpoint).parent.name}: {config.strategy}"
+        assert html is not None
+        samples.write_text(html, page(kept, spec, title=title))
+        print(html)
+
+
+def _config(arguments: argparse.Namespace) -> SamplingConfig:
+    """What is said about sampling on the command line."""
+    given = vars(arguments)
+    names = {f.name for f in dataclasses.fields(SamplingConfig)}
+    return SamplingConfig(**{name: given[name] for name in names & given.keys()})
+
+
+def _fitted(
+    config: SamplingConfig, arguments: argparse.Namespace, spec: SequenceSpec
+) -> SamplingConfig:
+    """The config, with what depends on the model."""
+    if config.strategy == "halton" and spec.image_shape is None:
+        if math.isqrt(spec.seq_len) ** 2 != spec.seq_len:
+            raise ValueError(
+                f"--strategy halton fills a grid, and this model makes {spec.seq_len} tokens, "
+                "which are neither an image nor a square: use another one"
+            )
+    top_k = config.top_k
+    if arguments.filter_thres is not None:
+        top_k = top_k_of(arguments.filter_thres, spec.num_tokens)
+    return dataclasses.replace(config, grid=spec.image_shape, top_k=top_k)
+
+
+def _check(
+    arguments: argparse.Namespace, config: SamplingConfig, out: Path | None, html: Path | None
+) -> None:
+    """What can be known before there is a model, so that no work is lost to it."""
+    if arguments.num_samples is not None and not 1 <= arguments.num_samples < 1 << 31:
+        raise ValueError(f"--num-samples is {arguments.num_samples}: it must be in [1, 2**31)")
+    check_seed(arguments.seed)
+    if arguments.filter_thres is not None and config.top_k is not None:
+        raise ValueError("--top-k and --filter-thres exclude each other: give one of them")
+    top_k_of(arguments.filter_thres, num_tokens=1)  # raises if it is no share
+    if config.guidance_scale != 1 and arguments.prompt is None and arguments.infill is None:
+        raise ValueError(
+            f"--guidance-scale is {config.guidance_scale}, but there is nothing to be guided by: "
+            "give --prompt or --infill"
+        )
+    _check_files(arguments, out, html)
+
+
+def _check_files(arguments: argparse.Namespace, out: Path | None, html: Path | None) -> None:
+    """Whether files can be written, and are none of those that are read."""
+    for name in ("checkpoint", "out", "html", "prompt", "infill"):
+        if getattr(arguments, name) == "":
+            raise ValueError(f"--{name} is empty: leave it out, or say what it is")
+    read = {"--checkpoint": arguments.checkpoint, "--prompt": arguments.prompt}
+    taken = {
+        os.path.realpath(path): option
+        for option, path in read.items()
+        if path is not None and os.path.isfile(path)
+    }
+    for option, path in (("--out", out), ("--html", html)):
+        if path is None:
+            continue
+        check_writable(path)
+        other = taken.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise ValueError(f"{option} and {other} are both {path}: give each a file of its own")
+        if option == "--html" and path.suffix not in (".html", ".htm"):
+            raise ValueError(f"--html is {path}: a page is written to a .html file")
+
+
+def _states(
+    arguments: argparse.Namespace,
+    config: SamplingConfig,
+    model: NonAutoregressiveWrapper,
+    spec: SequenceSpec,
+) -> Iterator[DecodeState]:
+    prompt, has_gaps = arguments.prompt, arguments.infill is not None
+    if has_gaps:
+        prompt = arguments.infill
+    ids = None if prompt is None else prompts.from_text(prompt, spec, gaps=has_gaps)
+    num_samples = arguments.num_samples
+    if num_samples is None and (ids is None or ids.dim() == 1):
+        num_samples = _NUM_SAMPLES
+    return model.sample(config, num_samples, seed=arguments.seed, prompt=ids)

@@ -1,0 +1,64 @@
+"""``nar-kernels train | generate | doctor``."""
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+from nar_kernels.cli import doctor, generate, train
+from nar_kernels.errors import BackendUnavailableError
+from nar_kernels.interrupt import Interrupted
+from nar_kernels.report import version
+from nar_kernels.train import DivergedError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0, 1 if training diverged, 2 if the user can mend it (said in one line); after a signal 128
+        and its number, as shells count: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt as error:
+        return 128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT)
+    except DivergedError as error:
+        print(f"nar-kernels: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError, BackendUnavailableError) as error:
+        print(f"nar-kernels: {_in_options(str(error), arguments.names)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _in_options(message: str, names: Mapping[str, str]) -> str:
+    """A message that speaks of arguments in Python, with the options that set them.
+
+    Args:
+        names: from arguments to options. One that is a common word is taken for the argument only
+            where messages give its value.
+    """
+    for name, option in names.items():
+        word = rf"(?<![\w./'\"-]){name}"
+        own = rf"(?<!\()(?<!, ){word}"  # and no argument of a call that is written out
+        message = re.sub(rf"{own}='(\w+)'", rf"{option} \1", message)
+        message = re.sub(rf"{own}=", option, message)
+        message = re.sub(rf"^{name}(?= is )|{word}(?=, which is )", option, message)
+        if "_" in name:
+            message = re.sub(rf"{word}(?![\w/'\"-]|\.\w)", option, message)
+    return message
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nar-kernels", description="Masked-prediction (non-autoregressive) models."
+    )
+    parser.add_argument("--version", action="version", version=version("nar-kernels") or "unknown")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for command in (train, generate, doctor):
+        name = command.__name__.rpartition(".")[2]
+        command.add_to(commands.add_parser(name, help=command.HELP))
+    return parser

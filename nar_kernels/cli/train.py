@@ -1,0 +1,39 @@
+"""``nar-kernels train``."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from nar_kernels import checkpoint
+from nar_kernels.cli.arguments import add_options
+from nar_kernels.config import PRESETS, TrainConfig
+from nar_kernels.options import option_of
+from nar_kernels.train import train
+
+HELP = "train a net and write checkpoints and a report"
+
+# What options are called in Python, by which messages know them.
+NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(TrainConfig)} | {
+    "num_held_out": "--held-out"
+}
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of TrainConfig."""
+    parser.set_defaults(run=_run, names=NAMES)
+    add_options(parser, TrainConfig, presets=PRESETS)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    options = {k: v for k, v in vars(arguments).items() if k in NAMES}
+    if options.get("resume"):
+        if "out" not in options:
+            raise ValueError("--resume needs --out, the folder of the run to continue")
+        saved = checkpoint.read(Path(options["out"]) / "last.pt")
+        if Path(options.get("data", "")).suffix == ".npy":
+            options.setdefault("dtype", None)  # the same tokens with a header of their own
+        train(TrainConfig.continued(saved["config"], **options))
+    elif "data" not in options:
+        raise ValueError("give --data: digits, text, or a file (or --resume and --out)")
+    else:
+        train(TrainConfig.for_data(**options))

@@ -1,0 +1,61 @@
+"""Options as fields of a dataclass: described once, for Python and for the command line."""
+
+import os
+from dataclasses import Field, field, fields
+from typing import Any, get_args
+
+import numpy as np
+
+from nar_kernels.checks import as_float, as_int
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field with its description as ``metadata["help"]``.
+
+    ``otherwise`` says what None stands for; the rest of ``more`` is for argparse.
+    """
+    return field(default=default, metadata={"help": help, **more})
+
+
+def option_of(name: str) -> str:
+    """The option of the command line for a field."""
+    return "--" + name.replace("_", "-")
+
+
+def make_plain(options: Any) -> None:
+    """Gives each field of a frozen dataclass a plain value of its type, in place.
+
+    Numbers of numpy, tensors of one element and paths of any kind are welcome.
+
+    Raises:
+        TypeError: a value is not of the field's type.
+        ValueError: it is none of the field's choices, or empty.
+    """
+    for f in fields(options):
+        if not f.metadata:
+            continue
+        value = _plain(f, getattr(options, f.name))
+        object.__setattr__(options, f.name, value)
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} is {value!r}: it must be one of {', '.join(choices)}")
+        if value == "":
+            raise ValueError(f"{option_of(f.name)} is empty: leave it out, or say what it is")
+
+
+def _plain(f: Field[Any], value: Any) -> Any:
+    types = get_args(f.type) or (f.type,)
+    if value is None and type(None) in types:
+        return None
+    if bool in types and isinstance(value, bool | np.bool_):
+        return bool(value)
+    if int in types and not isinstance(value, bool | np.bool_):
+        return as_int(f.name, value)
+    if float in types and not isinstance(value, bool):
+        return as_float(f.name, value)
+    if os.PathLike[str] in types and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if str in types and isinstance(value, str):
+        return str(value)
+    names = [getattr(t, "__name__", str(t)) for t in types if t is not type(None)]
+    raise TypeError(f"{f.name} is {value!r}: it must be of type {' or '.join(names)}")

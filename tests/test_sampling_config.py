@@ -1,0 +1,74 @@
+"""The options of sampling, and the choice that they make."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nar_kernels.choice import make_choice
+from nar_kernels.sampling_config import SamplingConfig, top_k_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "best"}, "strategy is 'best': it must be one of confidence, margin"),
+        ({"strategy": "confidence", "choice_temperature": -1.0}, "choice_temperature is -1.0"),
+        ({"strategy": "confidence", "choice_temperature": math.nan}, "choice_temperature is nan"),
+        ({"choice_temperature": 1.0}, "choice_temperature has no meaning for strategy 'random'"),
+        ({"threshold": 1.5}, r"threshold is 1.5: it must be in \[0, 1\]"),
+        ({"steps": 0}, r"steps is 0: it must be in \[1, 2\*\*31\)"),
+        ({"block_length": -1}, "block_length is -1"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"temperature": math.inf}, "temperature is inf: it must be at least 0 and finite"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan: it must be finite"),
+    ],
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"steps": 2.5}, {"temperature": "hot"}, {"remask": 1}, {"grid": (2, 1.5)}, {"strategy": 3}],
+)
+def test_values_of_another_type(options):
+    (name,) = options
+    with pytest.raises(TypeError, match=f"{name} is "):
+        SamplingConfig(**options)
+
+
+def test_numbers_of_other_libraries_become_plain():
+    config = SamplingConfig(
+        steps=np.int64(3),
+        temperature=torch.tensor(0.5),
+        threshold=np.float32(0.25),
+        guidance_scale=-2,
+        grid=(np.int32(2), torch.tensor(3)),
+    )
+    expected = {"steps": 3, "temperature": 0.5, "threshold": 0.25, "guidance_scale": -2.0}
+    for name, value in expected.items():
+        assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
+    assert config.grid == (2, 3)
+    assert dataclasses.replace(config, steps=None).num_steps(7) == 18
+    assert SamplingConfig(strategy="threshold").num_steps(7) == 7
+
+
+def test_filter_thres_is_a_share_of_the_vocabulary():
+    assert [top_k_of(x, 10) for x in (None, 0, 0.7, 0.95, 1)] == [None, 10, 4, 1, 1]
+    with pytest.raises(ValueError, match="filter_thres is 1.5"):
+        top_k_of(1.5, 10)
+
+
+def test_a_strategy_needs_what_it_goes_by():
+    with pytest.raises(ValueError, match="strategy 'critic' needs a token_critic"):
+        make_choice(SamplingConfig(strategy="critic"), 4, CPU, None)
+    with pytest.raises(ValueError, match="grid is 3 x 2: strategy 'halton' needs"):
+        make_choice(SamplingConfig(strategy="halton", grid=(3, 2)), 5, CPU, None)
+    order = make_choice(SamplingConfig(strategy="halton"), 4, CPU, None).order
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
