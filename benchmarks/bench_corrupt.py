@@ -20,7 +20,7 @@ from measure import SIMD_LEVELS, median_ns, processor
 from peers import x_transformers_masking
 
 from nar_kernels import MaskingConfig, backends, corrupt
-from nar_kernels.backends import cpp
+from nar_kernels.ops.backends import cpp
 
 NUM_TOKENS, MASK_ID = 8193, 8192
 WARM_UP, TIMED = 5, 10  # calls of a turn

@@ -40,11 +40,11 @@ from torch import Tensor, nn
 from x_transformers import nonautoregressive_wrapper as original
 
 import nar_kernels
-from nar_kernels.config import TrainConfig
-from nar_kernels.launch import run_linear
-from nar_kernels.linear import LogitsMemory
-from nar_kernels.sources import open_data
-from nar_kernels.train import Run
+from nar_kernels.data.sources import open_data
+from nar_kernels.ops.dispatch import run_linear
+from nar_kernels.ops.linear import LogitsMemory
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.train import Run
 
 STEPS = 18
 CPU = [Setting(257, 4, 256), Setting(8193, 4, 256), Setting(50258, 4, 128)]

@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from nar_kernels import Corrupted, MaskedLoader
-from nar_kernels.config import TrainConfig
-from nar_kernels.evaluate import evaluate
-from nar_kernels.model import build_model
-from nar_kernels.sources import BUILT_IN, Data, open_data
-from nar_kernels.train import adamw, learning_rate
+from nar_kernels.data.sources import BUILT_IN, Data, open_data
+from nar_kernels.likelihood import evaluate
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.model import build_model
+from nar_kernels.training.train import adamw, learning_rate
 
 CPU = [Setting(257, 16, 256), Setting(8193, 16, 256), Setting(50258, 8, 128)]
 CUDA = [Setting(50258, 16, 1024, dim=768, depth=12, heads=12, flash=True)]

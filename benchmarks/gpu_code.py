@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nar_kernels.arguments import CorruptArgs
-from nar_kernels.kernels import corrupt, nll, unmask
+from nar_kernels.ops.arguments import CorruptArgs
+from nar_kernels.ops.kernels import corrupt, nll, unmask
 
 ARCHITECTURES = [80, 90, 100]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

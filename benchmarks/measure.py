@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from nar_kernels import pictures
-from nar_kernels.backends import cpp
+from nar_kernels.ops.backends import cpp
+from nar_kernels.show import pictures
 
 
 def processor() -> str:

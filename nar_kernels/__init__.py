@@ -1,23 +1,23 @@
 """Fused kernels for masked-prediction (non-autoregressive) training."""
 
-from nar_kernels import train
-from nar_kernels.backends import backends
-from nar_kernels.config import TrainConfig
-from nar_kernels.corpus import Corpus
-from nar_kernels.data import MaskedLoader, TokenDataset
-from nar_kernels.decode import DecodeState
+from nar_kernels.data.corpus import Corpus
+from nar_kernels.data.loader import MaskedLoader, TokenDataset
 from nar_kernels.errors import (
     BackendUnavailableError,
     CorpusFormatError,
     InvalidLogitsError,
     InvalidTokenError,
 )
-from nar_kernels.loss import masked_nll
-from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.model import load_model
-from nar_kernels.nets import NetAdapter, TokenNet
-from nar_kernels.ops import corrupt
-from nar_kernels.unmasking import Unmasked, unmask
+from nar_kernels.nets.adapter import NetAdapter, TokenNet
+from nar_kernels.ops.backends import backends
+from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.masked_nll import masked_nll
+from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.ops.unmask import Unmasked, unmask
+from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.training import train
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.model import load_model
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 
 __all__ = [

@@ -14,11 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_kernels import parallel
 from nar_kernels.checks import as_int
-from nar_kernels.choice import make_choice
-from nar_kernels.decode import decode, draw_tokens
-from nar_kernels.generation import (
+from nar_kernels.nets.adapter import causal_module, net_attribute
+from nar_kernels.nets.keywords import for_the_net
+from nar_kernels.nets.modes import Turns, no_grad
+from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
+from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.dispatch import NLL_DTYPES
+from nar_kernels.ops.masked_nll import Reduction, num_counted
+from nar_kernels.ops.masking import IGNORE_INDEX, Corrupted, MaskingConfig
+from nar_kernels.ops.unmask import UNMASK_BACKENDS
+from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_of
+from nar_kernels.sampling.decode import decode, draw_tokens
+from nar_kernels.sampling.plan import make_plan
+from nar_kernels.sampling.prompt import (
     LogitsProcessor,
     Predictor,
     Prompt,
@@ -26,20 +35,11 @@ from nar_kernels.generation import (
     make_guidance,
     read_prompt,
 )
-from nar_kernels.keywords import for_the_net
-from nar_kernels.launch import NLL_DTYPES
-from nar_kernels.loss import Reduction, num_counted
-from nar_kernels.masking import IGNORE_INDEX, Corrupted, MaskingConfig
-from nar_kernels.modes import Turns, no_grad
-from nar_kernels.nets import causal_module, net_attribute
-from nar_kernels.ops import corrupt
-from nar_kernels.philox import Stream, noise_generator
-from nar_kernels.plan import make_plan
-from nar_kernels.prediction import Prediction, TrunkAndHead, describe
-from nar_kernels.sample_states import SampleStates
-from nar_kernels.sampling_config import SamplingConfig, Strategy, top_k_of
-from nar_kernels.schedules import Schedule, resolve
-from nar_kernels.unmasking import UNMASK_BACKENDS
+from nar_kernels.sampling.states import SampleStates
+from nar_kernels.sampling.strategies import make_choice
+from nar_kernels.spec.philox import Stream, noise_generator
+from nar_kernels.spec.schedules import Schedule, resolve
+from nar_kernels.training import parallel
 
 
 class Losses(NamedTuple):
@@ -118,7 +118,7 @@ class NonAutoregressiveWrapper(nn.Module):
     x-transformers, and its checkpoints load.
 
     Args:
-        net: a :class:`nar_kernels.nets.TokenNet`, such as x-transformers' ``TransformerWrapper``.
+        net: a :class:`~nar_kernels.TokenNet`, such as x-transformers' ``TransformerWrapper``.
         mask_id: id of the mask token, in [0, V).
         steps: of :meth:`generate`.
         self_cond: give the net the hidden states of its previous call, or a learned null embedding.
@@ -269,7 +269,7 @@ class NonAutoregressiveWrapper(nn.Module):
         """The losses of a batch.
 
         Logits are computed at the masked positions only, where the net tells its head (see
-        :class:`nar_kernels.nets.TokenNet`): :func:`nar_kernels.masked_nll`.
+        :class:`nar_kernels.nets.adapter.TokenNet`): :func:`nar_kernels.masked_nll`.
 
         Args:
             x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. (On
@@ -584,7 +584,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         The same sequence comes out in a batch of any size, up to the rounding of the net. Where
         all prompts are equal, the first step runs the net on one of them, if its outputs are
-        independent of the batch (see :class:`nar_kernels.nets.TokenNet`).
+        independent of the batch (see :class:`nar_kernels.nets.adapter.TokenNet`).
 
         Args:
             config: how.

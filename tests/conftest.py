@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=[0, 1, 2], ids=["generic", "avx2", "avx512"])
 def simd_level(request):
     """For tests that must hold with each instruction set of the C++ extension."""
-    from nar_kernels.backends import cpp
+    from nar_kernels.ops.backends import cpp
 
     if cpp is None:
         pytest.skip("the C++ extension is not built")

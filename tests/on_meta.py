@@ -77,21 +77,17 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pytest_configure() -> None:
-    from nar_kernels import (  # noqa: F401
-        choice,
-        corpus,
-        data,
-        decode,
-        halton,
-        loss,
-        masking,
-        ops,
-        plan,
-        sample_states,
-        schedules,
-        unmasking,
-        wrapper,
-    )
+    from nar_kernels import wrapper
+    from nar_kernels.data import corpus
+    from nar_kernels.data import loader as data
+    from nar_kernels.ops import corrupt as ops
+    from nar_kernels.ops import masked_nll as loss
+    from nar_kernels.ops import masking
+    from nar_kernels.ops import unmask as unmasking
+    from nar_kernels.sampling import decode, halton, plan
+    from nar_kernels.sampling import states as sample_states
+    from nar_kernels.sampling import strategies as choice
+    from nar_kernels.spec import schedules
 
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "nar_kernels"]
     functions = {

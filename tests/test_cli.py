@@ -10,10 +10,10 @@ import torch
 
 from nar_kernels.cli.main import _in_options, main
 from nar_kernels.cli.train import NAMES
-from nar_kernels.config import TrainConfig
-from nar_kernels.interrupt import SIGNALS, Interrupted
 from nar_kernels.options import option_of
-from nar_kernels.sampling_config import SamplingConfig
+from nar_kernels.sampling.config import SamplingConfig
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.interrupt import SIGNALS, Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from nar_kernels import ops
-from nar_kernels.corpus import TOKEN_DTYPES, Corpus
+from nar_kernels.data.corpus import TOKEN_DTYPES, Corpus
 from nar_kernels.errors import CorpusFormatError
+from nar_kernels.ops import corrupt as ops
 
 DTYPES = list(TOKEN_DTYPES)
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import nar_kernels
-from nar_kernels import InvalidTokenError, MaskingConfig, backends, launch, ops
-from nar_kernels.arguments import CorruptArgs, WindowOrder
-from nar_kernels.backends import cpp
-from nar_kernels.philox import Stream
-from nar_kernels.reference import permute_rounds
+from nar_kernels import InvalidTokenError, MaskingConfig, backends
+from nar_kernels.ops import corrupt as ops
+from nar_kernels.ops import dispatch as launch
+from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
+from nar_kernels.ops.backends import cpp
+from nar_kernels.ops.reference import permute_rounds
+from nar_kernels.spec.philox import Stream
 from tests import devices
 from tests.devices import device_of
 
@@ -523,7 +525,7 @@ def test_key_bounds_choose_the_smallest(spread):
 @pytest.mark.parametrize("length", [2000, 4000, 9000])
 def test_equal_keys_at_the_boundary(length, backend):
     """A row of keys that holds a pair of equal ones, with the boundary between the two."""
-    from nar_kernels.philox import Stream, words
+    from nar_kernels.spec.philox import Stream, words
 
     for sample in itertools.count():
         keys = words(0, Stream.MASK_KEY, torch.tensor(sample), torch.arange(length))

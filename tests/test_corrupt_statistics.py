@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from nar_kernels import MaskingConfig, corrupt, reference
-from nar_kernels.schedules import SCHEDULES
+from nar_kernels import MaskingConfig, corrupt
+from nar_kernels.ops import reference
+from nar_kernels.spec.schedules import SCHEDULES
 from tests.goodness_of_fit import (
     FAMILY_ERROR,
     assert_mean,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nar_kernels import MaskingConfig, backends
-from nar_kernels.backends import cuda, device_type
+from nar_kernels.ops.backends import cuda, device_type
 from tests import cuda_on_cpu
 from tests.test_corrupt import assert_same, clean_batch, corrupt
 

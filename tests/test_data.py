@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nar_kernels import data
-from nar_kernels.backends import backends, device_type
-from nar_kernels.corpus import TOKEN_DTYPES
-from nar_kernels.data import MaskedLoader, TokenDataset
+from nar_kernels.data import loader as data
+from nar_kernels.data.corpus import TOKEN_DTYPES
+from nar_kernels.data.loader import MaskedLoader, TokenDataset
+from nar_kernels.data.staging import Stager
 from nar_kernels.errors import BackendUnavailableError, CorpusFormatError, InvalidTokenError
-from nar_kernels.feed import Stager
-from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.philox import Stream, permute
+from nar_kernels.ops.backends import backends, device_type
+from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.spec.philox import Stream, permute
 
 V, MASK_ID = 1001, 1000
 MASKING = MaskingConfig(V, MASK_ID)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels.choice import Choice, Ranking
-from nar_kernels.decode import DecodeState, decode
-from nar_kernels.halton import halton_order
-from nar_kernels.plan import Block, Plan, Step, make_plan
-from nar_kernels.schedules import linear
+from nar_kernels.sampling.decode import DecodeState, decode
+from nar_kernels.sampling.halton import halton_order
+from nar_kernels.sampling.plan import Block, Plan, Step, make_plan
+from nar_kernels.sampling.strategies import Choice, Ranking
+from nar_kernels.spec.schedules import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,17 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import nar_kernels.train
-from nar_kernels import checkpoint, parallel
-from nar_kernels.config import TrainConfig
-from nar_kernels.evaluate import evaluate
-from nar_kernels.interrupt import Interrupted
-from nar_kernels.lock import FolderLock
-from nar_kernels.masking import Corrupted
-from nar_kernels.model import build_model, load_model
-from nar_kernels.sources import SequenceSpec
-from nar_kernels.step import loss_and_gradient
-from nar_kernels.train import Run, train
+from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.likelihood import evaluate
+from nar_kernels.ops.masking import Corrupted
+from nar_kernels.training import checkpoint, parallel
+from nar_kernels.training import train as train_module
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.interrupt import Interrupted
+from nar_kernels.training.lock import FolderLock
+from nar_kernels.training.model import build_model, load_model
+from nar_kernels.training.step import loss_and_gradient
+from nar_kernels.training.train import Run, train
 
 pytest.importorskip("x_transformers")
 pytestmark = [
@@ -140,13 +140,13 @@ def signalled(config: TrainConfig, number: int, at_step: int, here: bool) -> int
             signal.raise_signal(number)
         return loss_and_gradient(*arguments)
 
-    nar_kernels.train.loss_and_gradient = pressed
+    train_module.loss_and_gradient = pressed
     try:
         train(config)
     except Interrupted as stopped:
         return stopped.signum
     finally:
-        nar_kernels.train.loss_and_gradient = loss_and_gradient
+        train_module.loss_and_gradient = loss_and_gradient
     return None
 
 
@@ -365,11 +365,11 @@ def test_shares_of_the_evaluation_are_those_of_one_process(monkeypatch):
     arguments = net, dataset.held_out, dataset.held_out_windows
     expected = evaluate(*arguments, draws=2, device=CPU)
     shares: list[Tensor] = []
-    monkeypatch.setattr("nar_kernels.evaluate.world_size", lambda: 3)
+    monkeypatch.setattr("nar_kernels.likelihood.world_size", lambda: 3)
     for rank in range(3):
-        monkeypatch.setattr("nar_kernels.evaluate.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("nar_kernels.likelihood.rank", lambda rank=rank: rank)
         monkeypatch.setattr(
-            "nar_kernels.evaluate.sum_over_ranks", lambda share: shares.append(share) or share
+            "nar_kernels.likelihood.sum_over_ranks", lambda share: shares.append(share) or share
         )
         evaluate(*arguments, draws=2, device=CPU)
     assert [bool(share.any()) for share in shares] == [True, True, False]

@@ -11,8 +11,8 @@ import x_transformers
 from torch import Tensor, nn
 from x_transformers import Encoder, TransformerWrapper
 
-from nar_kernels.masking import Corrupted
-from nar_kernels.ops import corrupt
+from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.masking import Corrupted
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")

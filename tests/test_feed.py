@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels.feed import Stager, choose_memory
+from nar_kernels.data.staging import Stager, choose_memory
 
 CORPUS = torch.arange(1000, dtype=torch.int32).to(torch.uint16)
 

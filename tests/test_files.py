@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nar_kernels import checkpoint, files, lock, pictures, samples
-from nar_kernels.lock import FolderInUseError, FolderLock
-from nar_kernels.sources import SequenceSpec
+from nar_kernels import files
+from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.show import pictures, samples
+from nar_kernels.training import checkpoint, lock
+from nar_kernels.training.lock import FolderInUseError, FolderLock
 
 resource = pytest.importorskip("resource")
 
@@ -153,7 +155,7 @@ def test_paths_may_be_strings(tmp_path):
 def holder(folder: Path) -> subprocess.Popen[str]:
     """Another process that holds the folder, until it is killed."""
     script = (
-        "import pathlib, sys, time; from nar_kernels.lock import FolderLock\n"
+        "import pathlib, sys, time; from nar_kernels.training.lock import FolderLock\n"
         "held = FolderLock(pathlib.Path(sys.argv[1])); held.acquire(); print('held', flush=True)\n"
         "time.sleep(600)"
     )

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import NetAdapter, NonAutoregressiveWrapper
-from nar_kernels.decode import NanRecord
 from nar_kernels.errors import InvalidLogitsError
-from nar_kernels.generation import read_prompt
-from nar_kernels.masking import MaskingConfig
-from nar_kernels.nets import batch_independent
-from nar_kernels.sampling_config import Strategy
+from nar_kernels.nets.adapter import batch_independent
+from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.sampling.config import Strategy
+from nar_kernels.sampling.decode import NanRecord
+from nar_kernels.sampling.prompt import read_prompt
 from tests.goodness_of_fit import chi_square_p
 
 pytestmark = pytest.mark.usefixtures("one_thread")

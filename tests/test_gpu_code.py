@@ -85,7 +85,7 @@ def test_both_languages_are_in_the_table(rows):
 LAUNCH = """
 from typing import get_type_hints
 from nar_kernels import _cuda
-from nar_kernels.arguments import CorruptArgs
+from nar_kernels.ops.arguments import CorruptArgs
 print(_cuda.architectures)
 nothing = tuple(0 if hint in (int, bool) else None for hint in get_type_hints(CorruptArgs).values())
 for arguments in (nothing, nothing[1:], ("text", *nothing[1:])):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import NetAdapter, NonAutoregressiveWrapper, corrupt
-from nar_kernels.keywords import declared_names
+from nar_kernels.nets.keywords import declared_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

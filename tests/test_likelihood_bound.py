@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.ops import corrupt
-from nar_kernels.schedules import NUM_TIMES, SCHEDULES
+from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.spec.schedules import NUM_TIMES, SCHEDULES
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nar_kernels import linear
-from nar_kernels.backends import cpp
-from nar_kernels.launch import run_linear
-from nar_kernels.linear import ChunkLimits, LogitsMemory, chunk_size, inferred_logits
+from nar_kernels.ops import linear
+from nar_kernels.ops.backends import cpp
+from nar_kernels.ops.dispatch import run_linear
+from nar_kernels.ops.linear import ChunkLimits, LogitsMemory, chunk_size, inferred_logits
 
 CPU = torch.device("cpu")
 needs_kernel = pytest.mark.skipif(

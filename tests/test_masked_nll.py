@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nar_kernels
-from nar_kernels import MaskingConfig, linear, loss, masked_nll
-from nar_kernels.backends import cpp
-from nar_kernels.launch import NLL_DTYPES, run_nll
+from nar_kernels import MaskingConfig, masked_nll
+from nar_kernels.ops import linear
+from nar_kernels.ops import masked_nll as loss
+from nar_kernels.ops.backends import cpp
+from nar_kernels.ops.dispatch import NLL_DTYPES, run_nll
 from tests import devices
 from tests.devices import device_of
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nar_kernels import ops
-from nar_kernels.philox import (
+from nar_kernels.ops import corrupt as ops
+from nar_kernels.spec.philox import (
     EXACT_PERMUTATION_MAX,
     Stream,
     derived_seed,

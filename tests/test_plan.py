@@ -6,9 +6,9 @@ import pytest
 import torch
 from x_transformers import nonautoregressive_wrapper as original
 
-from nar_kernels.halton import halton_order
-from nar_kernels.plan import make_plan, num_masked_after
-from nar_kernels.schedules import SCHEDULES, cosine, linear
+from nar_kernels.sampling.halton import halton_order
+from nar_kernels.sampling.plan import make_plan, num_masked_after
+from nar_kernels.spec.schedules import SCHEDULES, cosine, linear
 
 
 @pytest.mark.parametrize("schedule", [linear, cosine])

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels import pictures
-from nar_kernels.decode import DecodeState
-from nar_kernels.player import page
-from nar_kernels.sources import SequenceSpec
+from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.show import pictures
+from nar_kernels.show.player import page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

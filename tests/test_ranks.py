@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nar_kernels.parallel import SHARDS_ON_CPU
+from nar_kernels.training.parallel import SHARDS_ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2

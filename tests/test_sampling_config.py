@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nar_kernels.choice import make_choice
-from nar_kernels.sampling_config import SamplingConfig, top_k_of
+from nar_kernels.sampling.config import SamplingConfig, top_k_of
+from nar_kernels.sampling.strategies import make_choice
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nar_kernels import MaskingConfig, corrupt, masked_nll
-from nar_kernels.plan import make_plan
-from nar_kernels.schedules import NUM_TIMES, SCHEDULES, tabulate
+from nar_kernels.sampling.plan import make_plan
+from nar_kernels.spec.schedules import NUM_TIMES, SCHEDULES, tabulate
 
 NAMES = list(SCHEDULES)
 T = (torch.arange(NUM_TIMES, dtype=torch.float64) + 0.5) / NUM_TIMES

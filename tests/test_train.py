@@ -19,19 +19,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nar_kernels import checkpoint, cli, pictures, samples
-from nar_kernels.config import TrainConfig
-from nar_kernels.data import MaskedLoader, TokenDataset
-from nar_kernels.ema import Ema
+from nar_kernels import cli
+from nar_kernels.data.loader import MaskedLoader, TokenDataset
+from nar_kernels.data.sources import SequenceSpec, open_data
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
-from nar_kernels.evaluate import baselines, evaluate, evaluation_batch, evaluation_parts
-from nar_kernels.interrupt import SIGNALS, Interrupt, Interrupted, interruptible
-from nar_kernels.lock import FolderInUseError
-from nar_kernels.masking import Corrupted, MaskingConfig
-from nar_kernels.model import build_model, checkpoint_activations, choose_bf16, load_model
-from nar_kernels.sampling_config import SamplingConfig, Strategy
-from nar_kernels.sources import SequenceSpec, open_data
-from nar_kernels.train import DivergedError, Run, learning_rate, loss_and_gradient, train
+from nar_kernels.likelihood import baselines, evaluate, evaluation_batch, evaluation_parts
+from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.sampling.config import SamplingConfig, Strategy
+from nar_kernels.show import pictures, samples
+from nar_kernels.training import checkpoint
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.ema import Ema
+from nar_kernels.training.interrupt import SIGNALS, Interrupt, Interrupted, interruptible
+from nar_kernels.training.lock import FolderInUseError
+from nar_kernels.training.model import build_model, checkpoint_activations, choose_bf16, load_model
+from nar_kernels.training.train import DivergedError, Run, learning_rate, loss_and_gradient, train
 
 pytest.importorskip("x_transformers")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nar_kernels import backends, unmask
-from nar_kernels.backends import cpp
-from nar_kernels.float_math import exp_of_negative, gumbel, log_of_positive
+from nar_kernels.ops.backends import cpp
+from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
 from tests import devices
 from tests.devices import device_of
 from tests.goodness_of_fit import chi_square_p
@@ -30,7 +30,7 @@ if backends()["triton"] == "available":
     import triton
     import triton.language as tl
 
-    from nar_kernels.kernels.unmask import _exp_of_negative, _gumbel
+    from nar_kernels.ops.kernels.unmask import _exp_of_negative, _gumbel
 
     @triton.jit
     def arithmetic_kernel(noise, exp, words, x, BLOCK: tl.constexpr):

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import MaskingConfig, NetAdapter, NonAutoregressiveWrapper, corrupt
-from nar_kernels.heads import split_net
+from nar_kernels.nets.split import split_net
 from tests.tiny import tiny_sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

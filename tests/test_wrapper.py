@@ -21,12 +21,12 @@ from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import wrapper
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.heads import LinearHead, split_net
-from nar_kernels.linear import TRAINING_LIMITS, ChunkLimits
-from nar_kernels.masking import MaskingConfig
-from nar_kernels.nets import NetAdapter, net_attribute
-from nar_kernels.ops import corrupt
-from nar_kernels.prediction import TrunkAndHead
+from nar_kernels.nets.adapter import NetAdapter, net_attribute
+from nar_kernels.nets.prediction import TrunkAndHead
+from nar_kernels.nets.split import LinearHead, split_net
+from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.linear import TRAINING_LIMITS, ChunkLimits
+from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 from tests.tiny import tiny_sizes
 

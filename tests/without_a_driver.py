@@ -73,9 +73,9 @@ driver.set_active(NoDriver())
 SIZES = {"i1": 1, "i32": 4, "fp32": 4, "i64": 8}
 
 from nar_kernels import MaskingConfig  # noqa: E402
-from nar_kernels.kernels import corrupt, nll, unmask  # noqa: E402
-from nar_kernels.kernels.launcher import Launcher  # noqa: E402
-from nar_kernels.launch import _empty_outputs  # noqa: E402
+from nar_kernels.ops.dispatch import _empty_outputs  # noqa: E402
+from nar_kernels.ops.kernels import corrupt, nll, unmask  # noqa: E402
+from nar_kernels.ops.kernels.launcher import Launcher  # noqa: E402
 from tests.test_corrupt import arguments  # noqa: E402
 
 CORPUS = torch.zeros(40_000, dtype=torch.uint16)

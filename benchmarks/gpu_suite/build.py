@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 LOADED = """
-from nar_kernels.backends import backends, cpp, cuda
+from nar_kernels.ops.backends import backends, cpp, cuda
 if {name} is None:
     raise SystemExit("built, but not loaded: " + backends()["{name}"])
 print("built and loaded", getattr({name}, "architectures", ""))

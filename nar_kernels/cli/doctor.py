@@ -5,9 +5,9 @@ import platform
 
 import torch
 
-from nar_kernels.backends import backends, cpp
 from nar_kernels.extras import EXTRAS, how_to_install
-from nar_kernels.report import version
+from nar_kernels.ops.backends import backends, cpp
+from nar_kernels.training.report import version
 
 HELP = "say what works here, and why the rest does not"
 

@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from nar_kernels import samples
 from nar_kernels.checks import check_seed
 from nar_kernels.cli import prompts
 from nar_kernels.cli.arguments import add_options
-from nar_kernels.decode import DecodeState
+from nar_kernels.data.sources import SequenceSpec
 from nar_kernels.files import check_writable
-from nar_kernels.model import choose_device, load_model
 from nar_kernels.options import option_of
-from nar_kernels.player import page
-from nar_kernels.sampling_config import SamplingConfig, Strategy, top_k_of
-from nar_kernels.sources import SequenceSpec
-from nar_kernels.watch import watch
+from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_of
+from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.show import samples
+from nar_kernels.show.player import page
+from nar_kernels.show.terminal import watch
+from nar_kernels.training.model import choose_device, load_model
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 HELP = "write samples of a checkpoint"

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from nar_kernels.cli import doctor, generate, train
 from nar_kernels.errors import BackendUnavailableError
-from nar_kernels.interrupt import Interrupted
-from nar_kernels.report import version
-from nar_kernels.train import DivergedError
+from nar_kernels.training.interrupt import Interrupted
+from nar_kernels.training.report import version
+from nar_kernels.training.train import DivergedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

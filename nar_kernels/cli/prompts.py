@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.sources import SequenceSpec
+from nar_kernels.data.sources import SequenceSpec
 
 _GAP = re.compile(r"\[MASK(?::(\d+))?\]")
 
@@ -21,7 +21,7 @@ def from_text(text: str, spec: SequenceSpec, *, gaps: bool) -> Tensor:
         gaps: whether ``[MASK]`` in the text stands for one id to fill, and ``[MASK:12]`` for
             twelve.
 
-    Whether they are ids of the model is for :func:`nar_kernels.generation.read_prompt` to say.
+    Whether they are ids of the model is for :func:`nar_kernels.sampling.prompt.read_prompt` to say.
 
     Raises:
         ValueError, OSError: they are no ids, or the file cannot be read.

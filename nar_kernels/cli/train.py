@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from nar_kernels import checkpoint
 from nar_kernels.cli.arguments import add_options
-from nar_kernels.config import PRESETS, TrainConfig
 from nar_kernels.options import option_of
-from nar_kernels.train import train
+from nar_kernels.training import checkpoint
+from nar_kernels.training.config import PRESETS, TrainConfig
+from nar_kernels.training.train import train
 
 HELP = "train a net and write checkpoints and a report"
 

@@ -1,0 +1,525 @@
+"""Clean windows of a corpus, and batches of corrupted ones: :class:`TokenDataset` and
+:class:`MaskedLoader`.
+
+Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus, N windows of the dataset.
+"""
+
+import copy
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, SupportsIndex, get_args
+
+import torch
+from numpy.typing import DTypeLike
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nar_kernels.checks import as_int, check_device
+from nar_kernels.data.corpus import Corpus, Source
+from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
+from nar_kernels.errors import InvalidTokenError
+from nar_kernels.ops.arguments import WindowOrder
+from nar_kernels.ops.backends import resolve_backend
+from nar_kernels.ops.corrupt import corrupt_step, permute, windows
+from nar_kernels.ops.masking import Corrupted, MaskingConfig, check_record, check_vocabulary
+from nar_kernels.spec.philox import Stream
+from nar_kernels.training import parallel
+
+_TOKENS_SCANNED = 1 << 18  # at a time: what is made of them stays in the cache
+
+
+class TokenDataset(Dataset[Tensor]):
+    """Windows of exactly ``seq_len`` clean token ids, for ``torch.utils.data.DataLoader``.
+
+    Window ``i`` is ``tokens[i * stride : i * stride + seq_len]`` as int64 ``[L]``. There are
+    ``N = (T - seq_len) // stride + 1`` of them, none padded; a tail too short for one is dropped.
+
+    Args:
+        source: a path, an array or a tensor: see :class:`~nar_kernels.data.corpus.Corpus`.
+        seq_len: L, at least 1.
+        num_tokens: V, the number of embedding rows, in [2, 2**31).
+        mask_id: the mask token, in [0, V). Clean data must not contain it.
+        stride: tokens from one window's start to the next, at least 1. Default: ``seq_len``.
+        dtype: type of the ids of a raw file, such as ``"uint16"``. See ``Corpus``.
+        validate: check every window that is fetched. If false, ids that are invalid are replaced by
+            a valid one (0, or 1 if ``mask_id`` is 0), so that no embedding is read out of bounds.
+
+    Attributes:
+        corpus: the :class:`Corpus`.
+        phase: the start of window 0 in the corpus: 0, except for windows held out by ``split``.
+
+    Raises:
+        CorpusFormatError, FileNotFoundError: the corpus cannot be read.
+        ValueError: an argument is out of range, or the corpus is shorter than a window.
+        InvalidTokenError: (on fetching) a token id is outside [0, V), or is ``mask_id``.
+        IndexError: (on fetching) an index is outside [-N, N).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seq_len: int,
+        *,
+        num_tokens: int,
+        mask_id: int,
+        stride: int | None = None,
+        dtype: DTypeLike | torch.dtype | None = None,
+        validate: bool = True,
+    ) -> None:
+        num_tokens, mask_id = as_int("num_tokens", num_tokens), as_int("mask_id", mask_id)
+        check_vocabulary(num_tokens, mask_id)
+        seq_len = as_int("seq_len", seq_len)
+        stride = seq_len if stride is None else as_int("stride", stride)
+        for name, value in (("seq_len", seq_len), ("stride", stride)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        self.corpus = Corpus(source, dtype=dtype)
+        if len(self.corpus) < seq_len:
+            raise ValueError(
+                f"{self.corpus.name} has {len(self.corpus)} tokens, less than one window of "
+                f"seq_len {seq_len}"
+            )
+        self.seq_len, self.stride = seq_len, stride
+        self.num_tokens, self.mask_id = num_tokens, mask_id
+        self.validate = validate
+        self.phase = 0
+        self._num_windows = (len(self.corpus) - seq_len) // stride + 1
+
+    def __len__(self) -> int:
+        """N, the number of windows."""
+        return self._num_windows
+
+    def starts(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """int64 ``[B]``: where in the corpus the windows of these indices begin; on the device of
+        ``indices`` if that is a tensor.
+
+        Raises:
+            IndexError: an index is outside [-N, N).
+            TypeError: an index is no integer.
+        """
+        if isinstance(indices, Tensor):
+            if indices.is_floating_point() or indices.dtype == torch.bool:
+                raise TypeError(f"window indices are {indices.dtype}: they must be integers")
+            index = indices.to(torch.int64)
+        else:
+            numbers = [as_int("window index", i) for i in indices]
+            index = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        outside = (index < -len(self)) | (index >= len(self))
+        if outside.any():
+            raise IndexError(
+                f"window index {index[outside][0].item()} is outside [-{len(self)}, {len(self)})"
+            )
+        return self.phase + index.remainder(len(self)) * self.stride
+
+    def __getitem__(self, index: SupportsIndex) -> Tensor:
+        """int64 ``[L]``: one window."""
+        return self.__getitems__([operator.index(index)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """B windows, int64 ``[L]`` each, fetched at once: rows of one ``[B, L]`` tensor."""
+        rows = windows(
+            self.corpus.tokens,
+            self.starts(indices),
+            self.seq_len,
+            num_tokens=self.num_tokens,
+            mask_id=self.mask_id,
+            validate=self.validate,
+            source=self.corpus.name,
+        )
+        return list(rows)
+
+    def split(self, num_held_out: int) -> tuple["TokenDataset", "TokenDataset"]:
+        """``(train, held_out)``: the last ``num_held_out`` windows are kept for evaluation.
+
+        The two share the corpus but no token. If windows overlap (``stride < seq_len``), those that
+        reach into the first held-out window belong to neither; so
+        ``len(train) == N - num_held_out - (ceil(seq_len / stride) - 1)``.
+
+        Raises:
+            ValueError: either side would be empty.
+        """
+        num_held_out = as_int("num_held_out", num_held_out)
+        dropped = -(-self.seq_len // self.stride) - 1
+        num_train = len(self) - num_held_out - dropped
+        if num_held_out < 1 or num_train < 1:
+            raise ValueError(
+                f"num_held_out is {num_held_out}: of {len(self)} windows, at least 1 must be held "
+                f"out and at least {dropped + 1} not, so that one that shares no token with them "
+                "remains"
+            )
+        train, held_out = copy.copy(self), copy.copy(self)
+        train._num_windows = num_train
+        held_out._num_windows = num_held_out
+        held_out.phase = self.phase + (len(self) - num_held_out) * self.stride
+        return train, held_out
+
+    def validate_all(self) -> None:
+        """Checks the tokens of all windows, each once, in one pass over the part of the corpus that
+        they cover.
+
+        Raises:
+            InvalidTokenError: with the lowest offset of a bad id, and how many there are.
+        """
+        tokens = self.corpus.tokens.numpy()
+        end = self.phase + (len(self) - 1) * self.stride + self.seq_len
+        count, offset = 0, -1
+        start = self.phase
+        while start < end:
+            part = tokens[start : min(start + _TOKENS_SCANNED, end)]
+            low, high = part.min(), part.max()
+            # Where the mask's is the last id, as is usual, only bad tokens are looked at again.
+            has_mask = low <= self.mask_id <= high and self.mask_id in part
+            if low < 0 or high >= self.num_tokens or has_mask:
+                bad = (part < 0) | (part >= self.num_tokens) | (part == self.mask_id)
+                offsets = start + bad.nonzero()[0]
+                offsets = offsets[(offsets - self.phase) % self.stride < self.seq_len]
+                if len(offsets) and not count:
+                    offset = int(offsets[0])
+                count += len(offsets)
+            start += len(part)
+            # A gap between two windows is skipped from where the part ended.
+            if (beyond := (start - self.phase) % self.stride) >= self.seq_len:
+                start += self.stride - beyond
+        if count:
+            raise InvalidTokenError.at(
+                f"offset {offset} of {self.corpus.name}",
+                token_id=int(tokens[offset]),
+                offset=offset,
+                count=count,
+                num_tokens=self.num_tokens,
+                mask_id=self.mask_id,
+            )
+
+
+def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """``rank`` and ``world_size`` as given, or those of the process group."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(
+            f"rank is {rank} and world_size is {world_size}: give both, or neither to take those "
+            "of the process group"
+        )
+    if rank is not None:
+        return as_int("rank", rank), as_int("world_size", world_size)
+    if parallel.is_launched() and not parallel.has_group():
+        warnings.warn(
+            "torchrun started this process, but there is no process group yet: each process gets "
+            "the same batches. Make the loader after torch.distributed.init_process_group, or pass "
+            "rank and world_size",
+            stacklevel=3,
+        )
+    return parallel.rank(), parallel.world_size()
+
+
+def _check_step(step: int) -> int:
+    step = as_int("step", step)
+    if step < 0:
+        raise ValueError(f"step is {step}: it must be at least 0")
+    return step
+
+
+class MaskedLoader:
+    """Batches of corrupted windows, by random access or in order, without end.
+
+    With a global batch of ``G = batch_size * world_size``, step s of rank r holds the global sample
+    slots ``g = s * G + r * batch_size + j`` for j in [0, ``batch_size``). Slot g is position
+    ``g % N`` of epoch ``g // N``. Each epoch visits every window once, in an order of its own; a
+    batch may straddle epochs. All noise is a function of ``(seed, g)`` and of G. So windows and
+    masks depend neither on ``world_size`` (for equal G), nor on where a run was resumed.
+
+    Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches.
+    (``range`` first: so ``zip`` stops before it takes a batch that nobody sees.) Frameworks that
+    ask for ``len(loader)`` get the number of steps in an epoch, and go on with the next step when
+    they iterate again.
+
+    Ids are always checked, whatever ``dataset.validate`` says: the operation that corrupts does it
+    in passing. On the CPU an error comes with the batch; on a GPU, which is not waited for, with
+    the next one (or :meth:`raise_if_invalid`): the host is never more than a step ahead of the
+    device.
+
+    A copy, also by ``pickle``, continues from the same step by itself. A corpus in a file travels
+    as its path; copies in one process share it. What lies on a device is made again on arrival.
+
+    On a CUDA device a batch is one launch, which finds its windows by itself; nothing but a few
+    numbers comes from the host. The corpus stays in its own type, and lies
+
+    * ``"device"``: in the memory of the GPU;
+    * ``"pinned"``: in pinned memory of the host (a copy), which the kernel reads over the bus;
+    * ``"mapped"``: where it is, such as in a file. A thread fetches the windows of the next batch
+      and copies them to the GPU while it computes.
+
+    ``"auto"`` takes the first that fits: an eighth of the free memory of the GPU, or a quarter of
+    that of the host divided by ``world_size``. With the first two, ``batch`` also takes the step as
+    a tensor on the device, so that a whole training step can be captured in a CUDA graph.
+
+    Args:
+        dataset: the windows.
+        masking: how to mask; ``num_tokens`` and ``mask_id`` must be those of the dataset.
+        batch_size: B, sequences of one optimiser step on this rank. Gradient accumulation divides
+            them: see :meth:`Corrupted.microbatches`.
+        seed: 64-bit key of the order of windows and of the masks.
+        device: where the batches go. Those for CUDA devices are made there, others on the CPU.
+        rank, world_size: this process among those that share the global batch; both or neither.
+            Default: as in the process group of ``torch.distributed``, if one is initialised by now,
+            else 0 of 1.
+        shuffle: if false, slot g is window ``g % N``.
+        backend: as in :func:`nar_kernels.corrupt`.
+        corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
+
+    Attributes:
+        step: the step that iteration yields next.
+        corpus_memory: where the corpus lies; ``"mapped"`` if the device is the CPU.
+
+    Raises:
+        ValueError: an argument is out of range, or dataset and masking disagree.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        masking: MaskingConfig,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int | None = None,
+        world_size: int | None = None,
+        shuffle: bool = True,
+        backend: str = "auto",
+        corpus_memory: CorpusMemory | Literal["auto"] = "auto",
+    ) -> None:
+        batch_size = as_int("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        rank, world_size = _place_among_ranks(rank, world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}: it must be in [0, world_size) = [0, {world_size})")
+        for name in ("num_tokens", "mask_id"):
+            ours, theirs = getattr(masking, name), getattr(dataset, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"masking has {name} {ours} but the dataset has {theirs}: they must be equal"
+                )
+        self.dataset, self.masking = dataset, masking
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.seed, self.shuffle = as_int("seed", seed), bool(shuffle)
+        self.device = check_device(device)
+        # Where batches are made.
+        self._made_on = self.device if self.device.type == "cuda" else torch.device("cpu")
+        self.backend = resolve_backend(backend, self._made_on)
+        self.step = 0
+        self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, self.shuffle)
+        self._deferred = DeferredCheck()
+        self._place_corpus(corpus_memory)
+
+    def _place_corpus(self, memory: CorpusMemory | Literal["auto"]) -> None:
+        if memory not in ("auto", *get_args(CorpusMemory)):
+            raise ValueError(
+                f"corpus_memory is {memory!r}: it must be 'auto', 'device', 'pinned' or 'mapped'"
+            )
+        self._tokens = self.dataset.corpus.tokens.contiguous()
+        self._stager: Stager | None = None
+        if self._made_on.type == "cpu":
+            self.corpus_memory: CorpusMemory = "mapped"
+            return
+        if memory == "auto":
+            memory = choose_memory_here(self._tokens, self._made_on, self.world_size)
+            if memory == "pinned" and self.backend == "reference":
+                memory = "mapped"  # no kernel that reads over the bus
+        self.corpus_memory = memory
+        if memory == "device":
+            self._tokens = self._tokens.to(self._made_on)
+        elif memory == "pinned":
+            self._tokens = self._tokens.pin_memory()
+        else:
+            self._stager = Stager(
+                self._tokens,
+                self._starts,
+                self.batch_size,
+                self.dataset.seq_len,
+                self._made_on,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        # Memory, threads and events of a device are made again on arrival. A check that is pending
+        # stays with this loader.
+        for name in ("_tokens", "_stager", "_deferred"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        check_device(self.device)
+        self._deferred = DeferredCheck()
+        self._place_corpus(self.corpus_memory)
+
+    def __len__(self) -> int:
+        """Whole steps in an epoch, ``max(N // G, 1)``. Iteration itself does not end there."""
+        return max(len(self.dataset) // self.global_batch, 1)
+
+    @property
+    def global_batch(self) -> int:
+        """G, sequences of one optimiser step on all ranks together."""
+        return self.batch_size * self.world_size
+
+    def sample_ids(self, step: int) -> Tensor:
+        """int64 ``[B]``: the global sample slots of ``step`` on this rank."""
+        first = _check_step(step) * self.global_batch + self.rank * self.batch_size
+        return torch.arange(first, first + self.batch_size, device="cpu")
+
+    def window_indices(self, step: int) -> Tensor:
+        """int64 ``[B]`` in [0, N): the windows of the dataset that ``step`` holds on this rank."""
+        slots, num_windows = self.sample_ids(step), len(self.dataset)
+        epochs, position = slots // num_windows, slots % num_windows
+        if not self.shuffle:
+            return position
+        order = torch.empty_like(position)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            order[here] = permute(
+                position[here],
+                num_windows,
+                seed=self.seed,
+                stream=Stream.WINDOW_ORDER,
+                round=epoch,
+            )
+        return order
+
+    def _starts(self, step: int) -> Tensor:
+        """int64 ``[B]``: where the windows of a step begin in the corpus."""
+        return self.dataset.starts(self.window_indices(step))
+
+    def batch(self, step: int | Tensor) -> Corrupted:
+        """The batch of any step: a function of ``(seed, step)``; it neither reads nor moves
+        ``self.step``.
+
+        Args:
+            step: at least 0. Or an int64 tensor of one element on the CUDA device: then nothing is
+                raised here, since to look at the batch would wait for the device; the batch's own
+                ``raise_if_invalid`` does.
+
+        Raises:
+            InvalidTokenError: a window holds a bad id: in this batch on the CPU, in the one before
+                on a CUDA device. The message names corpus and offset.
+            ValueError: ``step`` is negative, or a tensor where the corpus is not in a memory that
+                the kernel can read.
+        """
+        self._deferred.settle()
+        tokens = self._tokens
+        if isinstance(step, Tensor):
+            if self._made_on.type == "cpu" or self._stager is not None:
+                raise ValueError(
+                    "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
+                    f"'pinned' does the kernel find the windows; here it is {self.device} and "
+                    f"{self.corpus_memory!r}, so pass an int"
+                )
+        else:
+            step = _check_step(step)
+            if self._stager is not None:
+                tokens = self._stager.windows(step)
+        corrupted = corrupt_step(
+            tokens,
+            self.masking,
+            self._order if self._stager is None else None,
+            step=step,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            global_batch=self.global_batch,
+            seq_len=self.dataset.seq_len,
+            seed=self.seed,
+            device=self._made_on,
+            backend=self.backend,
+        )
+        if not isinstance(step, Tensor):
+            if self._made_on.type == "cuda":
+                self._deferred.watch(corrupted, partial(self._check, step))
+            else:
+                self._check(step, corrupted.invalid)
+        return corrupted if self._made_on == self.device else corrupted.to(self.device)
+
+    def _check(self, step: int, record: Tensor) -> None:
+        """Raises what the record of the batch of ``step`` says is wrong."""
+
+        def where(offset: int) -> str:
+            if self._stager is not None:  # counted in the batch, not in the corpus
+                row, column = divmod(offset, self.dataset.seq_len)
+                offset = int(self._starts(step)[row]) + column
+            return f"offset {offset} of {self.dataset.corpus.name}"
+
+        check_record(record, self.batch_size, self.masking, where)
+
+    def raise_if_invalid(self) -> None:
+        """Waits for the last batch and raises what is wrong with it, if nothing has yet."""
+        self._deferred.settle()
+
+    def __iter__(self) -> Iterator[Corrupted]:
+        return self
+
+    def __next__(self) -> Corrupted:
+        batch = self.batch(self.step)
+        self.step += 1
+        if self._stager is not None:
+            self._stager.prefetch(self.step)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes to continue: the next step, and what must not have changed until then.
+
+        Follows the protocol of torchdata's ``StatefulDataLoader``. It is equal on all ranks. After
+        batch s was received from iteration, ``"step"`` is s + 1.
+        """
+        return {
+            "step": _check_step(self.step),
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "shuffle": self.shuffle,
+            "corpus_digest": self.dataset.corpus.digest,
+            "seq_len": self.dataset.seq_len,
+            "stride": self.dataset.stride,
+            "phase": self.dataset.phase,
+            "num_windows": len(self.dataset),
+            **self._masking_state(),
+        }
+
+    def _masking_state(self) -> dict[str, Any]:
+        masking = self.masking
+        shares = ("no_replace_prob", "random_token_prob", "corruption_prob")
+        return {
+            "num_tokens": int(masking.num_tokens),
+            "mask_id": int(masking.mask_id),
+            "schedule_digest": masking.schedule_digest,
+            "draw": str(masking.draw),
+            "times": str(masking.times),
+            "never_mask_ids": sorted({int(i) for i in masking.never_mask_ids}),
+            **{name: float(getattr(masking, name)) for name in shares},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where :meth:`state_dict` was taken.
+
+        ``world_size`` may have changed, if ``batch_size * world_size`` has not.
+
+        Raises:
+            ValueError: the state is of another seed, corpus, window layout, global batch or
+                masking, with which this loader would not continue the same sequence of batches.
+        """
+        for name, ours in self.state_dict().items():
+            if name not in state_dict:
+                if name in self._masking_state():  # states of earlier versions have no such entries
+                    continue
+                raise ValueError(f"the state has no {name!r}: it is not one of a MaskedLoader")
+            theirs = state_dict[name]
+            if name == "step" or ours == theirs:
+                continue
+            names = {"corpus_digest": self.dataset.corpus.name}
+            names["schedule_digest"] = repr(self.masking.schedule)
+            where = f" of {names[name]}" if name in names else ""
+            what = "batch_size * world_size" if name == "global_batch" else name
+            raise ValueError(
+                f"cannot continue: {what} is {theirs} in the state, but {ours}{where} here; make "
+                "the loader as it was when the state was taken"
+            )
+        self.step = _check_step(state_dict["step"])

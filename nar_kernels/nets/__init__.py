@@ -1,0 +1,1 @@
+"""What nets must be, and how they are called."""

@@ -1,0 +1,229 @@
+"""What a net says of a batch: hidden states and a head, or logits where it cannot be split.
+
+Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows, C rows of a chunk.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nar_kernels.nets.adapter import (
+    HeadMismatchError,
+    NetAdapter,
+    is_compiled,
+    net_attribute,
+    plain_core,
+)
+from nar_kernels.nets.modes import evaluating, no_grad
+from nar_kernels.nets.split import Head, LinearHead, split_net
+from nar_kernels.ops.linear import TRAINING_LIMITS, LogitsMemory, chunk_size, inferred_logits
+from nar_kernels.ops.masked_nll import (
+    Reduction,
+    head_nll,
+    head_widths,
+    logits_nll,
+    masked_labels,
+    masked_nll,
+    reduce_nll,
+)
+from nar_kernels.ops.masking import Corrupted, MaskingConfig
+
+
+def describe(output: Any) -> str:
+    """What a net returned."""
+    return f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+
+
+class Prediction(NamedTuple):
+    """The result of a :class:`TrunkAndHead`.
+
+    Attributes:
+        output: hidden states ``[B, L, D]`` or logits ``[B, L, V]``; see :meth:`check`.
+        head: what makes logits of hidden states; None if ``output`` are logits.
+        embeddings: the hidden states; None if they are not known.
+        is_log_prob: whether logits are log-probabilities.
+    """
+
+    output: Tensor
+    head: Head | None
+    embeddings: Tensor | None
+    is_log_prob: bool
+
+    @property
+    def width(self) -> int | None:
+        """V of the logits, if that is known before they are made."""
+        if isinstance(self.head, LinearHead):
+            return self.head.weight.shape[0]
+        return self.output.shape[-1] if self.head is None else None
+
+    def check(self, ids: Tensor, masking: MaskingConfig) -> None:
+        """Raises TypeError unless the net did what a :class:`TokenNet` promises."""
+        output, expected = self.output, [*ids.shape, masking.num_tokens]
+        fits = isinstance(output, Tensor) and output.shape[:-1] == ids.shape
+        if self.head is None and not fits:
+            raise TypeError(
+                f"the net returned {describe(output)}, but it must return logits of shape "
+                f"{expected}; NetAdapter picks them out of most outputs"
+            )
+        if not fits:
+            raise TypeError(
+                f"the net returned {describe(output)} with return_embeddings=True, but it must "
+                f"return hidden states of shape {[*ids.shape, 'D']}"
+            )
+        # mask_id needs no column if it is the last id.
+        if self.width is not None and self.width not in head_widths(masking):
+            raise TypeError(
+                f"the net returned shape {[*ids.shape, self.width]}, but it must return logits of "
+                f"shape {expected}: num_tokens is the number of its embedding rows"
+            )
+
+    def loss(
+        self,
+        corrupted: Corrupted,
+        *,
+        reduction: Reduction,
+        normalizer: float | Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """As :func:`nar_kernels.masked_nll`."""
+        head, output = self.head, self.output
+        if head is None:
+            rows, labels = masked_labels(corrupted)
+            logits = output.reshape(-1, output.shape[-1]).index_select(0, rows)
+            nll = logits_nll(logits, labels, self.is_log_prob)
+            return reduce_nll(nll, corrupted, reduction, normalizer)
+        if isinstance(head, LinearHead):
+            return masked_nll(
+                output if head.scale == 1 else output * head.scale,
+                head.weight,
+                corrupted,
+                bias=head.bias,
+                reduction=reduction,
+                normalizer=normalizer,
+                backend=backend,
+            )
+        return head_nll(
+            output,
+            head,
+            corrupted,
+            is_log_prob=self.is_log_prob,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+
+    @torch.no_grad()
+    def logits_at(self, rows: Tensor, memory: LogitsMemory | None = None) -> Iterator[Tensor]:
+        """Logits ``[C, V]`` of chunks of the rows, indices into the flat ``[B * L]``, in order.
+
+        They are without gradients, and valid until the next chunk. ``memory`` is for those of a
+        linear head.
+        """
+        picked = self.output.reshape(-1, self.output.shape[-1]).index_select(0, rows)
+        head = self.head
+        if head is None:
+            yield picked
+        elif isinstance(head, LinearHead):
+            scaled = picked * head.scale if head.scale != 1 else picked
+            yield from inferred_logits(scaled, head.weight, head.bias, memory or LogitsMemory())
+        else:
+            width = head(picked[:1]).shape[-1]
+            size = chunk_size(len(rows), width, rows.device, TRAINING_LIMITS)
+            for some in picked.split(size):
+                yield head(some)
+
+
+# Arguments of x-transformers' nets for the head itself, or for what is behind it.
+_AT_ALL_POSITIONS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
+
+
+class TrunkAndHead:
+    """A net split into its trunk and its head, once for many calls: parameters may get other values
+    in between, but hooks and modules must stay as they are.
+
+    Args:
+        net: a :class:`nar_kernels.nets.adapter.TokenNet`.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net, self._split = net, split_net(net)
+        core = None if self._split is None else plain_core(net)
+        self._adapter = core if isinstance(core, NetAdapter) else None
+        self._is_log_prob = net_attribute(net, "output_is_log_prob", False)
+
+    def __call__(
+        self, ids: Tensor, kwargs: dict[str, Any], *, with_embeddings: bool = False
+    ) -> Prediction:
+        """Runs the trunk; or all of the net, where it cannot be split.
+
+        Args:
+            ids: int64 ``[B, L]``.
+            kwargs: of the net's call.
+            with_embeddings: also ask a net that cannot be split for its hidden states.
+        """
+        unfit: Exception | None = None
+        if self._is_split_for(kwargs):
+            assert self._split is not None
+            try:
+                if self._adapter is not None and self._adapter.head_is_last(kwargs) is None:
+                    _check_head(self._adapter, ids, kwargs)
+                    self._adapter.take_note_of_head(kwargs, is_last=True)
+                hidden = self._split.hidden(ids, **kwargs)
+                return Prediction(hidden, self._split.head, hidden, self._is_log_prob)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if self._adapter is None:
+                    raise
+                unfit = error
+        embeddings = None
+        if with_embeddings:
+            output, embeddings = self._net(ids, return_logits_and_embeddings=True, **kwargs)
+        else:
+            output = self._net(ids, **kwargs)
+        if unfit is not None:  # a call that is wrong by itself has raised
+            assert self._adapter is not None
+            _distrust_head(self._adapter, kwargs, unfit)
+        return Prediction(output, None, embeddings, self._is_log_prob)
+
+    def _is_split_for(self, kwargs: dict[str, Any]) -> bool:
+        if self._split is None or _AT_ALL_POSITIONS & kwargs.keys():
+            return False
+        return self._adapter is None or self._adapter.head_is_last(kwargs) is not False
+
+
+def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
+    """Looks once whether the logits of a sequence are what the head makes of its hidden states: a
+    net may do with their values what cannot be seen from outside.
+
+    Raises:
+        HeadMismatchError: they are not.
+    """
+    if any(map(is_compiled, adapter.modules())):
+        return  # which would have to be compiled for another size of batch
+    one: dict[str, Any] = {
+        name: value[:1] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
+        for name, value in kwargs.items()
+    }
+    head: Any = adapter.output_head
+    with evaluating(adapter, adapter), no_grad():
+        logits = adapter.forward(ids[:1], **one)
+        hidden = adapter.forward(ids[:1], return_embeddings=True, **one)
+        expected = nn.functional.linear(hidden, head.weight, head.bias)
+    scale = expected.abs().amax().item() if expected.numel() else 0.0
+    if logits.shape != expected.shape or not torch.allclose(
+        logits.float(), expected.float(), rtol=0, atol=0.02 * scale, equal_nan=True
+    ):
+        raise HeadMismatchError("its logits of a sequence are others")
+
+
+def _distrust_head(adapter: NetAdapter, kwargs: dict[str, Any], reason: Exception) -> None:
+    adapter.take_note_of_head(kwargs, is_last=False)
+    why = str(reason).partition("\n")[0]
+    warnings.warn(
+        "NetAdapter(head=...): called like this, the net does more than to return what its head "
+        f"does, so logits are made at all positions, as without head ({why})",
+        stacklevel=2,
+    )

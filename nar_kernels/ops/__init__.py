@@ -1,0 +1,1 @@
+"""Operations on tensors: checks, backends, kernels."""

@@ -1,0 +1,308 @@
+"""``unmask`` on the device: one program a row, which it reads in several passes, all but the first
+of them from the cache.
+
+Floats are those of ``nar_kernels/float_math.py``, bit for bit: nothing may be fused, or taken from
+a library of the device.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nar_kernels.ops.kernels.launcher import Launcher
+from nar_kernels.ops.kernels.random import random_words
+from nar_kernels.spec.philox import Stream
+
+_DECODE_NOISE = tl.constexpr(int(Stream.DECODE_NOISE))
+_LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
+_LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts
+_LN2_LOW = tl.constexpr(-2.12194440e-4)
+
+# Rows are taken in blocks of up to so many.
+MAX_BLOCK = 1024
+
+# Blocks that are counted before a count of 4 bits could overflow.
+_COUNTED = tl.constexpr(15)
+
+
+@triton.jit
+def _exp_of_negative(x):
+    shifted = x * 1.44269504 + 12582912.0  # 1.5 * 2**23: leaves the integer in the low bits
+    n = shifted - 12582912.0
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = r * 1.9875691500e-4 + 1.3981999507e-3
+    p = (p * r + 8.3334519073e-3) * r + 4.1665795894e-2
+    p = (p * r + 1.6666665459e-1) * r + 5.0000001201e-1
+    p = p * (r * r) + r + 1.0
+    power = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
+    return tl.where(x < -87.0, 0.0, p * power.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _log_of_parts(exponent, f):
+    y = (f * 7.0376836292e-2 - 1.1514610310e-1) * f + 1.1676998740e-1
+    y = (y * f - 1.2420140846e-1) * f + 1.4249322787e-1
+    y = (y * f - 1.6668057665e-1) * f + 2.0000714765e-1
+    y = (y * f - 2.4999993993e-1) * f + 3.3333331174e-1
+    y = y * f * (f * f) + exponent * _LN2_LOW - 0.5 * (f * f)
+    return f + y + exponent * _LN2_HIGH
+
+
+@triton.jit
+def _parts(x):
+    """A positive x as 2**exponent * (1 + f), for ``_log_of_parts``."""
+    bits = x.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
+    is_low = mantissa < 0.707106781
+    exponent = ((bits >> 23) - 126 - is_low.to(tl.int32)).to(tl.float32)
+    return exponent, tl.where(is_low, mantissa + mantissa, mantissa) - 1.0
+
+
+@triton.jit
+def _log_of_positive(x):
+    exponent, f = _parts(x)
+    return _log_of_parts(exponent, f)
+
+
+@triton.jit
+def _gumbel(words):
+    u = ((words & 0x3FFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
+    rest = ((~words >> 1).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
+    exponent, f = _parts(rest)
+    is_small = words < 1 << 30
+    log = _log_of_parts(tl.where(is_small, 0.0, exponent), tl.where(is_small, -u, f))
+    return -_log_of_positive(-log)
+
+
+@triton.jit
+def _units(x):
+    """x in [0, 1] in units of 2**-30: sums of integers are the same in any order."""
+    return (x * 1073741824.0 + 0.5).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def _from_units(total):
+    return total.to(tl.float32) * 9.313225746154785e-10
+
+
+@triton.jit
+def _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others):
+    """Of a block of columns, or of one: in float32, clean, and -inf where nothing can be drawn."""
+    x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+    x = tl.where((x != x) | (column == forbidden0) | (column == forbidden1), float("-inf"), x)
+    if others is not None:
+        for i in range(num_others):
+            x = tl.where(column == tl.load(others + i), float("-inf"), x)
+    return tl.minimum(x, _LARGEST_FLOAT) + 0.0  # -0 would not equal 0 as a key
+
+
+@triton.jit
+def _upper(x, shift):
+    """The upper bits of a uint32 that ascends while clean floats descend."""
+    # As infinity again: bits that the type of the logits lacks are then the same in all of them.
+    bits = tl.where(x == _LARGEST_FLOAT, float("inf"), x).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
+    return key >> shift.to(tl.uint32)
+
+
+@triton.jit
+def _is_kept(x, column, shift, prefix, last_tie):
+    upper = _upper(x, shift)
+    return (upper < prefix) | ((upper == prefix) & (column <= last_tie))
+
+
+@triton.jit
+def _unpack(packed, BLOCK: tl.constexpr):
+    """int32 ``[16]``: sums of the 16 counts of 4 bits in each of ``packed``."""
+    # First sums of 16 lanes each, which fit into bytes: all else is for few of them.
+    even = tl.sum((packed & 0x0F0F0F0F0F0F0F0F).reshape(BLOCK // 16, 16), 1)[:, None]
+    odd = tl.sum(((packed >> 4) & 0x0F0F0F0F0F0F0F0F).reshape(BLOCK // 16, 16), 1)[:, None]
+    digit = tl.arange(0, 16)[None, :]
+    byte = tl.where(digit % 2 == 0, even, odd) >> (digit // 2 * 8).to(tl.int64)
+    return tl.sum((byte & 255).to(tl.int32), 0)
+
+
+@triton.jit
+def _bound(logits, vocabulary, forbidden0, forbidden1, others, num_others, k, BLOCK: tl.constexpr):
+    """What ``_is_kept`` takes to keep the k largest logits; of equal ones, those that come first.
+
+    Finds the digits, of 4 bits, of the last one until all keys that begin so are kept, or equal.
+    """
+    # Behind it are bits that the type of the logits lacks.
+    LAST_SHIFT: tl.constexpr = (23 - logits.dtype.element_ty.fp_mantissa_width) // 4 * 4
+    digits = tl.arange(0, 16)
+    one = tl.full((), 1, tl.int64)
+    shift = tl.full((), 32, tl.int32)
+    prefix = tl.zeros((), tl.uint32)
+    wanted = tl.full((), 0, tl.int32) + k  # of the keys that begin with `prefix`
+    equal = wanted + 1  # so many do; to begin with, just more than are wanted
+    while (shift > LAST_SHIFT) & (wanted < equal):
+        shift -= 4
+        prefix <<= 4
+        counts = tl.zeros([16], tl.int32)
+        for start in range(0, vocabulary, _COUNTED * BLOCK):
+            # 16 counts of 4 bits each.
+            packed = tl.zeros([BLOCK], tl.int64)
+            for first in range(start, tl.minimum(start + _COUNTED * BLOCK, vocabulary), BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
+                next_digit = _upper(x, shift) - prefix  # 16 or more under another prefix
+                place = one << (4 * (next_digit & 15)).to(tl.int64)
+                packed += tl.where(next_digit < 16, place, 0)
+            counts += _unpack(packed, BLOCK)
+        # Not a scan: of fewer elements than threads, Triton's were wrong in some (its issue 2298).
+        up_to = tl.sum(tl.where(digits[:, None] <= digits[None, :], counts[:, None], 0), 0)
+        digit = tl.sum((up_to < wanted).to(tl.int32))
+        wanted -= tl.sum(tl.where(digits < digit, counts, 0))
+        equal = tl.sum(tl.where(digits == digit, counts, 0))
+        prefix += digit.to(tl.uint32)
+
+    last_tie = tl.full((), 0x7FFFFFFF, tl.int32)
+    first = tl.zeros((), tl.int32)
+    wanted = tl.where(wanted < equal, wanted, 0)
+    while wanted > 0:
+        column = first + tl.arange(0, BLOCK)
+        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
+        is_equal = (_upper(x, shift) == prefix).to(tl.int32)
+        number = tl.sum(is_equal)
+        if number >= wanted:
+            rank = tl.cumsum(is_equal, 0)
+            last_tie = tl.min(tl.where(rank == wanted, column, 0x7FFFFFFF))
+        wanted -= number
+        first += BLOCK
+    return shift, prefix, last_tie
+
+
+# What would otherwise be compiled again where it is 1, divides by 16 or, but for the annotations,
+# has another width.
+_VARYING = [
+    "forbidden0", "forbidden1", "num_others", "fallback", "seed", "top_k", "inverse_temperature",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def unmask_kernel(
+    tokens, log_prob, confidence, logits, noise_slots, given, others,
+    vocabulary, stride, forbidden0, forbidden1, num_others, fallback, seed: tl.int64, top_k,
+    inverse_temperature: tl.float32, SELECTS: tl.constexpr, CONFIDENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row. Arguments as in ``reference.unmask_ref``.
+
+    ``forbidden0``, ``forbidden1``, ``others``: the forbidden ids, -1 and None for none.
+    ``SELECTS``: ``top_k`` leaves something out.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    slot = tl.load(noise_slots + row)
+    given_token = tl.full((), -1, tl.int64)
+    if given is not None:
+        given_token = tl.load(given + row)
+    has_noise = (given_token < 0) & (inverse_temperature > 0)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
+        largest = tl.maximum(largest, x)
+    largest = tl.max(largest)
+    allows_none = largest == float("-inf")
+    largest = tl.where(allows_none, 0.0, largest)  # -inf - -inf would be NaN
+    if SELECTS:
+        shift, prefix, last_tie = _bound(
+            logits, vocabulary, forbidden0, forbidden1, others, num_others, top_k, BLOCK
+        )
+
+    # Each lane for itself: the best score and the sums of every BLOCK-th column.
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_column = tl.zeros([BLOCK], tl.int32)
+    exp_units = tl.zeros([BLOCK], tl.int64)
+    gap_units = tl.zeros([BLOCK], tl.int64)
+    num_largest = tl.zeros([BLOCK], tl.int32)
+    second = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
+        if SELECTS:
+            x = tl.where(_is_kept(x, column, shift, prefix, last_tie), x, float("-inf"))
+        from_largest = x - largest
+        score = from_largest
+        if has_noise:
+            words = random_words(seed, _DECODE_NOISE, slot, first, BLOCK)
+            score = from_largest * inverse_temperature + _gumbel(words)
+        is_better = score > best
+        best = tl.where(is_better, score, best)
+        best_column = tl.where(is_better, column, best_column)
+        exp = _exp_of_negative(from_largest)
+        exp_units += _units(exp)
+        if CONFIDENCE == "entropy":
+            gap_units += _units(exp * tl.minimum(-from_largest, 87.0))
+        if CONFIDENCE == "margin":
+            num_largest += (from_largest == 0.0).to(tl.int32)
+            second = tl.maximum(second, tl.where(from_largest < 0.0, from_largest, float("-inf")))
+
+    token = tl.min(tl.where(best == tl.max(best), best_column, 0x7FFFFFFF)).to(tl.int64)
+    token = tl.where(allows_none, fallback, token)
+    token = tl.where(given_token < 0, token, given_token)
+    logit = _load(logits, token, vocabulary, forbidden0, forbidden1, others, num_others)
+    if SELECTS:
+        logit = tl.where(_is_kept(logit, token, shift, prefix, last_tie), logit, float("-inf"))
+    total = _from_units(tl.sum(exp_units))
+    log_total = _log_of_positive(total)
+    tl.store(tokens + row, token)
+    tl.store(log_prob + row, (logit - largest) - log_total)
+    if CONFIDENCE != "probability":
+        if CONFIDENCE == "entropy":
+            sure = -(log_total + tl.div_rn(_from_units(tl.sum(gap_units)), total))
+        else:
+            gap = tl.where(tl.sum(num_largest) > 1, 0.0, tl.max(second))
+            sure = tl.div_rn(1.0 - _exp_of_negative(gap), total)
+        tl.store(confidence + row, tl.where(allows_none, float("-inf"), sure))
+
+
+def launch_options(vocabulary: int, top_k: int, confidence: str) -> dict[str, Any]:
+    """Compile-time arguments."""
+    block = min(max(triton.next_power_of_2(vocabulary), 64), MAX_BLOCK)
+    return {
+        "SELECTS": top_k < vocabulary,
+        "CONFIDENCE": confidence,
+        "BLOCK": block,
+        "num_warps": max(block // 256, 1),
+        "enable_fp_fusion": False,
+    }
+
+
+_launch = Launcher(unmask_kernel, _VARYING)
+
+
+def unmask_triton(
+    outputs: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor,
+    noise_slots: Tensor,
+    given: Tensor | None,
+    forbidden: list[int],
+    fallback: int,
+    seed: int,
+    top_k: int,
+    inverse_temperature: float,
+    confidence: str,
+) -> None:
+    """Fills ``outputs``: int64, float32 and float32 ``[R]``, the last one empty for
+    ``"probability"``. The rows of ``logits`` are contiguous, all else is so entirely."""
+    rows, vocabulary = logits.shape
+    if rows == 0:
+        return
+    # Two ids travel with the launch. More take a copy, for which the host does not wait, but which
+    # a CUDA graph cannot hold.
+    forbidden0, forbidden1 = [*forbidden, -1, -1][:2]
+    others = None
+    if len(forbidden) > 2:
+        others = torch.tensor(forbidden[2:], device="cpu").to(logits.device, non_blocking=True)
+    arguments = (
+        *outputs, logits, noise_slots, given, others, vocabulary, logits.stride(0),
+        forbidden0, forbidden1, len(forbidden[2:]), fallback, seed, top_k, inverse_temperature,
+    )  # fmt: skip
+    variant = logits.get_device(), logits.dtype, top_k < vocabulary, confidence
+    _launch(rows, arguments, variant, lambda: launch_options(vocabulary, top_k, confidence))

@@ -1,0 +1,124 @@
+"""Logits of a linear head, for a chunk of rows at a time.
+
+Shapes: V vocabulary (rows of the head), D width, R rows, C rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nar_kernels.ops.backends import multiplies_in
+from nar_kernels.ops.dispatch import HAS_LINEAR, run_linear
+
+
+class ChunkLimits(NamedTuple):
+    """How large a chunk may be.
+
+    Attributes:
+        logits: at most so many, but at least a row.
+        rows: so many are enough; so are :data:`_ENOUGH_LOGITS` logits.
+    """
+
+    logits: int
+    rows: int
+
+
+_ENOUGH_LOGITS = 1 << 20
+
+# Each chunk reads and writes the gradient of the head once more: beside its three products that is
+# little from so many rows on, and less does not show.
+TRAINING_LIMITS = {"cpu": ChunkLimits(1 << 24, 512), "cuda": ChunkLimits(1 << 27, 4096)}
+
+# A library arranges a head anew for each product. That of a smaller one costs it little, and then
+# it is as fast as `run_linear`, or faster.
+_LARGE_HEAD = 1 << 20
+
+# Nothing but logits is kept here, so a GPU may have more of them. On a CPU the product is fast from
+# some 100 rows on; each chunk reads the head once more, so that 256 are a little faster yet.
+INFERENCE_LIMITS = {"cpu": ChunkLimits(1 << 24, 256), "cuda": ChunkLimits(1 << 28, 8192)}
+
+
+def chunk_size(
+    num_rows: int, vocabulary: int, device: torch.device, limits: dict[str, ChunkLimits]
+) -> int:
+    """Rows of a chunk, at least 1: equal parts, within the limits."""
+    most_logits, enough_rows = limits.get(device.type, limits["cuda"])
+    enough = max(enough_rows, _ENOUGH_LOGITS // vocabulary)
+    most = max(min(most_logits // vocabulary, enough), 1)
+    num_chunks = max(-(-num_rows // most), 1)
+    return max(-(-num_rows // num_chunks), 1)
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the product of hidden states and a head: theirs, or that of autocast, but float32 where
+    a CPU has no instructions for it.
+
+    Raises:
+        TypeError: they differ, and there is no autocast.
+    """
+    device, dtype = hidden.device, hidden.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} but weight is {weight.dtype}: use torch.autocast, or convert"
+            " one of them"
+        )
+    return torch.float32 if device.type == "cpu" and not multiplies_in(dtype) else dtype
+
+
+class LogitsMemory:
+    """Memory for one chunk of logits after the other, each in place of the one before."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def rows(self, num_rows: int, vocabulary: int, like: Tensor) -> Tensor:
+        """``[num_rows, V]`` of the type of ``like``, without values."""
+        # Rows begin at multiples of 64 bytes at least, for wide loads and stores: a product is
+        # twice as fast to write.
+        size, memory = num_rows * (width := -(-vocabulary // 32) * 32), self._memory
+        if memory is None or len(memory) < size or memory.dtype != like.dtype:
+            self._memory = memory = like.new_empty(size)
+        return memory[:size].view(num_rows, width)[:, :vocabulary]
+
+
+def linear_chunks(
+    hidden: Tensor, weight: Tensor, size: int, backend: str
+) -> Iterator[tuple[Tensor, slice]]:
+    """``hidden @ weight.T`` of ``size`` rows at a time, and which rows. Logits are valid until the
+    next. All backends but ``"cpp"`` leave the product to PyTorch."""
+    memory = LogitsMemory()
+    is_large = weight.numel() >= _LARGE_HEAD
+    for start in range(0, len(hidden), size):
+        part = slice(start, min(start + size, len(hidden)))
+        logits = memory.rows(part.stop - part.start, len(weight), hidden)
+        if is_large and backend == "cpp":
+            run_linear(logits, hidden[part], weight, None)
+        else:
+            torch.mm(hidden[part], weight.t(), out=logits)
+        yield logits, part
+
+
+@torch.no_grad()
+def inferred_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: LogitsMemory
+) -> Iterator[Tensor]:
+    """Logits ``[C, V]`` of chunks of hidden states ``[R, D]``, in order, each valid until the next.
+
+    They have no gradients.
+    """
+    dtype = product_dtype(hidden, weight)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    needs_many_rows = hidden.device.type == "cpu" and not (HAS_LINEAR and dtype == torch.float32)
+    limits = TRAINING_LIMITS if needs_many_rows else INFERENCE_LIMITS
+    size = chunk_size(len(hidden), len(weight), hidden.device, limits)
+    # Autocast, which must not be switched off around a yield, lets these products alone.
+    for start in range(0, len(hidden), size):
+        some = hidden[start : start + size]
+        logits = memory.rows(len(some), len(weight), some)
+        run_linear(logits, some, weight, bias)
+        yield logits

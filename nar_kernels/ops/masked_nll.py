@@ -1,0 +1,417 @@
+"""The loss at the masked rows: the logits ``[B, L, V]`` never exist, nor those of the other rows.
+
+Shapes: B batch, L sequence length, V vocabulary (rows of the head), D width, R masked rows, C rows
+of a chunk.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from nar_kernels.ops.backends import resolve_backend
+from nar_kernels.ops.dispatch import NLL_DTYPES, run_nll
+from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
+from nar_kernels.ops.masking import IGNORE_INDEX, Corrupted, MaskingConfig
+from nar_kernels.spec.schedules import NUM_TIMES
+
+Reduction = Literal["nelbo", "mean", "none"]
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+_BACKENDS = tuple(NLL_DTYPES)
+
+
+def masked_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    corrupted: Corrupted,
+    *,
+    bias: Tensor | None = None,
+    reduction: Reduction = "nelbo",
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The negative log-likelihood of the masked tokens under a linear head.
+
+    Equivalent to ``F.cross_entropy`` of ``hidden @ weight.T + bias`` at ``corrupted.masked_rows``,
+    weighted and reduced. But logits exist for one chunk of rows at a time, and turn into their own
+    gradient in place, so that the gradients of ``hidden``, ``weight`` and ``bias`` are there when
+    the loss is. Under ``torch.autocast`` the products are in its type; the softmax and the sums are
+    in float32 (float64 if ``hidden`` is). CPUs that do not multiply in bfloat16 or float16 do it in
+    float32, which is many times faster there.
+
+    Args:
+        hidden: ``[B, L, D]``, any strides: float32, bfloat16, float16 or float64.
+        weight: ``[V, D]``; V is ``num_tokens``, or one less if ``mask_id`` is the last id.
+        corrupted: the batch: its masked rows, labels and loss weights.
+        bias: ``[V]``, of any of these types.
+        reduction: ``"nelbo"`` is ``sum(loss_weight * nll) / num_maskable``, in expectation a bound
+            on the negative log-likelihood in nats per token. ``"mean"`` is the mean over masked
+            positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
+        normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``) or
+            masked (``"mean"``) positions: that of the whole batch where this is a part of it
+            (:func:`count`). One positive number; on a GPU, its value is not looked at.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``: of the softmax. Products
+            are PyTorch's, but for the logits of a large head in float32 with ``"cpp"``.
+
+    Returns:
+        A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
+
+    Masked positions whose label somebody has set to -100 are not counted, neither in the sum nor in
+    what divides it. There are no second derivatives.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
+            weights of a schedule that gives no bound.
+    """
+    _check(hidden, corrupted, reduction, normalizer)
+    _check_head(hidden, weight, bias, corrupted)
+    device, dtype = hidden.device, product_dtype(hidden, weight)
+    backend = _resolve(backend, device, dtype)
+    rows, labels = masked_labels(corrupted)
+    labels, is_ignored = _without_ignored(labels)
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
+    with torch.autocast(device.type, enabled=False):
+        # A Function's own needs_input_grad does not know of torch.no_grad.
+        if not torch.is_grad_enabled():
+            nothing = (False, False, False)
+            nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
+            return reduce_nll(_zero(nll, is_ignored), corrupted, reduction, normalizer)
+        if reduction == "none":
+            return _zero(_PerRow.apply(picked, weight, bias, labels, backend), is_ignored)
+        row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
+        total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
+        if normalizer is None:
+            num_ignored = 0 if is_ignored is None else is_ignored.sum()
+            normalizer = _count(corrupted, reduction, num_ignored).clamp(min=1)
+        return _normalized(total, normalizer)
+
+
+def head_nll(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    corrupted: Corrupted,
+    *,
+    is_log_prob: bool = False,
+    reduction: Reduction = "nelbo",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """:func:`masked_nll` for any head, from ``[C, D]`` to logits ``[C, V]``: each chunk of rows is
+    computed again for its gradient, so that the logits of one chunk exist at a time.
+
+    Args:
+        is_log_prob: the head gives log-probabilities.
+    """
+    _check(hidden, corrupted, reduction, normalizer)
+    rows, labels = masked_labels(corrupted)
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
+
+    def shapes(num_rows: int) -> list[tuple[int, int]]:
+        return [(num_rows, width) for width in head_widths(corrupted.masking)]
+
+    def chunk_nll(picked: Tensor, labels: Tensor) -> Tensor:
+        logits = head(picked)
+        if logits.shape not in shapes(len(picked)):
+            raise TypeError(
+                f"the head returned shape {list(logits.shape)} for {len(picked)} rows, but it must "
+                f"return logits of shape {[len(picked), corrupted.masking.num_tokens]}"
+            )
+        return logits_nll(logits, labels, is_log_prob)
+
+    size = chunk_size(len(rows), corrupted.masking.num_tokens, hidden.device, TRAINING_LIMITS)
+    parts = [
+        checkpoint(chunk_nll, some, of_them, use_reentrant=False)
+        for some, of_them in zip(picked.split(size), labels.split(size), strict=True)
+    ]
+    return reduce_nll(torch.cat(parts), corrupted, reduction, normalizer)
+
+
+def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
+    """``[R]``, at least float32: the loss of logits ``[R, V]`` that are there; 0 where the label is
+    -100."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = torch.nn.functional.nll_loss if is_log_prob else torch.nn.functional.cross_entropy
+    return loss(logits, labels, reduction="none")
+
+
+def reduce_nll(
+    nll: Tensor,
+    corrupted: Corrupted,
+    reduction: Reduction,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """The losses of the masked rows ``[R]``, reduced as :func:`masked_nll` does."""
+    if reduction == "none":
+        return nll
+    _check_reduction(corrupted, reduction, normalizer)
+    total = (_row_weight(corrupted, corrupted.masked_rows, reduction) * nll).sum()
+    return _normalized(total, count(corrupted, reduction) if normalizer is None else normalizer)
+
+
+def _normalized(total: Tensor, normalizer: float | Tensor) -> Tensor:
+    return (total / normalizer).to(total.dtype).view(())
+
+
+def head_widths(masking: MaskingConfig) -> set[int]:
+    """How many logits a head may give: ``mask_id`` needs none if it is the last id."""
+    return {masking.num_tokens, masking.num_tokens - (masking.mask_id == masking.num_tokens - 1)}
+
+
+def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
+    """int64 scalar, at least 1, on the device: what a reduction divides by."""
+    return num_counted(corrupted, reduction).clamp(min=1)
+
+
+def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
+    """int64 scalar on the device: how many positions are maskable (``"nelbo"``) or masked, without
+    those whose label was set to -100."""
+    is_ignored = corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX)
+    return _count(corrupted, reduction, is_ignored.sum())
+
+
+def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor) -> Tensor:
+    counts = corrupted.num_maskable if reduction == "nelbo" else corrupted.num_masked
+    return counts.sum() - num_ignored
+
+
+def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
+    """``masked_rows`` and the labels there, int64 ``[R]`` both."""
+    rows, labels = corrupted.masked_rows, corrupted.labels.reshape(-1)
+    return rows, labels.index_select(0, rows).to(torch.int64)
+
+
+def _without_ignored(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels ``[R]`` with ids for those that are -100, which are of no account, and where those
+    are, bool ``[R]``; or None if it is seen without waiting for a device that there are none."""
+    is_ignored = labels == IGNORE_INDEX
+    if labels.is_cpu and not is_ignored.any():
+        return labels, None
+    return labels.masked_fill(is_ignored, 0), is_ignored
+
+
+def _zero(values: Tensor, where: Tensor | None) -> Tensor:
+    return values if where is None else values.masked_fill(where, 0)
+
+
+def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor:
+    """float32 ``[R]``: ``loss_weight`` at each masked row, or 1."""
+    if reduction == "mean":
+        return torch.ones_like(rows, dtype=torch.float32)
+    return corrupted.loss_weight.index_select(0, rows // corrupted.labels.shape[1])
+
+
+def _check(
+    hidden: Tensor,
+    corrupted: Corrupted,
+    reduction: Reduction,
+    normalizer: float | Tensor | None,
+) -> None:
+    _check_reduction(corrupted, reduction, normalizer)
+    labels, shape = corrupted.labels, tuple(corrupted.input_ids.shape)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != shape:
+        what = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"labels are {what}: they must be integers {list(shape)}, or -100")
+    if hidden.dim() != 3 or hidden.shape[:2] != shape:
+        raise ValueError(
+            f"hidden has shape {list(hidden.shape)}: it must be [{shape[0]}, {shape[1]}, D], the "
+            "hidden states of the corrupted batch"
+        )
+    if hidden.device != corrupted.labels.device:
+        raise ValueError(
+            f"corrupted is on {corrupted.labels.device}, but hidden on {hidden.device}"
+        )
+
+
+def _check_reduction(
+    corrupted: Corrupted, reduction: Reduction, normalizer: float | Tensor | None
+) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
+    if reduction == "nelbo" and not corrupted.masking.is_bound and _weights_are_drawn(corrupted):
+        corrupted.masking.check_bound()
+    if normalizer is None:
+        return
+    if reduction == "none":
+        raise ValueError("normalizer was given, but reduction 'none' divides by nothing")
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {list(normalizer.shape)}: it must be one number")
+    on_device = isinstance(normalizer, Tensor) and not normalizer.is_cpu  # looking would wait
+    if not on_device and not 0 < float(normalizer) < math.inf:
+        raise ValueError(
+            f"normalizer is {float(normalizer)}: it must be positive, the count of positions that "
+            "the sum of losses is divided by"
+        )
+
+
+def _weights_are_drawn(corrupted: Corrupted) -> bool:
+    """Whether ``loss_weight`` is what the schedule says, and not a user's own. Waits for the
+    device."""
+    masking = corrupted.masking
+    t16 = (corrupted.times * NUM_TIMES).long()
+    weight = masking.tables(corrupted.times.device)[1].index_select(0, t16)
+    if masking.exact:
+        weight = weight * corrupted.num_maskable / corrupted.num_masked.clamp(min=1)
+    return torch.allclose(weight, corrupted.loss_weight)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
+    widths = head_widths(corrupted.masking)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2] or weight.shape[0] not in widths:
+        valid = " or ".join(f"[{width}, {hidden.shape[2]}]" for width in sorted(widths))
+        raise ValueError(f"weight has shape {list(weight.shape)}: it must be [V, D] = {valid}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}: it must be [{weight.shape[0]}]")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in NLL_DTYPES["reference"]:
+            names = ", ".join(str(dtype) for dtype in NLL_DTYPES["reference"])
+            raise TypeError(f"{name} is {tensor.dtype}: it must be one of {names}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, but hidden is on {hidden.device}")
+
+
+def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    resolved = resolve_backend(backend, device, _BACKENDS)
+    if dtype in NLL_DTYPES[resolved]:
+        return resolved
+    if backend == "auto":
+        return "reference"
+    raise TypeError(f"backend {backend!r} has no kernel for {dtype}; use 'auto' or 'reference'")
+
+
+def _losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weight: Tensor | None,
+    backend: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Gradients]:
+    """The loss of each row, unweighted, and the gradients of ``sum(row_weight * loss)`` with
+    respect to ``hidden``, ``weight`` and ``bias``, as far as they are ``wanted``.
+
+    Products are in the type of ``hidden``; what adds up over rows is at least in float32.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    # The first chunk writes it all, if there is one.
+    new = torch.empty_like if len(hidden) else torch.zeros_like
+    of_weight = new(weight, dtype=wide) if wanted[1] else None
+    of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
+    weight = weight.to(hidden.dtype)
+    bias = None if bias is None else bias.to(wide).contiguous()
+    size = chunk_size(len(hidden), len(weight), hidden.device, TRAINING_LIMITS)
+    for logits, part in linear_chunks(hidden, weight, size, backend):
+        counts = None if row_weight is None else row_weight[part]
+        nll[part] = run_nll(
+            logits, labels[part], bias, counts, gradient=any(wanted), backend=backend
+        )
+        if of_hidden is not None:
+            torch.mm(logits, weight, out=of_hidden[part])
+        if of_weight is not None:
+            _add_product(of_weight, logits.t(), hidden[part], first=part.start == 0)
+        if of_bias is not None:
+            of_bias += logits.sum(0, dtype=wide)
+    return nll, (of_hidden, of_weight, of_bias)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b``, where ``total`` may be wider; ``total = a @ b`` at first."""
+    if total.dtype != a.dtype:
+        product = a @ b
+        if first:
+            total.copy_(product)
+        else:
+            total += product
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
+
+
+def _typed(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
+    """In the types of what they are gradients of."""
+    of_hidden, of_weight, of_bias = (
+        None if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(gradients, inputs, strict=True)
+    )
+    return of_hidden, of_weight, of_bias
+
+
+class _WeightedSum(torch.autograd.Function):
+    """``sum(row_weight * nll)``, with its gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        row_weight: Tensor,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels, row_weight)
+        ctx.backend = backend
+        nll, ctx.gradients = _losses_and_gradients(
+            hidden, weight, bias, labels, row_weight, backend, ctx.needs_input_grad[:3]
+        )
+        return (row_weight * nll).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, row_weight = ctx.saved_tensors
+        # Handed over, not copied. A second backward pass through a graph that was retained makes
+        # them again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, gradients = _losses_and_gradients(
+                hidden, weight, bias, labels, row_weight, ctx.backend, ctx.needs_input_grad[:3]
+            )
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(upstream)
+        return *_typed(gradients, (hidden, weight, bias)), None, None, None
+
+
+class _PerRow(torch.autograd.Function):
+    """``nll`` of each row. What each counts is not known before the backward pass, so the gradients
+    are made there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.backend = backend
+        none = (False, False, False)
+        return _losses_and_gradients(hidden, weight, bias, labels, None, backend, none)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        _, gradients = _losses_and_gradients(
+            hidden,
+            weight,
+            bias,
+            labels,
+            upstream.contiguous(),
+            ctx.backend,
+            ctx.needs_input_grad[:3],
+        )
+        return *_typed(gradients, (hidden, weight, bias)), None, None

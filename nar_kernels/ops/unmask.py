@@ -1,0 +1,139 @@
+"""``unmask``: a token for each row of logits, and how probable it is.
+
+Shapes: R rows of logits, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nar_kernels.checks import as_int
+from nar_kernels.ops.backends import resolve_backend
+from nar_kernels.ops.corrupt import signed_seed
+from nar_kernels.ops.dispatch import CONFIDENCES, Confidence, run_unmask
+
+UNMASK_BACKENDS = ("reference", "cpp", "triton")
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Noise spans 26. Below this it could only decide between logits that are less than 3e-5 apart.
+MIN_TEMPERATURE = 1e-6
+# Above this nothing counts but noise; 1 / temperature must not become 0.
+MAX_TEMPERATURE = 1e30
+
+
+class Unmasked(NamedTuple):
+    """What :func:`unmask` returns.
+
+    Attributes:
+        tokens: int64 ``[R]``.
+        log_prob: float32 ``[R]``, at most 0: the logarithm of the token's share in the softmax over
+            all ids that could have been drawn, at temperature 1; -inf if it is not one of those.
+        confidence: float32 ``[R]``, how sure the net is of the row, as it was asked for:
+            ``log_prob``; or the difference between the two largest shares, in [0, 1]; or the
+            negative entropy of the shares, in nats. -inf where no id could be drawn.
+    """
+
+    tokens: Tensor
+    log_prob: Tensor
+    confidence: Tensor
+
+
+def unmask(
+    logits: Tensor,
+    *,
+    mask_id: int,
+    seed: int,
+    noise_slots: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    forbidden_ids: Sequence[int] = (),
+    given: Tensor | None = None,
+    confidence: Confidence = "probability",
+    backend: str = "auto",
+) -> Unmasked:
+    """Draws a token for each row from ``softmax(logits / temperature)``, by Gumbel-max.
+
+    A row's result depends on its own logits, noise slot and the seed alone: not on other rows, the
+    backend, the device or the number of threads. (Maddison et al. 2014, arXiv:1411.0030.)
+
+    Args:
+        logits: ``[R, V]``, float32, bfloat16 or float16. NaN counts as -inf, and +inf as the
+            largest finite number.
+        mask_id: is never drawn. V may leave it out, if it is the last id.
+        seed: 64-bit integer key of all randomness.
+        noise_slots: int64 ``[R]``, which noise a row gets; equal slots get equal noise.
+        temperature: at least 0; the most probable id at 0.
+        top_k: draw among the k most probable ids only; of equal ones, those that come first.
+        forbidden_ids: ids in [0, V) that are never drawn either.
+        given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
+        confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
+            the ``"margin"`` (arXiv:2502.06768) or the ``"entropy"`` (arXiv:2508.15487).
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Returns:
+        An :class:`Unmasked`. Where a row allows no id, all of its logits being -inf, that is the
+        first one that is not forbidden, with a ``log_prob`` of -inf.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices, a value out of its range, or no id
+            that may be drawn.
+    """
+    if logits.dtype not in LOGIT_DTYPES:
+        names = ", ".join(map(str, LOGIT_DTYPES))
+        raise TypeError(f"logits have dtype {logits.dtype}: they must be one of {names}")
+    if logits.dim() != 2 or not 1 <= logits.shape[1] < 1 << 31:
+        raise ValueError(f"logits have shape {list(logits.shape)}: they must be [R, V], V >= 1")
+    rows, vocabulary = logits.shape
+    for name, tensor in (("noise_slots", noise_slots), ("given", given)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.int64 or tensor.shape != (rows,):
+            raise ValueError(
+                f"{name} must be int64 [{rows}], one for each row of logits; got {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
+    mask_id, temperature = as_int("mask_id", mask_id), float(temperature)
+    top_k = None if top_k is None else as_int("top_k", top_k)
+    forbidden_ids = [as_int("forbidden_ids", i) for i in forbidden_ids]
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: it must be at least 0, and finite")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}: it must be at least 1, or None")
+    if confidence not in CONFIDENCES:
+        raise ValueError(
+            f"confidence is {confidence!r}: it must be one of {', '.join(CONFIDENCES)}"
+        )
+    if not 0 <= mask_id <= vocabulary:
+        raise ValueError(
+            f"mask_id is {mask_id}: it must be an id of the {vocabulary} logits of a row, or the "
+            "one behind the last"
+        )
+    for i in forbidden_ids:
+        if not 0 <= i < vocabulary:
+            raise ValueError(f"forbidden_ids holds {i}, outside [0, {vocabulary})")
+    forbidden = {i for i in (mask_id, *forbidden_ids) if i < vocabulary}
+    fallback = 0
+    while fallback in forbidden:
+        fallback += 1
+    if fallback == vocabulary:
+        raise ValueError(f"mask_id and forbidden_ids leave none of the {vocabulary} ids to draw")
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens, log_prob, other = run_unmask(
+        logits,
+        noise_slots.contiguous(),
+        None if given is None else given.contiguous(),
+        sorted(forbidden),
+        fallback,
+        signed_seed(seed),
+        vocabulary if top_k is None else min(top_k, vocabulary),
+        0.0 if temperature < MIN_TEMPERATURE else 1 / min(temperature, MAX_TEMPERATURE),
+        confidence,
+        resolve_backend(backend, logits.device, UNMASK_BACKENDS),
+    )
+    return Unmasked(tokens, log_prob, log_prob if confidence == "probability" else other)

@@ -1,0 +1,58 @@
+"""What sampling yields, in evaluation mode and beside other threads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from nar_kernels.extras import import_extra
+from nar_kernels.nets.modes import Turns, evaluating
+from nar_kernels.sampling.decode import DecodeState
+
+
+class SampleStates(Iterator[DecodeState]):
+    """A state before the first step, and one after each.
+
+    Args:
+        states: that are to be computed in evaluation mode, without gradients.
+        module: holds the nets.
+        nets: that the states are made by.
+    """
+
+    def __init__(self, states: Iterator[DecodeState], module: nn.Module, *nets: nn.Module | None):
+        self._states, self._module, self._nets = states, module, nets
+        self._submodules = list(module.modules())
+
+    def _evaluating(self) -> Any:
+        return evaluating(self._module, *self._nets, submodules=self._submodules)
+
+    def __next__(self) -> DecodeState:
+        # Not around all steps: whoever gets the state may train in between.
+        with self._evaluating(), torch.no_grad():
+            state = next(self._states, None)
+        if state is None:
+            raise StopIteration
+        return state
+
+    def last(self, *, progress: bool = False) -> DecodeState:
+        """Runs all steps that are left.
+
+        Args:
+            progress: show a bar (with tqdm).
+        """
+        state = next(self)
+        states = self._states
+        if progress:
+            bar = import_extra("tqdm").tqdm
+            states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
+        turns, is_done = Turns(*self._nets), False
+        while not is_done:
+            # Once for all steps, rather than at each, but for a thread that waits to train.
+            with self._evaluating(), torch.no_grad():
+                for state in states:  # noqa: B007
+                    if turns.are_wanted:
+                        break
+                else:
+                    is_done = True
+        return state

@@ -1,0 +1,1 @@
+"""Samples and runs for people to look at."""

@@ -1,0 +1,111 @@
+"""A page that plays how sequences are filled step by step: one HTML file, which needs no network.
+
+Shapes: B sequences, L sequence length, S steps.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import NamedTuple
+
+import numpy as np
+
+from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.sampling.decode import DecodeState
+
+# Costs are whole hundredths of a nat, which keeps a probability to half a percent of itself, and
+# this one stands for all that is as good as impossible, -inf included.
+_COSTS_PER_NAT, _MAX_COST = 100, 9999
+
+
+class _Snapshot(NamedTuple):
+    """A state, flat: int64 ``[B * L]`` each.
+
+    ``costs`` are those of the ids, ``-100 ln p``, and 0 where masked.
+    """
+
+    ids: np.ndarray
+    costs: np.ndarray
+
+
+def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> str:
+    """The HTML of the page; write it in UTF-8.
+
+    Opened with ``#step=7`` or ``#step=7&view=confidence`` behind its address, it starts there.
+
+    Args:
+        states: what :meth:`NonAutoregressiveWrapper.generate_steps` yields, S + 1 of them.
+        spec: what the sequences are.
+
+    Raises:
+        ValueError: there are no states, or their sequences are no images of ``spec.image_shape``.
+    """
+    if not states:
+        raise ValueError("states is empty: give all that generate_steps yields")
+    num_sequences, length = states[0].ids.shape
+    if spec.image_shape is not None and length != spec.image_shape[0] * spec.image_shape[1]:
+        raise ValueError(
+            f"the sequences have {length} positions: images of {spec.image_shape} do not fit"
+        )
+    data = {
+        "render": spec.render,
+        "image_shape": spec.image_shape,
+        "mask_id": spec.mask_id,
+        "num_sequences": num_sequences,
+        "seq_len": length,
+        "changes": list(_changes(states, spec.mask_id)),
+    }
+    facts = (
+        f"{_count(num_sequences, 'sequence')} of {_count(length, 'position')}, "
+        f"filled in {_count(len(states) - 1, 'step')}"
+    )
+    values = {
+        "title": html.escape(title),
+        "facts": facts,
+        # Nothing in a script element may look like its end.
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    template = resources.files("nar_kernels.show").joinpath("player.html").read_text("utf-8")
+    # In one pass, because a title may hold what looks like a placeholder.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _changes(states: Sequence[DecodeState], mask_id: int) -> Iterator[dict[str, list[int]]]:
+    """What each state changes in the one before it; the first, in one that is all masks.
+
+    Each is made of flat lists of (place, id, cost), (place) and (place, rise of the cost). A place
+    is an index into the flat ``[B * L]``, written as the distance from the one before it.
+    """
+    size = states[0].ids.numel()
+    before = _Snapshot(np.full(size, mask_id), np.zeros(size, np.int64))
+    for state in states:
+        after = _snapshot(state, mask_id)
+        is_masked, is_other = after.ids == mask_id, after.ids != before.ids
+        rise = after.costs - before.costs
+        yield {
+            "filled": _rows(~is_masked & is_other, after.ids, after.costs),
+            "masked": _rows(is_masked & is_other),
+            "revised": _rows(~is_other & (rise != 0), rise),  # same id, another probability
+        }
+        before = after
+
+
+def _snapshot(state: DecodeState, mask_id: int) -> _Snapshot:
+    masked = state.masked.cpu().numpy().reshape(-1)
+    ids = np.where(masked, mask_id, state.ids.cpu().numpy().reshape(-1))
+    log_prob = np.where(masked, 0, state.log_prob.float().cpu().numpy().reshape(-1))
+    costs = np.rint(-_COSTS_PER_NAT * log_prob).clip(0, _MAX_COST).astype(np.int64)
+    return _Snapshot(ids, costs)
+
+
+def _rows(where: np.ndarray, *columns: np.ndarray) -> list[int]:
+    """Place and columns where ``where`` holds, row by row."""
+    places = np.flatnonzero(where)
+    gaps = np.diff(places, prepend=0)
+    return np.stack([gaps, *(column[places] for column in columns)], 1).reshape(-1).tolist()

@@ -1,0 +1,79 @@
+"""Samples as pictures, text or ids.
+
+Shapes: N samples, L sequence length.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.files import replacing
+from nar_kernels.show.pictures import images
+
+_SUFFIXES = (".npy", ".png", ".txt", "")
+_SHADES = " .:-=+*#%@"
+_GRID_COLUMNS = 8
+
+
+def text(ids: Tensor, spec: SequenceSpec) -> str:
+    """Samples ``[N, L]`` for a terminal or a text file, one below the other."""
+    if spec.image_shape is not None:
+        pages = [_ascii_image(sample.view(spec.image_shape), spec.mask_id) for sample in ids]
+        return "\n\n".join(pages) + "\n"
+    if spec.render == "bytes":
+        pages = [bytes(sample.tolist()).decode(errors="replace") for sample in ids]
+        return f"\n{'-' * 72}\n".join(pages) + "\n"
+    return "".join(" ".join(map(str, sample)) + "\n" for sample in ids.tolist())
+
+
+def _ascii_image(image: Tensor, levels: int) -> str:
+    return "\n".join("".join(shade(id_, levels) for id_ in row) for row in image.tolist())
+
+
+def shade(id_: int, levels: int) -> str:
+    """A pixel, two characters because one is about twice as high as wide."""
+    return _SHADES[id_ * (len(_SHADES) - 1) // (levels - 1)] * 2
+
+
+def check_suffix(path: Path, spec: SequenceSpec) -> None:
+    """Raises ValueError for a kind of file that is not written, and for a picture of something
+    that is no image."""
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"{path} ends in {path.suffix}: write .npy (ids), .png (images), or .txt or nothing "
+            "(text)"
+        )
+    if path.suffix == ".png" and spec.image_shape is None:
+        raise ValueError(f"{path}: the model makes {spec.render}, not images; write .txt or .npy")
+
+
+def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
+    """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text.
+
+    Raises:
+        ValueError: as :func:`check_suffix` says.
+        OSError: the file cannot be written.
+    """
+    check_suffix(path, spec)
+    if path.suffix == ".npy":
+        buffer = io.BytesIO()  # to a file, numpy would not say why it cannot write
+        np.save(buffer, ids.numpy())
+        with replacing(path) as file:
+            file.write(buffer.getbuffer())
+    elif path.suffix == ".png" and spec.image_shape is not None:
+        columns = min(len(ids), _GRID_COLUMNS)
+        blank = ids.new_zeros(-len(ids) % columns, ids.shape[1])
+        table = torch.cat([ids, blank]).view(-1, columns, *spec.image_shape)
+        images(path, table, mask_id=spec.mask_id)
+    else:
+        write_text(path, text(ids, spec))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a file in UTF-8."""
+    with replacing(path) as file:
+        file.write(content.encode())

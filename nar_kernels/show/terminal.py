@@ -1,0 +1,61 @@
+"""A terminal where tokens appear."""
+
+import math
+from collections.abc import Iterable
+from typing import TextIO
+
+from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.show.samples import shade
+
+_MASK = "░"
+# Of the 256 colours of terminals: from red (improbable) to plain text.
+_DOUBTFUL = ((0.2, 203), (0.5, 215), (0.8, 229))
+
+
+def watch(states: Iterable[DecodeState], spec: SequenceSpec, out: TextIO) -> DecodeState:
+    """Shows the first sequence while it is filled, in place; returns the last state.
+
+    Ids that were improbable when they were drawn are coloured.
+    """
+    height, state = 0, None
+    for state in states:
+        lines = _frame(state, spec)
+        # Up to where the last frame began, and clear what is below.
+        out.write((f"\x1b[{height}F" if height else "") + "\x1b[J" + "\n".join(lines) + "\n")
+        out.flush()
+        height = len(lines)
+    assert state is not None
+    if height:
+        out.write(f"\x1b[{height}F\x1b[J")
+    return state
+
+
+def _frame(state: DecodeState, spec: SequenceSpec) -> list[str]:
+    share = state.masked[0].float().mean().item()
+    lines = [f"step {state.step} of {state.num_steps}, {share:.0%} masked"]
+    cells = [_cell(state, i, spec) for i in range(spec.seq_len)]
+    if spec.image_shape is not None:
+        width = spec.image_shape[1]
+        return lines + ["".join(cells[i : i + width]) for i in range(0, spec.seq_len, width)]
+    between = "" if spec.render == "bytes" else " "
+    columns = max(72 // (len(between) + (1 if spec.render == "bytes" else 6)), 1)
+    return lines + [between.join(cells[i : i + columns]) for i in range(0, spec.seq_len, columns)]
+
+
+def _cell(state: DecodeState, i: int, spec: SequenceSpec) -> str:
+    """A position, always of the same width."""
+    id_ = int(state.ids[0, i])
+    is_masked = bool(state.masked[0, i])
+    if spec.image_shape is not None:
+        return _MASK * 2 if is_masked else shade(id_, spec.mask_id)
+    if spec.render == "bytes":
+        character = chr(id_) if id_ < 128 else "·"
+        text = _MASK if is_masked else character if character.isprintable() else " "
+    else:
+        text = _MASK * 6 if is_masked else f"{id_:6d}"
+    if is_masked:
+        return text
+    probability = math.exp(min(float(state.log_prob[0, i]), 0))
+    colour = next((code for bound, code in _DOUBTFUL if probability < bound), None)
+    return text if colour is None else f"\x1b[38;5;{colour}m{text}\x1b[0m"

@@ -1,0 +1,1 @@
+"""The specification of randomness, mask ratios and rounding, in PyTorch."""

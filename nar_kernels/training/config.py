@@ -1,0 +1,248 @@
+"""The options of a training run, and how they differ by data set."""
+
+import math
+import os
+import shlex
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nar_kernels.checks import check_seed
+from nar_kernels.options import make_plain, option, option_of
+from nar_kernels.spec.schedules import SCHEDULES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of ``nar-kernels train``; ``for_data`` gives the defaults of a data set.
+
+    Each field carries its description, with units, as ``metadata["help"]``; the command line is
+    made from it. Numbers of numpy and paths of any kind are welcome; the fields hold plain ones.
+
+    Raises:
+        TypeError: a value is not of the field's type.
+        ValueError: a value is out of range.
+    """
+
+    data: str | os.PathLike[str] = option(
+        MISSING,
+        "digits, text, or a file: .npy and .bin hold token ids, others bytes. To resume, a file "
+        "that has moved: what it holds must be the same",
+        type=str,
+    )
+    out: str | os.PathLike[str] | None = option(
+        None, "folder of the run", type=str, otherwise="runs/ and the name of the data"
+    )
+    init: str | os.PathLike[str] | None = option(
+        None,
+        "checkpoint of a run with the same net, vocabulary and seq-len: a new run starts from its "
+        "weights, or their averages if it kept some",
+        type=str,
+    )
+
+    dtype: str | None = option(None, "type of the ids in a raw file, such as uint16", type=str)
+    num_tokens: int | None = option(
+        None,
+        "for token ids: the vocabulary of the data plus one for the mask token, which gets the "
+        "last id (GPT-2: 50258)",
+        type=int,
+    )
+    seq_len: int | None = option(None, "tokens of a window", type=int, otherwise="256, digits 64")
+    stride: int | None = option(
+        None,
+        "tokens from one training window to the next; divides seq-len",
+        type=int,
+        otherwise="seq-len",
+    )
+    held_out: int | None = option(
+        None,
+        "windows held out for evaluation, at the end of the data",
+        type=int,
+        otherwise="a tenth, at most 256, digits 180",
+    )
+
+    dim: int = option(128, "width of the net")
+    depth: int = option(4, "blocks of attention and feed-forward")
+    heads: int = option(4, "attention heads; divides dim")
+    dropout: float = option(0.0, "probability of dropping an activation")
+    rotary: bool = option(True, "rotary position embeddings, beside the learnt absolute ones")
+
+    schedule: str = option("linear", "mask ratio over time", choices=tuple(SCHEDULES))
+    draw: str = option(
+        "exact", "masks of an exact count or by coins", choices=("exact", "bernoulli")
+    )
+    loss: str = option(
+        "mean",
+        "what is minimised: the mean over masked tokens, which has less variance, or nelbo, the "
+        "likelihood bound that evaluation reports",
+        choices=("mean", "nelbo"),
+    )
+
+    steps: int = option(
+        2000,
+        "optimiser steps, over which the learning rate falls to zero. To resume, another number "
+        "than before: from there on it is the rate of a run of so many steps",
+    )
+    batch_size: int = option(32, "windows of one optimiser step, on all processes together")
+    accumulate: int = option(
+        1, "parts that a batch (of each process) is split into, to save memory"
+    )
+    lr: float = option(1e-3, "peak learning rate of AdamW")
+    warmup: int = option(100, "steps of linear warm-up, before cosine decay to zero")
+    weight_decay: float = option(0.1, "of matrices")
+    beta2: float = option(0.99, "AdamW's decay of squared gradients")
+    clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(
+        0.0,
+        "decay of a moving average of the weights, such as 0.999, which evaluation and generate "
+        "then use; 0 is off",
+    )
+
+    eval_every: int = option(200, "steps from one evaluation to the next")
+    eval_draws: int = option(8, "masks of each held-out window")
+    save_every: int = option(200, "steps from one checkpoint to the next")
+
+    seed: int = option(0, "of weights, order of windows, masks, dropout")
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    threads: int | None = option(
+        None,
+        "CPU threads of each process; few are best for a small net, and on a machine with other "
+        "work to do",
+        type=int,
+        otherwise="PyTorch's choice",
+    )
+    precision: str = option(
+        "auto",
+        "bf16 is autocast; auto takes it where the hardware multiplies in it",
+        choices=("auto", "fp32", "bf16"),
+    )
+    compile: bool = option(False, "compile the net with torch.compile, which takes a minute")
+    checkpoint_activations: bool = option(
+        False, "save memory: compute the inside of each block again for its gradient"
+    )
+    shard: bool = option(
+        False,
+        "divide weights, gradients and AdamW's state over the processes of torchrun (FSDP2), and "
+        "checkpoints: each process keeps its part in a folder beside them, and any number of "
+        "processes resumes",
+    )
+    resume: bool = option(False, "continue the run in the folder; its options are the defaults")
+    overwrite: bool = option(False, "start again where the folder holds a run")
+    quiet: bool = option(False, "print nothing but errors")
+
+    @classmethod
+    def for_data(cls, data: str | os.PathLike[str], **options: Any) -> "TrainConfig":
+        """The defaults for ``data``, with some options changed."""
+        return cls(**{"data": data, **PRESETS.get(str(data), {}), **options})
+
+    @classmethod
+    def continued(cls, saved: dict[str, Any], **options: Any) -> "TrainConfig":
+        """The options of a checkpoint, with some changed, to resume it.
+
+        Raises:
+            ValueError: the checkpoint is of another version of this class.
+        """
+        unknown = sorted(set(saved) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                "the checkpoint has options that this version does not know: "
+                f"{', '.join(unknown)}; use the version that wrote it"
+            )
+        once = {"resume": False, "overwrite": False, "quiet": False}
+        return cls(**{**saved, **once, **options})
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _AT_LEAST_ONE and value is not None and value < 1:
+                raise ValueError(f"{f.name} is {value}: it must be at least 1")
+            if f.name == "threads" and value is not None and value > _MOST_THREADS:
+                raise ValueError(f"threads is {value}: it must be at most {_MOST_THREADS}")
+            if f.name != "seed" and isinstance(value, int) and value >= 1 << 31:
+                raise ValueError(f"{f.name} is {value}: it must be below 2**31")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive and finite")
+        for name in ("dropout", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.num_tokens is not None and self.num_tokens < 2:
+            raise ValueError(f"num_tokens is {self.num_tokens}: it must be in [2, 2**31)")
+        check_seed(self.seed)
+        if self.dim % self.heads:
+            raise ValueError(f"heads is {self.heads}: it must divide dim, which is {self.dim}")
+        if self.rotary and self.dim // self.heads % 2:
+            raise ValueError(
+                f"dim / heads is {self.dim // self.heads}: rotary embeddings need an even width of "
+                "a head; change them, or use --no-rotary"
+            )
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} windows"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written: ``out``, or a folder in ``runs`` with the name of the data."""
+        return Path(self.out) if self.out is not None else Path("runs") / Path(self.data).stem
+
+    @property
+    def how_to_resume(self) -> str:
+        return f"nar-kernels train --resume --out {shlex.quote(str(self.folder))}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and checkpoints."""
+        return asdict(self)
+
+    def refuse_to_continue(self, saved: dict[str, Any], done: int) -> None:
+        """Raises ValueError unless a run with the ``saved`` options can go on with these after
+        ``done`` steps."""
+        for f in fields(self):
+            ours = getattr(self, f.name)
+            theirs = saved.get(f.name, f.default)  # older versions had fewer options
+            if f.name not in FREE_ON_RESUME and theirs != ours:
+                raise ValueError(
+                    f"cannot resume {self.folder}: {option_of(f.name)} was {theirs} and is {ours} "
+                    "now; leave it out, or start another run with another --out"
+                )
+        if self.steps < done:
+            raise ValueError(
+                f"cannot resume {self.folder}: --steps was {saved['steps']} and is {self.steps} "
+                f"now, but {done} are done; give at least as many, or leave it out"
+            )
+
+
+_MOST_THREADS = 1024  # PyTorch crashes where the system does not give it as many
+
+_AT_LEAST_ONE = (
+    *("seq_len", "stride", "held_out", "dim", "depth", "heads", "steps", "batch_size"),
+    *("accumulate", "eval_every", "eval_draws", "save_every", "threads"),
+)
+
+# Options that do not change what is learnt, but for rounding and the noise of dropout; and the
+# number of steps, which changes the learning rate of those to come. Data may lie elsewhere, in
+# another container: that it is the same is for its digest to say.
+FREE_ON_RESUME = frozenset(
+    (
+        *("data", "dtype", "out", "steps"),
+        *("device", "threads", "accumulate", "eval_every", "save_every"),
+        *("compile", "checkpoint_activations", "shard", "resume", "overwrite", "quiet"),
+    )
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        **{"dim": 96, "rotary": False, "lr": 6e-3, "steps": 1000, "warmup": 50},
+        **{"eval_every": 100, "eval_draws": 4, "threads": 1, "precision": "fp32"},
+    },
+    "text": {
+        **{"stride": 32, "batch_size": 16, "lr": 2e-3, "steps": 1500},
+        **{"eval_every": 250, "eval_draws": 4},
+    },
+}

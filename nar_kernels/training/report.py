@@ -1,0 +1,284 @@
+"""What a run leaves behind: its log, the report, the pictures, and what it says on the terminal."""
+
+import json
+import math
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nar_kernels.data.sources import Data, SequenceSpec
+from nar_kernels.likelihood import NATS_PER_BIT, Baseline
+from nar_kernels.sampling.config import SamplingConfig
+from nar_kernels.show import samples
+from nar_kernels.show.pictures import images, loss_curve
+from nar_kernels.training import checkpoint
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.parallel import world_size
+from nar_kernels.wrapper import NonAutoregressiveWrapper
+
+_POINTS = 200  # of the training curve
+_FILMSTRIP_ROWS = 10
+_RUN_FILES = (
+    *("last.pt", "best.pt", "report.json", "loss.png"),
+    *("filmstrip.png", "samples.txt", "samples.npy"),
+)
+
+
+class Log:
+    """The history of a run, which travels in its checkpoints.
+
+    Attributes:
+        losses: nats, one for each step.
+        curve: (step, bits per token, standard error) of each evaluation.
+        step_seconds: spent in training steps alone.
+        seconds: spent in all, with evaluation and checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.curve: list[tuple[int, float, float]] = []
+        self.step_seconds = 0.0
+        self.seconds = 0.0
+        self._last_tick: float | None = None
+
+    def add(self, losses: list[float]) -> None:
+        """Steps, which took the time since the last call of this or :meth:`tick`."""
+        self.losses += losses
+        self.step_seconds += self.tick()
+
+    def tick(self) -> float:
+        """Takes note of the seconds since the last call, and returns them."""
+        now = time.perf_counter()
+        elapsed = 0.0 if self._last_tick is None else now - self._last_tick
+        self.seconds += elapsed
+        self._last_tick = now
+        return elapsed
+
+    def best(self) -> tuple[int, float, float]:
+        return min(self.curve, key=lambda point: point[1])
+
+    def last_evaluated(self) -> int | None:
+        """The step of the last evaluation."""
+        return self.curve[-1][0] if self.curve else None
+
+    def recent_loss(self) -> float:
+        """Nats, mean of the last steps."""
+        recent = self.losses[-20:]
+        return sum(recent) / max(len(recent), 1)
+
+    def smooth(self) -> list[tuple[float, float]]:
+        """(middle step, bits) of the training loss: means over equal parts."""
+        size = max(-(-len(self.losses) // _POINTS), 5)
+        parts = [self.losses[i : i + size] for i in range(0, len(self.losses), size)]
+        return [
+            (i * size + (len(part) + 1) / 2, sum(part) / len(part) / NATS_PER_BIT)
+            for i, part in enumerate(parts)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        losses = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
+        return {
+            "losses": losses,
+            "curve": self.curve,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses = state["losses"].tolist()
+        self.curve = [tuple(point) for point in state["curve"]]
+        self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder, and removes what an earlier run left there; nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    remove_leftovers(folder)
+    for events in (folder / "tb").glob("events.out.tfevents.*"):
+        events.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a run that was killed had not written to its end."""
+    for name in _RUN_FILES:
+        checkpoint.remove_leftovers(folder / name)
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device, bf16: bool) -> dict[str, Any]:
+    """What the rounding of a run depends on."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "x_transformers": version("x-transformers"),
+        "nar_kernels": version("nar-kernels"),
+        "device": f"{device.type} ({where})",
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if bf16 else "fp32",
+        "processes": world_size(),
+    }
+
+
+def describe(
+    config: TrainConfig,
+    data: Data,
+    model: nn.Module,
+    baselines: dict[str, Baseline],
+    environment: dict[str, Any],
+) -> str:
+    """The head of a run, for the terminal."""
+    num_parameters = sum(p.numel() for p in model.parameters())
+    vocabulary = data.spec.num_tokens - 1
+    lines = {
+        "data": f"{data.name}: {len(data.train)} windows of {data.spec.seq_len} tokens to train on"
+        f", {len(data.held_out_windows)} held out; {vocabulary} ids and the mask",
+        "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
+        f"{num_parameters:,} parameters",
+        "masking": f"{config.schedule} schedule, {config.draw} draw; loss: {config.loss}",
+        "steps": f"{config.steps} of {config.batch_size} windows; AdamW, peak learning rate "
+        f"{config.lr:g}",
+        **({} if config.init is None else {"from": f"the weights of {config.init}"}),
+        "on": f"{environment['device']}, {environment['threads']} threads, "
+        f"{environment['precision']}"
+        + (f", {environment['processes']} processes" if environment["processes"] > 1 else ""),
+        "to beat": ", ".join(
+            f"{b.bits_per_token:.3f} ({name})" for name, b in _shown(baselines).items()
+        ),
+        "folder": str(config.folder),
+    }
+    return "\n".join(f"{name:>8}  {line}" for name, line in lines.items())
+
+
+def _shown(baselines: dict[str, Baseline]) -> dict[str, Baseline]:
+    """The baselines that a model without context reaches on the held-out windows."""
+    names = {
+        "unigram_cross_entropy": "token frequencies",
+        "per_position_cross_entropy": "frequencies at each position",
+    }
+    return {label: baselines[name] for name, label in names.items() if name in baselines}
+
+
+def make_report(
+    config: TrainConfig,
+    data: Data,
+    model: NonAutoregressiveWrapper,
+    log: Log,
+    baselines: dict[str, Baseline],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """What ``report.json`` says."""
+    step, bits, error = log.curve[-1]
+    best_step, best_bits, _ = log.best()
+    tokens = len(log.losses) * config.batch_size * data.spec.seq_len
+    return {
+        "bits_per_token": bits,
+        "standard_error": None if math.isnan(error) else error,
+        "below_best_baseline": min(b.bits_per_token for b in _shown(baselines).values()) - bits,
+        "baselines": {name: b._asdict() for name, b in baselines.items()},
+        "best": {"step": best_step, "bits_per_token": best_bits},
+        "steps": step,
+        "seconds": log.seconds,
+        "step_seconds": log.step_seconds,
+        "tokens_per_second": tokens / log.step_seconds,
+        "data": {
+            "name": data.name,
+            "num_tokens": data.spec.num_tokens,
+            "seq_len": data.spec.seq_len,
+            "train_windows": len(data.train),
+            "held_out_windows": len(data.held_out_windows),
+            "digest": data.train.corpus.digest,
+        },
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "config": config.to_dict(),
+        "environment": environment,
+        "files": {
+            "last_checkpoint": "last.pt",
+            "best_checkpoint": "best.pt",
+            "tensorboard": "tb",
+            "loss_curve": "loss.png",
+            "samples": _samples_name(data.spec),
+        },
+        "curve": {
+            # Nats of config.loss over ln 2: bits per masked token, unless it is the bound.
+            "train": [{"step": s, "bits": b} for s, b in log.smooth()],
+            "held_out": [{"step": s, "bits_per_token": b} for s, b, _ in log.curve],
+        },
+    }
+
+
+def _samples_name(spec: SequenceSpec) -> str:
+    if spec.image_shape is not None:
+        return "filmstrip.png"
+    return "samples.txt" if spec.render == "bytes" else "samples.npy"
+
+
+def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> Tensor:
+    """What the report shows of a model: ``[N, L]``, or images as they appear, ``[N, S + 1, L]``."""
+    if data.spec.image_shape is not None:
+        states = model.sample(SamplingConfig(), _FILMSTRIP_ROWS, seed=config.seed)
+        return torch.stack([state.ids.cpu() for state in states], 1)
+    sampling = SamplingConfig(steps=max(data.spec.seq_len // 4, 1))
+    return model.sample(sampling, 4, seed=config.seed).last().ids.cpu()
+
+
+def write_results(
+    config: TrainConfig,
+    data: Data,
+    log: Log,
+    baselines: dict[str, Baseline],
+    report: dict[str, Any],
+    ids: Tensor,
+) -> None:
+    """Writes ``report.json``, the pictures and the samples ``ids`` into the run's folder."""
+    bits, steps = report["bits_per_token"], report["steps"]
+    loss_curve(
+        config.folder / "loss.png",
+        train=log.smooth(),
+        held_out=log.curve,
+        baselines={label: b.bits_per_token for label, b in _shown(baselines).items()},
+        train_label="training batches" + (", unweighted" if config.loss == "mean" else ""),
+        title=f"{Path(data.name).name}: {bits:.3f} bits per token after {steps} steps",
+    )
+    path = config.folder / report["files"]["samples"]
+    if data.spec.image_shape is None:
+        samples.write(path, ids, data.spec)
+    else:
+        images(
+            path,
+            ids.unflatten(-1, data.spec.image_shape),
+            mask_id=data.spec.mask_id,
+            column_labels=["start", *map(str, range(1, ids.shape[1]))],
+            title=f"{data.name}: decoding steps, coloured where still masked",
+        )
+    samples.write_text(config.folder / "report.json", json.dumps(report, indent=2) + "\n")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The end of a run, for the terminal."""
+    folder = TrainConfig(**report["config"]).folder
+    files = (report["files"][name] for name in ("samples", "loss_curve"))
+    below, error = report["below_best_baseline"], report["standard_error"]
+    spread = "" if error is None else f" ± {error:.4f}"
+    return (
+        f"{report['bits_per_token']:.4f}{spread} bits per token held out, "
+        f"{abs(below):.3f} {'below' if below >= 0 else 'above'} the best model without context\n"
+        f"{report['steps']} steps in {report['seconds']:.0f} s, "
+        f"{report['tokens_per_second']:,.0f} tokens/s\n"
+        + "".join(f"{folder / file}\n" for file in (*files, "report.json"))
+    ).rstrip()

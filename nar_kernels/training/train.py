@@ -1,0 +1,372 @@
+"""The training loop.
+
+Which windows a step sees, how they are masked, its dropout, and the noise of evaluation are
+functions of (seed, step). So (step, weights, optimiser) is all it takes to continue a run as if it
+had never stopped, also with another number of processes.
+
+A step does not wait for the device: losses stay there until somebody wants them (``settle``).
+"""
+
+import math
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.sources import open_data
+from nar_kernels.extras import import_extra
+from nar_kernels.likelihood import NATS_PER_BIT, baselines, evaluate
+from nar_kernels.ops.masking import Corrupted
+from nar_kernels.spec.philox import Stream, derived_seed
+from nar_kernels.training import checkpoint, parallel
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.ema import Ema
+from nar_kernels.training.interrupt import Interrupted, ended_by_signals, interruptible
+from nar_kernels.training.lock import FolderInUseError, FolderLock
+from nar_kernels.training.model import build_model, choose_bf16, choose_device, prepare, start_from
+from nar_kernels.training.progress import Progress
+from nar_kernels.training.report import (
+    Log,
+    describe,
+    draw_samples,
+    environment,
+    make_report,
+    prepare_folder,
+    remove_leftovers,
+    summary,
+    write_results,
+)
+from nar_kernels.training.step import (
+    Pending,
+    adamw,
+    batch_of_this_rank,
+    learning_rate,
+    loss_and_gradient,
+)
+
+__all__ = [
+    "DivergedError",
+    "FolderInUseError",
+    "Interrupted",
+    "TrainConfig",
+    "learning_rate",
+    "loss_and_gradient",
+    "train",
+]
+
+_LOG_EVERY = 10  # steps
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is not finite."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains as ``config`` says, together with the other processes if torchrun started some.
+
+    ``config.folder`` gets ``last.pt`` and ``best.pt`` (checkpoints), ``report.json``, ``loss.png``,
+    samples, and ``tb`` (TensorBoard). Only the first process writes, but all must see the folder.
+    While it runs, no other run may use that: ``run.lock`` says which one does.
+
+    Returns:
+        What is in ``report.json``.
+
+    Raises:
+        ValueError, OSError: an option or the data is wrong, the folder holds a run already, or the
+            disk is full.
+        InvalidTokenError: the data holds an id that is none.
+        FolderInUseError: another run, which it names, has the folder.
+        ImportError: a package of the extra ``train`` is missing.
+        DivergedError: the loss is not finite. The checkpoints are from before.
+        Interrupted: after Ctrl-C, SIGTERM or SIGUSR1; it is a KeyboardInterrupt. The first one
+            finishes the step and saves; a second one, or one before the first step or after the
+            last, does not wait.
+    """
+    folder, last = config.folder, config.folder / "last.pt"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: --out must name a folder, or a new one")
+    with (
+        ended_by_signals(),
+        parallel.init_distributed(choose_device(config.device)) as device,
+        FolderLock(folder) as lock,
+    ):
+
+        def claim(also_new: bool) -> None:
+            if also_new or folder.is_dir():
+                lock.acquire()
+                refuse_to_lose_a_run(config)
+
+        parallel.on_first_rank(lambda: claim(also_new=False))
+        saved = checkpoint.read(last) if config.resume else None
+        if saved is not None:
+            config.refuse_to_continue(saved["config"], saved["loader"]["step"])
+        run = Run(config, device)
+        # Nobody writes before everybody has looked; a new folder is made when all else is right.
+        parallel.barrier()
+        parallel.on_first_rank(lambda: claim(also_new=True))
+        if saved is not None:
+            run.restore(last, saved)
+        else:
+            run.begin()
+        run.fit()
+        return run.finish()
+
+
+def refuse_to_lose_a_run(config: TrainConfig) -> None:
+    """Raises FileExistsError if the folder holds a run that is neither continued nor replaced."""
+    if (config.folder / "last.pt").exists() and not (config.resume or config.overwrite):
+        raise FileExistsError(
+            f"{config.folder} holds a run: --resume continues it, --overwrite starts again, "
+            "and --out names another folder"
+        )
+
+
+class Run:
+    """Everything that training changes, and what it needs for that."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        # All at once, rather than one after an hour of training.
+        for module in ("x_transformers", "tqdm", "matplotlib.figure", "torch.utils.tensorboard"):
+            import_extra(module)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.config, self.device = config, device
+        self.bf16 = choose_bf16(config.precision, device)
+        self.environment = environment(device, self.bf16)
+        self.data = open_data(
+            config.data,
+            dtype=config.dtype,
+            num_tokens=config.num_tokens,
+            seq_len=config.seq_len,
+            stride=config.stride,
+            num_held_out=config.held_out,
+            folder=config.folder if config.resume else None,
+        )
+        self.data.validate()
+        # On a CPU nothing is gained by waiting.
+        self.settle_every = 1 if device.type == "cpu" else _LOG_EVERY
+        self.pending = Pending()
+        torch.manual_seed(config.seed)
+        # `model` has the keys of checkpoints; `trained` is the same, for all ranks together.
+        self.model = build_model(config, self.data.spec)
+        if config.init is not None and not config.resume:
+            start_from(self.model, config.init, config, self.data.spec)
+        self.trained = prepare(self.model, config, device)
+        self.optimizer = adamw(self.model, config)
+        self.ema = Ema(self.model, config.ema) if config.ema else None
+        self.loader = MaskedLoader(
+            self.data.train,
+            self.model.masking,
+            batch_of_this_rank(config),
+            seed=config.seed,
+            device=device,
+            rank=parallel.rank(),
+            world_size=parallel.world_size(),
+        )
+        self.noise_seed = derived_seed(config.seed, Stream.GENERATOR_SEED)
+        self.log, self.progress = Log(), Progress(config)
+        self.baselines = baselines(
+            self.data.train,
+            self.data.held_out,
+            self.data.held_out_windows,
+            per_position=self.data.spec.render == "image",
+        )
+
+    def begin(self) -> None:
+        if parallel.rank() == 0:
+            prepare_folder(self.config.folder)
+        self.save("last.pt")
+
+    def fit(self) -> None:
+        """The loop."""
+        config, first = self.config, self.loader.step
+        self.progress.say(describe(config, self.data, self.model, self.baselines, self.environment))
+        alone, stops = parallel.world_size() == 1, False
+        self.log.tick()
+        if first == config.steps != self.log.last_evaluated():  # made to end here
+            self.evaluate(first)
+            self.save("last.pt")
+        with interruptible(parallel.is_launched()) as interrupt, self.progress.running(first):
+            steps = range(first, config.steps)
+            for step, batch in zip(steps, self.loader, strict=False):
+                self.step(batch, step)
+
+                done, is_last = step + 1, step + 1 == config.steps
+                evaluates = is_last or done % config.eval_every == 0
+                saves = is_last or done % config.save_every == 0
+                # Several ranks must settle at the same steps, so one alone may not do it early.
+                heard = interrupt.requested and alone
+                if evaluates or saves or heard or done % self.settle_every == 0:
+                    stops = self.settle(interrupt.requested)
+                    if evaluates:
+                        self.evaluate(done)
+                    self.log.tick()
+                    if saves or stops:
+                        self.save("last.pt")
+                        self.log.tick()
+                    self.progress.note(self.state())
+                if stops:
+                    break
+        if stops:
+            signum = parallel.max_over_ranks(interrupt.signum or 0)
+            if parallel.rank() == 0:
+                print(
+                    f"saved step {self.loader.step}; to continue: {config.how_to_resume}",
+                    file=sys.stderr,
+                )
+            raise Interrupted(signum)
+
+    def step(self, batch: Corrupted, step: int) -> None:
+        """One optimiser step. Its loss, in nats, and the norm of its gradient become pending."""
+        config = self.config
+        # Dropout of this step and this rank, by the number of the first window.
+        first_slot = step * self.loader.global_batch + self.loader.rank * self.loader.batch_size
+        torch.manual_seed((self.noise_seed + first_slot) % (1 << 63))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        loss = loss_and_gradient(self.trained, batch, config.accumulate, self.autocast)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.pending.add(loss, parallel.full(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(step)
+
+    def settle(self, stop: bool = False) -> bool:
+        """Waits for the pending steps and logs them; true if ``stop`` is, on any rank.
+
+        Raises:
+            DivergedError: one of them is not finite. If the gradient was not, the weights are
+                ruined since; so this comes before they are evaluated or saved.
+        """
+        losses, norms, stops = self.pending.settle(stop)
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            self.check_finite("loss or gradient", loss + norm, len(self.log.losses) + i)
+        self.log.add(losses)
+        self.show(losses, norms)
+        return stops
+
+    def show(self, losses: list[float], norms: list[float]) -> None:
+        done = len(self.log.losses)
+        self.progress.advance(len(losses), self.state())
+        if done % _LOG_EVERY == 0:
+            values = {"bits_per_token": losses[-1] / NATS_PER_BIT, "gradient_norm": norms[-1]}
+            values["learning_rate"] = learning_rate(done - 1, self.config)
+            self.progress.plot(done, {f"train/{name}": value for name, value in values.items()})
+
+    def evaluate(self, step: int) -> None:
+        """Bits per token on the held-out windows; keeps the best weights."""
+        with self.averaged(), parallel.unsharded(self.model), self.autocast():
+            result = evaluate(
+                self.model.net,
+                self.data.held_out,
+                self.data.held_out_windows,
+                draws=self.config.eval_draws,
+                device=self.device,
+            )
+        bits = result.bits_per_token
+        self.check_finite("held-out loss", bits, step)
+        self.log.curve.append((step, *result))
+        if self.log.best()[0] == step:
+            self.save("best.pt")
+        self.progress.plot(step, {"held_out/bits_per_token": bits})
+        self.progress.say(f"step {step:>6}: {bits:.4f} bits per token held out, {self.speed()}")
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the report and the samples, and returns the report."""
+        config, data = self.config, self.data
+        report = make_report(config, data, self.model, self.log, self.baselines, self.environment)
+        with self.averaged(), parallel.unsharded(self.model):
+            ids = draw_samples(config, data, self.model)
+        if parallel.rank() == 0:
+            write_results(config, data, self.log, self.baselines, report, ids)
+        self.progress.say(summary(report))
+        return report
+
+    def check_finite(self, what: str, value: float, steps: int) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the {what} is {value} after {steps} steps: try a lower --lr than "
+                f"{self.config.lr}, or a longer --warmup; the last checkpoint is from before"
+            )
+
+    def save(self, name: str) -> None:
+        state = {
+            "config": self.config.to_dict(),
+            "spec": self.data.spec._asdict(),
+            "environment": self.environment,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "log": self.log.state_dict(),
+        }
+        checkpoint.save(self.config.folder / name, state)
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Goes on from ``state``, as it was read from ``path``."""
+        config, was = self.config, state["config"]
+        self.check_corpus(state)
+        self.loader.load_state_dict(state["loader"])
+        if parallel.rank() == 0:
+            remove_leftovers(config.folder)
+        ours = self.model.state_dict()
+        for name in ("model", "ema") if self.ema is not None else ("model",):
+            state[name] = parallel.distribute_like(state[name], ours)
+        state["optimizer"] = parallel.divide_optimizer_state(state["optimizer"], self.optimizer)
+        checkpoint.fill(path, state)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.log.load_state_dict(state["log"])
+        done = self.loader.step
+        self.progress.say(
+            f"goes on from step {done}: {config.steps - done} of {config.steps} remain"
+        )
+        if config.steps != was["steps"]:
+            before = learning_rate(done, replace(config, steps=was["steps"]))
+            self.progress.say(
+                f"note: --steps was {was['steps']} and is {config.steps}; the learning rate falls "
+                f"to zero over the new number, so it is {learning_rate(done, config):.1e} now "
+                f"instead of {before:.1e}"
+            )
+        for name, now in self.environment.items():
+            if now != (then := state["environment"].get(name, now)):
+                self.progress.say(
+                    f"note: {name} was {then} and is {now}; rounding may differ from here on"
+                )
+
+    def check_corpus(self, state: dict[str, Any]) -> None:
+        """Raises ValueError unless the data, wherever it lies, is what ``state`` was trained on."""
+        ours, theirs = self.loader.state_dict(), state["loader"]
+        if ours["corpus_digest"] != theirs["corpus_digest"]:
+            was, now = state["config"]["data"], self.config.data
+            raise ValueError(
+                f"cannot resume {self.config.folder}: --data was {was} and is {now} now, which "
+                f"holds other tokens (corpus_digest {theirs['corpus_digest'][:12]} and "
+                f"{ours['corpus_digest'][:12]}); give what the run was trained on, or start "
+                "another run with another --out"
+            )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model has its averaged weights, if any are kept."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def state(self) -> str:
+        rate = learning_rate(len(self.log.losses) - 1, self.config)
+        return f"{self.speed()}, lr {rate:.1e}"
+
+    def speed(self) -> str:
+        seconds = max(self.log.step_seconds, 1e-9)
+        tokens = len(self.log.losses) * self.config.batch_size * self.data.spec.seq_len
+        loss = self.log.recent_loss() / NATS_PER_BIT
+        return f"loss {loss:.3f} bits, {tokens / seconds / 1000:.1f}k tokens/s"
