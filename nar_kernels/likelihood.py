@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.loader import TokenDataset
+from nar_kernels.distributed import rank, sum_over_ranks, world_size
 from nar_kernels.nets.modes import evaluating
 from nar_kernels.nets.prediction import TrunkAndHead
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.masking import Corrupted, MaskingConfig
-from nar_kernels.training.parallel import rank, sum_over_ranks, world_size
 
 NATS_PER_BIT = math.log(2)
 

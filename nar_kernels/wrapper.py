@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nar_kernels import distributed
 from nar_kernels.checks import as_int
 from nar_kernels.nets.adapter import causal_module, net_attribute
 from nar_kernels.nets.keywords import for_the_net
@@ -39,7 +40,6 @@ from nar_kernels.sampling.states import SampleStates
 from nar_kernels.sampling.strategies import make_choice
 from nar_kernels.spec.philox import Stream, noise_generator
 from nar_kernels.spec.schedules import Schedule, resolve
-from nar_kernels.training import parallel
 
 
 class Losses(NamedTuple):
@@ -349,14 +349,14 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _counts_of_ranks(
         self, corrupted: Corrupted, reduction: Reduction
-    ) -> parallel.SumOverRanks | None:
+    ) -> distributed.SumOverRanks | None:
         """What the losses of the generator and of the critic are divided by, summed over ranks
         while the net runs; None where each rank is by itself."""
-        together = self.average_tokens_across_devices and parallel.world_size() > 1
+        together = self.average_tokens_across_devices and distributed.world_size() > 1
         if not (together and self.training and torch.is_grad_enabled()):
             return None
         counts = num_counted(corrupted, reduction), _is_judged(corrupted).sum()
-        return parallel.SumOverRanks(torch.stack(counts).double())
+        return distributed.SumOverRanks(torch.stack(counts).double())
 
     def _corrupted(
         self,
@@ -388,9 +388,9 @@ class NonAutoregressiveWrapper(nn.Module):
                 )
             corrupted = x
         else:
-            batch, slots, world_size = x.shape[0], None, parallel.world_size()
+            batch, slots, world_size = x.shape[0], None, distributed.world_size()
             if world_size > 1:
-                slots = torch.arange(batch, device=x.device) * world_size + parallel.rank()
+                slots = torch.arange(batch, device=x.device) * world_size + distributed.rank()
             corrupted = corrupt(
                 x,
                 self.masking,
@@ -449,7 +449,7 @@ class NonAutoregressiveWrapper(nn.Module):
         """How well the critic tells wrong samples from clean ids: mean over all positions but those
         whose clean id is not known, since its label was set to -100."""
         rows, clean = corrupted.masked_rows, corrupted.clean_ids
-        rank, world_size = parallel.rank(), parallel.world_size()
+        rank, world_size = distributed.rank(), distributed.world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
         if temperature is None:
@@ -676,7 +676,7 @@ def _is_judged(corrupted: Corrupted) -> Tensor:
 
 def _sequence_numbers(first: int | None, batch: int) -> range:
     """Of the sequences of a batch: consecutive ones, or those of this rank."""
-    start, stride = parallel.rank(), parallel.world_size()
+    start, stride = distributed.rank(), distributed.world_size()
     if first is not None:
         start, stride = as_int("first_sequence", first), 1
     if start < 0:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nar_kernels import distributed
 from nar_kernels.data.sources import SequenceSpec
 from nar_kernels.likelihood import evaluate
 from nar_kernels.ops.masking import Corrupted
@@ -72,7 +73,7 @@ def small(folder: Path, name: str, **options: Any) -> TrainConfig:
 def gradients(folder: Path, loss: str, accumulate: int) -> tuple[Tensor, list[Tensor]]:
     run = Run(small(folder, "none", loss=loss), CPU)
     value = loss_and_gradient(run.trained, run.loader.batch(UNEVEN), accumulate)
-    value = parallel.sum_over_ranks(value) / parallel.world_size()
+    value = distributed.sum_over_ranks(value) / distributed.world_size()
     return value, [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
 
 
@@ -156,13 +157,13 @@ def refused(folder: Path, rank: int) -> str:
     with FolderLock(config.folder) as lock:
         if rank == 0:
             lock.acquire()
-        parallel.barrier()
+        distributed.barrier()
         try:
             train(config)
         except OSError as error:
             return f"{type(error).__name__} {error}"
         finally:
-            parallel.barrier()
+            distributed.barrier()
     return "nothing"
 
 
@@ -177,12 +178,14 @@ def refused_data(folder: Path) -> str:
 
 def with_counts_of_its_own(folder: Path) -> tuple[Tensor, list[Tensor]]:
     """Each rank divides by the count of its own masked tokens: a mean of means."""
-    exchange = parallel.sum_over_ranks
-    parallel.sum_over_ranks = lambda values: values * (1 if values.dtype.is_floating_point else 2)
+    exchange = distributed.sum_over_ranks
+    distributed.sum_over_ranks = lambda values: (
+        values * (1 if values.dtype.is_floating_point else 2)
+    )
     try:
         return gradients(folder, "mean", 1)
     finally:
-        parallel.sum_over_ranks = exchange
+        distributed.sum_over_ranks = exchange
 
 
 def with_a_full_disk(folder: Path, here: bool) -> str:

@@ -23,19 +23,9 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from nar_kernels.errors import CorpusFormatError
+from nar_kernels.ops.arguments import TOKEN_DTYPES
 
 Source = str | os.PathLike[str] | np.ndarray | Tensor
-
-# Token types, by numpy's name.
-TOKEN_DTYPES = {
-    "uint8": torch.uint8,
-    "int8": torch.int8,
-    "uint16": torch.uint16,
-    "int16": torch.int16,
-    "uint32": torch.uint32,
-    "int32": torch.int32,
-    "int64": torch.int64,
-}
 
 # Files that a raw reader would take for tokens, headers included: what to do with them, how they
 # begin (and end), what they are. Ids or text could begin with a short magic number, so that of gzip

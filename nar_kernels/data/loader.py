@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device
 from nar_kernels.data.corpus import Corpus, Source
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
@@ -25,7 +26,6 @@ from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import corrupt_step, permute, windows
 from nar_kernels.ops.masking import Corrupted, MaskingConfig, check_record, check_vocabulary
 from nar_kernels.spec.philox import Stream
-from nar_kernels.training import parallel
 
 _TOKENS_SCANNED = 1 << 18  # at a time: what is made of them stays in the cache
 
@@ -202,14 +202,14 @@ def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
         )
     if rank is not None:
         return as_int("rank", rank), as_int("world_size", world_size)
-    if parallel.is_launched() and not parallel.has_group():
+    if distributed.is_launched() and not distributed.has_group():
         warnings.warn(
             "torchrun started this process, but there is no process group yet: each process gets "
             "the same batches. Make the loader after torch.distributed.init_process_group, or pass "
             "rank and world_size",
             stacklevel=3,
         )
-    return parallel.rank(), parallel.world_size()
+    return distributed.rank(), distributed.world_size()
 
 
 def _check_step(step: int) -> int:

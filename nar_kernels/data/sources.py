@@ -14,8 +14,8 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Source
 from nar_kernels.data.loader import TokenDataset
+from nar_kernels.distributed import on_first_rank
 from nar_kernels.extras import import_extra
-from nar_kernels.training.parallel import on_first_rank
 
 BUILT_IN = ("digits", "text")
 

@@ -2,7 +2,19 @@
 
 from typing import NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
+
+# Token types, by numpy's name.
+TOKEN_DTYPES = {
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "uint16": torch.uint16,
+    "int16": torch.int16,
+    "uint32": torch.uint32,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
 
 # SymInt also where no shape depends on it: torch.compile then takes another value, such as of the
 # seed, without compiling again.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.data.corpus import TOKEN_DTYPES as _DTYPES
 from nar_kernels.errors import InvalidTokenError
+from nar_kernels.ops.arguments import TOKEN_DTYPES as _DTYPES
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, resolve_backend
 from nar_kernels.ops.dispatch import DTYPE_CODE, host_address, run_corrupt

@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nar_kernels.data.corpus import TOKEN_DTYPES
-from nar_kernels.ops.arguments import CorruptArgs
+from nar_kernels.ops.arguments import TOKEN_DTYPES, CorruptArgs
 from nar_kernels.ops.backends import cpp, cuda
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import corrupt_ref, nll_ref, unmask_ref

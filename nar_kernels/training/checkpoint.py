@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
-from nar_kernels import files
+from nar_kernels import distributed, files
 from nar_kernels.training import parallel
 
 StrPath = str | os.PathLike[str]
@@ -40,11 +40,11 @@ def save(path: StrPath, state: dict[str, Any]) -> None:
         if parallel.is_divided(value)
     }
     if divided:
-        folder = f"{path.stem}.shards-{parallel.of_first_rank(uuid.uuid4().hex[:12])}"
+        folder = f"{path.stem}.shards-{distributed.of_first_rank(uuid.uuid4().hex[:12])}"
         _write_shards(path.with_name(folder), divided)
         # Their shapes and types stay in the file.
         state = tree_map_only(Tensor, _without_divided_values, state) | {_SHARDS: folder}
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         _write_file(path, state)
         remove_shards(path, but=state.get(_SHARDS))
 
@@ -79,7 +79,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
     except dcp.CheckpointException as error:  # on all ranks, if one fails
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         first = next(iter(error.failures.values()))[0]
         cause = _cause(first)
@@ -158,7 +158,7 @@ def fill(path: StrPath, state: dict[str, Any], *, alone: bool = False) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is .*single process", UserWarning)
         # PyTorch 2.6 has no such option, and without other ranks it needs none.
-        options = {"no_dist": True} if alone and parallel.world_size() > 1 else {}
+        options = {"no_dist": True} if alone and distributed.world_size() > 1 else {}
         dcp.load(tensors, storage_reader=reader, **options)
 
 

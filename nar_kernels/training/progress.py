@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from nar_kernels.distributed import rank
 from nar_kernels.extras import import_extra
 from nar_kernels.training.config import TrainConfig
-from nar_kernels.training.parallel import rank
 
 # Where there is no terminal, a line comes after so many seconds or this share of the steps.
 _SECONDS, _SHARE = 30.0, 10

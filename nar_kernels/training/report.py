@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.data.sources import Data, SequenceSpec
+from nar_kernels.distributed import world_size
 from nar_kernels.likelihood import NATS_PER_BIT, Baseline
 from nar_kernels.sampling.config import SamplingConfig
 from nar_kernels.show import samples
 from nar_kernels.show.pictures import images, loss_curve
 from nar_kernels.training import checkpoint
 from nar_kernels.training.config import TrainConfig
-from nar_kernels.training.parallel import world_size
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 _POINTS = 200  # of the training curve

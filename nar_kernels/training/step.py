@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nar_kernels import distributed
 from nar_kernels.checks import as_int
 from nar_kernels.ops.masked_nll import num_counted
 from nar_kernels.ops.masking import Corrupted
@@ -34,7 +35,7 @@ def loss_and_gradient(
     """
     wrapper: Any = getattr(model, "module", model)
     counted = num_counted(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
-    normalizer = parallel.sum_over_ranks(counted).clamp(min=1) / parallel.world_size()
+    normalizer = distributed.sum_over_ranks(counted).clamp(min=1) / distributed.world_size()
     device = next(model.parameters()).device
     parts = list(batch.microbatches(-(-len(batch) // as_int("accumulate", accumulate))))
     losses = []
@@ -65,7 +66,7 @@ class Pending:
         pairs = torch.stack(self._pairs).double().cpu()
         self._pairs.clear()
         ours = torch.cat([pairs.T.flatten(), torch.tensor([float(stop)], device="cpu")])
-        *values, stops = (parallel.sum_over_ranks(ours) / parallel.world_size()).tolist()
+        *values, stops = (distributed.sum_over_ranks(ours) / distributed.world_size()).tolist()
         return values[: len(pairs)], values[len(pairs) :], stops > 0
 
 
@@ -75,7 +76,7 @@ def batch_of_this_rank(config: TrainConfig) -> int:
     Raises:
         ValueError: the batch cannot be divided as ``config`` says.
     """
-    ranks = parallel.world_size()
+    ranks = distributed.world_size()
     if config.batch_size % ranks:
         raise ValueError(
             f"batch_size is {config.batch_size}, of all {ranks} processes together: it must be a "

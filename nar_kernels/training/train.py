@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.sources import open_data
 from nar_kernels.extras import import_extra
@@ -101,14 +102,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 lock.acquire()
                 refuse_to_lose_a_run(config)
 
-        parallel.on_first_rank(lambda: claim(also_new=False))
+        distributed.on_first_rank(lambda: claim(also_new=False))
         saved = checkpoint.read(last) if config.resume else None
         if saved is not None:
             config.refuse_to_continue(saved["config"], saved["loader"]["step"])
         run = Run(config, device)
         # Nobody writes before everybody has looked; a new folder is made when all else is right.
-        parallel.barrier()
-        parallel.on_first_rank(lambda: claim(also_new=True))
+        distributed.barrier()
+        distributed.on_first_rank(lambda: claim(also_new=True))
         if saved is not None:
             run.restore(last, saved)
         else:
@@ -165,8 +166,8 @@ class Run:
             batch_of_this_rank(config),
             seed=config.seed,
             device=device,
-            rank=parallel.rank(),
-            world_size=parallel.world_size(),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )
         self.noise_seed = derived_seed(config.seed, Stream.GENERATOR_SEED)
         self.log, self.progress = Log(), Progress(config)
@@ -178,7 +179,7 @@ class Run:
         )
 
     def begin(self) -> None:
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             prepare_folder(self.config.folder)
         self.save("last.pt")
 
@@ -186,12 +187,12 @@ class Run:
         """The loop."""
         config, first = self.config, self.loader.step
         self.progress.say(describe(config, self.data, self.model, self.baselines, self.environment))
-        alone, stops = parallel.world_size() == 1, False
+        alone, stops = distributed.world_size() == 1, False
         self.log.tick()
         if first == config.steps != self.log.last_evaluated():  # made to end here
             self.evaluate(first)
             self.save("last.pt")
-        with interruptible(parallel.is_launched()) as interrupt, self.progress.running(first):
+        with interruptible(distributed.is_launched()) as interrupt, self.progress.running(first):
             steps = range(first, config.steps)
             for step, batch in zip(steps, self.loader, strict=False):
                 self.step(batch, step)
@@ -213,8 +214,8 @@ class Run:
                 if stops:
                     break
         if stops:
-            signum = parallel.max_over_ranks(interrupt.signum or 0)
-            if parallel.rank() == 0:
+            signum = distributed.max_over_ranks(interrupt.signum or 0)
+            if distributed.rank() == 0:
                 print(
                     f"saved step {self.loader.step}; to continue: {config.how_to_resume}",
                     file=sys.stderr,
@@ -283,7 +284,7 @@ class Run:
         report = make_report(config, data, self.model, self.log, self.baselines, self.environment)
         with self.averaged(), parallel.unsharded(self.model):
             ids = draw_samples(config, data, self.model)
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             write_results(config, data, self.log, self.baselines, report, ids)
         self.progress.say(summary(report))
         return report
@@ -313,7 +314,7 @@ class Run:
         config, was = self.config, state["config"]
         self.check_corpus(state)
         self.loader.load_state_dict(state["loader"])
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             remove_leftovers(config.folder)
         ours = self.model.state_dict()
         for name in ("model", "ema") if self.ema is not None else ("model",):
