@@ -1,7 +1,8 @@
 """Fused kernels for masked-prediction (non-autoregressive) training."""
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.loader import MaskedLoader, TokenDataset
+from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.errors import (
     BackendUnavailableError,
     CorpusFormatError,
@@ -11,8 +12,9 @@ from nar_kernels.errors import (
 from nar_kernels.nets.adapter import NetAdapter, TokenNet
 from nar_kernels.ops.backends import backends
 from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masked_nll import masked_nll
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.unmask import Unmasked, unmask
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.training import train

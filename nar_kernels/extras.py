@@ -2,6 +2,7 @@
 
 import importlib
 import shlex
+from importlib import metadata
 from typing import Any
 
 # As in pyproject.toml, which a package that is not installed cannot ask.
@@ -28,3 +29,11 @@ def import_extra(module: str) -> Any:
         raise ImportError(
             f"{error.name} is not installed: run `{how_to_install('train')}`"
         ) from error
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

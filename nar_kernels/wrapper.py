@@ -21,21 +21,16 @@ from nar_kernels.nets.keywords import for_the_net
 from nar_kernels.nets.modes import Turns, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.dispatch import NLL_DTYPES
 from nar_kernels.ops.masked_nll import Reduction, num_counted
-from nar_kernels.ops.masking import IGNORE_INDEX, Corrupted, MaskingConfig
+from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
 from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_of
 from nar_kernels.sampling.decode import decode, draw_tokens
 from nar_kernels.sampling.plan import make_plan
-from nar_kernels.sampling.prompt import (
-    LogitsProcessor,
-    Predictor,
-    Prompt,
-    is_one_sequence,
-    make_guidance,
-    read_prompt,
-)
+from nar_kernels.sampling.predictor import LogitsProcessor, Predictor, make_guidance
+from nar_kernels.sampling.prompt import Prompt, is_one_sequence, read_prompt
 from nar_kernels.sampling.states import SampleStates
 from nar_kernels.sampling.strategies import make_choice
 from nar_kernels.spec.philox import Stream, noise_generator

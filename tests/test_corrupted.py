@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from nar_kernels import corrupt
-from nar_kernels.data.loader import MaskedLoader, TokenDataset
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masking import MaskingConfig
 
 MASKING = MaskingConfig(37, 36, never_mask_ids=(5,), random_token_prob=0.2, no_replace_prob=0.2)
 PER_SAMPLE = ["input_ids", "labels", "masked_indices", "times", "loss_weight"]

@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader
 
 from nar_kernels.data import loader as data
 from nar_kernels.data.corpus import TOKEN_DTYPES
-from nar_kernels.data.loader import MaskedLoader, TokenDataset
+from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.staging import Stager
 from nar_kernels.errors import BackendUnavailableError, CorpusFormatError, InvalidTokenError
 from nar_kernels.ops.backends import backends, device_type
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.spec.philox import Stream, permute
 
 V, MASK_ID = 1001, 1000

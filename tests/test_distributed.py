@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nar_kernels import distributed
 from nar_kernels.data.sources import SequenceSpec
 from nar_kernels.likelihood import evaluate
-from nar_kernels.ops.masking import Corrupted
+from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.training import checkpoint, parallel
 from nar_kernels.training import train as train_module
 from nar_kernels.training.config import TrainConfig

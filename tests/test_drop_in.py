@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels.ops.corrupt import corrupt
-from nar_kernels.ops.masking import Corrupted
+from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")

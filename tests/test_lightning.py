@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.data.loader import MaskedLoader, TokenDataset
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masking import MaskingConfig
 
 lightning = pytest.importorskip("pytorch_lightning")
 # It has advice on workers and the like, and calls what PyTorch has deprecated.

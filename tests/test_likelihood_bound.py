@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.ops.corrupt import corrupt
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.spec.schedules import NUM_TIMES, SCHEDULES
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels import cli
-from nar_kernels.data.loader import MaskedLoader, TokenDataset
+from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.sources import SequenceSpec, open_data
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
-from nar_kernels.likelihood import baselines, evaluate, evaluation_batch, evaluation_parts
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.likelihood import evaluate, evaluation_batch, evaluation_parts
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.sampling.config import SamplingConfig, Strategy
 from nar_kernels.show import pictures, samples
 from nar_kernels.training import checkpoint
+from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.ema import Ema
 from nar_kernels.training.interrupt import SIGNALS, Interrupt, Interrupted, interruptible

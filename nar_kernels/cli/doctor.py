@@ -5,9 +5,8 @@ import platform
 
 import torch
 
-from nar_kernels.extras import EXTRAS, how_to_install
+from nar_kernels.extras import EXTRAS, how_to_install, version
 from nar_kernels.ops.backends import backends, cpp
-from nar_kernels.training.report import version
 
 HELP = "say what works here, and why the rest does not"
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from nar_kernels.cli import doctor, generate, train
 from nar_kernels.errors import BackendUnavailableError
+from nar_kernels.extras import version
 from nar_kernels.training.interrupt import Interrupted
-from nar_kernels.training.report import version
 from nar_kernels.training.train import DivergedError
 
 

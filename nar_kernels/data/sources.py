@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Source
-from nar_kernels.data.loader import TokenDataset
+from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.distributed import on_first_rank
 from nar_kernels.extras import import_extra
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.masking import Corrupted
+from nar_kernels.ops.corrupted import Corrupted
 
 CorpusMemory = Literal["device", "pinned", "mapped"]
 

@@ -19,6 +19,7 @@ from nar_kernels.nets.adapter import (
 )
 from nar_kernels.nets.modes import evaluating, no_grad
 from nar_kernels.nets.split import Head, LinearHead, split_net
+from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.linear import TRAINING_LIMITS, LogitsMemory, chunk_size, inferred_logits
 from nar_kernels.ops.masked_nll import (
     Reduction,
@@ -29,7 +30,7 @@ from nar_kernels.ops.masked_nll import (
     masked_nll,
     reduce_nll,
 )
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.ops.masking import MaskingConfig
 
 
 def describe(output: Any) -> str:

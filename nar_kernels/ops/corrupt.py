@@ -11,8 +11,9 @@ from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.arguments import TOKEN_DTYPES as _DTYPES
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, resolve_backend
+from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.dispatch import DTYPE_CODE, host_address, run_corrupt
-from nar_kernels.ops.masking import Corrupted, MaskingConfig
+from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.reference import windows_ref
 from nar_kernels.spec.philox import Stream
 from nar_kernels.spec.philox import permute as permute_ref

@@ -3,8 +3,6 @@
 import json
 import math
 import platform
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,86 +11,21 @@ from torch import Tensor, nn
 
 from nar_kernels.data.sources import Data, SequenceSpec
 from nar_kernels.distributed import world_size
-from nar_kernels.likelihood import NATS_PER_BIT, Baseline
+from nar_kernels.extras import version
 from nar_kernels.sampling.config import SamplingConfig
 from nar_kernels.show import samples
 from nar_kernels.show.pictures import images, loss_curve
 from nar_kernels.training import checkpoint
+from nar_kernels.training.baselines import Baseline
 from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.log import Log
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
-_POINTS = 200  # of the training curve
 _FILMSTRIP_ROWS = 10
 _RUN_FILES = (
     *("last.pt", "best.pt", "report.json", "loss.png"),
     *("filmstrip.png", "samples.txt", "samples.npy"),
 )
-
-
-class Log:
-    """The history of a run, which travels in its checkpoints.
-
-    Attributes:
-        losses: nats, one for each step.
-        curve: (step, bits per token, standard error) of each evaluation.
-        step_seconds: spent in training steps alone.
-        seconds: spent in all, with evaluation and checkpoints.
-    """
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.curve: list[tuple[int, float, float]] = []
-        self.step_seconds = 0.0
-        self.seconds = 0.0
-        self._last_tick: float | None = None
-
-    def add(self, losses: list[float]) -> None:
-        """Steps, which took the time since the last call of this or :meth:`tick`."""
-        self.losses += losses
-        self.step_seconds += self.tick()
-
-    def tick(self) -> float:
-        """Takes note of the seconds since the last call, and returns them."""
-        now = time.perf_counter()
-        elapsed = 0.0 if self._last_tick is None else now - self._last_tick
-        self.seconds += elapsed
-        self._last_tick = now
-        return elapsed
-
-    def best(self) -> tuple[int, float, float]:
-        return min(self.curve, key=lambda point: point[1])
-
-    def last_evaluated(self) -> int | None:
-        """The step of the last evaluation."""
-        return self.curve[-1][0] if self.curve else None
-
-    def recent_loss(self) -> float:
-        """Nats, mean of the last steps."""
-        recent = self.losses[-20:]
-        return sum(recent) / max(len(recent), 1)
-
-    def smooth(self) -> list[tuple[float, float]]:
-        """(middle step, bits) of the training loss: means over equal parts."""
-        size = max(-(-len(self.losses) // _POINTS), 5)
-        parts = [self.losses[i : i + size] for i in range(0, len(self.losses), size)]
-        return [
-            (i * size + (len(part) + 1) / 2, sum(part) / len(part) / NATS_PER_BIT)
-            for i, part in enumerate(parts)
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        losses = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
-        return {
-            "losses": losses,
-            "curve": self.curve,
-            "step_seconds": self.step_seconds,
-            "seconds": self.seconds,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses = state["losses"].tolist()
-        self.curve = [tuple(point) for point in state["curve"]]
-        self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
 
 
 def prepare_folder(folder: Path) -> None:
@@ -109,14 +42,6 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what a run that was killed had not written to its end."""
     for name in _RUN_FILES:
         checkpoint.remove_leftovers(folder / name)
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def environment(device: torch.device, bf16: bool) -> dict[str, Any]:

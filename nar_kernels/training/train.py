@@ -21,18 +21,20 @@ from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.sources import open_data
 from nar_kernels.extras import import_extra
-from nar_kernels.likelihood import NATS_PER_BIT, baselines, evaluate
-from nar_kernels.ops.masking import Corrupted
+from nar_kernels.likelihood import NATS_PER_BIT, evaluate
+from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.spec.philox import Stream, derived_seed
 from nar_kernels.training import checkpoint, parallel
+from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.ema import Ema
 from nar_kernels.training.interrupt import Interrupted, ended_by_signals, interruptible
 from nar_kernels.training.lock import FolderInUseError, FolderLock
+from nar_kernels.training.log import Log
 from nar_kernels.training.model import build_model, choose_bf16, choose_device, prepare, start_from
+from nar_kernels.training.optim import adamw, batch_of_this_rank, learning_rate
 from nar_kernels.training.progress import Progress
 from nar_kernels.training.report import (
-    Log,
     describe,
     draw_samples,
     environment,
@@ -42,13 +44,7 @@ from nar_kernels.training.report import (
     summary,
     write_results,
 )
-from nar_kernels.training.step import (
-    Pending,
-    adamw,
-    batch_of_this_rank,
-    learning_rate,
-    loss_and_gradient,
-)
+from nar_kernels.training.step import Pending, loss_and_gradient
 
 __all__ = [
     "DivergedError",

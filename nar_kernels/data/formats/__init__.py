@@ -1,0 +1,1 @@
+"""Formats of corpus files, a module each."""

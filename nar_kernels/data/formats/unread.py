@@ -1,0 +1,99 @@
+"""Files of other formats, which a raw reader would take for tokens, headers included."""
+
+import re
+from pathlib import Path
+
+from nar_kernels.errors import CorpusFormatError
+
+# Files that a raw reader would take for tokens, headers included: what to do with them, how they
+# begin (and end), what they are. Ids or text could begin with a short magic number, so that of gzip
+# and others is taken together with what must follow it.
+HEAD_BYTES, TAIL_BYTES = 512, 8
+_BY_OFFSET = "pass its tokens as an array, such as np.memmap(file, dtype=..., mode='r', offset=...)"
+_RAW = (
+    "; if these are raw ids all the same, pass np.memmap(file, dtype=..., mode='r'), or np.save it "
+    "to a .npy file"
+)
+_BY_LIBRARY = f"read the ids with a library for this format, and pass them as an array{_RAW}"
+_UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
+    _BY_OFFSET: {
+        re.escape((20240520).to_bytes(4, "little")): (
+            "an llm.c or modded-nanogpt file: uint16 after 1024 bytes"
+        ),
+        re.escape((20240801).to_bytes(4, "little")): "an llm.c file: uint32 after 1024 bytes",
+        rb"LITPKDS": "a packed chunk of lit-gpt or TinyLlama: tokens after 24 bytes",
+        rb"MMIDIDX": "the index of a Megatron-LM corpus, not its tokens",
+    },
+    f"load it, with np.load or torch.load, and pass the array of ids that it holds{_RAW}": {
+        rb"PK(\x03\x04|\x05\x06)": "a zip archive, as np.savez and torch.save write them",
+        # Protocols 4 and 5 begin with the length of a frame.
+        rb"\x80[\x04\x05]\x95.{5}\0{3}": "a pickle",
+        rb"\x80[\x02\x03]([]}]q\0[(KX]|c(numpy|torch|array|collections|builtins|__builtin__)\b)": (
+            "a pickle"
+        ),
+        rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19": "a file of torch.save, in its old format",
+    },
+    f"decompress it{_RAW}": {
+        # Flags; time; how hard it was compressed; system.
+        rb"\x1f\x8b\x08[\0-\x1f].{4}[\0\x02\x04][\0-\x0d\xff]": "compressed by gzip",
+        rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "compressed by bzip2",
+        rb"\xfd7zXZ\0": "compressed by xz",
+        rb"\x28\xb5\x2f\xfd": "compressed by zstd",
+        rb"\x04\x22\x4d\x18[\x40-\x7f][\x40-\x70]": "compressed by lz4",
+        rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+        rb"Rar!\x1a\x07[\0\x01]": "a RAR archive",
+    },
+    f"extract it{_RAW}": {rb".{257}ustar(\x0000|  \0)": "a tar archive"},
+    _BY_LIBRARY: {
+        rb"PAR1([\0-\x08\x0e-\x1f]|.{4,}PAR1\Z)": "a Parquet file",
+        rb"ARROW1\0\0|FEA1.{4,}FEA1\Z": "an Arrow or Feather file",
+        # A message: its length, then a table of the flatbuffer that it is.
+        rb"\xff{4}.{2}[\0-\x0f]\0\x10\0{5}\n\0": "a stream of Arrow, as datasets saves them",
+        # The length of the header, below 128 MiB, and its beginning.
+        rb'.{3}[\0-\x07]\0{4}\{"[ -~]': "a safetensors file",
+        rb"\x89HDF\r\n\x1a\n": "an HDF5 file",
+        rb"GGUF[\x01-\x0f]\0{3}": "a GGUF file",
+        rb"Obj\x01.{1,16}avro\.": "an Avro file",
+        rb"%PDF-\d\.\d": "a PDF document",
+        rb"SQLite format 3\0": "an SQLite database",
+    },
+    f"decode it, and pass its ids as an array{_RAW}": {
+        rb"\x89PNG\r\n\x1a\n": "a PNG image",
+        rb"\xff\xd8\xff[\xc0-\xfe]..(JFIF|Exif)\0": "a JPEG image",
+        rb"GIF8[79]a": "a GIF image",
+        rb"RIFF.{4}WAVEfmt": "a WAV file",
+        rb"fLaC\0{3}\x22": "a FLAC file",
+    },
+}
+
+
+def refuse_unread_formats(path: Path, head: bytes, tail: bytes) -> None:
+    """Raises for files that a raw reader would take for tokens, headers included."""
+    found = [
+        (what, remedy)
+        for remedy, formats in _UNREAD_FORMATS.items()
+        for pattern, what in formats.items()
+        if re.match(pattern, head + tail, re.DOTALL)
+    ]
+    if _is_tfrecord(head):
+        found.append(("a TFRecord file", _BY_LIBRARY))
+    index = path.with_suffix(".idx")
+    if not found and path.suffix == ".bin" and index.is_file():
+        with index.open("rb") as file:
+            if file.read(7) == b"MMIDIDX":
+                what = f"half of a Megatron-LM corpus, the other being {index.name}"
+                found.append((what, _BY_OFFSET))
+    for what, remedy in found:
+        raise CorpusFormatError(f"{path} is {what}. This format is not read yet: {remedy}")
+
+
+def _is_tfrecord(head: bytes) -> bool:
+    """Whether the file begins with the length of a record and its masked CRC-32C."""
+    crc = 0xFFFFFFFF
+    for byte in head[:8]:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    crc ^= 0xFFFFFFFF
+    masked = (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF
+    return head[8:12] == masked.to_bytes(4, "little")

@@ -1,0 +1,94 @@
+"""Ranks: the processes that torchrun starts, of which each has its part of the global batch.
+
+Without torchrun there is one, and most of this does nothing. Where ranks communicate, all of them
+must make the call.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def has_group() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if has_group() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if has_group() else 1
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """``values`` of all ranks together, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest ``value`` of all ranks."""
+    largest = torch.tensor(value, device="cpu")
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+class SumOverRanks:
+    """A sum over ranks that is being made while other work goes on. All ranks must ask for it.
+
+    Args:
+        values: of this rank; they become those of all.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.world_size = world_size()
+        self._values = values
+        self._work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+
+    def mean(self) -> Tensor:
+        """The sum divided by the number of ranks."""
+        if self._work is not None:
+            self._work.wait()
+        return self._values / self.world_size
+
+
+def of_first_rank(value: Any) -> Any:
+    """``value`` as the first rank has it."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def on_first_rank(call: Callable[[], T]) -> T:
+    """What ``call`` returns on the first rank, which alone makes it; or, on all, what it raises."""
+    result: T | None = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            result = call()
+        except Exception as raised:
+            error = raised
+    result, error = of_first_rank((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    sum_over_ranks(torch.zeros(1, dtype=torch.float32, device="cpu"))

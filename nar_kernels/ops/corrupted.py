@@ -1,0 +1,281 @@
+"""A corrupted batch, and parts of it.
+
+Shapes: B batch, L sequence length.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nar_kernels.checks import as_int, check_device
+from nar_kernels.errors import InvalidTokenError
+from nar_kernels.ops.masking import MaskingConfig
+
+
+def check_record(
+    record: Tensor, batch_size: int, masking: MaskingConfig, where: Callable[[int], str]
+) -> None:
+    """Raises what ``Corrupted.invalid`` says is wrong; ``where`` names the place of an offset."""
+    count, offset, token_id, bad_windows, bad_slots = record.tolist()
+    if bad_windows:
+        raise IndexError(
+            f"{bad_windows} of {batch_size} windows reach outside the corpus: starts must be in "
+            "[0, T - L]"
+        )
+    if bad_slots:
+        raise ValueError(f"{bad_slots} sample ids are negative: slots count from 0")
+    if count:
+        raise InvalidTokenError.at(
+            where(offset),
+            token_id=token_id,
+            offset=offset,
+            count=count,
+            num_tokens=masking.num_tokens,
+            mask_id=masking.mask_id,
+        )
+
+
+# The tensors of a batch that have an entry for each sample.
+_PER_SAMPLE = (
+    "input_ids",
+    "labels",
+    "masked_indices",
+    "times",
+    "loss_weight",
+    "num_masked",
+    "num_maskable",
+)
+
+
+def _sample_indices(index: Any, size: int) -> Tensor:
+    """int64 ``[B']`` on the CPU: which of ``size`` samples an index of a batch names."""
+    is_listed = isinstance(index, list | np.ndarray | Tensor)
+    samples = torch.as_tensor(index if is_listed else 0, device="cpu")
+    if samples.dtype == torch.bool and samples.shape == (size,):
+        samples = samples.nonzero().flatten()
+    if samples.numel() == 0:  # an empty list has no type
+        samples = samples.to(torch.int64)
+    if samples.dim() != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
+        raise TypeError(
+            f"the index of a batch is {index!r}: it must be a slice, a list or tensor of integers, "
+            "or a bool tensor [B]; sample i alone is batch[i : i + 1]"
+        )
+    samples = samples.to(torch.int64)
+    outside = (samples < -size) | (samples >= size)
+    if outside.any():
+        raise IndexError(f"sample {samples[outside][0].item()} is outside [-{size}, {size})")
+    return samples
+
+
+def _without_the_rest(value: Any) -> Any:
+    """A tensor without the memory around it, which a pickle would hold; anything else as it is."""
+    if not isinstance(value, Tensor) or value.untyped_storage().nbytes() == value.nbytes:
+        return value
+    return value.clone()
+
+
+@dataclass(eq=False, repr=False)  # not frozen: that takes 3 us of a batch
+class Corrupted:
+    """A corrupted batch: everything a masked-prediction step needs.
+
+    ``batch[2:4]`` and ``batch[[5, 0]]`` are batches of some of its samples, and :meth:`cat` puts
+    several batches together. A ``DataLoader`` whose samples are batches takes ``batch_size=None``
+    or ``collate_fn=Corrupted.cat``, and any number of workers.
+
+    Attributes:
+        input_ids: int64 ``[B, L]``, what the network sees.
+        labels: int64 ``[B, L]``, the clean id at masked positions, -100 elsewhere.
+        masked_indices: bool ``[B, L]``, the positions to predict. Their input is ``mask_id``, the
+            token itself or a random one, as the configuration says.
+        times: float32 ``[B]`` in (0, 1).
+        loss_weight: float32 ``[B]``, w(t) of the likelihood bound: ``sum(w * NLL) / num_maskable``
+            over the masked positions of a sample is in nats per token.
+        num_masked: int64 ``[B]``, masked positions of each sample.
+        num_maskable: int64 ``[B]``, positions that could have been masked.
+        row_buffer: int64 ``[B * L]``; its first R entries are ``masked_rows``, the rest is
+            undefined. (So that the operator's shapes do not depend on data.) Parts of a batch have
+            the R entries alone.
+        invalid: int64 ``[5]``: how many ids were bad, the lowest offset of one, its value; how many
+            windows reached outside the corpus; how many sample slots were negative. Bad ids are
+            replaced by a valid one, so that no embedding lookup is out of bounds, bad windows by
+            the first of the corpus. Parts of a batch have the record of the whole; :meth:`cat` adds
+            counts up, and keeps the lowest offset as the batch that it comes from counted it.
+        masking: the configuration that made this batch.
+        host_counts: int64 ``[B]`` on the CPU, ``num_masked`` where the device need not be asked for
+            it; None where it must.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    masked_indices: Tensor
+    times: Tensor
+    loss_weight: Tensor
+    num_masked: Tensor
+    num_maskable: Tensor
+    row_buffer: Tensor
+    invalid: Tensor
+    masking: MaskingConfig
+    host_counts: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def masked_rows(self) -> Tensor:
+        """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
+
+        Waits for the device, except for batches with nothing excluded whose seed, slots and step
+        are numbers: then the host knows R.
+        """
+        counts = self.num_masked if self.host_counts is None else self.host_counts
+        return self.row_buffer[: int(counts.sum())]
+
+    @property
+    def clean_ids(self) -> Tensor:
+        """int64 ``[B, L]``: the windows before corruption, but -100 where a label was set to it."""
+        return torch.where(self.masked_indices, self.labels, self.input_ids)
+
+    def raise_if_invalid(self, source: str | None = None) -> None:
+        """Raises what is wrong with the data: :class:`InvalidTokenError` for a bad id, IndexError
+        for a window outside the corpus, ValueError for a negative sample slot.
+
+        ``source`` names the corpus; without it the place is a row and a column of the batch.
+        Reading the record waits for the device; call it when it is convenient.
+        """
+
+        if not any(self.invalid.tolist()):
+            return
+
+        def where(offset: int) -> str:
+            if source is not None:
+                return f"offset {offset} of {source}"
+            row, column = divmod(offset, self.input_ids.shape[1])
+            return f"tokens[{row}, {column}]"
+
+        check_record(self.invalid, len(self), self.masking, where)
+
+    def __repr__(self) -> str:
+        device = self.input_ids.device
+        counts = self.num_masked if device.type == "cpu" else self.host_counts
+        num_masked = "on the device" if counts is None else int(counts.sum())
+        return (
+            f"Corrupted(shape={list(self.input_ids.shape)}, device={str(device)!r}, "
+            f"num_masked={num_masked})"
+        )
+
+    def __getitem__(self, index: slice | list[int] | np.ndarray | Tensor) -> "Corrupted":
+        """The samples of a slice; of a list, array or tensor of their indices; or those where a
+        bool tensor ``[B]`` is true.
+
+        Waits for the device, except for slices of step 1 where ``masked_rows`` does not.
+
+        Raises:
+            IndexError: an index is outside [-B, B).
+            TypeError: it is something else, such as a single integer.
+        """
+        size, length = self.input_ids.shape
+        if isinstance(index, slice):
+            samples = range(size)[index]
+            if samples.step == 1:
+                start, stop = samples.start, samples.start + len(samples)
+                counts = self.num_masked if self.host_counts is None else self.host_counts
+                first, last = int(counts[:start].sum()), int(counts[:stop].sum())
+                part = self._samples(slice(start, stop))
+                part.row_buffer = self.row_buffer[first:last] - start * length
+                return part
+            index = list(samples)
+        part = self._samples(_sample_indices(index, size))
+        part.row_buffer = part.masked_indices.flatten().nonzero().flatten()
+        return part
+
+    def _samples(self, index: slice | Tensor) -> "Corrupted":
+        """Some samples, still with the ``row_buffer`` of all."""
+        counts = None if self.host_counts is None else self.host_counts[index]
+        tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SAMPLE}
+        return replace(self, **tensors, host_counts=counts)
+
+    @classmethod
+    def cat(cls, batches: Iterable["Corrupted"]) -> "Corrupted":
+        """One batch of the samples of several, in their order.
+
+        Waits for the device where ``masked_rows`` of one of them does.
+
+        Raises:
+            ValueError: there are none, or they differ in L, device or masking.
+        """
+        batches = list(batches)
+        other = next((b for b in batches if not batches[0]._is_like(b)), None)
+        if other is not None or not batches:
+            kinds = [(b, b.masking) for b in (*batches[:1], other) if b is not None]
+            what = " and ".join(map(str, kinds)) or "no batches"
+            raise ValueError(
+                f"cat got {what}: it takes at least one, all of the same seq_len, device and "
+                "masking"
+            )
+        tensors: dict[str, Any] = {
+            name: torch.cat([getattr(b, name) for b in batches]) for name in _PER_SAMPLE
+        }
+        rows, num_rows = [], 0
+        for batch in batches:
+            rows.append(batch.masked_rows + num_rows)
+            num_rows += batch.input_ids.numel()
+        records = torch.stack([batch.invalid for batch in batches])
+        offsets = records[:, 1].where(records[:, 0] > 0, torch.iinfo(torch.int64).max)
+        invalid = records.sum(0)
+        invalid[1:3] = records[offsets.argmin(), 1:3]
+        counts = [b.host_counts for b in batches if b.host_counts is not None]
+        return replace(
+            batches[0],
+            **tensors,
+            row_buffer=torch.cat(rows),
+            invalid=invalid,
+            host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
+        )
+
+    def _is_like(self, other: "Corrupted") -> bool:
+        places = [(b.input_ids.shape[1], b.input_ids.device) for b in (self, other)]
+        return places[0] == places[1] and self.masking.masks_like(other.masking)
+
+    def microbatches(self, size: int) -> Iterator["Corrupted"]:
+        """Consecutive parts of at most ``size`` samples, for gradient accumulation.
+
+        Raises:
+            ValueError: ``size`` is below 1.
+        """
+        size = as_int("size", size)
+        if size < 1:
+            raise ValueError(f"size is {size}: it must be at least 1")
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Corrupted":
+        """This batch on another device.
+
+        Raises:
+            ValueError: it is a CUDA device that is not there.
+        """
+        if torch.device(device).type == "cuda":
+            device = check_device(device)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Corrupted":
+        """This batch in pinned memory of the host, whose copy to a GPU need not be waited for. A
+        ``DataLoader`` with ``pin_memory=True`` calls it."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
+        """``function`` of all tensors that are on the device."""
+        names = (f.name for f in fields(self) if f.name not in ("masking", "host_counts"))
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What lies behind the masked rows is undefined.
+        state = vars(self) | {"row_buffer": self.masked_rows}
+        return {name: _without_the_rest(value) for name, value in state.items()}
+
+    def __copy__(self) -> "Corrupted":
+        return replace(self)
