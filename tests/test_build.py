@@ -568,8 +568,8 @@ def test_a_missing_backend_says_what_to_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Commands that work where no package index has this package."""
-    backends = importlib.import_module("nar_kernels.backends")
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    backends = importlib.import_module("nar_kernels.ops.backends")
+    monkeypatch.setattr(backends, "_BUILD_REPORT", tmp_path / "_build_failure.txt")
     monkeypatch.setattr(backends, "_import_errors", {"_cpp": "no such module"})
     monkeypatch.setattr(backends, "_present", dict.fromkeys(backends.BACKENDS, False))
     (tmp_path / "_build_failure.txt").write_text("nar_kernels._cuda: no GPU was found\n")
