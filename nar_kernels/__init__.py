@@ -16,6 +16,7 @@ from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masked_nll import masked_nll
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.unmask import Unmasked, unmask
+from nar_kernels.sampling.config import SamplingConfig
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.training import train
 from nar_kernels.training.config import TrainConfig
@@ -35,6 +36,7 @@ __all__ = [
     "MaskingConfig",
     "NetAdapter",
     "NonAutoregressiveWrapper",
+    "SamplingConfig",
     "TokenDataset",
     "TokenNet",
     "TrainConfig",
