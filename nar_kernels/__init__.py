@@ -1,5 +1,6 @@
 """Fused kernels for masked-prediction (non-autoregressive) training."""
 
+from nar_kernels import train
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
@@ -18,7 +19,6 @@ from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.unmask import Unmasked, unmask
 from nar_kernels.sampling.config import SamplingConfig
 from nar_kernels.sampling.decode import DecodeState
-from nar_kernels.training import train
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.model import load_model
 from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper

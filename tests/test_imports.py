@@ -24,7 +24,7 @@ LAYERS = [
     ["wrapper"],
     ["show"],
     ["training"],
-    ["cli"],
+    ["cli", "train"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
