@@ -20,6 +20,23 @@ def as_int(name: str, value: Any) -> int:
         raise TypeError(f"{name} is {value!r}: it must be an int") from None
 
 
+def as_float(name: str, value: Any) -> float:
+    """``value`` as a float: also one of numpy, or a tensor of one element.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is an int above the largest float.
+    """
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {value}: it is above the largest float") from None
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} is {value!r}: it must be a number")
+
+
 def check_device(device: torch.device | str) -> torch.device:
     """``device``, with its number if it is CUDA's; ValueError unless batches can go there."""
     try:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from nar_kernels.checks import as_int
+from nar_kernels.checks import as_float, as_int
 from nar_kernels.schedules import SCHEDULES
 
 
@@ -258,7 +258,7 @@ def _plain(f: Field[Any], value: Any) -> Any:
     if int in types and not isinstance(value, bool | np.bool_):
         return as_int(f.name, value)
     if float in types and isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        return as_float(f.name, value)
     if os.PathLike[str] in types and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if str in types and isinstance(value, str):

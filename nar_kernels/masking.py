@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_int, check_device
+from nar_kernels.checks import as_float, as_int, check_device
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.schedules import Schedule, ScheduleTable, resolve, tabulate
 
@@ -103,7 +103,7 @@ class MaskingConfig:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {valid}")
         for name in ("no_replace_prob", "random_token_prob", "corruption_prob"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+            object.__setattr__(self, name, as_float(name, getattr(self, name)))
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
         if self.no_replace_prob + self.random_token_prob > 1:
@@ -111,6 +111,8 @@ class MaskingConfig:
                 f"no_replace_prob + random_token_prob is "
                 f"{self.no_replace_prob + self.random_token_prob}: shares of one whole, at most 1"
             )
+        if not isinstance(self.never_mask_ids, Iterable):
+            raise TypeError(f"never_mask_ids is {self.never_mask_ids!r}: it must be some ids")
         never_mask_ids = tuple(as_int("never_mask_ids", i) for i in self.never_mask_ids)
         object.__setattr__(self, "never_mask_ids", never_mask_ids)
         for i in self.never_mask_ids:
