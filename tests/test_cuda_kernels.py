@@ -9,7 +9,7 @@ import torch
 from nar_kernels import MaskingConfig, backends
 from nar_kernels.backends import cuda, device_type
 from tests import cuda_on_cpu
-from tests.test_corrupt import assert_same, clean_batch, corrupt
+from tests.batches import assert_same, clean_batch, corrupt
 
 emulated = pytest.mark.skipif(
     cuda is None or device_type("cuda") != "cpu",

@@ -60,7 +60,14 @@ def test_the_check_sees_a_factory():
 
 
 SUITE = [
-    *("test_corrupt.py", "test_data.py", "test_unmask.py", "test_masked_nll.py"),
+    *(
+        "test_corrupt.py",
+        "test_data.py",
+        "test_masked_loader.py",
+        "test_unmask.py",
+        "test_masked_nll.py",
+    ),
+    *("test_nll.py", "test_head_nll.py"),
     *("test_generation.py", "test_plan.py", "test_schedules.py", "test_wrapper.py"),
 ]
 
