@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nar_kernels
-from nar_kernels import InvalidTokenError, MaskingConfig, backends, launch, ops
+from nar_kernels import InvalidTokenError, MaskingConfig, backends, launch, ops, reference
 from nar_kernels.arguments import WindowOrder
 from nar_kernels.backends import cpp
 from nar_kernels.philox import Stream
@@ -499,6 +499,33 @@ def test_equal_keys_at_the_boundary(length, backend):
             got = corrupt(tokens, masking, backend=backend, **args)
             assert int(got.num_masked) == k
             assert_same(got, corrupt(tokens, masking, backend="reference", **args))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("length", "bits"), [(1, 0), (90, 0), (90, 1), (90, 3), (500, 6), (5000, 1)]
+)
+def test_crowded_keys(length, bits, monkeypatch):
+    """Of few different values, the largest of which is that of excluded positions, too."""
+    if not devices.is_interpreted("triton"):
+        pytest.skip("needs the interpreter, where a function of a kernel can be exchanged")
+    from nar_kernels.kernels import corrupt as kernel
+
+    low = (1 << 32 - bits) - 1
+    keys, words = kernel._keys, reference.words
+
+    def crowded_words(seed, stream, *place):
+        drawn = words(seed, stream, *place)
+        return drawn | low if stream == Stream.MASK_KEY else drawn
+
+    monkeypatch.setattr(kernel, "_keys", lambda *arguments: keys(*arguments) | low)
+    monkeypatch.setattr(reference, "words", crowded_words)
+    masking = MaskingConfig(9, 8, no_replace_prob=0.3, random_token_prob=0.3, never_mask_ids=(5,))
+    tokens = clean_batch(masking, 4 if length < 1000 else 1, length)
+    assert_same(
+        corrupt(tokens, masking, seed=1, backend="triton"),
+        corrupt(tokens, masking, seed=1, backend="reference"),
+    )
 
 
 # ---- slots and windows found by the kernel

@@ -41,6 +41,7 @@ def test_any_order_of_threads_gives_the_same(library, length, draw):
 
 
 @pytest.mark.cuda
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("batch", "length"), [(9000, 128), (4200, 250), (2100, 512), (1100, 1000), (260, 4100)]
 )

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.seconds
 LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
 KERNELS = ["corrupt", "nll", "unmask"]
 needs_library = pytest.mark.skipif(

@@ -106,6 +106,7 @@ def test_the_check_allows_a_downward_import(module: str, source: str) -> None:
     assert upward_imports(PACKAGE / module, source) == []
 
 
+@pytest.mark.seconds
 def test_importing_the_package_is_light() -> None:
     """Nothing is imported that `import torch` does not import by itself."""
     heavy = {"triton", "x_transformers", "matplotlib", "sklearn", "scipy", "tensorboard", "tqdm"}

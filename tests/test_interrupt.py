@@ -26,7 +26,7 @@ from tests.runs import SPEC, same, small, step_of
 
 pytest.importorskip("x_transformers")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.seconds, pytest.mark.usefixtures("one_thread")]
 
 LONG = {"steps": 200, "eval_every": 100, "save_every": 25, "ema": 0.95}
 

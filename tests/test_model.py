@@ -101,6 +101,7 @@ def test_checkpointed_activations_change_no_gradient(sentences, tmp_path):
     assert same(*found)
 
 
+@pytest.mark.seconds
 def test_options_that_change_no_weight(sentences, tmp_path, monkeypatch):
     """The backend that compiles takes a minute; here another one, which only traces."""
     compile_it = nn.Module.compile

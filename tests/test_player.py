@@ -20,7 +20,7 @@ from nar_kernels.decode import DecodeState
 from nar_kernels.player import page
 from nar_kernels.sources import SequenceSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.seconds, pytest.mark.usefixtures("one_thread")]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OPTIONS = (
