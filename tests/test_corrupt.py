@@ -13,6 +13,7 @@ import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig, backends, launch, ops, reference
 from nar_kernels.arguments import WindowOrder
 from nar_kernels.backends import cpp
+from nar_kernels.masking import NUM_INVALID
 from nar_kernels.philox import Stream
 from nar_kernels.reference import permute_rounds
 from tests import devices
@@ -26,6 +27,17 @@ COMPILED = [
 ]
 
 BACKENDS = ["reference", *COMPILED]
+
+if backends()["triton"] == "available":
+    import triton
+    import triton.language as tl
+
+    from nar_kernels.kernels.corrupt import _rows_before
+
+    @triton.jit
+    def rows_before_kernel(out, record, row, WINDOW: tl.constexpr):
+        tl.store(out, _rows_before(record, tl.load(row), WINDOW))
+
 
 GUARD = 64  # elements: a multiple of any alignment
 
@@ -526,6 +538,26 @@ def test_crowded_keys(length, bits, monkeypatch):
         corrupt(tokens, masking, seed=1, backend="triton"),
         corrupt(tokens, masking, seed=1, backend="reference"),
     )
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("row", [0, 1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("summed", [0, 1, 30, 70, 99])
+def test_look_back_over_several_windows(row, summed):
+    """Where rows run one after the other, the one before has always summed up already."""
+    device = device_of("triton")
+    own, up_to = 1 << 60, 2 << 60  # the flags of the kernel
+    counts = torch.arange(1, 101)
+    published = own + counts
+    if summed < row:
+        published[: summed + 1] = 0  # what is further back is not looked at
+        published[summed] = up_to + counts[: summed + 1].sum()
+    else:
+        published[0] += up_to - own
+    record = torch.cat([torch.zeros(NUM_INVALID + 1, dtype=torch.int64), published]).to(device)
+    out = torch.zeros(1, dtype=torch.int64, device=device)
+    rows_before_kernel[(1,)](out, record, torch.tensor([row], device=device), WINDOW=32)
+    assert out.item() == counts[:row].sum()
 
 
 # ---- slots and windows found by the kernel

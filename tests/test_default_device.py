@@ -152,6 +152,7 @@ def test_a_wrapper_is_made_on_meta_and_filled_later(meta):
     assert torch.equal(model.generate(3, seed=0), expected.generate(3, seed=0))
 
 
+@pytest.mark.seconds
 def test_importing_under_another_default():
     script = (
         "import torch; torch.set_default_device('meta'); import nar_kernels, nar_kernels.train\n"
