@@ -8,15 +8,30 @@ PIP_INSTALL := $(PIP) -c constraints.txt
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 
-.PHONY: demo test lint format bench build clean distclean
+# A worker a core. PYTEST_ARGS="-n 0 --pdb" runs without any; arguments that come last win.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+# Tests start some hundred Pythons: without bytecode files each would compile PyTorch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-all test-fast lint format bench build clean distclean
 .DEFAULT_GOAL := build
 
 # Fewer steps than by default, so that it is over within minutes, with all that it installs.
 demo: build
 	$(BIN)/nar-kernels train --data digits --steps 700 --out runs/demo --overwrite
 
-test: lint .venv/built-for-tests .venv/triton-3.6.0
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# Before a commit: lint and all tests but those marked slow.
+test: lint .venv/built-for-tests
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# What CI runs: every test.
+test-all: lint .venv/built-for-tests .venv/triton-3.6.0
+	$(PYTEST) $(PYTEST_ARGS)
+
+# While editing: nothing that takes seconds, and no Triton.
+test-fast: build .venv/installed-dev
+	$(BIN)/ruff check
+	$(PYTEST) -m "not slow and not seconds and not triton" $(PYTEST_ARGS)
 
 lint: build .venv/installed-dev
 	$(BIN)/ruff check

@@ -1,10 +1,8 @@
 """Numbers and devices that users pass, as kernels and files take them."""
 
 import operator
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -26,12 +24,17 @@ def as_float(name: str, value: Any) -> float:
     """``value`` as a float: also one of numpy, or a tensor of one element.
 
     Raises:
-        TypeError: it is no real number.
+        TypeError: it is no number.
+        ValueError: it is an int above the largest float.
     """
-    is_number = isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-    if not is_number or isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} is {value!r}: it must be of type float")
-    return float(value)
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {value}: it is above the largest float") from None
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} is {value!r}: it must be a number")
 
 
 def check_seed(seed: int) -> None:

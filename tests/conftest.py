@@ -1,12 +1,17 @@
 """Fixtures of several test files, and where kernels of a GPU run."""
 
+import importlib.util
 import os
 import sys
 
 import pytest
 import torch
 
-from tests import cuda_on_cpu
+from tests import cuda_on_cpu, interpreter
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and so do the processes that their tests start.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 if not torch.cuda.is_available():
     # Before anything imports Triton or nar_kernels: kernels of a GPU run on CPU tensors, those of
@@ -16,7 +21,19 @@ if not torch.cuda.is_available():
     if emulated is not None:
         sys.modules["nar_kernels._cuda"] = emulated
 
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
 
+    settings.register_profile(
+        "repeatable",
+        derandomize=True,  # the same examples everywhere: what fails in CI fails here
+        deadline=None,  # a busy machine is no fault
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+    settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items):
     """Tests are marked with what they need; where it is missing they skip, and say why."""
     from nar_kernels import backends
@@ -28,6 +45,11 @@ def pytest_collection_modifyitems(items):
         for name, reason in missing.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if "triton" not in missing and not torch.cuda.is_available():
+        interpreter.patch_language_once()
+        for item in items:
+            if item.get_closest_marker("triton") and item.get_closest_marker("slow_interpreted"):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["generic", "avx2", "avx512"])
@@ -53,3 +75,45 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory):
+    """A file of text that a small net learns within seconds."""
+    from tests.runs import SENTENCE
+
+    path = tmp_path_factory.mktemp("data") / "fox.txt"
+    path.write_bytes(SENTENCE * 100)
+    return path
+
+
+@pytest.fixture(scope="session")
+def learnt(sentences, tmp_path_factory):
+    """The report and the folder of a run that has learnt them."""
+    from nar_kernels.training.train import train
+    from tests.runs import small
+
+    out = tmp_path_factory.mktemp("learnt")
+    report = train(small(sentences, out, dropout=0.0, steps=300, eval_every=50, dim=64, lr=6e-3))
+    return report, out
+
+
+@pytest.fixture
+def any_cpu(monkeypatch):
+    """Products are in the type of the tensors, whatever this CPU multiplies in."""
+    from nar_kernels.ops import linear
+
+    monkeypatch.setattr(linear, "multiplies_in", lambda dtype: True)
+
+
+@pytest.fixture
+def rows_of_a_chunk(monkeypatch):
+    """Sets how many rows of logits may exist at a time."""
+    from nar_kernels.ops import linear
+
+    def limit(rows, vocabulary):
+        for device, limits in linear.TRAINING_LIMITS.items():
+            limits = limits._replace(logits=rows * vocabulary)
+            monkeypatch.setitem(linear.TRAINING_LIMITS, device, limits)
+
+    return limit

@@ -18,6 +18,8 @@ import pytest
 from nar_kernels.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.seconds
 REPORT = "nar_kernels/_build_failure.txt"
 
 # Logs its arguments, writes the file after -o and the dependencies after -MF, and compiles nothing.

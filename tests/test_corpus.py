@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nar_kernels.data.corpus import TOKEN_DTYPES, Corpus
+from nar_kernels.data.corpus import Corpus
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.ops import corrupt as ops
+from nar_kernels.ops.arguments import TOKEN_DTYPES
 
 DTYPES = list(TOKEN_DTYPES)
 
@@ -518,3 +521,92 @@ def test_no_damage_to_a_header_gives_another_kind_of_error(tmp_path: Path) -> No
             except CorpusFormatError:
                 num_refused += 1
     assert num_refused > 100
+
+
+NPY_TYPES = [*DTYPES, ">u2", "<u8", "f2", "f4", "?", "c8", "S3", "U2", "M8[s]", "O", "u1,i4"]
+
+
+def read_or_refuse(path: Path, **how: Any) -> Corpus | None:
+    """Nothing but a CorpusFormatError may come of any file."""
+    try:
+        return Corpus(path, **how)
+    except CorpusFormatError as error:
+        assert str(path) in str(error)
+        return None
+
+
+@given(
+    st.sampled_from(NPY_TYPES),
+    st.lists(st.integers(0, 4), max_size=3),
+    st.booleans(),
+    st.sampled_from([(1, 0), (2, 0), (3, 0)]),
+    st.data(),
+)
+def test_npy_files_of_any_kind(tmp_path, dtype, shape, fortran, version, data) -> None:
+    array = np.zeros(shape, dtype)
+    if dtype in DTYPES:
+        info = np.iinfo(dtype)
+        numbers = st.integers(int(info.min), int(info.max))
+        array.flat = data.draw(st.lists(numbers, min_size=array.size, max_size=array.size))
+    array = np.asfortranarray(array) if fortran else array
+    corpus = read_or_refuse(write(tmp_path / "a.npy", npy_bytes(array, version)))
+    assert (corpus is not None) == (dtype in DTYPES and array.ndim == 1 and array.size > 0)
+    assert corpus is None or values(corpus) == array.tolist()
+
+
+# What may stand in a header, right and wrong.
+ENTRIES = {
+    "descr": st.sampled_from([*(f"<{c}{n}" for c in "iuf" for n in (0, 1, 2, 4, 8)), "|u1", "O"])
+    | st.text(max_size=3)
+    | st.none()
+    | st.lists(st.tuples(st.text("ab", max_size=1), st.sampled_from(["<i4", "<u2"])), max_size=2),
+    "fortran_order": st.booleans() | st.none() | st.integers(0, 1),
+    "shape": st.lists(st.integers(-2, 5) | st.just(1 << 62) | st.just(1 << 80), max_size=2).map(
+        tuple
+    )
+    | st.none()
+    | st.integers(0, 5),
+}
+
+
+@given(st.fixed_dictionaries(ENTRIES), st.binary(max_size=24), st.integers(0, 64))
+def test_npy_headers_of_any_kind(tmp_path, header, content, padding) -> None:
+    text = repr(header).encode("latin-1", "replace") + b" " * padding + b"\n"
+    head = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
+    corpus = read_or_refuse(write(tmp_path / "a.npy", head + content))
+    if corpus is not None:
+        dtype = np.dtype(header["descr"])
+        assert header["shape"] == (len(content) // dtype.itemsize,)
+        assert values(corpus) == np.frombuffer(content, dtype).tolist()
+
+
+@given(st.sampled_from(DTYPES), st.integers(0, 20), st.data())
+def test_npy_files_that_are_cut_or_changed(tmp_path, dtype, number, data) -> None:
+    whole = npy_bytes(np.arange(number).astype(dtype))
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    assert read_or_refuse(write(tmp_path / "a.npy", whole[:cut])) is None
+    place, byte = data.draw(st.integers(0, 127)), data.draw(st.integers(0, 255))
+    corpus = read_or_refuse(
+        write(tmp_path / "a.npy", whole[:place] + bytes([byte]) + whole[place + 1 :])
+    )
+    # What still reads is what numpy reads.
+    assert corpus is None or values(corpus) == np.load(tmp_path / "a.npy").tolist()
+
+
+@given(st.binary(max_size=40), st.sampled_from(DTYPES), st.sampled_from(["a.bin", "a.npy", "a"]))
+def test_raw_files_of_any_content(tmp_path, content, dtype, name) -> None:
+    corpus = read_or_refuse(write(tmp_path / name, content), dtype=dtype)
+    if corpus is not None:
+        assert values(corpus) == np.frombuffer(content, dtype).tolist()
+    elif content and len(content) % np.dtype(dtype).itemsize == 0:
+        with pytest.raises(CorpusFormatError, match="is not read yet|npy"):
+            Corpus(tmp_path / name, dtype=dtype)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists) | st.binary())
+def test_sidecars_of_any_content(tmp_path, content) -> None:
+    path = write(tmp_path / "a.bin", IDS)
+    sidecar = content if isinstance(content, bytes) else json.dumps({"dtype": content}).encode()
+    write(tmp_path / "a.bin.json", sidecar)
+    corpus = read_or_refuse(path)
+    assert corpus is None or len(corpus) * np.dtype(content).itemsize == IDS.nbytes

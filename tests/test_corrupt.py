@@ -13,11 +13,14 @@ import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig, backends
 from nar_kernels.ops import corrupt as ops
 from nar_kernels.ops import dispatch as launch
-from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
+from nar_kernels.ops import reference
+from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
+from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import permute_rounds
 from nar_kernels.spec.philox import Stream
 from tests import devices
+from tests.batches import TENSORS, arguments, assert_same, clean_batch, corrupt
 from tests.devices import device_of
 
 COMPILED = [
@@ -25,69 +28,18 @@ COMPILED = [
     pytest.param("cuda", marks=pytest.mark.cuda),
     pytest.param("triton", marks=pytest.mark.triton),
 ]
+
 BACKENDS = ["reference", *COMPILED]
-TENSORS = (
-    "input_ids",
-    "labels",
-    "masked_indices",
-    "times",
-    "loss_weight",
-    "num_masked",
-    "num_maskable",
-    "masked_rows",
-    "invalid",
-)
 
+if backends()["triton"] == "available":
+    import triton
+    import triton.language as tl
 
-def corrupt(tokens, masking, *, backend="auto", **kwargs):
-    """`nar_kernels.corrupt` where the backend runs, checked; the result on the CPU."""
-    device = device_of(backend)
-    kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-    got = nar_kernels.corrupt(tokens.to(device), masking, backend=backend, **kwargs)
-    got.raise_if_invalid(kwargs.get("source", "tokens") if "starts" in kwargs else None)
-    return got.to("cpu")
+    from nar_kernels.ops.kernels.corrupt import _rows_before
 
-
-def assert_same(a, b):
-    for name in TENSORS:
-        x, y = getattr(a, name), getattr(b, name)
-        assert x.dtype == y.dtype and torch.equal(x, y), name
-
-
-def clean_batch(masking, batch, length, dtype=torch.int64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, masking.num_tokens - 1, (batch, length), generator=generator)
-    return (ids + (ids >= masking.mask_id)).to(dtype)
-
-
-def arguments(tokens, masking, **others):
-    """Of the operator, for a batch `[B, L]`."""
-    defaults = dict.fromkeys(CorruptArgs._fields)
-    ints = ("first_sample", "num_windows", "phase", "stride", "seed")
-    ratio, weight, never_mask = masking.tables(tokens.device)
-    keep, random, coin = masking.shares
-    return CorruptArgs(
-        **defaults
-        | dict.fromkeys(ints, 0)
-        | {
-            "tokens": tokens,
-            "batch": tokens.shape[0],
-            "seq_len": tokens.shape[1],
-            "num_tokens": masking.num_tokens,
-            "mask_id": masking.mask_id,
-            "shuffle": False,
-            "ratio_table": ratio,
-            "weight_table": weight,
-            "never_mask": never_mask,
-            "global_batch": tokens.shape[0],
-            "exact": masking.exact,
-            "stratified": masking.stratified,
-            "keep_share": keep,
-            "random_share": random,
-            "coin_share": coin,
-        }
-        | others
-    )
+    @triton.jit
+    def rows_before_kernel(out, record, row, WINDOW: tl.constexpr):
+        tl.store(out, _rows_before(record, tl.load(row), WINDOW))
 
 
 GUARD = 64  # elements: a multiple of any alignment
@@ -126,8 +78,14 @@ def two_threads():
 
 # ---- the backends agree
 
+
 SHARES = [(0.0, 0.0, 1.0), (0.1, 0.1, 1.0), (0.15, 0.1, 0.5), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)]
-LENGTHS = [1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 1000, 4097, 65536, 70001]
+
+LENGTHS = [1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 1000]
+# To Triton the longest row of one tile; three tiles, of which the last holds one; three full tiles.
+LENGTHS += [4096, 4097, 6144]
+# More tiles than CUDA keeps in registers.
+LENGTHS += [pytest.param(n, marks=pytest.mark.slow_interpreted) for n in (65536, 70001)]
 
 
 def next_power_of_2(n):
@@ -257,8 +215,11 @@ def test_frozen_outputs(backend):
 
 
 FROZEN_INPUT_IDS = [[10, 1, 2, 5, 10, 10, 6, 7], [10, 6, 10, 10, 10, 3, 9, 5]]
+
 FROZEN_MASK = [[1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]]
+
 FROZEN_T16 = [40093.0, 19936.0]
+
 FROZEN_BERNOULLI = [[0, 10, 2, 10, 10, 5, 6, 10], [8, 9, 0, 1, 10, 10, 10, 5]]
 
 
@@ -521,18 +482,23 @@ def test_key_bounds_choose_the_smallest(spread):
             assert {i for i in below if can_take[i]} == set(order[:rank]), (trial, rank)
 
 
+# For each length a sample with two equal keys in the lower half. Those of 5000 lie in the first and
+# the last of Triton's three tiles; 9000 are more than CUDA keeps in registers.
+EQUAL_KEYS = {2000: 7429, 4000: 1670, 5000: 2067, 9000: 297}
+
+
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("length", [2000, 4000, 9000])
+@pytest.mark.parametrize(
+    "length", [2000, 4000, 5000, pytest.param(9000, marks=pytest.mark.slow_interpreted)]
+)
 def test_equal_keys_at_the_boundary(length, backend):
     """A row of keys that holds a pair of equal ones, with the boundary between the two."""
     from nar_kernels.spec.philox import Stream, words
 
-    for sample in itertools.count():
-        keys = words(0, Stream.MASK_KEY, torch.tensor(sample), torch.arange(length))
-        ordered = keys.sort().values
-        pairs = (ordered[1:] == ordered[:-1]).nonzero()
-        if len(pairs) and 2 * (int(pairs[0]) + 1) <= length:
-            break
+    sample = EQUAL_KEYS[length]
+    ordered = words(0, Stream.MASK_KEY, torch.tensor(sample), torch.arange(length)).sort().values
+    pairs = (ordered[1:] == ordered[:-1]).nonzero()
+    assert len(pairs) and 2 * (int(pairs[0]) + 1) <= length
     rank = int(pairs[0]) + 1
     tokens = clean_batch(MaskingConfig(9, 8), 1, length)
     cases = [  # how many are masked, and the shares of which the boundary is one
@@ -548,6 +514,53 @@ def test_equal_keys_at_the_boundary(length, backend):
             got = corrupt(tokens, masking, backend=backend, **args)
             assert int(got.num_masked) == k
             assert_same(got, corrupt(tokens, masking, backend="reference", **args))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("length", "bits"), [(1, 0), (90, 0), (90, 1), (90, 3), (500, 6), (5000, 1)]
+)
+def test_crowded_keys(length, bits, monkeypatch):
+    """Of few different values, the largest of which is that of excluded positions, too."""
+    if not devices.is_interpreted("triton"):
+        pytest.skip("needs the interpreter, where a function of a kernel can be exchanged")
+    from nar_kernels.ops.kernels import corrupt as kernel
+
+    low = (1 << 32 - bits) - 1
+    keys, words = kernel._keys, reference.words
+
+    def crowded_words(seed, stream, *place):
+        drawn = words(seed, stream, *place)
+        return drawn | low if stream == Stream.MASK_KEY else drawn
+
+    monkeypatch.setattr(kernel, "_keys", lambda *arguments: keys(*arguments) | low)
+    monkeypatch.setattr(reference, "words", crowded_words)
+    masking = MaskingConfig(9, 8, no_replace_prob=0.3, random_token_prob=0.3, never_mask_ids=(5,))
+    tokens = clean_batch(masking, 4 if length < 1000 else 1, length)
+    assert_same(
+        corrupt(tokens, masking, seed=1, backend="triton"),
+        corrupt(tokens, masking, seed=1, backend="reference"),
+    )
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("row", [0, 1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("summed", [0, 1, 30, 70, 99])
+def test_look_back_over_several_windows(row, summed):
+    """Where rows run one after the other, the one before has always summed up already."""
+    device = device_of("triton")
+    own, up_to = 1 << 60, 2 << 60  # the flags of the kernel
+    counts = torch.arange(1, 101)
+    published = own + counts
+    if summed < row:
+        published[: summed + 1] = 0  # what is further back is not looked at
+        published[summed] = up_to + counts[: summed + 1].sum()
+    else:
+        published[0] += up_to - own
+    record = torch.cat([torch.zeros(NUM_INVALID + 1, dtype=torch.int64), published]).to(device)
+    out = torch.zeros(1, dtype=torch.int64, device=device)
+    rows_before_kernel[(1,)](out, record, torch.tensor([row], device=device), WINDOW=32)
+    assert out.item() == counts[:row].sum()
 
 
 # ---- slots and windows found by the kernel

@@ -9,7 +9,7 @@ import torch
 from nar_kernels import MaskingConfig, backends
 from nar_kernels.ops.backends import cuda, device_type
 from tests import cuda_on_cpu
-from tests.test_corrupt import assert_same, clean_batch, corrupt
+from tests.batches import assert_same, clean_batch, corrupt
 
 emulated = pytest.mark.skipif(
     cuda is None or device_type("cuda") != "cpu",
@@ -41,6 +41,7 @@ def test_any_order_of_threads_gives_the_same(library, length, draw):
 
 
 @pytest.mark.cuda
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("batch", "length"), [(9000, 128), (4200, 250), (2100, 512), (1100, 1000), (260, 4100)]
 )

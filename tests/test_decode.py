@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nar_kernels.sampling.decode import DecodeState, decode
@@ -382,26 +384,32 @@ def test_ranking_of_sequences_with_different_counts():
     assert ranking.last(torch.tensor([4, 3, 0])).tolist() == [0, 2, 3, 4, 17, 18, 19]
 
 
-@pytest.mark.parametrize("counts", [[7, 7, 7], [7, 0, 3], [0, 0, 0], [1], []])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_ranking_against_a_sort(counts, share):
-    generator = noise(6)
-    rows = torch.cat(
-        [
-            torch.randperm(9, generator=generator)[:n].sort().values + 9 * b
-            for b, n in enumerate(counts)
-        ]
-        + [torch.empty(0, dtype=torch.int64)]
-    )
-    score = torch.randint(0, 4, rows.shape, generator=generator).float()  # with ties
-    counts = torch.tensor(counts, dtype=torch.int64)
-    left = (share * counts).long()
+SCORES = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.25, 3.0, math.inf])  # with ties
+
+
+@given(st.data(), st.lists(st.integers(0, 9), max_size=4), st.sampled_from([SCORES, st.floats()]))
+def test_ranking_against_a_sort(data, counts, scores):
+    length = 9
+    positions = st.permutations(range(length))
+    own = [sorted(data.draw(positions)[:n]) for n in counts]
+    rows = [length * b + i for b, places in enumerate(own) for i in places]
+    number = dict(min_size=len(rows), max_size=len(rows))
+    score = data.draw(st.lists(scores.filter(lambda x: not math.isnan(x)), **number))
+    left = [data.draw(st.integers(0, n)) for n in counts]
     first, last = [], []
-    for b, n in enumerate(left.tolist()):
-        own = [(-score[i].item(), row) for i, row in enumerate(rows.tolist()) if row // 9 == b]
-        ranked = [row for _, row in sorted(own)]
-        first += ranked[: len(own) - n]
-        last += sorted(ranked[len(own) - n :])
-    ranking = Ranking(score, rows, counts)
+    for b, n in enumerate(left):
+        ranked = sorted(
+            (i for i, row in enumerate(rows) if row // length == b),
+            key=lambda i: (-score[i], rows[i]),
+        )
+        ranked = [rows[i] for i in ranked]
+        first += ranked[: len(ranked) - n]
+        last += sorted(ranked[len(ranked) - n :])
+    ranking = Ranking(
+        torch.tensor(score, dtype=torch.float64),
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(counts, dtype=torch.int64),
+    )
+    left = torch.tensor(left, dtype=torch.int64)
     assert ranking.first(left).tolist() == first
     assert ranking.last(left).tolist() == last

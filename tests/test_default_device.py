@@ -60,8 +60,8 @@ def test_the_check_sees_a_factory():
 
 
 SUITE = [
-    *("test_corrupt.py", "test_data.py", "test_unmask.py", "test_masked_nll.py"),
-    *("test_generation.py", "test_plan.py", "test_schedules.py", "test_wrapper.py"),
+    *("corrupt", "data", "masked_loader", "unmask", "masked_nll", "nll", "head_nll", "generation"),
+    *("plan", "schedules", "wrapper", "heads", "critic", "seeds", "generate", "nets"),
 ]
 
 
@@ -85,7 +85,7 @@ def test_the_suite_under_other_defaults():
         ),
         *("-k", " and ".join(f"not {word}" for word in LEFT_OUT)),
         *("-m", "not triton and not cuda and not slow"),
-        *(f"tests/{name}" for name in SUITE),
+        *(f"tests/test_{name}.py" for name in SUITE),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -152,6 +152,7 @@ def test_a_wrapper_is_made_on_meta_and_filled_later(meta):
     assert torch.equal(model.generate(3, seed=0), expected.generate(3, seed=0))
 
 
+@pytest.mark.seconds
 def test_importing_under_another_default():
     script = (
         "import torch; torch.set_default_device('meta'); import nar_kernels, nar_kernels.train\n"

@@ -54,6 +54,7 @@ def test(number):
 """
 
 
+@pytest.mark.seconds
 def test_a_worker_that_lost_its_gpu_is_replaced(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_lost.py").write_text(LOST)

@@ -32,6 +32,7 @@ from nar_kernels.training.train import Run, train
 
 pytest.importorskip("x_transformers")
 pytestmark = [
+    pytest.mark.seconds,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
         not dist.is_available() or not dist.is_gloo_available() or os.name != "posix",

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from x_transformers import Encoder, TransformerWrapper
 
@@ -14,7 +16,7 @@ from nar_kernels.nets.adapter import batch_independent
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.sampling.config import Strategy
 from nar_kernels.sampling.decode import NanRecord
-from nar_kernels.sampling.prompt import read_prompt
+from nar_kernels.sampling.prompt import is_one_sequence, read_prompt
 from tests.goodness_of_fit import chi_square_p
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -472,6 +474,47 @@ def test_a_matrix_of_prompts():
 def test_what_is_no_prompt(prompt):
     with pytest.raises(TypeError, match=r"a prompt .*must be integers \[L\] or \[B, L\]"):
         make_model().generate(prompt=prompt)
+
+
+NUMBERS = st.integers(-2, NUM_TOKENS + 1) | st.sampled_from([1 << 31, 1 << 63, 1 << 64])
+NO_NUMBERS = st.sampled_from([None, True, 1.5, math.nan, "text", np.array(3), {}])
+ROWS = st.lists(NUMBERS, max_size=LENGTH + 1)
+KINDS = st.sampled_from([list, tuple, np.array, torch.tensor])
+
+
+def made(kind, ids):
+    """The same ids in another container, or as a list where that cannot hold them."""
+    try:
+        return kind(ids)
+    except (RuntimeError, OverflowError, ValueError):
+        return ids
+
+
+@given(
+    st.one_of(
+        st.builds(made, KINDS, ROWS),
+        st.lists(st.builds(made, KINDS, ROWS), max_size=3),
+        st.recursive(NO_NUMBERS | NUMBERS, lambda x: st.lists(x, max_size=3), max_leaves=4),
+        st.dictionaries(st.integers(0, 2), NUMBERS, max_size=2),
+        st.binary(max_size=3),
+        st.sets(NUMBERS, max_size=2),
+    ),
+    st.none() | st.integers(-1, 3),
+)
+def test_any_prompt_is_read_or_refused(prompt, batch_size):
+    """Everything else is a TypeError or ValueError that speaks of the prompt."""
+    masking = MaskingConfig(NUM_TOKENS, M)
+    try:
+        ids = read_prompt(prompt, batch_size, LENGTH, masking)
+    except (TypeError, ValueError) as error:
+        assert "prompt" in str(error) or "batch_size" in str(error)
+        return
+    given_ids = [[]] if prompt is None else [prompt] if is_one_sequence(prompt) else [*prompt]
+    assert len(ids) == (len(given_ids) if batch_size is None else batch_size)
+    for row, sequence in zip(ids.tolist(), given_ids * len(ids), strict=False):
+        wanted = [int(i) for i in sequence]
+        assert row == wanted + [M] * (LENGTH - len(wanted))
+        assert all(0 <= i < NUM_TOKENS for i in row)
 
 
 def test_integers_of_any_kind():

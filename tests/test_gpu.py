@@ -9,8 +9,8 @@ import torch
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskedLoader, MaskingConfig, TokenDataset
+from tests.batches import assert_same, clean_batch
 from tests.devices import no_waiting
-from tests.test_corrupt import assert_same, clean_batch
 
 pytestmark = pytest.mark.gpu
 BACKENDS = [

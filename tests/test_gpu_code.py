@@ -12,6 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.seconds
 LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
 KERNELS = ["corrupt", "nll", "unmask"]
 needs_library = pytest.mark.skipif(
@@ -19,7 +21,7 @@ needs_library = pytest.mark.skipif(
 )
 
 
-# Beside the installed one: that of PyTorch 2.11, which `make test` puts into a folder of its own.
+# Beside the installed one: that of PyTorch 2.11, which `make test-all` puts there.
 OTHER_TRITON = ROOT / ".venv/triton-3.6.0"
 
 
@@ -29,31 +31,37 @@ def environment_with(triton):
         pytest.importorskip("triton")
         return os.environ.copy()
     if not OTHER_TRITON.exists():
-        pytest.skip(f"Triton {triton} is not in {OTHER_TRITON.relative_to(ROOT)}: `make test`")
+        pytest.skip(f"Triton {triton} is not in {OTHER_TRITON.relative_to(ROOT)}: `make test-all`")
     paths = [os.fspath(OTHER_TRITON), os.environ.get("PYTHONPATH")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-@pytest.fixture(scope="module", params=["installed", "3.6.0"])
+SLOW = pytest.mark.slow
+TABLES = [
+    pytest.param(("installed", 90), id="sm_90"),
+    pytest.param(("installed", 80), id="sm_80", marks=SLOW),
+    pytest.param(("installed", 100), id="sm_100", marks=SLOW),
+    pytest.param(("3.6.0", 90), id="sm_90-triton-3.6.0", marks=SLOW),
+]
+
+
+@pytest.fixture(scope="module", params=TABLES)
 def rows(request, tmp_path_factory):
-    """The table, for the GPUs that PyTorch 2.11 is tried on where Triton is its own."""
+    """The table for one architecture, which takes half a minute."""
+    triton, architecture = request.param
     out = tmp_path_factory.mktemp("gpu_code") / "rows.json"
     command = [sys.executable, ROOT / "benchmarks/gpu_code.py", "--json", out]
-    if request.param != "installed":
-        command += ["--architectures", "90"]
-    environment = environment_with(request.param)
+    command += ["--architectures", str(architecture)]
+    environment = environment_with(triton)
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    return json.loads(out.read_text())
-
-
-def test_every_architecture_is_in_the_table(rows, request):
-    is_installed = request.node.callspec.params["rows"] == "installed"
-    assert {row["sm"] for row in rows} == ({80, 90, 100} if is_installed else {90})
+    table = json.loads(out.read_text())
+    assert {row["sm"] for row in table} == {architecture}
+    return table
 
 
 def test_next_to_nothing_spills(rows, request):
     """Nothing with the installed Triton; with an older one, some words of two variants."""
-    most = 0 if request.node.callspec.params["rows"] == "installed" else 32
+    most = 0 if request.node.callspec.params["rows"][0] == "installed" else 32
     assert [row for row in rows if row["spill"] > most] == []
 
 
@@ -109,7 +117,7 @@ def test_a_launch_that_fails_says_why():
     assert kind == "AttributeError 'str' object has no attribute 'data_ptr'"
 
 
-@pytest.mark.parametrize("triton", ["installed", "3.6.0"])
+@pytest.mark.parametrize("triton", ["installed", pytest.param("3.6.0", marks=SLOW)])
 def test_launches_past_tritons_dispatch_are_those_that_it_would_make(triton):
     """In a process of its own, with a driver that launches nothing."""
     script = [sys.executable, "-m", "tests.without_a_driver"]
@@ -124,7 +132,7 @@ def test_variants_are_counted():
     pytest.importorskip("triton")
     command = [sys.executable, "-O", "-m", "pytest", "--assert=plain", "-W", "ignore", "-q"]
     command += ["-p", "tests.triton_variants", "-m", "triton", "-k", "frozen or bad_labels"]
-    files = ["tests/test_corrupt.py", "tests/test_masked_nll.py"]
+    files = ["tests/test_corrupt.py", "tests/test_nll.py"]
     result = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
     assert "   2 variants of corrupt_kernel\n" in result.stdout, result.stdout  # of two draws
     # Of three types and two strides, with a gradient or not.

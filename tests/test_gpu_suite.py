@@ -25,6 +25,8 @@ from benchmarks.gpu_suite.steps import TESTS, all_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
+pytestmark = pytest.mark.seconds
+
 
 def python(name: str, code: str, timeout: float = 40, **more) -> Step:
     more = {"min_seconds": 0, "grace": 1, **more}

@@ -136,6 +136,7 @@ def test_no_circle() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
+@pytest.mark.seconds
 def test_importing_the_package_is_light() -> None:
     """Nothing is imported that `import torch` does not import by itself."""
     heavy = {"triton", "x_transformers", "matplotlib", "sklearn", "scipy", "tensorboard", "tqdm"}
@@ -148,6 +149,19 @@ def test_importing_the_package_is_light() -> None:
     )
     assert "nar_kernels" in result.stdout.split()
     assert heavy.isdisjoint(result.stdout.split())
+
+
+def test_test_modules_share_nothing_with_each_other() -> None:
+    """What several of them need is in a module that holds no tests."""
+    for path in (ROOT / "tests").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            wrong = [n for n in names if any(part.startswith("test_") for part in n.split("."))]
+            assert wrong == [], f"{path.name} imports {wrong}"
 
 
 def test_csrc_is_free_of_torch() -> None:
@@ -165,8 +179,9 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     for folder in folders:
         pattern = "**/*" if folder else "*"
         for path in (ROOT / folder).glob(pattern):
-            is_left_by_a_build = path.name == "_build_failure.txt"
-            if path.is_file() and path.suffix in suffixes and not is_left_by_a_build:
+            # Left by a build; and what `git worktree add` puts in the place of a folder.
+            is_local = path.name in ("_build_failure.txt", ".git")
+            if path.is_file() and path.suffix in suffixes and not is_local:
                 match = private.search(path.read_text(errors="replace"))
                 assert match is None, f"{path} names {match and match[0]}"
                 checked += 1

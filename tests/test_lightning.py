@@ -15,7 +15,10 @@ from nar_kernels.ops.masking import MaskingConfig
 
 lightning = pytest.importorskip("pytorch_lightning")
 # It has advice on workers and the like, and calls what PyTorch has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.seconds,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]
 
 V, MASK_ID, BATCH, EPOCH = 20, 19, 4, 5
 

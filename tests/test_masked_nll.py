@@ -1,10 +1,7 @@
 """`masked_nll` against the cross entropy of all its logits in float64, on every backend."""
 
-import ctypes
 import dataclasses
 import itertools
-import mmap
-import multiprocessing
 
 import pytest
 import torch
@@ -13,128 +10,37 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import nar_kernels
-from nar_kernels import MaskingConfig, masked_nll
+from nar_kernels import masked_nll
 from nar_kernels.ops import linear
 from nar_kernels.ops import masked_nll as loss
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.dispatch import NLL_DTYPES, run_nll
-from tests import devices
+from nar_kernels.ops.dispatch import NLL_DTYPES
 from tests.devices import device_of
+from tests.losses import (
+    BACKENDS,
+    BACKENDS_AND_DTYPES,
+    REDUCTIONS,
+    TOLERANCE,
+    assert_near,
+    check,
+    corrupted_batch,
+    cross_entropy,
+    random_inputs,
+    results,
+    with_all_masked,
+)
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "any_cpu"),
     # In Triton's interpreter, of what a GPU computes in silence, as in the gaps between rows.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
 ]
-
-MARKS = {"reference": (), "cpp": pytest.mark.cpp, "triton": pytest.mark.triton}
-BACKENDS = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
-BACKENDS_AND_DTYPES = [
-    pytest.param(name, dtype, marks=marks, id=f"{name}-{dtype}".replace("torch.", ""))
-    for name, marks in MARKS.items()
-    for dtype in NLL_DTYPES[name]
-]
-REDUCTIONS = ["nelbo", "mean", "none"]
-
-# The largest error, as a part of the largest value.
-TOLERANCE = {
-    torch.float64: 1e-14,
-    torch.float32: 2e-6,
-    torch.bfloat16: 1.5e-2,
-    torch.float16: 2e-3,
-}
-
-
-def corrupted_batch(num_tokens=12, mask_id=11, *, batch=3, length=7, seed=1, maskable=None, **how):
-    """The clean ids go round the vocabulary, so that both its ends are there."""
-    masking = MaskingConfig(num_tokens, mask_id, **how)
-    ids = torch.arange(batch * length).view(batch, length) % (num_tokens - 1)
-    return nar_kernels.corrupt(ids + (ids >= mask_id), masking, seed=seed, maskable=maskable)
-
-
-def with_all_masked(num_tokens=12, mask_id=11, **how):
-    """Every position is masked, with a weight for each sample."""
-    everything = corrupted_batch(num_tokens, mask_id, schedule=lambda t: 0 * t + 1, **how)
-    assert everything.masked_indices.all()
-    weight = torch.linspace(0.5, 3, len(everything))
-    return dataclasses.replace(everything, loss_weight=weight)
-
-
-def random_inputs(corrupted, vocabulary=11, width=5, *, dtype=torch.float64, seed=0):
-    """Hidden, weight and bias."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (*corrupted.labels.shape, width), (vocabulary, width), (vocabulary,)
-    device = corrupted.labels.device
-    return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-
-
-def cross_entropy(hidden, weight, corrupted, *, bias=None, reduction="nelbo", normalizer=None):
-    """What `masked_nll` is, from its definition."""
-    rows = corrupted.masked_indices.flatten().nonzero().flatten()
-    logits = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows) @ weight.T
-    logits = logits if bias is None else logits + bias
-    nll = F.cross_entropy(logits, corrupted.labels.flatten()[rows], reduction="none")
-    if reduction == "none":
-        return nll
-    counts = corrupted.num_masked if reduction == "mean" else corrupted.num_maskable
-    normalizer = max(int(counts.sum()), 1) if normalizer is None else normalizer
-    sample = rows // corrupted.labels.shape[1]
-    w = torch.ones_like(nll) if reduction == "mean" else corrupted.loss_weight.to(nll)[sample]
-    return (w * nll).sum() / normalizer
-
-
-def results(function, tensors, corrupted, *, scale=1.0, **kwargs):
-    """The value, and the gradients under a random upstream gradient: the same at every call."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    bias = dict(zip(["bias"], leaves[2:], strict=False))
-    value = function(*leaves[:2], corrupted, **bias, **kwargs)
-    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(3)) * scale
-    return value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value))
-
-
-def assert_near(got, expected, tolerance, name=""):
-    assert got.shape == expected.shape, name
-    if got.numel():
-        error, largest = (float(x.abs().max()) for x in (got.double() - expected, expected))
-        assert error <= tolerance * largest, name
-
-
-def check(tensors, corrupted, *, function=masked_nll, backend="auto", tolerance=None, **kwargs):
-    """`function` gives the value and the gradients of `cross_entropy`, in the right dtypes."""
-    dtype = tensors[0].dtype
-    got = results(function, tensors, corrupted, backend=backend, **kwargs)
-    expected = results(cross_entropy, [t.double() for t in tensors], corrupted, **kwargs)
-    assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for x, tensor in zip(got[1:], tensors, strict=True):
-        assert x.dtype == tensor.dtype
-    names = ["value", "hidden", "weight", "bias"]
-    for name, x, y in zip(names, got, expected, strict=False):
-        assert_near(x, y, tolerance or TOLERANCE[dtype], name)
-
-
-@pytest.fixture(autouse=True)
-def any_cpu(monkeypatch):
-    """Products are in the type of the tensors, whatever this CPU multiplies in."""
-    monkeypatch.setattr(linear, "multiplies_in", lambda dtype: True)
 
 
 @pytest.fixture(params=[0, 1 << 20], ids=["large head", "small head"])
 def head_size(request, monkeypatch):
     """Whether logits are those of a kernel of ours, where there is one."""
     monkeypatch.setattr(linear, "_LARGE_HEAD", request.param)
-
-
-@pytest.fixture
-def rows_of_a_chunk(monkeypatch):
-    """Sets how many rows of logits may exist at a time."""
-
-    def limit(rows, vocabulary):
-        for device, limits in linear.TRAINING_LIMITS.items():
-            limits = limits._replace(logits=rows * vocabulary)
-            monkeypatch.setitem(linear.TRAINING_LIMITS, device, limits)
-
-    return limit
 
 
 # ---- value and gradients
@@ -689,397 +595,6 @@ def test_normalizer(reduction, normalizer):
     check(tensors, corrupted, reduction=reduction, normalizer=normalizer)
 
 
-# ---- any head
-
-
-class Head(torch.nn.Module):
-    def __init__(self, width, vocabulary, offset=0.0):
-        super().__init__()
-        self.first = torch.nn.Linear(width, 6)
-        self.second = torch.nn.Linear(6, vocabulary)
-        self.offset = offset
-
-    def forward(self, x):
-        return self.second(self.first(x).tanh()) - self.offset
-
-
-def results_of_head(function, hidden, head, corrupted, **kwargs):
-    leaves = [hidden.detach().requires_grad_(), *head.parameters()]
-    value = function(leaves[0], head, corrupted, **kwargs)
-    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
-    return value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value))
-
-
-def head_cross_entropy(hidden, head, corrupted, **kwargs):
-    logits = head(hidden)
-    return cross_entropy(logits, torch.eye(logits.shape[-1]).to(logits), corrupted, **kwargs)
-
-
-@pytest.mark.parametrize("rows", [1, 4, 100])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_head(reduction, rows, rows_of_a_chunk):
-    torch.manual_seed(0)
-    corrupted = corrupted_batch()
-    hidden = random_inputs(corrupted)[0].transpose(0, 1).contiguous().transpose(0, 1)
-    rows_of_a_chunk(rows, 11)
-    head = Head(5, 11).double()
-    log_head = torch.nn.Sequential(head, torch.nn.LogSoftmax(-1))
-    expected = results_of_head(head_cross_entropy, hidden, head, corrupted, reduction=reduction)
-    for chosen in ({"head": head}, {"head": log_head, "is_log_prob": True}):
-        got = results_of_head(
-            loss.head_nll, hidden, corrupted=corrupted, reduction=reduction, **chosen
-        )
-        for x, y in zip(got, expected, strict=True):
-            assert_near(x, y, TOLERANCE[torch.float64])
-
-
-def test_head_gives_log_probabilities():
-    """They are taken as they are, normalised or not."""
-    corrupted = corrupted_batch()
-    hidden = random_inputs(corrupted)[0]
-    head = torch.nn.Sequential(torch.nn.LogSoftmax(-1), Head(5, 11)).double()
-    rows = corrupted.masked_rows
-    with torch.no_grad():
-        got = loss.head_nll(hidden, head, corrupted, is_log_prob=True, reduction="none")
-        chosen = head(hidden).flatten(0, 1)[rows, corrupted.labels.flatten()[rows]]
-    assert_near(got, -chosen, TOLERANCE[torch.float64])
-
-
-def test_head_with_dropout():
-    """The logits that are computed again are the same."""
-    corrupted = corrupted_batch()
-    hidden = random_inputs(corrupted)[0]
-    head = torch.nn.Sequential(torch.nn.Dropout(0.5), Head(5, 11)).double()
-
-    def direct(hidden, head, corrupted):
-        logits = head(hidden.flatten(0, 1)[corrupted.masked_rows])
-        labels = corrupted.labels.flatten()[corrupted.masked_rows]
-        return F.cross_entropy(logits, labels)
-
-    torch.manual_seed(5)
-    expected = results_of_head(direct, hidden, head, corrupted)
-    torch.manual_seed(5)
-    got = results_of_head(loss.head_nll, hidden, head, corrupted, reduction="mean")
-    for x, y in zip(got, expected, strict=True):
-        assert_near(x, y, TOLERANCE[torch.float64])
-
-
-def test_head_with_autocast():
-    torch.manual_seed(0)
-    corrupted = corrupted_batch()
-    hidden = random_inputs(corrupted, dtype=torch.float32)[0]
-    head = Head(5, 11)
-
-    def narrow(*args, **kwargs):
-        with torch.autocast("cpu", torch.bfloat16):
-            return loss.head_nll(*args, **kwargs)
-
-    got = results_of_head(narrow, hidden, head, corrupted)
-    expected = results_of_head(head_cross_entropy, hidden.double(), head.double(), corrupted)
-    for x, y in zip(got, expected, strict=True):
-        assert x.dtype == torch.float32
-        assert_near(x, y, 3e-2)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_head_with_nothing_masked(reduction):
-    corrupted = corrupted_batch(maskable=torch.zeros(3, 7, dtype=torch.bool))
-    hidden = random_inputs(corrupted)[0]
-    head = Head(5, 11).double()
-    value, *gradients = results_of_head(loss.head_nll, hidden, head, corrupted, reduction=reduction)
-    assert value.tolist() == ([] if reduction == "none" else 0)
-    assert not any(gradient.any() for gradient in gradients)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_logits_nll(dtype):
-    logits = torch.randn(9, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
-    labels = torch.arange(9)
-    wide = logits.double()
-    cases = {False: F.cross_entropy(wide, labels, reduction="none"), True: -wide.diagonal()}
-    for is_log_prob, expected in cases.items():
-        got = loss.logits_nll(logits, labels, is_log_prob)
-        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert_near(got, expected, 1e-6 if dtype != torch.float64 else 1e-14)
-
-
-@pytest.mark.parametrize("normalizer", [None, 5.0])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_reduce_nll(reduction, normalizer):
-    corrupted = corrupted_batch()
-    args = dict(reduction=reduction, normalizer=normalizer)
-
-    def reduced(*args, **kwargs):
-        return loss.reduce_nll(cross_entropy(*args, reduction="none"), corrupted, **kwargs)
-
-    tensors = random_inputs(corrupted)[:2]
-    got = results(reduced, tensors, corrupted, **args)
-    for x, y in zip(got, results(cross_entropy, tensors, corrupted, **args), strict=True):
-        assert_near(x, y, TOLERANCE[torch.float64])
-
-
-# ---- the kernel
-
-GUARD = 64  # elements, and one more: rows at any alignment
-
-
-class Guarded:
-    """A copy of logits between memory that nobody may touch; huge where it is read."""
-
-    def __init__(self, logits, gap=0):
-        rows, vocabulary = logits.shape
-        size, pitch = rows * (vocabulary + gap), vocabulary + gap
-        self.memory = torch.empty(size + 2 * GUARD + 1, dtype=logits.dtype, device=logits.device)
-        self.memory.view(torch.uint8).fill_(0x5A)
-        self.guards = self.memory[: GUARD + 1], self.memory[GUARD + 1 + size :]
-        self.logits = self.memory.as_strided((rows, vocabulary), (pitch, 1), GUARD + 1)
-        self.memory[GUARD + 1 : GUARD + 1 + size] = torch.nan  # the gaps
-        self.logits.copy_(logits)
-
-    def check(self):
-        assert all((guard.view(torch.uint8) == 0x5A).all() for guard in self.guards)
-
-
-@pytest.fixture
-def poisoned_memory():
-    """What a kernel forgets to write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def softmax_problem(rows, vocabulary, dtype, *, spread=2.0, seed=0):
-    """Logits, labels, bias and weight; sums of logit and bias are exact in float32."""
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    logits = spread * torch.randn(rows, vocabulary, generator=generator)
-    logits = ((logits * 64).round() / 64).to(dtype)
-    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
-    labels[0], labels[-1] = 0, vocabulary - 1
-    bias = (torch.randn(vocabulary, generator=generator) * 64).round().to(wide) / 64
-    return logits, labels, bias, torch.randn(rows, generator=generator).to(wide)
-
-
-# The largest error of a softmax, as a part of itself: of its own type's rounding, and before it.
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
-COMPUTING = {"reference": 4e-6, "cpp": 1e-6, "triton": 4e-6}
-
-
-def softmax_error(backend, dtype):
-    if dtype == torch.float64:
-        return 1e-14
-    cuts_off = devices.is_interpreted(backend)
-    rounding = ROUNDING.get(dtype, 0) * (2 if cuts_off and dtype == torch.bfloat16 else 1)
-    return rounding + COMPUTING[backend]
-
-
-def check_kernel(logits, labels, bias, weight, backend, gap=0):
-    """Of every element, on its own."""
-    device = device_of(backend)
-    wide = logits.double() if bias is None else logits.double() + bias.double()
-    nll = F.cross_entropy(wide, labels, reduction="none")
-    softmax, one_hot = wide.softmax(1), F.one_hot(labels, wide.shape[1])
-    w = torch.ones(len(labels), 1) if weight is None else weight.double()[:, None]
-    for gradient in (True, False):
-        guarded = Guarded(logits.to(device), gap)
-        tensors = [x if x is None else x.to(device) for x in (labels, bias, weight)]
-        got = run_nll(guarded.logits, *tensors, gradient=gradient, backend=backend).cpu()
-        guarded.check()
-        assert got.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        assert_near(got, nll, 1e-14 if logits.dtype == torch.float64 else 1e-6)
-        if gradient:
-            off = (guarded.logits.cpu().double() - w * (softmax - one_hot)).abs()
-            error = softmax_error(backend, logits.dtype)
-            allowed = error * w.abs() * (softmax + one_hot)
-            tiny = 2**-25 if logits.dtype == torch.float16 else 1e-37
-            assert (off <= allowed + tiny).all(), ((off - tiny) / allowed).max()
-
-
-VOCABULARIES = [*range(1, 34), 257, 4099, 70001]
-
-
-@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
-def test_kernel(backend, dtype, poisoned_memory):
-    few = backend == "triton"  # which compiles most of these anew, or is slow in its interpreter
-    for vocabulary in [1, 2, 31, 32, 33, 257, 4099] if few else VOCABULARIES:
-        if few and dtype != torch.float32 and vocabulary not in (33, 4099):
-            continue
-        rows = 2 if vocabulary > 257 else 5
-        logits, labels, bias, weight = softmax_problem(rows, vocabulary, dtype)
-        check_kernel(logits, labels, bias, weight, backend)
-        if not few or vocabulary == 33:
-            check_kernel(logits, labels, None, weight, backend)
-            check_kernel(logits, labels, bias, None, backend)
-            check_kernel(logits, labels, None, None, backend)
-
-
-@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
-def test_kernel_with_gaps_behind_rows(backend, dtype, poisoned_memory):
-    for vocabulary, gap in [(1, 1), (1, 63), (11, 5), (16, 16), (33, 1), (64, 3), (257, 255)]:
-        check_kernel(*softmax_problem(3, vocabulary, dtype), backend, gap)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_kernel_where_memory_ends_with_the_last_row(backend):
-    """Without a gap: PyTorch allocates no more than what is asked for, up to alignment."""
-    device = device_of(backend)
-    logits = torch.full((21,), 7.0, device=device).as_strided((3, 5), (8, 1))
-    labels = torch.zeros(3, dtype=torch.int64, device=device)
-    nll = run_nll(logits, labels, None, None, gradient=True, backend=backend)
-    assert_near(nll, torch.full((3,), 5.0, device=device).log().double(), 1e-6)
-    expected = torch.full((3, 5), 0.2, device=device)
-    expected[:, 0] -= 1
-    assert_near(logits, expected.double(), 1e-6)
-
-
-def beside_forbidden_pages(tensor, at_end):
-    """A copy that begins, or ends, where one byte further may not even be read."""
-    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
-    inner = -(-size // page) * page
-    memory = mmap.mmap(-1, inner + 2 * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    for forbidden in (address, address + page + inner):
-        assert protect(forbidden, page, 0) == 0
-    offset = page + (inner - size if at_end else 0)
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    return copy.view(tensor.shape).copy_(tensor)
-
-
-def nll_beside_forbidden_pages(dtype):
-    for vocabulary, at_end, gap in itertools.product(VOCABULARIES[:-1], [True, False], [0, 3]):
-        tensors = softmax_problem(3, vocabulary, dtype)
-        size = 3 * (vocabulary + gap) - gap
-        memory, *others = (
-            beside_forbidden_pages(x, at_end)
-            for x in (torch.zeros(size, dtype=dtype), *tensors[1:])
-        )
-        logits = memory.as_strided((3, vocabulary), (vocabulary + gap, 1), memory.storage_offset())
-        logits.copy_(tensors[0])
-        run_nll(logits, *others, gradient=True, backend="cpp")
-
-
-@pytest.mark.cpp
-@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
-@pytest.mark.parametrize("dtype", NLL_DTYPES["cpp"])
-def test_kernel_reads_nothing_outside(simd_level, dtype):
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=nll_beside_forbidden_pages, args=(dtype,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-
-
-@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
-def test_kernel_far_from_zero(backend, dtype):
-    """A constant takes nothing from the accuracy, where logits hold it exactly."""
-    shift = 2**13 if dtype in (torch.float64, torch.float32) else 2**8
-    for vocabulary in (2, 50):
-        logits, labels, _, weight = softmax_problem(5, vocabulary, dtype)
-        for sign in (1, -1):
-            check_kernel(logits + sign * shift, labels, None, weight, backend)
-
-
-@pytest.mark.cpp
-@pytest.mark.parametrize("dtype", NLL_DTYPES["cpp"])
-def test_every_instruction_set(simd_level, dtype):
-    for vocabulary in VOCABULARIES[:-1]:
-        logits, labels, bias, weight = softmax_problem(3, vocabulary, dtype)
-        check_kernel(logits, labels, bias, weight, "cpp")
-        check_kernel(logits, labels, None, None, "cpp")
-        got, expected = logits.clone(), logits.clone()
-        nll = run_nll(got, labels, bias, weight, gradient=True, backend="cpp")
-        ref = run_nll(expected, labels, bias, weight, gradient=True, backend="reference")
-        torch.testing.assert_close(nll, ref, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-6)
-
-
-@pytest.mark.cpp
-def test_exp_is_accurate(simd_level):
-    """Down to the smallest normal numbers; whole steps of 2^-10 are exact in float32."""
-    steps = torch.arange(-85 * 1024, 1, 5) / 1024
-    logits = steps[torch.randperm(len(steps), generator=torch.Generator().manual_seed(0))][None]
-    for shift in (0, 1000, -1000):
-        check_kernel(logits + shift, torch.tensor([7]), None, None, "cpp")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_kernel_special_values(backend, poisoned_memory):
-    """As cross entropy has them; a row does not change its neighbours."""
-    inf, nan = torch.inf, torch.nan
-    rows = [
-        [1.0, 2.0, 3.0],
-        [1.0, -inf, 3.0],  # a wrong id
-        [-inf, 2.0, 3.0],  # the label
-        [-inf, -inf, -inf],
-        [1.0, inf, 3.0],
-        [1.0, nan, 3.0],
-        [nan, nan, nan],
-        [3e38, -3e38, 3e38],
-        [-3e38, -3e38, -3e38],
-        [1.0, 2.0, 3.0],
-    ]
-    logits, labels = torch.tensor(rows), torch.zeros(len(rows), dtype=torch.int64)
-    wide = logits.double().requires_grad_()
-    expected = F.cross_entropy(wide, labels, reduction="none")
-    expected.backward(torch.ones_like(expected))
-    device = device_of(backend)
-    moved = logits.to(device)
-    got = run_nll(moved, labels.to(device), None, None, gradient=True, backend=backend)
-    close = dict(rtol=1e-6, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(got.cpu().double(), expected.detach(), **close)
-    torch.testing.assert_close(moved.cpu().double(), wide.grad, **close)
-
-
-BAD_LABELS = [-1, 5, -100, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**63), -(2**32)]
-
-
-@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
-def test_bad_labels(backend, dtype):
-    """Give NaN, and touch neither other rows nor what is beside the logits."""
-    device = device_of(backend)
-    count = len(BAD_LABELS)
-    logits, labels, bias, weight = softmax_problem(count + 2, 5, dtype)
-    labels[1:-1] = torch.tensor(BAD_LABELS)
-    moved = [x.to(device) for x in (labels, bias, weight)]
-    good = [0, count + 1]
-    for gradient in (True, False):
-        guarded, alone = Guarded(logits.to(device)), logits[good].to(device)
-        args = dict(gradient=gradient, backend=backend)
-        nll = run_nll(guarded.logits, *moved, **args)
-        guarded.check()
-        expected = run_nll(alone, moved[0][good], moved[1], moved[2][good], **args)
-        assert nll[1:-1].isnan().all() and torch.equal(nll[good], expected)
-        assert not gradient or torch.equal(guarded.logits[good], alone)
-
-
-@pytest.mark.cpp
-@pytest.mark.parametrize("dtype", NLL_DTYPES["cpp"])
-def test_independent_of_threads(dtype):
-    logits, labels, bias, weight = softmax_problem(301, 1031, dtype)
-    outcomes = []
-    for threads in (1, 2, 7):
-        torch.set_num_threads(threads)
-        gradient = logits.clone()
-        nll = run_nll(gradient, labels, bias, weight, gradient=True, backend="cpp")
-        outcomes.append((nll, gradient))
-    torch.set_num_threads(1)
-    for nll, gradient in outcomes[1:]:
-        assert torch.equal(nll, outcomes[0][0]) and torch.equal(gradient, outcomes[0][1])
-
-
-@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
-def test_opcheck(backend, dtype):
-    tensors = [x.to(device_of(backend)) for x in softmax_problem(2, 5, dtype)]
-    operator = torch.ops.nar_kernels.nll_.default
-    torch.library.opcheck(operator, (*tensors, True, backend))
-    # Without the gradient, logits are undefined, so that two calls cannot be compared.
-    only = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator, (*tensors[:2], None, None, False, backend), test_utils=only)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_auto_is_the_fastest_that_can(dtype):
     corrupted = corrupted_batch()
@@ -1091,6 +606,7 @@ def test_auto_is_the_fastest_that_can(dtype):
 
 
 # ---- bad input
+
 
 H, W, BIAS = torch.zeros(3, 7, 5), torch.zeros(11, 5), torch.zeros(11)
 
@@ -1142,20 +658,6 @@ def test_backend_without_a_kernel_for_the_dtype(backend, dtype):
     hidden, weight, _ = random_inputs(corrupted, dtype=dtype)
     with pytest.raises(TypeError, match=f"'{backend}' has no kernel for {dtype}.*'reference'"):
         masked_nll(hidden, weight, corrupted, backend=backend)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(reduction="sum"), "reduction is 'sum'"),
-        (dict(hidden=H[:2]), r"hidden has shape \[2, 7, 5\]"),
-        (dict(hidden=torch.zeros(4, 7, 5)), r"hidden has shape \[4, 7, 5\]"),
-    ],
-)
-def test_argument_errors_of_a_head(change, message):
-    args = dict(hidden=H, head=lambda x: x @ W.T, corrupted=corrupted_batch()) | change
-    with pytest.raises(ValueError, match=message):
-        loss.head_nll(**args)
 
 
 # Labels that a user has set to -100

@@ -10,6 +10,7 @@ from tests.tiny import tiny_sizes
 pytest.importorskip("accelerate")
 
 pytestmark = [
+    pytest.mark.seconds,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings(
         *(f"ignore::{kind}" for kind in ("FutureWarning", "UserWarning", "DeprecationWarning"))

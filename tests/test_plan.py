@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from x_transformers import nonautoregressive_wrapper as original
 
 from nar_kernels.sampling.halton import halton_order
@@ -73,6 +75,50 @@ def test_blocks():
     assert all(block.steps[-1].annealing == 0 for block in plan.blocks)
     (whole,) = make_plan(is_open, linear, 5, block_length=99).blocks
     assert whole.counts.tolist() == [6, 4]
+
+
+RATIOS = st.one_of(
+    st.sampled_from([*SCHEDULES.values()]),
+    # Any numbers, which a schedule of a user's own may give.
+    st.lists(st.floats(width=32), min_size=1, max_size=5).map(
+        lambda values: lambda t: values[int(t * 1000) % len(values)]
+    ),
+)
+
+
+@given(st.data(), RATIOS, st.integers(1, 40), st.none() | st.integers(1, 9), st.booleans())
+def test_any_plan_fills_what_is_open(data, schedule, steps, block_length, every_step):
+    batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 17))
+    cells = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
+    is_open = torch.tensor(data.draw(cells)).view(batch, length)
+    options = dict(block_length=block_length, every_step=every_step)
+    width = block_length or length
+    starts = [s for s in range(0, length, width) if is_open[:, s : s + width].any()]
+    if steps < len(starts):
+        with pytest.raises(ValueError, match=f"steps is {steps}: it must be at least"):
+            make_plan(is_open, schedule, steps, **options)
+        return
+    plan = make_plan(is_open, schedule, steps, **options)
+    assert plan.num_steps == steps and len(plan.blocks) == len(starts)
+    # Each open position is in one block, from left to right.
+    filled = torch.cat([torch.empty(0, dtype=torch.int64), *(b.rows for b in plan.blocks)])
+    assert filled.sort().values.tolist() == is_open.flatten().nonzero()[:, 0].tolist()
+    for start, block in zip(starts, plan.blocks, strict=True):
+        columns = block.rows % length
+        assert ((columns >= start) & (columns < start + width)).all()
+        assert block.rows.tolist() == sorted(block.rows.tolist())
+        assert block.counts.tolist() == is_open[:, start : start + width].sum(1).tolist()
+        # Counts fall, at every step that is kept, to zero at the last.
+        left = torch.stack([block.counts, *(step.left for step in block.steps)])
+        falls = -left.diff(dim=0)
+        assert (falls >= 0).all() and (left[-1] == 0).all()
+        assert every_step or (falls.sum(1) > 0).all()
+        annealing = [step.annealing for step in block.steps]
+        assert annealing == sorted(annealing, reverse=True) and annealing[-1] >= 0
+    numbers = [step.number for block in plan.blocks for step in block.steps]
+    assert numbers == sorted({*numbers}) and all(0 <= number < steps for number in numbers)
+    if every_step and starts:
+        assert numbers == [*range(steps)]
 
 
 def test_nothing_to_fill():

@@ -20,7 +20,7 @@ from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show import pictures
 from nar_kernels.show.player import page
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.seconds, pytest.mark.usefixtures("one_thread")]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OPTIONS = (

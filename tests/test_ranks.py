@@ -11,6 +11,8 @@ import torch
 from nar_kernels.training.parallel import SHARDS_ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.seconds
 RANKS = 2
 
 

@@ -84,9 +84,18 @@ def arguments(vocabulary: int) -> Iterator[dict]:
         yield dict(temperature=temperature, top_k=top_k, noise_slots=slots, **more)
 
 
+VOCABULARIES = [4, 5, 63, 127, 128, 129, 1000, 4099]
+
+
 @pytest.mark.cpp
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [4, 5, 63, 127, 128, 129, 1000, 4099, 70001])
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [
+        *itertools.product(VOCABULARIES, DTYPES),
+        pytest.param(70001, DTYPES[0], marks=pytest.mark.seconds),
+        *(pytest.param(70001, dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:]),
+    ],
+)
 def test_backends_agree(vocabulary, dtype, simd_level):
     logits = awkward_logits(12, vocabulary, dtype)
     for args in arguments(vocabulary):

@@ -76,7 +76,7 @@ from nar_kernels import MaskingConfig  # noqa: E402
 from nar_kernels.ops.dispatch import _empty_outputs  # noqa: E402
 from nar_kernels.ops.kernels import corrupt, nll, unmask  # noqa: E402
 from nar_kernels.ops.kernels.launcher import Launcher  # noqa: E402
-from tests.test_corrupt import arguments  # noqa: E402
+from tests.batches import arguments  # noqa: E402
 
 CORPUS = torch.zeros(40_000, dtype=torch.uint16)
 FLOATS = torch.zeros(40_000)

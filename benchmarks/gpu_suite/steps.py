@@ -8,7 +8,8 @@ from benchmarks.gpu_suite.step import Step
 
 # The files with tests of GPU kernels, which need no package beside PyTorch, Triton and pytest.
 TESTS = [
-    f"tests/test_{name}.py" for name in ("gpu", "corrupt", "cuda_kernels", "masked_nll", "unmask")
+    f"tests/test_{name}.py"
+    for name in ("gpu", "corrupt", "cuda_kernels", "masked_nll", "nll", "unmask")
 ]
 
 # Two steps of tests share these, a worker a core.

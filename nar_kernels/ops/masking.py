@@ -5,7 +5,7 @@ Shapes: B batch, L sequence length, V vocabulary (``num_tokens``), R masked rows
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_int
+from nar_kernels.checks import as_float, as_int
 from nar_kernels.spec.schedules import Schedule, ScheduleTable, resolve, tabulate
 
 IGNORE_INDEX = -100
@@ -101,7 +101,7 @@ class MaskingConfig:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {valid}")
         for name in ("no_replace_prob", "random_token_prob", "corruption_prob"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+            object.__setattr__(self, name, as_float(name, getattr(self, name)))
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
         if self.no_replace_prob + self.random_token_prob > 1:
@@ -109,6 +109,8 @@ class MaskingConfig:
                 f"no_replace_prob + random_token_prob is "
                 f"{self.no_replace_prob + self.random_token_prob}: shares of one whole, at most 1"
             )
+        if not isinstance(self.never_mask_ids, Iterable):
+            raise TypeError(f"never_mask_ids is {self.never_mask_ids!r}: it must be some ids")
         never_mask_ids = tuple(as_int("never_mask_ids", i) for i in self.never_mask_ids)
         object.__setattr__(self, "never_mask_ids", never_mask_ids)
         for i in self.never_mask_ids:

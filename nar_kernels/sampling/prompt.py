@@ -62,7 +62,7 @@ def is_one_sequence(prompt: Prompt | None) -> bool:
         return True
     if isinstance(prompt, Tensor | np.ndarray):
         return prompt.ndim == 1
-    if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+    if isinstance(prompt, str | dict) or not hasattr(prompt, "__getitem__"):
         raise _no_prompt(f"is {prompt!r}")
     return len(prompt) > 0 and np.ndim(prompt[0]) == 0
 

@@ -122,7 +122,7 @@ def resolve(schedule: str | Schedule) -> Schedule:
     """The schedule function of a name, or the callable itself."""
     if callable(schedule):
         return schedule
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(
             f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}, or a callable from "
             "times in [0, 1] to mask ratios in [0, 1]"
