@@ -5,7 +5,7 @@ same launch: each program publishes how many positions it masks, and adds up wha
 published (decoupled look-back: Merrill, Garland, "Single-pass Parallel Prefix Scan", 2016).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,7 +13,13 @@ from torch import Tensor
 
 from nar_kernels.ops.arguments import CorruptArgs
 from nar_kernels.ops.kernels.launcher import Launcher
-from nar_kernels.ops.kernels.order_statistic import is_done, learn, propose
+from nar_kernels.ops.kernels.order_statistic import (
+    is_done,
+    learn,
+    num_wanted,
+    propose,
+    start_search,
+)
 from nar_kernels.ops.kernels.random import permute, random_block, random_words
 from nar_kernels.ops.masking import IGNORE_INDEX, NUM_INVALID
 from nar_kernels.spec.philox import Stream
@@ -41,54 +47,93 @@ MAX_TILE = 4096
 LONG_ROW_TILE = 2048  # with more, registers spill on sm_100
 
 
+# What the steps of a row hand to each other. Made by keyword: Triton's cache of compiled kernels
+# does not see in which order the fields are.
+
+
+class Row(NamedTuple):
+    index: tl.tensor
+    sample: tl.tensor
+    seed: tl.tensor
+    tokens: tl.tensor  # pointers; None where there is no such tensor
+    maskable: tl.tensor | None
+    never_mask: tl.tensor | None
+    start: tl.tensor  # of the window, in tokens
+    seq_len: tl.tensor
+    end: tl.tensor  # of loops over tiles: a constant for a row of one tile, so that they vanish
+    num_tokens: tl.tensor
+    mask_id: tl.tensor
+
+
+class Tile(NamedTuple):
+    position: tl.tensor
+    clean: tl.tensor  # ids, bad ones replaced
+    can_mask: tl.tensor
+    keys: tl.tensor  # the largest where nothing may be masked
+
+
+class CorruptionShares(NamedTuple):
+    """Of the masked positions, and the word that rounds counts of them."""
+
+    keep: tl.tensor
+    replace: tl.tensor  # kept or random
+    rounding: tl.tensor
+
+
+class KeyBound(NamedTuple):
+    """Below it are smaller keys, and equal ones at positions below ``tie``."""
+
+    key: tl.tensor
+    tie: tl.tensor
+
+
+class RowBounds(NamedTuple):
+    """The kept are below the first, the kept or random below the second, the masked below the
+    third."""
+
+    keep: KeyBound
+    replace: KeyBound
+    mask: KeyBound
+
+
+# ---- which sample and window this is
+
+
 @triton.jit
-def _load_tile(
-    tokens,
-    maskable,
-    never_mask,
-    row,
-    start,
-    first,
-    seq_len,
-    num_tokens,
-    mask_id,
-    TILE: tl.constexpr,
-):
-    """Ids at ``first ..`` of the row, bad ones replaced; which were bad; which may be masked."""
-    position = first + tl.arange(0, TILE)
-    inside = position < seq_len
-    raw = tl.load(tokens + start + position, mask=inside, other=0)
-    if tokens.dtype.element_ty == tl.int64:
-        bad = (raw < 0) | (raw >= num_tokens)
+def _sample_slot(index, sample_ids, first_sample, step, global_batch):
+    if sample_ids is not None:
+        sample = tl.load(sample_ids + index)
     else:
-        raw = raw.to(tl.uint32) if tokens.dtype.element_ty == tl.uint32 else raw.to(tl.int32)
-        bad = raw.to(tl.uint32, bitcast=True) >= num_tokens.to(tl.uint32)
-    bad = inside & (bad | (raw == mask_id))
-    clean = tl.where(bad, (mask_id == 0).to(tl.int32), raw.to(tl.int32))
-    can = inside
-    if maskable is not None:
-        allowed = tl.load(maskable + row * seq_len + position, mask=inside, other=0)
-        can = can & (allowed != 0)
-    if never_mask is not None:
-        can = can & (tl.load(never_mask + clean, mask=inside, other=0) == 0)
-    return clean, bad, can, position
+        sample = first_sample + index
+        if step is not None:
+            sample += tl.load(step) * global_batch
+    return sample
 
 
 @triton.jit
-def _record_bad(record, tokens, start, first, bad, num_bad, TILE: tl.constexpr):
-    """Adds to the record of bad ids, which is the same for any order of the rows. Rare."""
-    column = tl.min(tl.where(bad, first + tl.arange(0, TILE), 0x7FFFFFFF))
-    offset = start + column
-    value = tl.load(tokens + offset).to(tl.int64)
-    free = tl.zeros((), tl.int64)
-    while tl.atomic_cas(record + _LOCK, free, free + 1) != 0:
-        pass
-    count = tl.atomic_add(record, num_bad.to(tl.int64))
-    lowest = tl.atomic_add(record + 1, free)
-    if (count == 0) | (offset < lowest):
-        tl.atomic_xchg(record + 1, offset)
-        tl.atomic_xchg(record + 2, value)
-    tl.atomic_xchg(record + _LOCK, free)
+def _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE: tl.constexpr):
+    """Where the window of a sample slot starts."""
+    slot = tl.maximum(sample, 0)
+    index = slot % num_windows
+    if SHUFFLE:
+        index = permute(index, num_windows, seed, _WINDOW_ORDER, slot // num_windows)
+    return phase + index * stride
+
+
+@triton.jit
+def _checked_start(record, sample, start, num_corpus_tokens, seq_len):
+    """The start, or 0 of a window that reaches outside the corpus, which is recorded, as is a
+    negative slot."""
+    outside = (start < 0) | (start > num_corpus_tokens - seq_len)
+    start = tl.where(outside, 0, start)
+    if outside:
+        tl.atomic_add(record + 3, 1)
+    if sample < 0:
+        tl.atomic_add(record + 4, 1)
+    return start
+
+
+# ---- what its slot alone decides
 
 
 @triton.jit
@@ -104,6 +149,87 @@ def _row_time(seed, sample, global_batch, STRATIFIED: tl.constexpr):
 
 
 @triton.jit
+def _corruption_shares(seed, sample, keep_share, random_share, coin_share, RANKS: tl.constexpr):
+    keep = tl.zeros((), tl.int64)
+    replace = tl.zeros((), tl.int64)
+    rounding = tl.zeros((), tl.int64)
+    if RANKS == 3:
+        coin0, coin1, coin2, _ = random_block(seed, _CORRUPTION, sample, tl.zeros((), tl.int32))
+        keep += tl.where((coin0 >> 1).to(tl.int64) < coin_share, keep_share, 0)
+        replace += keep
+        replace += tl.where((coin1 >> 1).to(tl.int64) < coin_share, random_share, 0)
+        rounding += (coin2 >> 1).to(tl.int64)
+    return CorruptionShares(keep=keep, replace=replace, rounding=rounding)
+
+
+# ---- ids and keys, a tile at a time
+
+
+@triton.jit
+def _load_tile(row, first, record, TILE: tl.constexpr):
+    """Positions ``first ..``; bad ids go into ``record``, if there is one.
+
+    A pass that leaves some of a tile unused does not load or compute that.
+    """
+    position = first + tl.arange(0, TILE)
+    inside = position < row.seq_len
+    raw = tl.load(row.tokens + row.start + position, mask=inside, other=0)
+    if row.tokens.dtype.element_ty == tl.int64:
+        bad = (raw < 0) | (raw >= row.num_tokens)
+    else:
+        raw = raw.to(tl.uint32) if row.tokens.dtype.element_ty == tl.uint32 else raw.to(tl.int32)
+        bad = raw.to(tl.uint32, bitcast=True) >= row.num_tokens.to(tl.uint32)
+    bad = inside & (bad | (raw == row.mask_id))
+    clean = tl.where(bad, (row.mask_id == 0).to(tl.int32), raw.to(tl.int32))
+    can_mask = inside
+    if row.maskable is not None:
+        at = row.maskable + row.index * row.seq_len + position
+        can_mask = can_mask & (tl.load(at, mask=inside, other=0) != 0)
+    if row.never_mask is not None:
+        can_mask = can_mask & (tl.load(row.never_mask + clean, mask=inside, other=0) == 0)
+    if record is not None:
+        _record_bad_ids(record, row, position, bad)
+    keys = random_words(row.seed, _MASK_KEY, row.sample, first, TILE)
+    keys = tl.where(can_mask, keys, 0xFFFFFFFF)
+    return Tile(position=position, clean=clean, can_mask=can_mask, keys=keys)
+
+
+@triton.jit
+def _record_bad_ids(record, row, position, bad):
+    """The record is the same for any order of the rows: they take turns, by a lock. Rare."""
+    num_bad = tl.sum(bad.to(tl.int32))
+    if num_bad > 0:
+        offset = row.start + tl.min(tl.where(bad, position, 0x7FFFFFFF))
+        value = tl.load(row.tokens + offset).to(tl.int64)
+        free = tl.zeros((), tl.int64)
+        while tl.atomic_cas(record + _LOCK, free, free + 1) != 0:
+            pass
+        count = tl.atomic_add(record, num_bad.to(tl.int64))
+        lowest = tl.atomic_add(record + 1, free)
+        if (count == 0) | (offset < lowest):
+            tl.atomic_xchg(record + 1, offset)
+            tl.atomic_xchg(record + 2, value)
+        tl.atomic_xchg(record + _LOCK, free)
+
+
+@triton.jit
+def _tile(row, held, first, TILE: tl.constexpr):
+    """A tile for one more pass: the one in registers, or, in a longer row, made again."""
+    return held if held is not None else _load_tile(row, first, None, TILE)
+
+
+# ---- how many positions are masked, and which keys are
+
+
+@triton.jit
+def _count_maskable(row, held, TILE: tl.constexpr):
+    n = tl.zeros((), tl.int32)
+    for first in range(0, row.end, TILE):
+        n += tl.sum(_tile(row, held, first, TILE).can_mask.to(tl.int32))
+    return n
+
+
+@triton.jit
 def _exact_count(ratio, n):
     """ceil(ratio * n), at least one of n."""
     k = (ratio * n.to(tl.int64) + 0xFFFFFFFF) >> 32
@@ -111,26 +237,114 @@ def _exact_count(ratio, n):
 
 
 @triton.jit
-def _below(key, position, high, low):
-    """Whether (key, position) is below a bound: position decides between equal keys."""
-    return (key < high) | ((key == high) & (position < low))
+def _bernoulli_count(row, held, ratio, TILE: tl.constexpr):
+    count = tl.zeros((), tl.int32)
+    for first in range(0, row.end, TILE):
+        tile = _tile(row, held, first, TILE)
+        count += tl.sum((tile.can_mask & (tile.keys < ratio.to(tl.uint32))).to(tl.int32))
+    return count
 
 
 @triton.jit
-def _rows_before(record, row, WINDOW: tl.constexpr):
+def _bernoulli_bounds(ratio, shares):
+    """The ratio and its shares are bounds: a key is uniform over 32 bits."""
+    keep = ratio * shares.keep >> 31
+    replace = ratio * shares.replace >> 31
+    no_tie = tl.zeros((), tl.int32)
+    return _row_bounds(keep, replace, ratio, no_tie, no_tie, no_tie)
+
+
+@triton.jit
+def _exact_bounds(row, held, n, count, shares, RANKS: tl.constexpr, TILE: tl.constexpr):
+    """Exactly ``count`` positions are below the last bound: three order statistics of the keys,
+    selected at once."""
+    k0 = ((count.to(tl.int64) * shares.keep + shares.rounding) >> 31).to(tl.int32)
+    k1 = ((count.to(tl.int64) * shares.replace + shares.rounding) >> 31).to(tl.int32)
+    keep, replace, mask = start_search(k0, n), start_search(k1, n), start_search(count, n)
+    turn = 0
+    while not (is_done(keep) & is_done(replace) & is_done(mask)):
+        pivot0, pivot1, pivot2 = propose(keep, turn), propose(replace, turn), propose(mask, turn)
+        below0, below1, below2 = _count_below(row, held, pivot0, pivot1, pivot2, RANKS, TILE)
+        keep = learn(keep, pivot0, below0)
+        replace = learn(replace, pivot1, below1)
+        mask = learn(mask, pivot2, below2)
+        turn += 1
+    tie0, tie1, tie2 = _break_ties(row, held, keep, replace, mask, TILE)
+    return _row_bounds(keep.low, replace.low, mask.low, tie0, tie1, tie2)
+
+
+@triton.jit
+def _count_below(row, held, pivot0, pivot1, pivot2, RANKS: tl.constexpr, TILE: tl.constexpr):
+    """How many keys are below each pivot; with ``RANKS`` 1 only the last count is wanted."""
+    count0, count1, count2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    for first in range(0, row.end, TILE):
+        keys = _tile(row, held, first, TILE).keys
+        # 21 bits each: one reduction instead of three.
+        below = (keys < pivot2.to(tl.uint32)).to(tl.int64)
+        if RANKS == 3:
+            below += (keys < pivot0.to(tl.uint32)).to(tl.int64) << 21
+            below += (keys < pivot1.to(tl.uint32)).to(tl.int64) << 42
+        counts = tl.sum(below)
+        count2 += (counts & 0x1FFFFF).to(tl.int32)
+        count0 += ((counts >> 21) & 0x1FFFFF).to(tl.int32)
+        count1 += (counts >> 42).to(tl.int32)
+    return count0, count1, count2
+
+
+@triton.jit
+def _break_ties(row, held, keep, replace, mask, TILE: tl.constexpr):
+    """Of equal keys at a bound, those at the lowest positions are below it. Rare."""
+    tie0, tie1, tie2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    wanted0, wanted1, wanted2 = num_wanted(keep), num_wanted(replace), num_wanted(mask)
+    if (wanted0 > 0) | (wanted1 > 0) | (wanted2 > 0):
+        for first in range(0, row.end, TILE):
+            tile = _tile(row, held, first, TILE)
+            tie0, wanted0 = _break_tie(tile, keep.low, tie0, wanted0)
+            tie1, wanted1 = _break_tie(tile, replace.low, tie1, wanted1)
+            tie2, wanted2 = _break_tie(tile, mask.low, tie2, wanted2)
+    return tie0, tie1, tie2
+
+
+@triton.jit
+def _break_tie(tile, key, tie, wanted):
+    """The position behind the ``wanted``-th of the equal keys, once a tile has it, and how many
+    are wanted of the next tiles."""
+    equal = tile.can_mask & (tile.keys == key.to(tl.uint32))
+    order = tl.cumsum(equal.to(tl.int32), 0)
+    tie += tl.max(tl.where(equal & (order == wanted), tile.position + 1, 0))
+    return tie, wanted - tl.sum(equal.to(tl.int32))
+
+
+@triton.jit
+def _row_bounds(keep, replace, mask, keep_tie, replace_tie, mask_tie):
+    return RowBounds(
+        keep=KeyBound(key=keep.to(tl.uint32), tie=keep_tie),
+        replace=KeyBound(key=replace.to(tl.uint32), tie=replace_tie),
+        mask=KeyBound(key=mask.to(tl.uint32), tie=mask_tie),
+    )
+
+
+# ---- where its row indices go: decoupled look-back
+
+
+@triton.jit
+def _publish(record, index, flag, count):
+    tl.atomic_xchg(record + _FIRST_ROW + index, count.to(tl.int64) + flag)
+
+
+@triton.jit
+def _rows_before(record, index, WINDOW: tl.constexpr):
     """Masked positions in all rows before this one; it looks back on ``WINDOW`` rows at a time.
 
     With fewer than a word for each thread, several would load the same one, at different moments:
     one may see it published and another not, and what is computed from both is wrong.
     """
     total = tl.zeros((), tl.int64)
-    end = row
+    end = index
     lane = tl.arange(0, WINDOW)
     while end > 0:
-        index = end - WINDOW + lane
-        published = tl.load(
-            record + _FIRST_ROW + index, mask=index >= 0, other=_UP_TO, volatile=True
-        )
+        at = end - WINDOW + lane
+        published = tl.load(record + _FIRST_ROW + at, mask=at >= 0, other=_UP_TO, volatile=True)
         newest = tl.max(tl.where(published >= _UP_TO, lane, -1))
         missing = tl.max(((published == 0) & (lane > newest)).to(tl.int32))
         if missing == 0:
@@ -139,56 +353,64 @@ def _rows_before(record, row, WINDOW: tl.constexpr):
     return total
 
 
-@triton.jit
-def _keys(seed, sample, first, can, TILE: tl.constexpr):
-    """Keys of a tile; those of positions that may not be masked are the largest."""
-    return tl.where(can, random_words(seed, _MASK_KEY, sample, first, TILE), 0xFFFFFFFF)
+# ---- what it writes
 
 
 @triton.jit
-def _count_tile(keys, pivot0, pivot1, pivot2, RANKS: tl.constexpr):
-    """How many keys are below each pivot, 21 bits each: one reduction instead of three."""
-    below = (keys < pivot2.to(tl.uint32)).to(tl.int64)
+def _write_scalars(
+    times, loss_weight, num_masked, num_maskable, weight_table, index, time, n, count,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    weight = tl.load(weight_table + time)
+    if EXACT:
+        weight = tl.div_rn(weight * n.to(tl.float32), tl.maximum(count, 1).to(tl.float32))
+        weight = tl.where(count == 0, 0.0, weight)
+    tl.store(times + index, (time.to(tl.float32) + 0.5) / 65536)
+    tl.store(loss_weight + index, weight)
+    tl.store(num_masked + index, count.to(tl.int64))
+    tl.store(num_maskable + index, n.to(tl.int64))
+
+
+@triton.jit
+def _is_below(tile, bound):
+    return (tile.keys < bound.key) | ((tile.keys == bound.key) & (tile.position < bound.tie))
+
+
+@triton.jit
+def _corrupt_ids(row, tile, first, masked, bounds, RANKS: tl.constexpr, TILE: tl.constexpr):
+    """The mask, a random token, or the token itself."""
+    ids = tl.where(masked, row.mask_id, tile.clean)
     if RANKS == 3:
-        below += (keys < pivot0.to(tl.uint32)).to(tl.int64) << 21
-        below += (keys < pivot1.to(tl.uint32)).to(tl.int64) << 42
-    return tl.sum(below)
+        if (bounds.replace.key != bounds.keep.key) | (bounds.replace.tie != bounds.keep.tie):
+            word = random_words(row.seed, _RANDOM_TOKEN, row.sample, first, TILE)
+            token = tl.umulhi(word, (row.num_tokens - 1).to(tl.uint32)).to(tl.int32)
+            token += (token >= row.mask_id).to(tl.int32)
+            ids = tl.where(masked & _is_below(tile, bounds.replace), token, ids)
+        ids = tl.where(masked & _is_below(tile, bounds.keep), tile.clean, ids)
+    return ids
 
 
 @triton.jit
-def _tied(keys, position, can, value, wanted):
-    """Position after the ``wanted``-th of the keys that equal ``value``, and how many do."""
-    equal = can & (keys == value.to(tl.uint32))
-    order = tl.cumsum(equal.to(tl.int32), 0)
-    here = tl.max(tl.where(equal & (order == wanted), position + 1, 0))
-    return here, tl.sum(equal.to(tl.int32))
-
-
-@triton.jit
-def _write_tile(
-    clean, can, keys, position, keep, keep_tie, replace, replace_tie, mask, mask_tie, seed, sample,
-    first, row, before, input_ids, labels, masked_indices, rows, seq_len, num_tokens, mask_id,
+def _write_positions(
+    row, held, bounds, before, input_ids, labels, masked_indices, rows, record,
     RANKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """All outputs of a tile. Returns how many positions it masks."""
-    masked = can & _below(keys, position, mask, mask_tie)
-    ids = tl.where(masked, mask_id, clean)
-    if RANKS == 3:
-        if (replace != keep) | (replace_tie != keep_tie):
-            word = random_words(seed, _RANDOM_TOKEN, sample, first, TILE)
-            token = tl.umulhi(word, (num_tokens - 1).to(tl.uint32)).to(tl.int32)
-            token += (token >= mask_id).to(tl.int32)
-            ids = tl.where(masked & _below(keys, position, replace, replace_tie), token, ids)
-        ids = tl.where(masked & _below(keys, position, keep, keep_tie), clean, ids)
-    inside = position < seq_len
-    at = row * seq_len + position
-    tl.store(input_ids + at, ids.to(tl.int64), mask=inside)
-    tl.store(labels + at, tl.where(masked, clean, _IGNORE).to(tl.int64), mask=inside)
-    tl.store(masked_indices + at, masked, mask=inside)
-    order = tl.cumsum(masked.to(tl.int32), 0)
-    tl.store(rows + before + order - 1, at, mask=masked)
-    return tl.sum(masked.to(tl.int32))
+    """Ids, labels and mask of a row, and the indices of the masked ones, by stream compaction."""
+    for first in range(0, row.end, TILE):
+        tile = held if held is not None else _load_tile(row, first, record, TILE)
+        masked = tile.can_mask & _is_below(tile, bounds.mask)
+        ids = _corrupt_ids(row, tile, first, masked, bounds, RANKS, TILE)
+        inside = tile.position < row.seq_len
+        at = row.index * row.seq_len + tile.position
+        tl.store(input_ids + at, ids.to(tl.int64), mask=inside)
+        tl.store(labels + at, tl.where(masked, tile.clean, _IGNORE).to(tl.int64), mask=inside)
+        tl.store(masked_indices + at, masked, mask=inside)
+        order = tl.cumsum(masked.to(tl.int32), 0)
+        tl.store(rows + before + order - 1, at, mask=masked)
+        before += tl.sum(masked.to(tl.int32))
 
+
+# ---- the kernel: a row top to bottom
 
 # What would otherwise be compiled again where it is 1, divides by 16 or, but for the annotations,
 # has another width.
@@ -213,182 +435,48 @@ def corrupt_kernel(
     ``ORDERED``: sample slots tell which windows. ``RANKS``: 3 with kept or random tokens, else 1.
     ``FITS``: the row is a single tile. ``LOOK_BACK``: see ``_rows_before``.
     """
-    EXCLUDES: tl.constexpr = maskable is not None or never_mask is not None
-    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64)
     if seed_tensor is not None:
         seed = tl.load(seed_tensor)
-    if sample_ids is not None:
-        sample = tl.load(sample_ids + row)
-    else:
-        sample = first_sample + row
-        if step is not None:
-            sample += tl.load(step) * global_batch
-    start = row * seq_len
+    sample = _sample_slot(index, sample_ids, first_sample, step, global_batch)
+    start = index * seq_len
     if starts is not None:
-        start = tl.load(starts + row)
+        start = tl.load(starts + index)
     if ORDERED:
-        slot = tl.maximum(sample, 0)
-        index = slot % num_windows
-        if SHUFFLE:
-            index = permute(index, num_windows, seed, _WINDOW_ORDER, slot // num_windows)
-        start = phase + index * stride
-    outside = (start < 0) | (start > num_corpus_tokens - seq_len)
-    start = tl.where(outside, 0, start)
-    if outside:
-        tl.atomic_add(record + 3, 1)
-    if sample < 0:
-        tl.atomic_add(record + 4, 1)
+        start = _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE)
+    start = _checked_start(record, sample, start, num_corpus_tokens, seq_len)
+    row = Row(
+        index=index, sample=sample, seed=seed, tokens=tokens, maskable=maskable,
+        never_mask=never_mask, start=start, seq_len=seq_len, end=TILE if FITS else seq_len,
+        num_tokens=num_tokens, mask_id=mask_id,
+    )  # fmt: skip
 
-    # What the row does, from its slot alone.
     time = _row_time(seed, sample, global_batch, STRATIFIED)
     ratio = tl.load(ratio_table + time).to(tl.int64) & 0xFFFFFFFF
-    kept_share = tl.zeros((), tl.int64)
-    replaced_share = tl.zeros((), tl.int64)
-    rounding = tl.zeros((), tl.int64)
-    if RANKS == 3:
-        coin0, coin1, coin2, unused = random_block(
-            seed, _CORRUPTION, sample, tl.zeros((), tl.int32)
-        )
-        kept_share += tl.where((coin0 >> 1).to(tl.int64) < coin_share, keep_share, 0)
-        replaced_share += kept_share
-        replaced_share += tl.where((coin1 >> 1).to(tl.int64) < coin_share, random_share, 0)
-        rounding += (coin2 >> 1).to(tl.int64)
+    shares = _corruption_shares(seed, sample, keep_share, random_share, coin_share, RANKS)
 
-    # Which positions may be masked, and their keys.
+    held = _load_tile(row, 0, record, TILE) if FITS else None
     n = tl.full((), seq_len, tl.int32)
-    if FITS:
-        clean, bad, can, position = _load_tile(
-            tokens, maskable, never_mask, row, start, 0, seq_len, num_tokens, mask_id, TILE
-        )
-        num_bad = tl.sum(bad.to(tl.int32))
-        if num_bad > 0:
-            _record_bad(record, tokens, start, 0, bad, num_bad, TILE)
-        keys = _keys(seed, sample, 0, can, TILE)
-        if EXCLUDES:
-            n = tl.sum(can.to(tl.int32))
-    elif EXCLUDES:
-        n = tl.zeros((), tl.int32)
-        for first in range(0, seq_len, TILE):
-            tile, bad, can, at = _load_tile(
-                tokens, maskable, never_mask, row, start, first, seq_len, num_tokens, mask_id, TILE
-            )
-            n += tl.sum(can.to(tl.int32))
-
-    # Bounds: the kept are below the first, the kept or random below the second, the masked below
-    # the third.
-    keep = ratio * kept_share >> 31
-    replace = ratio * replaced_share >> 31
-    mask = ratio
-    keep_tie = tl.zeros((), tl.int32)
-    replace_tie = tl.zeros((), tl.int32)
-    mask_tie = tl.zeros((), tl.int32)
-    count = tl.zeros((), tl.int32)
+    if maskable is not None or never_mask is not None:
+        n = _count_maskable(row, held, TILE)
+    # The count is published as soon as it is known, since other rows wait for it.
     if EXACT:
         count = _exact_count(ratio, n)
-        tl.atomic_xchg(record + _FIRST_ROW + row, count.to(tl.int64) + _OWN)
-        k0 = ((count.to(tl.int64) * kept_share + rounding) >> 31).to(tl.int32)
-        k1 = ((count.to(tl.int64) * replaced_share + rounding) >> 31).to(tl.int32)
-        keep, replace, mask = tl.zeros_like(ratio), tl.zeros_like(ratio), tl.zeros_like(ratio)
-        high0, high1, high2 = keep + (1 << 32), keep + (1 << 32), keep + (1 << 32)
-        below0, below1, below2 = keep_tie, keep_tie, keep_tie
-        above0, above1, above2 = n, n, n
-        turn = 0
-        while not (
-            is_done(keep, high0, below0, k0)
-            & is_done(replace, high1, below1, k1)
-            & is_done(mask, high2, below2, count)
-        ):
-            pivot0 = propose(keep, high0, below0, above0, k0, turn)
-            pivot1 = propose(replace, high1, below1, above1, k1, turn)
-            pivot2 = propose(mask, high2, below2, above2, count, turn)
-            if FITS:
-                counts = _count_tile(keys, pivot0, pivot1, pivot2, RANKS)
-                c2 = (counts & 0x1FFFFF).to(tl.int32)
-                c0 = ((counts >> 21) & 0x1FFFFF).to(tl.int32)
-                c1 = (counts >> 42).to(tl.int32)
-            else:
-                c0 = tl.zeros((), tl.int32)
-                c1 = tl.zeros((), tl.int32)
-                c2 = tl.zeros((), tl.int32)
-                for first in range(0, seq_len, TILE):
-                    tile, bad, can, at = _load_tile(
-                        tokens, maskable, never_mask, row, start, first, seq_len, num_tokens,
-                        mask_id, TILE,
-                    )  # fmt: skip
-                    tile_keys = _keys(seed, sample, first, can, TILE)
-                    counts = _count_tile(tile_keys, pivot0, pivot1, pivot2, RANKS)
-                    c2 += (counts & 0x1FFFFF).to(tl.int32)
-                    c0 += ((counts >> 21) & 0x1FFFFF).to(tl.int32)
-                    c1 += (counts >> 42).to(tl.int32)
-            keep, high0, below0, above0 = learn(keep, high0, below0, above0, k0, pivot0, c0)
-            replace, high1, below1, above1 = learn(replace, high1, below1, above1, k1, pivot1, c1)
-            mask, high2, below2, above2 = learn(mask, high2, below2, above2, count, pivot2, c2)
-            turn += 1
-        # Equal keys at a bound, rare: so many of them, in order of position.
-        wanted0, wanted1, wanted2 = k0 - below0, k1 - below1, count - below2
-        if (wanted0 > 0) | (wanted1 > 0) | (wanted2 > 0):
-            if FITS:
-                keep_tie, equal = _tied(keys, position, can, keep, wanted0)
-                replace_tie, equal = _tied(keys, position, can, replace, wanted1)
-                mask_tie, equal = _tied(keys, position, can, mask, wanted2)
-            else:
-                for first in range(0, seq_len, TILE):
-                    tile, bad, can, at = _load_tile(
-                        tokens, maskable, never_mask, row, start, first, seq_len, num_tokens,
-                        mask_id, TILE,
-                    )  # fmt: skip
-                    tile_keys = _keys(seed, sample, first, can, TILE)
-                    here, equal = _tied(tile_keys, at, can, keep, wanted0)
-                    keep_tie, wanted0 = tl.maximum(keep_tie, here), wanted0 - equal
-                    here, equal = _tied(tile_keys, at, can, replace, wanted1)
-                    replace_tie, wanted1 = tl.maximum(replace_tie, here), wanted1 - equal
-                    here, equal = _tied(tile_keys, at, can, mask, wanted2)
-                    mask_tie, wanted2 = tl.maximum(mask_tie, here), wanted2 - equal
+        _publish(record, index, _OWN, count)
+        bounds = _exact_bounds(row, held, n, count, shares, RANKS, TILE)
     else:
-        if FITS:
-            count = tl.sum((can & (keys < mask.to(tl.uint32))).to(tl.int32))
-        else:
-            for first in range(0, seq_len, TILE):
-                tile, bad, can, at = _load_tile(
-                    tokens, maskable, never_mask, row, start, first, seq_len, num_tokens, mask_id,
-                    TILE,
-                )  # fmt: skip
-                tile_keys = _keys(seed, sample, first, can, TILE)
-                count += tl.sum((can & (tile_keys < mask.to(tl.uint32))).to(tl.int32))
-        tl.atomic_xchg(record + _FIRST_ROW + row, count.to(tl.int64) + _OWN)
+        bounds = _bernoulli_bounds(ratio, shares)
+        count = _bernoulli_count(row, held, ratio, TILE)
+        _publish(record, index, _OWN, count)
+    _write_scalars(
+        times, loss_weight, num_masked, num_maskable, weight_table, index, time, n, count, EXACT
+    )
 
-    weight = tl.load(weight_table + time)
-    if EXACT:
-        weight = tl.div_rn(weight * n.to(tl.float32), tl.maximum(count, 1).to(tl.float32))
-        weight = tl.where(count == 0, 0.0, weight)
-    tl.store(times + row, (time.to(tl.float32) + 0.5) / 65536)
-    tl.store(loss_weight + row, weight)
-    tl.store(num_masked + row, count.to(tl.int64))
-    tl.store(num_maskable + row, n.to(tl.int64))
-
-    before = _rows_before(record, row, LOOK_BACK)
-    tl.atomic_xchg(record + _FIRST_ROW + row, before + count.to(tl.int64) + _UP_TO)
-    keep, replace, mask = keep.to(tl.uint32), replace.to(tl.uint32), mask.to(tl.uint32)
-    if FITS:
-        _write_tile(
-            clean, can, keys, position, keep, keep_tie, replace, replace_tie, mask, mask_tie,
-            seed, sample, 0, row, before, input_ids, labels, masked_indices, rows,
-            seq_len, num_tokens, mask_id, RANKS, TILE,
-        )  # fmt: skip
-    else:
-        for first in range(0, seq_len, TILE):
-            tile, bad, can, at = _load_tile(
-                tokens, maskable, never_mask, row, start, first, seq_len, num_tokens, mask_id, TILE
-            )
-            num_bad = tl.sum(bad.to(tl.int32))
-            if num_bad > 0:
-                _record_bad(record, tokens, start, first, bad, num_bad, TILE)
-            tile_keys = _keys(seed, sample, first, can, TILE)
-            before += _write_tile(
-                tile, can, tile_keys, at, keep, keep_tie, replace, replace_tie, mask, mask_tie,
-                seed, sample, first, row, before, input_ids, labels, masked_indices, rows,
-                seq_len, num_tokens, mask_id, RANKS, TILE,
-            )  # fmt: skip
+    before = _rows_before(record, index, LOOK_BACK)
+    _publish(record, index, _UP_TO, before + count)
+    _write_positions(
+        row, held, bounds, before, input_ids, labels, masked_indices, rows, record, RANKS, TILE
+    )
 
 
 def workspace_size(batch: int) -> int:

@@ -1,42 +1,69 @@
 """The k-th smallest of random keys, without a sort: a bracket around a pivot, narrowed by counting.
 
-A search is four scalars, ``(low, high, below_low, below_high)``. The pivot that has exactly ``k``
-keys below it lies in ``[low, high)``, int64; so many keys, int32, are below either end. The search
-is done once ``below_low == k`` (the pivot is then ``low``), or once no pivot is left because equal
-keys straddle the boundary (``high - low == 1``).
+A search is done once exactly ``rank`` keys are below ``low``, which is the pivot, or once no pivot
+is left because equal keys straddle the boundary: ``low``, of which some are then wanted.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def is_done(low, high, below_low, k):
-    return (below_low == k) | (high - low <= 1)
+class PivotSearch(NamedTuple):
+    """The pivot that has exactly ``rank`` keys below it lies in ``[low, high)``."""
+
+    rank: tl.tensor  # int32
+    low: tl.tensor  # int64
+    high: tl.tensor
+    below_low: tl.tensor  # int32: so many keys are
+    below_high: tl.tensor
 
 
 @triton.jit
-def propose(low, high, below_low, below_high, k, turn):
+def start_search(rank, n):
+    """Among ``n`` keys of 32 bits."""
+    low = tl.zeros((), tl.int64)
+    return PivotSearch(
+        rank=rank, low=low, high=low + (1 << 32), below_low=tl.zeros((), tl.int32), below_high=n
+    )
+
+
+@triton.jit
+def is_done(search):
+    return (search.below_low == search.rank) | (search.high - search.low <= 1)
+
+
+@triton.jit
+def num_wanted(search):
+    """How many keys of the bracket are; once the search is done, of those that equal ``low``."""
+    return search.rank - search.below_low
+
+
+@triton.jit
+def propose(search, turn):
     """The next pivot. Random keys are nearly evenly spread, so interpolation homes in within about
     five turns; a bisection every other turn after that bounds their number for any keys. (Every
     pivot is correct: rounding here cannot change a result.)"""
-    width = (high - low).to(tl.float32)
-    share = ((k - below_low).to(tl.float32) + 0.5) / ((below_high - below_low).to(tl.float32) + 1)
+    width = search.high - search.low
+    keys = (search.below_high - search.below_low).to(tl.float32)
+    share = (num_wanted(search).to(tl.float32) + 0.5) / (keys + 1)
     share = tl.where((turn < 8) | (turn % 2 == 0), share, 0.5)
-    offset = tl.minimum(tl.maximum((width * share).to(tl.int64), 1), high - low - 1)
-    offset = tl.where(k == below_high, high - low - 1, offset)
-    return tl.where(is_done(low, high, below_low, k), low, low + offset)
+    offset = tl.minimum(tl.maximum((width.to(tl.float32) * share).to(tl.int64), 1), width - 1)
+    offset = tl.where(search.rank == search.below_high, width - 1, offset)
+    return tl.where(is_done(search), search.low, search.low + offset)
 
 
 @triton.jit
-def learn(low, high, below_low, below_high, k, pivot, below):
+def learn(search, pivot, below):
     """Narrows the bracket, given how many keys are below the pivot."""
-    todo = not is_done(low, high, below_low, k)
-    up = todo & (below <= k)
-    down = todo & (below > k)
-    return (
-        tl.where(up, pivot, low),
-        tl.where(down, pivot, high),
-        tl.where(up, below, below_low),
-        tl.where(down, below, below_high),
+    todo = not is_done(search)
+    up = todo & (below <= search.rank)
+    down = todo & (below > search.rank)
+    return PivotSearch(
+        rank=search.rank,
+        low=tl.where(up, pivot, search.low),
+        high=tl.where(down, pivot, search.high),
+        below_low=tl.where(up, below, search.below_low),
+        below_high=tl.where(down, below, search.below_high),
     )

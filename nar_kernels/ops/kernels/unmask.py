@@ -5,7 +5,7 @@ Floats are those of ``nar_kernels/float_math.py``, bit for bit: nothing may be f
 a library of the device.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +26,28 @@ MAX_BLOCK = 1024
 
 # Blocks that are counted before a count of 4 bits could overflow.
 _COUNTED = tl.constexpr(15)
+
+
+# Made by keyword: Triton's cache of compiled kernels does not see in which order the fields are.
+
+
+class Row(NamedTuple):
+    """A row of logits, and the ids that may not be drawn: -1 and None for none."""
+
+    logits: tl.tensor  # pointer
+    vocabulary: tl.tensor
+    forbidden0: tl.tensor
+    forbidden1: tl.tensor
+    others: tl.tensor | None  # pointer
+    num_others: tl.tensor
+
+
+class TopK(NamedTuple):
+    """Kept are the keys that begin with less than ``prefix``, and, up to a column, with it."""
+
+    shift: tl.tensor  # of a key, which leaves as many bits as the prefix has
+    prefix: tl.tensor
+    last_tie: tl.tensor  # column
 
 
 @triton.jit
@@ -89,14 +111,24 @@ def _from_units(total):
 
 
 @triton.jit
-def _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others):
+def _load(row, column):
     """Of a block of columns, or of one: in float32, clean, and -inf where nothing can be drawn."""
-    x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-    x = tl.where((x != x) | (column == forbidden0) | (column == forbidden1), float("-inf"), x)
-    if others is not None:
-        for i in range(num_others):
-            x = tl.where(column == tl.load(others + i), float("-inf"), x)
+    x = tl.load(row.logits + column, mask=column < row.vocabulary, other=float("-inf"))
+    x = x.to(tl.float32)
+    is_forbidden = (column == row.forbidden0) | (column == row.forbidden1)
+    x = tl.where((x != x) | is_forbidden, float("-inf"), x)
+    if row.others is not None:
+        for i in range(row.num_others):
+            x = tl.where(column == tl.load(row.others + i), float("-inf"), x)
     return tl.minimum(x, _LARGEST_FLOAT) + 0.0  # -0 would not equal 0 as a key
+
+
+@triton.jit
+def _largest_logit(row, BLOCK: tl.constexpr):
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, row.vocabulary, BLOCK):
+        largest = tl.maximum(largest, _load(row, first + tl.arange(0, BLOCK)))
+    return tl.max(largest)
 
 
 @triton.jit
@@ -109,9 +141,14 @@ def _upper(x, shift):
 
 
 @triton.jit
-def _is_kept(x, column, shift, prefix, last_tie):
-    upper = _upper(x, shift)
-    return (upper < prefix) | ((upper == prefix) & (column <= last_tie))
+def _load_kept(row, column, top):
+    """As ``_load``, and -inf outside the top k, if there is one."""
+    x = _load(row, column)
+    if top is not None:
+        upper = _upper(x, top.shift)
+        is_kept = (upper < top.prefix) | ((upper == top.prefix) & (column <= top.last_tie))
+        x = tl.where(is_kept, x, float("-inf"))
+    return x
 
 
 @triton.jit
@@ -126,15 +163,48 @@ def _unpack(packed, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bound(logits, vocabulary, forbidden0, forbidden1, others, num_others, k, BLOCK: tl.constexpr):
-    """What ``_is_kept`` takes to keep the k largest logits; of equal ones, those that come first.
+def _count_digits(row, shift, prefix, BLOCK: tl.constexpr):
+    """int32 ``[16]``: of the keys that begin with ``prefix``, how many go on with each digit."""
+    counts = tl.zeros([16], tl.int32)
+    one = tl.full((), 1, tl.int64)
+    for start in range(0, row.vocabulary, _COUNTED * BLOCK):
+        # 16 counts of 4 bits each.
+        packed = tl.zeros([BLOCK], tl.int64)
+        for first in range(start, tl.minimum(start + _COUNTED * BLOCK, row.vocabulary), BLOCK):
+            x = _load(row, first + tl.arange(0, BLOCK))
+            next_digit = _upper(x, shift) - prefix  # 16 or more under another prefix
+            place = one << (4 * (next_digit & 15)).to(tl.int64)
+            packed += tl.where(next_digit < 16, place, 0)
+        counts += _unpack(packed, BLOCK)
+    return counts
+
+
+@triton.jit
+def _last_tie(row, shift, prefix, wanted, BLOCK: tl.constexpr):
+    """The column of the ``wanted``-th key that begins with ``prefix``; with 0, no tie to break."""
+    last_tie = tl.full((), 0x7FFFFFFF, tl.int32)
+    first = tl.zeros((), tl.int32)
+    while wanted > 0:
+        column = first + tl.arange(0, BLOCK)
+        is_equal = (_upper(_load(row, column), shift) == prefix).to(tl.int32)
+        number = tl.sum(is_equal)
+        if number >= wanted:
+            rank = tl.cumsum(is_equal, 0)
+            last_tie = tl.min(tl.where(rank == wanted, column, 0x7FFFFFFF))
+        wanted -= number
+        first += BLOCK
+    return last_tie
+
+
+@triton.jit
+def _find_top_k(row, k, BLOCK: tl.constexpr):
+    """The k largest logits, by radix select; of equal ones, those that come first.
 
     Finds the digits, of 4 bits, of the last one until all keys that begin so are kept, or equal.
     """
     # Behind it are bits that the type of the logits lacks.
-    LAST_SHIFT: tl.constexpr = (23 - logits.dtype.element_ty.fp_mantissa_width) // 4 * 4
+    LAST_SHIFT: tl.constexpr = (23 - row.logits.dtype.element_ty.fp_mantissa_width) // 4 * 4
     digits = tl.arange(0, 16)
-    one = tl.full((), 1, tl.int64)
     shift = tl.full((), 32, tl.int32)
     prefix = tl.zeros((), tl.uint32)
     wanted = tl.full((), 0, tl.int32) + k  # of the keys that begin with `prefix`
@@ -142,38 +212,27 @@ def _bound(logits, vocabulary, forbidden0, forbidden1, others, num_others, k, BL
     while (shift > LAST_SHIFT) & (wanted < equal):
         shift -= 4
         prefix <<= 4
-        counts = tl.zeros([16], tl.int32)
-        for start in range(0, vocabulary, _COUNTED * BLOCK):
-            # 16 counts of 4 bits each.
-            packed = tl.zeros([BLOCK], tl.int64)
-            for first in range(start, tl.minimum(start + _COUNTED * BLOCK, vocabulary), BLOCK):
-                column = first + tl.arange(0, BLOCK)
-                x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
-                next_digit = _upper(x, shift) - prefix  # 16 or more under another prefix
-                place = one << (4 * (next_digit & 15)).to(tl.int64)
-                packed += tl.where(next_digit < 16, place, 0)
-            counts += _unpack(packed, BLOCK)
+        counts = _count_digits(row, shift, prefix, BLOCK)
         # Not a scan: of fewer elements than threads, Triton's were wrong in some (its issue 2298).
         up_to = tl.sum(tl.where(digits[:, None] <= digits[None, :], counts[:, None], 0), 0)
         digit = tl.sum((up_to < wanted).to(tl.int32))
         wanted -= tl.sum(tl.where(digits < digit, counts, 0))
         equal = tl.sum(tl.where(digits == digit, counts, 0))
         prefix += digit.to(tl.uint32)
+    last_tie = _last_tie(row, shift, prefix, tl.where(wanted < equal, wanted, 0), BLOCK)
+    return TopK(shift=shift, prefix=prefix, last_tie=last_tie)
 
-    last_tie = tl.full((), 0x7FFFFFFF, tl.int32)
-    first = tl.zeros((), tl.int32)
-    wanted = tl.where(wanted < equal, wanted, 0)
-    while wanted > 0:
-        column = first + tl.arange(0, BLOCK)
-        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
-        is_equal = (_upper(x, shift) == prefix).to(tl.int32)
-        number = tl.sum(is_equal)
-        if number >= wanted:
-            rank = tl.cumsum(is_equal, 0)
-            last_tie = tl.min(tl.where(rank == wanted, column, 0x7FFFFFFF))
-        wanted -= number
-        first += BLOCK
-    return shift, prefix, last_tie
+
+@triton.jit
+def _confidence(total, gap_units, num_largest, second, CONFIDENCE: tl.constexpr):
+    """Negative entropy or margin, from the sums of each lane."""
+    if CONFIDENCE == "entropy":
+        gap = tl.div_rn(_from_units(tl.sum(gap_units)), total)
+        sure = -(_log_of_positive(total) + gap)
+    else:
+        gap = tl.where(tl.sum(num_largest) > 1, 0.0, tl.max(second))
+        sure = tl.div_rn(1.0 - _exp_of_negative(gap), total)
+    return sure
 
 
 # What would otherwise be compiled again where it is 1, divides by 16 or, but for the annotations,
@@ -195,25 +254,20 @@ def unmask_kernel(
     ``forbidden0``, ``forbidden1``, ``others``: the forbidden ids, -1 and None for none.
     ``SELECTS``: ``top_k`` leaves something out.
     """
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    slot = tl.load(noise_slots + row)
+    index = tl.program_id(0).to(tl.int64)
+    row = Row(
+        logits=logits + index * stride, vocabulary=vocabulary, forbidden0=forbidden0,
+        forbidden1=forbidden1, others=others, num_others=num_others,
+    )  # fmt: skip
+    slot = tl.load(noise_slots + index)
     given_token = tl.full((), -1, tl.int64)
     if given is not None:
-        given_token = tl.load(given + row)
+        given_token = tl.load(given + index)
     has_noise = (given_token < 0) & (inverse_temperature > 0)
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
-        largest = tl.maximum(largest, x)
-    largest = tl.max(largest)
+    largest = _largest_logit(row, BLOCK)
     allows_none = largest == float("-inf")
     largest = tl.where(allows_none, 0.0, largest)  # -inf - -inf would be NaN
-    if SELECTS:
-        shift, prefix, last_tie = _bound(
-            logits, vocabulary, forbidden0, forbidden1, others, num_others, top_k, BLOCK
-        )
+    top = _find_top_k(row, top_k, BLOCK) if SELECTS else None
 
     # Each lane for itself: the best score and the sums of every BLOCK-th column.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -224,10 +278,7 @@ def unmask_kernel(
     second = tl.full([BLOCK], float("-inf"), tl.float32)
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        x = _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others)
-        if SELECTS:
-            x = tl.where(_is_kept(x, column, shift, prefix, last_tie), x, float("-inf"))
-        from_largest = x - largest
+        from_largest = _load_kept(row, column, top) - largest
         score = from_largest
         if has_noise:
             words = random_words(seed, _DECODE_NOISE, slot, first, BLOCK)
@@ -246,20 +297,13 @@ def unmask_kernel(
     token = tl.min(tl.where(best == tl.max(best), best_column, 0x7FFFFFFF)).to(tl.int64)
     token = tl.where(allows_none, fallback, token)
     token = tl.where(given_token < 0, token, given_token)
-    logit = _load(logits, token, vocabulary, forbidden0, forbidden1, others, num_others)
-    if SELECTS:
-        logit = tl.where(_is_kept(logit, token, shift, prefix, last_tie), logit, float("-inf"))
     total = _from_units(tl.sum(exp_units))
-    log_total = _log_of_positive(total)
-    tl.store(tokens + row, token)
-    tl.store(log_prob + row, (logit - largest) - log_total)
+    tl.store(tokens + index, token)
+    logit = _load_kept(row, token, top)
+    tl.store(log_prob + index, (logit - largest) - _log_of_positive(total))
     if CONFIDENCE != "probability":
-        if CONFIDENCE == "entropy":
-            sure = -(log_total + tl.div_rn(_from_units(tl.sum(gap_units)), total))
-        else:
-            gap = tl.where(tl.sum(num_largest) > 1, 0.0, tl.max(second))
-            sure = tl.div_rn(1.0 - _exp_of_negative(gap), total)
-        tl.store(confidence + row, tl.where(allows_none, float("-inf"), sure))
+        sure = _confidence(total, gap_units, num_largest, second, CONFIDENCE)
+        tl.store(confidence + index, tl.where(allows_none, float("-inf"), sure))
 
 
 def launch_options(vocabulary: int, top_k: int, confidence: str) -> dict[str, Any]:
