@@ -66,7 +66,7 @@ class SumOverRanks:
         return self._values / self.world_size
 
 
-def of_first_rank(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """``value`` as the first rank has it."""
     values = [value]
     if world_size() > 1:
@@ -83,7 +83,7 @@ def on_first_rank(call: Callable[[], T]) -> T:
             result = call()
         except Exception as raised:
             error = raised
-    result, error = of_first_rank((result, error))
+    result, error = broadcast_object((result, error))
     if error is not None:
         raise error
     return result

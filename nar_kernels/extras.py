@@ -12,7 +12,7 @@ EXTRAS = {
 }
 
 
-def how_to_install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The command for the packages of an extra: by their own names, wherever this one is from."""
     return f"pip install {shlex.join(EXTRAS[extra])}"
 
@@ -27,7 +27,7 @@ def import_extra(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{error.name} is not installed: run `{how_to_install('train')}`"
+            f"{error.name} is not installed: run `{install_command('train')}`"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` at the end. So ``path`` is whole at any
     moment, even in a power cut: old or new.
 
@@ -25,20 +25,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     in_place = target.exists() and not target.is_file()
     # In the same folder, because a rename is atomic within one file system only. Its name is no
     # other writer's.
-    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with target.open("wb") if in_place else unfinished.open("xb") as file:
+        with target.open("wb") if in_place else temporary.open("xb") as file:
             yield file
             file.flush()
             if not in_place:
                 os.fsync(file.fileno())
         if in_place:
             return
-        os.replace(unfinished, target)
+        os.replace(temporary, target)
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
-            raise naming(error, path) from error
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise with_filename(error, path) from error
         raise
     if os.name == "posix":
         # The rename itself is on the disk only when the folder is.
@@ -49,17 +49,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-def naming(error: OSError, path: Path) -> OSError:
+def with_filename(error: OSError, path: Path) -> OSError:
     """``error`` with the name of its file, which it lacks if it came from writing."""
     if error.errno is None:  # a library's own
         return OSError(errno.EIO, str(error), str(path))
     return OSError(error.errno, os.strerror(error.errno), str(path))
 
 
-def remove_unfinished(path: Path) -> None:
+def remove_temporary_files(path: Path) -> None:
     """Removes what died before it took the place of ``path``. Nobody else may be writing it."""
-    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*tmp"):
-        unfinished.unlink()
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*tmp"):
+        temporary.unlink()
 
 
 def check_writable(path: Path) -> None:

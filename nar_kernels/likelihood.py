@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nar_kernels.checks import as_int
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.distributed import rank, sum_over_ranks, world_size
-from nar_kernels.nets.modes import evaluating
+from nar_kernels.nets.modes import eval_mode
 from nar_kernels.nets.prediction import TrunkAndHead
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
@@ -79,7 +79,7 @@ def evaluate(
         mine = first + rank()
         part = parts[min(mine, len(parts) - 1)]
         batch = evaluation_batch(dataset, windows, draws, part).to(device)
-        with evaluating(net, net):
+        with eval_mode(net, net):
             nll = TrunkAndHead(net)(batch.input_ids, {}).loss(batch, reduction="none")  # [R]
         samples = batch.masked_rows // dataset.seq_len
         totals = nll.new_zeros(len(batch)).index_add_(0, samples, nll)

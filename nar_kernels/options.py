@@ -22,7 +22,7 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def make_plain(options: Any) -> None:
+def coerce_fields(options: Any) -> None:
     """Gives each field of a frozen dataclass a plain value of its type, in place.
 
     Numbers of numpy, tensors of one element and paths of any kind are welcome.
@@ -34,7 +34,7 @@ def make_plain(options: Any) -> None:
     for f in fields(options):
         if not f.metadata:
             continue
-        value = _plain(f, getattr(options, f.name))
+        value = _coerce(f, getattr(options, f.name))
         object.__setattr__(options, f.name, value)
         choices = f.metadata.get("choices")
         if choices and value not in choices:
@@ -43,7 +43,7 @@ def make_plain(options: Any) -> None:
             raise ValueError(f"{option_of(f.name)} is empty: leave it out, or say what it is")
 
 
-def _plain(f: Field[Any], value: Any) -> Any:
+def _coerce(f: Field[Any], value: Any) -> Any:
     types = get_args(f.type) or (f.type,)
     if value is None and type(None) in types:
         return None

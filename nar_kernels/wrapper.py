@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nar_kernels import distributed
 from nar_kernels.checks import as_int
 from nar_kernels.nets.adapter import causal_module, net_attribute
-from nar_kernels.nets.keywords import for_the_net
-from nar_kernels.nets.modes import Turns, no_grad
+from nar_kernels.nets.keywords import merge_net_kwargs
+from nar_kernels.nets.modes import ModeLocks, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
@@ -84,12 +84,12 @@ def _draw_seed() -> int:
     return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item())
 
 
-def _random_number(generator: torch.Generator) -> float:
+def _uniform(generator: torch.Generator) -> float:
     """In [0, 1)."""
     return torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
 
 
-def _without_aliases(
+def _clone_shared_tensors(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
     """Copies what is in a state dict twice: tied weights, and the net of its own critic. Formats
@@ -226,7 +226,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
         self.critic_loss_weight = critic_loss_weight
-        self.register_state_dict_post_hook(_without_aliases)
+        self.register_state_dict_post_hook(_clone_shared_tensors)
 
     @property
     def num_tokens(self) -> int:
@@ -291,10 +291,10 @@ class NonAutoregressiveWrapper(nn.Module):
             raise ValueError("only_train_critic needs a token_critic or self_token_critic")
         if only_train_critic and only_train_generator:
             raise ValueError("only_train_generator and only_train_critic exclude each other")
-        kwargs = for_the_net(self.net, kwargs, net_kwargs, _FORWARD_ARGUMENTS)
+        kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _FORWARD_ARGUMENTS)
         seed = _draw_seed() if seed is None else as_int("seed", seed)
         corrupted = self._corrupted(x, maskable, seed)
-        with Turns(self.net, self.token_critic):
+        with ModeLocks(self.net, self.token_critic):
             return self._losses(
                 corrupted,
                 kwargs,
@@ -318,14 +318,14 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Losses:
         reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
         needs_counts = with_critic or normalizer is None
-        counts = self._counts_of_ranks(corrupted, reduction) if needs_counts else None
+        counts = self._all_reduce_counts(corrupted, reduction) if needs_counts else None
         with nullcontext() if with_generator else no_grad():
             prediction = self._predict(corrupted.input_ids, seed, kwargs)
-        of_ranks = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
+        mean_counts = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
         loss: Tensor | None = None
         if with_generator:
-            if normalizer is None and of_ranks is not None:
-                normalizer = of_ranks[0]
+            if normalizer is None and mean_counts is not None:
+                normalizer = mean_counts[0]
             loss = prediction.loss(
                 corrupted,
                 reduction=reduction,
@@ -336,13 +336,17 @@ class NonAutoregressiveWrapper(nn.Module):
             assert loss is not None
             return Losses(loss, loss, None)
         critic_loss = self._critic_loss(
-            prediction, corrupted, temperature, seed, None if of_ranks is None else of_ranks[1]
+            prediction,
+            corrupted,
+            temperature,
+            seed,
+            None if mean_counts is None else mean_counts[1],
         )
         if loss is None:
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
 
-    def _counts_of_ranks(
+    def _all_reduce_counts(
         self, corrupted: Corrupted, reduction: Reduction
     ) -> distributed.SumOverRanks | None:
         """What the losses of the generator and of the critic are divided by, summed over ranks
@@ -350,7 +354,7 @@ class NonAutoregressiveWrapper(nn.Module):
         together = self.average_tokens_across_devices and distributed.world_size() > 1
         if not (together and self.training and torch.is_grad_enabled()):
             return None
-        counts = num_counted(corrupted, reduction), _is_judged(corrupted).sum()
+        counts = num_counted(corrupted, reduction), _has_clean_id(corrupted).sum()
         return distributed.SumOverRanks(torch.stack(counts).double())
 
     def _corrupted(
@@ -405,7 +409,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if self.self_cond:
             embed: Tensor = self.null_embed
             # The same coin on all ranks: they must build the same graph.
-            coin = _random_number(noise_generator(seed, Stream.CRITIC_NOISE))
+            coin = _uniform(noise_generator(seed, Stream.CRITIC_NOISE))
             if coin < self.self_cond_train_prob:
                 with no_grad():
                     embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
@@ -448,7 +452,7 @@ class NonAutoregressiveWrapper(nn.Module):
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
         if temperature is None:
-            temperature = _random_number(noise)
+            temperature = _uniform(noise)
         with torch.no_grad():
             sampled = draw_tokens(
                 prediction.logits_at(rows),
@@ -459,14 +463,16 @@ class NonAutoregressiveWrapper(nn.Module):
                 temperature=temperature,
             ).tokens
             generated = clean.flatten().index_copy(0, rows, sampled).view_as(clean)
-        is_judged = _is_judged(corrupted)
+        has_clean_id = _has_clean_id(corrupted)
         total = F.binary_cross_entropy_with_logits(
             self._critic_scores(generated),
             (generated != clean).float(),
-            weight=is_judged.float(),
+            weight=has_clean_id.float(),
             reduction="sum",
         )
-        return total / (is_judged.sum().clamp(min=1) if normalizer is None else normalizer).float()
+        return (
+            total / (has_clean_id.sum().clamp(min=1) if normalizer is None else normalizer).float()
+        )
 
     def generate(
         self,
@@ -534,7 +540,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 :class:`SamplingConfig`.
             can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
         """
-        kwargs = for_the_net(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
+        kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
         if strategy is None:
             strategy = "confidence" if self.token_critic is None else "critic"
         if can_mask_prev_unmasked is None:
@@ -609,7 +615,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 declared by nobody.
             InvalidLogitsError: the net says NaN: at that step on the CPU, else behind the last one.
         """
-        kwargs = for_the_net(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
+        kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
         device = self._device()
         begin = read_prompt(prompt, batch_size, self.max_seq_len, self.masking)
         is_open = begin == self.mask_id
@@ -633,7 +639,7 @@ class NonAutoregressiveWrapper(nn.Module):
             predictor,
             begin.to(device),
             plan,
-            make_choice(config, self.max_seq_len, device, self._critic_scores_if_any()),
+            make_choice(config, self.max_seq_len, device, self._critic_scores_or_none()),
             mask_id=self.mask_id,
             seed=_draw_seed() if seed is None else as_int("seed", seed),
             temperature=config.temperature,
@@ -657,14 +663,14 @@ class NonAutoregressiveWrapper(nn.Module):
             )
         return device
 
-    def _critic_scores_if_any(self) -> Callable[[Tensor], Tensor] | None:
+    def _critic_scores_or_none(self) -> Callable[[Tensor], Tensor] | None:
         return None if self.token_critic is None else self._critic_scores
 
     def _condition(self, embeddings: Tensor) -> dict[str, Any]:
         return {"sum_embeds": self._self_condition(embeddings)}
 
 
-def _is_judged(corrupted: Corrupted) -> Tensor:
+def _has_clean_id(corrupted: Corrupted) -> Tensor:
     """bool ``[B, L]``: where the clean id is known, since nobody set its label to -100."""
     return ~(corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX))
 
@@ -679,11 +685,11 @@ def _sequence_numbers(first: int | None, batch: int) -> range:
     return range(start, start + batch * stride, stride)
 
 
-def _arguments(method: Callable[..., Any]) -> tuple[str, ...]:
+def _argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
     """Without self and kwargs."""
     return tuple(inspect.signature(method).parameters)[1:-1]
 
 
-_FORWARD_ARGUMENTS = _arguments(NonAutoregressiveWrapper.forward)
-_GENERATE_ARGUMENTS = _arguments(NonAutoregressiveWrapper.generate_steps)
-_SAMPLE_ARGUMENTS = _arguments(NonAutoregressiveWrapper.sample)
+_FORWARD_ARGUMENTS = _argument_names(NonAutoregressiveWrapper.forward)
+_GENERATE_ARGUMENTS = _argument_names(NonAutoregressiveWrapper.generate_steps)
+_SAMPLE_ARGUMENTS = _argument_names(NonAutoregressiveWrapper.sample)

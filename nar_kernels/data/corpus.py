@@ -66,7 +66,7 @@ class Corpus:
         if isinstance(source, str | os.PathLike):
             self.name = os.fspath(source)
             self._layout = read_layout(Path(source), dtype)
-            self.tokens = _map(self._layout)
+            self.tokens = _memory_map(self._layout)
             return
         if not isinstance(source, np.ndarray | Tensor):
             raise TypeError(
@@ -115,7 +115,7 @@ class Corpus:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._layout is not None:
-            self.tokens = _map(self._layout)
+            self.tokens = _memory_map(self._layout)
         elif isinstance(self.tokens, np.ndarray):  # a tensor in pickles of earlier versions
             self.tokens = _from_array(self.tokens)
 
@@ -123,7 +123,7 @@ class Corpus:
         return self
 
 
-def _map(layout: Layout) -> Tensor:
+def _memory_map(layout: Layout) -> Tensor:
     end = layout.offset + layout.length * np.dtype(layout.dtype).itemsize
     with open(layout.path, "rb") as file:
         # Copy-on-write: torch has no read-only tensors, and a stray write must not reach the file.

@@ -19,7 +19,7 @@ from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.corrupt import windows
 from nar_kernels.ops.masking import check_vocabulary
 
-_TOKENS_SCANNED = 1 << 18  # at a time: what is made of them stays in the cache
+_SCAN_CHUNK = 1 << 18  # at a time: what is made of them stays in the cache
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -159,7 +159,7 @@ class TokenDataset(Dataset[Tensor]):
         count, offset = 0, -1
         start = self.phase
         while start < end:
-            part = tokens[start : min(start + _TOKENS_SCANNED, end)]
+            part = tokens[start : min(start + _SCAN_CHUNK, end)]
             low, high = part.min(), part.max()
             # Where the mask's is the last id, as is usual, only bad tokens are looked at again.
             has_mask = low <= self.mask_id <= high and self.mask_id in part

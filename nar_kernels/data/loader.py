@@ -24,7 +24,7 @@ from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.spec.philox import Stream
 
 
-def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """``rank`` and ``world_size`` as given, or those of the process group."""
     if (rank is None) != (world_size is None):
         raise ValueError(
@@ -124,7 +124,7 @@ class MaskedLoader:
         batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        rank, world_size = _place_among_ranks(rank, world_size)
+        rank, world_size = _resolve_rank(rank, world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}: it must be in [0, world_size) = [0, {world_size})")
         for name in ("num_tokens", "mask_id"):
@@ -138,11 +138,11 @@ class MaskedLoader:
         self.seed, self.shuffle = as_int("seed", seed), bool(shuffle)
         self.device = check_device(device)
         # Where batches are made.
-        self._made_on = self.device if self.device.type == "cuda" else torch.device("cpu")
-        self.backend = resolve_backend(backend, self._made_on)
+        self._compute_device = self.device if self.device.type == "cuda" else torch.device("cpu")
+        self.backend = resolve_backend(backend, self._compute_device)
         self.step = 0
         self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, self.shuffle)
-        self._deferred = DeferredCheck()
+        self._deferred_check = DeferredCheck()
         self._place_corpus(corpus_memory)
 
     def _place_corpus(self, memory: CorpusMemory | Literal["auto"]) -> None:
@@ -152,39 +152,39 @@ class MaskedLoader:
             )
         self._tokens = self.dataset.corpus.tokens.contiguous()
         self._stager: Stager | None = None
-        if self._made_on.type == "cpu":
+        if self._compute_device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
             return
         if memory == "auto":
-            memory = choose_memory_here(self._tokens, self._made_on, self.world_size)
+            memory = choose_memory_here(self._tokens, self._compute_device, self.world_size)
             if memory == "pinned" and self.backend == "reference":
                 memory = "mapped"  # no kernel that reads over the bus
         self.corpus_memory = memory
         if memory == "device":
-            self._tokens = self._tokens.to(self._made_on)
+            self._tokens = self._tokens.to(self._compute_device)
         elif memory == "pinned":
             self._tokens = self._tokens.pin_memory()
         else:
             self._stager = Stager(
                 self._tokens,
-                self._starts,
+                self._window_starts,
                 self.batch_size,
                 self.dataset.seq_len,
-                self._made_on,
+                self._compute_device,
             )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         # Memory, threads and events of a device are made again on arrival. A check that is pending
         # stays with this loader.
-        for name in ("_tokens", "_stager", "_deferred"):
+        for name in ("_tokens", "_stager", "_deferred_check"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         check_device(self.device)
-        self._deferred = DeferredCheck()
+        self._deferred_check = DeferredCheck()
         self._place_corpus(self.corpus_memory)
 
     def __len__(self) -> int:
@@ -219,7 +219,7 @@ class MaskedLoader:
             )
         return order
 
-    def _starts(self, step: int) -> Tensor:
+    def _window_starts(self, step: int) -> Tensor:
         """int64 ``[B]``: where the windows of a step begin in the corpus."""
         return self.dataset.starts(self.window_indices(step))
 
@@ -238,10 +238,10 @@ class MaskedLoader:
             ValueError: ``step`` is negative, or a tensor where the corpus is not in a memory that
                 the kernel can read.
         """
-        self._deferred.settle()
+        self._deferred_check.run()
         tokens = self._tokens
         if isinstance(step, Tensor):
-            if self._made_on.type == "cpu" or self._stager is not None:
+            if self._compute_device.type == "cpu" or self._stager is not None:
                 raise ValueError(
                     "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
                     f"'pinned' does the kernel find the windows; here it is {self.device} and "
@@ -261,15 +261,15 @@ class MaskedLoader:
             global_batch=self.global_batch,
             seq_len=self.dataset.seq_len,
             seed=self.seed,
-            device=self._made_on,
+            device=self._compute_device,
             backend=self.backend,
         )
         if not isinstance(step, Tensor):
-            if self._made_on.type == "cuda":
-                self._deferred.watch(corrupted, partial(self._check, step))
+            if self._compute_device.type == "cuda":
+                self._deferred_check.defer(corrupted, partial(self._check, step))
             else:
                 self._check(step, corrupted.invalid)
-        return corrupted if self._made_on == self.device else corrupted.to(self.device)
+        return corrupted if self._compute_device == self.device else corrupted.to(self.device)
 
     def _check(self, step: int, record: Tensor) -> None:
         """Raises what the record of the batch of ``step`` says is wrong."""
@@ -277,14 +277,14 @@ class MaskedLoader:
         def where(offset: int) -> str:
             if self._stager is not None:  # counted in the batch, not in the corpus
                 row, column = divmod(offset, self.dataset.seq_len)
-                offset = int(self._starts(step)[row]) + column
+                offset = int(self._window_starts(step)[row]) + column
             return f"offset {offset} of {self.dataset.corpus.name}"
 
         check_record(record, self.batch_size, self.masking, where)
 
     def raise_if_invalid(self) -> None:
         """Waits for the last batch and raises what is wrong with it, if nothing has yet."""
-        self._deferred.settle()
+        self._deferred_check.run()
 
     def __iter__(self) -> Iterator[Corrupted]:
         return self

@@ -127,7 +127,7 @@ def open_data(
         options[option] = None if value is None else as_int(option, value)
     options["dtype"] = dtype
     built_in = {"digits": _open_digits, "text": _open_text}.get(name)
-    opened = _open_file(_find(name, folder), dtype) if built_in is None else built_in()
+    opened = _open_file(_find_file(name, folder), dtype) if built_in is None else built_in()
     for option, value in opened.fixed.items():
         if options[option] not in (None, value):
             raise ValueError(
@@ -209,7 +209,7 @@ def _open_text() -> _Opened:
     return _Opened(np.frombuffer(text.encode(), dtype=np.uint8), "bytes", fixed)
 
 
-def _find(name: str, folder: Path | None) -> Path:
+def _find_file(name: str, folder: Path | None) -> Path:
     """The file of this name, in the current folder or the other one."""
     places = [Path(name)]
     if folder is not None and not places[0].is_absolute():

@@ -17,7 +17,7 @@ CorpusMemory = Literal["device", "pinned", "mapped"]
 
 # What "auto" lets a corpus take: of the memory that is free on the device when the loader is made,
 # and of the host's that is free, which the ranks of a machine share.
-_DEVICE_SHARE, _HOST_SHARE = 1 / 8, 1 / 4
+_DEVICE_FRACTION, _HOST_FRACTION = 1 / 8, 1 / 4
 
 
 def _free_host_bytes() -> int:
@@ -28,9 +28,9 @@ def _free_host_bytes() -> int:
 
 def choose_memory(num_bytes: int, free_on_device: int, free_on_host: int) -> CorpusMemory:
     """Where a corpus of so many bytes goes, if nobody says."""
-    if num_bytes <= free_on_device * _DEVICE_SHARE:
+    if num_bytes <= free_on_device * _DEVICE_FRACTION:
         return "device"
-    return "pinned" if num_bytes <= free_on_host * _HOST_SHARE else "mapped"
+    return "pinned" if num_bytes <= free_on_host * _HOST_FRACTION else "mapped"
 
 
 def choose_memory_here(tokens: Tensor, device: torch.device, world_size: int) -> CorpusMemory:
@@ -70,22 +70,22 @@ class Stager:
             )
             for _ in range(2)
         ]
-        self._turn = 0
+        self._buffer_index = 0
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nar_kernels.Stager")
-        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._prefetched: tuple[int, Future[Tensor]] | None = None
 
     def prefetch(self, step: int) -> None:
         """Begins to fetch a step's windows."""
-        self._ahead = step, self._thread.submit(self._fetch, step)
+        self._prefetched = step, self._thread.submit(self._fetch, step)
 
     def windows(self, step: int) -> Tensor:
         """``[B, L]`` on the device, unchecked, ready for the current stream."""
-        if self._ahead is None or self._ahead[0] != step:
+        if self._prefetched is None or self._prefetched[0] != step:
             self.prefetch(step)
-        assert self._ahead is not None
-        windows, self._ahead = self._ahead[1].result(), None
+        assert self._prefetched is not None
+        windows, self._prefetched = self._prefetched[1].result(), None
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
@@ -93,8 +93,8 @@ class Stager:
         return windows
 
     def _fetch(self, step: int) -> Tensor:
-        self._turn ^= 1
-        staging, copied = self._staging[self._turn], self._copied[self._turn]
+        self._buffer_index ^= 1
+        staging, copied = self._staging[self._buffer_index], self._copied[self._buffer_index]
         if copied is not None:
             copied.synchronize()
         rows = staging.numpy()
@@ -104,7 +104,7 @@ class Stager:
             return staging.clone()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             windows = staging.to(self._device, non_blocking=True)
-            self._copied[self._turn] = self._stream.record_event()
+            self._copied[self._buffer_index] = self._stream.record_event()
         return windows
 
 
@@ -116,8 +116,8 @@ class DeferredCheck:
         self._record: Tensor | None = None
         self._pending: tuple[torch.cuda.Event, Callable[[Tensor], None]] | None = None
 
-    def watch(self, batch: Corrupted, check: Callable[[Tensor], None]) -> None:
-        """``check`` gets the record of ``batch``, on the CPU, when :meth:`settle` is called."""
+    def defer(self, batch: Corrupted, check: Callable[[Tensor], None]) -> None:
+        """``check`` gets the record of ``batch``, on the CPU, when :meth:`run` is called."""
         if self._record is None:
             self._record = torch.empty(
                 batch.invalid.shape, dtype=torch.int64, device="cpu", pin_memory=True
@@ -126,7 +126,7 @@ class DeferredCheck:
             self._record.copy_(batch.invalid, non_blocking=True)
             self._pending = torch.cuda.current_stream().record_event(), check
 
-    def settle(self) -> None:
+    def run(self) -> None:
         """Waits until the device has made the watched batch, and checks it."""
         if self._pending is None:
             return

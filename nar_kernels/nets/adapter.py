@@ -54,7 +54,7 @@ class HeadMismatchError(TypeError):
     """What a net returns is not the output of its head."""
 
 
-class _HeadInput(TorchFunctionMode):
+class _CaptureHeadInput(TorchFunctionMode):
     """Within it, and in this thread alone, a linear head is not applied: its input is kept.
 
     In place of logits the net gets NaN for one position, in a tensor that tells afterwards whether
@@ -68,7 +68,7 @@ class _HeadInput(TorchFunctionMode):
         self.num_calls = 0
         self._logits: Tensor | None = None
         self._versions: tuple[int, int] | None = None
-        self._place = 0
+        self._data_ptr = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,11 +81,11 @@ class _HeadInput(TorchFunctionMode):
                 # Elements share their memory, so that most ways to write to it are errors.
                 nan = torch.full((), math.nan, dtype=args[0].dtype, device=args[0].device)
                 self._logits = nan.expand(shape)
-            self._versions, self._place = self._now()
+            self._versions, self._data_ptr = self._snapshot()
             return self._logits
         return func(*args, **(kwargs or {}))
 
-    def _now(self) -> tuple[tuple[int, int] | None, int]:
+    def _snapshot(self) -> tuple[tuple[int, int] | None, int]:
         """What changes when somebody writes to the logits, or to the hidden states."""
         assert self.hidden is not None and self._logits is not None
         if torch.compiler.is_compiling():  # which cannot ask
@@ -98,7 +98,7 @@ class _HeadInput(TorchFunctionMode):
         if self.num_calls != 1 or logits is not self._logits:
             return False
         if self._versions is not None:
-            return self._now() == (self._versions, self._place)
+            return self._snapshot() == (self._versions, self._data_ptr)
         # A compiled net, which has no versions: what nobody wrote to is NaN. (To look waits for the
         # device; where all of this is compiled, it cannot be looked at.)
         return torch.compiler.is_compiling() or bool(logits.isnan().all())
@@ -173,7 +173,7 @@ class NetAdapter(nn.Module):
         head = self.output_head
         if not isinstance(head, nn.Linear):
             raise HeadMismatchError("return_embeddings needs a NetAdapter that knows its head")
-        head_input = _HeadInput(head)
+        head_input = _CaptureHeadInput(head)
         with head_input:
             logits = self._logits(self.net(ids, **kwargs))
         if not head_input.is_output(logits):
@@ -188,7 +188,7 @@ class NetAdapter(nn.Module):
         names; None if nobody has looked."""
         return self._head_is_last.get(frozenset(names))
 
-    def take_note_of_head(self, names: Iterable[str], *, is_last: bool) -> None:
+    def set_head_is_last(self, names: Iterable[str], *, is_last: bool) -> None:
         """What :meth:`head_is_last` says from now on."""
         self._head_is_last[frozenset(names)] = is_last
 
@@ -227,7 +227,7 @@ def net_attribute(net: nn.Module, name: str, default: Any = _MISSING) -> Any:
     return value
 
 
-def unwrapped(net: nn.Module) -> Any:
+def unwrap(net: nn.Module) -> Any:
     """The net in wrappers such as DistributedDataParallel, or compiled."""
     inner: Any = net
     while True:
@@ -247,9 +247,9 @@ _TRANSPARENT = {
 
 def innermost(net: nn.Module) -> Any:
     """The net in all wrappers, :class:`NetAdapter` among them."""
-    module: Any = unwrapped(net)
+    module: Any = unwrap(net)
     while isinstance(module, NetAdapter):
-        module = unwrapped(module.net)
+        module = unwrap(module.net)
     return module
 
 
@@ -292,7 +292,7 @@ def batch_independent(net: nn.Module) -> bool:
     not for compiled nets, which would have to be compiled for another size of batch."""
     promise = net_attribute(net, "batch_independent", None)
     if promise is None:
-        promise = is_transformer_wrapper(unwrapped(net)) and not any(map(has_hooks, net.modules()))
+        promise = is_transformer_wrapper(unwrap(net)) and not any(map(has_hooks, net.modules()))
     return bool(promise) and not any(map(is_compiled, net.modules()))
 
 

@@ -15,16 +15,16 @@ from torch import nn
 from nar_kernels.nets.adapter import innermost
 
 
-def for_the_net(
+def merge_net_kwargs(
     net: nn.Module,
     kwargs: dict[str, Any],
     net_kwargs: Mapping[str, Any] | None,
-    ours: Iterable[str],
+    caller_names: Iterable[str],
 ) -> dict[str, Any]:
     """``kwargs`` and ``net_kwargs`` in one, if the net declares the names of the former.
 
     Args:
-        ours: names that the caller takes itself, to suggest.
+        caller_names: names that the caller takes itself, to suggest.
 
     Raises:
         TypeError: an unknown name, or one given twice.
@@ -32,7 +32,7 @@ def for_the_net(
     declared = declared_names(net) if kwargs else frozenset()
     for name in kwargs:
         if declared is not None and name not in declared:
-            near = difflib.get_close_matches(name, [*ours, *sorted(declared)], n=1)
+            near = difflib.get_close_matches(name, [*caller_names, *sorted(declared)], n=1)
             suggestion = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(
                 f"unknown argument {name!r}: neither this method nor the forward of "
@@ -48,17 +48,17 @@ def for_the_net(
 def declared_names(net: nn.Module) -> frozenset[str] | None:
     """The keywords that a net declares, its ids left out; None if that cannot be told."""
     module = innermost(net)
-    names = _names_of_class(type(module))  # type: ignore[arg-type]
+    names = _class_keywords(type(module))  # type: ignore[arg-type]
     if names is None:
         return None
     own = vars(module).get("forward")  # such as one that was compiled, or wrapped by accelerate
-    for more in (own, *_passed_on_to(module)):
+    for more in (own, *_kwargs_targets(module)):
         if more is not None:
-            names |= _names(more)[0]
-    return names - _reserved(module)
+            names |= _keywords(more)[0]
+    return names - _reserved_names(module)
 
 
-def _reserved(module: Any) -> set[str]:
+def _reserved_names(module: Any) -> set[str]:
     """What changes the output of a net, and is for whoever calls it here to say."""
     if _is_of_x_transformers(module):
         parameters = inspect.signature(type(module).forward).parameters
@@ -70,7 +70,7 @@ def _is_of_x_transformers(module: Any) -> bool:
     return any(c.__module__.startswith("x_transformers.") for c in type(module).__mro__)
 
 
-def _passed_on_to(module: Any) -> list[Any]:
+def _kwargs_targets(module: Any) -> list[Any]:
     """What known nets hand their ``**kwargs`` to."""
     found = []
     if _is_of_x_transformers(module):
@@ -81,13 +81,13 @@ def _passed_on_to(module: Any) -> list[Any]:
 
 
 @lru_cache(maxsize=64)
-def _names_of_class(kind: type) -> frozenset[str] | None:
+def _class_keywords(kind: type) -> frozenset[str] | None:
     names: frozenset[str] = frozenset()
     for c in kind.__mro__:
         if "forward" not in vars(c):
             continue
         try:
-            own, takes_any = _names(vars(c)["forward"], skip=2)
+            own, takes_any = _keywords(vars(c)["forward"], skip=2)
         except (TypeError, ValueError):  # no Python function
             return None
         names |= own
@@ -96,7 +96,7 @@ def _names_of_class(kind: type) -> frozenset[str] | None:
     return names
 
 
-def _names(function: Any, skip: int = 1) -> tuple[frozenset[str], bool]:
+def _keywords(function: Any, skip: int = 1) -> tuple[frozenset[str], bool]:
     """The keywords of a function, and whether it takes any other; ``skip`` are self and the ids."""
     parameters = list(inspect.signature(function).parameters.values())
     names = [

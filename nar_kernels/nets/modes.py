@@ -21,7 +21,7 @@ def no_grad() -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
-class Turn:
+class ModeLock:
     """A lock for the time in which nobody else may change the mode of a net, or rely on it.
 
     The mode is a flag of modules, which all threads see: so those that need one take turns. Within
@@ -30,64 +30,64 @@ class Turn:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._counting = threading.Lock()
+        self._count_lock = threading.Lock()
         self._waiting = 0
 
     @property
-    def is_wanted(self) -> bool:
+    def has_waiters(self) -> bool:
         """Whether another thread waits for it."""
         return self._waiting > 0
 
     def __enter__(self) -> None:
         if self._lock.acquire(blocking=False):
             return
-        with self._counting:
+        with self._count_lock:
             self._waiting += 1
         try:
             self._lock.acquire()
         finally:
-            with self._counting:
+            with self._count_lock:
                 self._waiting -= 1
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
 
-_turns: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
-_looking_up = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, ModeLock] = WeakKeyDictionary()
+_registry_lock = threading.Lock()
 
 
-class Turns:
+class ModeLocks:
     """Those of several nets at once, whatever they are wrapped in; None stands for no net."""
 
     def __init__(self, *nets: nn.Module | None) -> None:
         inner = {id(net): net for net in (innermost(net) for net in nets if net is not None)}
-        with _looking_up:
+        with _registry_lock:
             # All threads take them in the same order, so that none waits for another in a circle.
-            self._turns = [_turns.setdefault(inner[i], Turn()) for i in sorted(inner)]
+            self._locks = [_locks.setdefault(inner[i], ModeLock()) for i in sorted(inner)]
 
     @property
-    def are_wanted(self) -> bool:
+    def has_waiters(self) -> bool:
         """Whether another thread waits for one of them."""
-        return any(turn.is_wanted for turn in self._turns)
+        return any(lock.has_waiters for lock in self._locks)
 
     def __enter__(self) -> None:
-        for turn in self._turns:
-            turn.__enter__()
+        for lock in self._locks:
+            lock.__enter__()
 
     def __exit__(self, *_: object) -> None:
-        for turn in reversed(self._turns):
-            turn.__exit__()
+        for lock in reversed(self._locks):
+            lock.__exit__()
 
 
 @contextmanager
-def evaluating(
+def eval_mode(
     module: nn.Module, *nets: nn.Module | None, submodules: Sequence[nn.Module] | None = None
 ) -> Iterator[None]:
     """``module``, which holds the ``nets``, is in evaluation mode; afterwards each of its
     ``submodules`` (by default all) is back in the mode it had. Waits while another thread needs
     them as they are."""
-    with Turns(*nets):
+    with ModeLocks(*nets):
         submodules = list(module.modules()) if submodules is None else submodules
         training = [m for m in submodules if m.training]
         was_training = module.training

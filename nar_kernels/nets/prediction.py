@@ -17,7 +17,7 @@ from nar_kernels.nets.adapter import (
     net_attribute,
     plain_core,
 )
-from nar_kernels.nets.modes import evaluating, no_grad
+from nar_kernels.nets.modes import eval_mode, no_grad
 from nar_kernels.nets.split import Head, LinearHead, split_net
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.linear import TRAINING_LIMITS, LogitsMemory, chunk_size, inferred_logits
@@ -137,7 +137,7 @@ class Prediction(NamedTuple):
 
 
 # Arguments of x-transformers' nets for the head itself, or for what is behind it.
-_AT_ALL_POSITIONS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
+_UNSPLIT_KWARGS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
 
 
 class TrunkAndHead:
@@ -164,13 +164,13 @@ class TrunkAndHead:
             kwargs: of the net's call.
             with_embeddings: also ask a net that cannot be split for its hidden states.
         """
-        unfit: Exception | None = None
-        if self._is_split_for(kwargs):
+        mismatch: Exception | None = None
+        if self._can_split(kwargs):
             assert self._split is not None
             try:
                 if self._adapter is not None and self._adapter.head_is_last(kwargs) is None:
-                    _check_head(self._adapter, ids, kwargs)
-                    self._adapter.take_note_of_head(kwargs, is_last=True)
+                    _verify_head(self._adapter, ids, kwargs)
+                    self._adapter.set_head_is_last(kwargs, is_last=True)
                 hidden = self._split.hidden(ids, **kwargs)
                 return Prediction(hidden, self._split.head, hidden, self._is_log_prob)
             except torch.OutOfMemoryError:
@@ -178,24 +178,24 @@ class TrunkAndHead:
             except Exception as error:
                 if self._adapter is None:
                     raise
-                unfit = error
+                mismatch = error
         embeddings = None
         if with_embeddings:
             output, embeddings = self._net(ids, return_logits_and_embeddings=True, **kwargs)
         else:
             output = self._net(ids, **kwargs)
-        if unfit is not None:  # a call that is wrong by itself has raised
+        if mismatch is not None:  # a call that is wrong by itself has raised
             assert self._adapter is not None
-            _distrust_head(self._adapter, kwargs, unfit)
+            _disable_head(self._adapter, kwargs, mismatch)
         return Prediction(output, None, embeddings, self._is_log_prob)
 
-    def _is_split_for(self, kwargs: dict[str, Any]) -> bool:
-        if self._split is None or _AT_ALL_POSITIONS & kwargs.keys():
+    def _can_split(self, kwargs: dict[str, Any]) -> bool:
+        if self._split is None or _UNSPLIT_KWARGS & kwargs.keys():
             return False
         return self._adapter is None or self._adapter.head_is_last(kwargs) is not False
 
 
-def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
+def _verify_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
     """Looks once whether the logits of a sequence are what the head makes of its hidden states: a
     net may do with their values what cannot be seen from outside.
 
@@ -209,7 +209,7 @@ def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> Non
         for name, value in kwargs.items()
     }
     head: Any = adapter.output_head
-    with evaluating(adapter, adapter), no_grad():
+    with eval_mode(adapter, adapter), no_grad():
         logits = adapter.forward(ids[:1], **one)
         hidden = adapter.forward(ids[:1], return_embeddings=True, **one)
         expected = nn.functional.linear(hidden, head.weight, head.bias)
@@ -220,8 +220,8 @@ def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> Non
         raise HeadMismatchError("its logits of a sequence are others")
 
 
-def _distrust_head(adapter: NetAdapter, kwargs: dict[str, Any], reason: Exception) -> None:
-    adapter.take_note_of_head(kwargs, is_last=False)
+def _disable_head(adapter: NetAdapter, kwargs: dict[str, Any], reason: Exception) -> None:
+    adapter.set_head_is_last(kwargs, is_last=False)
     why = str(reason).partition("\n")[0]
     warnings.warn(
         "NetAdapter(head=...): called like this, the net does more than to return what its head "

@@ -40,11 +40,11 @@ def split_net(net: nn.Module) -> SplitNet | None:
         return None
     head = None
     if is_transformer_wrapper(core):
-        if core is net and (split := _split_unusual_softmax(core)) is not None:
+        if core is net and (split := _split_custom_softmax(core)) is not None:
             return split
         head = _transformer_wrapper_head(core)
     elif (module := getattr(core, "output_head", None)) is not None:
-        head = _promised_head(module) if _keeps_its_promise(type(core)) else None
+        head = _declared_head(module) if _forward_matches_output_head(type(core)) else None
     if head is None:
         return None
 
@@ -54,7 +54,7 @@ def split_net(net: nn.Module) -> SplitNet | None:
     return SplitNet(hidden, head)
 
 
-def _keeps_its_promise(kind: type) -> bool:
+def _forward_matches_output_head(kind: type) -> bool:
     """Whether no subclass of the one that has ``output_head`` overrides its ``forward``."""
     promising = next((c for c in kind.__mro__ if "output_head" in vars(c)), None)
     calling = next(c for c in kind.__mro__ if "forward" in vars(c))
@@ -62,19 +62,19 @@ def _keeps_its_promise(kind: type) -> bool:
     return promising is None or issubclass(promising, calling)
 
 
-def _promised_head(module: nn.Module) -> Head | None:
+def _declared_head(module: nn.Module) -> Head | None:
     if is_plain_linear(module):
         return LinearHead(module.weight, module.bias)  # type: ignore[arg-type]
     if type(module) is nn.Linear or not is_plain(module):
         return None
-    return _of_rows(module)
+    return _on_rows(module)
 
 
-def _of_rows(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _on_rows(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda rows: module(rows[None])[0]  # some expect a batch of sequences
 
 
-def _has_unusual_output(net: Any, but: str = "") -> bool:
+def _has_custom_output(net: Any, but: str = "") -> bool:
     """Whether a TransformerWrapper does more than to apply ``to_logits`` at each position."""
     unusual = (
         *("has_multiple_heads", "average_pool_embed", "looped", "squeeze_out_last_dim"),
@@ -86,20 +86,20 @@ def _has_unusual_output(net: Any, but: str = "") -> bool:
 
 def _transformer_wrapper_head(net: Any) -> Head | None:
     """That of x-transformers' TransformerWrapper, if it has one output for each position."""
-    if _has_unusual_output(net):
+    if _has_custom_output(net):
         return None
     module = getattr(net, "to_logits", None)
     if isinstance(module, nn.Module):
         if is_plain_linear(module):
             return LinearHead(module.weight, module.bias)  # type: ignore[arg-type]
-        return _of_rows(module) if is_pointwise(module) else None
+        return _on_rows(module) if is_pointwise(module) else None
     scale = getattr(net, "tie_embedding_scale", None)
     if scale is None or not _is_tied(net) or not is_plain_tensor(net.token_emb.emb.weight):
         return None
     return LinearHead(net.token_emb.emb.weight, scale=scale)
 
 
-def _split_unusual_softmax(net: Any) -> SplitNet | None:
+def _split_custom_softmax(net: Any) -> SplitNet | None:
     """A TransformerWrapper whose logits are no linear function of its hidden states: a mixture of
     softmaxes, or sigsoftmax."""
     if not is_plain_linear(getattr(net, "to_logits", None)):
@@ -114,19 +114,19 @@ def _split_unusual_softmax(net: Any) -> SplitNet | None:
             share = net.combine_mixture(rows).float().softmax(-1)
             return torch.einsum("ckv,ck->cv", of_each, share).log()
 
-        return _split_at(net, "to_mixture", None, mixture)
+        return _split_before(net, "to_mixture", None, mixture)
     if getattr(net, "sigsoftmax_logits", False):
 
         def sigsoftmax(rows: Tensor) -> Tensor:
             logits = net.to_logits(rows)
             return logits + logits.sigmoid().log()
 
-        return _split_at(net, "sigsoftmax_logits", False, sigsoftmax)
+        return _split_before(net, "sigsoftmax_logits", False, sigsoftmax)
     return None
 
 
-def _split_at(net: Any, name: str, without: Any, head: Head) -> SplitNet | None:
-    if _has_unusual_output(net, but=name) or net._compiled_call_impl is not None:
+def _split_before(net: Any, name: str, without: Any, head: Head) -> SplitNet | None:
+    if _has_custom_output(net, but=name) or net._compiled_call_impl is not None:
         return None
     # Asked for hidden states, the net would trip over this attribute. The net of the user stays as
     # it is: this one shares all parts with it but that one.

@@ -71,7 +71,7 @@ def _sample_indices(index: Any, size: int) -> Tensor:
     return samples
 
 
-def _without_the_rest(value: Any) -> Any:
+def _compact(value: Any) -> Any:
     """A tensor without the memory around it, which a pickle would hold; anything else as it is."""
     if not isinstance(value, Tensor) or value.untyped_storage().nbytes() == value.nbytes:
         return value
@@ -184,15 +184,15 @@ class Corrupted:
                 start, stop = samples.start, samples.start + len(samples)
                 counts = self.num_masked if self.host_counts is None else self.host_counts
                 first, last = int(counts[:start].sum()), int(counts[:stop].sum())
-                part = self._samples(slice(start, stop))
+                part = self._select(slice(start, stop))
                 part.row_buffer = self.row_buffer[first:last] - start * length
                 return part
             index = list(samples)
-        part = self._samples(_sample_indices(index, size))
+        part = self._select(_sample_indices(index, size))
         part.row_buffer = part.masked_indices.flatten().nonzero().flatten()
         return part
 
-    def _samples(self, index: slice | Tensor) -> "Corrupted":
+    def _select(self, index: slice | Tensor) -> "Corrupted":
         """Some samples, still with the ``row_buffer`` of all."""
         counts = None if self.host_counts is None else self.host_counts[index]
         tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SAMPLE}
@@ -208,7 +208,7 @@ class Corrupted:
             ValueError: there are none, or they differ in L, device or masking.
         """
         batches = list(batches)
-        other = next((b for b in batches if not batches[0]._is_like(b)), None)
+        other = next((b for b in batches if not batches[0]._is_compatible(b)), None)
         if other is not None or not batches:
             kinds = [(b, b.masking) for b in (*batches[:1], other) if b is not None]
             what = " and ".join(map(str, kinds)) or "no batches"
@@ -236,7 +236,7 @@ class Corrupted:
             host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
         )
 
-    def _is_like(self, other: "Corrupted") -> bool:
+    def _is_compatible(self, other: "Corrupted") -> bool:
         places = [(b.input_ids.shape[1], b.input_ids.device) for b in (self, other)]
         return places[0] == places[1] and self.masking.masks_like(other.masking)
 
@@ -259,14 +259,14 @@ class Corrupted:
         """
         if torch.device(device).type == "cuda":
             device = check_device(device)
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Corrupted":
         """This batch in pinned memory of the host, whose copy to a GPU need not be waited for. A
         ``DataLoader`` with ``pin_memory=True`` calls it."""
-        return self._each(Tensor.pin_memory)
+        return self._map_tensors(Tensor.pin_memory)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """``function`` of all tensors that are on the device."""
         names = (f.name for f in fields(self) if f.name not in ("masking", "host_counts"))
         tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
@@ -275,7 +275,7 @@ class Corrupted:
     def __getstate__(self) -> dict[str, Any]:
         # What lies behind the masked rows is undefined.
         state = vars(self) | {"row_buffer": self.masked_rows}
-        return {name: _without_the_rest(value) for name, value in state.items()}
+        return {name: _compact(value) for name, value in state.items()}
 
     def __copy__(self) -> "Corrupted":
         return replace(self)

@@ -198,13 +198,13 @@ class MaskingConfig:
             )
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         digest = None if isinstance(self.schedule, str) else self.schedule_digest
-        return _make_again, (type(self), arguments, digest)
+        return _rebuild, (type(self), arguments, digest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MaskingConfig":
         return self  # it is frozen
 
 
-def _make_again(
+def _rebuild(
     cls: type[MaskingConfig], arguments: dict[str, Any], schedule_digest: str | None
 ) -> MaskingConfig:
     masking = cls(**arguments)

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 from nar_kernels.data.formats.base import Layout
 from nar_kernels.data.formats.npy import npy_layout
 from nar_kernels.data.formats.raw import raw_layout
-from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, refuse_unread_formats
+from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, reject_unsupported_formats
 from nar_kernels.errors import CorpusFormatError
 
 
@@ -29,5 +29,5 @@ def read_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:
         if head.startswith(npy.MAGIC_PREFIX):
             return npy_layout(path, file, dtype)
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL_BYTES, 0))
-        refuse_unread_formats(path, head, file.read())
+        reject_unsupported_formats(path, head, file.read())
     return raw_layout(path, dtype)

@@ -15,7 +15,7 @@ _RAW = (
     "to a .npy file"
 )
 _BY_LIBRARY = f"read the ids with a library for this format, and pass them as an array{_RAW}"
-_UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
+_UNSUPPORTED_FORMATS: dict[str, dict[bytes, str]] = {
     _BY_OFFSET: {
         re.escape((20240520).to_bytes(4, "little")): (
             "an llm.c or modded-nanogpt file: uint16 after 1024 bytes"
@@ -67,11 +67,11 @@ _UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
 }
 
 
-def refuse_unread_formats(path: Path, head: bytes, tail: bytes) -> None:
+def reject_unsupported_formats(path: Path, head: bytes, tail: bytes) -> None:
     """Raises for files that a raw reader would take for tokens, headers included."""
     found = [
         (what, remedy)
-        for remedy, formats in _UNREAD_FORMATS.items()
+        for remedy, formats in _UNSUPPORTED_FORMATS.items()
         for pattern, what in formats.items()
         if re.match(pattern, head + tail, re.DOTALL)
     ]
