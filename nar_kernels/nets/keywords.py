@@ -1,7 +1,7 @@
-"""Keyword arguments that are for the net: which ones it knows.
+"""Keyword arguments for the net: only those that its ``forward`` declares are passed on.
 
-Many nets take any keyword and drop what they do not know. A misspelt option of ours would vanish in
-one of them, so only names that its ``forward`` declares are passed on.
+Many nets accept any keyword and ignore unknown ones, in which a misspelt option of ours would
+vanish.
 """
 
 import difflib
@@ -21,10 +21,10 @@ def merge_net_kwargs(
     net_kwargs: Mapping[str, Any] | None,
     caller_names: Iterable[str],
 ) -> dict[str, Any]:
-    """``kwargs`` and ``net_kwargs`` in one, if the net declares the names of the former.
+    """Merges ``kwargs``, whose names the net must declare, and ``net_kwargs``.
 
     Args:
-        caller_names: names that the caller takes itself, to suggest.
+        caller_names: arguments of the caller itself, to suggest in errors.
 
     Raises:
         TypeError: an unknown name, or one given twice.
@@ -46,12 +46,12 @@ def merge_net_kwargs(
 
 
 def declared_names(net: nn.Module) -> frozenset[str] | None:
-    """The keywords that a net declares, its ids left out; None if that cannot be told."""
+    """The keywords that a net declares, without the ids; None if it cannot be inspected."""
     module = innermost(net)
     names = _class_keywords(type(module))  # type: ignore[arg-type]
     if names is None:
         return None
-    own = vars(module).get("forward")  # such as one that was compiled, or wrapped by accelerate
+    own = vars(module).get("forward")  # instance-level: compiled, or wrapped by accelerate
     for more in (own, *_kwargs_targets(module)):
         if more is not None:
             names |= _keywords(more)[0]
@@ -59,7 +59,7 @@ def declared_names(net: nn.Module) -> frozenset[str] | None:
 
 
 def _reserved_names(module: Any) -> set[str]:
-    """What changes the output of a net, and is for whoever calls it here to say."""
+    """Keywords that change what a net returns, reserved for this package."""
     if _is_of_x_transformers(module):
         parameters = inspect.signature(type(module).forward).parameters
         return {name for name in parameters if name.startswith("return_")}
@@ -71,11 +71,11 @@ def _is_of_x_transformers(module: Any) -> bool:
 
 
 def _kwargs_targets(module: Any) -> list[Any]:
-    """What known nets hand their ``**kwargs`` to."""
+    """Functions to which known nets pass their ``**kwargs``."""
     found = []
     if _is_of_x_transformers(module):
         found.append(getattr(getattr(module, "attn_layers", None), "forward", None))
-    if hasattr(module, "get_base_model"):  # of peft
+    if hasattr(module, "get_base_model"):  # peft
         found.append(module.get_base_model().forward)
     return found
 
@@ -88,7 +88,7 @@ def _class_keywords(kind: type) -> frozenset[str] | None:
             continue
         try:
             own, takes_any = _keywords(vars(c)["forward"], skip=2)
-        except (TypeError, ValueError):  # no Python function
+        except (TypeError, ValueError):  # not a Python function
             return None
         names |= own
         if not takes_any:
@@ -97,7 +97,7 @@ def _class_keywords(kind: type) -> frozenset[str] | None:
 
 
 def _keywords(function: Any, skip: int = 1) -> tuple[frozenset[str], bool]:
-    """The keywords of a function, and whether it takes any other; ``skip`` are self and the ids."""
+    """The keywords of a function, and whether it has ``**kwargs``; skips self and the ids."""
     parameters = list(inspect.signature(function).parameters.values())
     names = [
         p.name for p in parameters[skip:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
