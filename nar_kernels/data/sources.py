@@ -22,7 +22,7 @@ BUILT_IN = ("digits", "text")
 _NUM_BYTES = 256
 _DEFAULT_SEQ_LEN = 256
 _MAX_HELD_OUT = 256
-_MAX_VALIDATED = 2_000_000_000  # tokens, in a few seconds
+_MAX_VALIDATED = 2_000_000_000  # tokens; takes some seconds
 
 # scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
 _DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
@@ -58,7 +58,7 @@ class Data(NamedTuple):
         spec: what a window is.
         train: the training windows; they may overlap each other.
         held_out: windows at the end, which share no token with ``train``.
-        held_out_windows: int64, indices of the windows in ``held_out`` to use; they do not overlap.
+        held_out_windows: int64, indices of windows in ``held_out`` that do not overlap.
     """
 
     name: str

@@ -151,7 +151,7 @@ class NetAdapter(nn.Module):
 
     @property
     def output_head(self) -> nn.Module | None:
-        """The head, if applying it to its input is all that a call of it does; else None."""
+        """The head, if it and the modules that hold it are plain; else None."""
         if self._head_name is None:
             return None
         module: nn.Module | None = self.net
@@ -254,8 +254,8 @@ def innermost(net: nn.Module) -> Any:
 
 
 def plain_core(net: nn.Module) -> nn.Module | None:
-    """The net inside PyTorch wrappers; None if its call may run anything but their and its class's
-    ``forward``: hooks, an instance-level ``forward``, wrappers that shard parameters."""
+    """The net inside PyTorch wrappers; None if hooks, an instance-level ``forward`` or wrappers
+    that shard parameters may intervene."""
     while is_plain(net):
         if not type(net).__module__.startswith("torch."):
             return net

@@ -1,7 +1,6 @@
 """Keyword arguments for the net: only those that its ``forward`` declares are passed on.
 
-Many nets accept any keyword and ignore unknown ones, in which a misspelt option of ours would
-vanish.
+Many nets accept and ignore unknown keywords, so a misspelt option of ours would go unnoticed.
 """
 
 import difflib

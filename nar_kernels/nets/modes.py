@@ -85,7 +85,7 @@ def eval_mode(
     module: nn.Module, *nets: nn.Module | None, submodules: Sequence[nn.Module] | None = None
 ) -> Iterator[None]:
     """Puts ``module``, which holds the ``nets``, into eval mode; on exit each of its ``submodules``
-    (default: all) is back in its previous mode. Holds the nets' :class:`ModeLocks`."""
+    (default: all) is back in its previous mode. Takes the :class:`ModeLocks`."""
     with ModeLocks(*nets):
         submodules = list(module.modules()) if submodules is None else submodules
         training = [m for m in submodules if m.training]

@@ -137,7 +137,7 @@ class Prediction(NamedTuple):
                 yield head(some)
 
 
-# x-transformers' arguments for the head itself, or for what comes after it.
+# x-transformers' arguments for the head itself, or for what comes after it: no split.
 _UNSPLIT_KWARGS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
 
 
@@ -197,8 +197,8 @@ class TrunkAndHead:
 
 
 def _verify_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
-    """Verifies on one sequence that the net's logits are the head applied to its hidden states:
-    changes to their values may be invisible from outside.
+    """Verifies numerically, on one sequence, that the net's logits are the head applied to its
+    hidden states: changes to their values may be invisible from outside.
 
     Raises:
         HeadMismatchError: they are not.
