@@ -1,4 +1,4 @@
-"""Numbers and devices that users pass, as kernels and files take them."""
+"""Validation and conversion of numbers and devices that users pass."""
 
 import operator
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 
 
 def as_int(name: str, value: Any) -> int:
-    """``value`` as an int: also one of numpy, or an integer tensor of one element.
+    """``value`` as an int; accepts NumPy integers and one-element integer tensors.
 
     Raises:
-        TypeError: it is no integer.
+        TypeError: not an integer.
     """
-    if type(value) is int:  # also one that torch.compile traces, which must stay symbolic
+    if type(value) is int:  # includes ints traced by torch.compile, which must stay symbolic
         return value
     try:
         return int(operator.index(value))
@@ -21,11 +21,11 @@ def as_int(name: str, value: Any) -> int:
 
 
 def as_float(name: str, value: Any) -> float:
-    """``value`` as a float: also one of numpy, or a tensor of one element.
+    """``value`` as a float; accepts NumPy scalars and one-element tensors.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is an int above the largest float.
+        TypeError: not a number.
+        ValueError: an int above the largest float.
     """
     try:
         if not isinstance(value, str | bytes):
@@ -38,13 +38,13 @@ def as_float(name: str, value: Any) -> float:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError unless ``seed`` has 64 bits, with or without a sign."""
+    """Raises ValueError unless ``seed`` fits in 64 bits, signed or unsigned."""
     if not -1 << 63 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}: it must have 64 bits, in [-2**63, 2**64)")
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """``device``, with its number if it is CUDA's; ValueError unless batches can go there."""
+    """``device``, with its index if it is CUDA; ValueError if it cannot hold a batch."""
     try:
         found = torch.device(device)
         if found.type == "cuda":
@@ -52,7 +52,7 @@ def check_device(device: torch.device | str) -> torch.device:
         else:
             torch.empty(0, dtype=torch.uint8, device=found)
             is_there = found.type != "meta"
-    # Each kind of device says in another way that it is missing.
+    # Device types differ in the exception that says they are missing.
     except (RuntimeError, AssertionError, ImportError, TypeError):
         is_there = False
     if not is_there:

@@ -1,7 +1,7 @@
-"""Ranks: the processes that torchrun starts, of which each has its part of the global batch.
+"""Rank, world size and collectives; each rank holds its part of the global batch.
 
-Without torchrun there is one, and most of this does nothing. Where ranks communicate, all of them
-must make the call.
+Without a process group there is one rank, and collectives are no-ops. With one, all ranks must
+call them.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def has_group() -> bool:
-    """Whether this process has joined others."""
+    """Whether the default process group is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -33,14 +33,14 @@ def is_launched() -> bool:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """``values`` of all ranks together, in place."""
+    """All-reduce (sum) of ``values``, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest ``value`` of all ranks."""
+    """All-reduce (max) of ``value``."""
     largest = torch.tensor(value, device="cpu")
     if world_size() > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -48,10 +48,10 @@ def max_over_ranks(value: int) -> int:
 
 
 class SumOverRanks:
-    """A sum over ranks that is being made while other work goes on. All ranks must ask for it.
+    """Asynchronous all-reduce (sum), started on construction, which all ranks must do.
 
     Args:
-        values: of this rank; they become those of all.
+        values: of this rank; reduced in place.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -60,14 +60,14 @@ class SumOverRanks:
         self._work = dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
 
     def mean(self) -> Tensor:
-        """The sum divided by the number of ranks."""
+        """Waits; the sum divided by the number of ranks."""
         if self._work is not None:
             self._work.wait()
         return self._values / self.world_size
 
 
-def of_first_rank(value: Any) -> Any:
-    """``value`` as the first rank has it."""
+def broadcast_object(value: Any) -> Any:
+    """The first rank's ``value``, on all ranks."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, device=torch.device("cpu"))
@@ -75,7 +75,7 @@ def of_first_rank(value: Any) -> Any:
 
 
 def on_first_rank(call: Callable[[], T]) -> T:
-    """What ``call`` returns on the first rank, which alone makes it; or, on all, what it raises."""
+    """Runs ``call`` on the first rank only; all ranks return its result or raise its exception."""
     result: T | None = None
     error: Exception | None = None
     if rank() == 0:
@@ -83,12 +83,12 @@ def on_first_rank(call: Callable[[], T]) -> T:
             result = call()
         except Exception as raised:
             error = raised
-    result, error = of_first_rank((result, error))
+    result, error = broadcast_object((result, error))
     if error is not None:
         raise error
     return result
 
 
 def barrier() -> None:
-    """Waits until all ranks are here."""
+    """Blocks until all ranks have called it."""
     sum_over_ranks(torch.zeros(1, dtype=torch.float32, device="cpu"))

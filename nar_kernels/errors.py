@@ -1,4 +1,4 @@
-"""The errors a user meets. Each message names what came, what is valid and what to do."""
+"""Public exceptions. Each message says what was received, what is valid and what to do."""
 
 
 class InvalidTokenError(ValueError):
@@ -6,10 +6,10 @@ class InvalidTokenError(ValueError):
 
     Attributes:
         token_id: the first bad id.
-        offset: where it stands: the lowest offset, in tokens, in the corpus or the flattened batch.
-        count: how many bad ids the windows in question hold.
+        offset: its offset, the lowest, in tokens, in the corpus or the flattened batch.
+        count: number of bad ids in the windows that were checked.
 
-    A DataLoader worker passes on the message only; the attributes are None then.
+    The attributes are None if it comes from a DataLoader worker, which passes on the message only.
     """
 
     token_id: int | None = None
@@ -20,7 +20,7 @@ class InvalidTokenError(ValueError):
     def at(
         cls, where: str, *, token_id: int, offset: int, count: int, num_tokens: int, mask_id: int
     ) -> "InvalidTokenError":
-        """The error for ``token_id``, found at ``where`` (words such as ``offset 7 of a.bin``)."""
+        """The error for ``token_id`` at ``where``, such as ``"offset 7 of a.bin"``."""
         if token_id == mask_id:
             fault = "equals mask_id, which clean data must not contain; give the mask its own id"
         else:
@@ -35,7 +35,7 @@ class InvalidTokenError(ValueError):
 
 
 class InvalidLogitsError(ValueError):
-    """A net returned NaN where tokens were to be drawn."""
+    """A net returned NaN logits where tokens were to be sampled."""
 
 
 class CorpusFormatError(ValueError):
@@ -43,4 +43,4 @@ class CorpusFormatError(ValueError):
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend that was requested by name cannot run here."""

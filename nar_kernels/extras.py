@@ -1,33 +1,33 @@
-"""Optional packages, and how to get what is missing."""
+"""Optional dependencies, and how to install them."""
 
 import importlib
 import shlex
 from importlib import metadata
 from typing import Any
 
-# As in pyproject.toml, which a package that is not installed cannot ask.
+# Mirrors pyproject.toml: an uninstalled source tree has no metadata to query.
 EXTRAS = {
     "train": ("x-transformers>=2.31", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
     "triton": ("triton>=3.2",),
 }
 
 
-def how_to_install(extra: str) -> str:
-    """The command for the packages of an extra: by their own names, wherever this one is from."""
+def install_command(extra: str) -> str:
+    """The pip command for the packages of an extra; works wherever this package came from."""
     return f"pip install {shlex.join(EXTRAS[extra])}"
 
 
 def import_extra(module: str) -> Any:
-    """An optional package of the extra ``train``.
+    """Imports an optional module of the ``train`` extra.
 
     Raises:
-        ImportError: it is not installed; the message says how to get it.
+        ImportError: not installed; the message gives the pip command.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{error.name} is not installed: run `{how_to_install('train')}`"
+            f"{error.name} is not installed: run `{install_command('train')}`"
         ) from error
 
 

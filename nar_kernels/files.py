@@ -1,4 +1,4 @@
-"""Files that are never half written, and errors that name theirs."""
+"""Atomic writes, and OSErrors that name the file."""
 
 import errno
 import glob
@@ -11,37 +11,36 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of ``path`` at the end. So ``path`` is whole at any
-    moment, even in a power cut: old or new.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file that replaces ``path`` on success, so that ``path`` is complete at any
+    time, old or new, even after a power cut.
 
-    What is no regular file, such as a pipe, is written to as it is.
+    Anything but a regular file, such as a pipe, is written in place.
 
     Raises:
-        OSError: the disk is full, or the folder is not writable. It names ``path``, which is then
-            as it was.
+        OSError: the disk is full, or the folder is not writable. It names ``path``, which is
+            unchanged.
     """
-    target = Path(os.path.realpath(path))  # so that a link stays one
+    target = Path(os.path.realpath(path))  # so that a symlink is kept
     in_place = target.exists() and not target.is_file()
-    # In the same folder, because a rename is atomic within one file system only. Its name is no
-    # other writer's.
-    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    # In the same folder: a rename is atomic within one file system only. Unique to this writer.
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with target.open("wb") if in_place else unfinished.open("xb") as file:
+        with target.open("wb") if in_place else temporary.open("xb") as file:
             yield file
             file.flush()
             if not in_place:
                 os.fsync(file.fileno())
         if in_place:
             return
-        os.replace(unfinished, target)
+        os.replace(temporary, target)
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(unfinished)):
-            raise naming(error, path) from error
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise with_filename(error, path) from error
         raise
     if os.name == "posix":
-        # The rename itself is on the disk only when the folder is.
+        # The rename is durable only once the folder is synced.
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -49,21 +48,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-def naming(error: OSError, path: Path) -> OSError:
-    """``error`` with the name of its file, which it lacks if it came from writing."""
-    if error.errno is None:  # a library's own
+def with_filename(error: OSError, path: Path) -> OSError:
+    """``error`` with ``path`` as its filename, which errors from writes lack."""
+    if error.errno is None:  # raised by a library
         return OSError(errno.EIO, str(error), str(path))
     return OSError(error.errno, os.strerror(error.errno), str(path))
 
 
-def remove_unfinished(path: Path) -> None:
-    """Removes what died before it took the place of ``path``. Nobody else may be writing it."""
-    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*tmp"):
-        unfinished.unlink()
+def remove_temporary_files(path: Path) -> None:
+    """Removes temporary files that killed writers of ``path`` left. Nobody may be writing it."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*tmp"):
+        temporary.unlink()
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError if it is plain to see that no file can be written at ``path``."""
+    """Raises OSError if it is clear up front that ``path`` cannot be written."""
     folder = path.parent
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")

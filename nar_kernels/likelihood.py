@@ -1,6 +1,6 @@
-"""Bits per token on held-out windows, and the baselines to compare with.
+"""Likelihood bound on held-out windows, in bits per token.
 
-Shapes: B batch, L sequence length, V vocabulary, N windows, E noise draws of each window.
+Shapes: B batch, L sequence length, V vocabulary, N windows, R masked rows, E draws per window.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nar_kernels.checks import as_int
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.distributed import rank, sum_over_ranks, world_size
-from nar_kernels.nets.modes import evaluating
+from nar_kernels.nets.modes import eval_mode
 from nar_kernels.nets.prediction import TrunkAndHead
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
@@ -20,10 +20,10 @@ from nar_kernels.ops.masking import MaskingConfig
 
 NATS_PER_BIT = math.log(2)
 
-# The noise of every evaluation of every run, whatever its seed and its step.
+# Same noise in every evaluation of every run, whatever its seed and step.
 _EVALUATION_SEED = 0x5EED
 
-_MAX_TOKENS, _MAX_LOGITS = 1 << 14, 1 << 25  # of one batch
+_MAX_TOKENS, _MAX_LOGITS = 1 << 14, 1 << 25  # per batch
 
 
 class Evaluation(NamedTuple):
@@ -34,17 +34,16 @@ class Evaluation(NamedTuple):
 
 
 def evaluation_parts(dataset: TokenDataset, num_windows: int, draws: int) -> list[slice]:
-    """Batches of whole windows among all ``num_windows * draws`` samples."""
+    """Batches of the ``num_windows * draws`` samples, each with all draws of its windows."""
     most = min(_MAX_TOKENS, _MAX_LOGITS // dataset.num_tokens) // dataset.seq_len
     size, total = max(most // draws, 1) * draws, num_windows * draws
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 
 def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: slice) -> Corrupted:
-    """Some of the samples: each window ``draws`` times in a row, with times spread evenly over its
-    draws.
+    """A part of the samples: each window ``draws`` times in a row, times stratified over its draws.
 
-    The masks are a function of the window's place in ``windows`` and of the draw alone.
+    Masks depend only on the window's index in ``windows`` and the draw.
     """
     return corrupt(
         dataset.corpus.tokens,
@@ -63,9 +62,9 @@ def evaluate(
 ) -> Evaluation:
     """The likelihood bound of ``net`` (ids ``[B, L]`` to logits ``[B, L, V]``) on some windows.
 
-    It is an upper bound on the negative log-likelihood, estimated with exact draws of the linear
-    schedule, in evaluation mode. Under ``torch.distributed`` all ranks must call this; they share
-    the work, and each gets the result of one process.
+    An upper bound on the negative log-likelihood, estimated with exact draws of the linear
+    schedule, in eval mode. Under ``torch.distributed`` all ranks must call this; they share the
+    work, and each gets the single-process result.
 
     Args:
         windows: int64 ``[N]``, indices into ``dataset``.
@@ -75,17 +74,17 @@ def evaluate(
     parts = evaluation_parts(dataset, len(windows), draws)
     nats = torch.zeros(len(windows) * draws, dtype=torch.float64, device="cpu")
     for first in range(0, len(parts), world_size()):
-        # A rank left over in the last turn joins in: a sharded net is called by all or none.
+        # Spare ranks in the last round join in: a sharded net must be called by all ranks.
         mine = first + rank()
         part = parts[min(mine, len(parts) - 1)]
         batch = evaluation_batch(dataset, windows, draws, part).to(device)
-        with evaluating(net, net):
+        with eval_mode(net, net):
             nll = TrunkAndHead(net)(batch.input_ids, {}).loss(batch, reduction="none")  # [R]
         samples = batch.masked_rows // dataset.seq_len
         totals = nll.new_zeros(len(batch)).index_add_(0, samples, nll)
         if mine < len(parts):
             nats[part] = (totals * batch.loss_weight / batch.num_maskable).double().cpu()
     bits = sum_over_ranks(nats).view(-1, draws).mean(1) / NATS_PER_BIT
-    # With one window there is no spread to estimate from.
+    # Undefined for a single window.
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
     return Evaluation(bits.mean().item(), error)

@@ -1,4 +1,4 @@
-"""Options as fields of a dataclass: described once, for Python and for the command line."""
+"""Dataclass fields that are also command-line options."""
 
 import os
 from dataclasses import Field, field, fields
@@ -10,31 +10,31 @@ from nar_kernels.checks import as_float, as_int
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field with its description as ``metadata["help"]``.
+    """A dataclass field with its help text in ``metadata["help"]``.
 
-    ``otherwise`` says what None stands for; the rest of ``more`` is for argparse.
+    ``otherwise`` says what None means; the rest of ``more`` goes to argparse.
     """
     return field(default=default, metadata={"help": help, **more})
 
 
 def option_of(name: str) -> str:
-    """The option of the command line for a field."""
+    """The command-line option of a field."""
     return "--" + name.replace("_", "-")
 
 
-def make_plain(options: Any) -> None:
-    """Gives each field of a frozen dataclass a plain value of its type, in place.
+def coerce_fields(options: Any) -> None:
+    """Converts each field of a frozen dataclass to a Python value of its declared type, in place.
 
-    Numbers of numpy, tensors of one element and paths of any kind are welcome.
+    Accepts NumPy scalars, one-element tensors and any ``os.PathLike``.
 
     Raises:
         TypeError: a value is not of the field's type.
-        ValueError: it is none of the field's choices, or empty.
+        ValueError: a value is not one of the field's choices, or empty.
     """
     for f in fields(options):
         if not f.metadata:
             continue
-        value = _plain(f, getattr(options, f.name))
+        value = _coerce(f, getattr(options, f.name))
         object.__setattr__(options, f.name, value)
         choices = f.metadata.get("choices")
         if choices and value not in choices:
@@ -43,7 +43,7 @@ def make_plain(options: Any) -> None:
             raise ValueError(f"{option_of(f.name)} is empty: leave it out, or say what it is")
 
 
-def _plain(f: Field[Any], value: Any) -> Any:
+def _coerce(f: Field[Any], value: Any) -> Any:
     types = get_args(f.type) or (f.type,)
     if value is None and type(None) in types:
         return None

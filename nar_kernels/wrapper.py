@@ -1,6 +1,6 @@
 """A drop-in replacement for x-transformers' ``NonAutoregressiveWrapper``.
 
-Its names are kept here and translated to the field's before any other module is called.
+Its argument names are kept here, and translated to common ones for all other modules.
 Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nar_kernels import distributed
 from nar_kernels.checks import as_int
 from nar_kernels.nets.adapter import causal_module, net_attribute
-from nar_kernels.nets.keywords import for_the_net
-from nar_kernels.nets.modes import Turns, no_grad
+from nar_kernels.nets.keywords import merge_net_kwargs
+from nar_kernels.nets.modes import ModeLocks, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
@@ -38,7 +38,7 @@ from nar_kernels.spec.schedules import Schedule, resolve
 
 
 class Losses(NamedTuple):
-    """Scalars; a part that was not trained is None, and left out of slices."""
+    """Scalars; a part that was not trained is None, and omitted from slices."""
 
     loss: Tensor
     generator_loss: Tensor | None
@@ -46,7 +46,7 @@ class Losses(NamedTuple):
 
 
 def _get_losses(self: Losses, index: Any) -> Any:
-    # transformers takes all but the loss for predictions, `outputs[1:]`, and stumbles over None.
+    # transformers' Trainer takes `outputs[1:]` for predictions, and fails on None.
     found = tuple.__getitem__(self, index)
     return tuple(x for x in found if x is not None) if isinstance(index, slice) else found
 
@@ -54,8 +54,8 @@ def _get_losses(self: Losses, index: Any) -> Any:
 def _new_losses(
     cls: type, loss: Any, generator_loss: Any = None, critic_loss: Any = None
 ) -> tuple[Any, ...]:
-    # Of an iterator transformers makes what it has done to each item (`nested_detach` in
-    # Trainer.predict). What is None there is more than it can go on with.
+    # transformers' `nested_detach` (Trainer.predict) rebuilds the tuple from an iterator over its
+    # items, and fails on None later.
     if isinstance(loss, Iterator):
         return tuple(item for item in loss if item is not None)
     return tuple.__new__(cls, (loss, generator_loss, critic_loss))
@@ -71,7 +71,7 @@ class SelfCritic(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        # A TransformerWrapper's hidden states may be wider or narrower than its embeddings.
+        # The hidden size of a TransformerWrapper may differ from its emb_dim.
         attn_layers = net_attribute(net, "attn_layers", None)
         dim = getattr(attn_layers, "dim", None) or net_attribute(net, "emb_dim")
         self.to_logits = nn.Linear(dim, 1)
@@ -84,16 +84,16 @@ def _draw_seed() -> int:
     return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item())
 
 
-def _random_number(generator: torch.Generator) -> float:
-    """In [0, 1)."""
+def _uniform(generator: torch.Generator) -> float:
+    """A number in [0, 1)."""
     return torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
 
 
-def _without_aliases(
+def _clone_shared_tensors(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    """Copies what is in a state dict twice: tied weights, and the net of its own critic. Formats
-    such as safetensors, in which transformers' Trainer saves, refuse memory that is shared."""
+    """State-dict hook that clones tensors with shared memory: tied weights, and the net of a
+    self-critic. Formats such as safetensors, in which transformers' Trainer saves, reject those."""
     seen: set[tuple[torch.device, int]] = set()
     for name, value in state_dict.items():
         is_copy = name.startswith(prefix) and type(value) is Tensor
@@ -106,44 +106,45 @@ def _without_aliases(
 
 
 class NonAutoregressiveWrapper(nn.Module):
-    """Trains a network to fill masked tokens, and generates with it.
+    """Trains a network to predict masked tokens, and generates with it.
 
     Mask-Predict (arXiv:1904.09324), MaskGIT (arXiv:2202.04200), and the likelihood bound of masked
     diffusion (arXiv:2406.07524). Arguments up to ``use_simple_mdlm_loss_weight`` are those of
-    x-transformers, and its checkpoints load.
+    x-transformers, whose checkpoints load.
 
     Args:
         net: a :class:`~nar_kernels.TokenNet`, such as x-transformers' ``TransformerWrapper``.
         mask_id: id of the mask token, in [0, V).
-        steps: of :meth:`generate`.
-        self_cond: give the net the hidden states of its previous call, or a learned null embedding.
-        self_cond_train_prob: share of the training batches that get hidden states.
-        no_replace_prob: share of masked positions that keep their token, in half of the samples.
-        random_token_prob: share of masked positions that get a random token, in half of the
+        steps: default of :meth:`generate`.
+        self_cond: self-conditioning: the net gets the hidden states of its previous call, or a
+            learned null embedding.
+        self_cond_train_prob: fraction of the training batches that get hidden states.
+        no_replace_prob: fraction of masked positions that keep their token, in half of the samples.
+        random_token_prob: fraction of masked positions that get a random token, in half of the
             samples.
         schedule: mask ratio m(t), as in :class:`MaskingConfig`; ``generate`` follows it too.
-        can_mask_prev_unmasked: whether ``generate`` may mask positions again that it has filled.
-        token_critic: a net from ids to ``[B, L, 1]``, trained to find sampled ids that are wrong.
-        self_token_critic: use ``net`` with another head as the critic.
-        critic_loss_weight: of the critic's loss in the sum.
+        can_mask_prev_unmasked: whether ``generate`` may remask positions that it has filled.
+        token_critic: a net from ids to ``[B, L, 1]``, trained to detect sampled ids that are wrong.
+        self_token_critic: use ``net`` with a second head as the critic.
+        critic_loss_weight: weight of the critic's loss in the sum.
         use_simple_mdlm_loss_weight: train the likelihood bound, in nats per token; otherwise the
             mean NLL of the masked positions.
-        draw, times, never_mask_ids: as in :class:`MaskingConfig`. (Not of x-transformers.)
-        backend: of the masking, as in :func:`nar_kernels.corrupt`.
+        draw, times, never_mask_ids: as in :class:`MaskingConfig`. (Not in x-transformers.)
+        backend: of the masking, as in :func:`nar_kernels.corrupt`; of loss and decoding if they
+            have it, else ``"auto"``.
         average_tokens_across_devices: under ``torch.distributed``, in training mode and with
-            gradients, divide the loss by the counts of all ranks, so that the mean of their
-            gradients is that of one batch whatever each holds. One all-reduce of two numbers, while
-            the net runs. All ranks must call ``forward`` then, so turn it off within
-            DistributedDataParallel's ``join()``.
+            gradients, divide the loss by the token counts of all ranks, so that the mean of their
+            gradients is that of the global batch, however its tokens are distributed. One
+            all-reduce of two numbers, overlapped with the net. All ranks must then call
+            ``forward``, so turn it off within DistributedDataParallel's ``join()``.
 
     ``masking`` holds the :class:`MaskingConfig` in use; assign another to change it in training.
 
-    Threads may call ``forward`` and ``generate`` of one net side by side: those that need it in
-    evaluation mode take turns with all others, a step of ``generate`` at a time. (A net that is
-    called past the wrapper does not wait.)
+    Threads may call ``forward`` and ``generate`` of one net concurrently: access to it is
+    serialised, a step of ``generate`` at a time. (Calls that bypass the wrapper are not.)
 
     Raises:
-        TypeError, ValueError: the net lacks what the arguments need, or they contradict.
+        TypeError, ValueError: the net lacks what the arguments need, or they contradict each other.
 
     Warns:
         UserWarning: the net looks causal.
@@ -184,8 +185,8 @@ class NonAutoregressiveWrapper(nn.Module):
         if self.dim is None and (self_cond or self_token_critic):
             raise ValueError(
                 f"{'self_cond' if self_cond else 'self_token_critic'} needs the net's embeddings, "
-                f"but {type(net).__name__} has no emb_dim; nar_kernels.nets.TokenNet says what the "
-                "net must understand"
+                f"but {type(net).__name__} has no emb_dim; nar_kernels.TokenNet says what the net "
+                "must support"
             )
         self.masking = MaskingConfig(
             net_attribute(net, "num_tokens"),
@@ -204,7 +205,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if causal is not None:
             warnings.warn(
                 f"{type(net).__name__} holds a {type(causal).__name__} that is causal: a masked "
-                "token cannot be predicted from what is behind it. Use a bidirectional net (an "
+                "token cannot be predicted from the tokens after it. Use a bidirectional net (an "
                 "encoder), or set is_causal = False where the net allows that",
                 stacklevel=2,
             )
@@ -226,7 +227,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
         self.critic_loss_weight = critic_loss_weight
-        self.register_state_dict_post_hook(_without_aliases)
+        self.register_state_dict_post_hook(_clone_shared_tensors)
 
     @property
     def num_tokens(self) -> int:
@@ -263,38 +264,38 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Losses:
         """The losses of a batch.
 
-        Logits are computed at the masked positions only, where the net tells its head (see
-        :class:`nar_kernels.nets.adapter.TokenNet`): :func:`nar_kernels.masked_nll`.
+        Logits are computed at the masked positions only, if the head of the net is known (see
+        :class:`~nar_kernels.TokenNet`), by :func:`nar_kernels.masked_nll`.
 
         Args:
             x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. (On
-                a GPU, checking ids waits for the device; batches of ``MaskedLoader`` do not.)
-            only_train_generator: leave the critic out.
+                a GPU, checking clean ids is a sync; batches of ``MaskedLoader`` avoid it.)
+            only_train_generator: skip the critic.
             only_train_critic: the generator runs without gradients, and its loss is None.
-            generator_sample_temperature: of the ids that the critic judges. Default: uniform in
-                [0, 1), drawn anew each time.
-            seed: of everything random in here, the net's own dropout excepted. Default: drawn from
+            generator_sample_temperature: of the ids sampled for the critic. Default: uniform in
+                [0, 1), drawn on each call.
+            seed: of all randomness in here except the net's own dropout. Default: drawn from
                 PyTorch's CPU generator. Under ``torch.distributed`` rank r of W takes sample slots
                 r, r + W, ...: ranks with the same seed draw different masks.
             normalizer: divide the generator's loss by this, instead of the count of maskable (or
                 masked, if the loss is the mean) positions.
             maskable: bool ``[B, L]``, positions that may be masked, such as answers; for clean ids.
             kwargs: for the net, if its ``forward`` declares them.
-            net_kwargs: others for the net, which it takes as ``**kwargs``.
+            net_kwargs: for the net, which takes them as ``**kwargs``.
 
         Raises:
             InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
-            TypeError, ValueError: wrong dtype, shape or length, arguments that contradict, or one
-                that nobody declares.
+            TypeError, ValueError: wrong dtype, shape or length, contradicting arguments, or an
+                unknown one.
         """
         if only_train_critic and self.token_critic is None:
             raise ValueError("only_train_critic needs a token_critic or self_token_critic")
         if only_train_critic and only_train_generator:
             raise ValueError("only_train_generator and only_train_critic exclude each other")
-        kwargs = for_the_net(self.net, kwargs, net_kwargs, _FORWARD_ARGUMENTS)
+        kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _FORWARD_ARGUMENTS)
         seed = _draw_seed() if seed is None else as_int("seed", seed)
         corrupted = self._corrupted(x, maskable, seed)
-        with Turns(self.net, self.token_critic):
+        with ModeLocks(self.net, self.token_critic):
             return self._losses(
                 corrupted,
                 kwargs,
@@ -318,14 +319,14 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Losses:
         reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
         needs_counts = with_critic or normalizer is None
-        counts = self._counts_of_ranks(corrupted, reduction) if needs_counts else None
+        counts = self._all_reduce_counts(corrupted, reduction) if needs_counts else None
         with nullcontext() if with_generator else no_grad():
             prediction = self._predict(corrupted.input_ids, seed, kwargs)
-        of_ranks = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
+        mean_counts = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
         loss: Tensor | None = None
         if with_generator:
-            if normalizer is None and of_ranks is not None:
-                normalizer = of_ranks[0]
+            if normalizer is None and mean_counts is not None:
+                normalizer = mean_counts[0]
             loss = prediction.loss(
                 corrupted,
                 reduction=reduction,
@@ -336,21 +337,25 @@ class NonAutoregressiveWrapper(nn.Module):
             assert loss is not None
             return Losses(loss, loss, None)
         critic_loss = self._critic_loss(
-            prediction, corrupted, temperature, seed, None if of_ranks is None else of_ranks[1]
+            prediction,
+            corrupted,
+            temperature,
+            seed,
+            None if mean_counts is None else mean_counts[1],
         )
         if loss is None:
             return Losses(critic_loss, None, critic_loss)
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
 
-    def _counts_of_ranks(
+    def _all_reduce_counts(
         self, corrupted: Corrupted, reduction: Reduction
     ) -> distributed.SumOverRanks | None:
-        """What the losses of the generator and of the critic are divided by, summed over ranks
-        while the net runs; None where each rank is by itself."""
+        """Starts the all-reduce of the counts by which the losses of generator and critic are
+        divided, to overlap with the net; None if ranks do not share them."""
         together = self.average_tokens_across_devices and distributed.world_size() > 1
         if not (together and self.training and torch.is_grad_enabled()):
             return None
-        counts = num_counted(corrupted, reduction), _is_judged(corrupted).sum()
+        counts = num_counted(corrupted, reduction), _has_clean_id(corrupted).sum()
         return distributed.SumOverRanks(torch.stack(counts).double())
 
     def _corrupted(
@@ -395,8 +400,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 maskable=maskable,
                 backend=self.backend,
             )
-        # To look at a record on a GPU waits for it. Batches from there are checked by the loader
-        # that made them, or by who called `corrupt`.
+        # Reading the record of a batch on a GPU is a sync. Such batches are checked by the loader
+        # that made them, or by the caller of `corrupt`.
         if not (isinstance(x, Corrupted) and ids.is_cuda):
             corrupted.raise_if_invalid()
         return corrupted
@@ -405,7 +410,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if self.self_cond:
             embed: Tensor = self.null_embed
             # The same coin on all ranks: they must build the same graph.
-            coin = _random_number(noise_generator(seed, Stream.CRITIC_NOISE))
+            coin = _uniform(noise_generator(seed, Stream.CRITIC_NOISE))
             if coin < self.self_cond_train_prob:
                 with no_grad():
                     embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
@@ -441,14 +446,14 @@ class NonAutoregressiveWrapper(nn.Module):
         seed: int,
         normalizer: Tensor | None,
     ) -> Tensor:
-        """How well the critic tells wrong samples from clean ids: mean over all positions but those
-        whose clean id is not known, since its label was set to -100."""
+        """Binary cross-entropy of the critic on sampled ids being wrong: mean over the positions
+        whose clean id is known (label not set to -100)."""
         rows, clean = corrupted.masked_rows, corrupted.clean_ids
         rank, world_size = distributed.rank(), distributed.world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
         if temperature is None:
-            temperature = _random_number(noise)
+            temperature = _uniform(noise)
         with torch.no_grad():
             sampled = draw_tokens(
                 prediction.logits_at(rows),
@@ -459,14 +464,15 @@ class NonAutoregressiveWrapper(nn.Module):
                 temperature=temperature,
             ).tokens
             generated = clean.flatten().index_copy(0, rows, sampled).view_as(clean)
-        is_judged = _is_judged(corrupted)
+        has_clean_id = _has_clean_id(corrupted)
         total = F.binary_cross_entropy_with_logits(
             self._critic_scores(generated),
             (generated != clean).float(),
-            weight=is_judged.float(),
+            weight=has_clean_id.float(),
             reduction="sum",
         )
-        return total / (is_judged.sum().clamp(min=1) if normalizer is None else normalizer).float()
+        count = has_clean_id.sum().clamp(min=1) if normalizer is None else normalizer
+        return total / count.float()
 
     def generate(
         self,
@@ -482,7 +488,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
         Args:
             batch_size, start_temperature, filter_thres, noise_level_scale: as there.
-            progress: show a bar (with tqdm).
+            progress: show a progress bar (tqdm).
             kwargs: other arguments of :meth:`generate_steps`, and of the net.
 
         Returns:
@@ -519,22 +525,22 @@ class NonAutoregressiveWrapper(nn.Module):
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> SampleStates:
-        """:meth:`sample` by the names and defaults of x-transformers.
+        """:meth:`sample` with the argument names and defaults of x-transformers.
 
         Args:
             batch_size, seed, first_sequence, prompt, unconditional, logits_processor, net_kwargs,
                 kwargs: as in :meth:`sample`.
             start_temperature: ``temperature`` of :class:`SamplingConfig`.
-            filter_thres: share of the vocabulary, in [0, 1], that is never sampled: the least
+            filter_thres: fraction of the vocabulary, in [0, 1], that is never sampled: the least
                 probable. None: no filter.
             noise_level_scale: scale of the noise on the critic's scores.
-            steps: default: those of the wrapper; with ``"threshold"``, as many as it takes.
+            steps: default: those of the wrapper; with ``"threshold"``, as many as needed.
             strategy: default: ``"critic"`` if there is one, else ``"confidence"``.
             choice_temperature, threshold, grid, block_length, guidance_scale: as in
                 :class:`SamplingConfig`.
             can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
         """
-        kwargs = for_the_net(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
+        kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
         if strategy is None:
             strategy = "confidence" if self.token_critic is None else "critic"
         if can_mask_prev_unmasked is None:
@@ -575,41 +581,39 @@ class NonAutoregressiveWrapper(nn.Module):
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> SampleStates:
-        """Samples sequences step by step. Ids of ``mask_id`` and ``never_mask_ids`` are not drawn.
+        """Samples sequences step by step. Never draws ``mask_id`` or ``never_mask_ids``.
 
-        The same sequence comes out in a batch of any size, up to the rounding of the net. Where
-        all prompts are equal, the first step runs the net on one of them, if its outputs are
-        independent of the batch (see :class:`nar_kernels.nets.adapter.TokenNet`).
+        A sequence is the same in a batch of any size, up to the rounding of the net. If all prompts
+        are equal, the first step runs the net on one of them, if the net is batch-independent (see
+        :class:`~nar_kernels.TokenNet`).
 
         Args:
-            config: how.
-            batch_size: B; without it, one sequence, or one for each prompt.
+            config: sampling options.
+            batch_size: B; without it, one sequence, or one per prompt.
             seed: default: drawn from PyTorch's CPU generator.
-            first_sequence: the number of the first of B consecutive sequences, at least 0: sequence
-                i of a seed is the same in any batch that it is in. Default: 0; under
-                ``torch.distributed`` rank r of W has the sequences r, r + W, ..., so that ranks
-                with equal seeds generate different ones. (A net that is divided over ranks is
-                called by all or none, and ``"threshold"`` makes as many calls as the sequences
-                need: give all ranks the same number then.)
-            prompt: ids that are given: one sequence (for all of the batch) or one for each, of any
-                lengths up to L: lists, arrays or tensors. Filled is what is ``mask_id`` in them,
-                and what is behind them.
-            unconditional: keyword arguments that the net gets without the condition, in place of
-                those in ``kwargs``, for guidance. Default: the prompt is masked for that call.
-            logits_processor: from logits ``[C, V]``, which are its own to keep or to change, and
-                their places, indices into the flat ``[B * L]``, to those that are sampled from.
+            first_sequence: index of the first of B consecutive sequences, at least 0: sequence i of
+                a seed is the same in any batch. Default: 0; under ``torch.distributed`` rank r of W
+                has the sequences r, r + W, ..., so that ranks with equal seeds generate different
+                ones. (A sharded net must be called by all ranks, and ``"threshold"`` makes as many
+                calls as the sequences need: give all ranks the same index then.)
+            prompt: given ids: one sequence (for the whole batch) or one for each, of any length up
+                to L: lists, arrays or tensors. Positions with ``mask_id`` and those after the
+                prompt are filled.
+            unconditional: keyword arguments of the net's unconditional call for classifier-free
+                guidance, overriding ``kwargs``. Default: the prompt is masked for that call.
+            logits_processor: called with logits ``[C, V]``, which it may keep or modify, and their
+                positions, indices into the flat ``[B * L]``; returns the logits to sample from.
             kwargs: for the net, if its ``forward`` declares them.
-            net_kwargs: others for the net, which it takes as ``**kwargs``.
+            net_kwargs: for the net, which takes them as ``**kwargs``.
 
         Returns:
             An iterator: a :class:`DecodeState` before the first step, and one after each.
 
         Raises:
-            TypeError, ValueError: an argument is out of its range, contradicts another, or is
-                declared by nobody.
-            InvalidLogitsError: the net says NaN: at that step on the CPU, else behind the last one.
+            TypeError, ValueError: an argument is out of range, contradicts another, or is unknown.
+            InvalidLogitsError: the net returns NaN: at that step on the CPU, else after the last.
         """
-        kwargs = for_the_net(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
+        kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
         device = self._device()
         begin = read_prompt(prompt, batch_size, self.max_seq_len, self.masking)
         is_open = begin == self.mask_id
@@ -633,7 +637,7 @@ class NonAutoregressiveWrapper(nn.Module):
             predictor,
             begin.to(device),
             plan,
-            make_choice(config, self.max_seq_len, device, self._critic_scores_if_any()),
+            make_choice(config, self.max_seq_len, device, self._critic_scores_or_none()),
             mask_id=self.mask_id,
             seed=_draw_seed() if seed is None else as_int("seed", seed),
             temperature=config.temperature,
@@ -647,7 +651,7 @@ class NonAutoregressiveWrapper(nn.Module):
         return SampleStates(states, self, self.net, self.token_critic)
 
     def _device(self) -> torch.device:
-        """Where the net is."""
+        """The device of the net."""
         some_parameter = next(self.net.parameters(), None)
         device = torch.device("cpu") if some_parameter is None else some_parameter.device
         if device.type == "meta":
@@ -657,20 +661,20 @@ class NonAutoregressiveWrapper(nn.Module):
             )
         return device
 
-    def _critic_scores_if_any(self) -> Callable[[Tensor], Tensor] | None:
+    def _critic_scores_or_none(self) -> Callable[[Tensor], Tensor] | None:
         return None if self.token_critic is None else self._critic_scores
 
     def _condition(self, embeddings: Tensor) -> dict[str, Any]:
         return {"sum_embeds": self._self_condition(embeddings)}
 
 
-def _is_judged(corrupted: Corrupted) -> Tensor:
-    """bool ``[B, L]``: where the clean id is known, since nobody set its label to -100."""
+def _has_clean_id(corrupted: Corrupted) -> Tensor:
+    """bool ``[B, L]``: where the clean id is known, its label not having been set to -100."""
     return ~(corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX))
 
 
 def _sequence_numbers(first: int | None, batch: int) -> range:
-    """Of the sequences of a batch: consecutive ones, or those of this rank."""
+    """Indices of the sequences of a batch: consecutive, or those of this rank."""
     start, stride = distributed.rank(), distributed.world_size()
     if first is not None:
         start, stride = as_int("first_sequence", first), 1
@@ -679,11 +683,11 @@ def _sequence_numbers(first: int | None, batch: int) -> range:
     return range(start, start + batch * stride, stride)
 
 
-def _arguments(method: Callable[..., Any]) -> tuple[str, ...]:
-    """Without self and kwargs."""
+def _argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Parameter names, without self and ``**kwargs``."""
     return tuple(inspect.signature(method).parameters)[1:-1]
 
 
-_FORWARD_ARGUMENTS = _arguments(NonAutoregressiveWrapper.forward)
-_GENERATE_ARGUMENTS = _arguments(NonAutoregressiveWrapper.generate_steps)
-_SAMPLE_ARGUMENTS = _arguments(NonAutoregressiveWrapper.sample)
+_FORWARD_ARGUMENTS = _argument_names(NonAutoregressiveWrapper.forward)
+_GENERATE_ARGUMENTS = _argument_names(NonAutoregressiveWrapper.generate_steps)
+_SAMPLE_ARGUMENTS = _argument_names(NonAutoregressiveWrapper.sample)

@@ -92,7 +92,7 @@ def test_an_adapter_notices_that_its_head_is_not_the_last(cls, mode):
     contexts = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
     with contexts.get(mode, torch.enable_grad)(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?!NetAdapter)")  # of dynamo
-        with pytest.warns(UserWarning, match="does more than to return what its head does"):
+        with pytest.warns(UserWarning, match="does more than return the output of its head"):
             got = model(IDS, seed=0).loss
         torch.testing.assert_close(got, plain(IDS, seed=0).loss)
         again = model(IDS, seed=1).loss  # without another warning

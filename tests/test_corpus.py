@@ -335,14 +335,18 @@ FILES_REFUSED: dict[str, tuple[bytes, str | None, str]] = {
     "complex.npy": (npy_bytes(IDS.astype(complex)), None, "dtype complex128"),
     "object.npy": (npy_bytes(IDS.astype(object)), None, "dtype object"),
     "npy.bin": (npy_bytes(IDS), "uint16", r"is a \.npy file.*leave it out"),
-    "llm_c.bin": (LLM_C + IDS.tobytes(), "uint16", "llm.c or modded-nanogpt.*not read yet.*memmap"),
+    "llm_c.bin": (
+        LLM_C + IDS.tobytes(),
+        "uint16",
+        "llm.c or modded-nanogpt.*not supported.*memmap",
+    ),
     "llama.bin": (
         np.array([20240801, 7, 2] + [0] * 255, "<i4").tobytes(),
         "uint32",
-        "llm.c file: uint32 after 1024 bytes.*not read yet",
+        "llm.c file: uint32 after 1024 bytes.*not supported yet",
     ),
     "untyped_llm_c.bin": (LLM_C + IDS.tobytes(), None, "llm.c or modded-nanogpt"),
-    "tiny_llama.bin": (b"LITPKDS" + b"\0" * 33, "uint16", "TinyLlama.*not read yet"),
+    "tiny_llama.bin": (b"LITPKDS" + b"\0" * 33, "uint16", "TinyLlama.*not supported yet"),
     "megatron.idx": (b"MMIDIDX\0\0" + b"\0" * 31, "uint8", "the index of a Megatron-LM corpus"),
 }
 
@@ -397,7 +401,7 @@ OTHER_FORMATS: dict[str, list[bytes]] = {
         for protocol in range(2, 6)
         for value in (IDS, [1, 2, 3, 4, 5], {"ids": [1, 2, 3]}, {1: 2, 3: 4})
     ],
-    "a file of torch.save, in its old format": [
+    "a torch.save file in its legacy format": [
         saved(lambda file: torch.save(torch.arange(9), file, _use_new_zipfile_serialization=False))
     ],
     "compressed by gzip": [gzip.compress(IDS.tobytes(), level) for level in (1, 6, 9)],
@@ -408,7 +412,7 @@ OTHER_FORMATS: dict[str, list[bytes]] = {
     "a tar archive": [tar_bytes()],
     "a Parquet file": [b"PAR1\x15\x04\x15" + bytes(32), b"PAR1 no bytes below 32 PAR1"],
     "an Arrow or Feather file": [b"ARROW1\0\0" + bytes(32), b"FEA1" + bytes(32) + b"FEA1"],
-    "a stream of Arrow": [ARROW_STREAM + bytes(32)],
+    "an Arrow stream": [ARROW_STREAM + bytes(32)],
     "a safetensors file": [safetensors_bytes()],
     "an HDF5 file": [b"\x89HDF\r\n\x1a\n" + bytes(32)],
     "an SQLite database": [sqlite_bytes()],
@@ -423,7 +427,7 @@ def test_other_formats(tmp_path: Path, what: str) -> None:
     for content in OTHER_FORMATS[what]:
         path = write(tmp_path / "a.bin", content)
         for dtype in (None, "uint8", "uint16", "int64"):
-            with pytest.raises(CorpusFormatError, match=rf"a\.bin is {what}.*not read yet: "):
+            with pytest.raises(CorpusFormatError, match=rf"a\.bin is {what}.*not supported yet: "):
                 Corpus(path, dtype=dtype)
         # The way out that the message names.
         assert bytes(values(Corpus(np.memmap(path, dtype="uint8", mode="r")))) == content

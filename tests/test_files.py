@@ -84,7 +84,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_errors_of_other_files_keep_their_names(tmp_path):
-    with pytest.raises(FileNotFoundError) as raised, files.replacing(tmp_path / "a"):
+    with pytest.raises(FileNotFoundError) as raised, files.atomic_write(tmp_path / "a"):
         open(tmp_path / "b")
     assert raised.value.filename == str(tmp_path / "b")
     assert os.listdir(tmp_path) == []
@@ -92,13 +92,13 @@ def test_errors_of_other_files_keep_their_names(tmp_path):
 
 def test_an_error_without_a_number_keeps_its_words(tmp_path):
     with pytest.raises(OSError, match="7 requested and 3 written: .*/a'"):
-        with files.replacing(tmp_path / "a"):
+        with files.atomic_write(tmp_path / "a"):
             raise OSError("7 requested and 3 written")
 
 
 def test_two_writers_do_not_meet(tmp_path):
     path = tmp_path / "a"
-    with files.replacing(path) as one, files.replacing(path) as other:
+    with files.atomic_write(path) as one, files.atomic_write(path) as other:
         other.write(b"other")
         one.write(b"one, and longer")
     assert path.read_bytes() == b"one, and longer"

@@ -184,7 +184,7 @@ def test_arguments_of_the_head_reach_it():
 
 
 def test_an_adapter_refuses_a_head_that_is_not_in_the_net():
-    with pytest.raises(ValueError, match="a Linear that is no part of Recorder"):
+    with pytest.raises(ValueError, match="a Linear that is no submodule of Recorder"):
         NetAdapter(Recorder(), num_tokens=12, max_seq_len=10, head=nn.Linear(2, 2))
 
 

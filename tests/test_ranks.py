@@ -150,16 +150,12 @@ def test_the_critic_counts_all_ranks(trained):
     critic = torch.nn.Sequential(torch.nn.Embedding(V, 1))
     with torch.no_grad():
         critic[0].weight.copy_(torch.linspace(-1, 1, V)[:, None])
-    from nar_kernels import wrapper
-
     for rank, found in enumerate(trained):
         model = make_model(token_critic=critic).eval()
-        original = wrapper._rank_and_world_size
-        wrapper._rank_and_world_size = lambda rank=rank: (rank, RANKS)
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nar_kernels.distributed.rank", lambda rank=rank: rank)
+            patch.setattr("nar_kernels.distributed.world_size", lambda: RANKS)
             alone = model(batch_of(rank, B + rank), seed=3).critic_loss.item()
-        finally:
-            wrapper._rank_and_world_size = original
         assert found["critic"] == pytest.approx(alone, rel=1e-5)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nar_kernels import wrapper
+from nar_kernels import distributed
 from nar_kernels.ops.corrupt import corrupt
 from tests.models import Recorder, clean_batch, make_model, masks_of
 
@@ -102,11 +102,13 @@ def test_ranks_share_the_coin_but_not_the_noise(monkeypatch):
     """The coin decides which graph is built, so it must be common; sampled ids must differ."""
     critic = Recorder(num_outputs=1)
     model = make_model(self_cond=True, self_cond_train_prob=0.5, token_critic=critic)
+    model.average_tokens_across_devices = False  # there is no process group
     corrupted = corrupt(clean_batch(), model.masking, seed=0)
     calls, losses = [], []
     model.net.register_forward_hook(lambda *_: calls[-1].append(1))
     for rank in range(2):
-        monkeypatch.setattr(wrapper, "_rank_and_world_size", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
         for seed in range(20):
             calls.append([])
             losses.append(model(corrupted, generator_sample_temperature=1.0, seed=seed))

@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from nar_kernels.extras import EXTRAS, how_to_install, version
+from nar_kernels.extras import EXTRAS, install_command, version
 from nar_kernels.ops.backends import backends, cpp
 
 HELP = "say what works here, and why the rest does not"
@@ -42,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "optional packages",
         {
             (package := requirement.partition(">")[0]): version(package)
-            or f"not installed: {how_to_install(extra)}"
+            or f"not installed: {install_command(extra)}"
             for extra, requirements in EXTRAS.items()
             for requirement in requirements
         },

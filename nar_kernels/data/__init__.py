@@ -1,1 +1,1 @@
-"""From corpora to corrupted batches."""
+"""Data loading: corpora, windows, corrupted batches."""

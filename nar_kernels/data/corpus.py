@@ -1,6 +1,6 @@
-"""Corpora: the token ids of a file or an array as one flat stream, never copied to memory whole.
+"""Token ids of a memory-mapped file or an array as one flat stream: :class:`Corpus`.
 
-Shapes: T tokens of the corpus.
+Shapes: T corpus length in tokens.
 """
 
 import hashlib
@@ -33,28 +33,27 @@ class Corpus:
     Args:
         source: one of
 
-            * a path to a ``.npy`` file: 1-D, any type of :data:`TOKEN_DTYPES`, little-endian;
-            * a path to a raw binary file: nothing but little-endian ids, as nanoGPT writes them;
-            * a 1-D numpy array or CPU torch tensor. It is copied only if it is not contiguous. Its
-              data travels to spawned workers; a path travels as a path, so prefer that for files.
+            * a path to a ``.npy`` file: 1-D, any dtype of :data:`TOKEN_DTYPES`, little-endian;
+            * a path to a raw binary file: headerless little-endian ids, as nanoGPT writes them;
+            * a 1-D NumPy array or CPU torch tensor, copied only if not contiguous (or an array not
+              aligned). It is pickled to spawned workers with its data, a file by path only.
 
-        dtype: type of the ids in a raw file: ``"uint16"``, a numpy or a torch dtype. Default: what
-            the sidecar ``<file>.json`` says, such as ``{"dtype": "uint16"}``. For raw files only.
+        dtype: dtype of the ids in a raw file: ``"uint16"``, a NumPy or a torch dtype. Default: from
+            the sidecar ``<file>.json``, such as ``{"dtype": "uint16"}``. For raw files only.
 
-    A file is memory-mapped, copy-on-write: a write to ``tokens`` never reaches it. It must not
-    shrink while it is in use. A pickle holds the path of a file, and the tokens of an array;
-    ``copy.deepcopy`` shares the corpus, which nothing here writes.
+    Files are memory-mapped copy-on-write: a write to ``tokens`` never reaches the file, which must
+    not shrink while in use. ``copy.deepcopy`` shares the corpus, which nothing here writes.
 
-    Files that begin as those of another format do, such as compressed ones, are refused whatever
-    ``dtype`` says. An array, such as ``np.memmap(file, dtype=..., mode="r")``, is not looked at.
+    Files with the signature of another format, such as compressed ones, are rejected whatever
+    ``dtype`` says; arrays, such as ``np.memmap(file, dtype=..., mode="r")``, are not checked.
 
     Attributes:
-        tokens: ``[T]`` in the source's own type, sharing the source's memory.
+        tokens: ``[T]`` in the source's dtype; shares the source's memory unless copied.
         name: the path as given, or ``"array"`` or ``"tensor"``.
 
     Raises:
-        CorpusFormatError: the source is no stream of token ids, or not surely one.
-        FileNotFoundError: there is no such file.
+        CorpusFormatError: the source is not, or not unambiguously, a stream of token ids.
+        FileNotFoundError: no such file.
         TypeError: the source is neither a path, an array nor a tensor.
     """
 
@@ -66,7 +65,7 @@ class Corpus:
         if isinstance(source, str | os.PathLike):
             self.name = os.fspath(source)
             self._layout = read_layout(Path(source), dtype)
-            self.tokens = _map(self._layout)
+            self.tokens = _memory_map(self._layout)
             return
         if not isinstance(source, np.ndarray | Tensor):
             raise TypeError(
@@ -88,11 +87,11 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint, to notice on resume that the corpus is another one.
+        """Fingerprint that detects a different corpus on resume.
 
-        SHA-256 in hexadecimal over the dtype, the length, and 64 blocks of 4 KiB, evenly spaced,
-        the first and the last included. It is a sample: above 256 KiB, a change between the blocks
-        that keeps the length goes unnoticed. The same tokens give the same digest in any container.
+        Hex SHA-256 of the dtype, the length, and 64 evenly spaced blocks of 4 KiB, first and last
+        included. It is a sample: above 256 KiB, a change between the blocks that keeps the length
+        goes undetected. The same tokens have the same digest in any container.
         """
         content = self.tokens.view(torch.uint8)
         last = max(len(content) - _DIGEST_BLOCK_BYTES, 0)
@@ -105,17 +104,16 @@ class Corpus:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self._layout is not None:
-            del state["tokens"]  # the receiver maps the file again
+            del state["tokens"]  # mapped again on unpickling
         else:
-            # A tensor would travel with all the memory of which it is a part, and torch cannot read
-            # the pickle of one of uint16.
+            # A tensor would be pickled with its whole storage, and torch cannot unpickle uint16.
             state["tokens"] = self.tokens.numpy()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._layout is not None:
-            self.tokens = _map(self._layout)
+            self.tokens = _memory_map(self._layout)
         elif isinstance(self.tokens, np.ndarray):  # a tensor in pickles of earlier versions
             self.tokens = _from_array(self.tokens)
 
@@ -123,13 +121,13 @@ class Corpus:
         return self
 
 
-def _map(layout: Layout) -> Tensor:
+def _memory_map(layout: Layout) -> Tensor:
     end = layout.offset + layout.length * np.dtype(layout.dtype).itemsize
     with open(layout.path, "rb") as file:
         # Copy-on-write: torch has no read-only tensors, and a stray write must not reach the file.
         if sys.platform == "linux":
-            # Linux refuses private writable maps larger than memory and swap, unless told not to
-            # reserve memory for them. (Python names the flag from 3.13 on.)
+            # Linux refuses private writable mappings larger than RAM and swap, except with
+            # MAP_NORESERVE (which Python names from 3.13 on).
             flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
             mapped = mmap.mmap(file.fileno(), end, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         else:
@@ -142,8 +140,7 @@ def _from_array(array: np.ndarray) -> Tensor:
     check_array("array", array.shape, array.dtype, "array")
     aligned = np.require(array, requirements=("C", "ALIGNED"))
     with warnings.catch_warnings():
-        # Read-only arrays, such as those of np.load(..., mmap_mode="r"), are welcome: nothing here
-        # writes.
+        # Read-only arrays, such as np.load(..., mmap_mode="r"), are fine: nothing here writes.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(aligned)
 

@@ -1,6 +1,6 @@
 """Clean windows of a corpus: :class:`TokenDataset`.
 
-Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus, N windows of the dataset.
+Shapes: B batch, L sequence length (``seq_len``), T corpus length in tokens, N windows.
 """
 
 import copy
@@ -19,7 +19,7 @@ from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.corrupt import windows
 from nar_kernels.ops.masking import check_vocabulary
 
-_TOKENS_SCANNED = 1 << 18  # at a time: what is made of them stays in the cache
+_SCAN_CHUNK = 1 << 18  # tokens; its temporaries fit in cache
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -34,13 +34,13 @@ class TokenDataset(Dataset[Tensor]):
         num_tokens: V, the number of embedding rows, in [2, 2**31).
         mask_id: the mask token, in [0, V). Clean data must not contain it.
         stride: tokens from one window's start to the next, at least 1. Default: ``seq_len``.
-        dtype: type of the ids of a raw file, such as ``"uint16"``. See ``Corpus``.
-        validate: check every window that is fetched. If false, ids that are invalid are replaced by
-            a valid one (0, or 1 if ``mask_id`` is 0), so that no embedding is read out of bounds.
+        dtype: dtype of the ids in a raw file, such as ``"uint16"``. See ``Corpus``.
+        validate: check every fetched window. If false, invalid ids are replaced by 0 (1 if
+            ``mask_id`` is 0), so that embedding lookups stay in bounds.
 
     Attributes:
         corpus: the :class:`Corpus`.
-        phase: the start of window 0 in the corpus: 0, except for windows held out by ``split``.
+        phase: corpus offset of window 0: 0, except for windows held out by ``split``.
 
     Raises:
         CorpusFormatError, FileNotFoundError: the corpus cannot be read.
@@ -84,12 +84,12 @@ class TokenDataset(Dataset[Tensor]):
         return self._num_windows
 
     def starts(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """int64 ``[B]``: where in the corpus the windows of these indices begin; on the device of
+        """int64 ``[B]``: corpus offsets of the windows with these indices; on the device of
         ``indices`` if that is a tensor.
 
         Raises:
             IndexError: an index is outside [-N, N).
-            TypeError: an index is no integer.
+            TypeError: an index is not an integer.
         """
         if isinstance(indices, Tensor):
             if indices.is_floating_point() or indices.dtype == torch.bool:
@@ -110,7 +110,7 @@ class TokenDataset(Dataset[Tensor]):
         return self.__getitems__([operator.index(index)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """B windows, int64 ``[L]`` each, fetched at once: rows of one ``[B, L]`` tensor."""
+        """Batched fetch for DataLoader: int64 ``[L]`` windows, rows of one ``[B, L]`` tensor."""
         rows = windows(
             self.corpus.tokens,
             self.starts(indices),
@@ -138,8 +138,8 @@ class TokenDataset(Dataset[Tensor]):
         if num_held_out < 1 or num_train < 1:
             raise ValueError(
                 f"num_held_out is {num_held_out}: of {len(self)} windows, at least 1 must be held "
-                f"out and at least {dropped + 1} not, so that one that shares no token with them "
-                "remains"
+                f"out and at least {dropped + 1} not, so that one training window shares no token "
+                "with them"
             )
         train, held_out = copy.copy(self), copy.copy(self)
         train._num_windows = num_train
@@ -148,8 +148,7 @@ class TokenDataset(Dataset[Tensor]):
         return train, held_out
 
     def validate_all(self) -> None:
-        """Checks the tokens of all windows, each once, in one pass over the part of the corpus that
-        they cover.
+        """Checks every token that a window covers, each once, in a single pass over the corpus.
 
         Raises:
             InvalidTokenError: with the lowest offset of a bad id, and how many there are.
@@ -159,9 +158,9 @@ class TokenDataset(Dataset[Tensor]):
         count, offset = 0, -1
         start = self.phase
         while start < end:
-            part = tokens[start : min(start + _TOKENS_SCANNED, end)]
+            part = tokens[start : min(start + _SCAN_CHUNK, end)]
             low, high = part.min(), part.max()
-            # Where the mask's is the last id, as is usual, only bad tokens are looked at again.
+            # If mask_id is the last id, as usual, only chunks with bad ids are searched for it.
             has_mask = low <= self.mask_id <= high and self.mask_id in part
             if low < 0 or high >= self.num_tokens or has_mask:
                 bad = (part < 0) | (part >= self.num_tokens) | (part == self.mask_id)
@@ -171,7 +170,7 @@ class TokenDataset(Dataset[Tensor]):
                     offset = int(offsets[0])
                 count += len(offsets)
             start += len(part)
-            # A gap between two windows is skipped from where the part ended.
+            # Ended in a gap between windows: skip to the next window.
             if (beyond := (start - self.phase) % self.stride) >= self.seq_len:
                 start += self.stride - beyond
         if count:

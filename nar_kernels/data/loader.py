@@ -1,7 +1,6 @@
-"""Clean windows of a corpus, and batches of corrupted ones: :class:`TokenDataset` and
-:class:`MaskedLoader`.
+"""Batches of corrupted windows: :class:`MaskedLoader`.
 
-Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus, N windows of the dataset.
+Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 """
 
 import warnings
@@ -24,7 +23,7 @@ from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.spec.philox import Stream
 
 
-def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """``rank`` and ``world_size`` as given, or those of the process group."""
     if (rank is None) != (world_size is None):
         raise ValueError(
@@ -51,7 +50,7 @@ def _check_step(step: int) -> int:
 
 
 class MaskedLoader:
-    """Batches of corrupted windows, by random access or in order, without end.
+    """An infinite stream of corrupted batches, with random access by step.
 
     With a global batch of ``G = batch_size * world_size``, step s of rank r holds the global sample
     slots ``g = s * G + r * batch_size + j`` for j in [0, ``batch_size``). Slot g is position
@@ -59,52 +58,51 @@ class MaskedLoader:
     batch may straddle epochs. All noise is a function of ``(seed, g)`` and of G. So windows and
     masks depend neither on ``world_size`` (for equal G), nor on where a run was resumed.
 
-    Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches.
-    (``range`` first: so ``zip`` stops before it takes a batch that nobody sees.) Frameworks that
-    ask for ``len(loader)`` get the number of steps in an epoch, and go on with the next step when
-    they iterate again.
+    Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches
+    (``range`` first, or ``zip`` takes one more batch and drops it). For frameworks that need it,
+    ``len(loader)`` is the number of steps in an epoch; iterating again continues with the next one.
 
-    Ids are always checked, whatever ``dataset.validate`` says: the operation that corrupts does it
-    in passing. On the CPU an error comes with the batch; on a GPU, which is not waited for, with
-    the next one (or :meth:`raise_if_invalid`): the host is never more than a step ahead of the
+    Ids are always checked, whatever ``dataset.validate`` says: validation is fused into
+    ``corrupt``. On the CPU an error is raised with the batch; on a GPU, to avoid a sync, with the
+    next one (or by :meth:`raise_if_invalid`): the host is never more than a step ahead of the
     device.
 
-    A copy, also by ``pickle``, continues from the same step by itself. A corpus in a file travels
-    as its path; copies in one process share it. What lies on a device is made again on arrival.
+    Copies, also by ``pickle``, continue independently from the same step. A corpus file is pickled
+    as its path; copies in one process share the corpus. Device state is recreated in the copy.
 
-    On a CUDA device a batch is one launch, which finds its windows by itself; nothing but a few
-    numbers comes from the host. The corpus stays in its own type, and lies
+    On a CUDA device a batch is one kernel launch. With ``"device"`` and ``"pinned"`` the kernel
+    also computes the windows, from a few scalars. The corpus keeps its dtype, and is stored
 
-    * ``"device"``: in the memory of the GPU;
-    * ``"pinned"``: in pinned memory of the host (a copy), which the kernel reads over the bus;
+    * ``"device"``: in GPU memory;
+    * ``"pinned"``: in pinned host memory (a copy), which the kernel reads over the bus;
     * ``"mapped"``: where it is, such as in a file. A thread fetches the windows of the next batch
       and copies them to the GPU while it computes.
 
-    ``"auto"`` takes the first that fits: an eighth of the free memory of the GPU, or a quarter of
-    that of the host divided by ``world_size``. With the first two, ``batch`` also takes the step as
-    a tensor on the device, so that a whole training step can be captured in a CUDA graph.
+    ``"auto"`` takes the first that fits: an eighth of the free GPU memory, or a quarter of the free
+    host memory divided by ``world_size``. With the first two, ``batch`` also takes the step as a
+    tensor on the device, so that making a batch can be captured in a CUDA graph. (A whole training
+    step cannot: shapes in ``masked_nll`` depend on the number of masked positions.)
 
     Args:
         dataset: the windows.
-        masking: how to mask; ``num_tokens`` and ``mask_id`` must be those of the dataset.
-        batch_size: B, sequences of one optimiser step on this rank. Gradient accumulation divides
-            them: see :meth:`Corrupted.microbatches`.
-        seed: 64-bit key of the order of windows and of the masks.
-        device: where the batches go. Those for CUDA devices are made there, others on the CPU.
+        masking: how to mask; ``num_tokens`` and ``mask_id`` must match the dataset.
+        batch_size: B, sequences per optimiser step on this rank. For gradient accumulation, split
+            batches with :meth:`Corrupted.microbatches`.
+        seed: 64-bit key of the window order and the masks.
+        device: of the batches. Those for CUDA devices are made there, others on the CPU.
         rank, world_size: this process among those that share the global batch; both or neither.
-            Default: as in the process group of ``torch.distributed``, if one is initialised by now,
-            else 0 of 1.
+            Default: of the ``torch.distributed`` process group if initialised by now, else 0, 1.
         shuffle: if false, slot g is window ``g % N``.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
 
     Attributes:
         step: the step that iteration yields next.
-        corpus_memory: where the corpus lies; ``"mapped"`` if the device is the CPU.
+        corpus_memory: where the corpus is stored; ``"mapped"`` if the device is the CPU.
 
     Raises:
         ValueError: an argument is out of range, or dataset and masking disagree.
-        BackendUnavailableError: the backend was asked for by name and cannot run here.
+        BackendUnavailableError: the backend was requested by name and cannot run here.
     """
 
     def __init__(
@@ -124,7 +122,7 @@ class MaskedLoader:
         batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        rank, world_size = _place_among_ranks(rank, world_size)
+        rank, world_size = _resolve_rank(rank, world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}: it must be in [0, world_size) = [0, {world_size})")
         for name in ("num_tokens", "mask_id"):
@@ -137,12 +135,11 @@ class MaskedLoader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle = as_int("seed", seed), bool(shuffle)
         self.device = check_device(device)
-        # Where batches are made.
-        self._made_on = self.device if self.device.type == "cuda" else torch.device("cpu")
-        self.backend = resolve_backend(backend, self._made_on)
+        self._compute_device = self.device if self.device.type == "cuda" else torch.device("cpu")
+        self.backend = resolve_backend(backend, self._compute_device)
         self.step = 0
         self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, self.shuffle)
-        self._deferred = DeferredCheck()
+        self._deferred_check = DeferredCheck()
         self._place_corpus(corpus_memory)
 
     def _place_corpus(self, memory: CorpusMemory | Literal["auto"]) -> None:
@@ -152,48 +149,48 @@ class MaskedLoader:
             )
         self._tokens = self.dataset.corpus.tokens.contiguous()
         self._stager: Stager | None = None
-        if self._made_on.type == "cpu":
+        if self._compute_device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
             return
         if memory == "auto":
-            memory = choose_memory_here(self._tokens, self._made_on, self.world_size)
+            memory = choose_memory_here(self._tokens, self._compute_device, self.world_size)
             if memory == "pinned" and self.backend == "reference":
-                memory = "mapped"  # no kernel that reads over the bus
+                memory = "mapped"  # which has no kernel that reads pinned memory
         self.corpus_memory = memory
         if memory == "device":
-            self._tokens = self._tokens.to(self._made_on)
+            self._tokens = self._tokens.to(self._compute_device)
         elif memory == "pinned":
             self._tokens = self._tokens.pin_memory()
         else:
             self._stager = Stager(
                 self._tokens,
-                self._starts,
+                self._window_starts,
                 self.batch_size,
                 self.dataset.seq_len,
-                self._made_on,
+                self._compute_device,
             )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        # Memory, threads and events of a device are made again on arrival. A check that is pending
-        # stays with this loader.
-        for name in ("_tokens", "_stager", "_deferred"):
+        # Device memory, threads and events are recreated in the copy. A pending check stays with
+        # this loader.
+        for name in ("_tokens", "_stager", "_deferred_check"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         check_device(self.device)
-        self._deferred = DeferredCheck()
+        self._deferred_check = DeferredCheck()
         self._place_corpus(self.corpus_memory)
 
     def __len__(self) -> int:
-        """Whole steps in an epoch, ``max(N // G, 1)``. Iteration itself does not end there."""
+        """Whole steps in an epoch, ``max(N // G, 1)``. Iteration does not stop there."""
         return max(len(self.dataset) // self.global_batch, 1)
 
     @property
     def global_batch(self) -> int:
-        """G, sequences of one optimiser step on all ranks together."""
+        """G, sequences per optimiser step over all ranks."""
         return self.batch_size * self.world_size
 
     def sample_ids(self, step: int) -> Tensor:
@@ -202,7 +199,7 @@ class MaskedLoader:
         return torch.arange(first, first + self.batch_size, device="cpu")
 
     def window_indices(self, step: int) -> Tensor:
-        """int64 ``[B]`` in [0, N): the windows of the dataset that ``step`` holds on this rank."""
+        """int64 ``[B]`` in [0, N): dataset indices of the windows in ``step`` on this rank."""
         slots, num_windows = self.sample_ids(step), len(self.dataset)
         epochs, position = slots // num_windows, slots % num_windows
         if not self.shuffle:
@@ -219,29 +216,27 @@ class MaskedLoader:
             )
         return order
 
-    def _starts(self, step: int) -> Tensor:
-        """int64 ``[B]``: where the windows of a step begin in the corpus."""
+    def _window_starts(self, step: int) -> Tensor:
+        """int64 ``[B]``: corpus offsets of the windows of a step."""
         return self.dataset.starts(self.window_indices(step))
 
     def batch(self, step: int | Tensor) -> Corrupted:
-        """The batch of any step: a function of ``(seed, step)``; it neither reads nor moves
+        """The batch of any step: a function of ``(seed, step)``; neither reads nor advances
         ``self.step``.
 
         Args:
-            step: at least 0. Or an int64 tensor of one element on the CUDA device: then nothing is
-                raised here, since to look at the batch would wait for the device; the batch's own
-                ``raise_if_invalid`` does.
+            step: at least 0. Or a one-element int64 tensor on the CUDA device: the batch is then
+                not checked by the loader, which would be a sync; call its ``raise_if_invalid``.
 
         Raises:
             InvalidTokenError: a window holds a bad id: in this batch on the CPU, in the one before
                 on a CUDA device. The message names corpus and offset.
-            ValueError: ``step`` is negative, or a tensor where the corpus is not in a memory that
-                the kernel can read.
+            ValueError: ``step`` is negative, or a tensor while the kernel cannot read the corpus.
         """
-        self._deferred.settle()
+        self._deferred_check.run()
         tokens = self._tokens
         if isinstance(step, Tensor):
-            if self._made_on.type == "cpu" or self._stager is not None:
+            if self._compute_device.type == "cpu" or self._stager is not None:
                 raise ValueError(
                     "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
                     f"'pinned' does the kernel find the windows; here it is {self.device} and "
@@ -261,30 +256,30 @@ class MaskedLoader:
             global_batch=self.global_batch,
             seq_len=self.dataset.seq_len,
             seed=self.seed,
-            device=self._made_on,
+            device=self._compute_device,
             backend=self.backend,
         )
         if not isinstance(step, Tensor):
-            if self._made_on.type == "cuda":
-                self._deferred.watch(corrupted, partial(self._check, step))
+            if self._compute_device.type == "cuda":
+                self._deferred_check.defer(corrupted, partial(self._check, step))
             else:
                 self._check(step, corrupted.invalid)
-        return corrupted if self._made_on == self.device else corrupted.to(self.device)
+        return corrupted if self._compute_device == self.device else corrupted.to(self.device)
 
     def _check(self, step: int, record: Tensor) -> None:
-        """Raises what the record of the batch of ``step`` says is wrong."""
+        """Raises the error in the ``invalid`` record of the batch of ``step``, if any."""
 
         def where(offset: int) -> str:
-            if self._stager is not None:  # counted in the batch, not in the corpus
+            if self._stager is not None:  # an offset in the batch, not in the corpus
                 row, column = divmod(offset, self.dataset.seq_len)
-                offset = int(self._starts(step)[row]) + column
+                offset = int(self._window_starts(step)[row]) + column
             return f"offset {offset} of {self.dataset.corpus.name}"
 
         check_record(record, self.batch_size, self.masking, where)
 
     def raise_if_invalid(self) -> None:
-        """Waits for the last batch and raises what is wrong with it, if nothing has yet."""
-        self._deferred.settle()
+        """Synchronises with the last batch and raises its error, if it has not been raised yet."""
+        self._deferred_check.run()
 
     def __iter__(self) -> Iterator[Corrupted]:
         return self
@@ -297,10 +292,10 @@ class MaskedLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to continue: the next step, and what must not have changed until then.
+        """The state to resume from: the next step, and everything that must not change until then.
 
-        Follows the protocol of torchdata's ``StatefulDataLoader``. It is equal on all ranks. After
-        batch s was received from iteration, ``"step"`` is s + 1.
+        Follows the protocol of torchdata's ``StatefulDataLoader``. Equal on all ranks. After
+        iteration has yielded batch s, ``"step"`` is s + 1.
         """
         return {
             "step": _check_step(self.step),
@@ -329,17 +324,17 @@ class MaskedLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where :meth:`state_dict` was taken.
+        """Resumes where :meth:`state_dict` was taken.
 
         ``world_size`` may have changed, if ``batch_size * world_size`` has not.
 
         Raises:
-            ValueError: the state is of another seed, corpus, window layout, global batch or
-                masking, with which this loader would not continue the same sequence of batches.
+            ValueError: the state has another seed, corpus, shuffle, window layout, global batch or
+                masking, so that this loader would not continue the same sequence of batches.
         """
         for name, ours in self.state_dict().items():
             if name not in state_dict:
-                if name in self._masking_state():  # states of earlier versions have no such entries
+                if name in self._masking_state():  # absent from states of earlier versions
                     continue
                 raise ValueError(f"the state has no {name!r}: it is not one of a MaskedLoader")
             theirs = state_dict[name]
@@ -351,6 +346,6 @@ class MaskedLoader:
             what = "batch_size * world_size" if name == "global_batch" else name
             raise ValueError(
                 f"cannot continue: {what} is {theirs} in the state, but {ours}{where} here; make "
-                "the loader as it was when the state was taken"
+                "the loader with the arguments it had when the state was taken"
             )
         self.step = _check_step(state_dict["step"])

@@ -1,4 +1,4 @@
-"""What ``--data`` can name: the built-in data sets, which need no download, and files.
+"""Data for ``--data``: built-in data sets, which need no download, and files.
 
 Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 """
@@ -22,7 +22,7 @@ BUILT_IN = ("digits", "text")
 _NUM_BYTES = 256
 _DEFAULT_SEQ_LEN = 256
 _MAX_HELD_OUT = 256
-_MAX_VALIDATED = 2_000_000_000  # tokens, which takes some seconds
+_MAX_VALIDATED = 2_000_000_000  # tokens; takes some seconds
 
 # scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
 _DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
@@ -31,13 +31,13 @@ Render = Literal["image", "bytes", "ids"]
 
 
 class SequenceSpec(NamedTuple):
-    """What a net and its samples must know of the data.
+    """What a net and the rendering of samples need to know of the data.
 
     Attributes:
-        num_tokens: V, the mask token included; its id is the last.
+        num_tokens: V, the mask token included, whose id is the last.
         seq_len: L.
         render: what a sequence is: an image of ``image_shape``, bytes of text, or plain ids.
-        image_shape: (height, width) of an image, whose ids rise from paper to ink; else None.
+        image_shape: (height, width) of an image, whose ids rise from background to ink; else None.
     """
 
     num_tokens: int
@@ -58,7 +58,7 @@ class Data(NamedTuple):
         spec: what a window is.
         train: the training windows; they may overlap each other.
         held_out: windows at the end, which share no token with ``train``.
-        held_out_windows: int64, indices of those in ``held_out`` that do not overlap each other.
+        held_out_windows: int64, indices of windows in ``held_out`` that do not overlap.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Data(NamedTuple):
     held_out_windows: Tensor
 
     def validate(self) -> None:
-        """Looks for bad ids, so that none stops a run in the middle; not in data so large that this
-        would take long, where each window is checked when its turn comes. All ranks must call this.
+        """Checks all ids up front, so that a bad one does not stop a run midway. Skipped above 2
+        billion tokens, where windows are checked when fetched. All ranks must call this.
 
         Raises:
-            InvalidTokenError: an id is outside [0, V), or is the mask's.
+            InvalidTokenError: an id is outside [0, V), or is ``mask_id``.
         """
         if len(self.train.corpus) <= _MAX_VALIDATED:
             for dataset in (self.train, self.held_out):
@@ -80,10 +80,7 @@ class Data(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A source, before it is cut into windows.
-
-    ``fixed`` are the options that it decides by itself.
-    """
+    """A source before it is cut into windows; ``fixed`` holds the options that it determines."""
 
     source: Source
     render: Render
@@ -107,15 +104,15 @@ def open_data(
 
     Args:
         name: ``"digits"``, ``"text"``, or a path: ``.npy`` and ``.bin`` hold token ids, any other
-            file is read as bytes. (A file that is called ``digits`` is ``./digits``.)
-        dtype: type of the ids in a raw file, such as ``"uint16"``. Turns any file into token ids.
+            file is read as bytes. (``./digits`` is a file with that name.)
+        dtype: dtype of the ids in a raw file, such as ``"uint16"``. Any file is token ids then.
         num_tokens: V, for token ids: the vocabulary of the data plus one for the mask token, which
-            gets the last id. All other data knows it.
+            gets the last id. Fixed for all other data.
         seq_len: L. Default: 64 for ``digits``, else 256.
         stride: tokens from one training window to the next; divides L. Default: L.
         num_held_out: non-overlapping windows held out at the end. Default: 180 for ``digits``, else
             a tenth of all, at most 256.
-        folder: where else to look for a file whose path is relative.
+        folder: where else to look for a relative path.
 
     Raises:
         TypeError, ValueError, CorpusFormatError, FileNotFoundError: an option or the file is wrong.
@@ -127,7 +124,7 @@ def open_data(
         options[option] = None if value is None else as_int(option, value)
     options["dtype"] = dtype
     built_in = {"digits": _open_digits, "text": _open_text}.get(name)
-    opened = _open_file(_find(name, folder), dtype) if built_in is None else built_in()
+    opened = _open_file(_find_file(name, folder), dtype) if built_in is None else built_in()
     for option, value in opened.fixed.items():
         if options[option] not in (None, value):
             raise ValueError(
@@ -165,12 +162,12 @@ def _split(
         stride=stride,
         dtype=opened.dtype,
     )
-    # Training windows may overlap; held-out ones are taken this many apart, so that they do not.
+    # Training windows may overlap; held-out ones are this many apart, so that they do not.
     apart = seq_len // stride
     if num_held_out is None:
         a_tenth = max(len(windows) // apart // 10, 1)
         num_held_out = opened.num_held_out or min(a_tenth, _MAX_HELD_OUT)
-    # One window more than these must remain, to train on.
+    # At least one training window must remain.
     most = (len(windows) - 1) // apart
     if most < 1:
         raise ValueError(
@@ -179,8 +176,8 @@ def _split(
         )
     if not 1 <= num_held_out <= most:
         raise ValueError(
-            f"num_held_out is {num_held_out}: it must be in [1, {most}], so that of the windows of "
-            f"{name} one that shares no token with those remains to train on"
+            f"num_held_out is {num_held_out}: it must be in [1, {most}], so that one window of "
+            f"{name} that shares no token with them remains to train on"
         )
     train, held_out = windows.split((num_held_out - 1) * apart + 1)
     spec = SequenceSpec(num_tokens, seq_len, opened.render, opened.image_shape)
@@ -201,7 +198,7 @@ def _open_digits() -> _Opened:
 
 
 def _open_text() -> _Opened:
-    """The prose of the standard library: the language reference that ``help()`` shows."""
+    """English prose in the standard library: the language reference that ``help()`` shows."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -209,8 +206,8 @@ def _open_text() -> _Opened:
     return _Opened(np.frombuffer(text.encode(), dtype=np.uint8), "bytes", fixed)
 
 
-def _find(name: str, folder: Path | None) -> Path:
-    """The file of this name, in the current folder or the other one."""
+def _find_file(name: str, folder: Path | None) -> Path:
+    """The path of a file in the current directory or in ``folder``."""
     places = [Path(name)]
     if folder is not None and not places[0].is_absolute():
         places.append(folder / name)

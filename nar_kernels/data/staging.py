@@ -1,6 +1,6 @@
-"""Where a GPU's kernels find the corpus, and what they found wrong with it.
+"""For GPUs: where the corpus is stored, window prefetch, and deferred checks.
 
-Shapes: B batch, L sequence length (``seq_len``), T tokens of the corpus.
+Shapes: B batch, L sequence length (``seq_len``), T corpus length in tokens.
 """
 
 import os
@@ -15,9 +15,9 @@ from nar_kernels.ops.corrupted import Corrupted
 
 CorpusMemory = Literal["device", "pinned", "mapped"]
 
-# What "auto" lets a corpus take: of the memory that is free on the device when the loader is made,
-# and of the host's that is free, which the ranks of a machine share.
-_DEVICE_SHARE, _HOST_SHARE = 1 / 8, 1 / 4
+# What a corpus may take under "auto": of the free device memory when the loader is made, and of the
+# free host memory, which is divided by the number of ranks.
+_DEVICE_FRACTION, _HOST_FRACTION = 1 / 8, 1 / 4
 
 
 def _free_host_bytes() -> int:
@@ -27,30 +27,30 @@ def _free_host_bytes() -> int:
 
 
 def choose_memory(num_bytes: int, free_on_device: int, free_on_host: int) -> CorpusMemory:
-    """Where a corpus of so many bytes goes, if nobody says."""
-    if num_bytes <= free_on_device * _DEVICE_SHARE:
+    """Where ``"auto"`` puts a corpus of ``num_bytes``."""
+    if num_bytes <= free_on_device * _DEVICE_FRACTION:
         return "device"
-    return "pinned" if num_bytes <= free_on_host * _HOST_SHARE else "mapped"
+    return "pinned" if num_bytes <= free_on_host * _HOST_FRACTION else "mapped"
 
 
 def choose_memory_here(tokens: Tensor, device: torch.device, world_size: int) -> CorpusMemory:
-    """:func:`choose_memory` with what this machine has."""
+    """:func:`choose_memory` with the free memory of this machine."""
     free_on_device, _ = torch.cuda.mem_get_info(device)
     return choose_memory(tokens.nbytes, free_on_device, _free_host_bytes() // world_size)
 
 
 class Stager:
-    """Windows of a corpus too large for memory, copied to a device ahead of their use.
+    """Prefetches windows of a corpus too large for memory to a device.
 
-    They travel in the corpus's own type, which for uint16 is a quarter of int64. There are two
-    staging buffers, in pinned memory if the device is a GPU: one is filled and copied by a thread,
-    on a stream of its own, while the other's windows are in use.
+    They are copied in the corpus's dtype; uint16 is a quarter of int64. Double-buffered: a thread
+    fills one staging buffer, pinned if the device is a GPU, and copies it on its own stream, while
+    the windows of the other are in use.
 
     Args:
         tokens: the corpus ``[T]``, on the CPU.
-        starts_of: the first tokens of the windows of a step, int64 ``[B]``.
+        starts_of: from a step to the offsets of its windows, int64 ``[B]``.
         batch_size, seq_len: B and L.
-        device: where the windows go.
+        device: of the windows.
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class Stager:
             )
             for _ in range(2)
         ]
-        self._turn = 0
+        self._buffer_index = 0
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nar_kernels.Stager")
-        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._prefetched: tuple[int, Future[Tensor]] | None = None
 
     def prefetch(self, step: int) -> None:
-        """Begins to fetch a step's windows."""
-        self._ahead = step, self._thread.submit(self._fetch, step)
+        """Starts to fetch a step's windows in the background."""
+        self._prefetched = step, self._thread.submit(self._fetch, step)
 
     def windows(self, step: int) -> Tensor:
-        """``[B, L]`` on the device, unchecked, ready for the current stream."""
-        if self._ahead is None or self._ahead[0] != step:
+        """``[B, L]`` on the device, not validated; the current stream waits for the copy."""
+        if self._prefetched is None or self._prefetched[0] != step:
             self.prefetch(step)
-        assert self._ahead is not None
-        windows, self._ahead = self._ahead[1].result(), None
+        assert self._prefetched is not None
+        windows, self._prefetched = self._prefetched[1].result(), None
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
@@ -93,8 +93,8 @@ class Stager:
         return windows
 
     def _fetch(self, step: int) -> Tensor:
-        self._turn ^= 1
-        staging, copied = self._staging[self._turn], self._copied[self._turn]
+        self._buffer_index ^= 1
+        staging, copied = self._staging[self._buffer_index], self._copied[self._buffer_index]
         if copied is not None:
             copied.synchronize()
         rows = staging.numpy()
@@ -104,20 +104,19 @@ class Stager:
             return staging.clone()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             windows = staging.to(self._device, non_blocking=True)
-            self._copied[self._turn] = self._stream.record_event()
+            self._copied[self._buffer_index] = self._stream.record_event()
         return windows
 
 
 class DeferredCheck:
-    """Reads what was wrong with a batch once the device has made the next one wanted, so that the
-    host does not wait in between."""
+    """Checks a batch only when the next one is requested, which avoids a sync in between."""
 
     def __init__(self) -> None:
         self._record: Tensor | None = None
         self._pending: tuple[torch.cuda.Event, Callable[[Tensor], None]] | None = None
 
-    def watch(self, batch: Corrupted, check: Callable[[Tensor], None]) -> None:
-        """``check`` gets the record of ``batch``, on the CPU, when :meth:`settle` is called."""
+    def defer(self, batch: Corrupted, check: Callable[[Tensor], None]) -> None:
+        """Makes :meth:`run` call ``check`` with the ``invalid`` record of ``batch``, on the CPU."""
         if self._record is None:
             self._record = torch.empty(
                 batch.invalid.shape, dtype=torch.int64, device="cpu", pin_memory=True
@@ -126,8 +125,8 @@ class DeferredCheck:
             self._record.copy_(batch.invalid, non_blocking=True)
             self._pending = torch.cuda.current_stream().record_event(), check
 
-    def settle(self) -> None:
-        """Waits until the device has made the watched batch, and checks it."""
+    def run(self) -> None:
+        """Synchronises with the deferred batch, if any, and checks it."""
         if self._pending is None:
             return
         (made, check), self._pending = self._pending, None

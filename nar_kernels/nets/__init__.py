@@ -1,1 +1,1 @@
-"""What nets must be, and how they are called."""
+"""The protocol of networks, and how they are called."""

@@ -1,7 +1,6 @@
-"""Keyword arguments that are for the net: which ones it knows.
+"""Keyword arguments for the net: only those that its ``forward`` declares are passed on.
 
-Many nets take any keyword and drop what they do not know. A misspelt option of ours would vanish in
-one of them, so only names that its ``forward`` declares are passed on.
+Many nets accept and ignore unknown keywords, so a misspelt option of ours would go unnoticed.
 """
 
 import difflib
@@ -15,16 +14,16 @@ from torch import nn
 from nar_kernels.nets.adapter import innermost
 
 
-def for_the_net(
+def merge_net_kwargs(
     net: nn.Module,
     kwargs: dict[str, Any],
     net_kwargs: Mapping[str, Any] | None,
-    ours: Iterable[str],
+    caller_names: Iterable[str],
 ) -> dict[str, Any]:
-    """``kwargs`` and ``net_kwargs`` in one, if the net declares the names of the former.
+    """Merges ``kwargs``, whose names the net must declare, and ``net_kwargs``.
 
     Args:
-        ours: names that the caller takes itself, to suggest.
+        caller_names: arguments of the caller itself, to suggest in errors.
 
     Raises:
         TypeError: an unknown name, or one given twice.
@@ -32,7 +31,7 @@ def for_the_net(
     declared = declared_names(net) if kwargs else frozenset()
     for name in kwargs:
         if declared is not None and name not in declared:
-            near = difflib.get_close_matches(name, [*ours, *sorted(declared)], n=1)
+            near = difflib.get_close_matches(name, [*caller_names, *sorted(declared)], n=1)
             suggestion = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(
                 f"unknown argument {name!r}: neither this method nor the forward of "
@@ -46,20 +45,20 @@ def for_the_net(
 
 
 def declared_names(net: nn.Module) -> frozenset[str] | None:
-    """The keywords that a net declares, its ids left out; None if that cannot be told."""
+    """The keywords that a net declares, without the ids; None if it cannot be inspected."""
     module = innermost(net)
-    names = _names_of_class(type(module))  # type: ignore[arg-type]
+    names = _class_keywords(type(module))  # type: ignore[arg-type]
     if names is None:
         return None
-    own = vars(module).get("forward")  # such as one that was compiled, or wrapped by accelerate
-    for more in (own, *_passed_on_to(module)):
+    own = vars(module).get("forward")  # instance-level: compiled, or wrapped by accelerate
+    for more in (own, *_kwargs_targets(module)):
         if more is not None:
-            names |= _names(more)[0]
-    return names - _reserved(module)
+            names |= _keywords(more)[0]
+    return names - _reserved_names(module)
 
 
-def _reserved(module: Any) -> set[str]:
-    """What changes the output of a net, and is for whoever calls it here to say."""
+def _reserved_names(module: Any) -> set[str]:
+    """Keywords that change what a net returns, reserved for this package."""
     if _is_of_x_transformers(module):
         parameters = inspect.signature(type(module).forward).parameters
         return {name for name in parameters if name.startswith("return_")}
@@ -70,25 +69,25 @@ def _is_of_x_transformers(module: Any) -> bool:
     return any(c.__module__.startswith("x_transformers.") for c in type(module).__mro__)
 
 
-def _passed_on_to(module: Any) -> list[Any]:
-    """What known nets hand their ``**kwargs`` to."""
+def _kwargs_targets(module: Any) -> list[Any]:
+    """Functions to which known nets pass their ``**kwargs``."""
     found = []
     if _is_of_x_transformers(module):
         found.append(getattr(getattr(module, "attn_layers", None), "forward", None))
-    if hasattr(module, "get_base_model"):  # of peft
+    if hasattr(module, "get_base_model"):  # peft
         found.append(module.get_base_model().forward)
     return found
 
 
 @lru_cache(maxsize=64)
-def _names_of_class(kind: type) -> frozenset[str] | None:
+def _class_keywords(kind: type) -> frozenset[str] | None:
     names: frozenset[str] = frozenset()
     for c in kind.__mro__:
         if "forward" not in vars(c):
             continue
         try:
-            own, takes_any = _names(vars(c)["forward"], skip=2)
-        except (TypeError, ValueError):  # no Python function
+            own, takes_any = _keywords(vars(c)["forward"], skip=2)
+        except (TypeError, ValueError):  # not a Python function
             return None
         names |= own
         if not takes_any:
@@ -96,8 +95,8 @@ def _names_of_class(kind: type) -> frozenset[str] | None:
     return names
 
 
-def _names(function: Any, skip: int = 1) -> tuple[frozenset[str], bool]:
-    """The keywords of a function, and whether it takes any other; ``skip`` are self and the ids."""
+def _keywords(function: Any, skip: int = 1) -> tuple[frozenset[str], bool]:
+    """The keywords of a function, and whether it has ``**kwargs``; skips self and the ids."""
     parameters = list(inspect.signature(function).parameters.values())
     names = [
         p.name for p in parameters[skip:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)

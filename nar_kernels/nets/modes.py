@@ -1,4 +1,4 @@
-"""Calls of nets that are training: in evaluation mode, beside other threads, without gradients."""
+"""Calls in eval mode and without gradients of nets that are training; thread-safe."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,81 +13,80 @@ from nar_kernels.nets.adapter import innermost
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """``torch.no_grad`` around a call of a net that is called with gradients, too."""
+    """``torch.no_grad`` for calls of a net that is also called with gradients."""
     with torch.no_grad():
         yield
-    # Else autocast of older PyTorch gives the next call of the net the weights that were cast in
-    # here, cut off from their gradients (pytorch issue 112583).
+    # Older PyTorch: autocast would reuse the weights that it cast in here, detached from the graph,
+    # in the next call with gradients (pytorch issue 112583).
     torch.clear_autocast_cache()
 
 
-class Turn:
-    """A lock for the time in which nobody else may change the mode of a net, or rely on it.
+class ModeLock:
+    """A reentrant lock on the train/eval mode of a net.
 
-    The mode is a flag of modules, which all threads see: so those that need one take turns. Within
-    a thread it may be taken again.
+    The mode is a flag on modules, shared by all threads, so access is serialised: while the lock is
+    held, no other thread may change the mode or rely on it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._counting = threading.Lock()
+        self._count_lock = threading.Lock()
         self._waiting = 0
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether another thread waits for it."""
+    def has_waiters(self) -> bool:
+        """Whether another thread waits for the lock."""
         return self._waiting > 0
 
     def __enter__(self) -> None:
         if self._lock.acquire(blocking=False):
             return
-        with self._counting:
+        with self._count_lock:
             self._waiting += 1
         try:
             self._lock.acquire()
         finally:
-            with self._counting:
+            with self._count_lock:
                 self._waiting -= 1
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
 
-_turns: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
-_looking_up = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, ModeLock] = WeakKeyDictionary()
+_registry_lock = threading.Lock()
 
 
-class Turns:
-    """Those of several nets at once, whatever they are wrapped in; None stands for no net."""
+class ModeLocks:
+    """The locks of several nets, whatever wraps them; None is skipped."""
 
     def __init__(self, *nets: nn.Module | None) -> None:
         inner = {id(net): net for net in (innermost(net) for net in nets if net is not None)}
-        with _looking_up:
-            # All threads take them in the same order, so that none waits for another in a circle.
-            self._turns = [_turns.setdefault(inner[i], Turn()) for i in sorted(inner)]
+        with _registry_lock:
+            # The same order in all threads, or they could deadlock.
+            self._locks = [_locks.setdefault(inner[i], ModeLock()) for i in sorted(inner)]
 
     @property
-    def are_wanted(self) -> bool:
-        """Whether another thread waits for one of them."""
-        return any(turn.is_wanted for turn in self._turns)
+    def has_waiters(self) -> bool:
+        """Whether another thread waits for one of the locks."""
+        return any(lock.has_waiters for lock in self._locks)
 
     def __enter__(self) -> None:
-        for turn in self._turns:
-            turn.__enter__()
+        for lock in self._locks:
+            lock.__enter__()
 
     def __exit__(self, *_: object) -> None:
-        for turn in reversed(self._turns):
-            turn.__exit__()
+        for lock in reversed(self._locks):
+            lock.__exit__()
 
 
 @contextmanager
-def evaluating(
+def eval_mode(
     module: nn.Module, *nets: nn.Module | None, submodules: Sequence[nn.Module] | None = None
 ) -> Iterator[None]:
-    """``module``, which holds the ``nets``, is in evaluation mode; afterwards each of its
-    ``submodules`` (by default all) is back in the mode it had. Waits while another thread needs
-    them as they are."""
-    with Turns(*nets):
+    """Puts ``module``, which holds the ``nets``, into eval mode; on exit each of its ``submodules``
+    (default: all) is back in its previous mode. Takes the :class:`ModeLocks`."""
+    with ModeLocks(*nets):
         submodules = list(module.modules()) if submodules is None else submodules
         training = [m for m in submodules if m.training]
         was_training = module.training
@@ -98,7 +97,7 @@ def evaluating(
         finally:
             if training:
                 if was_training:
-                    module.train()  # some nets do more than set a flag
+                    module.train()  # some nets override train()
                 kept = set(training)
                 for m in submodules:
                     if m.training != (m in kept):

@@ -1,7 +1,6 @@
-"""Whether a module is what its class says: nothing that a user hung on it is passed over.
+"""Whether a module is plain: no hooks, overridden ``forward`` or parametrization.
 
-What knows the inside of a net (:mod:`nar_kernels.nets.split`) may call a part of it by itself only
-where that part does nothing else when the net calls it.
+:mod:`nar_kernels.nets.split` calls parts of a net directly, which is equivalent only if they are.
 """
 
 from typing import Any
@@ -16,26 +15,26 @@ _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks, its own or those of all modules."""
+    """Whether a call of the module runs hooks, its own or global ones."""
     return any(map(vars(module).get, _HOOKS)) or any(_GLOBAL_HOOKS)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module runs the ``forward`` of its class, and nothing else."""
-    # What torch.compile returns has one of its own.
+    """Whether a call of the module runs the ``forward`` of its class and nothing else."""
+    # torch.compile's OptimizedModule always has one.
     own_forward = "forward" in vars(module) and type(module).__name__ != "OptimizedModule"
     return not own_forward and not has_hooks(module)
 
 
 def is_plain_tensor(tensor: Any) -> bool:
-    """Whether it is all there: neither divided over ranks, quantised nor otherwise represented."""
+    """Whether it is an ordinary dense tensor: not sharded, quantised or another subclass."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def is_plain_linear(module: Any) -> bool:
     """Whether a call of the module is ``F.linear`` with its weight and bias."""
     return (
-        type(module) is nn.Linear  # a module with parametrizations has another class
+        type(module) is nn.Linear  # parametrizations change the class
         and nn.Linear.forward is _LINEAR_FORWARD
         and is_plain(module)
         and is_plain_tensor(module.weight)
@@ -51,7 +50,7 @@ _POINTWISE = (
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether the module surely treats each position by itself, whatever the others hold."""
+    """Whether the module is known to be position-wise."""
     if type(module).forward is nn.Sequential.forward:
         return is_plain(module) and all(map(is_pointwise, module.children()))
     return is_plain_linear(module) or (type(module) in _POINTWISE and is_plain(module))

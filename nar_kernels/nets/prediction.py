@@ -1,4 +1,4 @@
-"""What a net says of a batch: hidden states and a head, or logits where it cannot be split.
+"""A net's output as hidden states and a head, or as logits where it cannot be split.
 
 Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows, C rows of a chunk.
 """
@@ -17,7 +17,7 @@ from nar_kernels.nets.adapter import (
     net_attribute,
     plain_core,
 )
-from nar_kernels.nets.modes import evaluating, no_grad
+from nar_kernels.nets.modes import eval_mode, no_grad
 from nar_kernels.nets.split import Head, LinearHead, split_net
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.linear import TRAINING_LIMITS, LogitsMemory, chunk_size, inferred_logits
@@ -34,7 +34,7 @@ from nar_kernels.ops.masking import MaskingConfig
 
 
 def describe(output: Any) -> str:
-    """What a net returned."""
+    """The shape or type of a net's output, for errors."""
     return f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
 
 
@@ -42,9 +42,10 @@ class Prediction(NamedTuple):
     """The result of a :class:`TrunkAndHead`.
 
     Attributes:
-        output: hidden states ``[B, L, D]`` or logits ``[B, L, V]``; see :meth:`check`.
-        head: what makes logits of hidden states; None if ``output`` are logits.
-        embeddings: the hidden states; None if they are not known.
+        output: hidden states ``[B, L, D]``, or logits ``[B, L, V]`` without a head; unchecked
+            before :meth:`check`.
+        head: from hidden states to logits; None if ``output`` is the logits.
+        embeddings: the hidden states; None if unknown.
         is_log_prob: whether logits are log-probabilities.
     """
 
@@ -55,13 +56,13 @@ class Prediction(NamedTuple):
 
     @property
     def width(self) -> int | None:
-        """V of the logits, if that is known before they are made."""
+        """V of the logits, if known without computing them."""
         if isinstance(self.head, LinearHead):
             return self.head.weight.shape[0]
         return self.output.shape[-1] if self.head is None else None
 
     def check(self, ids: Tensor, masking: MaskingConfig) -> None:
-        """Raises TypeError unless the net did what a :class:`TokenNet` promises."""
+        """Raises TypeError unless ``output`` is what :class:`TokenNet` specifies."""
         output, expected = self.output, [*ids.shape, masking.num_tokens]
         fits = isinstance(output, Tensor) and output.shape[:-1] == ids.shape
         if self.head is None and not fits:
@@ -74,7 +75,7 @@ class Prediction(NamedTuple):
                 f"the net returned {describe(output)} with return_embeddings=True, but it must "
                 f"return hidden states of shape {[*ids.shape, 'D']}"
             )
-        # mask_id needs no column if it is the last id.
+        # The column of mask_id may be missing if it is the last id.
         if self.width is not None and self.width not in head_widths(masking):
             raise TypeError(
                 f"the net returned shape {[*ids.shape, self.width]}, but it must return logits of "
@@ -89,7 +90,7 @@ class Prediction(NamedTuple):
         normalizer: float | Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """As :func:`nar_kernels.masked_nll`."""
+        """See :func:`nar_kernels.masked_nll`."""
         head, output = self.head, self.output
         if head is None:
             rows, labels = masked_labels(corrupted)
@@ -117,10 +118,10 @@ class Prediction(NamedTuple):
 
     @torch.no_grad()
     def logits_at(self, rows: Tensor, memory: LogitsMemory | None = None) -> Iterator[Tensor]:
-        """Logits ``[C, V]`` of chunks of the rows, indices into the flat ``[B * L]``, in order.
+        """Logits ``[C, V]`` at ``rows``, indices into the flat ``[B * L]``, in chunks, in order.
 
-        They are without gradients, and valid until the next chunk. ``memory`` is for those of a
-        linear head.
+        Without gradients; a chunk is valid until the next. ``memory`` is the buffer for the logits
+        of a linear head.
         """
         picked = self.output.reshape(-1, self.output.shape[-1]).index_select(0, rows)
         head = self.head
@@ -136,13 +137,13 @@ class Prediction(NamedTuple):
                 yield head(some)
 
 
-# Arguments of x-transformers' nets for the head itself, or for what is behind it.
-_AT_ALL_POSITIONS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
+# x-transformers' arguments for the head itself, or for what comes after it: no split.
+_UNSPLIT_KWARGS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
 
 
 class TrunkAndHead:
-    """A net split into its trunk and its head, once for many calls: parameters may get other values
-    in between, but hooks and modules must stay as they are.
+    """A net split into trunk and head, once for many calls: in between, parameters may change, but
+    not hooks or modules.
 
     Args:
         net: a :class:`nar_kernels.nets.adapter.TokenNet`.
@@ -157,20 +158,20 @@ class TrunkAndHead:
     def __call__(
         self, ids: Tensor, kwargs: dict[str, Any], *, with_embeddings: bool = False
     ) -> Prediction:
-        """Runs the trunk; or all of the net, where it cannot be split.
+        """Runs the trunk, or the whole net if it cannot be split.
 
         Args:
             ids: int64 ``[B, L]``.
-            kwargs: of the net's call.
-            with_embeddings: also ask a net that cannot be split for its hidden states.
+            kwargs: for the net.
+            with_embeddings: request the hidden states of a net that cannot be split as well.
         """
-        unfit: Exception | None = None
-        if self._is_split_for(kwargs):
+        mismatch: Exception | None = None
+        if self._can_split(kwargs):
             assert self._split is not None
             try:
                 if self._adapter is not None and self._adapter.head_is_last(kwargs) is None:
-                    _check_head(self._adapter, ids, kwargs)
-                    self._adapter.take_note_of_head(kwargs, is_last=True)
+                    _verify_head(self._adapter, ids, kwargs)
+                    self._adapter.set_head_is_last(kwargs, is_last=True)
                 hidden = self._split.hidden(ids, **kwargs)
                 return Prediction(hidden, self._split.head, hidden, self._is_log_prob)
             except torch.OutOfMemoryError:
@@ -178,38 +179,38 @@ class TrunkAndHead:
             except Exception as error:
                 if self._adapter is None:
                     raise
-                unfit = error
+                mismatch = error
         embeddings = None
         if with_embeddings:
             output, embeddings = self._net(ids, return_logits_and_embeddings=True, **kwargs)
         else:
             output = self._net(ids, **kwargs)
-        if unfit is not None:  # a call that is wrong by itself has raised
+        if mismatch is not None:  # an invalid call has raised by now
             assert self._adapter is not None
-            _distrust_head(self._adapter, kwargs, unfit)
+            _disable_head(self._adapter, kwargs, mismatch)
         return Prediction(output, None, embeddings, self._is_log_prob)
 
-    def _is_split_for(self, kwargs: dict[str, Any]) -> bool:
-        if self._split is None or _AT_ALL_POSITIONS & kwargs.keys():
+    def _can_split(self, kwargs: dict[str, Any]) -> bool:
+        if self._split is None or _UNSPLIT_KWARGS & kwargs.keys():
             return False
         return self._adapter is None or self._adapter.head_is_last(kwargs) is not False
 
 
-def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
-    """Looks once whether the logits of a sequence are what the head makes of its hidden states: a
-    net may do with their values what cannot be seen from outside.
+def _verify_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
+    """Verifies numerically, on one sequence, that the net's logits are the head applied to its
+    hidden states: changes to their values may be invisible from outside.
 
     Raises:
         HeadMismatchError: they are not.
     """
     if any(map(is_compiled, adapter.modules())):
-        return  # which would have to be compiled for another size of batch
+        return  # which would recompile for another batch size
     one: dict[str, Any] = {
         name: value[:1] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
         for name, value in kwargs.items()
     }
     head: Any = adapter.output_head
-    with evaluating(adapter, adapter), no_grad():
+    with eval_mode(adapter, adapter), no_grad():
         logits = adapter.forward(ids[:1], **one)
         hidden = adapter.forward(ids[:1], return_embeddings=True, **one)
         expected = nn.functional.linear(hidden, head.weight, head.bias)
@@ -217,14 +218,14 @@ def _check_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> Non
     if logits.shape != expected.shape or not torch.allclose(
         logits.float(), expected.float(), rtol=0, atol=0.02 * scale, equal_nan=True
     ):
-        raise HeadMismatchError("its logits of a sequence are others")
+        raise HeadMismatchError("its logits are not those of its head")
 
 
-def _distrust_head(adapter: NetAdapter, kwargs: dict[str, Any], reason: Exception) -> None:
-    adapter.take_note_of_head(kwargs, is_last=False)
+def _disable_head(adapter: NetAdapter, kwargs: dict[str, Any], reason: Exception) -> None:
+    adapter.set_head_is_last(kwargs, is_last=False)
     why = str(reason).partition("\n")[0]
     warnings.warn(
-        "NetAdapter(head=...): called like this, the net does more than to return what its head "
-        f"does, so logits are made at all positions, as without head ({why})",
+        "NetAdapter(head=...): called like this, the net does more than return the output of its "
+        f"head, so logits are computed at all positions, as without head ({why})",
         stacklevel=2,
     )

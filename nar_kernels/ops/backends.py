@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from nar_kernels.errors import BackendUnavailableError
-from nar_kernels.extras import how_to_install
+from nar_kernels.extras import install_command
 
 _BUILD_REPORT = Path(__file__).parent.parent / "_build_failure.txt"
 
@@ -60,7 +60,7 @@ def _why_absent(backend: str) -> str:
     if backend == "cuda":
         return _why_not_built("_cuda", "the CUDA toolkit (nvcc)", "NAR_KERNELS_CUDA")
     return (
-        f"Triton is not installed; run `{how_to_install('triton')}` (there is one for Linux only)"
+        f"Triton is not installed; run `{install_command('triton')}` (there is one for Linux only)"
     )
 
 

@@ -1,6 +1,6 @@
-"""A corrupted batch, and parts of it.
+"""Corrupted batches: :class:`Corrupted`.
 
-Shapes: B batch, L sequence length.
+Shapes: B batch, L sequence length, R masked rows of a batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from nar_kernels.ops.masking import MaskingConfig
 def check_record(
     record: Tensor, batch_size: int, masking: MaskingConfig, where: Callable[[int], str]
 ) -> None:
-    """Raises what ``Corrupted.invalid`` says is wrong; ``where`` names the place of an offset."""
+    """Raises the error in a ``Corrupted.invalid`` record, if any; ``where`` describes an offset."""
     count, offset, token_id, bad_windows, bad_slots = record.tolist()
     if bad_windows:
         raise IndexError(
@@ -39,7 +39,7 @@ def check_record(
         )
 
 
-# The tensors of a batch that have an entry for each sample.
+# Fields with one entry per sample.
 _PER_SAMPLE = (
     "input_ids",
     "labels",
@@ -52,12 +52,12 @@ _PER_SAMPLE = (
 
 
 def _sample_indices(index: Any, size: int) -> Tensor:
-    """int64 ``[B']`` on the CPU: which of ``size`` samples an index of a batch names."""
+    """int64 ``[B']`` on the CPU: the samples that ``index`` selects from a batch of ``size``."""
     is_listed = isinstance(index, list | np.ndarray | Tensor)
     samples = torch.as_tensor(index if is_listed else 0, device="cpu")
     if samples.dtype == torch.bool and samples.shape == (size,):
         samples = samples.nonzero().flatten()
-    if samples.numel() == 0:  # an empty list has no type
+    if samples.numel() == 0:  # an empty list becomes float32
         samples = samples.to(torch.int64)
     if samples.dim() != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
         raise TypeError(
@@ -71,42 +71,42 @@ def _sample_indices(index: Any, size: int) -> Tensor:
     return samples
 
 
-def _without_the_rest(value: Any) -> Any:
-    """A tensor without the memory around it, which a pickle would hold; anything else as it is."""
+def _compact(value: Any) -> Any:
+    """Clones a view, with which the whole storage would be pickled; else returns ``value``."""
     if not isinstance(value, Tensor) or value.untyped_storage().nbytes() == value.nbytes:
         return value
     return value.clone()
 
 
-@dataclass(eq=False, repr=False)  # not frozen: that takes 3 us of a batch
+@dataclass(eq=False, repr=False)  # not frozen, which would cost 3 us per batch
 class Corrupted:
     """A corrupted batch: everything a masked-prediction step needs.
 
-    ``batch[2:4]`` and ``batch[[5, 0]]`` are batches of some of its samples, and :meth:`cat` puts
-    several batches together. A ``DataLoader`` whose samples are batches takes ``batch_size=None``
-    or ``collate_fn=Corrupted.cat``, and any number of workers.
+    ``batch[2:4]`` and ``batch[[5, 0]]`` select samples, :meth:`cat` concatenates batches. A
+    ``DataLoader`` over batches takes ``batch_size=None`` or ``collate_fn=Corrupted.cat``, and any
+    number of workers.
 
     Attributes:
-        input_ids: int64 ``[B, L]``, what the network sees.
+        input_ids: int64 ``[B, L]``, the input of the net.
         labels: int64 ``[B, L]``, the clean id at masked positions, -100 elsewhere.
         masked_indices: bool ``[B, L]``, the positions to predict. Their input is ``mask_id``, the
-            token itself or a random one, as the configuration says.
+            token itself or a random one, depending on ``masking``.
         times: float32 ``[B]`` in (0, 1).
         loss_weight: float32 ``[B]``, w(t) of the likelihood bound: ``sum(w * NLL) / num_maskable``
             over the masked positions of a sample is in nats per token.
-        num_masked: int64 ``[B]``, masked positions of each sample.
-        num_maskable: int64 ``[B]``, positions that could have been masked.
-        row_buffer: int64 ``[B * L]``; its first R entries are ``masked_rows``, the rest is
-            undefined. (So that the operator's shapes do not depend on data.) Parts of a batch have
-            the R entries alone.
-        invalid: int64 ``[5]``: how many ids were bad, the lowest offset of one, its value; how many
-            windows reached outside the corpus; how many sample slots were negative. Bad ids are
-            replaced by a valid one, so that no embedding lookup is out of bounds, bad windows by
-            the first of the corpus. Parts of a batch have the record of the whole; :meth:`cat` adds
-            counts up, and keeps the lowest offset as the batch that it comes from counted it.
-        masking: the configuration that made this batch.
-        host_counts: int64 ``[B]`` on the CPU, ``num_masked`` where the device need not be asked for
-            it; None where it must.
+        num_masked: int64 ``[B]``, number of masked positions per sample.
+        num_maskable: int64 ``[B]``, number of positions per sample that could have been masked.
+        row_buffer: int64 ``[B * L]``; the first R entries are ``masked_rows``, the rest is
+            undefined: the operator's shapes do not depend on data. Parts of a batch have the R
+            entries only.
+        invalid: int64 ``[5]``: number of bad ids, lowest offset of one, its value; number of
+            windows outside the corpus; number of negative sample slots. Bad ids are replaced by a
+            valid one, so that embedding lookups stay in bounds, bad windows by the first of the
+            corpus. Parts of a batch keep the record of the whole; :meth:`cat` sums the counts, and
+            keeps the lowest offset, which is relative to its own batch.
+        masking: the configuration of this batch.
+        host_counts: int64 ``[B]`` on the CPU, ``num_masked`` if known on the host, which avoids a
+            sync; else None.
     """
 
     input_ids: Tensor
@@ -128,23 +128,23 @@ class Corrupted:
     def masked_rows(self) -> Tensor:
         """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
 
-        Waits for the device, except for batches with nothing excluded whose seed, slots and step
-        are numbers: then the host knows R.
+        Synchronises with the device, unless R is known on the host: with the C++ extension, for
+        batches with nothing excluded whose seed, slots and step are numbers.
         """
         counts = self.num_masked if self.host_counts is None else self.host_counts
         return self.row_buffer[: int(counts.sum())]
 
     @property
     def clean_ids(self) -> Tensor:
-        """int64 ``[B, L]``: the windows before corruption, but -100 where a label was set to it."""
+        """int64 ``[B, L]``: the windows before corruption, or -100 where a label was set to it."""
         return torch.where(self.masked_indices, self.labels, self.input_ids)
 
     def raise_if_invalid(self, source: str | None = None) -> None:
-        """Raises what is wrong with the data: :class:`InvalidTokenError` for a bad id, IndexError
-        for a window outside the corpus, ValueError for a negative sample slot.
+        """Raises :class:`InvalidTokenError` for a bad id, IndexError for a window outside the
+        corpus, ValueError for a negative sample slot.
 
-        ``source`` names the corpus; without it the place is a row and a column of the batch.
-        Reading the record waits for the device; call it when it is convenient.
+        ``source`` names the corpus; without it, errors give a row and a column of the batch.
+        Synchronises with the device.
         """
 
         if not any(self.invalid.tolist()):
@@ -168,14 +168,14 @@ class Corrupted:
         )
 
     def __getitem__(self, index: slice | list[int] | np.ndarray | Tensor) -> "Corrupted":
-        """The samples of a slice; of a list, array or tensor of their indices; or those where a
-        bool tensor ``[B]`` is true.
+        """The samples of a slice, of a list, array or tensor of indices, or of a bool tensor
+        ``[B]``.
 
-        Waits for the device, except for slices of step 1 where ``masked_rows`` does not.
+        Synchronises with the device, except for slices of step 1 if ``masked_rows`` does not.
 
         Raises:
             IndexError: an index is outside [-B, B).
-            TypeError: it is something else, such as a single integer.
+            TypeError: any other index, such as a single integer.
         """
         size, length = self.input_ids.shape
         if isinstance(index, slice):
@@ -184,31 +184,31 @@ class Corrupted:
                 start, stop = samples.start, samples.start + len(samples)
                 counts = self.num_masked if self.host_counts is None else self.host_counts
                 first, last = int(counts[:start].sum()), int(counts[:stop].sum())
-                part = self._samples(slice(start, stop))
+                part = self._select(slice(start, stop))
                 part.row_buffer = self.row_buffer[first:last] - start * length
                 return part
             index = list(samples)
-        part = self._samples(_sample_indices(index, size))
+        part = self._select(_sample_indices(index, size))
         part.row_buffer = part.masked_indices.flatten().nonzero().flatten()
         return part
 
-    def _samples(self, index: slice | Tensor) -> "Corrupted":
-        """Some samples, still with the ``row_buffer`` of all."""
+    def _select(self, index: slice | Tensor) -> "Corrupted":
+        """Selects samples; ``row_buffer`` is still that of the whole batch."""
         counts = None if self.host_counts is None else self.host_counts[index]
         tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SAMPLE}
         return replace(self, **tensors, host_counts=counts)
 
     @classmethod
     def cat(cls, batches: Iterable["Corrupted"]) -> "Corrupted":
-        """One batch of the samples of several, in their order.
+        """Concatenates batches along the samples.
 
-        Waits for the device where ``masked_rows`` of one of them does.
+        Synchronises with the device if ``masked_rows`` of one of them does.
 
         Raises:
-            ValueError: there are none, or they differ in L, device or masking.
+            ValueError: no batches, or they differ in L, device or masking.
         """
         batches = list(batches)
-        other = next((b for b in batches if not batches[0]._is_like(b)), None)
+        other = next((b for b in batches if not batches[0]._is_compatible(b)), None)
         if other is not None or not batches:
             kinds = [(b, b.masking) for b in (*batches[:1], other) if b is not None]
             what = " and ".join(map(str, kinds)) or "no batches"
@@ -236,12 +236,12 @@ class Corrupted:
             host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
         )
 
-    def _is_like(self, other: "Corrupted") -> bool:
+    def _is_compatible(self, other: "Corrupted") -> bool:
         places = [(b.input_ids.shape[1], b.input_ids.device) for b in (self, other)]
         return places[0] == places[1] and self.masking.masks_like(other.masking)
 
     def microbatches(self, size: int) -> Iterator["Corrupted"]:
-        """Consecutive parts of at most ``size`` samples, for gradient accumulation.
+        """Consecutive microbatches of at most ``size`` samples, for gradient accumulation.
 
         Raises:
             ValueError: ``size`` is below 1.
@@ -255,27 +255,27 @@ class Corrupted:
         """This batch on another device.
 
         Raises:
-            ValueError: it is a CUDA device that is not there.
+            ValueError: a CUDA device that is not available.
         """
         if torch.device(device).type == "cuda":
             device = check_device(device)
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Corrupted":
-        """This batch in pinned memory of the host, whose copy to a GPU need not be waited for. A
-        ``DataLoader`` with ``pin_memory=True`` calls it."""
-        return self._each(Tensor.pin_memory)
+        """This batch in pinned host memory, for asynchronous copies to a GPU. Called by a
+        ``DataLoader`` with ``pin_memory=True``."""
+        return self._map_tensors(Tensor.pin_memory)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
-        """``function`` of all tensors that are on the device."""
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
+        """Applies ``function`` to all tensors on the device."""
         names = (f.name for f in fields(self) if f.name not in ("masking", "host_counts"))
         tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return replace(self, **tensors)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What lies behind the masked rows is undefined.
+        # Entries after the masked rows are undefined.
         state = vars(self) | {"row_buffer": self.masked_rows}
-        return {name: _without_the_rest(value) for name, value in state.items()}
+        return {name: _compact(value) for name, value in state.items()}
 
     def __copy__(self) -> "Corrupted":
         return replace(self)

@@ -1,6 +1,6 @@
-"""What to mask, and what comes out: :class:`MaskingConfig` and :class:`Corrupted`.
+"""How to mask: :class:`MaskingConfig`.
 
-Shapes: B batch, L sequence length, V vocabulary (``num_tokens``), R masked rows of a batch.
+Shapes: V vocabulary (``num_tokens``).
 """
 
 import math
@@ -18,7 +18,7 @@ from nar_kernels.spec.schedules import Schedule, ScheduleTable, resolve, tabulat
 
 IGNORE_INDEX = -100
 
-# Probabilities enter the kernels as integers; this one stands for 1.
+# Probabilities are fixed-point integers in the kernels; this is 1.
 PROBABILITY_ONE = 1 << 31
 
 # Length of Corrupted.invalid.
@@ -41,29 +41,28 @@ class MaskingConfig:
     """How clean windows are corrupted.
 
     Args:
-        num_tokens: V, the number of rows of the embedding, ``mask_id`` included. Valid clean ids
-            are [0, V) without ``mask_id``.
-        mask_id: the id of the mask token, in [0, V).
+        num_tokens: V, the number of embedding rows, ``mask_id`` included. Valid clean ids are
+            [0, V) without ``mask_id``.
+        mask_id: id of the mask token, in [0, V).
         schedule: mask ratio m(t), falling from 1 at t = 0 to 0 at t = 1: ``"linear"``,
             ``"cosine"``, ``"square"``, ``"cubic"``, ``"sqrt"``, ``"arccos"``, ``"sigmoid"``, or a
-            callable from times to ratios, which is tabulated here and not asked again. One that
-            spans less, such as BERT's ``lambda t: 0.15``, gives no bound on the likelihood: train
-            the mean with it.
+            callable from times to ratios, tabulated here once. One that spans less, such as BERT's
+            ``lambda t: 0.15``, gives no bound on the likelihood: use the mean NLL as the loss.
         draw: ``"exact"`` masks exactly ``clamp(ceil(m(t) n), 1, n)`` of n maskable positions,
             uniformly among all such subsets (MaskGIT, arXiv:2202.04200). ``"bernoulli"`` masks each
             with probability m(t) (MDLM, arXiv:2406.07524).
         times: ``"stratified"`` spreads the times of a global batch evenly over [0, 1), with a
             jitter per sample; ``"uniform"`` draws them independently. Either way, each sample's
             time is uniform.
-        no_replace_prob: share of the masked positions that keep their own token (BERT, 0.1).
-        random_token_prob: share of the masked positions that get a random token (BERT, 0.1),
+        no_replace_prob: fraction of the masked positions that keep their token (BERT: 0.1).
+        random_token_prob: fraction of the masked positions that get a random token (BERT: 0.1),
             uniform over the vocabulary without ``mask_id``.
-        corruption_prob: probability, per sample and for either share alone, that it is applied at
-            all: 1 as in BERT, 0.5 as in x-transformers.
+        corruption_prob: probability, per sample and for each of the two fractions independently,
+            that it is applied at all: 1 in BERT, 0.5 in x-transformers.
         never_mask_ids: ids whose positions are never masked: BOS, padding, separators.
 
     Raises:
-        TypeError, ValueError: a value is of the wrong type, or out of its range.
+        TypeError, ValueError: an argument has the wrong type, or is out of range.
     """
 
     num_tokens: int
@@ -83,14 +82,14 @@ class MaskingConfig:
     weight_table: Tensor = field(init=False, repr=False, compare=False)
     # bool [V], true at never_mask_ids; None when there are none.
     never_mask_table: Tensor | None = field(init=False, repr=False, compare=False)
-    # The three tables on other devices.
+    # The three tables, cached per device.
     _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor | None]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
     # no_replace_prob, random_token_prob and corruption_prob in units of 1 / PROBABILITY_ONE.
     shares: tuple[int, int, int] = field(init=False, repr=False, compare=False)
 
-    # Whether loss_weight is that of a bound on the likelihood.
+    # Whether loss_weight gives a bound on the likelihood.
     is_bound: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +106,7 @@ class MaskingConfig:
         if self.no_replace_prob + self.random_token_prob > 1:
             raise ValueError(
                 f"no_replace_prob + random_token_prob is "
-                f"{self.no_replace_prob + self.random_token_prob}: shares of one whole, at most 1"
+                f"{self.no_replace_prob + self.random_token_prob}: it must be at most 1"
             )
         if not isinstance(self.never_mask_ids, Iterable):
             raise TypeError(f"never_mask_ids is {self.never_mask_ids!r}: it must be some ids")
@@ -116,7 +115,7 @@ class MaskingConfig:
         for i in self.never_mask_ids:
             if not 0 <= i < self.num_tokens:
                 raise ValueError(f"never_mask_ids holds {i}, outside [0, {self.num_tokens})")
-        # Derived once and held as plain attributes, which torch.compile can trace through.
+        # Precomputed as plain attributes, which torch.compile can trace.
         object.__setattr__(self, "table", tabulate(self.schedule))
         weight = self.table.exact_weight if self.exact else self.table.bernoulli_weight
         object.__setattr__(self, "weight_table", weight)
@@ -139,7 +138,7 @@ class MaskingConfig:
         return keep, min(random, PROBABILITY_ONE - keep), coin
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The ratio, weight and never-mask tables on a device; copied there once."""
+        """The ratio, weight and never-mask tables on a device; cached."""
         tables = self.table.ratio, self.weight_table, self.never_mask_table
         if device.type == "cpu":
             return tables
@@ -150,7 +149,7 @@ class MaskingConfig:
         return self._copies[device]
 
     def ratio_at(self, t: Tensor) -> Tensor:
-        """m(t) at times in [0, 1]; of a callable, what was tabulated."""
+        """m(t) at times in [0, 1]; for a callable, from its table."""
         if isinstance(self.schedule, str):
             return resolve(self.schedule)(t)
         return self.table.at(t.double())
@@ -179,11 +178,11 @@ class MaskingConfig:
 
     @cached_property
     def schedule_digest(self) -> str:
-        """A fingerprint of the schedule, as it was tabulated."""
+        """Fingerprint of the tabulated schedule."""
         return self.table.digest()
 
     def masks_like(self, other: "MaskingConfig") -> bool:
-        """Whether both draw the same masks, though a callable schedule be another object."""
+        """Whether both draw the same masks; callable schedules are compared by their tables."""
         ours, theirs = (
             [getattr(m, f.name) for f in fields(m) if f.init and f.name != "schedule"]
             for m in (self, other)
@@ -191,28 +190,28 @@ class MaskingConfig:
         return ours == theirs and self.schedule_digest == other.schedule_digest
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Its arguments alone: to make the tables again is cheaper than to send them.
+        # Arguments only: rebuilding the tables is cheaper than sending them.
         name = getattr(self.schedule, "__qualname__", "")
         if "<lambda>" in name or "<locals>" in name:
             raise pickle.PicklingError(
-                f"the schedule of this MaskingConfig is {name}, which no other process can find: "
-                "pass the name of one, or a function of a module"
+                f"the schedule of this MaskingConfig is {name}, which cannot be pickled: pass the "
+                "name of a schedule, or a module-level function"
             )
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         digest = None if isinstance(self.schedule, str) else self.schedule_digest
-        return _make_again, (type(self), arguments, digest)
+        return _rebuild, (type(self), arguments, digest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MaskingConfig":
-        return self  # it is frozen
+        return self  # frozen
 
 
-def _make_again(
+def _rebuild(
     cls: type[MaskingConfig], arguments: dict[str, Any], schedule_digest: str | None
 ) -> MaskingConfig:
     masking = cls(**arguments)
     if schedule_digest not in (None, masking.schedule_digest):
         raise ValueError(
             f"the schedule {masking.schedule!r} gives other ratios than when it was tabulated for "
-            "the MaskingConfig that was pickled: make another one after a change to it"
+            "the MaskingConfig that was pickled: make a new one after changing it"
         )
     return masking

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from nar_kernels.checks import as_float, as_int
-from nar_kernels.options import make_plain, option
+from nar_kernels.options import coerce_fields, option
 
 Strategy = Literal["confidence", "margin", "entropy", "threshold", "random", "halton", "critic"]
 
@@ -76,7 +76,7 @@ class SamplingConfig:
     grid: tuple[int, int] | None = None  # (height, width) for halton; None for a square
 
     def __post_init__(self) -> None:
-        make_plain(self)
+        coerce_fields(self)
         for name, (least, most, words) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:  # nor NaN

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nar_kernels.extras import import_extra
-from nar_kernels.nets.modes import Turns, evaluating
+from nar_kernels.nets.modes import ModeLocks, eval_mode
 from nar_kernels.sampling.decode import DecodeState
 
 
@@ -24,12 +24,12 @@ class SampleStates(Iterator[DecodeState]):
         self._states, self._module, self._nets = states, module, nets
         self._submodules = list(module.modules())
 
-    def _evaluating(self) -> Any:
-        return evaluating(self._module, *self._nets, submodules=self._submodules)
+    def _eval_mode(self) -> Any:
+        return eval_mode(self._module, *self._nets, submodules=self._submodules)
 
     def __next__(self) -> DecodeState:
         # Not around all steps: whoever gets the state may train in between.
-        with self._evaluating(), torch.no_grad():
+        with self._eval_mode(), torch.no_grad():
             state = next(self._states, None)
         if state is None:
             raise StopIteration
@@ -46,12 +46,12 @@ class SampleStates(Iterator[DecodeState]):
         if progress:
             bar = import_extra("tqdm").tqdm
             states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
-        turns, is_done = Turns(*self._nets), False
+        locks, is_done = ModeLocks(*self._nets), False
         while not is_done:
             # Once for all steps, rather than at each, but for a thread that waits to train.
-            with self._evaluating(), torch.no_grad():
+            with self._eval_mode(), torch.no_grad():
                 for state in states:  # noqa: B007
-                    if turns.are_wanted:
+                    if locks.has_waiters:
                         break
                 else:
                     is_done = True

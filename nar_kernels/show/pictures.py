@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.extras import import_extra
-from nar_kernels.files import replacing
+from nar_kernels.files import atomic_write
 
 _PIXELS = 6  # of the picture, along a token
 _GAP = 8  # pixels between images
@@ -28,7 +28,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _write(figure: Any, path: Path) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", facecolor=figure.get_facecolor())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.data.sources import SequenceSpec
-from nar_kernels.files import replacing
+from nar_kernels.files import atomic_write
 from nar_kernels.show.pictures import images
 
 _SUFFIXES = (".npy", ".png", ".txt", "")
@@ -62,7 +62,7 @@ def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
     if path.suffix == ".npy":
         buffer = io.BytesIO()  # to a file, numpy would not say why it cannot write
         np.save(buffer, ids.numpy())
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(buffer.getbuffer())
     elif path.suffix == ".png" and spec.image_shape is not None:
         columns = min(len(ids), _GRID_COLUMNS)
@@ -75,5 +75,5 @@ def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Writes a file in UTF-8."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(content.encode())

@@ -40,7 +40,7 @@ def save(path: StrPath, state: dict[str, Any]) -> None:
         if parallel.is_divided(value)
     }
     if divided:
-        folder = f"{path.stem}.shards-{distributed.of_first_rank(uuid.uuid4().hex[:12])}"
+        folder = f"{path.stem}.shards-{distributed.broadcast_object(uuid.uuid4().hex[:12])}"
         _write_shards(path.with_name(folder), divided)
         # Their shapes and types stay in the file.
         state = tree_map_only(Tensor, _without_divided_values, state) | {_SHARDS: folder}
@@ -58,7 +58,7 @@ def remove_shards(path: Path, but: str | None = None) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Removes what died before it took the place of ``path``. Nobody else may be writing it."""
-    files.remove_unfinished(path)
+    files.remove_temporary_files(path)
     if _shards_of(path):
         remove_shards(path, but=read(path).get(_SHARDS) if path.exists() else None)
 
@@ -84,12 +84,12 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         first = next(iter(error.failures.values()))[0]
         cause = _cause(first)
         if cause is not None:
-            raise files.naming(cause, folder) from error
+            raise files.with_filename(cause, folder) from error
         raise OSError(f"could not write {folder}: {first}") from error
 
 
 def _write_file(path: Path, state: dict[str, Any]) -> None:
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nar_kernels.checks import check_seed
-from nar_kernels.options import make_plain, option, option_of
+from nar_kernels.options import coerce_fields, option, option_of
 from nar_kernels.spec.schedules import SCHEDULES
 
 
@@ -152,7 +152,7 @@ class TrainConfig:
         return cls(**{**saved, **once, **options})
 
     def __post_init__(self) -> None:
-        make_plain(self)
+        coerce_fields(self)
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in _AT_LEAST_ONE and value is not None and value < 1:

@@ -1,1 +1,1 @@
-"""Formats of corpus files, a module each."""
+"""Corpus file formats, one module each."""

@@ -1,4 +1,4 @@
-"""What a file format says of a file, and the checks that all of them share."""
+"""The layout of a corpus file, and the checks that all formats share."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from nar_kernels.ops.arguments import TOKEN_DTYPES
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a file lie."""
+    """Location of the tokens in a file."""
 
     path: str
     dtype: str
@@ -19,6 +19,7 @@ class Layout(NamedTuple):
 
 
 def check_array(name: str, shape: Sequence[int], dtype: np.dtype, expression: str) -> None:
+    """:func:`check_stream`, and native byte order."""
     if not dtype.isnative:
         raise CorpusFormatError(
             f"{name} has dtype {dtype.str}, whose byte order is not this machine's: use "
@@ -30,7 +31,10 @@ def check_array(name: str, shape: Sequence[int], dtype: np.dtype, expression: st
 def check_stream(
     name: str, shape: Sequence[int], dtype: str, converted: str, expression: str
 ) -> None:
-    """Raises unless this is a non-empty 1-D array of token ids."""
+    """Raises CorpusFormatError unless this is a non-empty 1-D array of token ids.
+
+    Messages suggest ``expression``, code for the array, or ``converted``, code for it as int64.
+    """
     if dtype not in TOKEN_DTYPES:
         raise CorpusFormatError(
             f"{name} has dtype {dtype}: token ids are one of {', '.join(TOKEN_DTYPES)}; if these "

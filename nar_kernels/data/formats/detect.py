@@ -1,6 +1,6 @@
-"""Which format a file has.
+"""Format detection.
 
-A new format is a module of this folder whose function returns a :class:`Layout`, and a row here.
+A new format is a module in this folder whose function returns a :class:`Layout`, and a branch here.
 """
 
 import os
@@ -13,21 +13,21 @@ from numpy.typing import DTypeLike
 from nar_kernels.data.formats.base import Layout
 from nar_kernels.data.formats.npy import npy_layout
 from nar_kernels.data.formats.raw import raw_layout
-from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, refuse_unread_formats
+from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, reject_unsupported_formats
 from nar_kernels.errors import CorpusFormatError
 
 
 def read_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:
-    """Finds out what kind of file this is, and where its tokens lie."""
+    """Detects the format of a file, and locates its tokens."""
     if path.is_dir():
         raise CorpusFormatError(f"{path} is a directory: pass one .npy or raw binary file")
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
         if not head:
             raise CorpusFormatError(f"{path} is empty: a corpus has at least one token")
-        # Whatever its name: some projects name raw files .npy, and .npy files .bin.
+        # By content: some projects name raw files .npy, and .npy files .bin.
         if head.startswith(npy.MAGIC_PREFIX):
             return npy_layout(path, file, dtype)
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL_BYTES, 0))
-        refuse_unread_formats(path, head, file.read())
+        reject_unsupported_formats(path, head, file.read())
     return raw_layout(path, dtype)

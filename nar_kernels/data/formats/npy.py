@@ -1,4 +1,4 @@
-"""``.npy`` files."""
+"""NumPy ``.npy`` files."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Raw binary files: nothing but ids, whose type the caller or a sidecar says."""
+"""Raw binary files: headerless ids, whose dtype the caller or a sidecar gives."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def raw_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:
     if name is None:
         no_header = " has no .npy header and" if path.suffix == ".npy" else ""
         raise CorpusFormatError(
-            f"{path}{no_header} does not say what type its tokens have: if it is raw binary, pass "
+            f"{path}{no_header} does not say what dtype its tokens have: if it is raw binary, pass "
             "dtype= (nanoGPT's .bin files are dtype='uint16'; dtype='uint8' reads any file as "
             f'bytes), or write {{"dtype": "uint16"}} to {sidecar.name}'
         )
@@ -33,7 +33,7 @@ def raw_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:
     if size % itemsize:
         raise CorpusFormatError(
             f"{path} has {size} bytes, not a whole number of {name} tokens of {itemsize} bytes: "
-            "its dtype is another one, or it is truncated"
+            "the dtype is wrong, or the file is truncated"
         )
     return Layout(str(path.absolute()), name, 0, size // itemsize)
 
@@ -52,7 +52,7 @@ def _sidecar_dtype(sidecar: Path) -> str:
 
 
 def _dtype_name(dtype: DTypeLike | torch.dtype, origin: str) -> str:
-    """The name in :data:`TOKEN_DTYPES` of a type; ``origin`` says who named it."""
+    """The name of a dtype in :data:`TOKEN_DTYPES`; ``origin`` says in errors who gave it."""
     wanted = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     try:
         parsed = np.dtype(wanted)

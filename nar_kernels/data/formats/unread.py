@@ -1,13 +1,12 @@
-"""Files of other formats, which a raw reader would take for tokens, headers included."""
+"""Unsupported formats, which a raw reader would take for tokens, headers included."""
 
 import re
 from pathlib import Path
 
 from nar_kernels.errors import CorpusFormatError
 
-# Files that a raw reader would take for tokens, headers included: what to do with them, how they
-# begin (and end), what they are. Ids or text could begin with a short magic number, so that of gzip
-# and others is taken together with what must follow it.
+# By remedy: patterns of the first (and last) bytes, and what they identify. Ids or text could start
+# with a short magic number, so that of gzip and others includes what must follow it.
 HEAD_BYTES, TAIL_BYTES = 512, 8
 _BY_OFFSET = "pass its tokens as an array, such as np.memmap(file, dtype=..., mode='r', offset=...)"
 _RAW = (
@@ -15,7 +14,7 @@ _RAW = (
     "to a .npy file"
 )
 _BY_LIBRARY = f"read the ids with a library for this format, and pass them as an array{_RAW}"
-_UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
+_UNSUPPORTED_FORMATS: dict[str, dict[bytes, str]] = {
     _BY_OFFSET: {
         re.escape((20240520).to_bytes(4, "little")): (
             "an llm.c or modded-nanogpt file: uint16 after 1024 bytes"
@@ -26,15 +25,15 @@ _UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
     },
     f"load it, with np.load or torch.load, and pass the array of ids that it holds{_RAW}": {
         rb"PK(\x03\x04|\x05\x06)": "a zip archive, as np.savez and torch.save write them",
-        # Protocols 4 and 5 begin with the length of a frame.
+        # Protocols 4 and 5 start with a frame length.
         rb"\x80[\x04\x05]\x95.{5}\0{3}": "a pickle",
         rb"\x80[\x02\x03]([]}]q\0[(KX]|c(numpy|torch|array|collections|builtins|__builtin__)\b)": (
             "a pickle"
         ),
-        rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19": "a file of torch.save, in its old format",
+        rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19": "a torch.save file in its legacy format",
     },
     f"decompress it{_RAW}": {
-        # Flags; time; how hard it was compressed; system.
+        # Flags, time, compression level, operating system.
         rb"\x1f\x8b\x08[\0-\x1f].{4}[\0\x02\x04][\0-\x0d\xff]": "compressed by gzip",
         rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "compressed by bzip2",
         rb"\xfd7zXZ\0": "compressed by xz",
@@ -47,9 +46,9 @@ _UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
     _BY_LIBRARY: {
         rb"PAR1([\0-\x08\x0e-\x1f]|.{4,}PAR1\Z)": "a Parquet file",
         rb"ARROW1\0\0|FEA1.{4,}FEA1\Z": "an Arrow or Feather file",
-        # A message: its length, then a table of the flatbuffer that it is.
-        rb"\xff{4}.{2}[\0-\x0f]\0\x10\0{5}\n\0": "a stream of Arrow, as datasets saves them",
-        # The length of the header, below 128 MiB, and its beginning.
+        # An IPC message: its length, then the first table of its flatbuffer.
+        rb"\xff{4}.{2}[\0-\x0f]\0\x10\0{5}\n\0": "an Arrow stream, as datasets saves them",
+        # The header length, below 128 MiB, and the start of the header.
         rb'.{3}[\0-\x07]\0{4}\{"[ -~]': "a safetensors file",
         rb"\x89HDF\r\n\x1a\n": "an HDF5 file",
         rb"GGUF[\x01-\x0f]\0{3}": "a GGUF file",
@@ -67,11 +66,11 @@ _UNREAD_FORMATS: dict[str, dict[bytes, str]] = {
 }
 
 
-def refuse_unread_formats(path: Path, head: bytes, tail: bytes) -> None:
-    """Raises for files that a raw reader would take for tokens, headers included."""
+def reject_unsupported_formats(path: Path, head: bytes, tail: bytes) -> None:
+    """Raises CorpusFormatError if the first or last bytes are those of an unsupported format."""
     found = [
         (what, remedy)
-        for remedy, formats in _UNREAD_FORMATS.items()
+        for remedy, formats in _UNSUPPORTED_FORMATS.items()
         for pattern, what in formats.items()
         if re.match(pattern, head + tail, re.DOTALL)
     ]
@@ -84,11 +83,11 @@ def refuse_unread_formats(path: Path, head: bytes, tail: bytes) -> None:
                 what = f"half of a Megatron-LM corpus, the other being {index.name}"
                 found.append((what, _BY_OFFSET))
     for what, remedy in found:
-        raise CorpusFormatError(f"{path} is {what}. This format is not read yet: {remedy}")
+        raise CorpusFormatError(f"{path} is {what}. This format is not supported yet: {remedy}")
 
 
 def _is_tfrecord(head: bytes) -> bool:
-    """Whether the file begins with the length of a record and its masked CRC-32C."""
+    """Whether the file starts with a record length and its masked CRC-32C."""
     crc = 0xFFFFFFFF
     for byte in head[:8]:
         crc ^= byte
