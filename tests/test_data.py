@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nar_kernels.data import loader as data
+from nar_kernels.data import dataset as data
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
