@@ -448,7 +448,7 @@ def test_the_echo_of_a_launcher_waits(monkeypatch):
     """torchrun hands on what a scheduler has sent to its processes, too."""
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    interrupt = Interrupt(hears_echoes=True)
+    interrupt = Interrupt(ignore_duplicates=True)
     interrupt.handle(signal.SIGTERM, None)
     interrupt.handle(signal.SIGTERM, None)
     now += 2
@@ -623,7 +623,7 @@ def test_a_run_may_be_given_more_steps(sentences, tmp_path, capsys):
     train(config)
     train(replace(config, resume=True, steps=9, quiet=False))
     printed = capsys.readouterr().out
-    assert "goes on from step 6: 3 of 9 remain" in printed
+    assert "resuming from step 6: 3 of 9 remain" in printed
     was, now = 0.0, learning_rate(6, replace(config, steps=9))
     assert f"it is {now:.1e} now instead of {was:.1e}" in printed
     state = checkpoint.load(config.folder / "last.pt")
@@ -632,7 +632,7 @@ def test_a_run_may_be_given_more_steps(sentences, tmp_path, capsys):
     assert state["config"]["steps"] == 9
     train(replace(config, resume=True, steps=9, quiet=False))
     printed = capsys.readouterr().out
-    assert "goes on from step 9: 0 of 9 remain" in printed and "--steps was" not in printed
+    assert "resuming from step 9: 0 of 9 remain" in printed and "--steps was" not in printed
 
 
 @pytest.mark.usefixtures("handlers")
@@ -809,7 +809,7 @@ def test_divergence_saves_nothing(sentences, tmp_path):
 def test_divergence_that_is_noticed_late_saves_nothing(sentences, tmp_path):
     """On a GPU nobody looks at the loss in every step, and AdamW goes on with what is ruined."""
     run = Run(small(sentences, tmp_path, save_every=5, eval_every=1000), torch.device("cpu"))
-    run.settle_every = 10
+    run.flush_every = 10
     run.begin()
     step = run.step
 
@@ -830,19 +830,19 @@ def test_when_the_loss_is_looked_at_changes_nothing(sentences, tmp_path):
     config = small(sentences, tmp_path / "often", steps=25, eval_every=12, save_every=7)
     expected = train(config)
     run = Run(replace(config, out=str(tmp_path / "rarely")), torch.device("cpu"))
-    run.settle_every = 10
-    settled: list[int] = []
-    settle = run.settle
+    run.flush_every = 10
+    flushed: list[int] = []
+    flush = run.flush
 
     def noted(stop: bool = False) -> bool:
-        stops = settle(stop)
-        settled.append(len(run.log.losses))
+        stops = flush(stop)
+        flushed.append(len(run.log.losses))
         return stops
 
-    run.settle = noted  # type: ignore[method-assign]
+    run.flush = noted  # type: ignore[method-assign]
     run.begin()
     run.fit()
-    assert settled == [7, 10, 12, 14, 20, 21, 24, 25]
+    assert flushed == [7, 10, 12, 14, 20, 21, 24, 25]
     assert run.finish()["curve"] == expected["curve"]
     ours, theirs = (checkpoint.load(tmp_path / name / "last.pt") for name in ("rarely", "often"))
     assert same(ours["model"], theirs["model"])

@@ -15,7 +15,7 @@ from nar_kernels.cli.arguments import add_options
 from nar_kernels.data.sources import SequenceSpec
 from nar_kernels.files import check_writable
 from nar_kernels.options import option_of
-from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_of
+from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show import samples
 from nar_kernels.show.player import page
@@ -77,11 +77,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     out, html = (None if name is None else Path(name) for name in (arguments.out, arguments.html))
-    _check(arguments, config, out, html)
+    _validate(arguments, config, out, html)
     model, spec = load_model(arguments.checkpoint)
     if out is not None:
         samples.check_suffix(out, spec)
-    config = _fitted(config, arguments, spec)
+    config = _resolve(config, arguments, spec)
     states = _states(arguments, config, model.to(choose_device(arguments.device)), spec)
     kept = None
     if html is not None:
@@ -112,7 +112,7 @@ def _config(arguments: argparse.Namespace) -> SamplingConfig:
     return SamplingConfig(**{name: given[name] for name in names & given.keys()})
 
 
-def _fitted(
+def _resolve(
     config: SamplingConfig, arguments: argparse.Namespace, spec: SequenceSpec
 ) -> SamplingConfig:
     """The config, with what depends on the model."""
@@ -124,11 +124,11 @@ def _fitted(
             )
     top_k = config.top_k
     if arguments.filter_thres is not None:
-        top_k = top_k_of(arguments.filter_thres, spec.num_tokens)
+        top_k = top_k_from_filter_thres(arguments.filter_thres, spec.num_tokens)
     return dataclasses.replace(config, grid=spec.image_shape, top_k=top_k)
 
 
-def _check(
+def _validate(
     arguments: argparse.Namespace, config: SamplingConfig, out: Path | None, html: Path | None
 ) -> None:
     """What can be known before there is a model, so that no work is lost to it."""
@@ -137,16 +137,16 @@ def _check(
     check_seed(arguments.seed)
     if arguments.filter_thres is not None and config.top_k is not None:
         raise ValueError("--top-k and --filter-thres exclude each other: give one of them")
-    top_k_of(arguments.filter_thres, num_tokens=1)  # raises if it is no share
+    top_k_from_filter_thres(arguments.filter_thres, num_tokens=1)  # raises if it is no share
     if config.guidance_scale != 1 and arguments.prompt is None and arguments.infill is None:
         raise ValueError(
             f"--guidance-scale is {config.guidance_scale}, but there is nothing to be guided by: "
             "give --prompt or --infill"
         )
-    _check_files(arguments, out, html)
+    _validate_files(arguments, out, html)
 
 
-def _check_files(arguments: argparse.Namespace, out: Path | None, html: Path | None) -> None:
+def _validate_files(arguments: argparse.Namespace, out: Path | None, html: Path | None) -> None:
     """Whether files can be written, and are none of those that are read."""
     for name in ("checkpoint", "out", "html", "prompt", "infill"):
         if getattr(arguments, name) == "":
