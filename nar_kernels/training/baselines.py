@@ -64,7 +64,7 @@ def baselines(
 
 
 def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor:
-    """float64 ``[L or 1, V - 1]``: counts of all ids but ``mask_id``, at each position or pooled."""
+    """float64 ``[L or 1, V - 1]``: counts of ids but ``mask_id``, at each position or pooled."""
     most = max(_TOKENS_COUNTED // dataset.seq_len, 1)
     most = min(len(windows), most)
     spread = torch.linspace(0, len(windows) - 1, most, dtype=torch.float32, device="cpu")

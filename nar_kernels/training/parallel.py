@@ -128,8 +128,8 @@ def is_dtensor(value: Any) -> bool:
 
 
 def distribute_like(state: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
-    """Shards full tensors to the placements of their namesakes in ``like``, where those are DTensors
-    of the same shape. Tensors on ``meta`` become uninitialised memory."""
+    """Shards full tensors to the placements of their namesakes in ``like`` that are DTensors of the
+    same shape. Tensors on ``meta`` become uninitialised memory."""
     return {key: _distribute(value, like.get(key)) for key, value in state.items()}
 
 
@@ -138,11 +138,11 @@ def distribute_optimizer_state(
 ) -> dict[str, Any]:
     """Shards the full tensors of an optimiser state dict like the parameters they belong to."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    distributed = {
+    entries = {
         index: distribute_like(entry, dict.fromkeys(entry, parameters[index]))
         for index, entry in state["state"].items()
     }
-    return {**state, "state": distributed}
+    return {**state, "state": entries}
 
 
 def _distribute(value: Any, like: Any) -> Any:

@@ -59,8 +59,8 @@ class DeferredMetrics:
         self._pairs.append(torch.stack([loss, norm]))
 
     def flush(self, stop: bool) -> tuple[list[float], list[float], bool]:
-        """Synchronises with the device. Returns the losses and gradient norms of all steps since the
-        last call, and whether ``stop`` is true on any rank.
+        """Synchronises with the device. Returns the losses and gradient norms of the steps since
+        the last call, and whether ``stop`` is true on any rank.
 
         Collective: all ranks must call it, and get the same.
         """

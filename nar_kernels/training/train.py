@@ -192,7 +192,7 @@ class Run:
         self.progress.say(describe(config, self.data, self.model, self.baselines, self.environment))
         alone, stops = distributed.world_size() == 1, False
         self.log.tick()
-        if first == config.steps != self.log.last_evaluated():  # resumed with fewer steps: done
+        if first == config.steps != self.log.last_evaluated():  # --steps lowered to what is done
             self.evaluate(first)
             self.save("last.pt")
         with interruptible(distributed.is_launched()) as interrupt, self.progress.running(first):
@@ -266,7 +266,7 @@ class Run:
             self.progress.plot(done, {f"train/{name}": value for name, value in values.items()})
 
     def evaluate(self, step: int) -> None:
-        """Evaluates bits per token on the held-out windows; saves ``best.pt`` if they are the best."""
+        """Evaluates bits per token on the held-out windows; saves the best weights."""
         with self.ema_weights(), parallel.unsharded(self.model), self.autocast():
             result = evaluate(
                 self.model.net,
@@ -349,7 +349,7 @@ class Run:
                 )
 
     def check_corpus(self, state: dict[str, Any]) -> None:
-        """Raises ValueError unless the data, whatever its path, is what ``state`` was trained on."""
+        """Raises ValueError unless the data, wherever it is, is what ``state`` was trained on."""
         ours, theirs = self.loader.state_dict(), state["loader"]
         if ours["corpus_digest"] != theirs["corpus_digest"]:
             was, now = state["config"]["data"], self.config.data
