@@ -85,7 +85,7 @@ class Suite:
         return is_same and not step.is_setup and before.get("status") in (FAILED, TIMED_OUT)
 
     def run(self) -> int:
-        """Runs all steps; returns the exit status: 0 if each passed, now or before, or was skipped."""
+        """Runs all steps. Exit status: 0 if each passed, now or before, or was skipped."""
         handled = {
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
