@@ -93,15 +93,15 @@ def decode(
         rows, counts = block.rows.to(device, non_blocking=True), block.counts
         for number, annealing, left in block.steps:
             noise = StepNoise(seed, plan.num_steps, number, length, sequences)
-            now, ranking = rows, None
+            selected, ranking = rows, None
             if policy.order_is_fixed:  # sample only the positions that are kept
                 ranking = Ranking(policy.fixed_score(rows, noise), rows, counts)
-                now = ranking.first(left)
+                selected = ranking.first(left)
             sampled = _sample_rows(
                 predict,
                 buffer,
-                now,
-                first_slots.index_select(0, now) + number * length,
+                selected,
+                first_slots.index_select(0, selected) + number * length,
                 again=remask,
                 share=share_first_step and done == 0,
                 same_rows=not policy.order_is_fixed,
@@ -113,8 +113,8 @@ def decode(
                 confidence=policy.confidence,
                 backend=backend,
             )
-            nans.record("logits", sampled.is_nan, now, done)
-            buffer.fill(now, sampled)
+            nans.record("logits", sampled.is_nan, selected, done)
+            buffer.fill(selected, sampled)
             if policy.strategy == "threshold":
                 is_confident = sampled.log_prob.exp() >= policy.threshold
                 left = _num_below_threshold(left, counts, is_confident, rows // length)
@@ -125,10 +125,10 @@ def decode(
                     if policy.strategy == "critic":
                         nans.record("critic's scores", score.isnan(), rows, done)
                     ranking = Ranking(score, rows, counts)
-                waiting = ranking.last(left)
-                buffer.mask(waiting)
+                remasked = ranking.last(left)
+                buffer.mask(remasked)
                 if not remask:
-                    rows, counts = waiting, left
+                    rows, counts = remasked, left
             done += 1
             yield buffer.state(done, num_steps)
             if not any_left:
