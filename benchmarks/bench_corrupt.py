@@ -1,10 +1,10 @@
-"""Masking on the CPU: `corrupt` against what people run today, in the same process.
+"""CPU benchmark of masking: `corrupt` against common implementations, in the same process.
 
-Peers, each doing less than `corrupt` does:
+Peers, each doing less than `corrupt`:
 
-* x-transformers: the masking lines of its wrapper at its default arguments (`peers.py`). No
-  windows, no validation, no labels.
-* bernoulli: `torch.rand(B, L) < t` alone, as in masked diffusion codes.
+* x-transformers: the masking code of its wrapper at its default arguments (`peers.py`). No windows,
+  no validation, no labels.
+* bernoulli: `torch.rand(B, L) < t` only, as in masked diffusion code bases.
 
     python benchmarks/bench_corrupt.py [--tokens 65536] [--threads 1 2] [--json FILE]
 """
@@ -23,11 +23,11 @@ from nar_kernels import MaskingConfig, backends, corrupt
 from nar_kernels.ops.backends import cpp
 
 NUM_TOKENS, MASK_ID = 8193, 8192
-WARM_UP, TIMED = 5, 10  # calls of a turn
+WARM_UP, TIMED = 5, 10  # calls per turn
 
 
 def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
-    """Median nanoseconds a token of each."""
+    """Median nanoseconds per token of each implementation."""
     batch = max(tokens // length, 1)
     corpus = torch.randint(0, MASK_ID, (batch * length * 4,)).to(torch.uint16)
     starts = torch.randint(0, len(corpus) - length + 1, (batch,))
@@ -68,8 +68,8 @@ def main() -> None:
     args = parser.parse_args()
 
     assert cpp is not None, backends()["cpp"]
-    # What one token costs in traffic: 2 bytes of corpus in; input_ids, labels, mask and half a row
-    # index out.
+    # Memory traffic per token: reads 2 bytes of corpus; writes input_ids, labels, mask and half a
+    # row index.
     bytes_per_token = 2 + 8 + 8 + 1 + 4
     rows = []
     best = cpp.simd_level()

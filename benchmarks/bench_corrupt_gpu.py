@@ -1,15 +1,16 @@
-"""`corrupt` on a GPU: against the bandwidth of its memory and of its bus, on the host's clock, and
-against x-transformers' masking on the same GPU, in the same process.
+"""GPU benchmark of `corrupt`: memory and bus bandwidth, host overhead, and x-transformers' masking
+on the same GPU, in the same process.
 
-* large batches: bytes that must move (2 of corpus in a token; 8 of input_ids, 8 of labels, 1 of
-  mask and 8 of row index for each masked one out) over time, as a share of what a copy reaches;
-* a small batch (64 x 1024): GPU time in a replayed CUDA graph, and microseconds of the host a call;
-* a corpus in pinned memory: bytes read over the bus, as a share of what a copy over it reaches.
+* large batches: bytes moved (read: 2 of corpus per token; written: 8 of input_ids, 8 of labels, 1
+  of mask, and 8 of row index per masked token) over time, as a fraction of copy bandwidth;
+* a small batch (64 x 1024): GPU time in a replayed CUDA graph, and host time per call;
+* a corpus in pinned memory: bytes read over the bus, as a fraction of host-to-device copy
+  bandwidth.
 
     python benchmarks/bench_corrupt_gpu.py [--backend cuda triton] [--json FILE] [--dry-run]
 
-`--dry-run` needs no GPU: tiny batches, Triton's interpreter, an emulation of CUDA, and the clock of
-the host. Its figures say nothing.
+`--dry-run` needs no GPU: tiny batches, Triton's interpreter, an emulation of CUDA, and the host's
+clock. Its figures are meaningless.
 """
 # ruff: noqa: E402
 
@@ -48,7 +49,7 @@ LENGTHS = (64,) if DRY_RUN else (256, 1024, 4096, 32768)
 SMALL = (1, 32) if DRY_RUN else (64, 1024)
 COPY_BYTES = 1 << 20 if DRY_RUN else 1 << 32
 REPEATS = 1 if DRY_RUN else 20
-HOST_CALLS = 1 if DRY_RUN else 200  # not so many that the device's queue is ever full
+HOST_CALLS = 1 if DRY_RUN else 200  # too few to fill the launch queue
 GRAPH_CALLS = 1 if DRY_RUN else 20
 
 MASKINGS = {
@@ -66,7 +67,7 @@ def synchronize() -> None:
 
 
 def median_us(fn: Callable[[], object], calls: int = 1, repeats: int = REPEATS) -> float:
-    """Microseconds a call on the device's clock, the median of runs of so many calls."""
+    """Median microseconds per call over runs of ``calls`` calls, by CUDA events."""
     fn()
     times = []
     for _ in range(repeats):
@@ -88,7 +89,7 @@ def median_us(fn: Callable[[], object], calls: int = 1, repeats: int = REPEATS) 
 
 
 def host_us(fn: Callable[[], object]) -> float:
-    """Microseconds until a call returns."""
+    """Host overhead: microseconds until a call returns."""
     times = []
     for _ in range(REPEATS):
         synchronize()
@@ -100,7 +101,7 @@ def host_us(fn: Callable[[], object]) -> float:
 
 
 def graph_us(fn: Callable[[], object]) -> float:
-    """Microseconds a call inside a CUDA graph, where the host does not matter."""
+    """Microseconds per call in a CUDA graph: GPU time without host overhead."""
     fn()
     if DRY_RUN:
         return median_us(fn)
@@ -112,7 +113,7 @@ def graph_us(fn: Callable[[], object]) -> float:
 
 
 def bandwidths() -> dict[str, float]:
-    """Gigabytes a second of copies: within the device, read and written; over the bus, read."""
+    """GB/s of copies: on the device (bytes read and written), and host to device (bytes read)."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     host = torch.empty(COPY_BYTES // 4, dtype=torch.uint8, pin_memory=not DRY_RUN)
@@ -168,7 +169,7 @@ def small_batch(backend: str, speeds: dict[str, float]) -> Iterator[dict]:
         }
         for op, run in ops.items():
             row = {"what": f"{op}, {batch} x {length}, {name}", "host_us": host_us(run)}
-            if op == "corrupt":  # the loader's check is for the host, and not for graphs
+            if op == "corrupt":  # the loader's check on the host cannot be captured in a graph
                 row["gpu_us"] = graph_us(run)
             yield row
 
@@ -202,7 +203,7 @@ def peer_us(batch: int, length: int, calls: int) -> float:
 
 
 def compared(backend: str, speeds: dict[str, float]) -> Iterator[dict]:
-    """The same work as x-transformers' defaults, each as its users call it."""
+    """The same work as x-transformers at its defaults, each through its public API."""
     masking = MaskingConfig(
         NUM_TOKENS, MASK_ID, no_replace_prob=0.15, random_token_prob=0.1, corruption_prob=0.5
     )
@@ -260,7 +261,7 @@ def main() -> None:
         for row in itertools.chain.from_iterable(part(backend, speeds) for part in parts):
             print(backend, "|", " | ".join(f"{key} {show(value)}" for key, value in row.items()))
             record["rows"].append({"backend": backend, **row})
-            if arguments.json:  # after each: the next may not end
+            if arguments.json:  # after each row: the next may crash or hang
                 arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

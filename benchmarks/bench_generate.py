@@ -1,18 +1,19 @@
 """Generation: x-transformers' `generate` against ours, on the same net, at its default arguments.
 
     python benchmarks/bench_generate.py [--device cuda] [--json FILE]
-    python benchmarks/bench_generate.py --quality      # are the images as good?
+    python benchmarks/bench_generate.py --quality      # sample quality
 
-"trunk" is the floor: as many forward passes of the net without its head. Peak memory is what a call
-needs above the parameters; beside it stands one copy of the logits at the masked positions of the
-first step, where they are the most. On a CPU the product of some rows and the head stands beside
-PyTorch's. (`bench_unmask.py` draws tokens alone.)
-`--dry-run` is tiny, and its figures say nothing.
+"trunk" is the lower bound: as many forward passes of the net without its head. Peak memory of a
+call excludes the parameters; for comparison, the report gives the size of the logits at the masked
+positions of the first step, where they are largest. On a CPU, the matrix product with the head is
+also compared with PyTorch's. (`bench_unmask.py` benchmarks sampling alone.)
+`--dry-run` is tiny; its figures are meaningless.
 
-`--quality` trains the net of `nar-kernels train --data digits` and draws images from it with both,
-and with other strategies of ours. A classifier that saw the training images alone says how sure it
-is of its digits; the Frechet distance is between Gaussians of what its hidden layer says of them
-and of the held-out images; the distance to the nearest held-out image is in its layer, too.
+`--quality` trains the net of `nar-kernels train --data digits` and samples images from it with
+both, and with other strategies of ours. Metrics come from a classifier trained on the training
+images only: its confidence in the digits; the Frechet distance between Gaussians of its hidden
+features of samples and of held-out images; and the distance to the nearest held-out image, in the
+same features.
 """
 
 import statistics
@@ -50,12 +51,12 @@ STEPS = 18
 CPU = [Setting(257, 4, 256), Setting(8193, 4, 256), Setting(50258, 4, 128)]
 CUDA = [Setting(50258, 16, 1024, dim=768, depth=12, heads=12, flash=True)]
 TINY = Setting(33, 2, 16, dim=16, depth=1, heads=2)
-# At least so many times the speed of x-transformers.
+# Minimum speed-up over x-transformers.
 GOALS = dict(zip(CPU, (1.05, 5.0, 15.0), strict=True))
 
 
 class Generation:
-    """A net, and who generates with it."""
+    """Generation with a net by one implementation (``who``)."""
 
     def __init__(self, who: str, setting: Setting, device: str) -> None:
         self.net = make_net(setting, device).eval()
@@ -78,15 +79,15 @@ class Generation:
 
 
 def cpu_peak(who: str, setting: Setting, threads: int) -> int:
-    """In a fresh process."""
+    """Peak memory of a call; run it in a fresh process."""
     torch.set_num_threads(threads)
     generation = Generation(who, setting, "cpu")
-    generation.net(generation.ids[:1, :1])  # libraries get their memory
+    generation.net(generation.ids[:1, :1])  # warm up: libraries allocate their memory
     return peak_bytes(generation, "cpu")
 
 
 def compare(setting: Setting, device: str, repeats: int, where: Callable[..., Any]) -> list[dict]:
-    """A row for each who."""
+    """One row per implementation."""
     generations = {who: Generation(who, setting, device) for who in (TRUNK, PEER, OURS)}
     generations = peers_may_fail(generations, {PEER})
     turns = turns_ns(generations, repeats, warm_up=0, device=device)
@@ -129,7 +130,7 @@ def report(setting: Setting, rows: list[dict]) -> None:
 
 
 def bench_product(num_tokens: int, dim: int, all_rows: list[int], repeats: int) -> list[dict]:
-    """Logits of some rows in float32, by PyTorch and as `generate` makes them."""
+    """Product with the head (logits) in float32: PyTorch against the kernel of `generate`."""
     weight = torch.randn(num_tokens, dim)
     rows = []
     for num_rows in all_rows:
@@ -154,7 +155,7 @@ def bench_product(num_tokens: int, dim: int, all_rows: list[int], repeats: int) 
 
 
 class Classifier:
-    """A small net that tells digits apart, and what its hidden layer says of images."""
+    """A small digit classifier; its hidden layer gives the features of the quality metrics."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -177,7 +178,7 @@ class Classifier:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Between Gaussians of the mean and covariance of rows (Heusel et al. 2017)."""
+    """Frechet distance between Gaussians fitted to the rows (Heusel et al. 2017)."""
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
     squared = (a.mean(0) - b.mean(0)).square().sum()
@@ -282,7 +283,7 @@ def main() -> None:
         rows = compare(setting, device, repeats, where)
         record.setdefault("settings", []).append({**setting._asdict(), "rows": rows})
         report(setting, rows)
-        write_json(args.json, record)  # after each: the next may not end
+        write_json(args.json, record)  # after each setting: the next may crash or hang
     if device == "cuda":
         return
     heads = [(33, 16)] if dry else [(257, 256), (8193, 256), (50258, 256), (30522, 768)]

@@ -1,21 +1,22 @@
-"""The loss at masked positions: `masked_nll` against what people run today, in the same process.
+"""Fused linear cross-entropy at masked positions: `masked_nll` against common implementations, in
+the same process.
 
-All of them get the same hidden states, head and batch, and compute the likelihood bound
+All get the same hidden states, head and batch, and compute the likelihood bound
 `sum(loss_weight * nll) / num_maskable` and the gradients of hidden states and head:
 
-* naive, all positions: logits [B, L, V], `F.cross_entropy` on them in float32 with ignored labels;
+* naive, all positions: logits [B, L, V], `F.cross_entropy` in float32 with ignored labels;
 * naive, masked rows: `index_select`, then the same;
 * torch: `F.linear_cross_entropy` (2.13), chunked, at the masked rows;
-* Liger, CCE: on CUDA, if they are installed, at the masked rows. CCE leaves out small gradients by
-  default; "all gradients" is it without that filter.
+* Liger, CCE: on CUDA, if installed, at the masked rows. CCE filters small gradients by default;
+  "all gradients" is without that filter.
 
-Each is checked against loss and gradients in float64, and the table says which are wrong; where
-`masked_nll` is, the script fails.
-"products alone" is the limit: the three matrix products at the masked rows, and nothing else.
+Each is checked against loss and gradients in float64, and the table marks wrong ones; if
+`masked_nll` is wrong, the script fails.
+"products alone" is the limit: only the three matrix products at the masked rows.
 
     python benchmarks/bench_masked_nll.py [--device cuda] [--threads 2] [--json FILE] [--dry-run]
 
-`--dry-run` is tiny and on the CPU. Its figures say nothing.
+`--dry-run` is tiny and on the CPU. Its figures are meaningless.
 """
 
 import importlib.util
@@ -41,7 +42,7 @@ from nar_kernels import Corrupted, MaskingConfig, corrupt
 
 
 class Setting(NamedTuple):
-    """V, B, L, D, and the type of hidden states and head."""
+    """V, B, L, D, and the dtype of hidden states and head."""
 
     num_tokens: int
     batch: int
@@ -77,8 +78,8 @@ CPU = [
 ]
 CUDA = [Setting(50258, 32, 1024, 768, "bfloat16"), Setting(128256, 8, 1024, 768, "bfloat16")]
 TINY = [Setting(33, 2, 16, 8, dtype) for dtype in ("float32", "bfloat16")]
-# Of the loss and of each gradient as a whole, relative to float64. bfloat16 alone costs 0.004 for
-# each rounding; a weight that is ignored, or a softmax without its label, costs about 1.
+# Relative error (norm) of the loss and of each gradient against float64. One bfloat16 rounding
+# costs 0.004; a bug such as an ignored loss weight, or a missing label term, costs about 1.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 OURS, PRODUCTS = "masked_nll", "products alone"
 
@@ -142,7 +143,7 @@ def cce(batch: Batch, **options: None) -> Tensor:
 
 
 def losses(device: str) -> dict[str, Loss]:
-    """Those that can run here."""
+    """The implementations available here, by name."""
     found: dict[str, Loss] = {
         OURS: ours,
         "naive, all positions": naive_everywhere,
@@ -166,7 +167,7 @@ def forward_backward(loss: Loss, batch: Batch) -> Tensor:
 
 
 def truth(batch: Batch) -> list[Tensor]:
-    """Loss and gradients of hidden states and head, in float64, some rows at a time."""
+    """Reference: loss and gradients of hidden states and head in float64, chunked over rows."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (batch.hidden, batch.weight))
     rows = batch.corrupted.masked_rows
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
@@ -183,7 +184,7 @@ def truth(batch: Batch) -> list[Tensor]:
 
 
 def errors(loss: Loss, batch: Batch, true: list[Tensor]) -> list[float]:
-    """Norm of the difference to the truth, relative to that of the truth."""
+    """Relative errors (norms) of the loss and both gradients against ``true``."""
     got = [forward_backward(loss, batch), batch.hidden.grad, batch.weight.grad]
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, true, strict=True)]
 
@@ -202,10 +203,10 @@ def products(batch: Batch) -> Callable[[], None]:
 
 
 def cpu_peak_bytes(setting: Setting, name: str, threads: int) -> int:
-    """In a fresh process."""
+    """Peak memory of forward and backward; run it in a fresh process."""
     torch.set_num_threads(threads)
     loss = losses("cpu")[name]
-    # Threads and libraries start; memory for the real sizes is still to be taken.
+    # Warm up at a tiny size: starts threads and libraries without allocating for the real one.
     forward_backward(loss, make_batch(TINY[0]._replace(dtype=setting.dtype), "cpu"))
     batch = make_batch(setting, "cpu")
     return peak_bytes(lambda: forward_backward(loss, batch))
@@ -214,16 +215,16 @@ def cpu_peak_bytes(setting: Setting, name: str, threads: int) -> int:
 def compare(
     setting: Setting, device: str, repeats: int, threads: int, where: Callable[..., Any]
 ) -> dict:
-    """A row for each loss, ours first; one that fails or is wrong says so in ``failed``."""
+    """One row per implementation, ours first; ``failed`` is the error, "WRONG", or None."""
     batch = make_batch(setting, device)
     true, rows = truth(batch), []
     for name, loss in losses(device).items():
         row = {"loss": name, "failed": None}
         try:
             row["errors"] = errors(loss, batch, true)
-            if not all(error <= TOLERANCE[setting.dtype] for error in row["errors"]):  # or is NaN
+            if not all(error <= TOLERANCE[setting.dtype] for error in row["errors"]):  # also NaN
                 row["failed"] = "WRONG"
-        except Exception as error:  # the others' figures are worth having all the same
+        except Exception as error:  # keep the figures of the others
             row["failed"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         batch.hidden.grad = batch.weight.grad = None
         rows.append(row)
@@ -298,10 +299,10 @@ def main() -> None:
     for setting in TINY if args.dry_run else CUDA if device == "cuda" else cpu:
         record["settings"].append(compare(setting, device, repeats, record["threads"], where))
         report(record["settings"][-1])
-        write_json(args.json, record)  # after each: the next may not end
+        write_json(args.json, record)  # after each setting: the next may crash or hang
     failed = [row["loss"] for s in record["settings"] for row in s["rows"] if row["failed"]]
     if failed:
-        # A peer's fault is in the table, and no failure of ours.
+        # Only a fault of ours fails the script; a peer's is in the table.
         status = int(OURS in failed)
         parser.exit(status, f"wrong or failed: {', '.join(failed)}\n")
 

@@ -1,17 +1,17 @@
 """A training step: x-transformers' `NonAutoregressiveWrapper` against ours, in the same process.
 
-Both get the same net, with the same weights, and the same clean ids, and run at their own default
-arguments. Steps are forward, backward, `clip_grad_norm_`, AdamW (theirs with PyTorch's defaults,
-ours with `fused=True`) and `zero_grad`. "trunk" is the floor: forward and backward of the net
-without its head, from a random gradient of the hidden states.
+Both get the same net, weights and clean ids, and run at their own default arguments. A step is
+forward, backward, `clip_grad_norm_`, AdamW (theirs with PyTorch's defaults, ours with `fused=True`)
+and `zero_grad`. "trunk" is the lower bound: forward and backward of the net without its head, from
+a random gradient of the hidden states.
 
     python benchmarks/bench_train_step.py [--device cuda] [--compile] [--flash] [--json FILE]
-    python benchmarks/bench_train_step.py --profile FILE.png   # where the time of both steps goes
-    python benchmarks/bench_train_step.py --quality digits     # does the fused loss train as well?
+    python benchmarks/bench_train_step.py --profile FILE.png   # time breakdown of both steps
+    python benchmarks/bench_train_step.py --quality digits     # fused against unfused training
 
-Peak memory is what a call needs above parameters and optimiser state. On CUDA the net has 12 layers
-of width 768, runs in bf16 autocast, and the largest batch that fits is found, too. `--dry-run` is
-tiny and on the CPU. Its figures say nothing.
+Peak memory of a call excludes parameters and optimiser state. On CUDA the net has 12 layers of
+width 768 and runs in bf16 autocast, and the largest batch that fits is searched for. `--dry-run` is
+tiny and on the CPU. Its figures are meaningless.
 """
 
 import bisect
@@ -52,18 +52,18 @@ CPU = [Setting(257, 16, 256), Setting(8193, 16, 256), Setting(50258, 8, 128)]
 CUDA = [Setting(50258, 16, 1024, dim=768, depth=12, heads=12, flash=True)]
 TINY = Setting(33, 2, 16, dim=16, depth=1, heads=2)
 PROFILED = CPU[1]
-# At least so many times the speed, and at most this share of the memory.
+# Minimum speed-up, and maximum fraction of the memory, relative to x-transformers.
 GOALS = dict(zip(CPU, ((1.05, 1.0), (1.9, 0.5), (2.4, 0.35)), strict=True))
 LARGEST_DRY_RUN = 5
 
 
 def peaks(training: Training) -> dict[str, int]:
-    list(training.calls().values())[-1]()  # the optimiser gets its state
+    list(training.calls().values())[-1]()  # allocate the optimiser state
     return {what: peak_bytes(call, training.device) for what, call in training.calls().items()}
 
 
 def cpu_peaks(who: str, setting: Setting, threads: int) -> dict[str, int]:
-    """In a fresh process."""
+    """Peak memory of each call; run it in a fresh process."""
     torch.set_num_threads(threads)
     return peaks(Training(who, setting, "cpu"))
 
@@ -71,7 +71,7 @@ def cpu_peaks(who: str, setting: Setting, threads: int) -> dict[str, int]:
 def compare(
     setting: Setting, device: str, repeats: int, compiled: bool, where: Callable[..., Any]
 ) -> list[dict]:
-    """A row for each wrapper and call."""
+    """One row per wrapper and call."""
     trainings = {
         who: Training(who, setting, device)
         for who in (TRUNK, PEER, OURS, *([COMPILED] if compiled else []))
@@ -82,7 +82,7 @@ def compare(
         for what, call in training.calls().items()
     }
     calls = peers_may_fail(calls, {of_call for of_call in calls if of_call[0] == PEER})
-    # Turn against turn: on a shared machine a step takes 10 % more in one minute than in the next.
+    # Ratios per turn: on a shared machine, speed drifts by 10 % between minutes.
     turns = turns_ns(calls, repeats, warm_up=0, device=device)
     ns = {of_call: statistics.median(times) for of_call, times in turns.items()}
     rows = {}
@@ -150,7 +150,7 @@ def free(device: str) -> None:
 
 
 def largest_batch(who: str, setting: Setting, device: str) -> dict:
-    """Doubles, then bisects, to within a sixteenth; ``stopped_by`` is what the last error says."""
+    """Doubles, then bisects, to within 1/16; ``stopped_by`` is the last error message."""
     free(device)
     training = Training(who, setting, device)
     stopped_by = None
@@ -164,7 +164,7 @@ def largest_batch(who: str, setting: Setting, device: str) -> dict:
             training.step()
             synchronize(device)
             return True
-        except RuntimeError as error:  # beside memory, kernels that count elements in 32 bits
+        except RuntimeError as error:  # OOM, or kernels with 32-bit indexing
             stopped_by = f"{type(error).__name__}: {str(error).partition('.')[0]}"
         training.net.zero_grad()
         free(device)
@@ -195,7 +195,7 @@ MARKS = {"forward": "masking", "net": "trunk", "backward": "backward", "optimize
 
 
 def kind(name: str, shapes: list, phase: str, vocabulary: int) -> str:
-    """The class, in ``KINDS``, of an operator that began in a phase of a step."""
+    """The category in ``KINDS`` of an operator that started in ``phase`` of a step."""
     of_head = any(vocabulary in shape for shape in shapes if isinstance(shape, (list, tuple)))
     if phase == "optimizer":
         return "clipping and AdamW"
@@ -211,17 +211,17 @@ def kind(name: str, shapes: list, phase: str, vocabulary: int) -> str:
 
 
 def profile_step(training: Training) -> dict[str, float]:
-    """Milliseconds of one step by class of operator."""
+    """Milliseconds of one step by category of operator."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         training.step()
     events = profiled.events()
-    # When which phase begins: masking comes before the net, and the loss after it.
+    # Start times of the phases: masking precedes the net, the loss follows it.
     begins = [(e.time_range.start, MARKS[e.name]) for e in events if e.name in MARKS]
     begins = sorted(begins + [(e.time_range.end, "loss") for e in events if e.name == "net"])
     milliseconds = dict.fromkeys(KINDS, 0.0)
     for event in events:
         now = bisect.bisect(begins, event.time_range.start, key=lambda begin: begin[0])
-        # What a mark spends by itself is Python between operators.
+        # Self time of a mark is Python between operators.
         phase = begins[max(now, 1) - 1][1] if event.name not in MARKS else "trunk"
         of_kind = kind(event.name, event.input_shapes, phase, training.setting.num_tokens)
         milliseconds[of_kind] += event.self_cpu_time_total / 1e3
@@ -229,7 +229,7 @@ def profile_step(training: Training) -> dict[str, float]:
 
 
 def profile_steps(setting: Setting, repeats: int) -> dict[str, dict[str, float]]:
-    """The median step of each wrapper; they take turns."""
+    """The median step of each wrapper, measured in turns."""
     trainings = [Training(who, setting, "cpu") for who in (PEER, OURS)]
     steps: dict[str, list[dict[str, float]]] = {PEER: [], OURS: []}
     for training in trainings:
@@ -256,7 +256,7 @@ def unfused(net: nn.Module, batch: Corrupted) -> Tensor:
 
 
 def held_out_bits(config: TrainConfig, data: Data, fused: bool) -> float:
-    """Bits per held-out token after training; weights and batches follow from the config."""
+    """Bits per held-out token after training; weights and batches are determined by the config."""
     torch.manual_seed(config.seed)
     model = build_model(config, data.spec)
     optimizer = adamw(model, config)
@@ -324,7 +324,7 @@ def main() -> None:
         rows = compare(setting, device, repeats, args.compile, where)
         record.setdefault("settings", []).append({**setting._asdict(), "rows": rows})
         report(setting, rows)
-        write_json(args.json, record)  # after each: the next may not end
+        write_json(args.json, record)  # after each setting: the next may crash or hang
         if args.device == "cuda":
             largest = [largest_batch(who, setting, device) for who in (PEER, OURS)]
             record["settings"][-1]["largest_batches"] = largest

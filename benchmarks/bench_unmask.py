@@ -1,12 +1,11 @@
-"""`unmask` alone: a token for each of some rows of logits, at the filter of `generate` (0.3 V ids
-are kept) and without.
+"""Fused sampling: `unmask` on rows of logits, with the top-k filter of `generate` (k = 0.3 V) and
+without.
 
     python benchmarks/bench_unmask.py [--device cuda] [--json FILE] [--dry-run]
 
-Each logit is read once, at least: bytes of logits over time stand beside the bandwidth of a copy.
-The peer is what x-transformers does with the logits of as many positions (filter, softmax, sample),
-where it is installed. On a CPU on one thread and on all. `--dry-run` is tiny, and its figures say
-nothing.
+Each logit must be read at least once: bytes of logits over time are compared with copy bandwidth.
+The peer is what x-transformers does with the same logits (filter, softmax, sample), if installed.
+On a CPU with one thread and with all. `--dry-run` is tiny; its figures are meaningless.
 """
 
 import importlib.util
@@ -30,10 +29,10 @@ from nar_kernels import unmask
 
 OURS, PEER = "unmask", "x-transformers"
 CPU = [(257, 4096), (50258, 64)]  # V, rows
-CUDA = [(50258, 4096), (50304, 4096)]  # several times the cache; of any length, divides by 16
+CUDA = [(50258, 4096), (50304, 4096)]  # several times the cache; V unaligned, V a multiple of 16
 TINY = [(33, 4)]
 FILTERED, UNFILTERED = "0.3 V", "none"
-GOALS = {(50258, "cpu"): 2.0}  # ns a logit in float32, on one thread, with the filter
+GOALS = {(50258, "cpu"): 2.0}  # ns per logit in float32, one thread, with the filter
 
 
 class Case(NamedTuple):
@@ -44,7 +43,7 @@ class Case(NamedTuple):
 
 
 def x_transformers_draw(logits: Tensor) -> None:
-    """What its `generate` does with logits in a step, but for the choice of positions."""
+    """What its `generate` does with the logits of a step, except for selecting positions."""
     from x_transformers import nonautoregressive_wrapper as original
 
     logits = logits[None]
@@ -83,7 +82,7 @@ def draws(
 
 
 def compare(num_tokens: int, num_rows: int, device: str, repeats: int, with_peer: bool) -> dict:
-    """Figures of each draw, ours first, and beside them those of the peer."""
+    """One row per case, ours first, with its ratio to the peer."""
     most = torch.get_num_threads()
     threads = sorted({1, most}) if device == "cpu" else [most]
     calls = draws(num_tokens, num_rows, device, threads, with_peer)
@@ -136,7 +135,7 @@ def main() -> None:
         record["settings"].append(compare(num_tokens, num_rows, device, repeats, with_peer))
         print(f"V {num_tokens}, {num_rows} rows\n")
         print_table(record["settings"][-1]["rows"])
-        write_json(args.json, record)  # after each: the next may not end
+        write_json(args.json, record)  # after each setting: the next may crash or hang
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the compilers made of the GPU kernels: registers, memory, instructions. Needs no GPU.
+"""Static analysis of the compiled GPU kernels: registers, spills, instructions. Needs no GPU.
 
-Triton kernels are compiled here for each architecture; those of CUDA are read from the built
-extension. `spill` is bytes of local memory a thread; `16-byte loads` and `stores` are instructions
-that move 16 bytes a lane; `torn reads` are loads of what other programs write, made by more threads
-than there are elements, which may see different values of one.
+Triton kernels are compiled here for each architecture; CUDA kernels are read from the built
+extension. `spill` is bytes of local memory per thread; `16-byte loads` and `stores` are vectorised
+instructions (16 bytes per lane); `torn reads` are volatile loads of values that other programs
+write, in a layout where several threads load the same element and may see different values.
 
     python benchmarks/gpu_code.py [--architectures 90] [--json FILE]
 """
@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: its kernels are compiled here
+os.environ["TRITON_INTERPRET"] = "0"  # before importing Triton: compile, do not interpret
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -63,8 +63,8 @@ SCALARS = {
     "coin_share": "i64",
 }
 
-# Name, type of the ids, which optional pointers are given, and what differs from a step of a loader
-# with exact draws.
+# Name, type of the ids, optional pointers that are given, and differences from STEP: a step of a
+# loader with exact draws.
 CORRUPT_CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
     ("step, exact", "*u16", (), {}),
     ("step, exact, BERT", "*u16", (), {"keep_share": 1}),
@@ -77,7 +77,7 @@ CORRUPT_CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
     ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), {"num_windows": 0}),
 ]
 OPTIONAL = {"starts", "sample_ids", "step", "maskable", "never_mask", "seed_tensor"}
-# Name, type of the logits and which optional pointers are given, V, whether there is a gradient.
+# Name, types of the logits and of optional pointers, V, whether with gradient.
 NLL_CASES: list[tuple[str, dict[str, str], int, bool]] = [
     ("bf16, V 50258", {"logits": "*bf16", "weight": "*fp32"}, 50258, True),
     ("fp32, V 50258, bias", {"logits": "*fp32", "weight": "*fp32", "bias": "*fp32"}, 50258, True),
@@ -85,8 +85,8 @@ NLL_CASES: list[tuple[str, dict[str, str], int, bool]] = [
     ("bf16, V 50258, no gradient", {"logits": "*bf16"}, 50258, False),
 ]
 NLL_TYPES = {"nll": "*fp32", "labels": "*i64", "vocabulary": "i32", "stride": "i32", "width": "i32"}
-# Name, type of the logits and which optional pointers are given, V, k, confidence, and which of the
-# numbers are multiples of 16.
+# Name, types of the logits and of optional pointers, V, k, confidence, and the scalar arguments
+# that are multiples of 16.
 UNMASK_CASES: list[tuple[str, dict[str, str], int, int, str, tuple[str, ...]]] = [
     ("bf16, V 50304", {"logits": "*bf16"}, 50304, 50304, "probability", ("stride", "vocabulary")),
     ("bf16, V 50304, k", {"logits": "*bf16"}, 50304, 50, "probability", ("stride", "vocabulary")),
@@ -130,7 +130,7 @@ def count(sass: str) -> dict[str, int]:
 
 
 def resources(report: str) -> dict[str, int]:
-    """Of one function in the output of `cuobjdump -res-usage`."""
+    """Resource usage of one function in the output of `cuobjdump -res-usage`."""
     fields = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report))
     return {
         "registers": int(fields["REG"]),
@@ -140,7 +140,7 @@ def resources(report: str) -> dict[str, int]:
 
 
 def torn_reads(ttgir: str) -> int:
-    """Volatile loads in Triton's IR whose elements are loaded by several threads each."""
+    """Number of volatile loads in TTGIR whose elements are each loaded by several threads."""
     layouts = dict(re.findall(r"^(#\w+) = #ttg.blocked<(.*)>$", ttgir, re.MULTILINE))
     torn = 0
     for load in re.findall(r"tt.load .*isVolatile.*", ttgir):
@@ -162,12 +162,12 @@ def triton_row(
     architecture: int,
     aligned: tuple[str, ...],
 ) -> dict:
-    """One kernel, compiled for one architecture.
+    """Compiles one kernel for one architecture and analyses it.
 
     Args:
-        types: of the arguments that are given; the others are None.
+        types: types of the arguments that are given; the others are None.
         options: compile-time arguments of the kernel and of the compiler.
-        aligned: numbers that are multiples of 16; pointers are.
+        aligned: scalar arguments that are multiples of 16; pointers always are.
     """
     arguments = kernel.arg_names
     constants = {a: options.get(a) for a in arguments if a not in types}
@@ -224,10 +224,10 @@ def triton_rows(architectures: list[int]) -> list[dict]:
 
 
 def cuda_rows(library: Path, architectures: list[int]) -> list[dict]:
-    """Every kernel of an extension module, for those architectures that it was built for."""
+    """Every kernel of an extension module, for the architectures that it was built for."""
     rows = []
     for architecture in architectures:
-        # One at a time: tools of an older Triton stop at one that they do not know.
+        # One at a time: tools of an older Triton fail on architectures that they do not know.
         of_library = f"-arch=sm_{architecture}", str(library)
         listing = run_tool("cuobjdump", "-sass", *of_library)
         sass = {
@@ -244,7 +244,7 @@ def cuda_rows(library: Path, architectures: list[int]) -> list[dict]:
                     "threads": "",
                     **resources(function),
                     **count(sass[symbol]),
-                    "torn reads": 0,  # one warp looks back, a word a lane
+                    "torn reads": 0,  # look-back by one warp, one word per lane
                 }
             )
     return sorted(rows, key=lambda row: (row["kernel"], row["sm"]))

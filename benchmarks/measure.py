@@ -1,4 +1,4 @@
-"""What benchmarks share: clocks, high-water marks of memory, the machine's name, tables, bars."""
+"""Shared by benchmarks: timing, peak memory, machine info, tables, bar charts."""
 
 import argparse
 import ctypes
@@ -31,12 +31,12 @@ SIMD_LEVELS = {2: "AVX-512", 1: "AVX2", 0: "plain C++"}
 
 
 def instruction_set() -> str | None:
-    """The best that the C++ extension has for this processor."""
+    """The SIMD level that the C++ extension uses on this processor; None without the extension."""
     return None if cpp is None else SIMD_LEVELS[cpp.simd_level()]
 
 
 def environment(device: str, **more: Any) -> dict[str, Any]:
-    """The head of a file of figures."""
+    """The header of a results file."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
@@ -48,7 +48,7 @@ def environment(device: str, **more: Any) -> dict[str, Any]:
 
 
 def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
-    """With the options that every comparison has."""
+    """An argument parser with the options shared by all comparisons."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,9 +63,10 @@ def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
 def begin(
     parser: argparse.ArgumentParser, args: argparse.Namespace, on_cpu: bool = False
 ) -> tuple[str, int, dict[str, Any]]:
-    """The device, how many turns, and the head of the figures, which is printed; sets the threads.
+    """Sets the number of threads; returns the device, the number of turns, and the results header,
+    which is printed.
 
-    A dry run, and what is ``on_cpu`` anyway, leaves the device alone.
+    The device is the CPU in a dry run and with ``on_cpu``.
     """
     device = "cpu" if args.dry_run or on_cpu else args.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -78,7 +79,7 @@ def begin(
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:
-    """Nowhere if there is no path."""
+    """Writes the results; no-op if ``path`` is None."""
     if path is not None:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -96,10 +97,10 @@ def turns_ns(
     timed: int = 1,
     device: str = "cpu",
 ) -> dict[Any, list[int]]:
-    """Nanoseconds of the calls of each, as they came.
+    """Nanoseconds of every timed call of each function, in order.
 
-    They take turns, so that all see the same machine. Each turn is a loop of its own: it begins
-    with calls that are not timed, since the one before left its own data in the caches.
+    Functions take turns, so that all see the same machine conditions. Each turn starts with
+    ``warm_up`` untimed calls, since the previous function left its own data in the caches.
     """
     times: dict[Any, list[int]] = {name: [] for name in fns}
     for _ in range(repeats):
@@ -112,7 +113,7 @@ def turns_ns(
 
 
 def call_ns(fn: Callable[[], object], device: str = "cpu") -> int:
-    """Nanoseconds of a call: on a GPU, on its own clock, from an idle device on."""
+    """Nanoseconds of a call; on a GPU by CUDA events, starting from an idle device."""
     if device != "cuda":
         start = time.perf_counter_ns()
         fn()
@@ -130,7 +131,7 @@ COPIED = {"cpu": 1 << 26, "cuda": 1 << 31}  # bytes: several times the caches
 
 
 def copy_bytes_per_second(device: str) -> float:
-    """Of a copy within the memory of a device, bytes read and bytes written."""
+    """Copy bandwidth of a device's memory: bytes read plus bytes written."""
     source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     ns = median_ns({"copy": lambda: target.copy_(source)}, 10, device=device)["copy"]
@@ -138,15 +139,14 @@ def copy_bytes_per_second(device: str) -> float:
 
 
 def median_ns(fns: dict[Any, Callable[[], object]], repeats: int, **how: Any) -> dict[Any, float]:
-    """Median nanoseconds a call of each, of :func:`turns_ns`."""
+    """Median nanoseconds per call of each function, from :func:`turns_ns`."""
     return {name: statistics.median(t) for name, t in turns_ns(fns, repeats, **how).items()}
 
 
 def peers_may_fail(
     calls: dict[Any, Callable[[], object]], peers: set[Any]
 ) -> dict[Any, Callable[[], object]]:
-    """Makes each call once; those of peers that fail, for want of memory or by a fault of theirs,
-    are said and left out."""
+    """Tries each call once; drops calls of peers that fail, by OOM or a bug, with a message."""
     able = {}
     for name, call in calls.items():
         try:
@@ -166,10 +166,10 @@ def _high_water_bytes() -> int:
 
 
 def peak_bytes(fn: Callable[[], object], device: str = "cpu") -> int:
-    """The most memory in use during a call, above what is in use before it.
+    """Peak memory during a call, above what is in use before it.
 
-    On the CPU it is memory of this process that is resident, its caches of freed blocks included:
-    call it in a process of its own. On a GPU it is memory of tensors.
+    On the CPU: resident memory (RSS) of this process, including the allocator's cached blocks, so
+    call it in a fresh process. On a GPU: memory of tensors.
     """
     gc.collect()
     if device == "cuda":
@@ -180,14 +180,14 @@ def peak_bytes(fn: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current RSS
     before = _high_water_bytes()
     fn()
     return _high_water_bytes() - before
 
 
 def in_fresh_process(fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn(*args)`` in a process where nothing has run yet, without the wait for imports."""
+    """``fn(*args)`` in a fresh process, forked from a server with imports preloaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "nar_kernels", "x_transformers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -195,19 +195,19 @@ def in_fresh_process(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def in_this_process(fn: Callable[..., Any], *args: Any) -> Any:
-    """In its place where figures say nothing: it takes seconds less."""
+    """Replaces :func:`in_fresh_process` where figures do not matter: saves seconds."""
     return fn(*args)
 
 
 def show(value: object, digits: int = 3) -> str:
-    """Numbers with so many digits that count, and nothing for None."""
+    """Formats a float to ``digits`` significant digits; None as an empty string."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
     return f"{value:.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def print_table(rows: Sequence[dict[str, object]]) -> None:
-    """The columns are those of the first row."""
+    """Prints a Markdown table with the columns of the first row."""
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
@@ -222,11 +222,11 @@ def draw_bars(
     title: str,
     unit: str,
 ) -> None:
-    """A stacked horizontal bar for each entry of ``bars``, in the style of a run's pictures.
+    """Stacked horizontal bar chart, one bar per entry of ``bars``, in the style of a run's plots.
 
     Args:
-        bars: lengths of the parts of each bar, by label.
-        colours: of the parts, in their order.
+        bars: segment lengths by label, for each bar.
+        colours: colour of each segment, in order.
     """
     ink, grid = pictures._INK, pictures._TABLE
     figure = pictures._figure(9, 3.2)

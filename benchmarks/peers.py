@@ -1,4 +1,4 @@
-"""What benchmarks compare with: other people's code, run as it is; and ours in the same place."""
+"""Implementations under comparison: peers, run unmodified, and ours in the same harness."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ import nar_kernels
 
 
 class _LargestLogits(TorchDispatchMode):
-    """The most rows of any tensor that is made with ``vocabulary`` columns."""
+    """Tracks the most rows of any tensor created with ``vocabulary`` columns."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _LargestLogits(TorchDispatchMode):
 
 
 class Masked(Exception):
-    """Leaves x-transformers' forward once the masked input is made."""
+    """Aborts x-transformers' forward once the masked input is made."""
 
 
 class StopNet(TransformerWrapper):
@@ -42,9 +42,9 @@ class StopNet(TransformerWrapper):
 def x_transformers_masking(
     length: int, num_tokens: int, mask_id: int, device: str = "cpu"
 ) -> Callable[[Tensor], None]:
-    """The masking lines of its `NonAutoregressiveWrapper.forward` at its default arguments (times,
-    exact-k by argsort, keep and random subsets, masked input), by running that method on a net that
-    stops it. No windows, no validation, no labels."""
+    """The masking code of x-transformers' `NonAutoregressiveWrapper.forward` at its default
+    arguments (times, exact-k by argsort, keep and random subsets, masked input), by running that
+    method on a net that aborts it. No windows, no validation, no labels."""
     net = StopNet(
         num_tokens=num_tokens, max_seq_len=length, attn_layers=Encoder(dim=8, depth=1, heads=1)
     )
@@ -61,12 +61,12 @@ def x_transformers_masking(
 
 TRUNK, PEER, OURS, COMPILED = "trunk", "x-transformers", "ours", "ours, compiled"
 PASSES, STEP = "forward + backward", "whole step"
-# So small that both keep the weights they began with: the peer's loss has no minimum.
+# Learning rate so small that weights stay as initialised: the peer's loss has no minimum.
 RATE = 1e-6
 
 
 class Setting(NamedTuple):
-    """V, B, L, and the net."""
+    """V, B, L, and the size of the net."""
 
     num_tokens: int
     batch: int
@@ -78,7 +78,7 @@ class Setting(NamedTuple):
 
 
 def make_net(setting: Setting, device: str) -> TransformerWrapper:
-    """The same weights each time."""
+    """A net with fixed initial weights (seed 0)."""
     torch.manual_seed(0)
     return TransformerWrapper(
         num_tokens=setting.num_tokens,
@@ -88,13 +88,13 @@ def make_net(setting: Setting, device: str) -> TransformerWrapper:
             depth=setting.depth,
             heads=setting.heads,
             attn_flash=setting.flash,
-            verbose=False,  # it advises larger nets
+            verbose=False,  # no advice to use larger nets
         ),
     ).to(device)
 
 
 class Training:
-    """A net in one of the wrappers (or alone), its optimiser, and a batch."""
+    """Training of a net in one of the wrappers (or alone): net, optimiser, and a batch."""
 
     def __init__(self, who: str, setting: Setting, device: str) -> None:
         self.who, self.setting, self.device = who, setting, device
@@ -149,6 +149,8 @@ class Training:
     def makes_all_logits(self) -> bool:
         """Whether the net's head runs at all positions in a forward pass."""
         setting = self.setting
-        with _LargestLogits(setting.num_tokens) as largest:  # the wrapper would notice a hook
+        with _LargestLogits(
+            setting.num_tokens
+        ) as largest:  # not a hook: the wrapper would detect it
             self.forward()
         return largest.rows >= setting.batch * setting.length

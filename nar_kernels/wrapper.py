@@ -26,13 +26,13 @@ from nar_kernels.ops.dispatch import NLL_DTYPES
 from nar_kernels.ops.masked_nll import Reduction, num_counted
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
-from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_of
-from nar_kernels.sampling.decode import decode, draw_tokens
+from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres
+from nar_kernels.sampling.decode import decode, sample_tokens
 from nar_kernels.sampling.plan import make_plan
 from nar_kernels.sampling.predictor import LogitsProcessor, Predictor, make_guidance
 from nar_kernels.sampling.prompt import Prompt, is_one_sequence, read_prompt
-from nar_kernels.sampling.states import SampleStates
-from nar_kernels.sampling.strategies import make_choice
+from nar_kernels.sampling.states import DecodeIterator
+from nar_kernels.sampling.strategies import make_policy
 from nar_kernels.spec.philox import Stream, noise_generator
 from nar_kernels.spec.schedules import Schedule, resolve
 
@@ -455,7 +455,7 @@ class NonAutoregressiveWrapper(nn.Module):
         if temperature is None:
             temperature = _uniform(noise)
         with torch.no_grad():
-            sampled = draw_tokens(
+            sampled = sample_tokens(
                 prediction.logits_at(rows),
                 # The slots of the global batch, as for the masks.
                 rows + (rows // clean.shape[1] * (world_size - 1) + rank) * clean.shape[1],
@@ -524,7 +524,7 @@ class NonAutoregressiveWrapper(nn.Module):
         logits_processor: LogitsProcessor | None = None,
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> SampleStates:
+    ) -> DecodeIterator:
         """:meth:`sample` with the argument names and defaults of x-transformers.
 
         Args:
@@ -549,7 +549,7 @@ class NonAutoregressiveWrapper(nn.Module):
             steps=self.steps if steps is None and strategy != "threshold" else steps,
             strategy=strategy,
             temperature=start_temperature,
-            top_k=top_k_of(filter_thres, self.num_tokens),
+            top_k=top_k_from_filter_thres(filter_thres, self.num_tokens),
             choice_temperature=noise_level_scale if strategy == "critic" else choice_temperature,
             threshold=threshold,
             block_length=block_length,
@@ -580,7 +580,7 @@ class NonAutoregressiveWrapper(nn.Module):
         logits_processor: LogitsProcessor | None = None,
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> SampleStates:
+    ) -> DecodeIterator:
         """Samples sequences step by step. Never draws ``mask_id`` or ``never_mask_ids``.
 
         A sequence is the same in a batch of any size, up to the rounding of the net. If all prompts
@@ -637,7 +637,7 @@ class NonAutoregressiveWrapper(nn.Module):
             predictor,
             begin.to(device),
             plan,
-            make_choice(config, self.max_seq_len, device, self._critic_scores_or_none()),
+            make_policy(config, self.max_seq_len, device, self._critic_scores_or_none()),
             mask_id=self.mask_id,
             seed=_draw_seed() if seed is None else as_int("seed", seed),
             temperature=config.temperature,
@@ -648,7 +648,7 @@ class NonAutoregressiveWrapper(nn.Module):
             sequences=_sequence_numbers(first_sequence, len(begin)),
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
-        return SampleStates(states, self, self.net, self.token_critic)
+        return DecodeIterator(states, self, self.net, self.token_critic)
 
     def _device(self) -> torch.device:
         """The device of the net."""

@@ -84,9 +84,8 @@ def pytest_configure() -> None:
     from nar_kernels.ops import masked_nll as loss
     from nar_kernels.ops import masking
     from nar_kernels.ops import unmask as unmasking
-    from nar_kernels.sampling import decode, halton, plan
+    from nar_kernels.sampling import decode, halton, plan, strategies
     from nar_kernels.sampling import states as sample_states
-    from nar_kernels.sampling import strategies as choice
     from nar_kernels.spec import schedules
 
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "nar_kernels"]
@@ -95,7 +94,7 @@ def pytest_configure() -> None:
         for f in (
             *(ops.corrupt, ops.corrupt_step, ops.windows, ops.permute, unmasking.unmask),
             *(loss.masked_nll, loss.head_nll, plan.make_plan, halton.halton_order),
-            *(plan.num_masked_after, schedules.tabulate, decode.draw_tokens),
+            *(plan.num_masked_after, schedules.tabulate, decode.sample_tokens),
         )
     }
     for module in modules:
@@ -104,7 +103,7 @@ def pytest_configure() -> None:
                 setattr(module, name, functions[value])
     for cls in (
         *(masking.MaskingConfig, masking.Corrupted, corpus.Corpus, data.TokenDataset),
-        *(data.MaskedLoader, choice.Ranking, sample_states.SampleStates),
+        *(data.MaskedLoader, strategies.Ranking, sample_states.DecodeIterator),
     ):
         for name, value in list(vars(cls).items()):
             if isinstance(value, types.FunctionType):

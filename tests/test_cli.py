@@ -399,7 +399,7 @@ def test_resuming_says_where_it_goes_on(text_run, capsys, tmp_path):
     capsys.readouterr()
     assert main(["train", "--resume", "--out", str(out), "--steps", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "goes on from step 3: 2 of 5 remain" in printed
+    assert "resuming from step 3: 2 of 5 remain" in printed
     assert "note: --steps was 3 and is 5; the learning rate falls to zero over the new" in printed
     assert "--steps was 5 and is 4 now, but 5 are done" in fails(
         capsys, "train", "--resume", "--out", out, "--steps", 4

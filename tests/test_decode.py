@@ -12,7 +12,7 @@ from torch import Tensor
 from nar_kernels.sampling.decode import DecodeState, decode
 from nar_kernels.sampling.halton import halton_order
 from nar_kernels.sampling.plan import Block, Plan, Step, make_plan
-from nar_kernels.sampling.strategies import Choice, Ranking
+from nar_kernels.sampling.strategies import Ranking, UnmaskingPolicy
 from nar_kernels.spec.schedules import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,7 @@ def states_of(
     net: Net,
     plan: Plan | list[int],
     shape: tuple[int, int] = (2, 8),
-    choice: Choice = Choice(),  # noqa: B008
+    policy: UnmaskingPolicy = UnmaskingPolicy(),  # noqa: B008
     prompt: Tensor | None = None,
     seed: int = 0,
     **options,
@@ -54,7 +54,7 @@ def states_of(
         return list(logits.split(3)) if len(rows) else [logits]  # in chunks
 
     prompt = torch.full(shape, MASK_ID) if prompt is None else prompt
-    states = list(decode(predict, prompt, plan, choice, mask_id=MASK_ID, seed=seed, **options))
+    states = list(decode(predict, prompt, plan, policy, mask_id=MASK_ID, seed=seed, **options))
     states_of.asked = asked
     return states
 
@@ -88,9 +88,11 @@ def test_most_confident_positions_come_first():
     torch.testing.assert_close(states[-1].log_prob, log_prob)
 
 
-@pytest.mark.parametrize("choice", [Choice(), Choice("random"), Choice(temperature=3.0)])
-def test_only_masked_positions_change(choice):
-    states = states_of(random_net(), [9, 9, 4, 2, 0], (3, 11), choice)
+@pytest.mark.parametrize(
+    "policy", [UnmaskingPolicy(), UnmaskingPolicy("random"), UnmaskingPolicy(temperature=3.0)]
+)
+def test_only_masked_positions_change(policy):
+    states = states_of(random_net(), [9, 9, 4, 2, 0], (3, 11), policy)
     for state, following in zip(states, states[1:], strict=False):
         assert torch.equal(state.ids[~state.masked], following.ids[~state.masked])
         assert not (following.masked & ~state.masked).any()
@@ -98,12 +100,12 @@ def test_only_masked_positions_change(choice):
 
 
 def test_logits_are_asked_for_where_they_are_needed():
-    for choice, expected in (
-        (Choice(), [22, 8, 4]),
-        (Choice("random"), [14, 4, 4]),  # only what is filled
-        (Choice("halton", order=torch.arange(11)), [14, 4, 4]),
+    for policy, expected in (
+        (UnmaskingPolicy(), [22, 8, 4]),
+        (UnmaskingPolicy("random"), [14, 4, 4]),  # only what is filled
+        (UnmaskingPolicy("halton", order=torch.arange(11)), [14, 4, 4]),
     ):
-        states_of(random_net(), [4, 2, 0], (2, 11), choice)
+        states_of(random_net(), [4, 2, 0], (2, 11), policy)
         assert [len(rows) for rows in states_of.asked] == expected
 
 
@@ -149,8 +151,8 @@ def test_critic_chooses_what_to_mask_again(remask):
         assert (ids != MASK_ID).all()  # it judges complete sequences
         return torch.arange(8.0).expand(2, 8)
 
-    choice = Choice("critic", critic=critic)
-    states = states_of(confident_from_the_left, [5, 2, 0], choice=choice, remask=remask)
+    policy = UnmaskingPolicy("critic", critic=critic)
+    states = states_of(confident_from_the_left, [5, 2, 0], policy=policy, remask=remask)
     assert states[1].masked[0].nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
     assert states[2].masked[0].nonzero().flatten().tolist() == [6, 7]
 
@@ -161,15 +163,17 @@ def test_noise_shuffles_the_choice_less_and_less(strategy):
         return confident_from_the_left(ids) / 2 - torch.eye(NUM_TOKENS)[5] * 6  # 4, 3.5, 3, ...
 
     def first_masked(scale):
-        choice = Choice(strategy, scale, critic=lambda ids: torch.arange(8.0).expand(64, 8) / 8)
-        return states_of(net, [4, 0], (64, 8), choice, temperature=0.0)[1].masked.unique(dim=0)
+        policy = UnmaskingPolicy(
+            strategy, scale, critic=lambda ids: torch.arange(8.0).expand(64, 8) / 8
+        )
+        return states_of(net, [4, 0], (64, 8), policy, temperature=0.0)[1].masked.unique(dim=0)
 
     assert len(first_masked(0.0)) == 1
     assert len(first_masked(8.0)) > 30
 
     scale = {"critic": 3.0, "confidence": 0.5}[strategy]
-    choice = Choice(strategy, scale, critic=lambda ids: torch.arange(8.0).expand(200, 8))
-    states = states_of(net, [4] * 9 + [0], (200, 8), choice, remask=True, temperature=0.0)
+    policy = UnmaskingPolicy(strategy, scale, critic=lambda ids: torch.arange(8.0).expand(200, 8))
+    states = states_of(net, [4] * 9 + [0], (200, 8), policy, remask=True, temperature=0.0)
     last = torch.arange(8) >= 4
     share = [(state.masked == last).all(1).float().mean().item() for state in states]
     assert share[1] < 0.3 and share[9] > 0.8
@@ -182,7 +186,7 @@ def test_margin_and_entropy_choose_by_all_logits():
     logits[0, 1, 2:] = -1.0  # a small margin, the largest entropy
     logits[0, 2, 0] = 0.0  # certain
     for strategy, order in (("margin", [2, 1, 0]), ("entropy", [2, 0, 1])):
-        states = states_of(lambda ids: logits, [2, 1, 0], (1, 3), Choice(strategy))
+        states = states_of(lambda ids: logits, [2, 1, 0], (1, 3), UnmaskingPolicy(strategy))
         filled = [
             (a.masked & ~b.masked)[0].nonzero().item()
             for a, b in zip(states, states[1:], strict=False)
@@ -200,16 +204,18 @@ def test_threshold_fills_what_is_sure_and_at_least_one():
         return logits
 
     slow = plan_of([8] * 19 + [0], 2, 8)
-    states = states_of(net, slow, choice=Choice("threshold"), temperature=0.0)
+    states = states_of(net, slow, policy=UnmaskingPolicy("threshold"), temperature=0.0)
     assert [s.masked.sum(1).tolist() for s in states] == [[8, 8], [7, 5], [6, 0], [4, 0], [0, 0]]
     # The plan is the slowest that is allowed.
-    states = states_of(net, plan_of([5, 4, 2, 0], 2, 8), choice=Choice("threshold", threshold=1.0))
+    states = states_of(
+        net, plan_of([5, 4, 2, 0], 2, 8), policy=UnmaskingPolicy("threshold", threshold=1.0)
+    )
     assert [s.masked.sum(1).tolist() for s in states] == [[n] * 2 for n in (8, 5, 4, 2, 0)]
 
 
 def test_random_order_is_uniform():
     states = states_of(
-        confident_from_the_left, [3, 0], (6000, 5), Choice("random"), temperature=0.0
+        confident_from_the_left, [3, 0], (6000, 5), UnmaskingPolicy("random"), temperature=0.0
     )
     masked = states[1].masked
     counts = (masked.long() * 2 ** torch.arange(5)).sum(1).bincount(minlength=32)
@@ -219,9 +225,9 @@ def test_random_order_is_uniform():
 
 def test_halton_order_is_followed():
     order = halton_order(2, 4)
-    choice = Choice("halton", order=order)
+    policy = UnmaskingPolicy("halton", order=order)
     for state, left in zip(
-        states_of(random_net(), [6, 3, 0], choice=choice), [8, 6, 3, 0], strict=True
+        states_of(random_net(), [6, 3, 0], policy=policy), [8, 6, 3, 0], strict=True
     ):
         assert torch.equal(state.masked, (order >= 8 - left).expand(2, 8))
 
@@ -271,9 +277,15 @@ def test_chain_of_single_steps_samples_the_joint_distribution():
 
 
 @pytest.mark.parametrize(
-    "choice", [Choice(), Choice(temperature=2.0), Choice("random"), Choice("threshold")]
+    "policy",
+    [
+        UnmaskingPolicy(),
+        UnmaskingPolicy(temperature=2.0),
+        UnmaskingPolicy("random"),
+        UnmaskingPolicy("threshold"),
+    ],
 )
-def test_a_sequence_does_not_depend_on_the_batch(choice):
+def test_a_sequence_does_not_depend_on_the_batch(policy):
     logits = torch.randn(1, 12, NUM_TOKENS, generator=noise(5))
     prompt = torch.full((4, 12), MASK_ID)
     prompt[1, :5] = 0
@@ -282,30 +294,30 @@ def test_a_sequence_does_not_depend_on_the_batch(choice):
     def ids_of(prompt):
         plan = make_plan(prompt == MASK_ID, linear, 7)
         return states_of(
-            lambda ids: logits.expand(len(ids), -1, -1), plan, choice=choice, prompt=prompt
+            lambda ids: logits.expand(len(ids), -1, -1), plan, policy=policy, prompt=prompt
         )[-1].ids
 
     together = ids_of(prompt)
     for batch in (1, 2, 3):
         assert torch.equal(ids_of(prompt[:batch]), together[:batch])
-    if choice.temperature > 0 or choice.order_is_fixed:
+    if policy.temperature > 0 or policy.order_is_fixed:
         assert not torch.equal(together[0], together[2])
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (3, 8)])
 @pytest.mark.parametrize(
-    "choice",
+    "policy",
     [
-        Choice(),
-        Choice("margin", temperature=2.0),
-        Choice("threshold", threshold=0.3),
-        Choice("random"),
-        Choice("halton", order=torch.arange(8)),
+        UnmaskingPolicy(),
+        UnmaskingPolicy("margin", temperature=2.0),
+        UnmaskingPolicy("threshold", threshold=0.3),
+        UnmaskingPolicy("random"),
+        UnmaskingPolicy("halton", order=torch.arange(8)),
     ],
-    ids=lambda choice: choice.strategy,
+    ids=lambda policy: policy.strategy,
 )
 @pytest.mark.parametrize("remask", [False, True])
-def test_one_sequence_stands_for_all_that_begin_alike(choice, shape, remask):
+def test_one_sequence_stands_for_all_that_begin_alike(policy, shape, remask):
     table = torch.randn(8, NUM_TOKENS, NUM_TOKENS, generator=noise(4))
 
     def net(ids):  # of a position and the id of its neighbour
@@ -316,7 +328,7 @@ def test_one_sequence_stands_for_all_that_begin_alike(choice, shape, remask):
     prompt = torch.full(shape, MASK_ID)
     prompt[:, 2] = 1
     plan = make_plan(prompt == MASK_ID, linear, 6, block_length=5)
-    options = dict(plan=plan, choice=choice, prompt=prompt, remask=remask, temperature=3.0)
+    options = dict(plan=plan, policy=policy, prompt=prompt, remask=remask, temperature=3.0)
     by_themselves = states_of(net, **options)
     assert set(asked_batches) == {shape[0]}
     asked_batches.clear()
@@ -337,7 +349,7 @@ def test_states_are_not_changed_afterwards():
         lambda ids, rows: [net(ids).flatten(0, 1)[rows]],
         torch.full((2, 8), MASK_ID),
         plan,
-        Choice(),
+        UnmaskingPolicy(),
         mask_id=MASK_ID,
         seed=0,
     ):
@@ -355,7 +367,7 @@ def test_changing_a_state_changes_nothing_else():
         lambda ids, rows: [confident_from_the_left(ids).flatten(0, 1)[rows]],
         prompt,
         plan_of([4, 2, 0], 2, 8),
-        Choice(),
+        UnmaskingPolicy(),
         mask_id=MASK_ID,
         seed=0,
     )
@@ -366,10 +378,12 @@ def test_changing_a_state_changes_nothing_else():
     assert torch.equal(last, expected) and (prompt == MASK_ID).all()
 
 
-@pytest.mark.parametrize("choice", [Choice(), Choice("random")], ids=lambda c: c.strategy)
+@pytest.mark.parametrize(
+    "policy", [UnmaskingPolicy(), UnmaskingPolicy("random")], ids=lambda c: c.strategy
+)
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 1)])
-def test_small_shapes(shape, choice):
-    ids = states_of(confident_from_the_left, [0], shape, choice)[-1].ids
+def test_small_shapes(shape, policy):
+    ids = states_of(confident_from_the_left, [0], shape, policy)[-1].ids
     assert ids.shape == shape and (ids != MASK_ID).all()
 
 

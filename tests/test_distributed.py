@@ -462,6 +462,6 @@ def test_sharding_needs_processes(folder, monkeypatch):
         train(small(folder, "nowhere", shard=True))
     monkeypatch.setattr(parallel, "SHARDS_ON_CPU", False)
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="divides weights over GPUs alone, and this is the CPU"):
+    with pytest.raises(ValueError, match="shards weights over GPUs only, and this is the CPU"):
         parallel.shard(nn.Linear(1, 1), [], CPU)
     assert not (folder / "nowhere").exists()

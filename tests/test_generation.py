@@ -15,7 +15,7 @@ from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.nets.adapter import batch_independent
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.sampling.config import Strategy
-from nar_kernels.sampling.decode import NanRecord
+from nar_kernels.sampling.decode import DeferredNanCheck
 from nar_kernels.sampling.prompt import is_one_sequence, read_prompt
 from tests.goodness_of_fit import chi_square_p
 
@@ -598,17 +598,17 @@ def test_nan_beside_others_when_what_stands_is_judged_again():
 
 
 def test_nan_is_kept_for_the_end_where_looking_would_wait():
-    record = NanRecord(num_steps=4, length=LENGTH)
+    check = DeferredNanCheck(num_steps=4, length=LENGTH)
     rows = torch.arange(3 * LENGTH, device="meta")
-    record.note("logits", torch.zeros(3 * LENGTH, dtype=torch.bool, device="meta"), rows, 0)
-    assert not record._first["logits"].is_cpu  # nobody has looked
+    check.record("logits", torch.zeros(3 * LENGTH, dtype=torch.bool, device="meta"), rows, 0)
+    assert not check._first["logits"].is_cpu  # nobody has looked
     is_nan = torch.zeros(3 * LENGTH, dtype=torch.bool)
-    record = NanRecord(num_steps=4, length=LENGTH)
-    record.note("logits", is_nan, torch.arange(3 * LENGTH), 0)
-    record.check()
+    check = DeferredNanCheck(num_steps=4, length=LENGTH)
+    check.record("logits", is_nan, torch.arange(3 * LENGTH), 0)
+    check.check()
     is_nan[2 * LENGTH] = True
     with pytest.raises(InvalidLogitsError, match="step 3 of 4, sequence 2"):
-        record.note("logits", is_nan, torch.arange(3 * LENGTH), 2)
+        check.record("logits", is_nan, torch.arange(3 * LENGTH), 2)
 
 
 # Logits that are handed out

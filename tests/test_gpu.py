@@ -388,5 +388,5 @@ def test_a_training_step_waits_for_nothing(tmp_path):
     with no_waiting():
         for step in range(2, 4):
             run.step(next(run.loader), step)
-    losses, _, _ = run.pending.settle(stop=False)
+    losses, _, _ = run.metrics.flush(stop=False)
     assert len(losses) == 4 and all(0 < loss < 4 for loss in losses)

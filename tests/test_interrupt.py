@@ -173,7 +173,7 @@ def test_the_echo_of_a_launcher_waits(monkeypatch):
     """torchrun hands on what a scheduler has sent to its processes, too."""
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    interrupt = Interrupt(hears_echoes=True)
+    interrupt = Interrupt(ignore_duplicates=True)
     interrupt.handle(signal.SIGTERM, None)
     interrupt.handle(signal.SIGTERM, None)
     now += 2

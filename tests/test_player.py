@@ -218,7 +218,7 @@ def test_wrong_arguments() -> None:
 
 
 def test_colours_are_those_of_the_pictures() -> None:
-    template = resources.files("nar_kernels").joinpath("player.html").read_text("utf-8")
+    template = resources.files("nar_kernels.show").joinpath("player.html").read_text("utf-8")
     for colour in ("_PAPER", "_INK", "_TABLE", "_TRAIN", "_HELD_OUT", "_MASKED"):
         assert getattr(pictures, colour) in template, colour
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nar_kernels import cli
+from nar_kernels.cli.main import main
 from nar_kernels.training import checkpoint
 from nar_kernels.training.model import load_model
 from nar_kernels.training.train import learning_rate, train
@@ -55,7 +55,7 @@ def test_a_run_may_be_given_more_steps(sentences, tmp_path, capsys):
     train(config)
     train(replace(config, resume=True, steps=9, quiet=False))
     printed = capsys.readouterr().out
-    assert "goes on from step 6: 3 of 9 remain" in printed
+    assert "resuming from step 6: 3 of 9 remain" in printed
     was, now = 0.0, learning_rate(6, replace(config, steps=9))
     assert f"it is {now:.1e} now instead of {was:.1e}" in printed
     state = checkpoint.load(config.folder / "last.pt")
@@ -64,7 +64,7 @@ def test_a_run_may_be_given_more_steps(sentences, tmp_path, capsys):
     assert state["config"]["steps"] == 9
     train(replace(config, resume=True, steps=9, quiet=False))
     printed = capsys.readouterr().out
-    assert "goes on from step 9: 0 of 9 remain" in printed and "--steps was" not in printed
+    assert "resuming from step 9: 0 of 9 remain" in printed and "--steps was" not in printed
 
 
 def test_data_may_move(sentences, tmp_path, monkeypatch):
@@ -106,10 +106,10 @@ def test_data_may_move_into_another_container(tmp_path, capsys):
     config = small(raw, tmp_path / "run", steps=2, dtype="uint16", num_tokens=51)
     train(config)
     resume = ["train", "--resume", "--out", str(config.folder), "--quiet", "--steps"]
-    assert cli.main([*resume, "3", "--data", str(tmp_path / "ids.npy")]) == 0
-    assert cli.main([*resume, "4", "--data", str(raw), "--dtype", "uint16"]) == 0
+    assert main([*resume, "3", "--data", str(tmp_path / "ids.npy")]) == 0
+    assert main([*resume, "4", "--data", str(raw), "--dtype", "uint16"]) == 0
     assert step_of(config.folder / "last.pt") == 4
-    assert cli.main([*resume, "5", "--data", str(tmp_path / "wider.npy")]) == 2
+    assert main([*resume, "5", "--data", str(tmp_path / "wider.npy")]) == 2
     assert "which holds other tokens" in capsys.readouterr().err
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nar_kernels.sampling.config import SamplingConfig, top_k_of
-from nar_kernels.sampling.strategies import make_choice
+from nar_kernels.sampling.config import SamplingConfig, top_k_from_filter_thres
+from nar_kernels.sampling.strategies import make_policy
 
 CPU = torch.device("cpu")
 
@@ -60,15 +60,15 @@ def test_numbers_of_other_libraries_become_plain():
 
 
 def test_filter_thres_is_a_share_of_the_vocabulary():
-    assert [top_k_of(x, 10) for x in (None, 0, 0.7, 0.95, 1)] == [None, 10, 4, 1, 1]
+    assert [top_k_from_filter_thres(x, 10) for x in (None, 0, 0.7, 0.95, 1)] == [None, 10, 4, 1, 1]
     with pytest.raises(ValueError, match="filter_thres is 1.5"):
-        top_k_of(1.5, 10)
+        top_k_from_filter_thres(1.5, 10)
 
 
 def test_a_strategy_needs_what_it_goes_by():
     with pytest.raises(ValueError, match="strategy 'critic' needs a token_critic"):
-        make_choice(SamplingConfig(strategy="critic"), 4, CPU, None)
+        make_policy(SamplingConfig(strategy="critic"), 4, CPU, None)
     with pytest.raises(ValueError, match="grid is 3 x 2: strategy 'halton' needs"):
-        make_choice(SamplingConfig(strategy="halton", grid=(3, 2)), 5, CPU, None)
-    order = make_choice(SamplingConfig(strategy="halton"), 4, CPU, None).order
+        make_policy(SamplingConfig(strategy="halton", grid=(3, 2)), 5, CPU, None)
+    order = make_policy(SamplingConfig(strategy="halton"), 4, CPU, None).order
     assert sorted(order.tolist()) == [0, 1, 2, 3]

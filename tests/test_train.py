@@ -105,7 +105,7 @@ def test_divergence_saves_nothing(sentences, tmp_path):
 def test_divergence_that_is_noticed_late_saves_nothing(sentences, tmp_path):
     """On a GPU nobody looks at the loss in every step, and AdamW goes on with what is ruined."""
     run = Run(small(sentences, tmp_path, save_every=5, eval_every=1000), torch.device("cpu"))
-    run.settle_every = 10
+    run.flush_every = 10
     run.begin()
     step = run.step
 
@@ -126,19 +126,19 @@ def test_when_the_loss_is_looked_at_changes_nothing(sentences, tmp_path):
     config = small(sentences, tmp_path / "often", steps=25, eval_every=12, save_every=7)
     expected = train(config)
     run = Run(replace(config, out=str(tmp_path / "rarely")), torch.device("cpu"))
-    run.settle_every = 10
-    settled: list[int] = []
-    settle = run.settle
+    run.flush_every = 10
+    flushed: list[int] = []
+    flush = run.flush
 
     def noted(stop: bool = False) -> bool:
-        stops = settle(stop)
-        settled.append(len(run.log.losses))
+        stops = flush(stop)
+        flushed.append(len(run.log.losses))
         return stops
 
-    run.settle = noted  # type: ignore[method-assign]
+    run.flush = noted  # type: ignore[method-assign]
     run.begin()
     run.fit()
-    assert settled == [7, 10, 12, 14, 20, 21, 24, 25]
+    assert flushed == [7, 10, 12, 14, 20, 21, 24, 25]
     assert run.finish()["curve"] == expected["curve"]
     ours, theirs = (checkpoint.load(tmp_path / name / "last.pt") for name in ("rarely", "often"))
     assert same(ours["model"], theirs["model"])

@@ -1,1 +1,1 @@
-"""All that a GPU can prove about this package, within minutes: `python -m benchmarks.gpu_suite`."""
+"""GPU validation in minutes, tests and benchmarks: `python -m benchmarks.gpu_suite`."""

@@ -1,12 +1,12 @@
-"""All that a GPU can prove about this package: builds, tests, sanitizers, benchmarks, one table.
+"""GPU validation suite: builds, tests, sanitizers, benchmarks, and a summary table.
 
     python -m benchmarks.gpu_suite [--out FOLDER] [--minutes 7] [--wheels FOLDER] [--only STEP,...]
 
-Needs a Python with torch, triton and pytest, a C++ compiler and nvcc; all else may come as wheels
-(`python -m benchmarks.gpu_suite.wheels fill FOLDER`), and what is missing is skipped, and said. The
-folder gets results.json, suite.log and junit.xml, which are up to date at any moment. A second call
-with the same folder does what the first did not pass. The exit status is 0 if everything passed or
-was skipped.
+Needs a Python with torch, triton and pytest, a C++ compiler and nvcc. Everything else can come from
+wheels (`python -m benchmarks.gpu_suite.wheels fill FOLDER`); steps whose requirements are missing
+are reported as skipped. results.json, suite.log and junit.xml in the folder are up to date at any
+moment. A second call with the same folder runs the steps that have not passed. The exit status is 0
+if every step passed or was skipped.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SOURCES = ("csrc/*", "nar_kernels/**/*.py", "tests/**/*.py", "benchmarks/**/*.py
 
 
 def digest_of_sources() -> str:
-    """Of all code that is tried: results of other code are told apart by it."""
+    """Digest of the code under test, which tells results of different versions apart."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
         if path.is_file():
@@ -35,7 +35,7 @@ def digest_of_sources() -> str:
 
 
 def chosen(steps: list, only: str | None) -> list:
-    """Steps by name, or by the part of it before an underscore; those that set up come along."""
+    """Selects steps by name, or by a prefix before an underscore; setup steps are included."""
     if only is None:
         return steps
     wanted = [name.strip() for name in only.split(",")]

@@ -1,7 +1,7 @@
-"""Builds an extension in place, that of CUDA for the GPU that is here, and loads it.
+"""Builds an extension in place (CUDA: for the local GPU's architecture), and loads it.
 
-By the ninja files of setup.py, without setuptools' own machinery, which would ask for a version of
-it that a machine without a network may not have.
+Uses the ninja files of setup.py directly, not setuptools' build, which would require a version of
+setuptools that an offline machine may not have.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path("build", sys.implementation.cache_tag)
     capability = "90"
-    if arguments.dry_run:  # what is built stays as it is
+    if arguments.dry_run:  # do not touch the existing build
         folder = arguments.work / "build"
     else:
         environment = json.loads((arguments.work / "environment.json").read_text())
@@ -42,7 +42,7 @@ def main() -> None:
         name = f"nar_kernels._{arguments.name}"
         output = f"{name.replace('.', '/')}{sysconfig.get_config_var('EXT_SUFFIX')}"
         setup.build(name, folder / name / "build.ninja", output, is_dry_run=arguments.dry_run)
-    except Exception as error:  # BuildFailure, or whatever is missing here
+    except Exception as error:  # BuildFailure, or a missing dependency
         sys.exit(f"{type(error).__name__}: {error}")
     if not arguments.dry_run:
         loaded = [sys.executable, "-c", LOADED.format(name=arguments.name)]

@@ -1,4 +1,4 @@
-"""What this machine has: prints it, and writes it to a file."""
+"""Prints this machine's environment (GPU, versions), and writes it to a JSON file."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ PACKAGES = "torch triton numpy pytest pytest-xdist pytest-timeout setuptools pyb
 
 
 def output_of(*command: str) -> str:
-    """Of a program; nothing if it is not there."""
+    """Stdout of a program; empty if it is not installed or times out."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):

@@ -1,15 +1,15 @@
-"""The log of all steps."""
+"""The suite's log file."""
 
 import threading
 from collections import Counter
 from pathlib import Path
 
-LIMIT = 12 << 20  # bytes of the log, all steps and calls together
-LIMIT_OF_STEP = 1 << 20
+LIMIT = 12 << 20  # bytes, over all steps and calls
+LIMIT_OF_STEP = 1 << 20  # bytes per step in this call
 
 
 class Log:
-    """One file for all steps: ``name| line``."""
+    """One thread-safe log file for all steps, with lines ``name| line``."""
 
     def __init__(self, path: Path) -> None:
         if path.exists() and path.stat().st_size > LIMIT // 2:  # room for this call
@@ -24,7 +24,7 @@ class Log:
         size = len(text.encode("utf-8", "replace"))
         with self._lock:
             is_full = self._size + size > LIMIT or self._sizes[name] > LIMIT_OF_STEP
-            if is_full or self._file.closed:  # by a reader that outlived its step
+            if is_full or self._file.closed:  # closed: by a reader thread that outlived its step
                 return
             if self._sizes[name] + size > LIMIT_OF_STEP:
                 text = f"{name}| (and more, which is left out)\n"

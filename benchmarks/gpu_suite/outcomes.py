@@ -1,5 +1,5 @@
-"""What became of each test: a line of JSON each, written as they end, so that nothing depends on
-how pytest itself ends; and pytest's own XML."""
+"""Test outcomes as JSON lines, written as each test ends, so that they survive a crash of pytest;
+and pytest's JUnit XML."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
-LONGEST = 4000  # characters of a failure
-MOST = 60  # failures that are kept with their text
+LONGEST = 4000  # characters kept of a failure's text
+MOST = 60  # failures kept with their text
 XML_LIMIT = 8 << 20  # bytes
 
 
@@ -18,13 +18,13 @@ def append(path: Path, test: str, outcome: str, text: str = "") -> None:
 
 
 def read(path: Path, **made_with: str | None) -> dict[str, dict]:
-    """By test; the last line of one counts, but for a failure, which stays. ``made_with``, such as
-    the GPU, is added to each."""
+    """Outcomes by test: the last line of each test counts, but a failure is never replaced.
+    ``made_with``, such as the GPU, is added to each."""
     found: dict[str, dict] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             of_test = json.loads(line)
-        except ValueError:  # half written
+        except ValueError:  # truncated line
             continue
         name = of_test.pop("test")
         if found.get(name, {}).get("outcome") == "failed" != of_test["outcome"]:
@@ -37,7 +37,7 @@ def read(path: Path, **made_with: str | None) -> dict[str, dict]:
 
 
 def passed(tests: dict[str, dict], **made_with: str | None) -> list[str]:
-    """Those that did with the same."""
+    """Names of tests that passed with the same ``made_with``."""
     wanted = {"outcome": "passed", **made_with}.items()
     return [name for name, of_test in tests.items() if wanted <= of_test.items()]
 
@@ -50,12 +50,12 @@ def counts(tests: dict[str, dict]) -> str:
 
 
 def merge_junit(target: Path, paths: list[Path]) -> None:
-    """Adds the suites of ``paths`` to those in ``target``, by the names of the files."""
+    """Merges the test suites of ``paths`` into ``target``; suites are named by file."""
     suites: dict[str, ET.Element] = {}
     for path in [target, *paths]:
         try:
             root = ET.parse(path).getroot()
-        except (OSError, ET.ParseError):  # not there, or half written
+        except (OSError, ET.ParseError):  # missing or truncated
             continue
         for suite in root.iter("testsuite"):
             if path != target:

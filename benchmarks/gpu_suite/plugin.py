@@ -1,5 +1,5 @@
-"""A plugin of pytest: tests run on a GPU or not at all, each outcome is written down at once, and
-what passed before is not run again."""
+"""Pytest plugin: tests require a GPU, each outcome is recorded at once, and tests that passed
+before are deselected."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ def pytest_configure(config):
     import torch
 
     if not (config.option.without_gpu or torch.cuda.is_available()):
-        # Else the kernels would run in the interpreter and the emulation, and show nothing.
+        # Without a GPU, kernels would run in the interpreter and the emulation, and prove nothing.
         pytest.exit("PyTorch sees no CUDA device", returncode=1)
-    if not hasattr(config, "workerinput"):  # a worker's reports come to the main process
+    if not hasattr(config, "workerinput"):  # xdist workers report to the main process
         config.pluginmanager.register(Recorder(config))
 
 
@@ -56,7 +56,7 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session, exitstatus):
-        """Tests that were all skipped show nothing, so the step is skipped, too."""
+        """If all tests were skipped, the step counts as skipped, too."""
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None or self.config.option.collectonly or exitstatus not in (0, 5):
             return

@@ -1,4 +1,4 @@
-"""Processes that end when they are told to, with all that they have started."""
+"""Child processes that can be stopped reliably, with all their descendants."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ from typing import Any
 
 from benchmarks.gpu_suite.step import FAILED, PASSED, SKIP, SKIPPED
 
-# So that all that a process starts can be ended with it.
+# A process group of its own, so that descendants can be killed with it.
 OWN_GROUP: dict[str, Any] = (
     {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 )
 
 
 def with_the_suite() -> list[str]:
-    """What a command begins with so that it ends with the suite, even where that is killed;
-    nothing where this machine cannot do that."""
+    """Command prefix that makes a child die with the suite, even if that is killed; empty if this
+    machine does not support it."""
     prefix = ["setpriv", "--pdeathsig", "KILL", "--"]
     can = shutil.which("setpriv") and subprocess.run([*prefix, "true"]).returncode == 0
     return prefix if can else []
@@ -29,7 +29,7 @@ WITH_THE_SUITE = with_the_suite()
 
 
 def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
-    """With all that it prints in one pipe of text."""
+    """Starts a process with stdout and stderr merged in one text pipe."""
     return subprocess.Popen(
         [*WITH_THE_SUITE, *command],
         stdin=subprocess.DEVNULL,
@@ -43,7 +43,7 @@ def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Pop
 
 
 def outcome(returncode: int, tail: Sequence[str]) -> tuple[str, str]:
-    """Status and reason of a process that ended by itself."""
+    """Status and reason of a process that exited by itself."""
     last = tail[-1].strip() if tail else ""
     if returncode == 0:
         return PASSED, last
@@ -55,7 +55,7 @@ def outcome(returncode: int, tail: Sequence[str]) -> tuple[str, str]:
 
 
 def end(process: subprocess.Popen, grace: float) -> None:
-    """Interrupts a process, so that it can say what it knows, and then kills all it started."""
+    """Sends SIGINT, waits ``grace`` seconds for a clean exit, then kills the process group."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):

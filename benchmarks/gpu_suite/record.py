@@ -1,4 +1,4 @@
-"""What the folder of the results holds."""
+"""The results folder: results.json and junit.xml."""
 
 import contextlib
 import datetime
@@ -14,15 +14,15 @@ from benchmarks.gpu_suite.step import FINISHED, NOT_RUN, RUNNING, SKIPPED, Step
 
 
 class Record:
-    """The results of all calls in a folder, of which this is one.
+    """Results of all calls with the same folder, including this one.
 
     Args:
-        out: the folder.
-        work: where steps leave their files: ``NAME.json`` figures, ``NAME.jsonl`` outcomes of
-            tests, ``NAME.xml`` those of pytest itself.
-        minutes: that this call may take.
-        sources: a digest of the code that is tried.
-        summary: lines for a reader of the results.
+        out: the results folder.
+        work: where steps leave their files: figures ``NAME.json``, test outcomes ``NAME.jsonl``,
+            JUnit XML ``NAME.xml``.
+        minutes: time budget of this call.
+        sources: digest of the code under test.
+        summary: makes the lines of the summary from the results.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Record:
                 raise SystemExit(
                     f"{self.path} is not what this suite writes ({error}): move it away"
                 ) from error
-        self.results["environment"] = None  # of the machine that this call runs on
+        self.results["environment"] = None  # of this call's machine
         self.call: dict[str, Any] = {
             "began": now(),
             "minutes": minutes,
@@ -60,10 +60,10 @@ class Record:
         self.results["calls"].append(self.call)
 
     def save(self) -> None:
-        """Collects what steps have left, and writes it."""
+        """Collects the files that steps have left, and writes the results."""
         with self._lock:
             for path in sorted(self._work.glob("*.json")):
-                with contextlib.suppress(ValueError):  # half written
+                with contextlib.suppress(ValueError):  # still being written
                     found = json.loads(path.read_text(encoding="utf-8"))
                     if path.stem == "environment":
                         self.results["environment"] = self.call["environment"] = found
@@ -74,17 +74,17 @@ class Record:
                 self.results["tests"].setdefault(path.stem, {}).update(tests)
             try:
                 self.results["table"] = self._summary(self.results)
-            except Exception as error:  # of figures that are not what it expects: they are kept
+            except Exception as error:  # unexpected figures: keep them, without a table
                 self.results["table"] = [f"no table: {type(error).__name__}: {error}"]
             try:
                 write(self.path, json.dumps(self.results, indent=1) + "\n")
                 outcomes.merge_junit(self._out / "junit.xml", sorted(self._work.glob("*.xml")))
-            except OSError as error:  # such as a full disk: what is printed is still worth having
+            except OSError as error:  # e.g. a full disk: go on, for what is printed
                 say(f"the results could not be written: {error}")
 
     def put(self, step: Step, status: str, reason: str = "", **more: Any) -> None:
-        """A record of an attempt that finished stays until another one begins; nothing is lost
-        then, either: it goes to the list of attempts."""
+        """Records a step's status. A finished attempt is kept until another one starts, and then
+        moved to ``attempts``."""
         with self._lock:
             self.call["states"][step.name] = status
             before = self.results["steps"].get(step.name)
@@ -109,7 +109,7 @@ class Record:
                 say(f"{step.name:<20} {status:<10} {seconds:6.1f} s  {reason[:110]}")
 
     def made_with(self) -> dict[str, str | None]:
-        """What a result is a result of."""
+        """What produced a result: GPU and sources."""
         gpu = (self.results["environment"] or {}).get("gpu")
         return {"gpu": gpu, "sources": self._sources}
 
@@ -121,7 +121,7 @@ class Record:
 
 
 def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
+    with contextlib.suppress(OSError):  # broken pipe
         print(text, flush=True)
 
 
@@ -130,7 +130,7 @@ def now() -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Writes a file atomically."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

@@ -1,8 +1,8 @@
-"""The table at the end: each figure, its physical limit or peer, and the ratio.
+"""The summary table: each figure, its physical limit or peer, and the ratio.
 
     python -m benchmarks.gpu_suite.report FOLDER
 
-prints that of a folder again.
+prints the summary of a results folder.
 """
 
 import json
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 HEAD = ("what", "figure", "unit", "limit or peer", "its figure", "ratio")
-# Modules of peers that a benchmark compares with where they are, by how its rows name them.
+# Peers that each benchmark compares with if installed, as named in its rows.
 COMPARED = {
     "bench_corrupt_cuda": {"x-transformers"},
     "bench_corrupt_triton": {"x-transformers"},
@@ -84,7 +84,7 @@ def unmask(record: dict) -> Iterator[Row]:
 
 
 def calls(name: str, record: dict) -> Iterator[Row]:
-    """Of whole calls of ours, the floor and x-transformers."""
+    """Rows for whole calls: ours against the trunk (lower bound) and x-transformers."""
     for setting in record.get("settings", []):
         by_who = {(row["who"], row.get("what")): row for row in setting["rows"]}
         for (who, of), row in by_who.items():
@@ -120,12 +120,12 @@ def rows(figures: dict[str, dict]) -> Iterator[Row]:
     for name, reader in READERS.items():
         try:
             yield from reader(figures[name]) if name in figures else ()
-        except (KeyError, TypeError, ValueError) as error:  # of other code, or half of them
+        except (KeyError, TypeError, ValueError) as error:  # other version, or incomplete
             yield Row(f"{name}: cannot be read ({error!r})", 0, "", "", None, None)
 
 
 def skipped_peers(figures: dict[str, dict]) -> Iterator[str]:
-    """Those that a benchmark that ran has no figure of."""
+    """Lines for peers without a figure in a benchmark that ran."""
     for name, peers in COMPARED.items():
         if name in figures:
             against = " ".join(row.against for row in rows({name: figures[name]}))
@@ -148,7 +148,7 @@ def markdown(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> list[str]:
 
 
 def remark(step: dict, gpu: str | None, sources: str | None) -> str:
-    """What a reader must know of a step beside its state."""
+    """Reason of a step's status, and a note if it is from other sources or another GPU."""
     text = step["reason"][:100].replace("|", "/")
     if step["sources"] != sources:
         text += f" (of other sources, {step['sources']})"
@@ -158,7 +158,7 @@ def remark(step: dict, gpu: str | None, sources: str | None) -> str:
 
 
 def summary(results: dict) -> list[str]:
-    """Lines in Markdown: the machine, the steps, tests that failed, the figures."""
+    """The summary in Markdown lines: machine, steps, failed tests, figures."""
     environment = results.get("environment") or {}
     packages = environment.get("packages", {})
     gpu, sources = environment.get("gpu"), results["calls"][-1].get("sources")

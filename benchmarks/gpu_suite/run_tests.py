@@ -1,6 +1,6 @@
-"""Runs pytest, with what there is of its plugins: a worker a core, and a limit for each test.
+"""Runs pytest with xdist workers and a timeout per test, as far as these plugins are installed.
 
-A worker whose test hangs, or crashes, or loses the GPU is replaced, and the others go on.
+A worker that hangs, crashes, or loses the GPU is replaced, and the others go on.
 """
 
 import argparse
@@ -8,8 +8,8 @@ import importlib.util
 import os
 import sys
 
-LIMIT = 90  # seconds a test, its compilation included
-# Warnings are errors in this project, but a new one on another machine is no fault of a kernel.
+LIMIT = 90  # seconds per test, including compilation
+# Warnings are errors in this project, but a new one on another machine is not a kernel's fault.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default"]
 PYTEST += ["-p", "benchmarks.gpu_suite.plugin"]
 
@@ -17,14 +17,14 @@ PYTEST += ["-p", "benchmarks.gpu_suite.plugin"]
 def options_of(workers: int, results: str) -> list[str]:
     options = ["--tb=short", "-v", "--durations=10", "--junitxml", f"{results}.xml"]
     options += ["--outcomes", f"{results}.jsonl", "--passed-before", f"{results}.passed"]
-    # What hangs says where, if nothing ends it.
+    # Dump the stack of a test that hangs.
     options += ["-o", f"faulthandler_timeout={LIMIT - 10}"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(workers), "--max-worker-restart", "20", "-p", "tests.lost_device"]
     else:
         print("pytest-xdist is not installed: one process, which ends with the first crash")
     if importlib.util.find_spec("pytest_timeout"):
-        # By a thread: a signal does not reach Python while it waits for a kernel.
+        # Thread method: Python cannot handle a signal while it waits for a kernel.
         options += ["--timeout", str(LIMIT), "--timeout-method", "thread"]
     else:
         print("pytest-timeout is not installed: a test that hangs takes the rest with it")
@@ -42,7 +42,7 @@ def main() -> None:
         options = ["-q", "--collect-only", "--without-gpu"]
     else:
         options = options_of(arguments.workers, arguments.results)
-    # Each worker compares with the CPU: threads of all at once would only wait for each other.
+    # Each worker also computes on the CPU: avoid oversubscription.
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     sys.stdout.flush()
     command = [*PYTEST, *options, *arguments.tests]

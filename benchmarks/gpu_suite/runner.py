@@ -1,8 +1,8 @@
-"""Runs steps within a limit of time and leaves a record that is complete at any moment.
+"""Runs steps within a time budget and keeps the results complete at any moment.
 
-Whatever happens to a step, or to the suite, the folder holds what is known until then: it is
-written anew after every step, every few seconds while one runs, and when the suite is stopped. A
-later call in the same folder goes on where this one ended, and loses nothing of it.
+Whatever happens to a step or to the suite, no results are lost: they are written after every step,
+every few seconds while one runs, and when the suite is stopped. A later call with the same folder
+continues where this one ended, and keeps its results.
 """
 
 import importlib.machinery
@@ -33,22 +33,23 @@ from benchmarks.gpu_suite.step import (
     Step,
 )
 
-TAIL = 30  # lines of each step that the results hold, too
+TAIL = 30  # last lines of each step that are kept in the results
 SAVE_EVERY = 3.0  # seconds, while a step runs
-READER_GRACE = 5.0  # seconds for the last lines of a process
+READER_GRACE = 5.0  # seconds to read the last lines of a process
 
 
 class Suite:
-    """Steps in their order, in a folder.
+    """Runs steps in order.
 
     Args:
-        out: the folder of the results.
-        work: for files that steps share; ``site`` in it is on the path of their Python.
-        minutes: that this call may take.
-        max_parallel: all steps may run beside each other, so many at a time; 0 for as they say.
-        again: do what has passed before, too.
-        sources: a digest of the code that is tried.
-        summary: lines for a reader of the results.
+        out: the results folder.
+        work: folder for files that steps share; its ``site`` is on their ``PYTHONPATH``.
+        minutes: time budget of this call.
+        max_parallel: run all steps but setup in parallel, at most this many at a time; 0 for as
+            they declare.
+        again: also run steps that have passed before.
+        sources: digest of the code under test.
+        summary: makes the lines of the summary from the results.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Suite:
         out.mkdir(parents=True, exist_ok=True)
         (work / "site/bin").mkdir(parents=True, exist_ok=True)
         self._record = Record(out, work, minutes, sources, summary)
-        # What never ran comes before what failed and would only fail again.
+        # Steps that failed before, and would likely fail again, come last.
         self.steps = sorted(steps, key=self._failed_before)
         self._log = Log(out / "suite.log")
 
@@ -84,7 +85,7 @@ class Suite:
         return is_same and not step.is_setup and before.get("status") in (FAILED, TIMED_OUT)
 
     def run(self) -> int:
-        """All steps; the exit status: 0 if each passed, now or before, or was skipped."""
+        """Runs all steps. Exit status: 0 if each passed, now or before, or was skipped."""
         handled = {
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -112,7 +113,7 @@ class Suite:
         )
 
     def _groups(self) -> Iterator[list[Step]]:
-        """Those that run beside each other."""
+        """Groups of steps that run in parallel."""
 
         def is_parallel(step: Step) -> bool:
             return step.parallel or (self._max_parallel > 0 and not step.is_setup)
@@ -127,7 +128,7 @@ class Suite:
         with self._slots:
             try:
                 self._run_or_skip(step)
-            except Exception as error:  # of the suite itself: the other steps are worth having
+            except Exception as error:  # a bug of the suite: go on with the other steps
                 self._record.put(step, FAILED, f"{type(error).__name__}: {error}")
 
     def _run_or_skip(self, step: Step) -> None:
@@ -164,8 +165,8 @@ class Suite:
         return ""
 
     def _environment(self, step: Step) -> dict[str, str]:
-        """Of a process: what was brought along comes first, and the toolkit where it is usually."""
-        # The package may not be installed here: it is imported from the checkout.
+        """Environment variables of a step: installed wheels first in the paths, and CUDA's bin."""
+        # The package may not be installed: import it from the checkout.
         modules = [os.fspath(self.work / "site"), os.getcwd(), os.environ.get("PYTHONPATH")]
         home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
         programs = [os.fspath(self.work / "site/bin"), os.environ.get("PATH"), f"{home}/bin"]
@@ -180,7 +181,7 @@ class Suite:
     def _run_process(self, step: Step, timeout: float) -> None:
         began = time.monotonic()
         if step.name in self._record.results["tests"] and not self._again:
-            # Those that passed before, with this code and on such a GPU, are not run again.
+            # Skip tests that passed before with the same sources on the same GPU.
             passed = outcomes.passed(
                 self._record.results["tests"][step.name], **self._record.made_with()
             )
@@ -190,7 +191,7 @@ class Suite:
         process = start(command, self._environment(step))
         with self._lock:
             self._processes.add(process)
-        if self._stopped_by is not None:  # since the check before
+        if self._stopped_by is not None:  # a signal arrived since the check
             end(process, 0)
         tail: deque[str] = deque(maxlen=TAIL)
         reader = threading.Thread(target=self._read, args=(step, process, tail), daemon=True)
@@ -201,7 +202,7 @@ class Suite:
         except subprocess.TimeoutExpired:
             is_late = True
             end(process, step.grace)
-        # What it leaves behind would disturb the next step.
+        # Leftover descendants would disturb the next step.
         kill_group(process)
         reader.join(READER_GRACE)
         with self._lock:
@@ -232,7 +233,7 @@ class Suite:
                     tail.append(line[:500])
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """Ends what runs; :meth:`run`, which waits for that, does the rest."""
+        """Stops the running processes; :meth:`run`, which waits for them, does the rest."""
         if self._stopped_by is None:
             self._stopped_by = signal.Signals(number).name
             for process in list(self._processes):

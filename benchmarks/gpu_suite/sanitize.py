@@ -1,7 +1,8 @@
-"""compute-sanitizer over some tests, looking at one of our kernels.
+"""Runs compute-sanitizer on some tests, restricted to one of our kernels.
 
-initcheck looks at all kernels: where it does not see PyTorch write, what ours read looks unwritten.
-(And not at nll: it reads the gaps between rows, which nobody writes, and uses nothing of them.)
+initcheck instruments all kernels: if it did not see PyTorch's writes, our reads would look
+uninitialised. (It is not run on nll, which reads the uninitialised padding between rows, and
+discards it.)
 """
 
 import argparse
@@ -13,12 +14,12 @@ import sys
 from benchmarks.gpu_suite.run_tests import PYTEST
 from benchmarks.gpu_suite.step import SKIP
 
-FOUND = 99  # the exit status where it finds something
+FOUND = 99  # exit status if the sanitizer reports an error
 
 
 def sanitizer(tool: str, kernel: str) -> list[str]:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
-    # PyTorch tries calls that may fail, and copes.
+    # PyTorch makes API calls that may fail, and handles the errors.
     command += ["--report-api-errors", "no"]
     if tool != "initcheck":
         command += ["--kernel-name", f"kernel_substring={kernel}_kernel"]
@@ -26,7 +27,7 @@ def sanitizer(tool: str, kernel: str) -> list[str]:
 
 
 def verdict(returncode: int, output: str) -> tuple[int, str]:
-    """The exit status of the step, and why if it is not that of the process."""
+    """Exit status of the step, and the reason if it differs from that of the process."""
     if "Device not supported" in output:
         return SKIP, "compute-sanitizer does not work on this machine: Device not supported"
     if returncode == 0 and not re.search(r"SUMMARY: 0 (errors|hazards)", output):

@@ -1,4 +1,4 @@
-"""A step of the suite, and what becomes of it."""
+"""Steps of the suite, and their statuses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,26 +7,27 @@ PASSED, FAILED, TIMED_OUT, STOPPED = "passed", "failed", "timed out", "stopped"
 FINISHED = (PASSED, FAILED, TIMED_OUT, STOPPED)
 SKIPPED, NOT_RUN, RUNNING = "skipped", "not run", "running"
 
-SKIP = 77  # the exit status of a step that finds nothing to do; its last line says why
+SKIP = 77  # exit status of a step that skips itself; its last line of output is the reason
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process, and what it needs.
+    """One process, and its requirements.
 
     Args:
-        about: what it shows, for a reader of the results.
-        command: of the process. ``{work}`` stands for the folder of this call's files.
-        timeout: seconds that it may take.
-        min_seconds: with less time left it is not begun.
+        about: what the step shows, for the report.
+        command: command line; ``{work}`` is replaced by the folder of this call's files.
+        timeout: seconds.
+        min_seconds: the step is not started with less time left.
         needs: steps that must have passed in this call.
         packages: modules that must be importable.
         tools: programs that must be on PATH.
-        parallel: it may run beside the steps next to it that say so, too; else alone, so that it
-            can be timed.
-        is_benchmark: its figures say more than its last line.
-        is_setup: what a former call did of it is gone with the machine: it is done in each.
-        grace: seconds to end by itself once it is interrupted.
+        env: additional environment variables.
+        parallel: may run in parallel with adjacent steps that also set it; otherwise it runs alone,
+            for accurate timing.
+        is_benchmark: the last line of output is not reported, since the figures say more.
+        is_setup: runs in every call, since its results are lost with the machine.
+        grace: seconds to exit cleanly after an interrupt.
     """
 
     name: str

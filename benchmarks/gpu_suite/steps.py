@@ -1,4 +1,4 @@
-"""What the suite does, in the order of what it is worth: a call ends where its minutes end."""
+"""The steps of the suite, most valuable first, since a call stops when its time budget ends."""
 
 import os
 import sys
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from benchmarks.gpu_suite.step import Step
 
-# The files with tests of GPU kernels, which need no package beside PyTorch, Triton and pytest.
+# Files with tests of GPU kernels; they need only PyTorch, Triton and pytest.
 TESTS = [
     f"tests/test_{name}.py"
     for name in ("gpu", "corrupt", "cuda_kernels", "masked_nll", "nll", "unmask")
 ]
 
-# Two steps of tests share these, a worker a core.
+# Shared by two parallel test steps, one worker per core.
 CORES = max(os.cpu_count() or 1, 6)
 
-# What a sanitizer looks at: the kernel's name, and some six tests in all.
+# Tests to run under the sanitizers, by kernel name.
 SANITIZED = {
     "corrupt": [
         "tests/test_corrupt.py::test_equals_reference[129-exact-cuda]",
@@ -28,10 +28,10 @@ SANITIZED = {
 }
 
 SANITIZERS = {
-    "memcheck": "no access out of bounds",
-    "racecheck": "no race in shared memory",
-    "synccheck": "no barrier that is used wrongly",
-    "initcheck": "no read of memory that nobody wrote",
+    "memcheck": "no out-of-bounds access",
+    "racecheck": "no shared-memory races",
+    "synccheck": "no invalid barriers",
+    "initcheck": "no uninitialised reads",
 }
 
 
@@ -43,7 +43,7 @@ def setup_steps(wheels: Path | None, dry: list[str]) -> list[Step]:
     return [
         Step(
             "wheels",
-            "packages brought along: peers, and plugins of pytest",
+            "installs wheels: peers, and plugins of pytest",
             module("wheels", "install", str(wheels or ""), "{work}/site"),
             timeout=60,
             is_setup=True,
@@ -73,7 +73,7 @@ def setup_steps(wheels: Path | None, dry: list[str]) -> list[Step]:
 def tests(
     name: str, about: str, marks: str, dry: list[str], *, timeout: float, workers: int = 1
 ) -> Step:
-    """Those in ``TESTS`` with these marks: one after the other, or several at once."""
+    """A step that runs the tests in ``TESTS`` with these ``marks``, on ``workers`` processes."""
     options = ["--workers", str(workers), "--results", f"{{work}}/{name}", *dry]
     return Step(
         name,
@@ -98,8 +98,8 @@ def sanitizer(tool: str, kernel: str, dry: list[str]) -> Step:
         packages=("pytest", "triton"),
         tools=() if dry else ("compute-sanitizer",),
         parallel=True,
-        # Without PyTorch's own allocator an access outside of a tensor is one outside of an
-        # allocation.
+        # Without the caching allocator, an access out of a tensor's bounds is one out of an
+        # allocation's bounds.
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
 
@@ -127,12 +127,12 @@ def benchmark(
 
 
 def first_half(dry: list[str]) -> list[Step]:
-    """For a first call of some six minutes."""
+    """Steps for a first call of about six minutes."""
     on_gpu = ["--device", "cuda", *dry]
     return [
         tests(
             "smoke",
-            "streams, graphs and memories with corrupt in CUDA C++",
+            "streams, CUDA graphs and memory kinds with corrupt in CUDA C++",
             "gpu and cuda and not large",
             dry,
             timeout=100,
@@ -147,7 +147,7 @@ def first_half(dry: list[str]) -> list[Step]:
         ),
         tests(
             "tests_cuda",
-            "corrupt in CUDA C++; what waits for the device; loaders, the loss, training steps",
+            "corrupt in CUDA C++; host synchronisation; loaders, the loss, training steps",
             "(cuda or gpu) and not (gpu and cuda) and not triton and not large",
             dry,
             timeout=150,
@@ -171,12 +171,12 @@ def first_half(dry: list[str]) -> list[Step]:
 
 
 def second_half(dry: list[str]) -> list[Step]:
-    """For another one of four."""
+    """Steps for a second call of about four minutes."""
     on_gpu = ["--device", "cuda", *dry]
     return [
         benchmark(
             "bench_train_step",
-            "a training step beside x-transformers' wrapper",
+            "a training step against x-transformers' wrapper",
             "bench_train_step",
             *on_gpu,
             timeout=150,
@@ -184,7 +184,7 @@ def second_half(dry: list[str]) -> list[Step]:
         ),
         benchmark(
             "bench_generate",
-            "generate beside x-transformers' wrapper",
+            "generate against x-transformers' wrapper",
             "bench_generate",
             *on_gpu,
             timeout=120,

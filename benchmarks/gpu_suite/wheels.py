@@ -1,9 +1,9 @@
-"""Packages for a machine without a network: peers, and what the suite itself may miss there.
+"""Wheels for an offline machine: peers, and dependencies of the suite that may be missing there.
 
     python -m benchmarks.gpu_suite.wheels fill FOLDER [--python 3.12]
 
-fills a folder with wheels, where there is a network (some 13 MB); the suite installs from it with
-`--wheels FOLDER`, into a folder of its own.
+downloads wheels to a folder (about 13 MB; needs a network); with `--wheels FOLDER` the suite
+installs from it, into a folder of its own.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.gpu_suite.step import SKIP
 
 PEERS = ("x-transformers", "liger-kernel", "cut-cross-entropy", "attn-gym")
-# What they and the suite need, but for PyTorch, Triton and numpy: for a machine that lacks it.
+# Dependencies of peers and suite except PyTorch, Triton and numpy, installed where missing.
 NEEDED = (
     "einops einx frozendict loguru mpmath packaging sympy torch-einops-utils"
     " pytest pytest-timeout pytest-xdist execnet iniconfig pluggy pygments"
@@ -59,7 +59,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def is_wanted(wheel: Path) -> bool:
-    """The peers, and what is missing here or too old."""
+    """Whether to install a wheel: a peer, or a package that is missing here or too old."""
     name, _ = name_and_version(wheel)
     here = installed(name)
     return name in PEERS or here is None or release(here) < release(OLDEST.get(name, "0"))

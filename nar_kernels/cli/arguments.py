@@ -13,17 +13,17 @@ def add_options(
     config_class: Any,
     *,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
-    but: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
 ) -> None:
-    """Adds an argument for each field that has a description. Those not given do not appear in the
-    result.
+    """Adds an option for each dataclass field that has ``help`` in its metadata. Options that are
+    not given are absent from the parsed namespace.
 
     Args:
-        presets: other defaults, by what they are for.
-        but: names of fields to leave out.
+        presets: for the help text: other defaults, by data set.
+        exclude: names of fields to leave out.
     """
     for f in dataclasses.fields(config_class):
-        if f.name in but or "help" not in f.metadata:
+        if f.name in exclude or "help" not in f.metadata:
             continue
         keywords = {k: v for k, v in f.metadata.items() if k not in ("help", "otherwise")}
         help_text = f.metadata["help"]
@@ -40,7 +40,7 @@ def add_options(
 
 
 def _defaults(f: dataclasses.Field[Any], presets: Mapping[str, Mapping[str, Any]]) -> str:
-    """What stands behind the help of an option."""
+    """The ``(default: ...)`` suffix of an option's help; empty if there is no default."""
     default = f.metadata.get("otherwise", f.default)
     others = [f"{name} {preset[f.name]}" for name, preset in presets.items() if f.name in preset]
     shown = [*([] if default is None else [str(default)]), *others]

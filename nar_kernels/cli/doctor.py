@@ -8,9 +8,9 @@ import torch
 from nar_kernels.extras import EXTRAS, install_command, version
 from nar_kernels.ops.backends import backends, cpp
 
-HELP = "say what works here, and why the rest does not"
+HELP = "print versions and available backends, and why others are unavailable"
 
-_SIMD_LEVELS = ("generic", "AVX2", "AVX512")  # as the C++ extension numbers them
+_SIMD_LEVELS = ("generic", "AVX2", "AVX512")  # indexed by the C++ extension's simd_level()
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:

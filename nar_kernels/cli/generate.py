@@ -15,7 +15,7 @@ from nar_kernels.cli.arguments import add_options
 from nar_kernels.data.sources import SequenceSpec
 from nar_kernels.files import check_writable
 from nar_kernels.options import option_of
-from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_of
+from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show import samples
 from nar_kernels.show.player import page
@@ -23,11 +23,11 @@ from nar_kernels.show.terminal import watch
 from nar_kernels.training.model import choose_device, load_model
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
-HELP = "write samples of a checkpoint"
+HELP = "generate samples from a checkpoint"
 
 _NUM_SAMPLES = 16
 
-# What options are called in Python, by which messages know them.
+# From Python arguments, as error messages name them, to command-line options.
 NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(SamplingConfig) if f.metadata} | {
     **{"seed": "--seed", "device": "--device", "filter_thres": "--filter-thres"},
     "batch_size": "--num-samples",
@@ -35,53 +35,53 @@ NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(SamplingConfig) i
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of SamplingConfig, and what is sampled to where."""
+    """One option for each field of SamplingConfig, and options for input and output."""
     parser.set_defaults(run=_run, names=NAMES)
-    parser.add_argument("--checkpoint", required=True, help="such as runs/demo/last.pt")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, e.g. runs/demo/last.pt")
     parser.add_argument(
         "--num-samples", type=int, help=f"(default: {_NUM_SAMPLES}, or one for each prompt)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    add_options(parser, SamplingConfig, but=("strategy",))
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    add_options(parser, SamplingConfig, exclude=("strategy",))
     strategies = [name for name in get_args(Strategy) if name != "critic"]  # no run trains one
     default = SamplingConfig().strategy
     parser.add_argument(
         "--strategy",
         choices=strategies,
         default=argparse.SUPPRESS,
-        help=f"which tokens are unmasked first (default: {default}, for samples as varied as the "
-        "data; in Python it is confidence, as in x-transformers)",
+        help=f"unmasking order: which tokens are unmasked first (default: {default}, for samples "
+        "as varied as the data; in Python it is confidence, as in x-transformers)",
     )
     parser.add_argument(
         "--filter-thres",
         type=float,
-        help="in place of --top-k, the share of the vocabulary that is never sampled: the least "
-        "probable ids (default: 0; in Python it is 0.7, as in x-transformers)",
+        help="in place of --top-k: fraction of the vocabulary, the least probable ids, that is "
+        "filtered out (default: 0; in Python it is 0.7, as in x-transformers)",
     )
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
-        "--prompt", help="how samples begin: text, ids separated by blanks, or a .npy file of ids"
+        "--prompt", help="prefix: text, whitespace-separated ids, or a .npy file of ids"
     )
     given.add_argument(
         "--infill",
-        help="the same with gaps: [MASK] stands for one token, [MASK:12] for twelve, negative "
-        "ids in a file for one each",
+        help="prompt with gaps to fill: [MASK] stands for one token, [MASK:12] for twelve, "
+        "negative ids in a file for one each",
     )
     parser.add_argument(
-        "--out", help="a file: .npy (ids), .png (images) or .txt (default: the terminal)"
+        "--out", help="output file: .npy (ids), .png (images) or .txt (default: the terminal)"
     )
-    parser.add_argument("--html", help="also write a page that plays the decoding step by step")
+    parser.add_argument("--html", help="also write an HTML player of the decoding steps")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def _run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     out, html = (None if name is None else Path(name) for name in (arguments.out, arguments.html))
-    _check(arguments, config, out, html)
+    _validate(arguments, config, out, html)
     model, spec = load_model(arguments.checkpoint)
     if out is not None:
         samples.check_suffix(out, spec)
-    config = _fitted(config, arguments, spec)
+    config = _resolve(config, arguments, spec)
     states = _states(arguments, config, model.to(choose_device(arguments.device)), spec)
     kept = None
     if html is not None:
@@ -106,16 +106,16 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> SamplingConfig:
-    """What is said about sampling on the command line."""
+    """The sampling options given on the command line."""
     given = vars(arguments)
     names = {f.name for f in dataclasses.fields(SamplingConfig)}
     return SamplingConfig(**{name: given[name] for name in names & given.keys()})
 
 
-def _fitted(
+def _resolve(
     config: SamplingConfig, arguments: argparse.Namespace, spec: SequenceSpec
 ) -> SamplingConfig:
-    """The config, with what depends on the model."""
+    """Completes the config with what depends on the model: ``grid`` and ``top_k``."""
     if config.strategy == "halton" and spec.image_shape is None:
         if math.isqrt(spec.seq_len) ** 2 != spec.seq_len:
             raise ValueError(
@@ -124,30 +124,30 @@ def _fitted(
             )
     top_k = config.top_k
     if arguments.filter_thres is not None:
-        top_k = top_k_of(arguments.filter_thres, spec.num_tokens)
+        top_k = top_k_from_filter_thres(arguments.filter_thres, spec.num_tokens)
     return dataclasses.replace(config, grid=spec.image_shape, top_k=top_k)
 
 
-def _check(
+def _validate(
     arguments: argparse.Namespace, config: SamplingConfig, out: Path | None, html: Path | None
 ) -> None:
-    """What can be known before there is a model, so that no work is lost to it."""
+    """Fails before any work is done: checks all that needs no model."""
     if arguments.num_samples is not None and not 1 <= arguments.num_samples < 1 << 31:
         raise ValueError(f"--num-samples is {arguments.num_samples}: it must be in [1, 2**31)")
     check_seed(arguments.seed)
     if arguments.filter_thres is not None and config.top_k is not None:
         raise ValueError("--top-k and --filter-thres exclude each other: give one of them")
-    top_k_of(arguments.filter_thres, num_tokens=1)  # raises if it is no share
+    top_k_from_filter_thres(arguments.filter_thres, num_tokens=1)  # raises if out of range
     if config.guidance_scale != 1 and arguments.prompt is None and arguments.infill is None:
         raise ValueError(
             f"--guidance-scale is {config.guidance_scale}, but there is nothing to be guided by: "
             "give --prompt or --infill"
         )
-    _check_files(arguments, out, html)
+    _validate_files(arguments, out, html)
 
 
-def _check_files(arguments: argparse.Namespace, out: Path | None, html: Path | None) -> None:
-    """Whether files can be written, and are none of those that are read."""
+def _validate_files(arguments: argparse.Namespace, out: Path | None, html: Path | None) -> None:
+    """Checks that output files are writable, distinct, and not among the inputs."""
     for name in ("checkpoint", "out", "html", "prompt", "infill"):
         if getattr(arguments, name) == "":
             raise ValueError(f"--{name} is empty: leave it out, or say what it is")

@@ -14,11 +14,11 @@ from nar_kernels.training.train import DivergedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Entry point: runs a subcommand.
 
     Returns:
-        0, 1 if training diverged, 2 if the user can mend it (said in one line); after a signal 128
-        and its number, as shells count: 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0; 1 if training diverged; 2 for user errors (a one-line message); 128 plus the
+        signal number after a signal, as in shells: 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -35,15 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_options(message: str, names: Mapping[str, str]) -> str:
-    """A message that speaks of arguments in Python, with the options that set them.
+    """Replaces Python argument names in an error message by command-line options.
 
     Args:
-        names: from arguments to options. One that is a common word is taken for the argument only
-            where messages give its value.
+        names: from arguments to options. A name that is a common word is replaced only where the
+            message states its value.
     """
     for name, option in names.items():
         word = rf"(?<![\w./'\"-]){name}"
-        own = rf"(?<!\()(?<!, ){word}"  # and no argument of a call that is written out
+        own = rf"(?<!\()(?<!, ){word}"  # not an argument in a quoted call
         message = re.sub(rf"{own}='(\w+)'", rf"{option} \1", message)
         message = re.sub(rf"{own}=", option, message)
         message = re.sub(rf"^{name}(?= is )|{word}(?=, which is )", option, message)

@@ -1,4 +1,4 @@
-"""Prompts of the command line: what is given of a sequence, and where the gaps are."""
+"""Parses prompts of the command line: text or ids, with gaps to infill."""
 
 import re
 from pathlib import Path
@@ -16,15 +16,15 @@ def from_text(text: str, spec: SequenceSpec, *, gaps: bool) -> Tensor:
     """int64 ``[n]`` or ``[B, n]``: the ids of a prompt, with ``mask_id`` in its gaps.
 
     Args:
-        text: for a model of bytes, the text; for others, ids separated by blanks. Or the name of a
-            ``.npy`` file of ids, where negative ones are gaps.
+        text: for a byte-level model, the text; for others, whitespace-separated ids. Or the name
+            of a ``.npy`` file of ids, where negative ids are gaps.
         gaps: whether ``[MASK]`` in the text stands for one id to fill, and ``[MASK:12]`` for
             twelve.
 
-    Whether they are ids of the model is for :func:`nar_kernels.sampling.prompt.read_prompt` to say.
+    :func:`nar_kernels.sampling.prompt.read_prompt` checks that ids are in the vocabulary.
 
     Raises:
-        ValueError, OSError: they are no ids, or the file cannot be read.
+        ValueError, OSError: not ids, or the file cannot be read.
     """
     if text.endswith(".npy"):
         return _from_file(Path(text), spec)
@@ -56,7 +56,7 @@ def _with_gaps(text: str, spec: SequenceSpec) -> Tensor:
     for gap in _GAP.finditer(text):
         ids += _ids(text[end : gap.start()], spec)
         length = int(gap[1] or 1)
-        if len(ids) + length > spec.seq_len:  # before there is memory for all of them
+        if len(ids) + length > spec.seq_len:  # before allocating them
             raise ValueError(
                 f"a prompt has {len(ids) + length} ids: the net takes {spec.seq_len} at most"
             )
@@ -82,7 +82,7 @@ def _check_fits(id_: int, spec: SequenceSpec) -> None:
 
 def _ids(text: str, spec: SequenceSpec) -> list[int]:
     if spec.render == "bytes":
-        return list(text.encode(errors="surrogateescape"))  # as they were typed, if no UTF-8
+        return list(text.encode(errors="surrogateescape"))  # raw bytes of invalid UTF-8
     try:
         return [int(word) for word in text.split()]
     except ValueError:

@@ -10,9 +10,9 @@ from nar_kernels.training import checkpoint
 from nar_kernels.training.config import PRESETS, TrainConfig
 from nar_kernels.training.train import train
 
-HELP = "train a net and write checkpoints and a report"
+HELP = "train a model; write checkpoints and a report"
 
-# What options are called in Python, by which messages know them.
+# From Python arguments, as error messages name them, to command-line options.
 NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(TrainConfig)} | {
     "num_held_out": "--held-out"
 }
@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ValueError("--resume needs --out, the folder of the run to continue")
         saved = checkpoint.read(Path(options["out"]) / "last.pt")
         if Path(options.get("data", "")).suffix == ".npy":
-            options.setdefault("dtype", None)  # the same tokens with a header of their own
+            options.setdefault("dtype", None)  # .npy has its own dtype header
         train(TrainConfig.continued(saved["config"], **options))
     elif "data" not in options:
         raise ValueError("give --data: digits, text, or a file (or --resume and --out)")

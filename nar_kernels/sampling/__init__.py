@@ -1,1 +1,1 @@
-"""Iterative unmasking."""
+"""Iterative unmasking: parallel decoding of masked positions."""

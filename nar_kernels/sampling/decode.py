@@ -1,7 +1,8 @@
-"""Iterative unmasking: from masks to token ids, the surest positions first.
+"""Iterative unmasking: from masks to token ids, most confident positions first.
 
 Ghazvininejad et al. 2019 (Mask-Predict, arXiv:1904.09324), Chang et al. 2022 (MaskGIT,
-arXiv:2202.04200). Shapes: B batch, L sequence length, V vocabulary, R positions in question.
+arXiv:2202.04200). Shapes: B batch, L sequence length, V vocabulary, R candidate positions, given
+as "rows": indices into the flat ``[B * L]``.
 """
 
 import math
@@ -15,23 +16,23 @@ from torch import Tensor
 from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.ops.unmask import LOGIT_DTYPES, unmask
 from nar_kernels.sampling.plan import Plan
-from nar_kernels.sampling.strategies import Choice, Noise, Ranking
+from nar_kernels.sampling.strategies import Ranking, StepNoise, UnmaskingPolicy
 
-# From ids [B, L] and rows [R], indices into the flat [B * L], to logits: chunks that are together
-# [R, V].
+# Maps ids [B, L] and rows [R] to logits [R, V], in chunks of rows.
 Predict = Callable[[Tensor, Tensor], Iterable[Tensor]]
 
 
 class DecodeState(NamedTuple):
-    """What :func:`decode` yields at first and after each step. Nobody changes it afterwards.
+    """Snapshot of the batch, yielded by :func:`decode` before the first step and after each. Later
+    steps do not modify it.
 
     Attributes:
-        step: how many steps are done.
-        num_steps: how many there are, at most.
+        step: number of steps done.
+        num_steps: number of steps in all, at most.
         ids: int64 ``[B, L]``, with ``mask_id`` at masked positions.
         masked: bool ``[B, L]``.
-        log_prob: float32 ``[B, L]``: that of each id when it was drawn, as in ``Unmasked``; 0
-            for ids of the prompt, NaN where masked.
+        log_prob: float32 ``[B, L]``: log-probability of each id when it was sampled, as in
+            ``Unmasked``; 0 for ids of the prompt, NaN where masked.
     """
 
     step: int
@@ -45,7 +46,7 @@ def decode(
     predict: Predict,
     prompt: Tensor,
     plan: Plan,
-    choice: Choice,
+    policy: UnmaskingPolicy,
     *,
     mask_id: int,
     seed: int,
@@ -57,86 +58,86 @@ def decode(
     sequences: range | None = None,
     backend: str = "auto",
 ) -> Iterator[DecodeState]:
-    """Fills the masks of a batch step by step.
+    """Fills the masked positions of a batch step by step.
 
-    Each step draws ids for all masked positions of a block, keeps those that ``choice`` puts first,
-    and masks the others again. What a sequence gets is a function of its logits, its place in the
-    batch and the seed. The host knows all counts, so it does not wait for the device before all is
-    done, except for the strategy ``"threshold"``.
+    Each step samples ids for all masked positions of a block, keeps those that ``policy`` ranks
+    first, and masks the others again. The result for a sequence is a function of its logits, its
+    sequence number and the seed. All counts are known on the host, so nothing synchronises with the
+    device before the last step, except for the strategy ``"threshold"``.
 
     Args:
-        predict: the net.
-        prompt: int64 ``[B, L]`` on the net's device; ``mask_id`` where there is something to fill.
-        plan: what :func:`nar_kernels.sampling.plan.make_plan` says for the masks in ``prompt``.
-        choice: which positions come first.
-        temperature: of the ids drawn, falling from this to 0 at the last step of a block.
+        predict: calls the net; see :data:`Predict`.
+        prompt: int64 ``[B, L]`` on the net's device; ``mask_id`` at the positions to fill.
+        plan: from :func:`nar_kernels.sampling.plan.make_plan` for the masks in ``prompt``.
+        policy: the unmasking order.
+        temperature: sampling temperature, annealed linearly to 0 at the last step of a block.
         top_k, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
-        remask: whether a position of the block may be masked again once it was filled, because its
-            id has become improbable. Those of the prompt never are.
+        remask: whether a filled position of the block may be masked again because its id has become
+            improbable. Positions of the prompt never are.
         share_first_step: the first step runs ``predict`` on one sequence and uses its logits for
-            all. Right only if all prompts are equal and ``predict`` is independent of the batch.
-        sequences: the number of each sequence, by which its noise goes. Default: from 0 on.
+            all. Correct only if all prompts are equal and ``predict`` is independent of the batch.
+        sequences: the number of each sequence, which selects its noise. Default: 0, 1, ...
 
     Raises:
-        InvalidLogitsError: the logits of a row, or a critic's score, are NaN: at once on the CPU,
-            elsewhere behind the last state, when another one is asked for.
+        InvalidLogitsError: the logits of a row, or a critic's score, are NaN: at once on the CPU;
+            on other devices after the last state, when the next one is requested.
     """
     (batch, length), device = prompt.shape, prompt.device
     sequences = range(batch) if sequences is None else sequences
     num_steps = sum(len(block.steps) for block in plan.blocks)
-    canvas, nans = _Canvas(prompt, mask_id), NanRecord(num_steps, length)
+    buffer, nans = _TokenBuffer(prompt, mask_id), DeferredNanCheck(num_steps, length)
     first_slots = _noise_slots(sequences, length, plan.num_steps, device)
     done = 0
-    yield canvas.state(done, num_steps)
+    yield buffer.state(done, num_steps)
     for block in plan.blocks:
         rows, counts = block.rows.to(device, non_blocking=True), block.counts
         for number, annealing, left in block.steps:
-            noise = Noise(seed, plan.num_steps, number, length, sequences)
-            now, ranking = rows, None
-            if choice.order_is_fixed:  # only what will stay is drawn
-                ranking = Ranking(choice.fixed_score(rows, noise), rows, counts)
-                now = ranking.first(left)
-            drawn = _draw(
+            noise = StepNoise(seed, plan.num_steps, number, length, sequences)
+            selected, ranking = rows, None
+            if policy.order_is_fixed:  # sample only the positions that are kept
+                ranking = Ranking(policy.fixed_score(rows, noise), rows, counts)
+                selected = ranking.first(left)
+            sampled = _sample_rows(
                 predict,
-                canvas,
-                now,
-                first_slots.index_select(0, now) + number * length,
+                buffer,
+                selected,
+                first_slots.index_select(0, selected) + number * length,
                 again=remask,
                 share=share_first_step and done == 0,
-                same_rows=not choice.order_is_fixed,
+                same_rows=not policy.order_is_fixed,
                 mask_id=mask_id,
                 seed=seed,
                 temperature=temperature * annealing,
                 top_k=top_k,
                 forbidden_ids=forbidden_ids,
-                confidence=choice.confidence,
+                confidence=policy.confidence,
                 backend=backend,
             )
-            nans.note("logits", drawn.is_nan, now, done)
-            canvas.fill(now, drawn)
-            if choice.strategy == "threshold":
-                is_sure = drawn.log_prob.exp() >= choice.threshold
-                left = _num_unsure(left, counts, is_sure, rows // length)
+            nans.record("logits", sampled.is_nan, selected, done)
+            buffer.fill(selected, sampled)
+            if policy.strategy == "threshold":
+                is_confident = sampled.log_prob.exp() >= policy.threshold
+                left = _num_below_threshold(left, counts, is_confident, rows // length)
             any_left = bool(left.any())
             if any_left:
                 if ranking is None:
-                    score = choice.score(canvas.ids, rows, drawn.confidence, annealing, noise)
-                    if choice.strategy == "critic":
-                        nans.note("critic's scores", score.isnan(), rows, done)
+                    score = policy.score(buffer.ids, rows, sampled.confidence, annealing, noise)
+                    if policy.strategy == "critic":
+                        nans.record("critic's scores", score.isnan(), rows, done)
                     ranking = Ranking(score, rows, counts)
-                waiting = ranking.last(left)
-                canvas.mask(waiting)
+                remasked = ranking.last(left)
+                buffer.mask(remasked)
                 if not remask:
-                    rows, counts = waiting, left
+                    rows, counts = remasked, left
             done += 1
-            yield canvas.state(done, num_steps)
+            yield buffer.state(done, num_steps)
             if not any_left:
                 break
     nans.check()
 
 
-class _Canvas:
-    """A batch while its masks are filled. Rows are indices into the flat ``[B * L]``.
+class _TokenBuffer:
+    """Ids and log-probabilities of a batch, updated in place as masks are filled.
 
     Attributes:
         ids: int64 ``[B, L]``.
@@ -152,13 +153,13 @@ class _Canvas:
         return DecodeState(step, num_steps, self.ids.clone(), masked, self._log_prob.clone())
 
     def given(self, rows: Tensor) -> Tensor:
-        """int64 ``[R]``: the ids there, -1 where masked."""
+        """int64 ``[R]``: current ids of the rows, -1 where masked."""
         ids = self._flat_ids.index_select(0, rows)
         return ids.where(ids != self._mask_id, -1)
 
-    def fill(self, rows: Tensor, drawn: "Drawn") -> None:
-        self._flat_ids.index_copy_(0, rows, drawn.tokens)
-        self._flat_log_prob.index_copy_(0, rows, drawn.log_prob)
+    def fill(self, rows: Tensor, sampled: "SampledTokens") -> None:
+        self._flat_ids.index_copy_(0, rows, sampled.tokens)
+        self._flat_log_prob.index_copy_(0, rows, sampled.log_prob)
 
     def mask(self, rows: Tensor) -> None:
         self._flat_ids.index_fill_(0, rows, self._mask_id)
@@ -166,15 +167,15 @@ class _Canvas:
 
 
 def _noise_slots(sequences: range, length: int, num_steps: int, device: torch.device) -> Tensor:
-    """int64 ``[B * L]``: those of the first step. Each step takes ``length`` more."""
+    """int64 ``[B * L]``: noise slots of step 0; those of step i are ``i * length`` higher."""
     places = torch.arange(len(sequences) * length, device=device)
     numbers = places // length * sequences.step + sequences.start
     return places % length + numbers * (length * num_steps)
 
 
-def _draw(
+def _sample_rows(
     predict: Predict,
-    canvas: _Canvas,
+    buffer: _TokenBuffer,
     rows: Tensor,
     slots: Tensor,
     *,
@@ -182,43 +183,50 @@ def _draw(
     share: bool,
     same_rows: bool,
     **options: Any,
-) -> "Drawn":
-    """Ids for the rows.
+) -> "SampledTokens":
+    """Samples ids for ``rows``.
 
     Args:
-        slots: int64 ``[R]``, of the noise.
-        again: rows that are filled keep their ids, and get the probability that they have now.
-        share: all sequences are equal, so one stands for them.
-        same_rows: the rows are the same places of each sequence.
-        options: of :func:`draw_tokens`.
+        slots: int64 ``[R]``, noise slots.
+        again: filled rows keep their ids and get their current probability.
+        share: all sequences are equal: run the net on one of them.
+        same_rows: the rows are the same positions of each sequence.
+        options: of :func:`sample_tokens`.
     """
-    ids, given = canvas.ids, canvas.given(rows) if again else None
+    ids, given = buffer.ids, buffer.given(rows) if again else None
     batch, length = ids.shape
     if share and batch > 1:
-        ids, rows, given = ids[:1], rows % length, None  # nothing but masks is drawn at first
+        ids, rows, given = ids[:1], rows % length, None  # the first step has only masked rows
         if same_rows:
             rows, slots = rows[: len(rows) // batch], slots.view(batch, -1)
-    return draw_tokens(predict(ids, rows), slots, given, **options)
+    return sample_tokens(predict(ids, rows), slots, given, **options)
 
 
-def _num_unsure(left: Tensor, counts: Tensor, is_sure: Tensor, sequence: Tensor) -> Tensor:
-    """int64 ``[B]`` on the CPU: how many stay masked where all that are sure are kept, but at least
-    one, and as many as the plan says. Waits for the device."""
-    sure = torch.zeros(len(left), dtype=torch.int64, device=is_sure.device)
-    sure.index_add_(0, sequence, is_sure.long())
-    return left.minimum(counts - sure.cpu().clamp(min=1)).clamp(min=0)
+def _num_below_threshold(
+    left: Tensor, counts: Tensor, is_confident: Tensor, sequence: Tensor
+) -> Tensor:
+    """int64 ``[B]`` on the CPU: how many positions stay masked. Kept are all confident ones, at
+    least one, and at least as many as the plan requires. Synchronises with the device."""
+    confident = torch.zeros(len(left), dtype=torch.int64, device=is_confident.device)
+    confident.index_add_(0, sequence, is_confident.long())
+    return left.minimum(counts - confident.cpu().clamp(min=1)).clamp(min=0)
 
 
-class NanRecord:
-    """Where NaN was met first: looked for on the device, which is not waited for if it is none of
-    the CPU."""
+class DeferredNanCheck:
+    """Finds the first NaN: at once on the CPU, elsewhere without a sync before :meth:`check`."""
 
     def __init__(self, num_steps: int, length: int) -> None:
         self._num_steps, self._length = num_steps, length
         self._first: dict[str, Tensor] = {}
 
-    def note(self, what: str, is_nan: Tensor, rows: Tensor, step: int) -> None:
-        """Takes note of the rows, indices into the flat ``[B * L]``, where ``is_nan``."""
+    def record(self, what: str, is_nan: Tensor, rows: Tensor, step: int) -> None:
+        """Records the rows where ``is_nan``; on the CPU, raises at once.
+
+        Args:
+            what: names the values in the error message.
+            is_nan: bool ``[R]``.
+            rows: int64 ``[R]``, indices into the flat ``[B * L]``.
+        """
         if len(rows) == 0 or (is_nan.is_cpu and not is_nan.any()):
             return
         places = step << 40 | rows // self._length  # by step, then by sequence
@@ -228,7 +236,7 @@ class NanRecord:
             self.check()
 
     def check(self) -> None:
-        """Raises InvalidLogitsError if there was any."""
+        """Raises InvalidLogitsError if any NaN was recorded. Synchronises with the device."""
         for what, first in self._first.items():
             step, sequence = divmod(int(first), 1 << 40)
             if step < 1 << 22:
@@ -240,9 +248,9 @@ class NanRecord:
         self._first.clear()
 
 
-class Drawn(NamedTuple):
-    """What :func:`draw_tokens` returns: an ``Unmasked``, and where it was NaN, bool ``[R]``,
-    that left no id to draw."""
+class SampledTokens(NamedTuple):
+    """Result of :func:`sample_tokens`: the fields of ``Unmasked``, and ``is_nan``, bool ``[R]``:
+    rows without a valid id because of NaN logits."""
 
     tokens: Tensor
     log_prob: Tensor
@@ -250,32 +258,31 @@ class Drawn(NamedTuple):
     is_nan: Tensor
 
 
-def _left_nothing(logits: Tensor, log_prob: Tensor, given: Tensor | None) -> Tensor:
-    """bool ``[C]``: where NaN left no id to draw. (Beside others it counts as -inf.)"""
-    nothing = log_prob == -math.inf
-    if logits.is_cpu and not nothing.any():  # elsewhere, to look would wait
-        return nothing
-    if given is not None:  # such an id may be improbable by itself
-        nothing &= (given < 0) | ~(logits > -math.inf).any(1)
-    return nothing & logits.amax(1).isnan()
+def _is_nan_row(logits: Tensor, log_prob: Tensor, given: Tensor | None) -> Tensor:
+    """bool ``[C]``: rows without a valid id because of NaN. (NaN beside valid logits is -inf.)"""
+    no_id = log_prob == -math.inf
+    if logits.is_cpu and not no_id.any():  # on other devices any() would synchronise
+        return no_id
+    if given is not None:  # a given id may have probability 0 by itself
+        no_id &= (given < 0) | ~(logits > -math.inf).any(1)
+    return no_id & logits.amax(1).isnan()
 
 
-def draw_tokens(
+def sample_tokens(
     chunks: Iterable[Tensor], noise_slots: Tensor, given: Tensor | None = None, **options: Any
-) -> Drawn:
-    """:func:`nar_kernels.unmask` of logits that come chunk by chunk, so that never all of them
-    exist.
+) -> SampledTokens:
+    """:func:`nar_kernels.unmask` over chunks of logits, so that ``[R, V]`` is never materialised.
 
     Args:
-        chunks: together ``[R, V]``.
-        noise_slots: int64 ``[R]``, or ``[N, R]`` to draw N times from each row.
-        given: int64 ``[R]``, for one draw.
+        chunks: logits ``[C, V]`` each, ``[R, V]`` together.
+        noise_slots: int64 ``[R]``, or ``[N, R]`` for N samples of each row.
+        given: int64 ``[R]``; only with one sample per row.
 
     Returns:
         Tensors ``[R]`` or ``[N * R]``.
     """
     draws = [noise_slots] if noise_slots.dim() == 1 else list(noise_slots)
-    parts: list[list[Drawn]] = [[] for _ in draws]
+    parts: list[list[SampledTokens]] = [[] for _ in draws]
     first = 0
     for chunk in chunks:
         logits = chunk if chunk.dtype in LOGIT_DTYPES else chunk.float()
@@ -283,11 +290,11 @@ def draw_tokens(
         for slots, own_parts in zip(draws, parts, strict=True):
             own_given = None if given is None else given[part]
             unmasked = unmask(logits, noise_slots=slots[part], given=own_given, **options)
-            is_nan = _left_nothing(logits, unmasked.log_prob, own_given)
-            own_parts.append(Drawn(*unmasked, is_nan))
+            is_nan = _is_nan_row(logits, unmasked.log_prob, own_given)
+            own_parts.append(SampledTokens(*unmasked, is_nan))
     if first == 0:
-        nothing = noise_slots.new_empty(0, dtype=torch.float32)
-        return Drawn(noise_slots.flatten(), nothing, nothing, nothing.bool())
+        empty = noise_slots.new_empty(0, dtype=torch.float32)
+        return SampledTokens(noise_slots.flatten(), empty, empty, empty.bool())
     if len(draws) == len(parts[0]) == 1:
         return parts[0][0]
-    return Drawn(*map(torch.cat, zip(*chain(*parts), strict=True)))
+    return SampledTokens(*map(torch.cat, zip(*chain(*parts), strict=True)))

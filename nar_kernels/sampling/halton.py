@@ -1,4 +1,4 @@
-"""The order of ``strategy="halton"``."""
+"""Halton order: positions of a grid for ``strategy="halton"``."""
 
 from collections.abc import Iterator
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def grid_order(grid: tuple[int, int] | None, seq_len: int) -> Tensor:
-    """int64 ``[L]``: the ranks of :func:`halton_order`, by default of a square.
+    """int64 ``[L]``: the ranks of :func:`halton_order`; ``grid`` defaults to a square.
 
     Raises:
-        ValueError: L is no square, or the grid has not L cells.
+        ValueError: L is not a square, or the grid does not have L cells.
     """
     if grid is None:
         side = round(seq_len**0.5)
@@ -25,8 +25,8 @@ def grid_order(grid: tuple[int, int] | None, seq_len: int) -> Tensor:
 
 
 def halton_order(height: int, width: int) -> Tensor:
-    """The cells of a grid in the order in which a Halton sequence visits them: each new one far
-    from those before. Bases 2 and 3 (Besnier et al. 2025, arXiv:2503.17076).
+    """Rank of each grid cell in a 2D Halton sequence (bases 2 and 3): each new cell is far from
+    those before (Besnier et al. 2025, arXiv:2503.17076).
 
     Returns:
         int64 ``[height * width]``: the rank of each cell, row by row.
@@ -44,7 +44,7 @@ def halton_order(height: int, width: int) -> Tensor:
 
 
 def _van_der_corput(base: int) -> Iterator[float]:
-    """0, 1, 2, ... with their digits mirrored behind the point."""
+    """Van der Corput sequence: the digits of 0, 1, 2, ... reversed behind the radix point."""
     index = 0
     while True:
         value, unit, rest = 0.0, 1.0, index

@@ -1,4 +1,5 @@
-"""What decoding will do, known on the host before it begins: which positions, and how many a step.
+"""The decoding plan, computed on the host up front: blocks, steps, and how many positions each step
+unmasks.
 
 Shapes: B batch, L sequence length.
 """
@@ -12,11 +13,11 @@ from nar_kernels.spec.schedules import Schedule
 
 
 class Step(NamedTuple):
-    """One call of the net.
+    """One decoding step: one call of the net.
 
     Attributes:
-        number: counts the steps of a plan from 0, those too that are left out.
-        annealing: falls to 0 at the last step of a block.
+        number: index in the plan from 0; skipped steps count.
+        annealing: factor on temperatures, which falls linearly to 0 at the last step of a block.
         left: int64 ``[B]`` on the CPU: how many positions of the block stay masked, at most.
     """
 
@@ -26,12 +27,13 @@ class Step(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Neighbouring positions that are filled before any behind them.
+    """Contiguous positions that are filled before any to the right of them.
 
     Attributes:
-        counts: int64 ``[B]`` on the CPU: how many are open in each sequence.
-        rows: int64 ``[R]`` on the CPU: those, ascending, as indices into the flat ``[B * L]``.
-        steps: without those that would leave as many masked as the one before.
+        counts: int64 ``[B]`` on the CPU: number of masked positions in each sequence.
+        rows: int64 ``[R]`` on the CPU: the masked positions, ascending indices into the flat
+            ``[B * L]``.
+        steps: steps that would not unmask anything are skipped, unless all were asked for.
     """
 
     counts: Tensor
@@ -40,11 +42,11 @@ class Block(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What decoding a batch will do.
+    """The decoding plan of a batch.
 
     Attributes:
-        blocks: one after the other.
-        num_steps: that were asked for; their numbers are below.
+        blocks: in decoding order.
+        num_steps: number of steps requested; every ``Step.number`` is below it.
     """
 
     blocks: list[Block]
@@ -52,10 +54,10 @@ class Plan(NamedTuple):
 
 
 def num_masked_after(schedule: Schedule, steps: int, counts: Tensor) -> Tensor:
-    """How many of each of the ``counts`` are masked after each step: ``floor(m((i + 1) / S) n)``.
+    """Number of masked positions after each step, for each count n: ``floor(m((i + 1) / S) n)``.
 
-    In float32 whatever the default type, as x-transformers counts. Never rises, and ends at 0
-    whatever the schedule.
+    Computed in float32 whatever the default dtype, as in x-transformers. For any schedule it is
+    non-increasing, and 0 after the last step.
 
     Args:
         counts: int64 ``[B]``.
@@ -72,30 +74,30 @@ def num_masked_after(schedule: Schedule, steps: int, counts: Tensor) -> Tensor:
 
 
 def make_plan(
-    is_open: Tensor,
+    masked: Tensor,
     schedule: Schedule,
     steps: int,
     *,
     block_length: int | None = None,
     every_step: bool = False,
 ) -> Plan:
-    """Divides steps over blocks, and positions over steps.
+    """Distributes steps over blocks, and positions over steps.
 
     Args:
-        is_open: bool ``[B, L]`` on the CPU, where there is something to fill.
+        masked: bool ``[B, L]`` on the CPU, the positions to fill.
         schedule: mask ratio m(t) within a block.
-        steps: of all blocks together; those at the front get what does not divide.
-        block_length: L / block_length blocks, from left to right. Default: one.
-        every_step: keep also steps that would leave as many masked as the one before.
+        steps: for all blocks together; the first blocks get the remainder.
+        block_length: positions of a block; blocks go from left to right. Default: one block.
+        every_step: keep steps that would not unmask anything.
 
     Raises:
         ValueError: ``block_length`` is not positive, or there are more blocks than steps.
     """
-    length = is_open.shape[1]
+    length = masked.shape[1]
     block_length = length if block_length is None else block_length
     if block_length < 1:
         raise ValueError(f"block_length is {block_length}: it must be at least 1")
-    starts = [s for s in range(0, length, block_length) if is_open[:, s : s + block_length].any()]
+    starts = [s for s in range(0, length, block_length) if masked[:, s : s + block_length].any()]
     if steps < max(len(starts), 1):
         raise ValueError(
             f"steps is {steps}: it must be at least {max(len(starts), 1)}, one for each block with "
@@ -104,13 +106,13 @@ def make_plan(
     blocks, number = [], 0
     for i, start in enumerate(starts):
         share = steps // len(starts) + (i < steps % len(starts))
-        blocks.append(_block(is_open, start, block_length, schedule, share, number, every_step))
+        blocks.append(_block(masked, start, block_length, schedule, share, number, every_step))
         number += share
     return Plan(blocks, steps)
 
 
 def _block(
-    is_open: Tensor,
+    masked: Tensor,
     start: int,
     block_length: int,
     schedule: Schedule,
@@ -118,8 +120,8 @@ def _block(
     number: int,
     every_step: bool,
 ) -> Block:
-    here = torch.zeros_like(is_open)
-    here[:, start : start + block_length] = is_open[:, start : start + block_length]
+    here = torch.zeros_like(masked)
+    here[:, start : start + block_length] = masked[:, start : start + block_length]
     counts = here.sum(1)
     before, kept = counts, []
     for i, left in enumerate(num_masked_after(schedule, steps, counts)):

@@ -1,6 +1,6 @@
-"""What decoding asks the net: logits with guidance, self-conditioning and a user's own processing.
+"""Logits for decoding: the net with guidance, self-conditioning and a user's logits processor.
 
-Shapes: B batch, L sequence length, V vocabulary, R masked positions, C rows of a chunk.
+Shapes: B batch, L sequence length, V vocabulary, R candidate positions, C rows of a chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,18 +15,18 @@ from nar_kernels.ops.linear import LogitsMemory
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.sampling.config import SamplingConfig
 
-# From logits [C, V] and their rows [C], indices into the flat [B * L], to others.
+# Maps logits [C, V] and their rows [C], indices into the flat [B * L], to new logits [C, V].
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598): logits are ``without +
-    scale * (with - without)`` the condition.
+    """Classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598): logits are ``unconditional +
+    scale * (conditional - unconditional)``.
 
     Attributes:
         scale: 1 for none.
-        unconditional: keyword arguments of the net that say so, in place of those of the same
-            names; None to mask the prompt instead (LLaDA, arXiv:2502.09992).
+        unconditional: keyword arguments of the net for the unconditional call, which replace those
+            of the same names; None to mask the prompt instead (LLaDA, arXiv:2502.09992).
         prompt_masked: int64 ``[B, L]``: ``mask_id`` at the positions of the prompt, -1 elsewhere.
     """
 
@@ -36,38 +36,40 @@ class Guidance(NamedTuple):
 
 
 def make_guidance(
-    config: SamplingConfig, unconditional: dict[str, Any] | None, is_open: Tensor, mask_id: int
+    config: SamplingConfig, unconditional: dict[str, Any] | None, masked: Tensor, mask_id: int
 ) -> Guidance | None:
-    """The guidance of a config; None for none.
+    """The guidance of a config; None if ``guidance_scale`` is 1.
 
     Args:
         unconditional: as in :class:`Guidance`.
-        is_open: bool ``[B, L]``, what the prompt leaves to fill.
+        masked: bool ``[B, L]``, positions that are not in the prompt.
 
     Raises:
-        ValueError: there is nothing to be guided by.
+        ValueError: there is no condition: neither a prompt nor ``unconditional``.
     """
     scale = config.guidance_scale
     if scale == 1:
         return None
-    if unconditional is None and is_open.all():
+    if unconditional is None and masked.all():
         raise ValueError(
             f"guidance_scale is {scale}, but there is nothing to be guided by: give a prompt, or "
             "the net's arguments without the condition as unconditional"
         )
-    return Guidance(scale, unconditional, torch.where(is_open, -1, mask_id))
+    return Guidance(scale, unconditional, torch.where(masked, -1, mask_id))
 
 
 class Predictor:
-    """A net as :func:`nar_kernels.sampling.decode.decode` calls it.
+    """Wraps a net as the ``predict`` of :func:`nar_kernels.sampling.decode.decode`.
 
     Args:
         net: a :class:`nar_kernels.nets.adapter.TokenNet`.
-        masking: what its logits must fit.
-        kwargs: of each call.
-        condition: with self-conditioning, from the embeddings of the call before to keyword
+        masking: the vocabulary that the logits must fit.
+        kwargs: keyword arguments of every call of the net.
+        condition: with self-conditioning, maps the embeddings of the previous call to keyword
             arguments of the next.
-        null_embed: with self-conditioning, what stands for those before the first call.
+        null_embed: with self-conditioning, the embeddings for the first call.
+        guidance: classifier-free guidance, which doubles the calls of the net.
+        logits_processor: applied to each chunk of logits, after guidance.
     """
 
     def __init__(
@@ -89,21 +91,21 @@ class Predictor:
 
     @property
     def is_batch_independent(self) -> bool:
-        """Whether one sequence may stand for others with the same ids."""
-        told_apart = self._kwargs or self._guidance or self._logits_processor
-        return not told_apart and batch_independent(self._net)
+        """Whether sequences with the same ids are sure to get the same logits."""
+        may_differ = self._kwargs or self._guidance or self._logits_processor
+        return not may_differ and batch_independent(self._net)
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         first = 0
         for logits in self._logits(ids, rows):
             if self._logits_processor is not None:
-                logits = self._processed(logits, rows[first : first + len(logits)])
+                logits = self._apply_processor(logits, rows[first : first + len(logits)])
                 first += len(logits)
             yield logits
 
-    def _processed(self, logits: Tensor, rows: Tensor) -> Tensor:
+    def _apply_processor(self, logits: Tensor, rows: Tensor) -> Tensor:
         assert self._logits_processor is not None
-        # Chunks share memory, and what the processor gets is its own.
+        # Chunks share a buffer, and the processor may keep or modify its argument.
         processed = self._logits_processor(logits.clone(), rows)
         if not isinstance(processed, Tensor) or processed.shape != logits.shape:
             raise TypeError(
@@ -116,7 +118,7 @@ class Predictor:
         kwargs, guidance = self._kwargs, self._guidance
         if self._condition is not None and self._embeddings is not None:
             embeddings = self._embeddings
-            if embeddings.dim() == 3:  # perhaps of one sequence that stood for all
+            if embeddings.dim() == 3:  # B may be 1 after a shared first step
                 embeddings = embeddings.expand(len(ids), -1, -1)
             kwargs = {**kwargs, **self._condition(embeddings)}
         prediction = self._predict(ids, kwargs)
@@ -127,10 +129,10 @@ class Predictor:
             return
         if guidance.unconditional is None:
             ids = ids.where(guidance.prompt_masked < 0, guidance.prompt_masked)
-        without = self._predict(ids, {**kwargs, **(guidance.unconditional or {})})
-        with_condition = prediction.logits_at(rows, self._memory[0])
-        without_it = without.logits_at(rows, self._memory[1])
-        for conditional, unconditional in zip(with_condition, without_it, strict=True):
+        unguided = self._predict(ids, {**kwargs, **(guidance.unconditional or {})})
+        chunks = prediction.logits_at(rows, self._memory[0])
+        unguided_chunks = unguided.logits_at(rows, self._memory[1])
+        for conditional, unconditional in zip(chunks, unguided_chunks, strict=True):
             yield unconditional + guidance.scale * (conditional - unconditional)
 
     def _predict(self, ids: Tensor, kwargs: dict[str, Any]) -> Prediction:

@@ -1,6 +1,6 @@
-"""What ``generate`` begins with.
+"""Prompts of ``generate``: parsed, validated and padded with ``mask_id``.
 
-Shapes: B batch, L sequence length, V vocabulary.
+Shapes: B batch, L sequence length.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ Prompt = (
 def read_prompt(
     prompt: Prompt | None, batch_size: int | None, seq_len: int, masking: MaskingConfig
 ) -> Tensor:
-    """int64 ``[B, L]`` on the CPU: the prompt, and ``mask_id`` where there is something to fill.
+    """int64 ``[B, L]`` on the CPU: the prompt, right-padded with ``mask_id``.
 
     Args:
-        prompt: one sequence or several, of any lengths up to L; None for none.
-        batch_size: how many samples of one sequence; None for one of each.
+        prompt: one sequence or several, of any lengths up to L; None for unconditional samples.
+        batch_size: number of samples of a single sequence; None for one sample per sequence.
 
     Raises:
         TypeError, ValueError: wrong types, lengths or ids.
@@ -57,7 +57,7 @@ def read_prompt(
 
 
 def is_one_sequence(prompt: Prompt | None) -> bool:
-    """Whether it is no batch of sequences."""
+    """Whether ``prompt`` is a single sequence, or none, rather than a batch of sequences."""
     if prompt is None:
         return True
     if isinstance(prompt, Tensor | np.ndarray):
@@ -75,7 +75,7 @@ def _sequences(prompt: Prompt) -> list[Tensor]:
 def _ids(sequence: Any) -> Tensor:
     """int64 ``[n]`` on the CPU."""
     if isinstance(sequence, np.ndarray):
-        # A tensor cannot share memory that is read-only, goes backwards or has foreign bytes.
+        # torch cannot view read-only, negative-stride or non-native-endian arrays: copy.
         sequence = sequence.astype(sequence.dtype.newbyteorder("="))
     try:
         ids = torch.as_tensor(sequence, device="cpu")

@@ -1,4 +1,4 @@
-"""What sampling yields, in evaluation mode and beside other threads."""
+"""The iterator over decoding states: evaluation mode, taking turns with threads that train."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,13 +11,13 @@ from nar_kernels.nets.modes import ModeLocks, eval_mode
 from nar_kernels.sampling.decode import DecodeState
 
 
-class SampleStates(Iterator[DecodeState]):
-    """A state before the first step, and one after each.
+class DecodeIterator(Iterator[DecodeState]):
+    """Iterates over ``states``: one before the first step, and one after each step.
 
     Args:
-        states: that are to be computed in evaluation mode, without gradients.
-        module: holds the nets.
-        nets: that the states are made by.
+        states: computed lazily, here in evaluation mode and without gradients.
+        module: the module that holds the nets.
+        nets: the nets that compute the states.
     """
 
     def __init__(self, states: Iterator[DecodeState], module: nn.Module, *nets: nn.Module | None):
@@ -28,7 +28,7 @@ class SampleStates(Iterator[DecodeState]):
         return eval_mode(self._module, *self._nets, submodules=self._submodules)
 
     def __next__(self) -> DecodeState:
-        # Not around all steps: whoever gets the state may train in between.
+        # Per step, not around the loop: the caller may train between two states.
         with self._eval_mode(), torch.no_grad():
             state = next(self._states, None)
         if state is None:
@@ -36,10 +36,10 @@ class SampleStates(Iterator[DecodeState]):
         return state
 
     def last(self, *, progress: bool = False) -> DecodeState:
-        """Runs all steps that are left.
+        """Runs all remaining steps and returns the last state.
 
         Args:
-            progress: show a bar (with tqdm).
+            progress: show a progress bar (tqdm).
         """
         state = next(self)
         states = self._states
@@ -48,7 +48,7 @@ class SampleStates(Iterator[DecodeState]):
             states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
         locks, is_done = ModeLocks(*self._nets), False
         while not is_done:
-            # Once for all steps, rather than at each, but for a thread that waits to train.
+            # Switch modes once for all steps, but yield to a thread that waits to train.
             with self._eval_mode(), torch.no_grad():
                 for state in states:  # noqa: B007
                     if locks.has_waiters:

@@ -1,1 +1,1 @@
-"""Samples and runs for people to look at."""
+"""Visualisation: samples, decoding steps and training curves."""

@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curve, images, and images as they appear step by step (PNG).
+"""PNG plots of a run: the loss curve, image grids, and filmstrips of decoding steps.
 
 Shapes: H height and W width of an image in tokens.
 """
@@ -14,16 +14,16 @@ from torch import Tensor
 from nar_kernels.extras import import_extra
 from nar_kernels.files import atomic_write
 
-_PIXELS = 6  # of the picture, along a token
+_PIXELS = 6  # per token, along each axis
 _GAP = 8  # pixels between images
 _DPI = 100
 _PAPER, _INK, _FAINT, _TABLE = "#ffffff", "#1d2733", "#66717e", "#e4e8ed"
 _TRAIN, _HELD_OUT = "#9db4d0", "#d1495b"
-_MASKED = "#f6b957"  # no grey can be taken for it
+_MASKED = "#f6b957"  # distinct from every grey level
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure, in inches. Not from pyplot, which keeps global state."""
+    """An empty figure, size in inches. Avoids pyplot, which keeps global state."""
     return import_extra("matplotlib.figure").Figure(figsize=(width, height), dpi=_DPI)
 
 
@@ -76,7 +76,7 @@ def loss_curve(
             color=_INK,
             fontsize=9,
         )
-    # The first steps, at log2 of the vocabulary, would flatten everything else.
+    # Crop the first training steps: at log2 of the vocabulary they would flatten everything else.
     lows, highs = [*bits, *baselines.values()], [bits[0], *baselines.values()]
     axes.set_ylim(min(lows) - 0.12, max(highs) + 0.25)
     axes.set_xlim(0, max(int(steps[-1]), 1))
@@ -100,11 +100,11 @@ def images(
     column_labels: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """A table of images; a filmstrip if its columns are moments.
+    """A grid of images; a filmstrip if its columns are decoding steps.
 
     Args:
-        ids: int64 ``[rows, columns, H, W]``: ``mask_id``, or ink from 0 to ``mask_id - 1``.
-        column_labels: one for each column, or none.
+        ids: int64 ``[rows, columns, H, W]``: ``mask_id``, or ink from 0 (white) to ``mask_id - 1``.
+        column_labels: one per column, or none.
     """
     canvas = _tiles(ids.cpu(), mask_id)
     margin = {"left": 18, "right": 18, "top": 18, "bottom": 18}  # pixels
@@ -125,8 +125,8 @@ def images(
 
 
 def _tiles(ids: Tensor, mask_id: int) -> np.ndarray:
-    """uint8 RGB of all images, with gaps between them."""
-    # One colour for each id: dark ink on white paper, and the mask.
+    """uint8 RGB array of all images, with gaps between them."""
+    # Palette, indexed by id: white to ink, then the mask colour.
     ink = torch.linspace(0, 1, mask_id, dtype=torch.float32, device="cpu")[:, None]
     white, black, masked = torch.tensor([_rgb(_PAPER), _rgb(_INK), _rgb(_MASKED)], device="cpu")
     palette = torch.cat([white + ink * (black - white), masked[None]])

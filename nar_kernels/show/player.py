@@ -1,4 +1,4 @@
-"""A page that plays how sequences are filled step by step: one HTML file, which needs no network.
+"""HTML player of decoding steps: one self-contained file, no network needed.
 
 Shapes: B sequences, L sequence length, S steps.
 """
@@ -15,15 +15,15 @@ import numpy as np
 from nar_kernels.data.sources import SequenceSpec
 from nar_kernels.sampling.decode import DecodeState
 
-# Costs are whole hundredths of a nat, which keeps a probability to half a percent of itself, and
-# this one stands for all that is as good as impossible, -inf included.
+# A cost is -log p quantised to 0.01 nat, which keeps p to a relative error of 0.5 %. The maximum
+# stands for all negligible probabilities, also 0.
 _COSTS_PER_NAT, _MAX_COST = 100, 9999
 
 
 class _Snapshot(NamedTuple):
-    """A state, flat: int64 ``[B * L]`` each.
+    """A decoding state, flattened: int64 ``[B * L]`` each.
 
-    ``costs`` are those of the ids, ``-100 ln p``, and 0 where masked.
+    ``costs`` are ``-100 ln p`` of the ids, 0 where masked.
     """
 
     ids: np.ndarray
@@ -31,16 +31,16 @@ class _Snapshot(NamedTuple):
 
 
 def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> str:
-    """The HTML of the page; write it in UTF-8.
+    """The HTML of the page, to be written as UTF-8.
 
-    Opened with ``#step=7`` or ``#step=7&view=confidence`` behind its address, it starts there.
+    The URL fragments ``#step=7`` and ``#step=7&view=confidence`` set the initial step and view.
 
     Args:
-        states: what :meth:`NonAutoregressiveWrapper.generate_steps` yields, S + 1 of them.
-        spec: what the sequences are.
+        states: all S + 1 states from :meth:`NonAutoregressiveWrapper.generate_steps`.
+        spec: format of the sequences.
 
     Raises:
-        ValueError: there are no states, or their sequences are no images of ``spec.image_shape``.
+        ValueError: ``states`` is empty, or its sequences do not fit ``spec.image_shape``.
     """
     if not states:
         raise ValueError("states is empty: give all that generate_steps yields")
@@ -64,11 +64,11 @@ def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> st
     values = {
         "title": html.escape(title),
         "facts": facts,
-        # Nothing in a script element may look like its end.
+        # Escape "<": JSON in a script element must not contain "</script>".
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     template = resources.files("nar_kernels.show").joinpath("player.html").read_text("utf-8")
-    # In one pass, because a title may hold what looks like a placeholder.
+    # In one pass, because a title may contain a placeholder.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
@@ -77,10 +77,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _changes(states: Sequence[DecodeState], mask_id: int) -> Iterator[dict[str, list[int]]]:
-    """What each state changes in the one before it; the first, in one that is all masks.
+    """Delta of each state to the one before; of the first, to one that is all masked.
 
-    Each is made of flat lists of (place, id, cost), (place) and (place, rise of the cost). A place
-    is an index into the flat ``[B * L]``, written as the distance from the one before it.
+    Each delta has flat lists: ``filled`` (place, id, cost), ``masked`` (place) and ``revised``
+    (place, increase of the cost). Places are indices into the flat ``[B * L]``, delta-encoded.
     """
     size = states[0].ids.numel()
     before = _Snapshot(np.full(size, mask_id), np.zeros(size, np.int64))
@@ -91,7 +91,7 @@ def _changes(states: Sequence[DecodeState], mask_id: int) -> Iterator[dict[str, 
         yield {
             "filled": _rows(~is_masked & is_other, after.ids, after.costs),
             "masked": _rows(is_masked & is_other),
-            "revised": _rows(~is_other & (rise != 0), rise),  # same id, another probability
+            "revised": _rows(~is_other & (rise != 0), rise),  # same id, new probability
         }
         before = after
 
@@ -105,7 +105,7 @@ def _snapshot(state: DecodeState, mask_id: int) -> _Snapshot:
 
 
 def _rows(where: np.ndarray, *columns: np.ndarray) -> list[int]:
-    """Place and columns where ``where`` holds, row by row."""
+    """Flat list of (delta-encoded place, *columns) where ``where`` is true."""
     places = np.flatnonzero(where)
     gaps = np.diff(places, prepend=0)
     return np.stack([gaps, *(column[places] for column in columns)], 1).reshape(-1).tolist()

@@ -1,4 +1,4 @@
-"""Samples as pictures, text or ids.
+"""Writes samples as images, text or ids.
 
 Shapes: N samples, L sequence length.
 """
@@ -20,7 +20,7 @@ _GRID_COLUMNS = 8
 
 
 def text(ids: Tensor, spec: SequenceSpec) -> str:
-    """Samples ``[N, L]`` for a terminal or a text file, one below the other."""
+    """Samples ``[N, L]`` as text, one below the other; images as ASCII art."""
     if spec.image_shape is not None:
         pages = [_ascii_image(sample.view(spec.image_shape), spec.mask_id) for sample in ids]
         return "\n\n".join(pages) + "\n"
@@ -35,13 +35,12 @@ def _ascii_image(image: Tensor, levels: int) -> str:
 
 
 def shade(id_: int, levels: int) -> str:
-    """A pixel, two characters because one is about twice as high as wide."""
+    """A pixel as ASCII art: two characters, since one is about twice as high as wide."""
     return _SHADES[id_ * (len(_SHADES) - 1) // (levels - 1)] * 2
 
 
 def check_suffix(path: Path, spec: SequenceSpec) -> None:
-    """Raises ValueError for a kind of file that is not written, and for a picture of something
-    that is no image."""
+    """Raises ValueError for an unsupported suffix, and for ``.png`` if samples are not images."""
     if path.suffix not in _SUFFIXES:
         raise ValueError(
             f"{path} ends in {path.suffix}: write .npy (ids), .png (images), or .txt or nothing "
@@ -60,7 +59,7 @@ def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
     """
     check_suffix(path, spec)
     if path.suffix == ".npy":
-        buffer = io.BytesIO()  # to a file, numpy would not say why it cannot write
+        buffer = io.BytesIO()  # np.save to a file hides the reason of a failed write
         np.save(buffer, ids.numpy())
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
@@ -74,6 +73,6 @@ def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Writes a file in UTF-8."""
+    """Writes a file atomically, as UTF-8."""
     with atomic_write(path) as file:
         file.write(content.encode())

@@ -1,4 +1,4 @@
-"""A terminal where tokens appear."""
+"""Live view of decoding in a terminal."""
 
 import math
 from collections.abc import Iterable
@@ -9,19 +9,20 @@ from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show.samples import shade
 
 _MASK = "░"
-# Of the 256 colours of terminals: from red (improbable) to plain text.
+# (upper bound of the probability, 256-colour code): from red (improbable) to plain text.
 _DOUBTFUL = ((0.2, 203), (0.5, 215), (0.8, 229))
 
 
 def watch(states: Iterable[DecodeState], spec: SequenceSpec, out: TextIO) -> DecodeState:
-    """Shows the first sequence while it is filled, in place; returns the last state.
+    """Redraws the first sequence in place after each step, and clears it at the end; returns the
+    last state.
 
-    Ids that were improbable when they were drawn are coloured.
+    Ids that were improbable when they were sampled are coloured.
     """
     height, state = 0, None
     for state in states:
         lines = _frame(state, spec)
-        # Up to where the last frame began, and clear what is below.
+        # Move to the start of the last frame, and clear below.
         out.write((f"\x1b[{height}F" if height else "") + "\x1b[J" + "\n".join(lines) + "\n")
         out.flush()
         height = len(lines)
@@ -44,7 +45,7 @@ def _frame(state: DecodeState, spec: SequenceSpec) -> list[str]:
 
 
 def _cell(state: DecodeState, i: int, spec: SequenceSpec) -> str:
-    """A position, always of the same width."""
+    """One position, at a fixed width."""
     id_ = int(state.ids[0, i])
     is_masked = bool(state.masked[0, i])
     if spec.image_shape is not None:

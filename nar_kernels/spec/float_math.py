@@ -1,14 +1,14 @@
-"""exp and log of float32 tensors with the same roundings on every device and backend.
+"""Bit-reproducible float32 exp and log: the same rounding on every device and backend.
 
-PyTorch's own differ by a bit between devices, which is enough to sample another token. These are
-plain multiplications and additions in one order, none of them fused: the same as in
-csrc/float_math.h. The polynomials are those of Cephes (Moshier), good to 2 ulp.
+PyTorch's own differ by a bit between devices, which is enough to sample a different token. These
+are plain multiplications and additions in a fixed order, without FMA: the same as in
+csrc/float_math.h. The polynomials are those of Cephes (Moshier), accurate to 2 ulp.
 """
 
 import torch
 from torch import Tensor
 
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 split (Cody-Waite)
 _EXP = (
     *(1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3),
     *(4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
@@ -28,8 +28,8 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def exp_of_negative(x: Tensor) -> Tensor:
-    """exp(x) for float32 x <= 0; 0 below -87, where float32 ends."""
-    shifted = x * 1.44269504 + 12582912.0  # 1.5 * 2**23: leaves the integer in the low bits
+    """exp(x) for float32 x <= 0; 0 below -87, near the smallest normal float32."""
+    shifted = x * 1.44269504 + 12582912.0  # 1.5 * 2**23: rounds; the integer is in the low bits
     n = shifted - 12582912.0
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = _polynomial(_EXP, r) * (r * r) + r + 1.0
@@ -56,9 +56,9 @@ def log_of_positive(x: Tensor) -> Tensor:
 def gumbel(words: Tensor) -> Tensor:
     """Standard Gumbel noise, float32 in [-3.1, 22.9], from random words: int64 in [0, 2**32).
 
-    -log(-log(1 - u)) with u = (word + 1/2) / 2**32. The words that decide which token wins are the
-    small ones: the noise of those keeps every bit of theirs, so that tokens of small probability
-    get their share. Those from 2**30 on are rounded to 31 bits.
+    -log(-log(1 - u)) with u = (word + 1/2) / 2**32. Small words give the largest noise, which
+    decides which token wins: they keep full precision, so that improbable tokens are sampled at
+    the right rate. Words from 2**30 on are rounded to 31 bits.
     """
     u = ((words & 0x3FFFFFFF).to(torch.float32) + 0.5) * 2**-32
     rest = (((0xFFFFFFFF - words) >> 1).to(torch.float32) + 0.5) * 2**-31

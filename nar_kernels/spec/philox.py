@@ -1,14 +1,15 @@
-"""Philox4x32-10 in PyTorch: the readable specification of all randomness in this package.
+"""Philox4x32-10 counter-based RNG in PyTorch: the readable specification of all randomness here.
 
 Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 
-A word is a pure function of ``(seed, stream, sample, position)``. There is no generator state:
+A random word is a pure function of ``(seed, stream, sample, position)``; there is no generator
+state:
 
 * key     = the 64-bit seed as ``(low, high)``
 * counter = ``(position // 4, sample_low, sample_high, stream)``; ``position % 4`` picks the word.
 
-``sample`` is a global sample slot, never a rank or a worker, so nothing here depends on how a batch
-is divided. All 32-bit words are held in int64 tensors, in [0, 2**32).
+``sample`` is a global sample slot, never a rank or a worker, so results do not depend on how a
+batch is sharded. All 32-bit words are held in int64 tensors, in [0, 2**32).
 """
 
 from enum import IntEnum
@@ -20,13 +21,13 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _U32 = 0xFFFFFFFF
 
-# Up to this size a permutation is the rank of random words, hence uniform over all n! orders.
+# Up to this size a permutation is the ranks of random words, hence uniform over all n! orders.
 EXACT_PERMUTATION_MAX = 256
 FEISTEL_ROUNDS = 24
 
 
 class Stream(IntEnum):
-    """Domains of randomness. Two uses never share one. The values are frozen: they pin results."""
+    """Independent random streams, one per use. Values are frozen: results depend on them."""
 
     TIME = 0
     STRATUM = 1
@@ -42,7 +43,7 @@ class Stream(IntEnum):
 
 def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     c0, c1, c2, c3 = counter
-    # An int64 product wraps modulo 2**64, which keeps every bit of the unsigned 64-bit product.
+    # int64 products wrap modulo 2**64: the bits are those of the unsigned 64-bit product.
     p0, p1 = c0 * _M0, c2 * _M1
     return [
         ((p1 >> 32) & _U32) ^ c1 ^ key[0],
@@ -60,7 +61,7 @@ def philox4x32(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def words(seed: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
-    """The random words of ``(sample, position)`` pairs.
+    """Random words of ``(sample, position)`` pairs.
 
     Args:
         seed: 64-bit integer; taken modulo 2**64.
@@ -83,7 +84,7 @@ def words(seed: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
 
 
 def derived_seed(seed: int, use: Stream, slot: int = 0) -> int:
-    """A 64-bit seed for one use of ``seed``."""
+    """A 64-bit seed derived from ``seed`` for one ``use`` and ``slot``."""
     position = 2 * int(use) + torch.arange(2, device="cpu")
     sample = torch.tensor(slot, device="cpu")
     low, high = words(seed, Stream.GENERATOR_SEED, sample, position).tolist()
@@ -93,22 +94,22 @@ def derived_seed(seed: int, use: Stream, slot: int = 0) -> int:
 def noise_generator(
     seed: int, use: Stream, device: torch.device | str = "cpu", slot: int = 0
 ) -> torch.Generator:
-    """A fresh generator of PyTorch on ``device`` for one use of ``seed``.
+    """A fresh ``torch.Generator`` on ``device``, seeded for one ``use`` and ``slot``.
 
-    Philox mixes the seed first: PyTorch's CPU generator reads only 32 bits of the one it is given.
+    Philox mixes the seed first: PyTorch's CPU generator uses only 32 bits of its seed.
     """
     return torch.Generator(device).manual_seed(derived_seed(seed, use, slot))
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit finaliser with low bias (the constants of Wellons' lowbias32)."""
+    """32-bit integer hash (Wellons' lowbias32)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _U32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _U32
     return x ^ (x >> 16)
 
 
 def _feistel(x: Tensor, keys: list[int], bits: int) -> Tensor:
-    """One pass of an unbalanced xor Feistel network: a bijection on ``[0, 2**bits)``."""
+    """Unbalanced xor Feistel network of ``FEISTEL_ROUNDS``: a bijection on ``[0, 2**bits)``."""
     right_bits = bits - bits // 2
     left, right = x >> right_bits, x & ((1 << right_bits) - 1)
     for r in range(0, FEISTEL_ROUNDS, 2):
@@ -118,17 +119,17 @@ def _feistel(x: Tensor, keys: list[int], bits: int) -> Tensor:
 
 
 def permute(index: Tensor, n: int, *, seed: int, stream: int, round: int) -> Tensor:
-    """Where a random permutation of ``[0, n)`` sends each index, in O(1) memory above 256.
+    """Applies a random permutation of ``[0, n)`` to ``index``; O(1) memory for n > 256.
 
     Up to n = 256 the permutation is the rank of n random words: uniform over all orders. Above, it
-    is a 24-round Feistel network on the next power of two (at least 2**8), walked along its cycle
-    until it lands below n. Both are exact bijections for every n.
+    is a 24-round Feistel network on the next power of two, with cycle walking until the result is
+    below n. Both are exact bijections for every n.
 
     Args:
         index: int64, any shape, in [0, n).
         n: size of the domain, at least 1.
         seed, stream: as in :func:`words`.
-        round: which permutation: an epoch, or a step. It takes the place of the sample slot.
+        round: selects the permutation: an epoch, or a step. Used as the sample slot.
 
     Returns:
         int64 tensor like ``index``.

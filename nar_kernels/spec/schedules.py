@@ -1,9 +1,9 @@
-"""Mask-ratio schedules m(t), and their tabulation.
+"""Mask schedules: mask ratio m(t) over time, and their tabulation.
 
 ``t`` runs from 0 (everything masked, m = 1) to 1 (nothing masked, m = 0), as in MaskGIT (Chang et
-al. 2022, arXiv:2202.04200) and x-transformers. Times are 16-bit: ``t16`` in [0, 65536) stands for
-``(t16 + 0.5) / 65536``. A schedule is tabulated once over them, in float64 on the host, so that any
-Python callable works inside every kernel and no device ever evaluates a cosine.
+al. 2022, arXiv:2202.04200) and x-transformers. Times are quantised to 16 bits: ``t16`` in
+[0, 65536) stands for ``(t16 + 0.5) / 65536``. A schedule is tabulated once over them, in float64 on
+the host, so that every kernel supports any Python callable, and none evaluates a cosine.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from torch import Tensor
 
 NUM_TIMES = 1 << 16
 
-_CUT_OFF = 1e-3 + 1e-6
-_MOST_IN_JUMPS = 0.05
+_CUT_OFF = 1e-3 + 1e-6  # tolerance of the ends of a bound's m: 1e-3 off 1 or 0, and rounding
+_MAX_SHARE_IN_JUMPS = 0.05
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -67,14 +67,14 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 class ScheduleTable(NamedTuple):
-    """A schedule over the 65536 times; index with ``t16``.
+    """Lookup tables of a schedule over the 65536 times, indexed by ``t16``.
 
     Attributes:
-        ratio: int32 ``[65536]``, the bit patterns of unsigned 0.32 fixed point: floor(m * 2**32),
-            at most 2**32 - 1. Down, so that ``ceil(m * n)`` is right for ratios such as 2/3.
+        ratio: int32 ``[65536]``, bit patterns of unsigned 0.32 fixed point: floor(m * 2**32), at
+            most 2**32 - 1. Rounded down, so that ``ceil(m * n)`` is right for ratios such as 2/3.
         exact_weight: float32 ``[65536]``, |m'(t)|.
         bernoulli_weight: float32 ``[65536]``, |m'(t)| / m(t); 0 where m is 0.
-        edges: float64 ``[65537]``, m at the beginning of each bin of time, and at 1.
+        edges: float64 ``[65537]``, m at the start of each time bin, and at t = 1.
     """
 
     ratio: Tensor
@@ -83,7 +83,7 @@ class ScheduleTable(NamedTuple):
     edges: Tensor
 
     def at(self, t: Tensor) -> Tensor:
-        """float64: m at float64 times in [0, 1], linear between the edges."""
+        """float64: m at float64 times in [0, 1], by linear interpolation between the edges."""
         place = t * NUM_TIMES
         i = place.long().clamp(max=NUM_TIMES - 1)
         left, right = self.edges[i], self.edges[i + 1]
@@ -91,17 +91,17 @@ class ScheduleTable(NamedTuple):
 
     @property
     def is_bound(self) -> bool:
-        """Whether losses weighted by |m'| are a bound on the likelihood: they are where the ratio
-        falls from 1 to 0. (1e-3 may be missing at either end: many cut times off there.) Nor may
-        it fall in jumps: hardly any time that is drawn would meet one."""
+        """Whether losses weighted by |m'| are a likelihood bound (NELBO): if m falls from 1 to 0
+        (within 1e-3 at either end, where many clip times), and not in jumps, which sampled times
+        would hardly ever hit."""
         spans = self.edges[0].item() >= 1 - _CUT_OFF and self.edges[-1].item() <= _CUT_OFF
-        return spans and self.share_in_jumps < _MOST_IN_JUMPS
+        return spans and self.share_in_jumps < _MAX_SHARE_IN_JUMPS
 
     def digest(self) -> str:
-        """A fingerprint, whether the schedule has a name or is a callable.
+        """A fingerprint of the schedule, named or callable.
 
-        It is coarse (ratios to 16 bits, slopes to 6 behind the point): the last bits of a cosine
-        differ between CPUs, which must not end a run that moves from one to another.
+        Coarse (ratios to 16 bits, slopes to 6 fractional bits): the last bits of a cosine differ
+        between CPUs, which must not prevent resuming on another machine.
         """
         ratio = self.ratio.numpy().view(np.uint32) / 2.0**16
         slope = self.exact_weight.numpy() * 2.0**6
@@ -112,14 +112,14 @@ class ScheduleTable(NamedTuple):
 
     @property
     def share_in_jumps(self) -> float:
-        """How much of 1 the ratio falls in bins of time between two in which it does not."""
+        """Total drop of m in jumps: time bins between two bins without a drop."""
         falls = self.edges[:-1] - self.edges[1:]
         still = torch.nn.functional.pad(falls <= 0, (1, 1), value=True)
         return falls[still[:-2] & still[2:]].clamp(min=0).sum().item()
 
 
 def resolve(schedule: str | Schedule) -> Schedule:
-    """The schedule function of a name, or the callable itself."""
+    """The schedule of that name, or the callable itself."""
     if callable(schedule):
         return schedule
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
@@ -131,9 +131,9 @@ def resolve(schedule: str | Schedule) -> Schedule:
 
 
 def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
-    """``schedule(t)`` in float64, element by element if it only knows Python floats."""
+    """``schedule(t)`` in float64; element by element if it only accepts Python floats."""
     value: Any = None
-    with suppress(TypeError, ValueError, RuntimeError):  # math.cos, max and the like want a number
+    with suppress(TypeError, ValueError, RuntimeError):  # math.cos, max and the like need a scalar
         value = schedule(t)
     if isinstance(value, Tensor) and value.shape == t.shape:
         return value.detach().to("cpu", torch.float64)
@@ -149,15 +149,15 @@ def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def tabulate(schedule: str | Schedule) -> ScheduleTable:
-    """Tabulates a schedule, with |m'| as the mean slope over each of the 65536 bins of time.
+    """Tabulates a schedule, with |m'| as the mean slope over each of the 65536 time bins.
 
-    A mean slope needs no derivative of the callable, is finite where the true one is not (sqrt at
-    0, arccos at 1), and its integral over time is exact: m(0) - m(1).
+    The mean slope needs no derivative of the callable, is finite where the derivative is not (sqrt
+    at 0, arccos at 1), and integrates exactly: to m(0) - m(1).
 
     Raises:
         ValueError: the schedule is not finite, leaves [0, 1], or increases.
     """
-    # A callable may give something else next time: its table is made anew.
+    # Cache named schedules only: a callable may be stateful.
     return _tabulate_named(schedule) if isinstance(schedule, str) else _tabulate(schedule)
 
 
@@ -173,7 +173,7 @@ def _tabulate(schedule: str | Schedule) -> ScheduleTable:
     m_edges = _evaluate(fn, edges)
     m = _evaluate(fn, edges[:-1] + 0.5 / NUM_TIMES)
     for t, value in ((edges, m_edges), (edges[:-1], m)):
-        # A tolerance for float32 schedules; what is inside it is clamped.
+        # Tolerance for float32 schedules; values within it are clamped.
         bad = ~((value >= -1e-6) & (value <= 1 + 1e-6))
         if bad.any():
             i = int(bad.nonzero()[0])

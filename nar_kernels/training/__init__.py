@@ -1,1 +1,1 @@
-"""Training runs."""
+"""The trainer: ``nar-kernels train``."""

@@ -1,4 +1,4 @@
-"""What a model without context reaches: token frequencies.
+"""Baselines without context: bits per token of unigram (token frequency) models.
 
 Shapes: L sequence length, V vocabulary.
 """
@@ -14,7 +14,7 @@ _TOKENS_COUNTED = 1 << 22
 
 
 class Baseline(NamedTuple):
-    """What a model without context reaches, in bits per token, and what it is."""
+    """Bits per token of a model without context, and a description of it."""
 
     bits_per_token: float
     meaning: str
@@ -23,11 +23,13 @@ class Baseline(NamedTuple):
 def baselines(
     train: TokenDataset, held_out: TokenDataset, windows: Tensor, *, per_position: bool
 ) -> dict[str, Baseline]:
-    """Models that know only how often each id occurs, at any position or at each one.
+    """Unigram baselines: token frequencies over all positions, or at each position.
 
     Args:
-        windows: the held-out windows that are evaluated. Counts use at most 4 M tokens a side.
-        per_position: true where a position has a meaning, as in images.
+        windows: the held-out windows that are evaluated. At most 4 M tokens of each split are
+            counted.
+        per_position: also model each position separately; for data such as images, where a
+            position has a meaning.
     """
     seen = _count(train, torch.arange(len(train), device="cpu"), per_position)
     unseen = _count(held_out, windows, per_position)
@@ -35,7 +37,8 @@ def baselines(
     known = {
         "unigram_cross_entropy": Baseline(
             _bits(unseen_anywhere, seen_anywhere + 1),
-            "held-out tokens coded with the token frequencies of the training split (plus one)",
+            "cross-entropy of held-out tokens under the token frequencies of the training split "
+            "(add-one smoothing)",
         ),
         "unigram_entropy": Baseline(
             _bits(seen_anywhere, seen_anywhere), "entropy of the training split's token frequencies"
@@ -45,21 +48,23 @@ def baselines(
         known |= {
             "per_position_cross_entropy": Baseline(
                 _bits(unseen, seen + 1),
-                "held-out tokens coded with the frequencies at each position of the training split "
-                "(plus one): what a model without context can reach",
+                "cross-entropy of held-out tokens under the token frequencies at each position of "
+                "the training split (add-one smoothing): what a model without context can reach",
             ),
             "per_position_entropy": Baseline(
-                _bits(seen, seen), "mean entropy of the frequencies at a position, training split"
+                _bits(seen, seen),
+                "mean over positions of the entropy of the training split's token frequencies",
             ),
             "per_position_entropy_held_out": Baseline(
-                _bits(unseen, unseen), "the same of the held-out split: no model may know these"
+                _bits(unseen, unseen),
+                "the same of the held-out split, whose frequencies no model may know",
             ),
         }
     return known
 
 
 def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor:
-    """float64 ``[L or 1, V - 1]``: how often each id but the mask stands at each position."""
+    """float64 ``[L or 1, V - 1]``: counts of ids but ``mask_id``, at each position or pooled."""
     most = max(_TOKENS_COUNTED // dataset.seq_len, 1)
     most = min(len(windows), most)
     spread = torch.linspace(0, len(windows) - 1, most, dtype=torch.float32, device="cpu")
@@ -75,6 +80,7 @@ def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor
 
 
 def _bits(counts: Tensor, model: Tensor) -> float:
-    """Mean code length of ``counts`` under frequencies proportional to ``model`` (last axis)."""
+    """Cross-entropy in bits of ``counts`` under probabilities proportional to ``model`` (last
+    axis)."""
     log2 = (model / model.sum(-1, keepdim=True)).log2()
     return -(counts * log2).nan_to_num(0).sum().item() / counts.sum().item()

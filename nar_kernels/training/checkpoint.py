@@ -1,7 +1,7 @@
-"""Checkpoints that are never half written.
+"""Atomic checkpoints, with sharded tensors in torch.distributed.checkpoint (DCP) format.
 
-A checkpoint is one file. Tensors that are divided over ranks lie in a folder beside it, written by
-torch.distributed.checkpoint: each rank writes its own part, and any number of ranks reads it.
+A checkpoint is one file. Sharded tensors (DTensor) are in a DCP folder beside it: each rank writes
+its own shard, and any number of ranks can load it.
 """
 
 import glob
@@ -21,54 +21,56 @@ from nar_kernels.training import parallel
 
 StrPath = str | os.PathLike[str]
 
-_SHARDS = "shards"  # in a state: the name of the folder
+_SHARDS = "shards"  # key of the state: name of the DCP folder
 
 
 def save(path: StrPath, state: dict[str, Any]) -> None:
-    """Writes ``state`` so that ``path`` is whole at any moment, even in a power cut: old or new.
+    """Writes ``state`` atomically: ``path`` holds the old or the new checkpoint at any moment, even
+    after a power cut.
 
-    All ranks must call this, with the same values. Their folder must be the same.
+    Collective: all ranks must call it, with the same values and a shared folder.
 
     Raises:
         OSError: the disk is full, or the folder is not writable. It names the file. ``path`` is
-            then as it was.
+            unchanged.
     """
     path = Path(path)
-    divided = {
+    sharded = {
         keystr(key): value
         for key, value in tree_flatten_with_path(state)[0]
-        if parallel.is_divided(value)
+        if parallel.is_dtensor(value)
     }
-    if divided:
+    if sharded:
         folder = f"{path.stem}.shards-{distributed.broadcast_object(uuid.uuid4().hex[:12])}"
-        _write_shards(path.with_name(folder), divided)
-        # Their shapes and types stay in the file.
-        state = tree_map_only(Tensor, _without_divided_values, state) | {_SHARDS: folder}
+        _write_shards(path.with_name(folder), sharded)
+        # The file keeps their shapes and dtypes.
+        state = tree_map_only(Tensor, _dtensor_to_meta, state) | {_SHARDS: folder}
     if distributed.rank() == 0:
         _write_file(path, state)
-        remove_shards(path, but=state.get(_SHARDS))
+        remove_shards(path, keep=state.get(_SHARDS))
 
 
-def remove_shards(path: Path, but: str | None = None) -> None:
-    """Removes the folders of checkpoints that were at ``path`` once, also unfinished ones."""
-    for folder in _shards_of(path):
-        if folder.name != but:
+def remove_shards(path: Path, keep: str | None = None) -> None:
+    """Removes the DCP folders of former and unfinished checkpoints at ``path``, except ``keep``."""
+    for folder in _shard_folders(path):
+        if folder.name != keep:
             shutil.rmtree(folder)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what died before it took the place of ``path``. Nobody else may be writing it."""
+    """Removes temporary files and folders of interrupted saves to ``path``. No other process may be
+    saving to it."""
     files.remove_temporary_files(path)
-    if _shards_of(path):
-        remove_shards(path, but=read(path).get(_SHARDS) if path.exists() else None)
+    if _shard_folders(path):
+        remove_shards(path, keep=read(path).get(_SHARDS) if path.exists() else None)
 
 
-def _shards_of(path: Path) -> list[Path]:
+def _shard_folders(path: Path) -> list[Path]:
     return list(path.parent.glob(f"{glob.escape(path.stem)}.shards-*"))
 
 
-def _without_divided_values(tensor: Tensor) -> Tensor:
-    if not parallel.is_divided(tensor):
+def _dtensor_to_meta(tensor: Tensor) -> Tensor:
+    if not parallel.is_dtensor(tensor):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -78,7 +80,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     try:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
-    except dcp.CheckpointException as error:  # on all ranks, if one fails
+    except dcp.CheckpointException as error:  # raised on all ranks if one fails
         if distributed.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         first = next(iter(error.failures.values()))[0]
@@ -100,18 +102,18 @@ def _write_file(path: Path, state: dict[str, Any]) -> None:
 
 
 def _cause(error: BaseException) -> OSError | None:
-    """The system's error, also behind torch's own complaint about a file that came out short."""
+    """The OSError behind ``error``, if any: torch may raise its own for a truncated file."""
     errors = (error, error.__context__)
     return next((e for e in errors if isinstance(e, OSError)), None)
 
 
 def read(path: StrPath) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, but for tensors that were divided: those are on the device
-    ``meta``, without values. Executes no code from the file.
+    """Loads a checkpoint file onto the CPU; tensors that were sharded are on the ``meta`` device.
+    Uses ``weights_only``, so it executes no code from the file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is no checkpoint.
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: the file is not a checkpoint.
     """
     path = Path(path)
     if not path.exists():
@@ -127,16 +129,16 @@ def read(path: StrPath) -> dict[str, Any]:
     return state
 
 
-def fill(path: StrPath, state: dict[str, Any], *, alone: bool = False) -> None:
-    """Gives the tensors of ``state`` that were divided their values, in place.
+def load_shards(path: StrPath, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Loads the values of sharded tensors from the DCP folder into ``state``, in place.
 
-    The index of the folder is a pickle, so its reader must trust who wrote it.
+    DCP's metadata is a pickle: load only from a trusted source.
 
     Args:
-        path: where ``state`` was read.
-        state: of :func:`read`, with memory for each such tensor, whole or divided anyhow, in place
-            of the one on ``meta``; one that still is stays so.
-        alone: only this process calls. Otherwise all ranks must.
+        path: the file that ``state`` was read from.
+        state: from :func:`read`, with each ``meta`` tensor replaced by an allocated one, plain or
+            DTensor with any placements; tensors still on ``meta`` are skipped.
+        alone: only this process calls. Otherwise collective: all ranks must.
 
     Raises:
         FileNotFoundError: the folder is missing.
@@ -149,29 +151,29 @@ def fill(path: StrPath, state: dict[str, Any], *, alone: bool = False) -> None:
     if not (folder / ".metadata").exists():
         raise FileNotFoundError(f"{path} has its weights in {folder}, which is not there")
     reader = dcp.FileSystemReader(folder)
-    divided = reader.read_metadata().state_dict_metadata
+    sharded = reader.read_metadata().state_dict_metadata
     tensors = {
         keystr(key): value
         for key, value in tree_flatten_with_path(state)[0]
-        if keystr(key) in divided and not value.is_meta
+        if keystr(key) in sharded and not value.is_meta
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is .*single process", UserWarning)
-        # PyTorch 2.6 has no such option, and without other ranks it needs none.
+        # PyTorch 2.6 lacks this option; with one rank it is not needed.
         options = {"no_dist": True} if alone and distributed.world_size() > 1 else {}
         dcp.load(tensors, storage_reader=reader, **options)
 
 
 def load(path: StrPath) -> dict[str, Any]:
-    """Reads a checkpoint with whole tensors onto the CPU, in this process alone.
+    """Loads a checkpoint with full (unsharded) tensors onto the CPU, in this process alone.
 
     Raises:
-        FileNotFoundError, ValueError: as in :func:`read` and :func:`fill`.
+        FileNotFoundError, ValueError: as in :func:`read` and :func:`load_shards`.
     """
 
-    def with_memory(tensor: Tensor) -> Tensor:
+    def allocated(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
 
-    state = tree_map_only(Tensor, with_memory, read(path))
-    fill(path, state, alone=True)
+    state = tree_map_only(Tensor, allocated, read(path))
+    load_shards(path, state, alone=True)
     return state

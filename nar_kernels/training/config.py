@@ -1,4 +1,4 @@
-"""The options of a training run, and how they differ by data set."""
+"""Training options, and presets for the built-in data sets."""
 
 import math
 import os
@@ -14,43 +14,46 @@ from nar_kernels.spec.schedules import SCHEDULES
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every option of ``nar-kernels train``; ``for_data`` gives the defaults of a data set.
+    """Training options: every option of ``nar-kernels train``. :meth:`for_data` gives the defaults
+    of a data set.
 
-    Each field carries its description, with units, as ``metadata["help"]``; the command line is
-    made from it. Numbers of numpy and paths of any kind are welcome; the fields hold plain ones.
+    Each field's description, with units, is in ``metadata["help"]``, from which the command line
+    is generated. NumPy scalars and path-like objects are converted to plain Python values.
 
     Raises:
-        TypeError: a value is not of the field's type.
+        TypeError: a value has the wrong type.
         ValueError: a value is out of range.
     """
 
     data: str | os.PathLike[str] = option(
         MISSING,
-        "digits, text, or a file: .npy and .bin hold token ids, others bytes. To resume, a file "
-        "that has moved: what it holds must be the same",
+        "digits, text, or a file: .npy and .bin hold token ids, others bytes. With --resume, the "
+        "new path of a file that has moved; its contents must be the same",
         type=str,
     )
     out: str | os.PathLike[str] | None = option(
-        None, "folder of the run", type=str, otherwise="runs/ and the name of the data"
+        None, "output folder of the run", type=str, otherwise="runs/ and the name of the data"
     )
     init: str | os.PathLike[str] | None = option(
         None,
-        "checkpoint of a run with the same net, vocabulary and seq-len: a new run starts from its "
-        "weights, or their averages if it kept some",
+        "start a new run from the weights of this checkpoint (EMA weights if it has any), of a run "
+        "with the same net, vocabulary and seq-len",
         type=str,
     )
 
-    dtype: str | None = option(None, "type of the ids in a raw file, such as uint16", type=str)
+    dtype: str | None = option(None, "dtype of the ids in a raw file, such as uint16", type=str)
     num_tokens: int | None = option(
         None,
-        "for token ids: the vocabulary of the data plus one for the mask token, which gets the "
-        "last id (GPT-2: 50258)",
+        "for token ids: vocabulary size including the mask token, which gets the last id (GPT-2: "
+        "50258)",
         type=int,
     )
-    seq_len: int | None = option(None, "tokens of a window", type=int, otherwise="256, digits 64")
+    seq_len: int | None = option(
+        None, "tokens per window (context length)", type=int, otherwise="256, digits 64"
+    )
     stride: int | None = option(
         None,
-        "tokens from one training window to the next; divides seq-len",
+        "tokens between the starts of training windows; divides seq-len",
         type=int,
         otherwise="seq-len",
     )
@@ -61,86 +64,91 @@ class TrainConfig:
         otherwise="a tenth, at most 256, digits 180",
     )
 
-    dim: int = option(128, "width of the net")
-    depth: int = option(4, "blocks of attention and feed-forward")
+    dim: int = option(128, "model width (hidden size)")
+    depth: int = option(4, "transformer blocks (attention and feed-forward)")
     heads: int = option(4, "attention heads; divides dim")
-    dropout: float = option(0.0, "probability of dropping an activation")
-    rotary: bool = option(True, "rotary position embeddings, beside the learnt absolute ones")
+    dropout: float = option(0.0, "dropout probability")
+    rotary: bool = option(
+        True, "rotary position embeddings (RoPE), beside learned absolute embeddings"
+    )
 
-    schedule: str = option("linear", "mask ratio over time", choices=tuple(SCHEDULES))
+    schedule: str = option(
+        "linear", "mask schedule: mask ratio over time", choices=tuple(SCHEDULES)
+    )
     draw: str = option(
-        "exact", "masks of an exact count or by coins", choices=("exact", "bernoulli")
+        "exact",
+        "masks with an exact count, or an independent coin per token",
+        choices=("exact", "bernoulli"),
     )
     loss: str = option(
         "mean",
-        "what is minimised: the mean over masked tokens, which has less variance, or nelbo, the "
+        "training objective: mean over masked tokens, which has less variance, or nelbo, the "
         "likelihood bound that evaluation reports",
         choices=("mean", "nelbo"),
     )
 
     steps: int = option(
         2000,
-        "optimiser steps, over which the learning rate falls to zero. To resume, another number "
-        "than before: from there on it is the rate of a run of so many steps",
+        "optimiser steps, over which the learning rate decays to zero. May change with --resume; "
+        "the rate from there on is that of a run with the new number",
     )
-    batch_size: int = option(32, "windows of one optimiser step, on all processes together")
+    batch_size: int = option(32, "global batch size: windows per step over all processes")
     accumulate: int = option(
-        1, "parts that a batch (of each process) is split into, to save memory"
+        1, "gradient accumulation: microbatches per step and process, to save memory"
     )
     lr: float = option(1e-3, "peak learning rate of AdamW")
     warmup: int = option(100, "steps of linear warm-up, before cosine decay to zero")
-    weight_decay: float = option(0.1, "of matrices")
-    beta2: float = option(0.99, "AdamW's decay of squared gradients")
-    clip: float = option(1.0, "largest norm of the gradient")
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices and embeddings")
+    beta2: float = option(0.99, "AdamW beta2")
+    clip: float = option(1.0, "gradient clipping: maximum norm")
     ema: float = option(
         0.0,
-        "decay of a moving average of the weights, such as 0.999, which evaluation and generate "
-        "then use; 0 is off",
+        "decay of an exponential moving average (EMA) of the weights, such as 0.999, which "
+        "evaluation and generate then use; 0 is off",
     )
 
-    eval_every: int = option(200, "steps from one evaluation to the next")
-    eval_draws: int = option(8, "masks of each held-out window")
-    save_every: int = option(200, "steps from one checkpoint to the next")
+    eval_every: int = option(200, "steps between evaluations")
+    eval_draws: int = option(8, "masks per held-out window")
+    save_every: int = option(200, "steps between checkpoints")
 
-    seed: int = option(0, "of weights, order of windows, masks, dropout")
+    seed: int = option(0, "random seed of weights, window order, masks and dropout")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(
         None,
-        "CPU threads of each process; few are best for a small net, and on a machine with other "
-        "work to do",
+        "CPU threads per process; few are best for a small net or on a busy machine",
         type=int,
         otherwise="PyTorch's choice",
     )
     precision: str = option(
         "auto",
-        "bf16 is autocast; auto takes it where the hardware multiplies in it",
+        "bf16 is autocast; auto uses it where the hardware multiplies in bf16",
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool = option(False, "compile the net with torch.compile, which takes a minute")
     checkpoint_activations: bool = option(
-        False, "save memory: compute the inside of each block again for its gradient"
+        False, "activation checkpointing: recompute each block in the backward pass, to save memory"
     )
     shard: bool = option(
         False,
-        "divide weights, gradients and AdamW's state over the processes of torchrun (FSDP2), and "
-        "checkpoints: each process keeps its part in a folder beside them, and any number of "
-        "processes resumes",
+        "shard weights, gradients and optimiser state over the processes of torchrun (FSDP2). "
+        "Checkpoints are sharded, too: each process writes its shard to a folder beside them, and "
+        "any number of processes can resume",
     )
-    resume: bool = option(False, "continue the run in the folder; its options are the defaults")
-    overwrite: bool = option(False, "start again where the folder holds a run")
+    resume: bool = option(False, "continue the run in --out; its options are the defaults")
+    overwrite: bool = option(False, "start over if --out holds a run")
     quiet: bool = option(False, "print nothing but errors")
 
     @classmethod
     def for_data(cls, data: str | os.PathLike[str], **options: Any) -> "TrainConfig":
-        """The defaults for ``data``, with some options changed."""
+        """The preset of ``data``, with ``options`` overridden."""
         return cls(**{"data": data, **PRESETS.get(str(data), {}), **options})
 
     @classmethod
     def continued(cls, saved: dict[str, Any], **options: Any) -> "TrainConfig":
-        """The options of a checkpoint, with some changed, to resume it.
+        """The options ``saved`` in a checkpoint, with ``options`` overridden, to resume it.
 
         Raises:
-            ValueError: the checkpoint is of another version of this class.
+            ValueError: ``saved`` has options that this version does not know.
         """
         unknown = sorted(set(saved) - {f.name for f in fields(cls)})
         if unknown:
@@ -189,7 +197,7 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the run is written: ``out``, or a folder in ``runs`` with the name of the data."""
+        """Output folder: ``out``, or ``runs/`` and the name of the data."""
         return Path(self.out) if self.out is not None else Path("runs") / Path(self.data).stem
 
     @property
@@ -197,11 +205,11 @@ class TrainConfig:
         return f"nar-kernels train --resume --out {shlex.quote(str(self.folder))}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and checkpoints."""
+        """Fields as plain values, for JSON and checkpoints."""
         return asdict(self)
 
     def refuse_to_continue(self, saved: dict[str, Any], done: int) -> None:
-        """Raises ValueError unless a run with the ``saved`` options can go on with these after
+        """Raises ValueError if a run with ``saved`` options cannot be resumed with these after
         ``done`` steps."""
         for f in fields(self):
             ours = getattr(self, f.name)
@@ -218,16 +226,16 @@ class TrainConfig:
             )
 
 
-_MOST_THREADS = 1024  # PyTorch crashes where the system does not give it as many
+_MOST_THREADS = 1024  # PyTorch crashes if the OS cannot start as many as requested
 
 _AT_LEAST_ONE = (
     *("seq_len", "stride", "held_out", "dim", "depth", "heads", "steps", "batch_size"),
     *("accumulate", "eval_every", "eval_draws", "save_every", "threads"),
 )
 
-# Options that do not change what is learnt, but for rounding and the noise of dropout; and the
-# number of steps, which changes the learning rate of those to come. Data may lie elsewhere, in
-# another container: that it is the same is for its digest to say.
+# Options that may change on resume: those that do not affect what is learned, except rounding and
+# dropout noise; and the number of steps, which changes the learning rate of those to come. Data may
+# have moved or changed format: its digest must match.
 FREE_ON_RESUME = frozenset(
     (
         *("data", "dtype", "out", "steps"),

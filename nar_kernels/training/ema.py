@@ -1,4 +1,4 @@
-"""A moving average of the weights, which often does better than where training just stands."""
+"""Exponential moving average (EMA) of the weights, which often evaluates better than they do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,17 +6,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.training.parallel import local
+from nar_kernels.training.parallel import to_local
 
 
 class Ema:
     """An exponential moving average of the parameters of ``model``.
 
-    Step s counts from 0. It keeps ``min(decay, (1 + s) / (10 + s))`` of the average so far, so that
-    the weights that training began with are soon forgotten.
+    Warm-up: step s, from 0, uses the decay ``min(decay, (1 + s) / (10 + s))``, so that the initial
+    weights are soon forgotten.
 
     Args:
-        model: the parameters may be sharded; the averages are then, too.
+        model: parameters may be sharded; the averages then are, too.
         decay: in (0, 1): the average is over about ``1 / (1 - decay)`` steps.
     """
 
@@ -28,19 +28,19 @@ class Ema:
             self._averages = [part.clone() for part in self._parts()]
 
     def _parts(self) -> list[Tensor]:
-        """This rank's part of each parameter: asked for each time, since FSDP2 may put another
-        tensor in its place when a state dict is loaded."""
-        return [local(p) for p in self._parameters]
+        """This rank's shard of each parameter. Not cached, since FSDP2 may replace the tensor when
+        a state dict is loaded."""
+        return [to_local(p) for p in self._parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after ``step``."""
+        """Updates the averages with the weights after ``step``."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._parts(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averages for its parameters."""
+        """Context in which the model's parameters are the averages."""
         self._swap()
         try:
             yield
@@ -55,11 +55,11 @@ class Ema:
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A state dict of the model, with the averages; divided over ranks as the model is."""
+        """The model's state dict with the averages as parameters; sharded as the model is."""
         with self.applied():
             return {name: value.clone() for name, value in self._model.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes the averages of :meth:`state_dict`; the model keeps its weights."""
+        """Loads averages saved by :meth:`state_dict`; the model keeps its weights."""
         with self.applied():
             self._model.load_state_dict(state)

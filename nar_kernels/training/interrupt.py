@@ -1,4 +1,4 @@
-"""Signals that let a step finish: Ctrl-C, and those by which schedulers stop a job."""
+"""Graceful shutdown: Ctrl-C and the signals of job schedulers let the current step finish."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# Kubernetes and Slurm send SIGTERM before they kill; Slurm sends what `--signal` says. Windows has
-# no SIGUSR1.
+# Kubernetes and Slurm send SIGTERM before SIGKILL; Slurm sends the signal of `--signal` (SIGUSR1).
+# Windows has no SIGUSR1.
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
 
-_ECHO = 1.0  # seconds
+_DUPLICATE_SECONDS = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has stopped training.
+    """Training was stopped by a signal.
 
     Attributes:
-        signum: its number.
+        signum: the signal number.
     """
 
     def __init__(self, signum: int) -> None:
@@ -33,17 +33,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupt:
-    """Which signal asked to stop, if one did.
+    """Records the first signal that asked to stop.
 
     Args:
-        hears_echoes: a launcher hands on what it receives, so a signal to a whole job comes twice;
-            what comes at once after the first is no second wish.
+        ignore_duplicates: ignore signals within a second of the first: a launcher forwards what it
+            receives, so a signal to a whole job arrives twice.
     """
 
-    def __init__(self, hears_echoes: bool = False) -> None:
+    def __init__(self, ignore_duplicates: bool = False) -> None:
         self.signum: int | None = None
-        self._echo_until = 0.0
-        self._hears_echoes = hears_echoes
+        self._duplicates_until = 0.0
+        self._ignore_duplicates = ignore_duplicates
 
     @property
     def requested(self) -> bool:
@@ -51,30 +51,30 @@ class Interrupt:
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
-            if time.monotonic() < self._echo_until:
+            if time.monotonic() < self._duplicates_until:
                 return
             raise Interrupted(signum)
         self.signum = signum
-        if self._hears_echoes:
-            self._echo_until = time.monotonic() + _ECHO
+        if self._ignore_duplicates:
+            self._duplicates_until = time.monotonic() + _DUPLICATE_SECONDS
         name = signal.Signals(signum).name
         line = f"\n{name}: finishing this step to save it; another signal does not wait\n"
-        # print() is not safe here: the signal may have come in the middle of another one.
+        # print() is not reentrant: the signal may have interrupted one.
         with suppress(OSError):
             os.write(2, line.encode())
 
 
 @contextmanager
 def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """``handle`` gets :data:`SIGNALS`, where there is one to get."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    """Installs ``handle`` for :data:`SIGNALS`; does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield
         return
     before = {}
     try:
         for number in SIGNALS:
             handler = signal.getsignal(number)
-            # Ignored is Ctrl-C in the background of a shell script; None are handlers of C code.
+            # SIG_IGN: Ctrl-C in a background job of a shell script. None: a handler set in C.
             if handler not in (signal.SIG_IGN, None):
                 before[number] = handler
                 signal.signal(number, handle)
@@ -85,16 +85,16 @@ def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 @contextmanager
-def interruptible(hears_echoes: bool = False) -> Iterator[Interrupt]:
-    """Takes note of the first of :data:`SIGNALS`."""
-    interrupt = Interrupt(hears_echoes)
+def interruptible(ignore_duplicates: bool = False) -> Iterator[Interrupt]:
+    """Records the first of :data:`SIGNALS` instead of raising; a second one raises."""
+    interrupt = Interrupt(ignore_duplicates)
     with _handling(interrupt.handle):
         yield interrupt
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """The first of :data:`SIGNALS` is an exception, so that what is held gets released."""
+def raise_on_signals() -> Iterator[None]:
+    """Raises :class:`Interrupted` on any of :data:`SIGNALS`, so that resources are released."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)

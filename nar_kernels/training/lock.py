@@ -1,4 +1,4 @@
-"""A folder that one process at a time writes into."""
+"""Lock file: only one process at a time writes into a run's folder."""
 
 import json
 import os
@@ -13,7 +13,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(file: BinaryIO) -> bool:
-        file.seek(1 << 30)  # what is locked cannot be read, so it is none of what is written
+        file.seek(1 << 30)  # locked bytes cannot be read: lock one beyond the content
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
@@ -24,8 +24,8 @@ else:
     import fcntl
 
     def _lock(file: BinaryIO) -> bool:
-        """Locks the file until it is closed or the process has ended, however it does; false where
-        the file system has no locks. Raises BlockingIOError where another one has it."""
+        """Locks the file until it is closed or the process ends, even by a crash. False if the file
+        system has no locks. Raises BlockingIOError if another process holds the lock."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -36,16 +36,15 @@ else:
 
 
 class FolderInUseError(OSError):
-    """Another process writes into the folder, or it cannot be told whether one does."""
+    """Another process is writing into the folder, or may be."""
 
 
 class FolderLock:
-    """What a process holds while it writes into ``folder``, as a context manager or between
-    :meth:`acquire` and :meth:`release`.
+    """Exclusive lock on ``folder``, as a context manager or by :meth:`acquire` and :meth:`release`.
 
-    The system releases it when the process ends, however it does. The file ``run.lock`` says who
-    holds it. That alone counts on file systems without locks: there, of two processes that start
-    in the same moment both may get it.
+    The OS releases it when the process ends, even by a crash. The file ``run.lock`` names the
+    holder. On file systems without locks only this file counts: two processes that start at the
+    same moment may both get the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,11 +52,11 @@ class FolderLock:
         self._file: BinaryIO | None = None
 
     def acquire(self) -> None:
-        """Makes the folder if there is none, and locks it, unless this lock is held already.
+        """Creates the folder if needed, and locks it; no-op if this lock is already held.
 
         Raises:
-            FolderInUseError: another process has it, or had it on another host and did not release
-                it. The message names the process.
+            FolderInUseError: another process holds it, or one on another host did not release it.
+                The message names the process.
             OSError: the folder is not writable.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ class FolderLock:
                 raise
             if is_current:
                 self._file = file
-            else:  # its holder has removed it since it was opened
+            else:  # its former holder removed the file since it was opened
                 file.close()
 
     def _claim(self, file: BinaryIO) -> None:
@@ -103,11 +102,11 @@ class FolderLock:
         file.flush()
 
     def release(self) -> None:
-        """Lets others have the folder."""
+        """Releases the lock; no-op if it is not held."""
         if self._file is None:
             return
         self._file.truncate(0)
-        with suppress(PermissionError):  # Windows removes no open file
+        with suppress(PermissionError):  # Windows cannot remove an open file
             self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
@@ -120,12 +119,12 @@ class FolderLock:
 
 
 def _read(file: BinaryIO) -> dict[str, Any] | None:
-    """What the holder has written, or None if there is none."""
+    """The holder as written in the file, or None if it is empty or incomplete."""
     file.seek(0)
     try:
         holder = json.loads(file.read())
         return {name: holder[name] for name in ("pid", "host", "since", "start")}
-    except (ValueError, TypeError, KeyError):  # empty, or not yet written to its end
+    except (ValueError, TypeError, KeyError):  # empty, or still being written
         return None
 
 
@@ -139,12 +138,12 @@ def _this_process() -> dict[str, Any]:
 
 
 def _start(pid: int) -> str | None:
-    """When the process started, where Linux tells; another one of the same number did later."""
+    """Start time of the process (Linux only), which tells it from a later one with the same pid."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    return status.rpartition(")")[2].split()[19]  # behind the name, which may hold anything
+    return status.rpartition(")")[2].split()[19]  # after the name, which may hold anything
 
 
 def _is_running(holder: dict[str, Any]) -> bool:
@@ -153,5 +152,5 @@ def _is_running(holder: dict[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it runs, as somebody else's
+        pass  # it runs, under another user
     return holder["start"] in (None, _start(holder["pid"]))

@@ -1,4 +1,4 @@
-"""The history of a run."""
+"""Training history: losses, evaluations and timings of a run."""
 
 import time
 from typing import Any
@@ -7,17 +7,17 @@ import torch
 
 from nar_kernels.likelihood import NATS_PER_BIT
 
-_POINTS = 200  # of the training curve
+_POINTS = 200  # target number of points of the smoothed training curve
 
 
 class Log:
-    """The history of a run, which travels in its checkpoints.
+    """The history of a run, saved in its checkpoints.
 
     Attributes:
-        losses: nats, one for each step.
+        losses: training loss of each step, in nats.
         curve: (step, bits per token, standard error) of each evaluation.
-        step_seconds: spent in training steps alone.
-        seconds: spent in all, with evaluation and checkpoints.
+        step_seconds: time spent in training steps only.
+        seconds: total time, with evaluation and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,12 @@ class Log:
         self._last_tick: float | None = None
 
     def add(self, losses: list[float]) -> None:
-        """Steps, which took the time since the last call of this or :meth:`tick`."""
+        """Appends steps, which took the time since the last call of this or :meth:`tick`."""
         self.losses += losses
         self.step_seconds += self.tick()
 
     def tick(self) -> float:
-        """Takes note of the seconds since the last call, and returns them."""
+        """Adds the seconds since the last call to ``seconds``, and returns them."""
         now = time.perf_counter()
         elapsed = 0.0 if self._last_tick is None else now - self._last_tick
         self.seconds += elapsed
@@ -48,12 +48,12 @@ class Log:
         return self.curve[-1][0] if self.curve else None
 
     def recent_loss(self) -> float:
-        """Nats, mean of the last steps."""
+        """Mean loss of the last 20 steps, in nats."""
         recent = self.losses[-20:]
         return sum(recent) / max(len(recent), 1)
 
     def smooth(self) -> list[tuple[float, float]]:
-        """(middle step, bits) of the training loss: means over equal parts."""
+        """(middle step, bits) of the training loss, averaged over bins of equal size."""
         size = max(-(-len(self.losses) // _POINTS), 5)
         parts = [self.losses[i : i + size] for i in range(0, len(self.losses), size)]
         return [

@@ -1,4 +1,4 @@
-"""The net of the trainer, and its way into and out of checkpoints."""
+"""The trainer's model: building it, and loading its weights from checkpoints."""
 
 import os
 from typing import Any
@@ -16,10 +16,10 @@ from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 
 def choose_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one.
+    """The device; ``"auto"`` is CUDA if available, else the CPU.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: ``device`` is ``"cuda"`` and CUDA is not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run the net in bf16 autocast; ``"auto"`` does where it is faster."""
+    """Whether to use bf16 autocast; ``"auto"`` does where the hardware computes in bf16."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -38,9 +38,9 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
 
 
 def build_model(config: TrainConfig, spec: SequenceSpec) -> NonAutoregressiveWrapper:
-    """A bidirectional transformer of x-transformers, in the wrapper that trains it."""
+    """A bidirectional x-transformers encoder in a :class:`NonAutoregressiveWrapper`, on the CPU."""
     x_transformers = import_extra("x_transformers")
-    with torch.device("cpu"):  # whatever the default is
+    with torch.device("cpu"):  # whatever the default device
         return _build_model(x_transformers, config, spec)
 
 
@@ -60,7 +60,7 @@ def _build_model(
             rotary_pos_emb=config.rotary,
             rotary_emb_dim=config.dim // config.heads,
             disable_abs_pos_emb=False,
-            verbose=False,  # it advises larger nets
+            verbose=False,  # no advice to use larger nets
             attn_dropout=config.dropout,
             ff_dropout=config.dropout,
         ),
@@ -77,17 +77,17 @@ def _build_model(
 
 
 def blocks(model: NonAutoregressiveWrapper) -> list[list[nn.Module]]:
-    """The attention and the feed-forward of each block, in the order in which they run."""
+    """[attention, feed-forward] of each transformer block, in execution order."""
     net: Any = model.net
     layers = [layer for _, layer, _ in net.attn_layers.layers]
     return [layers[i : i + 2] for i in range(0, len(layers), 2)]
 
 
 def checkpoint_activations(model: NonAutoregressiveWrapper) -> None:
-    """Attention and feed-forward of each block, in place, keep only their inputs for the backward
-    pass, and run once more in it. x-transformers has no option for that.
+    """Activation checkpointing, in place: attention and feed-forward of each block keep only their
+    inputs and are recomputed in the backward pass. x-transformers has no option for that.
 
-    The keys of the state dict stay as they are.
+    Keys of the state dict do not change.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -99,36 +99,37 @@ def checkpoint_activations(model: NonAutoregressiveWrapper) -> None:
 def prepare(
     model: NonAutoregressiveWrapper, config: TrainConfig, device: torch.device
 ) -> nn.Module:
-    """Moves ``model``, in place, to the device that trains it, with its recomputation, compilation
-    and sharding as ``config`` says; returns what to call so that ranks share gradients."""
+    """Prepares ``model`` for training, in place: activation checkpointing, ``torch.compile`` and
+    sharding as in ``config``, and the move to ``device``. Returns the module to call in training,
+    which synchronises gradients over ranks."""
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.compile:
-        # As one graph, but for what breaks it: FSDP2 gathering the weights of a block, and lines of
+        # One graph, with breaks where FSDP2 gathers the weights of a block, and in lines of
         # x-transformers that PyTorch 2.7 and earlier cannot trace.
         model.net.compile()
     if config.shard:
-        parallel.shard(model, blocks(model), device)  # no device holds all of it
+        parallel.shard(model, blocks(model), device)  # never all of it on one device
         return model
     return parallel.replicate(model.to(device))
 
 
-# What the weights of a net must have in common with it; beside them, what a sequence is.
+# Options that must match to load weights, and fields of SequenceSpec that must, too.
 _SAME_NET = ("dim", "depth", "heads", "rotary")
 _SAME_SEQUENCES = ("num_tokens", "seq_len")
 
 
-def start_from(
+def init_from_checkpoint(
     model: NonAutoregressiveWrapper,
     path: str | os.PathLike[str],
     config: TrainConfig,
     spec: SequenceSpec,
 ) -> None:
-    """Gives ``model``, which is of ``config`` and ``spec``, the weights of another run's
-    checkpoint: the averages, if it kept some.
+    """Loads the weights of another run's checkpoint, its EMA weights if it has any, into ``model``,
+    which was built from ``config`` and ``spec``.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is of another net.
+        FileNotFoundError, ValueError: no checkpoint, or one of a different net.
     """
     state = checkpoint.load(path)
     theirs = TrainConfig.continued(state["config"]).to_dict() | state["spec"]
@@ -140,16 +141,16 @@ def start_from(
                 f"{ours[name]} here; weights fit a net of the same shape only, so give the same "
                 "options, and data with the same vocabulary"
             )
-    _take_weights(model, path, state)
+    _load_weights(model, path, state)
 
 
-def _take_weights(
+def _load_weights(
     model: NonAutoregressiveWrapper, path: str | os.PathLike[str], state: dict[str, Any]
 ) -> None:
-    """Those of a checkpoint: the averages, if the run kept any."""
+    """Loads the weights of a checkpoint: the EMA weights if the run kept any."""
     try:
         model.load_state_dict(state.get("ema") or state["model"])
-    except RuntimeError as error:  # keys or shapes, one a line
+    except RuntimeError as error:  # mismatched keys or shapes, one per line
         raise ValueError(
             f"{path} holds the weights of another net than this version builds from its options: "
             "use the versions of nar-kernels and x-transformers that wrote it"
@@ -159,15 +160,16 @@ def _take_weights(
 def load_model(
     path: str | os.PathLike[str],
 ) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
-    """The trained model of a checkpoint, on the CPU, and what it makes.
+    """The trained model of a checkpoint, on the CPU in evaluation mode, and the format of its
+    sequences.
 
-    Its weights are the averages, if the run kept any.
+    Loads the EMA weights if the run kept any.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is another kind of file.
+        FileNotFoundError, ValueError: no such file, or it is not a checkpoint.
     """
     state = checkpoint.load(path)
     spec = SequenceSpec(**state["spec"])
     model = build_model(TrainConfig.continued(state["config"]), spec)
-    _take_weights(model, path, state)
+    _load_weights(model, path, state)
     return model.eval(), spec

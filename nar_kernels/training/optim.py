@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, its learning rate, and the batch of a rank."""
+"""The optimiser: AdamW, its learning rate schedule, and the batch size of a rank."""
 
 import math
 
@@ -9,11 +9,12 @@ from nar_kernels import distributed
 from nar_kernels.training.config import TrainConfig
 
 
-def batch_of_this_rank(config: TrainConfig) -> int:
-    """Windows of a step that are this process's.
+def local_batch_size(config: TrainConfig) -> int:
+    """Windows per step on this rank.
 
     Raises:
-        ValueError: the batch cannot be divided as ``config`` says.
+        ValueError: ``batch_size`` is not divisible by the number of ranks, or ``accumulate`` is
+            larger than the result.
     """
     ranks = distributed.world_size()
     if config.batch_size % ranks:
@@ -31,7 +32,7 @@ def batch_of_this_rank(config: TrainConfig) -> int:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine, which reaches zero after the last step."""
+    """Linear warm-up, then cosine decay, which reaches zero after the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / (config.warmup + 1)
     progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
@@ -39,7 +40,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings, but neither biases nor norms."""
+    """Fused AdamW, with weight decay on matrices and embeddings, but not on biases and norms."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},

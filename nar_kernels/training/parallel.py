@@ -1,6 +1,6 @@
-"""Models that ranks share: replicated (DistributedDataParallel) or sharded (FSDP2).
+"""Data parallelism: replicated (DistributedDataParallel) or sharded (FSDP2) models.
 
-Without torchrun there is one rank, and most of this does nothing.
+Without torchrun there is one rank, and most of this is a no-op.
 """
 
 import inspect
@@ -22,27 +22,28 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did; gives this one's device."""
+    """Initialises the process group if launched by torchrun; yields this rank's device."""
     joins = is_launched() and not has_group()
     if joins:
-        # What is on the host, such as flags, goes through gloo also where the net is on GPUs.
+        # gloo also with GPUs: for host tensors, such as flags.
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     if device.type == "cuda" and has_group():
-        fallback = rank() % torch.cuda.device_count()  # who is not started by torchrun
+        fallback = rank() % torch.cuda.device_count()  # not launched by torchrun
         device = torch.device("cuda", dist.get_node_local_rank(fallback))
         torch.cuda.set_device(device)
     yield device
-    # Not after an error: others may wait for this rank in the middle of something.
+    # Not after an error: other ranks may be waiting for this one in a collective.
     if joins:
         dist.destroy_process_group()
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """``model`` with gradients that are means over ranks; itself if there is one."""
+    """``model`` in DistributedDataParallel, which averages gradients over ranks; ``model`` itself
+    with one rank."""
     if world_size() == 1:
         return model
-    # Buffers are constants here: nobody needs to send them around in every step. PyTorch 2.13 has
-    # a new name for that, and warns of the old one.
+    # Buffers are constants here: no broadcast per step. PyTorch 2.13 renames the option, and warns
+    # of the old name.
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
@@ -50,35 +51,36 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -> None:
-    """Divides the parameters of ``model`` over ranks, in place, and moves them to ``device``.
+    """Shards the parameters of ``model`` over ranks (FSDP2) on ``device``, in place.
 
-    Those of a block are whole from the call of its first module to the end of its last one, those
-    outside of blocks while ``model`` runs. Gradients are means over ranks.
+    Parameters of a block are gathered from the call of its first module to the end of its last
+    one, parameters outside of blocks while ``model`` runs. Gradients are averaged over ranks.
 
     Raises:
-        ValueError: there is only one process, or this PyTorch has FSDP2 for GPUs alone.
+        ValueError: there is only one process, or this PyTorch has FSDP2 for GPUs only.
     """
     if world_size() == 1:
         raise ValueError(
-            "--shard divides the weights over processes, and there is one: start several with "
+            "--shard shards the weights over processes, and there is one: start several with "
             "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or leave it out"
         )
     if device.type == "cpu" and not SHARDS_ON_CPU:
         raise ValueError(
-            f"PyTorch {torch.__version__} divides weights over GPUs alone, and this is the CPU: "
+            f"PyTorch {torch.__version__} shards weights over GPUs only, and this is the CPU: "
             "install a later one, or leave out --shard"
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # It says that nothing may be added in place to what blocks return; x-transformers adds to it
-    # out of place.
+    # The warning is about in-place addition to the outputs of blocks; x-transformers adds out of
+    # place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # What is called first is the root to FSDP2 from then on, and evaluation may call a block first.
+    # FSDP2 takes the module that is called first for the root: call the model, since evaluation may
+    # call a block first.
     model.call_nothing = lambda: None
     register_fsdp_forward_method(model, "call_nothing")
     model.call_nothing()
@@ -86,13 +88,13 @@ def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -
 
 
 def is_sharded(model: nn.Module) -> bool:
-    # The class of FSDP2 costs a second to import.
+    # Not isinstance: importing FSDPModule takes a second.
     return hasattr(model, "set_requires_gradient_sync")
 
 
 def accumulating(model: Any, *, is_last: bool) -> AbstractContextManager[Any]:
-    """Around the forward and backward pass of a part of a batch: only at its last part do ranks
-    exchange gradients."""
+    """Context for forward and backward of a microbatch: gradients are synchronised over ranks only
+    at the last one (``no_sync``)."""
     if isinstance(model, DistributedDataParallel):
         return nullcontext() if is_last else model.no_sync()
     if is_sharded(model):
@@ -102,7 +104,7 @@ def accumulating(model: Any, *, is_last: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def unsharded(model: Any) -> Iterator[None]:
-    """Where parts of ``model`` are called by themselves, which do not gather what is not theirs."""
+    """Context for calls of submodules of ``model``: gathers the parameters outside of blocks."""
     if is_sharded(model):
         model.unshard()
     yield
@@ -110,43 +112,43 @@ def unsharded(model: Any) -> Iterator[None]:
         model.reshard()
 
 
-def local(tensor: Any) -> Tensor:
-    """This rank's part of a tensor that is divided over ranks; any other as it is."""
+def to_local(tensor: Any) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def full(tensor: Any) -> Tensor:
-    """All parts of a tensor that is divided over ranks; any other as it is."""
-    return tensor.full_tensor() if is_divided(tensor) else tensor
+def full_tensor(tensor: Any) -> Tensor:
+    """A DTensor gathered from all ranks; any other tensor unchanged."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def is_divided(value: Any) -> bool:
-    """Whether it is a tensor that is divided over ranks."""
+def is_dtensor(value: Any) -> bool:
+    """Whether ``value`` is a DTensor: a tensor sharded over ranks."""
     return hasattr(value, "full_tensor")
 
 
 def distribute_like(state: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
-    """Whole tensors, divided as those of their shape in ``like`` if those are. One on the device
-    ``meta`` becomes memory without values."""
-    return {key: _divide(value, like.get(key)) for key, value in state.items()}
+    """Shards full tensors to the placements of their namesakes in ``like`` that are DTensors of the
+    same shape. Tensors on ``meta`` become uninitialised memory."""
+    return {key: _distribute(value, like.get(key)) for key, value in state.items()}
 
 
-def divide_optimizer_state(
+def distribute_optimizer_state(
     state: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Whole tensors of a state dict, divided as the parameters are to which they belong."""
+    """Shards the full tensors of an optimiser state dict like the parameters they belong to."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    divided = {
+    entries = {
         index: distribute_like(entry, dict.fromkeys(entry, parameters[index]))
         for index, entry in state["state"].items()
     }
-    return {**state, "state": divided}
+    return {**state, "state": entries}
 
 
-def _divide(value: Any, like: Any) -> Any:
+def _distribute(value: Any, like: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    fits = is_divided(like) and value.shape == like.shape
+    fits = is_dtensor(like) and value.shape == like.shape
     if value.is_meta:
         return torch.empty_like(like) if fits else torch.empty_like(value, device="cpu")
     if not fits:

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: lines, a bar, and curves for TensorBoard."""
+"""Progress of a run: log lines, a progress bar, and TensorBoard curves."""
 
 import sys
 import time
@@ -10,12 +10,12 @@ from nar_kernels.distributed import rank
 from nar_kernels.extras import import_extra
 from nar_kernels.training.config import TrainConfig
 
-# Where there is no terminal, a line comes after so many seconds or this share of the steps.
-_SECONDS, _SHARE = 30.0, 10
+# Without a terminal, log a line every 30 s or every tenth of the steps, whichever is first.
+_LOG_SECONDS, _LOG_LINES = 30.0, 10
 
 
 class Progress:
-    """Shows a run; silent on all ranks but the first."""
+    """Reports progress; silent on all ranks but the first."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
@@ -29,14 +29,14 @@ class Progress:
     def say(self, line: str) -> None:
         if not self._quiet:
             import_extra("tqdm").tqdm.write(line)  # above the progress bar
-            sys.stdout.flush()  # or a log file would lag behind
+            sys.stdout.flush()  # for log files
             self._wait()
 
     @contextmanager
     def running(self, first: int) -> Iterator[None]:
-        """A progress bar, on standard error if that is a terminal, and TensorBoard.
+        """Context with a progress bar, on stderr if that is a terminal, and a TensorBoard writer.
 
-        ``first`` is the step that comes next; what a killed run logged from there on is dropped.
+        ``first`` is the next step; events that a killed run logged from there on are purged.
         """
         self._bar = import_extra("tqdm").tqdm(
             total=self._config.steps,
@@ -63,19 +63,19 @@ class Progress:
         self._bar.update(num_steps)
         self._done += num_steps
 
-    def note(self, state: str) -> None:
-        """A line now and then, where no bar shows that the run goes on."""
+    def log_if_due(self, state: str) -> None:
+        """Prints a line if there is no progress bar and one is due."""
         is_due = self._done >= self._next_step or time.monotonic() >= self._next_time
         if self._bar.disable and is_due:
             self.say(f"step {self._done:>6} of {self._config.steps}: {state}")
 
     def _wait(self) -> None:
-        """The next line of :meth:`note` comes that much after any line."""
-        self._next_step = self._done + max(self._config.steps // _SHARE, 1)
-        self._next_time = time.monotonic() + _SECONDS
+        """Restarts the interval of :meth:`log_if_due`, after any line."""
+        self._next_step = self._done + max(self._config.steps // _LOG_LINES, 1)
+        self._next_time = time.monotonic() + _LOG_SECONDS
 
     def plot(self, step: int, values: dict[str, float]) -> None:
-        """Points of curves for TensorBoard."""
+        """Writes scalars to TensorBoard."""
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its log, the report, the pictures, and what it says on the terminal."""
+"""Results of a run: ``report.json``, plots, samples, and the header and summary on the terminal."""
 
 import json
 import math
@@ -29,7 +29,7 @@ _RUN_FILES = (
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes the folder, and removes what an earlier run left there; nothing else."""
+    """Creates the folder, and removes the files of an earlier run; no others."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _RUN_FILES:
         (folder / name).unlink(missing_ok=True)
@@ -39,13 +39,13 @@ def prepare_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a run that was killed had not written to its end."""
+    """Removes partially written files of a killed run."""
     for name in _RUN_FILES:
         checkpoint.remove_leftovers(folder / name)
 
 
 def environment(device: torch.device, bf16: bool) -> dict[str, Any]:
-    """What the rounding of a run depends on."""
+    """Versions, hardware and precision: everything that rounding depends on."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
@@ -67,7 +67,7 @@ def describe(
     baselines: dict[str, Baseline],
     environment: dict[str, Any],
 ) -> str:
-    """The head of a run, for the terminal."""
+    """The header of a run, for the terminal."""
     num_parameters = sum(p.numel() for p in model.parameters())
     vocabulary = data.spec.num_tokens - 1
     lines = {
@@ -91,7 +91,7 @@ def describe(
 
 
 def _shown(baselines: dict[str, Baseline]) -> dict[str, Baseline]:
-    """The baselines that a model without context reaches on the held-out windows."""
+    """The held-out cross-entropies among the baselines, by label."""
     names = {
         "unigram_cross_entropy": "token frequencies",
         "per_position_cross_entropy": "frequencies at each position",
@@ -107,7 +107,7 @@ def make_report(
     baselines: dict[str, Baseline],
     environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """What ``report.json`` says."""
+    """The contents of ``report.json``."""
     step, bits, error = log.curve[-1]
     best_step, best_bits, _ = log.best()
     tokens = len(log.losses) * config.batch_size * data.spec.seq_len
@@ -140,7 +140,7 @@ def make_report(
             "samples": _samples_name(data.spec),
         },
         "curve": {
-            # Nats of config.loss over ln 2: bits per masked token, unless it is the bound.
+            # config.loss / ln 2: bits per masked token, or with "nelbo" the bound, per token.
             "train": [{"step": s, "bits": b} for s, b in log.smooth()],
             "held_out": [{"step": s, "bits_per_token": b} for s, b, _ in log.curve],
         },
@@ -154,7 +154,7 @@ def _samples_name(spec: SequenceSpec) -> str:
 
 
 def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> Tensor:
-    """What the report shows of a model: ``[N, L]``, or images as they appear, ``[N, S + 1, L]``."""
+    """Samples for the report: ids ``[N, L]``; of images every state, ``[N, S + 1, L]``."""
     if data.spec.image_shape is not None:
         states = model.sample(SamplingConfig(), _FILMSTRIP_ROWS, seed=config.seed)
         return torch.stack([state.ids.cpu() for state in states], 1)
@@ -170,7 +170,7 @@ def write_results(
     report: dict[str, Any],
     ids: Tensor,
 ) -> None:
-    """Writes ``report.json``, the pictures and the samples ``ids`` into the run's folder."""
+    """Writes ``report.json``, the loss curve and the samples ``ids`` into the run's folder."""
     bits, steps = report["bits_per_token"], report["steps"]
     loss_curve(
         config.folder / "loss.png",
@@ -195,7 +195,7 @@ def write_results(
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The end of a run, for the terminal."""
+    """The summary of a finished run, for the terminal."""
     folder = TrainConfig(**report["config"]).folder
     files = (report["files"][name] for name in ("samples", "loss_curve"))
     below, error = report["below_best_baseline"], report["standard_error"]

@@ -1,4 +1,4 @@
-"""What an optimiser step consists of: the loss and its gradient, the learning rate, AdamW."""
+"""Forward and backward with gradient accumulation, and metrics without a sync per step."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,16 +20,18 @@ def loss_and_gradient(
     accumulate: int = 1,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """Adds the gradient of the batch's loss to the parameters; returns the loss, in nats.
+    """Forward and backward with gradient accumulation; returns the loss, in nats.
 
-    Each part of a batch divides by the count of the whole batch, so that losses and gradients of
-    parts add up to those of the whole, up to rounding. Ranks average their gradients, so there the
-    whole is a mean over ranks: of the gradients, and of the losses that this returns.
+    Gradients are added to the parameters' ``grad``. Each microbatch is normalised by the token
+    count of the whole batch (with several ranks, by the mean over ranks), so that losses and
+    gradients of microbatches add up to those of the batch, up to rounding. Gradients are averaged
+    over ranks; likewise, the mean over ranks of the returned losses is the global loss.
 
     Args:
         model: a :class:`NonAutoregressiveWrapper`, or one in DistributedDataParallel or sharded.
         batch: of this rank.
-        accumulate: how many parts to compute one after the other.
+        accumulate: number of microbatches.
+        autocast: makes the context for the forward pass.
     """
     wrapper: Any = getattr(model, "module", model)
     counted = num_counted(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
@@ -46,23 +48,24 @@ def loss_and_gradient(
     return torch.stack(losses).sum()
 
 
-class Pending:
-    """Losses and norms of gradients, on the device until somebody wants to see them."""
+class DeferredMetrics:
+    """Loss and gradient norm of each step, kept on the device: no sync per step."""
 
     def __init__(self) -> None:
         self._pairs: list[Tensor] = []
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Of one step: this rank's loss, as :func:`loss_and_gradient` returns it, and the norm."""
+        """Adds a step: this rank's loss, from :func:`loss_and_gradient`, and the gradient norm."""
         self._pairs.append(torch.stack([loss, norm]))
 
-    def settle(self, stop: bool) -> tuple[list[float], list[float], bool]:
-        """Waits for the device; the losses and norms of all steps, and whether any rank says stop.
+    def flush(self, stop: bool) -> tuple[list[float], list[float], bool]:
+        """Synchronises with the device. Returns the losses and gradient norms of the steps since
+        the last call, and whether ``stop`` is true on any rank.
 
-        All ranks must call this, and get the same.
+        Collective: all ranks must call it, and get the same.
         """
         pairs = torch.stack(self._pairs).double().cpu()
         self._pairs.clear()
-        ours = torch.cat([pairs.T.flatten(), torch.tensor([float(stop)], device="cpu")])
-        *values, stops = (distributed.sum_over_ranks(ours) / distributed.world_size()).tolist()
+        local = torch.cat([pairs.T.flatten(), torch.tensor([float(stop)], device="cpu")])
+        *values, stops = (distributed.sum_over_ranks(local) / distributed.world_size()).tolist()
         return values[: len(pairs)], values[len(pairs) :], stops > 0

@@ -1,10 +1,10 @@
 """The training loop.
 
-Which windows a step sees, how they are masked, its dropout, and the noise of evaluation are
-functions of (seed, step). So (step, weights, optimiser) is all it takes to continue a run as if it
-had never stopped, also with another number of processes.
+The windows of a step, their masks, its dropout, and the noise of evaluation are functions of (seed,
+step). So (step, weights, optimiser) is the whole state: a resumed run continues as if it had never
+stopped, also with another number of processes.
 
-A step does not wait for the device: losses stay there until somebody wants them (``settle``).
+Steps do not synchronise with the device: metrics stay there until ``Run.flush``.
 """
 
 import math
@@ -28,11 +28,17 @@ from nar_kernels.training import checkpoint, parallel
 from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.ema import Ema
-from nar_kernels.training.interrupt import Interrupted, ended_by_signals, interruptible
+from nar_kernels.training.interrupt import Interrupted, interruptible, raise_on_signals
 from nar_kernels.training.lock import FolderInUseError, FolderLock
 from nar_kernels.training.log import Log
-from nar_kernels.training.model import build_model, choose_bf16, choose_device, prepare, start_from
-from nar_kernels.training.optim import adamw, batch_of_this_rank, learning_rate
+from nar_kernels.training.model import (
+    build_model,
+    choose_bf16,
+    choose_device,
+    init_from_checkpoint,
+    prepare,
+)
+from nar_kernels.training.optim import adamw, learning_rate, local_batch_size
 from nar_kernels.training.progress import Progress
 from nar_kernels.training.report import (
     describe,
@@ -44,7 +50,7 @@ from nar_kernels.training.report import (
     summary,
     write_results,
 )
-from nar_kernels.training.step import Pending, loss_and_gradient
+from nar_kernels.training.step import DeferredMetrics, loss_and_gradient
 
 __all__ = [
     "DivergedError",
@@ -60,52 +66,53 @@ _LOG_EVERY = 10  # steps
 
 
 class DivergedError(RuntimeError):
-    """The loss or its gradient is not finite."""
+    """Training diverged: the loss or its gradient is not finite."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains as ``config`` says, together with the other processes if torchrun started some.
+    """Runs training as configured, data-parallel if launched by torchrun.
 
-    ``config.folder`` gets ``last.pt`` and ``best.pt`` (checkpoints), ``report.json``, ``loss.png``,
-    samples, and ``tb`` (TensorBoard). Only the first process writes, but all must see the folder.
-    While it runs, no other run may use that: ``run.lock`` says which one does.
+    Writes to ``config.folder``: ``last.pt`` and ``best.pt`` (checkpoints), ``report.json``,
+    ``loss.png``, samples, and ``tb`` (TensorBoard). Only rank 0 writes (with ``shard``, each rank
+    its shards), but all ranks must see the folder. No other run may use it at the same time:
+    ``run.lock`` names the one that does.
 
     Returns:
-        What is in ``report.json``.
+        The contents of ``report.json``.
 
     Raises:
-        ValueError, OSError: an option or the data is wrong, the folder holds a run already, or the
-            disk is full.
-        InvalidTokenError: the data holds an id that is none.
-        FolderInUseError: another run, which it names, has the folder.
+        ValueError, OSError: an option or the data is invalid, the folder already holds a run, or
+            the disk is full.
+        InvalidTokenError: the data holds an id outside the vocabulary.
+        FolderInUseError: another run is using the folder; the message names it.
         ImportError: a package of the extra ``train`` is missing.
-        DivergedError: the loss is not finite. The checkpoints are from before.
-        Interrupted: after Ctrl-C, SIGTERM or SIGUSR1; it is a KeyboardInterrupt. The first one
-            finishes the step and saves; a second one, or one before the first step or after the
-            last, does not wait.
+        DivergedError: the loss is not finite. The checkpoints are from before that.
+        Interrupted: after Ctrl-C, SIGTERM or SIGUSR1; a subclass of KeyboardInterrupt. The first
+            signal finishes the step and saves; a second one, or one before the first step or after
+            the last, stops at once.
     """
     folder, last = config.folder, config.folder / "last.pt"
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: --out must name a folder, or a new one")
     with (
-        ended_by_signals(),
+        raise_on_signals(),
         parallel.init_distributed(choose_device(config.device)) as device,
         FolderLock(folder) as lock,
     ):
 
-        def claim(also_new: bool) -> None:
-            if also_new or folder.is_dir():
+        def claim(create: bool) -> None:
+            if create or folder.is_dir():
                 lock.acquire()
-                refuse_to_lose_a_run(config)
+                check_overwrite(config)
 
-        distributed.on_first_rank(lambda: claim(also_new=False))
+        distributed.on_first_rank(lambda: claim(create=False))
         saved = checkpoint.read(last) if config.resume else None
         if saved is not None:
             config.refuse_to_continue(saved["config"], saved["loader"]["step"])
         run = Run(config, device)
-        # Nobody writes before everybody has looked; a new folder is made when all else is right.
+        # No rank writes before all have checked. A new folder is created once all else is valid.
         distributed.barrier()
-        distributed.on_first_rank(lambda: claim(also_new=True))
+        distributed.on_first_rank(lambda: claim(create=True))
         if saved is not None:
             run.restore(last, saved)
         else:
@@ -114,8 +121,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return run.finish()
 
 
-def refuse_to_lose_a_run(config: TrainConfig) -> None:
-    """Raises FileExistsError if the folder holds a run that is neither continued nor replaced."""
+def check_overwrite(config: TrainConfig) -> None:
+    """Raises FileExistsError if the folder holds a run, without ``resume`` or ``overwrite``."""
     if (config.folder / "last.pt").exists() and not (config.resume or config.overwrite):
         raise FileExistsError(
             f"{config.folder} holds a run: --resume continues it, --overwrite starts again, "
@@ -124,10 +131,10 @@ def refuse_to_lose_a_run(config: TrainConfig) -> None:
 
 
 class Run:
-    """Everything that training changes, and what it needs for that."""
+    """The state of a training run, and its loop."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        # All at once, rather than one after an hour of training.
+        # Import all extras up front, rather than fail after an hour of training.
         for module in ("x_transformers", "tqdm", "matplotlib.figure", "torch.utils.tensorboard"):
             import_extra(module)
         if config.threads is not None:
@@ -145,21 +152,21 @@ class Run:
             folder=config.folder if config.resume else None,
         )
         self.data.validate()
-        # On a CPU nothing is gained by waiting.
-        self.settle_every = 1 if device.type == "cpu" else _LOG_EVERY
-        self.pending = Pending()
+        # On the CPU there is no sync to avoid.
+        self.flush_every = 1 if device.type == "cpu" else _LOG_EVERY
+        self.metrics = DeferredMetrics()
         torch.manual_seed(config.seed)
-        # `model` has the keys of checkpoints; `trained` is the same, for all ranks together.
+        # `model` has the state dict keys of checkpoints; `trained` wraps it for data parallelism.
         self.model = build_model(config, self.data.spec)
         if config.init is not None and not config.resume:
-            start_from(self.model, config.init, config, self.data.spec)
+            init_from_checkpoint(self.model, config.init, config, self.data.spec)
         self.trained = prepare(self.model, config, device)
         self.optimizer = adamw(self.model, config)
         self.ema = Ema(self.model, config.ema) if config.ema else None
         self.loader = MaskedLoader(
             self.data.train,
             self.model.masking,
-            batch_of_this_rank(config),
+            local_batch_size(config),
             seed=config.seed,
             device=device,
             rank=distributed.rank(),
@@ -180,12 +187,12 @@ class Run:
         self.save("last.pt")
 
     def fit(self) -> None:
-        """The loop."""
+        """The training loop."""
         config, first = self.config, self.loader.step
         self.progress.say(describe(config, self.data, self.model, self.baselines, self.environment))
         alone, stops = distributed.world_size() == 1, False
         self.log.tick()
-        if first == config.steps != self.log.last_evaluated():  # made to end here
+        if first == config.steps != self.log.last_evaluated():  # --steps lowered to what is done
             self.evaluate(first)
             self.save("last.pt")
         with interruptible(distributed.is_launched()) as interrupt, self.progress.running(first):
@@ -196,17 +203,17 @@ class Run:
                 done, is_last = step + 1, step + 1 == config.steps
                 evaluates = is_last or done % config.eval_every == 0
                 saves = is_last or done % config.save_every == 0
-                # Several ranks must settle at the same steps, so one alone may not do it early.
+                # With several ranks, flush only at scheduled steps: it is collective.
                 heard = interrupt.requested and alone
-                if evaluates or saves or heard or done % self.settle_every == 0:
-                    stops = self.settle(interrupt.requested)
+                if evaluates or saves or heard or done % self.flush_every == 0:
+                    stops = self.flush(interrupt.requested)
                     if evaluates:
                         self.evaluate(done)
                     self.log.tick()
                     if saves or stops:
                         self.save("last.pt")
                         self.log.tick()
-                    self.progress.note(self.state())
+                    self.progress.log_if_due(self.state())
                 if stops:
                     break
         if stops:
@@ -219,29 +226,31 @@ class Run:
             raise Interrupted(signum)
 
     def step(self, batch: Corrupted, step: int) -> None:
-        """One optimiser step. Its loss, in nats, and the norm of its gradient become pending."""
+        """One optimiser step. The loss, in nats, and the gradient norm go to ``metrics``."""
         config = self.config
-        # Dropout of this step and this rank, by the number of the first window.
+        # Seed dropout for this step and rank, by the slot of the first window.
         first_slot = step * self.loader.global_batch + self.loader.rank * self.loader.batch_size
         torch.manual_seed((self.noise_seed + first_slot) % (1 << 63))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         loss = loss_and_gradient(self.trained, batch, config.accumulate, self.autocast)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.pending.add(loss, parallel.full(norm))
+        self.metrics.add(loss, parallel.full_tensor(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(step)
 
-    def settle(self, stop: bool = False) -> bool:
-        """Waits for the pending steps and logs them; true if ``stop`` is, on any rank.
+    def flush(self, stop: bool = False) -> bool:
+        """Synchronises with the device and logs the steps since the last call; returns whether
+        ``stop`` is true on any rank.
+
+        Call it before evaluating or saving the weights: a non-finite gradient has ruined them.
 
         Raises:
-            DivergedError: one of them is not finite. If the gradient was not, the weights are
-                ruined since; so this comes before they are evaluated or saved.
+            DivergedError: a loss or gradient norm is not finite.
         """
-        losses, norms, stops = self.pending.settle(stop)
+        losses, norms, stops = self.metrics.flush(stop)
         for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             self.check_finite("loss or gradient", loss + norm, len(self.log.losses) + i)
         self.log.add(losses)
@@ -257,8 +266,8 @@ class Run:
             self.progress.plot(done, {f"train/{name}": value for name, value in values.items()})
 
     def evaluate(self, step: int) -> None:
-        """Bits per token on the held-out windows; keeps the best weights."""
-        with self.averaged(), parallel.unsharded(self.model), self.autocast():
+        """Evaluates bits per token on the held-out windows; saves the best weights."""
+        with self.ema_weights(), parallel.unsharded(self.model), self.autocast():
             result = evaluate(
                 self.model.net,
                 self.data.held_out,
@@ -275,10 +284,10 @@ class Run:
         self.progress.say(f"step {step:>6}: {bits:.4f} bits per token held out, {self.speed()}")
 
     def finish(self) -> dict[str, Any]:
-        """Writes the report and the samples, and returns the report."""
+        """Writes the report and samples; returns the report."""
         config, data = self.config, self.data
         report = make_report(config, data, self.model, self.log, self.baselines, self.environment)
-        with self.averaged(), parallel.unsharded(self.model):
+        with self.ema_weights(), parallel.unsharded(self.model):
             ids = draw_samples(config, data, self.model)
         if distributed.rank() == 0:
             write_results(config, data, self.log, self.baselines, report, ids)
@@ -306,7 +315,7 @@ class Run:
         checkpoint.save(self.config.folder / name, state)
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Goes on from ``state``, as it was read from ``path``."""
+        """Resumes from ``state``, as read from ``path`` by :func:`checkpoint.read`."""
         config, was = self.config, state["config"]
         self.check_corpus(state)
         self.loader.load_state_dict(state["loader"])
@@ -315,8 +324,8 @@ class Run:
         ours = self.model.state_dict()
         for name in ("model", "ema") if self.ema is not None else ("model",):
             state[name] = parallel.distribute_like(state[name], ours)
-        state["optimizer"] = parallel.divide_optimizer_state(state["optimizer"], self.optimizer)
-        checkpoint.fill(path, state)
+        state["optimizer"] = parallel.distribute_optimizer_state(state["optimizer"], self.optimizer)
+        checkpoint.load_shards(path, state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -324,7 +333,7 @@ class Run:
         self.log.load_state_dict(state["log"])
         done = self.loader.step
         self.progress.say(
-            f"goes on from step {done}: {config.steps - done} of {config.steps} remain"
+            f"resuming from step {done}: {config.steps - done} of {config.steps} remain"
         )
         if config.steps != was["steps"]:
             before = learning_rate(done, replace(config, steps=was["steps"]))
@@ -340,7 +349,7 @@ class Run:
                 )
 
     def check_corpus(self, state: dict[str, Any]) -> None:
-        """Raises ValueError unless the data, wherever it lies, is what ``state`` was trained on."""
+        """Raises ValueError unless the data, wherever it is, is what ``state`` was trained on."""
         ours, theirs = self.loader.state_dict(), state["loader"]
         if ours["corpus_digest"] != theirs["corpus_digest"]:
             was, now = state["config"]["data"], self.config.data
@@ -351,8 +360,8 @@ class Run:
                 "another run with another --out"
             )
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """The model has its averaged weights, if any are kept."""
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Context in which the model has its EMA weights, if it keeps any."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def autocast(self) -> torch.autocast:
