@@ -21,7 +21,7 @@ from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
-CPP_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -pthread"
+CPP_FLAGS = "-Icsrc -O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -pthread"
 
 # After the user's own flags: results are bit-identical on every machine, whatever those say.
 EXACT_FLAGS = "-fno-fast-math -ffp-contract=off"
@@ -38,13 +38,13 @@ SIMD_FLAGS = {
 
 
 CUDA_SOURCES = sorted(
-    path.as_posix() for pattern in ("*.cu", "*_cuda.cpp") for path in Path("csrc").glob(pattern)
+    path.as_posix() for pattern in ("*.cu", "*_cuda.cpp") for path in Path("csrc").rglob(pattern)
 )
-CPP_SOURCES = sorted({path.as_posix() for path in Path("csrc").glob("*.cpp")} - {*CUDA_SOURCES})
+CPP_SOURCES = sorted({path.as_posix() for path in Path("csrc").rglob("*.cpp")} - {*CUDA_SOURCES})
 
 # No --use_fast_math, and no contraction: as EXACT_FLAGS.
 NVCC_FLAGS = (
-    "-O3 -std=c++17 --fmad=false --cudart=static --threads=0 -DNDEBUG"
+    "-Icsrc -O3 -std=c++17 --fmad=false --cudart=static --threads=0 -DNDEBUG"
     " -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-fno-fast-math,-ffp-contract=off"
 )
 
@@ -169,7 +169,7 @@ def write_ninja(
         )
         link = f"{quoted([*compiler, *link_flags])} $in {quoted(libraries)} -o $out"
         ninja.rule("link", link, description="link $out")
-        objects = [f"{folder}/{Path(source).stem}.o" for source in sources]
+        objects = [f"{folder}/{Path(source).with_suffix('.o').as_posix()}" for source in sources]
         for source, target in zip(sources, objects, strict=True):
             ninja.build(target, "compile", source, variables={"own": flags_of(source)})
         ninja.build(output, "link", objects)

@@ -9,13 +9,13 @@
 #include <string>
 #include <vector>
 
-#include "corrupt_cpu.h"
-#include "cpu_features.h"
-#include "key_bounds.h"
-#include "linear.h"
-#include "nll.h"
-#include "permutation_cpu.h"
-#include "unmask.h"
+#include "corrupt/corrupt_cpu.h"
+#include "linear/linear.h"
+#include "nll/nll.h"
+#include "rng/permutation_cpu.h"
+#include "runtime/cpu_features.h"
+#include "select/key_bounds.h"
+#include "unmask/unmask.h"
 
 namespace py = pybind11;
 using nar::pointer;

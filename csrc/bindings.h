@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "corrupt.h"
+#include "corrupt/corrupt.h"
 
 namespace nar {
 

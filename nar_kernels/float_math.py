@@ -2,7 +2,7 @@
 
 PyTorch's own differ by a bit between devices, which is enough to sample another token. These are
 plain multiplications and additions in one order, none of them fused: the same as in
-csrc/float_math.h. The polynomials are those of Cephes (Moshier), good to 2 ulp.
+csrc/runtime/float_math.h. The polynomials are those of Cephes (Moshier), good to 2 ulp.
 """
 
 import torch

@@ -610,7 +610,7 @@ def test_make_builds_again_if_a_choice_is_made(checkout: Checkout) -> None:
 def test_nothing_is_shared_by_files_for_one_instruction_set():
     """A linker keeps any one copy of a function that several files have: maybe one that this CPU
     cannot run."""
-    objects = [*(ROOT / "build").glob("*/nar_kernels._cpp/*_avx*.o")]
+    objects = [*(ROOT / "build").glob("*/nar_kernels._cpp/**/*_avx*.o")]
     if not objects or shutil.which("nm") is None:
         pytest.skip("needs nm, and the objects of a build in place")
     for path in objects:

@@ -1,0 +1,7 @@
+#include "unmask/unmask_row.h"
+
+namespace nar {
+
+UnmaskRow unmask_row_avx2() { return unmask_row; }
+
+}  // namespace nar
