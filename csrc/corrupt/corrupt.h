@@ -61,7 +61,7 @@ struct CorruptArgs {
   }
 };
 
-// Local to the translation unit: compiled once per instruction set (see order_statistic.h).
+// Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
 // The 16-bit time of a sample slot whose word is given: its upper half, within a stratum.

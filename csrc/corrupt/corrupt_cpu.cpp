@@ -1,4 +1,4 @@
-// `corrupt` on the CPU: checks, threads, choice of instruction set.
+// `corrupt` on the CPU: checks, threads.
 #include "corrupt/corrupt_cpu.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime/cpu_features.h"
+#include "levels/kernels.h"
 #include "runtime/parallel_for.h"
 
 namespace nar {
@@ -32,7 +32,7 @@ void check_samples(const CorruptArgs& a) {
 
 void count_masked(const CorruptArgs& a, int64_t* counts, int num_threads) {
   check_samples(a);
-  const CorruptKernels k = NAR_OF_BEST_LEVEL(corrupt_kernels);
+  const CorruptKernels& k = kernels().corrupt;
   const std::vector<uint32_t> t16 = k.draw_times(a);
   const int64_t work = a.exact ? 1 : std::max<int64_t>(a.windows.seq_len, 1);
   const int64_t chunk = (kKeysPerChunk + work - 1) / work;
@@ -48,7 +48,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   if (a.seed_tensor) a.seed = *a.seed_tensor;
   const int64_t batch = a.windows.batch, seq_len = a.windows.seq_len;
   check_samples(a);
-  const CorruptKernels k = NAR_OF_BEST_LEVEL(corrupt_kernels);
+  const CorruptKernels& k = kernels().corrupt;
   std::vector<int64_t> starts;
   if (a.order.num_windows) {
     starts = k.ordered_starts(a);

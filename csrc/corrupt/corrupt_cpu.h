@@ -1,4 +1,5 @@
-// `corrupt` on the CPU: one source for a row, compiled once per instruction set.
+// `corrupt` on the CPU: its kernels, which are compiled once per instruction set, and the whole
+// batch.
 #pragma once
 
 #include <vector>
@@ -37,10 +38,6 @@ struct CorruptKernels {
   CorruptRow corrupt_row;
   WriteRows write_rows;
 };
-
-CorruptKernels corrupt_kernels_generic();
-CorruptKernels corrupt_kernels_avx2();
-CorruptKernels corrupt_kernels_avx512();
 
 // The whole batch on up to num_threads threads. Throws std::out_of_range for a window outside the
 // corpus, std::invalid_argument for a negative sample slot.

@@ -8,7 +8,7 @@
 
 namespace nar {
 
-// Local to the translation unit: compiled once per instruction set (see order_statistic.h).
+// Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
 // With room behind them for first_words.

@@ -46,7 +46,7 @@ void check_windows(const Windows& windows);
 // The windows as int64 [batch, seq_len], bad ids replaced.
 InvalidTokens copy_windows(const Windows& windows, int64_t* out);
 
-// The files of one instruction set include this too: nothing shared may be compiled there.
+// Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
 // Calls visit with the corpus as a pointer of its own type.

@@ -26,9 +26,6 @@ struct LinearKernel {
                    int64_t end);
 };
 
-LinearKernel linear_avx2();
-LinearKernel linear_avx512();
-
 // Whether there is a kernel for this CPU: one that can fuse multiply-adds.
 bool has_linear();
 

@@ -1,9 +1,9 @@
-// `linear` on the CPU: threads, blocks that fit caches, choice of instruction set.
+// `linear` on the CPU: threads, and blocks that fit caches.
 #include <algorithm>
 #include <memory>
 
+#include "levels/kernels.h"
 #include "linear/linear.h"
-#include "runtime/cpu_features.h"
 #include "runtime/parallel_for.h"
 
 namespace nar {
@@ -13,18 +13,15 @@ namespace {
 // of hidden states.
 constexpr int64_t kWeights = 16384, kPanels = 8;
 
-// Without fused multiply-adds there is no kernel.
-LinearKernel linear_generic() { return {}; }
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-bool has_linear() { return NAR_OF_BEST_LEVEL(linear).multiply; }
+bool has_linear() { return kernels().linear.multiply; }
 
 void linear_cpu(const LinearArgs& a, int num_threads) {
   if (a.rows == 0 || a.vocabulary == 0) return;
-  const LinearKernel kernel = NAR_OF_BEST_LEVEL(linear);
+  const LinearKernel& kernel = kernels().linear;
   const int64_t panels = ceil_div(a.rows, kernel.panel_rows);
   const int64_t panel_size = kernel.panel_rows * a.depth;
   const std::unique_ptr<float[]> packed(new float[panels * panel_size]);

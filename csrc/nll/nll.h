@@ -22,10 +22,6 @@ struct NllArgs {
 // One row. `row` has room for its logits in float32, unless that is what they are.
 using NllRow = void (*)(const NllArgs&, int64_t row_index, float* row);
 
-NllRow nll_row_generic();
-NllRow nll_row_avx2();
-NllRow nll_row_avx512();
-
 void nll_cpu(const NllArgs& args, int num_threads);
 
 }  // namespace nar

@@ -1,9 +1,9 @@
-// The loss of rows of logits on the CPU: threads, choice of instruction set.
+// The loss of rows of logits on the CPU: threads.
 #include <algorithm>
 #include <memory>
 
+#include "levels/kernels.h"
 #include "nll/nll.h"
-#include "runtime/cpu_features.h"
 #include "runtime/parallel_for.h"
 
 namespace nar {
@@ -15,7 +15,7 @@ constexpr int64_t kLogitsPerChunk = 16384;
 }  // namespace
 
 void nll_cpu(const NllArgs& a, int num_threads) {
-  const NllRow row = NAR_OF_BEST_LEVEL(nll_row);
+  const NllRow row = kernels().nll_row;
   const int64_t chunk = std::max<int64_t>(kLogitsPerChunk / std::max<int64_t>(a.vocabulary, 1), 1);
   const int64_t num_chunks = (a.rows + chunk - 1) / chunk;
   num_threads =

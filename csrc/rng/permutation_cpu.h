@@ -9,7 +9,7 @@
 
 namespace nar {
 
-// Local to the translation unit: compiled once per instruction set (see order_statistic.h).
+// Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
 class Permutation {

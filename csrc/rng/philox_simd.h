@@ -11,7 +11,7 @@
 
 namespace nar {
 
-// Local to the translation unit: compiled once per instruction set (see order_statistic.h).
+// Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
 // How far `words_at` goes beyond what it was asked for.

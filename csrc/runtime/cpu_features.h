@@ -11,14 +11,4 @@ SimdLevel simd_level();
 // For tests and benchmarks: use at most this level from now on.
 void limit_simd(SimdLevel level);
 
-// Calls the function of this name that was compiled for what the CPU has.
-#if defined(NAR_X86)
-#define NAR_OF_BEST_LEVEL(name)                                   \
-  (nar::simd_level() == nar::SimdLevel::kAvx512 ? name##_avx512() \
-   : nar::simd_level() == nar::SimdLevel::kAvx2 ? name##_avx2()   \
-                                                : name##_generic())
-#else
-#define NAR_OF_BEST_LEVEL(name) name##_generic()
-#endif
-
 }  // namespace nar

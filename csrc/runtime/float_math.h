@@ -13,7 +13,7 @@
 
 namespace nar {
 
-// Local to the translation unit: compiled once per instruction set (see order_statistic.h). The
+// Compiled once per instruction set (see levels/kernels.h). The
 // vectors are those of the GNU extension, which GCC and clang lower to what the file may use.
 namespace {
 

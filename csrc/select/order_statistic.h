@@ -15,8 +15,7 @@ NAR_HOST_DEVICE inline bool is_tied(KeyBound bound) { return static_cast<uint32_
 
 constexpr int kNumRanks = 3;
 
-// The files that include this are compiled once per instruction set, so everything here must stay
-// local to the translation unit: a shared copy could be the one that this CPU cannot run.
+// Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
 // A bracket around a pivot with exactly `rank` keys below it.

@@ -45,10 +45,6 @@ struct UnmaskScratch {
 
 using UnmaskRow = void (*)(const UnmaskArgs&, int64_t row_index, const UnmaskScratch&);
 
-UnmaskRow unmask_row_generic();
-UnmaskRow unmask_row_avx2();
-UnmaskRow unmask_row_avx512();
-
 void unmask_cpu(const UnmaskArgs& args, int num_threads);
 
 }  // namespace nar

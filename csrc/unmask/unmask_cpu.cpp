@@ -1,8 +1,8 @@
-// `unmask` on the CPU: threads, choice of instruction set.
+// `unmask` on the CPU: threads.
 #include <algorithm>
 #include <memory>
 
-#include "runtime/cpu_features.h"
+#include "levels/kernels.h"
 #include "runtime/parallel_for.h"
 #include "unmask/unmask.h"
 
@@ -26,7 +26,7 @@ std::unique_ptr<CacheLine[]> lines_of(int64_t count) {
 }  // namespace
 
 void unmask_cpu(const UnmaskArgs& a, int num_threads) {
-  const UnmaskRow row = NAR_OF_BEST_LEVEL(unmask_row);
+  const UnmaskRow row = kernels().unmask_row;
   const int64_t padded = padded_row(a.vocabulary);
   const int64_t chunk = std::max<int64_t>(kLogitsPerChunk / std::max<int64_t>(padded, 1), 1);
   const int64_t num_chunks = (a.rows + chunk - 1) / chunk;
