@@ -25,7 +25,7 @@ CPP_FLAGS = "-Icsrc -O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DNDE
 # After the user's own flags: results are bit-identical on every machine, whatever those say.
 EXACT_FLAGS = "-fno-fast-math -ffp-contract=off"
 
-# Only these files, for x86-64, may use more than the baseline instruction set: which of them runs is
+# Only these files, for x86-64, may use more than the baseline instruction set; which one runs is
 # chosen at run time. Never -march=native: a wheel must run on machines other than its builder.
 SIMD_FLAGS = {
     "csrc/levels/avx2.cpp": "-mavx2 -mfma -mbmi2 -mpopcnt",

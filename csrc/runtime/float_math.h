@@ -13,8 +13,8 @@
 
 namespace nar {
 
-// Compiled once per instruction set (see levels/kernels.h). The
-// vectors are those of the GNU extension, which GCC and clang lower to what the file may use.
+// Compiled once per instruction set (see levels/kernels.h). The vectors are those of the GNU
+// extension, which GCC and clang lower to what the file may use.
 namespace {
 
 #if defined(__AVX512F__)
