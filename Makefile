@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile
 PIP_INSTALL := $(PIP) -c constraints.txt
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+CXX_SOURCES = $(foreach suffix,h cpp cu,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix)))
 
 # A worker a core. PYTEST_ARGS="-n 0 --pdb" runs without any; arguments that come last win.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
@@ -56,8 +56,8 @@ ifneq ($(NAR_KERNELS_CUDA)$(NAR_KERNELS_CUDA_ARCHS),)
 .PHONY: .venv/built  # the choice may be another than that of the last time
 endif
 
-# The directory csrc is named too: its time changes when a file is added or removed.
-.venv/built: .venv/requirements setup.py csrc $(CXX_SOURCES)
+# The directories are named too: their times change when a file is added or removed.
+.venv/built: .venv/requirements setup.py $(sort $(dir $(CXX_SOURCES))) $(CXX_SOURCES)
 	@$(BUILD)
 # After a failed build there is no library, and the next make tries again.
 	@if ls nar_kernels/_cpp.*.so >/dev/null 2>&1; then touch $@; fi

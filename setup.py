@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,16 +20,16 @@ from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
-CPP_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -pthread"
+CPP_FLAGS = "-Icsrc -O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -pthread"
 
 # After the user's own flags: results are bit-identical on every machine, whatever those say.
 EXACT_FLAGS = "-fno-fast-math -ffp-contract=off"
 
-# Only these files may use more than the baseline instruction set; the code in them is chosen at run
-# time. Never -march=native: a wheel must run on machines other than the one that built it.
+# Only these files, for x86-64, may use more than the baseline instruction set; which one runs is
+# chosen at run time. Never -march=native: a wheel must run on machines other than its builder.
 SIMD_FLAGS = {
-    "avx2": "-mavx2 -mfma -mbmi2 -mpopcnt",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mbmi2 -mpopcnt "
+    "csrc/levels/avx2.cpp": "-mavx2 -mfma -mbmi2 -mpopcnt",
+    "csrc/levels/avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mbmi2 -mpopcnt "
     "-mprefer-vector-width=512 "
     # GCC 12 warns inside its own AVX-512 header, and clang does not know the warning.
     "-Wno-unknown-warning-option -Wno-maybe-uninitialized",
@@ -38,13 +37,13 @@ SIMD_FLAGS = {
 
 
 CUDA_SOURCES = sorted(
-    path.as_posix() for pattern in ("*.cu", "*_cuda.cpp") for path in Path("csrc").glob(pattern)
+    path.as_posix() for pattern in ("*.cu", "*_cuda.cpp") for path in Path("csrc").rglob(pattern)
 )
-CPP_SOURCES = sorted({path.as_posix() for path in Path("csrc").glob("*.cpp")} - {*CUDA_SOURCES})
+CPP_SOURCES = sorted({path.as_posix() for path in Path("csrc").rglob("*.cpp")} - {*CUDA_SOURCES})
 
 # No --use_fast_math, and no contraction: as EXACT_FLAGS.
 NVCC_FLAGS = (
-    "-O3 -std=c++17 --fmad=false --cudart=static --threads=0 -DNDEBUG"
+    "-Icsrc -O3 -std=c++17 --fmad=false --cudart=static --threads=0 -DNDEBUG"
     " -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-fno-fast-math,-ffp-contract=off"
 )
 
@@ -114,12 +113,6 @@ def targets_x86(compiler: list[str], flags: list[str]) -> bool:
     return "__x86_64__" in result.stdout
 
 
-def simd_level(source: str) -> str:
-    """The instruction set that a file name asks for; "" is the baseline."""
-    match = re.search(r"_(avx2|avx512)\.cpp$", source)
-    return match[1] if match else ""
-
-
 def python_includes(folder: Path) -> list[str]:
     """Headers of Python, and a copy of pybind11's in ``folder``.
 
@@ -145,7 +138,7 @@ def write_ninja(
     compile_flags: list[str],
     link_flags: list[str],
     libraries: list[str],
-    flags_of: Callable[[str], str] = lambda source: "",
+    own_flags: dict[str, str],
     last_flags: str = "",
 ) -> None:
     """Describe the build of a shared library. Paths are relative to the repository."""
@@ -169,9 +162,9 @@ def write_ninja(
         )
         link = f"{quoted([*compiler, *link_flags])} $in {quoted(libraries)} -o $out"
         ninja.rule("link", link, description="link $out")
-        objects = [f"{folder}/{Path(source).stem}.o" for source in sources]
+        objects = [f"{folder}/{Path(source).with_suffix('.o').as_posix()}" for source in sources]
         for source, target in zip(sources, objects, strict=True):
-            ninja.build(target, "compile", source, variables={"own": flags_of(source)})
+            ninja.build(target, "compile", source, variables={"own": own_flags.get(source, "")})
         ninja.build(output, "link", objects)
 
 
@@ -184,7 +177,7 @@ def write_cpp_ninja(ninja_file: Path, output: str) -> None:
     compiler = find_compiler()
     flags = user_flags("CPPFLAGS", "CFLAGS", "CXXFLAGS")
     x86 = targets_x86(compiler, flags)
-    sources = [source for source in CPP_SOURCES if x86 or not simd_level(source)]
+    sources = [source for source in CPP_SOURCES if x86 or source not in SIMD_FLAGS]
     print(f"nar_kernels._cpp: {len(sources)} files, with {shlex.join(compiler)}", flush=True)
     shared = ["-shared"]
     if sys.platform == "darwin":
@@ -193,7 +186,7 @@ def write_cpp_ninja(ninja_file: Path, output: str) -> None:
         ninja_file,
         # An inline function emitted by several files is kept once, from the first: link the
         # baseline first, or its AVX copy would also serve processors without AVX.
-        sorted(sources, key=lambda source: (len(simd_level(source)), source)),
+        sorted(sources, key=lambda source: (source in SIMD_FLAGS, source)),
         output,
         compiler=compiler,
         compile_flags=[
@@ -204,7 +197,7 @@ def write_cpp_ninja(ninja_file: Path, output: str) -> None:
         ],
         link_flags=[*shared, "-pthread"],
         libraries=[*user_flags("LDFLAGS"), "-ldl"],
-        flags_of=lambda source: SIMD_FLAGS.get(simd_level(source), ""),
+        own_flags=SIMD_FLAGS,
         last_flags=EXACT_FLAGS,
     )
 
@@ -330,6 +323,7 @@ def write_cuda_ninja(ninja_file: Path, output: str) -> None:
         ],
         link_flags=["-shared", "--cudart=static"],
         libraries=[],
+        own_flags={},
     )
 
 

@@ -42,6 +42,7 @@ from x_transformers import nonautoregressive_wrapper as original
 
 import nar_kernels
 from nar_kernels.data.sources import open_data
+from nar_kernels.ops.arguments import LinearArgs
 from nar_kernels.ops.dispatch import run_linear
 from nar_kernels.ops.linear import LogitsMemory
 from nar_kernels.training.config import TrainConfig
@@ -138,7 +139,7 @@ def bench_product(num_tokens: int, dim: int, all_rows: list[int], repeats: int) 
         logits = LogitsMemory().rows(num_rows, num_tokens, hidden)
         calls = {
             "torch.mm": partial(torch.mm, hidden, weight.t(), out=logits),
-            "ours": partial(run_linear, logits, hidden, weight, None),
+            "ours": partial(run_linear, LinearArgs(logits, hidden, weight, None)),
         }
         turns = turns_ns(calls, repeats, warm_up=1, device="cpu")
         ns = {who: statistics.median(times) for who, times in turns.items()}

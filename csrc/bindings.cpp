@@ -9,13 +9,13 @@
 #include <string>
 #include <vector>
 
-#include "corrupt_cpu.h"
-#include "cpu_features.h"
-#include "key_bounds.h"
-#include "linear.h"
-#include "nll.h"
-#include "permutation_cpu.h"
-#include "unmask.h"
+#include "corrupt/corrupt_cpu.h"
+#include "linear/linear.h"
+#include "nll/nll.h"
+#include "rng/permutation_cpu.h"
+#include "runtime/cpu_features.h"
+#include "select/key_bounds.h"
+#include "unmask/unmask.h"
 
 namespace py = pybind11;
 using nar::pointer;
@@ -83,60 +83,91 @@ void count_masked(int64_t batch, int64_t seq_len, int64_t first_sample, int64_t 
   nar::count_masked(args, pointer<int64_t>(counts), num_threads);
 }
 
-void nll(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,
-         int64_t bias, int64_t labels, int64_t weight, bool gradient, int64_t out,
-         int num_threads) {
-  const nar::NllArgs args = {pointer<void>(logits),
-                             static_cast<nar::LogitType>(logit_type),
-                             rows,
-                             vocabulary,
-                             stride,
-                             pointer<const float>(bias),
-                             pointer<const int64_t>(labels),
-                             pointer<const float>(weight),
-                             gradient,
-                             pointer<float>(out)};
+// From NllArgs of nar_kernels/arguments.py, and the tensor of losses.
+nar::NllArgs unpack_nll(const py::tuple& arguments, const py::tuple& outputs, int logit_type) {
+  nar::NllArgs a;
+  nar::Unpacker next(arguments, 5);
+  const nar::Matrix<void> logits = next.matrix<void>();
+  a.logits = logits.data;
+  a.logit_type = static_cast<nar::LogitType>(logit_type);
+  a.rows = logits.rows, a.vocabulary = logits.columns, a.stride = logits.stride;
+  a.labels = next.address<const int64_t>();
+  a.bias = next.address<const float>();
+  a.weight = next.address<const float>();
+  a.gradient = next.as<bool>();
+
+  nar::Unpacker next_output(outputs, 1);
+  a.nll = next_output.address<float>();
+  return a;
+}
+
+void nll(const py::tuple& arguments, const py::tuple& outputs, int logit_type, int num_threads) {
+  const nar::NllArgs args = unpack_nll(arguments, outputs, logit_type);
+  const py::gil_scoped_release release;
   nar::nll_cpu(args, num_threads);
 }
 
-void unmask(int64_t logits, int logit_type, int64_t rows, int64_t vocabulary, int64_t stride,
-            int64_t noise_slots, int64_t given, const std::vector<int64_t>& forbidden,
-            int64_t fallback, int64_t seed, int64_t top_k, float inverse_temperature,
-            int confidence_type, int64_t tokens, int64_t log_prob, int64_t confidence,
-            int num_threads) {
-  const nar::UnmaskArgs args = {pointer<const void>(logits),
-                                static_cast<nar::LogitType>(logit_type),
-                                rows,
-                                vocabulary,
-                                stride,
-                                pointer<const int64_t>(noise_slots),
-                                pointer<const int64_t>(given),
-                                forbidden.data(),
-                                static_cast<int64_t>(forbidden.size()),
-                                fallback,
-                                static_cast<uint64_t>(seed),
-                                top_k,
-                                inverse_temperature,
-                                static_cast<nar::ConfidenceType>(confidence_type),
-                                pointer<int64_t>(tokens),
-                                pointer<float>(log_prob),
-                                pointer<float>(confidence)};
+nar::ConfidenceType confidence_type(const std::string& name) {
+  if (name == "probability") return nar::ConfidenceType::kProbability;
+  if (name == "margin") return nar::ConfidenceType::kMargin;
+  if (name == "entropy") return nar::ConfidenceType::kEntropy;
+  throw std::invalid_argument("unknown confidence " + name);
+}
+
+// From UnmaskArgs of nar_kernels/arguments.py, and the tensors of Unmasked. `forbidden` holds the
+// ids.
+nar::UnmaskArgs unpack_unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type,
+                              std::vector<int64_t>* forbidden) {
+  nar::UnmaskArgs a;
+  nar::Unpacker next(arguments, 9);
+  const nar::Matrix<const void> logits = next.matrix<const void>();
+  a.logits = logits.data;
+  a.logit_type = static_cast<nar::LogitType>(logit_type);
+  a.rows = logits.rows, a.vocabulary = logits.columns, a.stride = logits.stride;
+  a.noise_slots = next.address<const int64_t>();
+  a.given = next.address<const int64_t>();
+  *forbidden = next.as<std::vector<int64_t>>();
+  a.forbidden = forbidden->data();
+  a.num_forbidden = static_cast<int64_t>(forbidden->size());
+  a.fallback = next.integer();
+  a.seed = static_cast<uint64_t>(next.integer());
+  a.top_k = next.integer();
+  a.inverse_temperature = next.as<float>();
+  a.confidence_type = confidence_type(next.as<std::string>());
+
+  nar::Unpacker next_output(outputs, 3);
+  a.tokens = next_output.address<int64_t>();
+  a.log_prob = next_output.address<float>();
+  a.confidence = next_output.address<float>();  // null if it is empty
+  return a;
+}
+
+void unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type, int num_threads) {
+  std::vector<int64_t> forbidden;
+  const nar::UnmaskArgs args = unpack_unmask(arguments, outputs, logit_type, &forbidden);
+  const py::gil_scoped_release release;
   nar::unmask_cpu(args, num_threads);
 }
 
-void linear(int64_t logits, int64_t stride, int64_t hidden, int64_t rows, int64_t depth,
-            int64_t hidden_stride, int64_t weight, int64_t vocabulary, int64_t weight_stride,
-            int64_t bias, int num_threads) {
-  const nar::LinearArgs args = {pointer<float>(logits),
-                                stride,
-                                pointer<const float>(hidden),
-                                rows,
-                                depth,
-                                hidden_stride,
-                                pointer<const float>(weight),
-                                vocabulary,
-                                weight_stride,
-                                pointer<const float>(bias)};
+// From LinearArgs of nar_kernels/arguments.py.
+nar::LinearArgs unpack_linear(const py::tuple& arguments) {
+  nar::LinearArgs a;
+  nar::Unpacker next(arguments, 4);
+  const nar::Matrix<float> logits = next.matrix<float>();
+  a.logits = logits.data, a.stride = logits.stride;
+  const nar::Matrix<const float> hidden = next.matrix<const float>();
+  a.hidden = hidden.data, a.hidden_stride = hidden.stride;
+  a.rows = hidden.rows, a.depth = hidden.columns;
+  const nar::Matrix<const float> weight = next.matrix<const float>();
+  a.weight = weight.data, a.weight_stride = weight.stride;
+  a.vocabulary = weight.rows;
+  a.bias = next.address<const float>();
+  return a;
+}
+
+void linear(const py::tuple& arguments, int num_threads) {
+  const nar::LinearArgs args = unpack_linear(arguments);
+  const py::gil_scoped_release release;
   nar::linear_cpu(args, num_threads);
 }
 
@@ -157,9 +188,9 @@ PYBIND11_MODULE(_cpp, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   m.def("corrupt", &corrupt);
   m.def("count_masked", &count_masked);
-  m.def("nll", &nll, release_gil());
-  m.def("unmask", &unmask, release_gil());
-  m.def("linear", &linear, release_gil());
+  m.def("nll", &nll);
+  m.def("unmask", &unmask);
+  m.def("linear", &linear);
   m.def("has_linear", &nar::has_linear);
   m.def("windows", &windows, release_gil());
   m.def("permute", &permute, release_gil());

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "corrupt.h"
+#include "corrupt/corrupt.h"
 
 namespace nar {
 
@@ -17,7 +17,14 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
-// Reads a tuple of Python, item after item. Its tensors need only have the method data_ptr.
+// A tensor of two dimensions whose rows are contiguous.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, stride;  // a row every `stride`
+};
+
+// Reads a tuple of Python, item after item. Of torch.Tensor it uses data_ptr, shape and stride.
 class Unpacker {
  public:
   Unpacker(const pybind11::tuple& items, size_t count) : items_(items) {
@@ -33,14 +40,31 @@ class Unpacker {
   template <typename T>
   T* address() {
     const pybind11::handle item = next();
-    if (item.is_none()) return nullptr;
+    return item.is_none() ? nullptr : address_of<T>(item);
+  }
+
+  template <typename T>
+  Matrix<T> matrix() {
+    const pybind11::handle item = next();
+    const pybind11::tuple shape = item.attr("shape");
+    return {address_of<T>(item), as_integer(shape[0]), as_integer(shape[1]),
+            as_integer(item.attr("stride")(0))};
+  }
+
+  template <typename T>
+  T as() {
+    return next().cast<T>();
+  }
+
+ private:
+  template <typename T>
+  static T* address_of(pybind11::handle tensor) {
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-    PyObject* result = PyObject_CallMethodNoArgs(item.ptr(), data_ptr);
+    PyObject* result = PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr);
     if (!result) throw pybind11::error_already_set();
     return pointer<T>(as_integer(pybind11::reinterpret_steal<pybind11::object>(result)));
   }
 
- private:
   pybind11::handle next() { return PyTuple_GET_ITEM(items_.ptr(), index_++); }
 
   static int64_t as_integer(pybind11::handle item) {

@@ -1,6 +1,6 @@
 // The Python module nar_kernels._cuda: addresses and a stream in, kernels below, no torch.
 #include "bindings.h"
-#include "corrupt_cuda.h"
+#include "corrupt/corrupt_cuda.h"
 
 namespace py = pybind11;
 

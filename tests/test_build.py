@@ -58,10 +58,10 @@ class Checkout:
         for package in (ROOT / "nar_kernels").rglob("__init__.py"):
             (root / package.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             (root / package.relative_to(ROOT)).write_text("")
-        (root / "csrc").mkdir()
+        (root / "csrc/levels").mkdir(parents=True)
         (root / "csrc/shared.h").write_text("")
         (root / "csrc/op_cpu.cpp").write_text("// csrc/shared.h")
-        for name in ("a_avx2", "a_avx512", "bindings", "bindings_cuda"):
+        for name in ("levels/avx2", "levels/avx512", "bindings", "bindings_cuda"):
             (root / f"csrc/{name}.cpp").write_text("")
         (root / "csrc/op.cu").write_text("// csrc/shared.h")
         # Without a toolkit, unless a test adds one: this folder is where it is looked for.
@@ -152,7 +152,7 @@ def test_flags_on_x86(checkout: Checkout) -> None:
     compiled = checkout.compiled()
     link = compiled.pop("")
     assert set(compiled) == {
-        f"csrc/{name}.cpp" for name in ("op_cpu", "a_avx2", "a_avx512", "bindings")
+        f"csrc/{name}.cpp" for name in ("op_cpu", "levels/avx2", "levels/avx512", "bindings")
     }
     for source, flags in compiled.items():
         assert not any(flag.startswith(("-march", "-mtune")) for flag in flags)
@@ -164,7 +164,7 @@ def test_flags_on_x86(checkout: Checkout) -> None:
         assert flags.index("-O3") < flags.index("-O1") < flags.index("-ffp-contract=off")
         assert flags.index("-ffast-math") < flags.index("-fno-fast-math")
     objects = [Path(word).stem for word in link if word.endswith(".o")]
-    assert objects == ["bindings", "op_cpu", "a_avx2", "a_avx512"]
+    assert objects == ["bindings", "op_cpu", "avx2", "avx512"]
 
 
 def test_other_processors_leave_the_x86_files_out(checkout: Checkout) -> None:
@@ -612,7 +612,7 @@ def test_make_builds_again_if_a_choice_is_made(checkout: Checkout) -> None:
 def test_nothing_is_shared_by_files_for_one_instruction_set():
     """A linker keeps any one copy of a function that several files have: maybe one that this CPU
     cannot run."""
-    objects = [*(ROOT / "build").glob("*/nar_kernels._cpp/*_avx*.o")]
+    objects = [*(ROOT / "build").glob("*/nar_kernels._cpp/csrc/levels/avx*.o")]
     if not objects or shutil.which("nm") is None:
         pytest.skip("needs nm, and the objects of a build in place")
     for path in objects:

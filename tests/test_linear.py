@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nar_kernels.ops import linear
+from nar_kernels.ops.arguments import LinearArgs
 from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.dispatch import run_linear
 from nar_kernels.ops.linear import ChunkLimits, LogitsMemory, chunk_size, inferred_logits
@@ -22,7 +23,7 @@ def product(hidden, weight, bias=None):
     width = weight.shape[0] + 5
     memory = torch.full((len(hidden) + 1, width), 7.0, dtype=hidden.dtype)
     logits = memory[:-1, :-5]
-    run_linear(logits, hidden, weight, bias)
+    run_linear(LinearArgs(logits, hidden, weight, bias))
     assert (memory[:, -5:] == 7).all() and (memory[-1] == 7).all()
     return logits.clone()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.dispatch import NLL_DTYPES, run_nll
 from tests import devices
 from tests.devices import device_of
@@ -89,7 +90,7 @@ def check_kernel(logits, labels, bias, weight, backend, gap=0):
     for gradient in (True, False):
         guarded = Guarded(logits.to(device), gap)
         tensors = [x if x is None else x.to(device) for x in (labels, bias, weight)]
-        got = run_nll(guarded.logits, *tensors, gradient=gradient, backend=backend).cpu()
+        got = run_nll(NllArgs(guarded.logits, *tensors, gradient=gradient), backend).cpu()
         guarded.check()
         assert got.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
         assert_near(got, nll, 1e-14 if logits.dtype == torch.float64 else 1e-6)
@@ -143,7 +144,7 @@ def test_kernel_where_memory_ends_with_the_last_row(backend):
     assert whole.untyped_storage().nbytes() == 21 * 4
     logits = whole.as_strided((3, 5), (8, 1))
     labels = torch.zeros(3, dtype=torch.int64, device=device)
-    nll = run_nll(logits, labels, None, None, gradient=True, backend=backend)
+    nll = run_nll(NllArgs(logits, labels, None, None, gradient=True), backend)
     assert_near(nll, torch.full((3,), 5.0, device=device).log().double(), 1e-6)
     expected = torch.full((3, 5), 0.2, device=device)
     expected[:, 0] -= 1
@@ -176,7 +177,7 @@ def nll_beside_forbidden_pages(dtype):
         )
         logits = memory.as_strided((3, vocabulary), (vocabulary + gap, 1), memory.storage_offset())
         logits.copy_(tensors[0])
-        run_nll(logits, *others, gradient=True, backend="cpp")
+        run_nll(NllArgs(logits, *others, gradient=True), "cpp")
 
 
 @pytest.mark.cpp
@@ -208,8 +209,8 @@ def test_every_instruction_set(simd_level, dtype):
         check_kernel(logits, labels, bias, weight, "cpp")
         check_kernel(logits, labels, None, None, "cpp")
         got, expected = logits.clone(), logits.clone()
-        nll = run_nll(got, labels, bias, weight, gradient=True, backend="cpp")
-        ref = run_nll(expected, labels, bias, weight, gradient=True, backend="reference")
+        nll = run_nll(NllArgs(got, labels, bias, weight, gradient=True), "cpp")
+        ref = run_nll(NllArgs(expected, labels, bias, weight, gradient=True), "reference")
         torch.testing.assert_close(nll, ref, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-6)
 
@@ -245,7 +246,7 @@ def test_kernel_special_values(backend, poisoned_memory):
     expected.backward(torch.ones_like(expected))
     device = device_of(backend)
     moved = logits.to(device)
-    got = run_nll(moved, labels.to(device), None, None, gradient=True, backend=backend)
+    got = run_nll(NllArgs(moved, labels.to(device), None, None, gradient=True), backend)
     close = dict(rtol=1e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(got.cpu().double(), expected.detach(), **close)
     torch.testing.assert_close(moved.cpu().double(), wide.grad, **close)
@@ -265,10 +266,10 @@ def test_bad_labels(backend, dtype):
     good = [0, count + 1]
     for gradient in (True, False):
         guarded, alone = Guarded(logits.to(device)), logits[good].to(device)
-        args = dict(gradient=gradient, backend=backend)
-        nll = run_nll(guarded.logits, *moved, **args)
+        nll = run_nll(NllArgs(guarded.logits, *moved, gradient=gradient), backend)
         guarded.check()
-        expected = run_nll(alone, moved[0][good], moved[1], moved[2][good], **args)
+        of_good = moved[0][good], moved[1], moved[2][good]
+        expected = run_nll(NllArgs(alone, *of_good, gradient=gradient), backend)
         assert nll[1:-1].isnan().all() and torch.equal(nll[good], expected)
         assert not gradient or torch.equal(guarded.logits[good], alone)
 
@@ -281,7 +282,7 @@ def test_independent_of_threads(dtype):
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
         gradient = logits.clone()
-        nll = run_nll(gradient, labels, bias, weight, gradient=True, backend="cpp")
+        nll = run_nll(NllArgs(gradient, labels, bias, weight, gradient=True), "cpp")
         outcomes.append((nll, gradient))
     torch.set_num_threads(1)
     for nll, gradient in outcomes[1:]:

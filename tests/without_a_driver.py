@@ -73,6 +73,7 @@ driver.set_active(NoDriver())
 SIZES = {"i1": 1, "i32": 4, "fp32": 4, "i64": 8}
 
 from nar_kernels import MaskingConfig  # noqa: E402
+from nar_kernels.ops.arguments import NllArgs, UnmaskArgs  # noqa: E402
 from nar_kernels.ops.dispatch import _empty_outputs  # noqa: E402
 from nar_kernels.ops.kernels import corrupt, nll, unmask  # noqa: E402
 from nar_kernels.ops.kernels.launcher import Launcher  # noqa: E402
@@ -106,11 +107,13 @@ def nll_call(
     return partial(
         nll.nll_triton,
         FLOATS[:rows],
-        logits,
-        WORDS[:rows],
-        FLOATS[:vocabulary] if bias else None,
-        FLOATS[:rows] if weight else None,
-        gradient,
+        NllArgs(
+            logits,
+            WORDS[:rows],
+            FLOATS[:vocabulary] if bias else None,
+            FLOATS[:rows] if weight else None,
+            gradient,
+        ),
     )
 
 
@@ -130,7 +133,8 @@ def unmask_call(
     slots = WORDS[:rows]
     outputs = torch.empty_like(slots), FLOATS[:rows], FLOATS[8 : 8 + rows]
     options = slots if given else None, list(forbidden), 7, seed, top_k, inverse_temperature
-    return partial(unmask.unmask_triton, outputs, logits, slots, *options, confidence)
+    a = UnmaskArgs(logits, slots, *options, confidence)
+    return partial(unmask.unmask_triton, outputs, a)
 
 
 class Case(NamedTuple):

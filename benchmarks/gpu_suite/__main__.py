@@ -21,7 +21,7 @@ from benchmarks.gpu_suite.runner import Suite
 from benchmarks.gpu_suite.steps import all_steps
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCES = ("csrc/*", "nar_kernels/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "setup.py")
+SOURCES = ("csrc/**/*", "nar_kernels/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "setup.py")
 
 
 def digest_of_sources() -> str:

@@ -1,6 +1,9 @@
-"""The arguments of the operators, in the order of their schemas: one list for every backend."""
+"""The arguments of each operator: one named tuple, which all of its backends take.
 
-from typing import NamedTuple, get_type_hints
+The schema of the operator is made from it (:func:`schema`), and ``csrc/bindings.h`` unpacks it.
+"""
+
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,9 +19,26 @@ TOKEN_DTYPES = {
     "int64": torch.int64,
 }
 
+Mutated = Annotated[Tensor, "the operator writes to it"]
+
 # SymInt also where no shape depends on it: torch.compile then takes another value, such as of the
 # seed, without compiling again.
-_SCHEMA_TYPES = {int: "SymInt", bool: "bool", Tensor: "Tensor", Tensor | None: "Tensor?"}
+_SCHEMA_TYPES: dict[Any, str] = {
+    int: "SymInt",
+    bool: "bool",
+    float: "float",
+    str: "str",
+    list[int]: "SymInt[]",
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Mutated: "Tensor(a!)",
+}
+
+
+def schema(arguments: type) -> str:
+    """The arguments of a ``torch.library`` schema, from the fields of a named tuple."""
+    hints = get_type_hints(arguments, include_extras=True)
+    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints.items())
 
 
 class WindowOrder(NamedTuple):
@@ -66,7 +86,42 @@ class CorruptArgs(NamedTuple):
     random_share: int
     coin_share: int
 
-    @classmethod
-    def schema(cls) -> str:
-        hints = get_type_hints(cls)
-        return ", ".join(f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in cls._fields)
+
+class NllArgs(NamedTuple):
+    """Checked arguments of ``nll_``: the loss of rows of logits, and its gradient in their place.
+
+    Shapes: R rows, V vocabulary. The loss is float32 ``[R]``, float64 for such logits.
+    """
+
+    # [R, V], contiguous but for a gap behind each row, behind the last one too unless the memory
+    # ends there. With `gradient` they become `weight * (softmax - one_hot)`; otherwise they are
+    # undefined afterwards, as gaps always are. Rows at multiples of 64 bytes are the fastest.
+    logits: Mutated
+    labels: Tensor  # int64 [R]; the loss of one outside [0, V) is NaN
+    bias: Tensor | None  # [V] of the type of the loss, is added to the logits
+    weight: Tensor | None  # [R] of the type of the loss; None for 1
+    gradient: bool
+
+
+class LinearArgs(NamedTuple):
+    """Arguments of ``linear_``: ``logits = hidden @ weight.T + bias``. Rows of the matrices are
+    contiguous for the kernel."""
+
+    logits: Mutated  # [R, V]
+    hidden: Tensor  # [R, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+class UnmaskArgs(NamedTuple):
+    """Checked arguments of ``unmask``. Shapes: R rows of logits, V vocabulary."""
+
+    logits: Tensor  # [R, V], rows contiguous
+    noise_slots: Tensor  # int64 [R], the sample slots of the noise
+    given: Tensor | None  # int64 [R], a token to take in place of a sample, or -1
+    forbidden: list[int]  # ids in [0, V) that are never sampled, ascending
+    fallback: int  # the token of a row that allows none
+    seed: int  # signed, with the bits of the unsigned one
+    top_k: int  # in [1, V]
+    inverse_temperature: float  # 0: the most probable token
+    confidence: str  # "probability", "margin" or "entropy"

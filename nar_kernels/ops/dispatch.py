@@ -1,37 +1,120 @@
 """From tensors to kernels: allocates outputs and calls a backend, as ``torch.library`` operators.
 
-Arguments have been checked in ``ops.py``.
+Arguments have been checked by the callers: ``ops.py``, ``loss.py``, ``linear.py``,
+``unmasking.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import TOKEN_DTYPES, CorruptArgs
+from nar_kernels.ops.arguments import (
+    TOKEN_DTYPES,
+    CorruptArgs,
+    LinearArgs,
+    NllArgs,
+    UnmaskArgs,
+    schema,
+)
 from nar_kernels.ops.backends import cpp, cuda
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import corrupt_ref, nll_ref, unmask_ref
 
 # The codes that the C++ side switches on.
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES.values())}
+_LOGIT_CODE = {torch.float32: 0, torch.bfloat16: 1}
 
 _lib = torch.library.Library("nar_kernels", "DEF")
-_lib.define(f"corrupt({CorruptArgs.schema()}, str backend) -> ({', '.join(['Tensor'] * 9)})")
 
 
-def host_address(tensor: Tensor | None) -> int:
-    """Where a kernel of the CPU finds it; 0 for None.
+def _register(
+    name: str,
+    arguments: Any,
+    result: str,
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+    options: str = ", str backend",
+) -> None:
+    """Registers an operator that takes the fields of the named tuple ``arguments``, then
+    ``options``.
+
+    Args:
+        launch, fake: take the tuple, then the options.
+    """
+    count = len(arguments._fields)
+
+    def from_fields(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(arguments(*args[:count]), *args[count:])
+
+    _lib.define(f"{name}({schema(arguments)}{options}) -> {result}")
+    _lib.impl(name, from_fields(launch), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nar_kernels::{name}", from_fields(fake), lib=_lib)
+
+
+def _interceptors() -> tuple[Callable[[], object], ...] | None:
+    """Functions that are true while a dispatch mode, a tracer, a transform or a profiler is active.
+    They are private to PyTorch: None if a later version lacks one."""
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._get_tracing_state,
+            torch._C._functorch.peek_interpreter_stack,
+            torch.autograd._profiler_enabled,
+        )
+    except AttributeError:
+        return None
+
+
+_INTERCEPTORS = _interceptors()
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _needs_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether a call must be an operator that torch's dispatcher sees: for whatever records, traces
+    or intercepts, and for tensors without values. Other calls skip it, which saves some 10 us."""
+    if torch.compiler.is_compiling() or _INTERCEPTORS is None:  # first: it cannot trace the rest
+        return True
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TENSORS or t.is_meta or (grad and t.requires_grad):
+            return True
+    for is_active in _INTERCEPTORS:
+        if is_active():
+            return True
+    return False
+
+
+def _on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
+    """``launch(*args)``, which goes to the current device, on that of ``tensor``."""
+    device = tensor.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(*args)
+    return launch(*args)
+
+
+def host_address(tensor: Tensor) -> int:
+    """Where a kernel of the CPU finds it.
 
     Raises:
         ValueError: it is somewhere else. (Callers check what users pass.)
     """
-    if tensor is None:
-        return 0
-    if not tensor.is_cpu:
-        raise ValueError(f"a tensor is on {tensor.device}, but the kernel runs on the CPU")
+    check_on_host((tensor,))
     return tensor.data_ptr()
+
+
+def check_on_host(arguments: Iterable[object]) -> None:
+    """Raises ValueError for a tensor that a kernel of the CPU cannot read."""
+    for x in arguments:
+        if isinstance(x, Tensor) and not x.is_cpu:
+            raise ValueError(f"a tensor is on {x.device}, but the kernel runs on the CPU")
+
+
+# ---- corrupt
 
 
 def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -55,6 +138,14 @@ def _corrupt_cpp(a: CorruptArgs) -> tuple[Tensor, ...]:
     return outputs
 
 
+def _public_raw_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# The private one is faster, and is missing where PyTorch has no CUDA.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+
+
 def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
     assert cuda is not None
     device = a.ratio_table.device
@@ -62,7 +153,7 @@ def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
     outputs = (*_empty_outputs(a.batch, a.seq_len, device), workspace)
     where = (0, 0)
     if device.type == "cuda":
-        where = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+        where = device.index, _raw_stream(device.index)
     cuda.corrupt(a, outputs, DTYPE_CODE[a.tokens.dtype], a.tokens.numel(), *where)
     return *outputs[:-1], workspace[:NUM_INVALID]
 
@@ -85,287 +176,171 @@ _CORRUPT = {
 }
 
 
-def _needs_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether something records, traces or intercepts what is done with tensors: it is to see
-    operators, as are tensors without values. Anybody else is spared torch's dispatcher, which costs
-    some 10 us a call."""
-    return (
-        torch.compiler.is_compiling()  # which knows nothing of what follows
-        or any(
-            type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta
-            for t in tensors
-            if t is not None
-        )
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None))
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-    )
-
-
-def _on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
-    """``launch(*args)``, which goes to the current device, on that of ``tensor``."""
-    device = tensor.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(*args)
-    return launch(*args)
-
-
-def _launch(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
+def _launch_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
     return _on_device(a.ratio_table, _CORRUPT[backend], a)
 
 
-def _corrupt_impl(*args: Any) -> tuple[Tensor, ...]:
-    return _launch(CorruptArgs(*args[:-1]), args[-1])
-
-
-def _corrupt_fake(*args: Any) -> tuple[Tensor, ...]:
-    a = CorruptArgs(*args[:-1])
+def _corrupt_fake(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
     device = a.ratio_table.device
     outputs = _empty_outputs(a.batch, a.seq_len, device)
     return *outputs, torch.empty(NUM_INVALID, dtype=torch.int64, device=device)
 
 
-_lib.impl("corrupt", _corrupt_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("nar_kernels::corrupt", _corrupt_fake, lib=_lib)
+_register("corrupt", CorruptArgs, f"({', '.join(['Tensor'] * 9)})", _launch_corrupt, _corrupt_fake)
 
 
 def run_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
     """The tensors of :class:`Corrupted`."""
     if _needs_dispatcher(a.tokens, a.maskable):
         return torch.ops.nar_kernels.corrupt.default(*a, backend)
-    return _launch(a, backend)
+    return _launch_corrupt(a, backend)
 
 
 # ---- nll
 
-_lib.define(
-    "nll_(Tensor(a!) logits, Tensor labels, Tensor? bias, Tensor? weight, bool gradient, "
-    "str backend) -> Tensor"
-)
-
-# The types of logits that each compiled backend has, by the number that C++ switches on.
-_CPP_LOGITS = {torch.float32: 0, torch.bfloat16: 1}
+# The types of logits that each backend takes.
 NLL_DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    "cpp": tuple(_CPP_LOGITS),
+    "cpp": tuple(_LOGIT_CODE),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 
-def _nll_cpp(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, weight: Tensor | None, gradient: bool
-) -> Tensor:
+def _nll_cpp(a: NllArgs) -> Tensor:
     assert cpp is not None
-    nll = torch.empty(logits.shape[0], dtype=torch.float32, device="cpu")
-    cpp.nll(
-        host_address(logits),
-        _CPP_LOGITS[logits.dtype],
-        *logits.shape,
-        logits.stride(0),
-        host_address(bias),
-        host_address(labels),
-        host_address(weight),
-        gradient,
-        host_address(nll),
-        torch.get_num_threads(),
-    )
+    nll = torch.empty(a.logits.shape[0], dtype=torch.float32, device="cpu")
+    check_on_host(a)
+    cpp.nll(a, (nll,), _LOGIT_CODE[a.logits.dtype], torch.get_num_threads())
     return nll
 
 
-def _nll_triton(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, weight: Tensor | None, gradient: bool
-) -> Tensor:
+def _nll_triton(a: NllArgs) -> Tensor:
     from nar_kernels.ops.kernels.nll import nll_triton
 
-    nll = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    nll_triton(nll, logits, labels, bias, weight, gradient)
+    nll = torch.empty(a.logits.shape[0], dtype=torch.float32, device=a.logits.device)
+    nll_triton(nll, a)
     return nll
 
 
 _NLL = {"reference": nll_ref, "cpp": _nll_cpp, "triton": _nll_triton}
 
 
-def _nll_impl(logits: Tensor, *args: Any) -> Tensor:
-    *others, backend = args
-    return _on_device(logits, _NLL[backend], logits, *others)
+def _launch_nll(a: NllArgs, backend: str) -> Tensor:
+    return _on_device(a.logits, _NLL[backend], a)
 
 
-def _nll_fake(logits: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+def _nll_fake(a: NllArgs, backend: str) -> Tensor:
+    dtype = torch.promote_types(a.logits.dtype, torch.float32)
+    return a.logits.new_empty(a.logits.shape[0], dtype=dtype)
 
 
-_lib.impl("nll_", _nll_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("nar_kernels::nll_", _nll_fake, lib=_lib)
+_register("nll_", NllArgs, "Tensor", _launch_nll, _nll_fake)
 
 
-def run_nll(
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    *,
-    gradient: bool,
-    backend: str,
-) -> Tensor:
-    """float32 ``[R]`` (float64 for such logits): the loss of each row of ``logits``. All but those
-    must be contiguous.
-
-    Args:
-        logits: ``[R, V]`` of a type in :data:`NLL_DTYPES`, contiguous but for a gap behind each
-            row, behind the last one too unless the memory ends there. With ``gradient`` they become
-            ``weight * (softmax - one_hot)``; otherwise they are undefined afterwards, as gaps
-            always are. Rows that begin at multiples of 64 bytes are the fastest.
-        labels: int64 ``[R]``. One outside [0, V) gives NaN.
-        bias: ``[V]`` of the type of the result, is added to the logits; or None.
-        weight: ``[R]`` of the type of the result; None for 1.
-    """
-    return torch.ops.nar_kernels.nll_.default(logits, labels, bias, weight, gradient, backend)
+def run_nll(a: NllArgs, backend: str) -> Tensor:
+    """The loss of each row ``[R]``."""
+    if _needs_dispatcher(a.logits, a.labels, a.bias, a.weight):
+        return torch.ops.nar_kernels.nll_.default(*a, backend)
+    return _launch_nll(a, backend)
 
 
 # ---- linear
-
-_lib.define("linear_(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias) -> ()")
 
 # Whether `linear_` has a kernel here, for float32 on the CPU: one that fuses multiply-adds.
 HAS_LINEAR = cpp is not None and cpp.has_linear()
 
 
-def _linear_impl(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    # PyTorch takes, or refuses, whatever the kernel does not know.
-    tensors = [logits, hidden, weight] + ([] if bias is None else [bias])
-    is_known = (
+def _has_kernel(a: LinearArgs) -> bool:
+    tensors = [a.logits, a.hidden, a.weight] + ([] if a.bias is None else [a.bias])
+    return (
         all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-        and logits.stride(1) == hidden.stride(1) == weight.stride(1) == 1
-        and hidden.shape[1] == weight.shape[1]
-        and logits.shape == (len(hidden), len(weight))
-        and (bias is None or bias.shape == weight.shape[:1])
+        and a.logits.stride(1) == a.hidden.stride(1) == a.weight.stride(1) == 1
+        and a.hidden.shape[1] == a.weight.shape[1]
+        and a.logits.shape == (len(a.hidden), len(a.weight))
+        and (a.bias is None or a.bias.shape == a.weight.shape[:1])
+        and cpp is not None
+        and cpp.has_linear()
     )
-    if is_known and cpp is not None and cpp.has_linear():
-        bias = None if bias is None else bias.contiguous()
-        cpp.linear(
-            host_address(logits),
-            logits.stride(0),
-            host_address(hidden),
-            *hidden.shape,
-            hidden.stride(0),
-            host_address(weight),
-            weight.shape[0],
-            weight.stride(0),
-            host_address(bias),
-            torch.get_num_threads(),
-        )
-    elif bias is None:
-        torch.mm(hidden, weight.t(), out=logits)
+
+
+def _launch_linear(a: LinearArgs) -> None:
+    if _has_kernel(a):
+        assert cpp is not None
+        if a.bias is not None:
+            a = a._replace(bias=a.bias.contiguous())
+        check_on_host(a)
+        cpp.linear(a, torch.get_num_threads())
+    # PyTorch takes, or refuses, whatever the kernel does not know.
+    elif a.bias is None:
+        torch.mm(a.hidden, a.weight.t(), out=a.logits)
     else:
-        torch.addmm(bias, hidden, weight.t(), out=logits)
+        torch.addmm(a.bias, a.hidden, a.weight.t(), out=a.logits)
 
 
-_lib.impl("linear_", _linear_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("nar_kernels::linear_", lambda *args: None, lib=_lib)
+_register("linear_", LinearArgs, "()", _launch_linear, lambda a: None, options="")
 
 
-def run_linear(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Writes ``hidden @ weight.T + bias`` into ``logits [R, V]``, whose rows are contiguous.
-
-    All are of one type and device, and there are no gradients. Where there is a kernel, each logit
-    is one chain of fused multiply-adds, the same bit for bit whatever rows come with it.
-    """
-    if _needs_dispatcher(logits, hidden, weight, bias):
-        torch.ops.nar_kernels.linear_.default(logits, hidden, weight, bias)
+def run_linear(a: LinearArgs) -> None:
+    """Writes the logits: there are no gradients. Where there is a kernel, each logit is one chain
+    of fused multiply-adds, the same bit for bit whatever rows come with it."""
+    if _needs_dispatcher(*a):
+        torch.ops.nar_kernels.linear_.default(*a)
     else:
-        _linear_impl(logits, hidden, weight, bias)
+        _launch_linear(a)
 
 
 # ---- unmask
 
-_lib.define(
-    "unmask(Tensor logits, Tensor noise_slots, Tensor? given, SymInt[] forbidden, SymInt fallback, "
-    "SymInt seed, SymInt top_k, float inverse_temperature, str confidence, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-
-# In the order of the numbers that C++ switches on.
 Confidence = Literal["probability", "margin", "entropy"]
 CONFIDENCES = get_args(Confidence)
 
 
-def _unmask_outputs(noise_slots: Tensor, confidence: str) -> tuple[Tensor, Tensor, Tensor]:
-    rows = noise_slots.shape[0]
-    others = 0 if confidence == "probability" else rows
+def _unmask_outputs(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
+    others = 0 if a.confidence == "probability" else a.noise_slots.shape[0]
     return (
-        torch.empty_like(noise_slots),
-        torch.empty_like(noise_slots, dtype=torch.float32),
-        noise_slots.new_empty(others, dtype=torch.float32),
+        torch.empty_like(a.noise_slots),
+        torch.empty_like(a.noise_slots, dtype=torch.float32),
+        a.noise_slots.new_empty(others, dtype=torch.float32),
     )
 
 
-def _unmask_cpp(
-    logits: Tensor,
-    noise_slots: Tensor,
-    given: Tensor | None,
-    forbidden: list[int],
-    fallback: int,
-    seed: int,
-    top_k: int,
-    inverse_temperature: float,
-    confidence: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _unmask_cpp(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     assert cpp is not None
-    if logits.dtype not in _CPP_LOGITS:
-        logits = logits.float()
-    outputs = _unmask_outputs(noise_slots, confidence)
-    cpp.unmask(
-        host_address(logits),
-        _CPP_LOGITS[logits.dtype],
-        *logits.shape,
-        logits.stride(0),
-        host_address(noise_slots),
-        host_address(given),
-        forbidden,
-        fallback,
-        seed,
-        top_k,
-        inverse_temperature,
-        CONFIDENCES.index(confidence),
-        *map(host_address, outputs),
-        torch.get_num_threads(),
-    )
+    if a.logits.dtype not in _LOGIT_CODE:
+        a = a._replace(logits=a.logits.float())
+    outputs = _unmask_outputs(a)
+    check_on_host(a)
+    cpp.unmask(a, outputs, _LOGIT_CODE[a.logits.dtype], torch.get_num_threads())
     return outputs
 
 
-def _unmask_triton(
-    logits: Tensor, noise_slots: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _unmask_triton(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     from nar_kernels.ops.kernels.unmask import unmask_triton
 
-    outputs = _unmask_outputs(noise_slots, args[-1])
-    unmask_triton(outputs, logits, noise_slots, *args)
+    outputs = _unmask_outputs(a)
+    unmask_triton(outputs, a)
     return outputs
 
 
 _UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp, "triton": _unmask_triton}
 
 
-def _unmask_impl(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *others, backend = args
-    return _on_device(logits, _UNMASK[backend], logits, *others)
+def _launch_unmask(a: UnmaskArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _on_device(a.logits, _UNMASK[backend], a)
 
 
-def _unmask_fake(logits: Tensor, noise_slots: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _unmask_outputs(noise_slots, args[-2])
+_register(
+    "unmask",
+    UnmaskArgs,
+    "(Tensor, Tensor, Tensor)",
+    _launch_unmask,
+    lambda a, backend: _unmask_outputs(a),
+)
 
 
-_lib.impl("unmask", _unmask_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("nar_kernels::unmask", _unmask_fake, lib=_lib)
-
-
-def run_unmask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """int64, float32 and float32 ``[R]``: the result of :func:`nar_kernels.unmask`, whose arguments
-    these are in the order of the schema; the rows of the logits contiguous, all else entirely. The
-    last is empty for ``"probability"``."""
-    if _needs_dispatcher(*args[:3]):
-        return torch.ops.nar_kernels.unmask.default(*args)
-    return _unmask_impl(*args)
+def run_unmask(a: UnmaskArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities and confidences ``[R]``: int64, float32 and float32. The last is
+    empty for ``"probability"``."""
+    if _needs_dispatcher(a.logits, a.noise_slots, a.given):
+        return torch.ops.nar_kernels.unmask.default(*a, backend)
+    return _launch_unmask(a, backend)

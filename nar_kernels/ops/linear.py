@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nar_kernels.ops.arguments import LinearArgs
 from nar_kernels.ops.backends import multiplies_in
 from nar_kernels.ops.dispatch import HAS_LINEAR, run_linear
 
@@ -96,7 +97,7 @@ def linear_chunks(
         part = slice(start, min(start + size, len(hidden)))
         logits = memory.rows(part.stop - part.start, len(weight), hidden)
         if is_large and backend == "cpp":
-            run_linear(logits, hidden[part], weight, None)
+            run_linear(LinearArgs(logits, hidden[part], weight, None))
         else:
             torch.mm(hidden[part], weight.t(), out=logits)
         yield logits, part
@@ -120,5 +121,5 @@ def inferred_logits(
     for start in range(0, len(hidden), size):
         some = hidden[start : start + size]
         logits = memory.rows(len(some), len(weight), some)
-        run_linear(logits, some, weight, bias)
+        run_linear(LinearArgs(logits, some, weight, bias))
         yield logits

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.dispatch import NLL_DTYPES, run_nll
@@ -312,9 +313,7 @@ def _losses_and_gradients(
     size = chunk_size(len(hidden), len(weight), hidden.device, TRAINING_LIMITS)
     for logits, part in linear_chunks(hidden, weight, size, backend):
         counts = None if row_weight is None else row_weight[part]
-        nll[part] = run_nll(
-            logits, labels[part], bias, counts, gradient=any(wanted), backend=backend
-        )
+        nll[part] = run_nll(NllArgs(logits, labels[part], bias, counts, any(wanted)), backend)
         if of_hidden is not None:
             torch.mm(logits, weight, out=of_hidden[part])
         if of_weight is not None:

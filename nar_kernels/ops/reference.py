@@ -6,7 +6,7 @@ Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens, R r
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import CorruptArgs
+from nar_kernels.ops.arguments import CorruptArgs, NllArgs, UnmaskArgs
 from nar_kernels.ops.masking import IGNORE_INDEX
 from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
 from nar_kernels.spec.philox import Stream, permute, words
@@ -159,56 +159,41 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     )
 
 
-def nll_ref(
-    logits: Tensor, labels: Tensor, bias: Tensor | None, weight: Tensor | None, gradient: bool
-) -> Tensor:
-    """The specification of ``nll``: the loss of logits ``[R, V]``, and its gradient in their place.
-
-    At least in float32, whatever the type of the logits.
-    """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if bias is not None:
-        z = z + bias
-    valid = (labels >= 0) & (labels < z.shape[1])
-    nll = torch.nn.functional.cross_entropy(z, labels.where(valid, 0), reduction="none")
-    if gradient:
-        is_label = labels[:, None] == torch.arange(z.shape[1], device=z.device)
+def nll_ref(a: NllArgs) -> Tensor:
+    """The specification of ``nll_``: at least in float32, whatever the type of the logits."""
+    z = a.logits.to(torch.promote_types(a.logits.dtype, torch.float32))
+    if a.bias is not None:
+        z = z + a.bias
+    valid = (a.labels >= 0) & (a.labels < z.shape[1])
+    nll = torch.nn.functional.cross_entropy(z, a.labels.where(valid, 0), reduction="none")
+    if a.gradient:
+        is_label = a.labels[:, None] == torch.arange(z.shape[1], device=z.device)
         grad = z.softmax(1) - is_label.to(z.dtype)
-        logits.copy_(grad if weight is None else weight[:, None] * grad)
+        a.logits.copy_(grad if a.weight is None else a.weight[:, None] * grad)
     return nll.masked_fill(~valid, torch.nan)
 
 
-def unmask_ref(
-    logits: Tensor,
-    noise_slots: Tensor,
-    given: Tensor | None,
-    forbidden: list[int],
-    fallback: int,
-    seed: int,
-    top_k: int,
-    inverse_temperature: float,
-    confidence: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of ``unmask``: see :func:`nar_kernels.unmask`."""
-    forbidden_ids = torch.tensor(forbidden, dtype=torch.int64, device=logits.device)
-    x = logits.to(torch.float32).index_fill(1, forbidden_ids, -torch.inf)
+    forbidden_ids = torch.tensor(a.forbidden, dtype=torch.int64, device=a.logits.device)
+    x = a.logits.to(torch.float32).index_fill(1, forbidden_ids, -torch.inf)
     x = x.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     # The k largest; of equal ones, those that come first.
     order = x.argsort(dim=1, descending=True, stable=True)
-    kept = torch.zeros_like(x, dtype=torch.bool).scatter_(1, order[:, :top_k], True)
+    kept = torch.zeros_like(x, dtype=torch.bool).scatter_(1, order[:, : a.top_k], True)
     x = x.masked_fill(~kept, -torch.inf)
     largest = x.amax(1, keepdim=True)
     allows_none = largest[:, 0] == -torch.inf
     from_largest = (x - largest).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
     score = from_largest
-    if inverse_temperature > 0:
+    if a.inverse_temperature > 0:
         position = torch.arange(x.shape[1], device=x.device)
-        noise = gumbel(words(seed, Stream.DECODE_NOISE, noise_slots[:, None], position))
-        score = from_largest * inverse_temperature + noise
-    tokens = score.argmax(1).masked_fill(allows_none, fallback)  # of equal ones the first
-    if given is not None:
-        tokens = tokens.where(given < 0, given)
+        noise = gumbel(words(a.seed, Stream.DECODE_NOISE, a.noise_slots[:, None], position))
+        score = from_largest * a.inverse_temperature + noise
+    tokens = score.argmax(1).masked_fill(allows_none, a.fallback)  # of equal ones the first
+    if a.given is not None:
+        tokens = tokens.where(a.given < 0, a.given)
 
     exp = exp_of_negative(from_largest)
     total = _sum_of_units(exp)
@@ -217,10 +202,10 @@ def unmask_ref(
     log_prob = from_largest.gather(1, inside[:, None])[:, 0] - log_total
     log_prob = log_prob.masked_fill(allows_none | (tokens != inside), -torch.inf)
 
-    if confidence == "entropy":
+    if a.confidence == "entropy":
         mean_gap = _sum_of_units(exp * (-from_largest).clamp(max=87.0)) / total
         sure = -(log_total + mean_gap)
-    elif confidence == "margin":
+    elif a.confidence == "margin":
         second = from_largest.topk(min(2, x.shape[1]), dim=1).values[:, 1:]
         sure = (1 - exp_of_negative(second).sum(1)) / total
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
+from nar_kernels.ops.arguments import UnmaskArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import signed_seed
 from nar_kernels.ops.dispatch import CONFIDENCES, Confidence, run_unmask
@@ -124,7 +125,7 @@ def unmask(
         raise ValueError(f"mask_id and forbidden_ids leave none of the {vocabulary} ids to draw")
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    tokens, log_prob, other = run_unmask(
+    arguments = UnmaskArgs(
         logits,
         noise_slots.contiguous(),
         None if given is None else given.contiguous(),
@@ -134,6 +135,7 @@ def unmask(
         vocabulary if top_k is None else min(top_k, vocabulary),
         0.0 if temperature < MIN_TEMPERATURE else 1 / min(temperature, MAX_TEMPERATURE),
         confidence,
-        resolve_backend(backend, logits.device, UNMASK_BACKENDS),
     )
+    backend = resolve_backend(backend, logits.device, UNMASK_BACKENDS)
+    tokens, log_prob, other = run_unmask(arguments, backend)
     return Unmasked(tokens, log_prob, log_prob if confidence == "probability" else other)

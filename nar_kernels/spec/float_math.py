@@ -2,7 +2,7 @@
 
 PyTorch's own differ by a bit between devices, which is enough to sample a different token. These
 are plain multiplications and additions in a fixed order, without FMA: the same as in
-csrc/float_math.h. The polynomials are those of Cephes (Moshier), accurate to 2 ulp.
+csrc/runtime/float_math.h. The polynomials are those of Cephes (Moshier), accurate to 2 ulp.
 """
 
 import torch

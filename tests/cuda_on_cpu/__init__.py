@@ -14,7 +14,7 @@ import pybind11
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIBRARY = ROOT / "build/cuda_on_cpu" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-SOURCES = [ROOT / "csrc/corrupt.cu", ROOT / "csrc/bindings_cuda.cpp", HERE / "testing.cpp"]
+SOURCES = [ROOT / "csrc/corrupt/corrupt.cu", ROOT / "csrc/bindings_cuda.cpp", HERE / "testing.cpp"]
 
 FLAGS = (
     "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -pthread -ffp-contract=off"
@@ -25,7 +25,7 @@ FLAGS = (
 
 
 def _compile(compiler: list[str]) -> None:
-    headers = [*(ROOT / "csrc").glob("*.h"), HERE / "cuda_runtime.h", Path(__file__)]
+    headers = [*(ROOT / "csrc").rglob("*.h"), HERE / "cuda_runtime.h", Path(__file__)]
     newest = max(path.stat().st_mtime for path in (*SOURCES, *headers))
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > newest:
         return
@@ -35,6 +35,7 @@ def _compile(compiler: list[str]) -> None:
         *FLAGS,
         '-DNAR_CUDA_ARCHS="cpu"',
         f"-I{HERE}",
+        f"-I{ROOT / 'csrc'}",
         f"-isystem{sysconfig.get_path('include')}",
         f"-isystem{pybind11.get_include()}",
         "-xc++",

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.kernels.launcher import Launcher
 
 # Longer rows are taken in blocks of this many.
@@ -34,7 +35,7 @@ def nll_kernel(
     nll, logits, labels, bias, weight, vocabulary, stride, width,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row. Arguments as in ``launch.run_nll``; ``nll`` is the output.
+    """One row. Arguments as in ``NllArgs``; ``nll`` is the output.
 
     ``width``: columns that are loaded and stored, ``vocabulary`` or more. Where it divides by 16,
     loads and stores may be wide.
@@ -89,21 +90,15 @@ def launch_options(vocabulary: int, gradient: bool) -> dict[str, Any]:
 _launch = Launcher(nll_kernel, _VARYING)
 
 
-def nll_triton(
-    nll: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    gradient: bool,
-) -> None:
-    """Fills ``nll``, and replaces ``logits`` by their gradient if asked to."""
+def nll_triton(nll: Tensor, a: NllArgs) -> None:
+    """Fills ``nll``, and replaces the logits by their gradient if asked to."""
+    logits = a.logits
     rows, vocabulary = logits.shape
     if rows == 0:
         return
     # With the gap behind a row, if the last row has one.
     stride, size = logits.stride(0), logits.untyped_storage().nbytes() // logits.itemsize
     width = stride if logits.storage_offset() + rows * stride <= size else vocabulary
-    arguments = nll, logits, labels, bias, weight, vocabulary, stride, width
-    variant = logits.get_device(), logits.dtype, gradient, _block(vocabulary)
-    _launch(rows, arguments, variant, lambda: launch_options(vocabulary, gradient))
+    arguments = nll, logits, a.labels, a.bias, a.weight, vocabulary, stride, width
+    variant = logits.get_device(), logits.dtype, a.gradient, _block(vocabulary)
+    _launch(rows, arguments, variant, lambda: launch_options(vocabulary, a.gradient))

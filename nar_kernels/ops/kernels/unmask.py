@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nar_kernels.ops.arguments import UnmaskArgs
 from nar_kernels.ops.kernels.launcher import Launcher
 from nar_kernels.ops.kernels.random import random_words
 from nar_kernels.spec.philox import Stream
@@ -249,7 +250,7 @@ def unmask_kernel(
     inverse_temperature: tl.float32, SELECTS: tl.constexpr, CONFIDENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row. Arguments as in ``reference.unmask_ref``.
+    """One row. Arguments as in ``UnmaskArgs``.
 
     ``forbidden0``, ``forbidden1``, ``others``: the forbidden ids, -1 and None for none.
     ``SELECTS``: ``top_k`` leaves something out.
@@ -321,32 +322,23 @@ def launch_options(vocabulary: int, top_k: int, confidence: str) -> dict[str, An
 _launch = Launcher(unmask_kernel, _VARYING)
 
 
-def unmask_triton(
-    outputs: tuple[Tensor, Tensor, Tensor],
-    logits: Tensor,
-    noise_slots: Tensor,
-    given: Tensor | None,
-    forbidden: list[int],
-    fallback: int,
-    seed: int,
-    top_k: int,
-    inverse_temperature: float,
-    confidence: str,
-) -> None:
-    """Fills ``outputs``: int64, float32 and float32 ``[R]``, the last one empty for
-    ``"probability"``. The rows of ``logits`` are contiguous, all else is so entirely."""
+def unmask_triton(outputs: tuple[Tensor, Tensor, Tensor], a: UnmaskArgs) -> None:
+    """Fills ``outputs``: tokens, log-probabilities and confidences, the last one empty for
+    ``"probability"``."""
+    logits = a.logits
     rows, vocabulary = logits.shape
     if rows == 0:
         return
     # Two ids travel with the launch. More take a copy, for which the host does not wait, but which
     # a CUDA graph cannot hold.
-    forbidden0, forbidden1 = [*forbidden, -1, -1][:2]
+    forbidden0, forbidden1 = [*a.forbidden, -1, -1][:2]
     others = None
-    if len(forbidden) > 2:
-        others = torch.tensor(forbidden[2:], device="cpu").to(logits.device, non_blocking=True)
+    if len(a.forbidden) > 2:
+        others = torch.tensor(a.forbidden[2:], device="cpu").to(logits.device, non_blocking=True)
     arguments = (
-        *outputs, logits, noise_slots, given, others, vocabulary, logits.stride(0),
-        forbidden0, forbidden1, len(forbidden[2:]), fallback, seed, top_k, inverse_temperature,
+        *outputs, logits, a.noise_slots, a.given, others, vocabulary, logits.stride(0),
+        forbidden0, forbidden1, len(a.forbidden[2:]), a.fallback, a.seed, a.top_k,
+        a.inverse_temperature,
     )  # fmt: skip
-    variant = logits.get_device(), logits.dtype, top_k < vocabulary, confidence
-    _launch(rows, arguments, variant, lambda: launch_options(vocabulary, top_k, confidence))
+    variant = logits.get_device(), logits.dtype, a.top_k < vocabulary, a.confidence
+    _launch(rows, arguments, variant, lambda: launch_options(vocabulary, a.top_k, a.confidence))

@@ -1,0 +1,121 @@
+// `corrupt`: windows, validation, masks and labels. Arguments, and the rules of a row that the CPU
+// and the GPU share.
+#pragma once
+
+#include <cstdint>
+
+#include "corrupt/token_windows.h"
+#include "rng/philox.h"
+
+namespace nar {
+
+constexpr int64_t kIgnoreIndex = -100;
+
+// Length of `invalid`: how many ids were bad, the lowest offset of one, its value; how many windows
+// reached outside the corpus; how many sample slots were negative.
+constexpr int64_t kNumInvalid = 5;
+
+// Which windows a slot holds, in place of starts: slot g is position g % num_windows of epoch
+// g / num_windows, and each epoch has an order of its own.
+struct WindowOrder {
+  int64_t num_windows;  // 0: starts tell
+  int64_t phase, stride;
+  bool shuffle;
+
+  NAR_HOST_DEVICE int64_t start(uint64_t index) const {
+    return phase + static_cast<int64_t>(index) * stride;
+  }
+};
+
+struct CorruptArgs {
+  // Inputs.
+  Windows windows;
+  WindowOrder order;
+  const int64_t* sample_ids;  // [batch], or null: first_sample, first_sample + 1, ...
+  int64_t first_sample;
+  const int64_t* step;          // [1], adds so many global batches to first_sample; or null
+  const uint8_t* maskable;      // [batch, seq_len] or null
+  const uint32_t* ratio_table;  // [65536], 0.32 fixed point
+  const float* weight_table;    // [65536]
+  const uint8_t* never_mask;    // [num_tokens] or null
+  uint64_t seed;
+  const uint64_t* seed_tensor;  // [1], in place of seed, or null
+  int64_t global_batch;
+  bool exact, stratified;
+  uint64_t keep_share, random_share, coin_share;  // 2**31 stands for 1
+
+  // Outputs.
+  int64_t* input_ids;       // [batch, seq_len]
+  int64_t* labels;          // [batch, seq_len]
+  uint8_t* masked_indices;  // [batch, seq_len]
+  float* times;             // [batch]
+  float* loss_weight;       // [batch]
+  int64_t* num_masked;      // [batch]
+  int64_t* num_maskable;    // [batch]
+  int64_t* row_buffer;      // [batch * seq_len]
+  int64_t* invalid;         // [kNumInvalid]
+
+  NAR_HOST_DEVICE uint64_t sample(int64_t b) const {
+    if (sample_ids) return static_cast<uint64_t>(sample_ids[b]);
+    return static_cast<uint64_t>(first_sample + (step ? *step * global_batch : 0) + b);
+  }
+};
+
+// Compiled once per instruction set (see levels/kernels.h).
+namespace {
+
+// The 16-bit time of a sample slot whose word is given: its upper half, within a stratum.
+NAR_HOST_DEVICE inline uint32_t stratified_time(uint64_t stratum, uint32_t word,
+                                                uint64_t global_batch) {
+  return static_cast<uint32_t>(((stratum << 16) + (word >> 16)) / global_batch);
+}
+
+// How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
+NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, uint32_t t16, int32_t n) {
+  const int32_t k = static_cast<int32_t>(
+      (uint64_t{a.ratio_table[t16]} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);
+  return k > n ? n : k < 1 && n > 0 ? 1 : k;
+}
+
+// Which parts of the masked positions keep their token, or keep it or get a random one, and the
+// word that rounds counts of them.
+struct CorruptionShares {
+  uint64_t keep, replace, rounding;
+
+  NAR_HOST_DEVICE int32_t of_count(uint64_t share, int32_t k) const {
+    return static_cast<int32_t>((static_cast<uint64_t>(k) * share + rounding) >> 31);
+  }
+};
+
+NAR_HOST_DEVICE inline CorruptionShares corruption_shares(const CorruptArgs& a, uint64_t seed,
+                                                          uint64_t sample) {
+  if (a.keep_share == 0 && a.random_share == 0) return {};
+  const Words4 coin = random_block(seed, kCorruption, sample, 0);
+  const uint64_t keep = coin.word[0] >> 1 < a.coin_share ? a.keep_share : 0;
+  const uint64_t random = coin.word[1] >> 1 < a.coin_share ? a.random_share : 0;
+  return {keep, keep + random, coin.word[2] >> 1};
+}
+
+// Uniform over the vocabulary without mask_id.
+NAR_HOST_DEVICE inline int32_t random_token(uint32_t word, int32_t num_tokens, int32_t mask_id) {
+  const uint64_t range = static_cast<uint32_t>(num_tokens - 1);
+  const int32_t token = static_cast<int32_t>(word * range >> 32);
+  return token + (token >= mask_id);
+}
+
+// What is known of row b once k of its n maskable positions are masked.
+NAR_HOST_DEVICE inline void write_scalars(const CorruptArgs& a, int64_t b, uint32_t t16, int64_t n,
+                                          int64_t k) {
+  float weight = a.weight_table[t16];
+  if (a.exact) {
+    weight *= static_cast<float>(n);
+    weight = k == 0 ? 0.0f : weight / static_cast<float>(k);
+  }
+  a.times[b] = (static_cast<float>(t16) + 0.5f) / 65536.0f;
+  a.loss_weight[b] = weight;
+  a.num_masked[b] = k;
+  a.num_maskable[b] = n;
+}
+
+}  // namespace
+}  // namespace nar

@@ -1,0 +1,142 @@
+// One row of `corrupt`, top to bottom. Included by one file per instruction set: most loops are
+// plain C++ that compilers vectorise; intrinsics are in the headers of the steps where those do
+// badly.
+#pragma once
+
+#include <algorithm>
+
+#include "corrupt/corrupt_cpu.h"
+#include "corrupt/write_row.h"
+#include "rng/philox_simd.h"
+#include "select/key_bounds.h"
+#include "select/set_positions.h"
+
+namespace nar {
+namespace {
+
+// Which positions may be masked, and how many; keys of the others become the largest, so that they
+// are below no bound.
+int64_t exclude_keys(const CorruptArgs& a, int64_t b, const int32_t* clean, uint8_t* can_mask,
+                     uint32_t* keys) {
+  const uint8_t* maskable = a.maskable ? a.maskable + b * a.windows.seq_len : nullptr;
+  int64_t n = 0;
+  for (int64_t i = 0; i < a.windows.seq_len; ++i) {
+    const bool can = (!maskable || maskable[i]) && !(a.never_mask && a.never_mask[clean[i]]);
+    can_mask[i] = can;
+    if (!can) keys[i] = 0xFFFFFFFF;
+    n += can;
+  }
+  return n;
+}
+
+// Key bounds of a row: the kept are below the first, the kept or random below the second, the
+// masked below the third.
+struct RowBounds {
+  KeyBound keep, replace, mask;
+};
+
+RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
+                     const uint8_t* can_mask, int64_t n) {
+  const CorruptionShares shares = corruption_shares(a, a.seed, a.sample(b));
+  const uint64_t ratio = a.ratio_table[t16];
+  if (!a.exact) {
+    return {(ratio * shares.keep >> 31) << 32, (ratio * shares.replace >> 31) << 32, ratio << 32};
+  }
+  const int32_t k = exact_count(a, t16, n);
+  const int32_t ranks[kNumRanks] = {shares.of_count(shares.keep, k),
+                                    shares.of_count(shares.replace, k), k};
+  KeyBound bounds[kNumRanks];
+  key_bounds(scratch.keys, can_mask, a.windows.seq_len, n, ranks, scratch.upper, bounds);
+  return {bounds[0], bounds[1], bounds[2]};
+}
+
+// A second pass, since few positions get a random token: words are drawn for those alone.
+void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
+                   const uint32_t* __restrict keys, int64_t* __restrict input_ids) {
+  constexpr int64_t kBlock = 512;
+  uint8_t chosen[kBlock];
+  int64_t positions[kBlock + kWordsAtPadding];
+  uint32_t words[kBlock + kWordsAtPadding];
+  const uint32_t keep = bounds.keep >> 32, width = (bounds.replace >> 32) - keep;
+  for (int64_t first = 0; first < a.windows.seq_len; first += kBlock) {
+    const int64_t length = std::min(kBlock, a.windows.seq_len - first);
+    for (int64_t i = 0; i < length; ++i) chosen[i] = keys[first + i] - keep < width;
+    const int64_t count = set_positions(chosen, length, first, positions, kBlock + kWordsAtPadding);
+    words_at(words, positions, count, a.seed, kRandomToken, sample);
+    for (int64_t j = 0; j < count; ++j) {
+      input_ids[positions[j]] = random_token(words[j], a.windows.num_tokens, a.windows.mask_id);
+    }
+  }
+}
+
+// The rare case of equal keys at a bound: position decides between them.
+void write_tied_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
+                    const uint32_t* keys, const int32_t* clean, const uint8_t* can_mask,
+                    RowOutput out) {
+  for (int64_t i = 0; i < a.windows.seq_len; ++i) {
+    const uint64_t key = uint64_t{keys[i]} << 32 | static_cast<uint32_t>(i);
+    const bool is_masked = key < bounds.mask && (!can_mask || can_mask[i]);
+    int64_t id = clean[i];
+    if (is_masked && key >= bounds.replace) {
+      id = a.windows.mask_id;
+    } else if (is_masked && key >= bounds.keep) {
+      const uint32_t word = random_word(a.seed, kRandomToken, sample, i);
+      id = random_token(word, a.windows.num_tokens, a.windows.mask_id);
+    }
+    out.input_ids[i] = id;
+    out.labels[i] = is_masked ? clean[i] : kIgnoreIndex;
+    out.masked[i] = is_masked;
+  }
+}
+
+void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
+                 InvalidTokens* invalid) {
+  const int64_t length = a.windows.seq_len;
+  const uint64_t sample = a.sample(b);
+
+  load_row(a.windows, b, scratch.clean, invalid);
+  fill_words(scratch.keys, length, a.seed, kMaskKey, sample);
+  const bool all_maskable = !a.maskable && !a.never_mask;
+  const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
+  const int64_t n =
+      all_maskable ? length : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);
+  const RowBounds bounds = row_bounds(a, b, t16, scratch, can_mask, n);
+
+  const RowOutput out = {a.input_ids + b * length, a.labels + b * length,
+                         a.masked_indices + b * length};
+  if (is_tied(bounds.keep) || is_tied(bounds.replace) || is_tied(bounds.mask)) {
+    write_tied_row(a, bounds, sample, scratch.keys, scratch.clean, can_mask, out);
+  } else {
+    write_row(bounds.keep >> 32, bounds.mask >> 32, length, a.windows.mask_id, scratch.keys,
+              scratch.clean, out);
+    if (bounds.replace != bounds.keep) {
+      randomise_row(a, bounds, sample, scratch.keys, out.input_ids);
+    }
+  }
+  write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(out.masked, length));
+}
+
+int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {
+  const int64_t length = a.windows.seq_len;
+  if (a.exact) return exact_count(a, t16, static_cast<int32_t>(length));
+  constexpr int64_t kBlock = 1024;
+  uint32_t keys[kBlock];
+  const uint32_t bound = a.ratio_table[t16];
+  int64_t count = 0;
+  for (int64_t first = 0; first < length; first += kBlock) {
+    const int64_t block = std::min(kBlock, length - first);
+    fill_words(keys, block, a.seed, kMaskKey, a.sample(b), first);
+    int32_t below = 0;
+    for (int64_t i = 0; i < block; ++i) below += keys[i] < bound;
+    count += below;
+  }
+  return count;
+}
+
+void write_rows(const CorruptArgs& a, int64_t b, int64_t* rows, int64_t room) {
+  const int64_t base = b * a.windows.seq_len;
+  set_positions(a.masked_indices + base, a.windows.seq_len, base, rows, room);
+}
+
+}  // namespace
+}  // namespace nar

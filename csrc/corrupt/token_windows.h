@@ -1,0 +1,112 @@
+// Windows of a flat corpus of token ids of any integer type, and the record of bad ids.
+#pragma once
+
+#include <cstdint>
+
+#include "rng/philox.h"
+
+namespace nar {
+
+// The order is that of TOKEN_DTYPES in nar_kernels/ops.py.
+enum class TokenType { kUint8, kInt8, kUint16, kInt16, kUint32, kInt32, kInt64 };
+
+struct Windows {
+  const void* tokens;  // [num_corpus_tokens]
+  TokenType token_type;
+  int64_t num_corpus_tokens;
+  const int64_t* starts;  // [batch], or null: one window after the other
+  int64_t batch, seq_len;
+  int64_t num_tokens;  // valid ids are [0, num_tokens), below 2**31, without mask_id
+  int64_t mask_id;
+
+  NAR_HOST_DEVICE int64_t start(int64_t b) const { return starts ? starts[b] : b * seq_len; }
+  NAR_HOST_DEVICE int64_t safe_id() const {
+    return mask_id == 0 ? 1 : 0;
+  }  // takes the place of a bad one
+};
+
+// Bad ids: how many, and the one at the lowest corpus offset.
+struct InvalidTokens {
+  int64_t count = 0;
+  int64_t offset = INT64_MAX;
+  int64_t token = 0;
+
+  void merge(const InvalidTokens& other) {
+    count += other.count;
+    if (other.offset < offset) offset = other.offset, token = other.token;
+  }
+};
+
+// As {count, offset, token}, all 0 where there are none.
+void write_record(const InvalidTokens& found, int64_t* record);
+
+// Throws std::out_of_range for a window outside the corpus.
+void check_windows(const Windows& windows);
+
+// The windows as int64 [batch, seq_len], bad ids replaced.
+InvalidTokens copy_windows(const Windows& windows, int64_t* out);
+
+// Compiled once per instruction set (see levels/kernels.h).
+namespace {
+
+// Calls visit with the corpus as a pointer of its own type.
+template <typename Visit>
+NAR_HOST_DEVICE void visit_tokens(const Windows& w, const Visit& visit) {
+  switch (w.token_type) {
+    case TokenType::kUint8: return visit(static_cast<const uint8_t*>(w.tokens));
+    case TokenType::kInt8: return visit(static_cast<const int8_t*>(w.tokens));
+    case TokenType::kUint16: return visit(static_cast<const uint16_t*>(w.tokens));
+    case TokenType::kInt16: return visit(static_cast<const int16_t*>(w.tokens));
+    case TokenType::kUint32: return visit(static_cast<const uint32_t*>(w.tokens));
+    case TokenType::kInt32: return visit(static_cast<const int32_t*>(w.tokens));
+    case TokenType::kInt64: return visit(static_cast<const int64_t*>(w.tokens));
+  }
+}
+
+// Negative ids wrap to large ones. Narrow types are compared in 32 bits: more lanes.
+template <typename Token>
+NAR_HOST_DEVICE inline bool outside_vocabulary(Token id, uint32_t num_tokens) {
+  if constexpr (sizeof(Token) == 8) {
+    return static_cast<uint64_t>(id) >= num_tokens;
+  } else {
+    return static_cast<uint32_t>(id) >= num_tokens;
+  }
+}
+
+// Ids as Id (int32 or int64). Returns whether one was bad.
+template <typename Id, typename Token>
+bool load_window(const Windows& w, const Token* __restrict window, Id* __restrict clean) {
+  const Id mask_id = static_cast<Id>(w.mask_id);
+  const uint32_t num_tokens = static_cast<uint32_t>(w.num_tokens);
+  uint32_t any_bad = 0;
+  for (int64_t i = 0; i < w.seq_len; ++i) {
+    const Id id = static_cast<Id>(window[i]);
+    any_bad |= outside_vocabulary(window[i], num_tokens) | (id == mask_id);
+    clean[i] = id;
+  }
+  return any_bad != 0;
+}
+
+// Rare: replaces the bad ids of row b, and tells of them.
+template <typename Id, typename Token>
+InvalidTokens replace_invalid(const Windows& w, int64_t b, const Token* window, Id* clean) {
+  InvalidTokens found;
+  for (int64_t i = 0; i < w.seq_len; ++i) {
+    const int64_t id = static_cast<int64_t>(window[i]);
+    if (id >= 0 && id < w.num_tokens && id != w.mask_id) continue;
+    clean[i] = static_cast<Id>(w.safe_id());
+    found.merge({1, w.start(b) + i, id});
+  }
+  return found;
+}
+
+template <typename Id>
+void load_row(const Windows& w, int64_t b, Id* clean, InvalidTokens* invalid) {
+  visit_tokens(w, [&](const auto* tokens) {
+    const auto* window = tokens + w.start(b);
+    if (load_window(w, window, clean)) invalid->merge(replace_invalid(w, b, window, clean));
+  });
+}
+
+}  // namespace
+}  // namespace nar

@@ -1,0 +1,18 @@
+// Every kernel for AVX2, FMA and BMI2: setup.py compiles this file, and no other, with their flags.
+#include "corrupt/corrupt_row.h"
+#include "corrupt/slots.h"
+#include "levels/kernels.h"
+#include "linear/linear_panel.h"
+#include "nll/nll_row.h"
+#include "unmask/unmask_row.h"
+
+namespace nar {
+
+constexpr Kernels kAvx2Kernels = {
+    {draw_times, ordered_starts, count_row, corrupt_row, write_rows},
+    nll_row,
+    unmask_row,
+    {kPanelRows, pack, multiply},
+};
+
+}  // namespace nar

@@ -1,0 +1,17 @@
+// Every kernel for the baseline instruction set of the compiler.
+#include "corrupt/corrupt_row.h"
+#include "corrupt/slots.h"
+#include "levels/kernels.h"
+#include "nll/nll_row.h"
+#include "unmask/unmask_row.h"
+
+namespace nar {
+
+constexpr Kernels kGenericKernels = {
+    {draw_times, ordered_starts, count_row, corrupt_row, write_rows},
+    nll_row,
+    unmask_row,
+    {},  // linear needs fused multiply-adds
+};
+
+}  // namespace nar

@@ -1,7 +1,0 @@
-#include "linear_panel.h"
-
-namespace nar {
-
-LinearKernel linear_avx512() { return {kPanelRows, pack, multiply}; }
-
-}  // namespace nar

@@ -1,7 +1,0 @@
-#include "nll_row.h"
-
-namespace nar {
-
-NllRow nll_row_avx512() { return nll_row; }
-
-}  // namespace nar

@@ -1,0 +1,98 @@
+// Where the bytes of a row are set.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace nar {
+
+// Compiled once per instruction set (see levels/kernels.h).
+namespace {
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The set bits of each byte, ascending.
+struct SetBits {
+  uint8_t bit[256][8] = {};
+  constexpr SetBits() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int i = 0, n = 0; i < 8; ++i) {
+        if (byte >> i & 1) bit[byte][n++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+};
+constexpr SetBits kSetBits;
+#endif
+
+// How many of n bytes are 1 and not 0.
+inline int64_t count_set(const uint8_t* bytes, int64_t n) {
+  constexpr int64_t kBlock = 31 * 8;  // sums of bytes that fit in a byte
+  int64_t count = 0;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    uint64_t words[kBlock / 8] = {}, sum = 0;
+    std::memcpy(words, bytes + first, static_cast<size_t>(std::min(kBlock, n - first)));
+    for (uint64_t word : words) sum += word;
+    count += static_cast<int64_t>(sum * 0x0101010101010101u >> 56);
+  }
+  return count;
+}
+
+// Writes `first` plus the index of each of n flags that is 1 and not 0, and returns how many. There
+// is `room` for at least as many numbers, all of which may change; what comes behind may be another
+// thread's. Some 8 more than needed spare a slow end.
+inline int64_t set_positions(const uint8_t* __restrict flags, int64_t n, int64_t first,
+                             int64_t* __restrict out, int64_t room) {
+  const int64_t *begin = out, *end = out + room;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512i step = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  for (; i + 64 <= n; i += 64) {
+    const __m512i bytes = _mm512_loadu_si512(flags + i);
+    uint64_t bits = _mm512_test_epi8_mask(bytes, bytes);
+    __m512i index = _mm512_add_epi64(step, _mm512_set1_epi64(first + i));
+    for (int group = 0; group < 8; ++group, bits >>= 8) {
+      const __mmask8 here = static_cast<__mmask8>(bits);
+      const uint32_t count = _mm_popcnt_u32(here);
+      _mm512_mask_storeu_epi64(out, static_cast<__mmask8>((1u << count) - 1),
+                               _mm512_maskz_compress_epi64(here, index));
+      out += count;
+      index = _mm512_add_epi64(index, _mm512_set1_epi64(8));
+    }
+  }
+#elif defined(__AVX2__)
+  for (; i + 32 <= n; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(flags + i));
+    uint32_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes, 7)));
+    for (int64_t at = first + i; at < first + i + 32; at += 8, bits >>= 8) {
+      if (end - out < 8) {
+        for (uint32_t left = bits & 0xFF; left != 0; left &= left - 1) {
+          *out++ = at + __builtin_ctz(left);
+        }
+        continue;
+      }
+      const uint8_t* of_byte = kSetBits.bit[bits & 0xFF];
+      for (int half = 0; half < 8; half += 4) {
+        int four;
+        std::memcpy(&four, of_byte + half, sizeof four);
+        const __m256i index = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half),
+                            _mm256_add_epi64(index, _mm256_set1_epi64x(at)));
+      }
+      out += _mm_popcnt_u32(bits & 0xFF);
+    }
+  }
+#endif
+  for (; out < end && i < n; ++i) {  // no branch on the flags
+    *out = first + i;
+    out += flags[i];
+  }
+  return out - begin;
+}
+
+}  // namespace
+}  // namespace nar

@@ -1,0 +1,175 @@
+// Among which ids of a row of logits `unmask` draws: those that are allowed, and of them the k with
+// the largest logits.
+#pragma once
+
+#include "runtime/float_math.h"
+#include "select/top_k.h"
+#include "unmask/unmask.h"
+
+namespace nar {
+namespace {
+
+// No NaN, nothing above the largest finite number, no -0: it would not equal the other one as a
+// key.
+inline Floats clean(Floats x) {
+  return smaller(larger(x, spread(-INFINITY)), spread(3.40282347e38f)) + 0.0f;
+}
+
+inline Floats widened(const float* from) { return load<Floats>(from); }
+inline Floats widened(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load<Shorts>(from), UInts) << 16);
+}
+
+// The logits of a row, T is float or uint16_t for bfloat16.
+template <typename T>
+struct Row {
+  const T* from;
+  int64_t count;
+
+  // Calls take(index, vector, next vector) up to `padded`, a multiple of kRowPadding. Behind the
+  // row there is -inf. Fetches ahead: by itself a CPU does so too late, and not across pages.
+  static constexpr int64_t kAhead = 1024;
+  template <typename Take>
+  void for_each_pair(int64_t padded, Take take) const {
+    int64_t i = 0;
+    for (; i + kHalves <= count; i += kHalves) {
+      __builtin_prefetch(from + i + kAhead, 0, 2);
+      take(i, clean(widened(from + i)), clean(widened(from + i + kFloats)));
+    }
+    for (; i < padded; i += kHalves) {
+      T last[kHalves] = {};
+      if (i < count) std::memcpy(last, from + i, static_cast<size_t>(count - i) * sizeof(T));
+      Floats x = clean(widened(last)), next = clean(widened(last + kFloats));
+      for (int j = 0; j < kFloats; ++j) {
+        if (i + j >= count) x[j] = -INFINITY;
+        if (i + j + kFloats >= count) next[j] = -INFINITY;
+      }
+      take(i, x, next);
+    }
+  }
+};
+
+constexpr float kLowestFloat = -3.40282347e38f;
+
+// What probably some more than k logits of a row reach, by what a sample of it shows.
+template <typename T>
+float likely_bound(const Row<T>& row, int64_t k) {
+  constexpr double kSigmas = 3;
+  if (row.count < kWorthSampling || k >= row.count) return kLowestFloat;
+  const int most =
+      samples_of_share(static_cast<double>(k) / static_cast<double>(row.count), kSigmas);
+  if (most >= kSamples) return kLowestFloat;
+  T chosen[kSamples];
+  const int64_t stride = row.count / kSamples;
+  for (int i = 0; i < kSamples; ++i) chosen[i] = row.from[i * stride];
+  int16_t samples[kSamples];
+  for (int i = 0; i < kSamples; i += kHalves) {
+    const Floats x = widened(chosen + i), next = widened(chosen + i + kFloats);
+    store(samples + i, upper_halves(clean(x), clean(next)));
+  }
+  const int32_t upper = quantiles(samples, Int4{} + most)[0] - kFlip;
+  // The smallest float with this upper half.
+  return upper < kUpperOfMinusInfinity ? float_of(upper * 65536 + 65535) : kLowestFloat;
+}
+
+// Among these a token is drawn. One of -inf cannot be.
+struct Candidates {
+  float* logits;  // padded with -inf to kManyFloats
+  int32_t* ids;   // ascending; null for all ids
+  int64_t count;
+
+  int64_t id(int64_t i) const { return ids ? ids[i] : i; }
+
+  // Where an id is, or -1.
+  int64_t find(int64_t id) const {
+    if (!ids) return id < count ? id : -1;
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      (ids[middle] < id ? low : high) = ids[middle] < id ? middle + 1 : middle;
+    }
+    return low < count && ids[low] == id ? low : -1;
+  }
+
+  // How many of these ids could have been drawn.
+  int64_t forbid(const int64_t* forbidden, int64_t num_forbidden) const {
+    int64_t found = 0;
+    for (int64_t f = 0; f < num_forbidden; ++f) {
+      const int64_t at = find(forbidden[f]);
+      if (at >= 0 && logits[at] > -INFINITY) logits[at] = -INFINITY, ++found;
+    }
+    return found;
+  }
+
+  float largest() const {
+    Floats v = spread(-INFINITY);
+    for (int64_t i = 0; i < count; i += kFloats) v = larger(load<Floats>(logits + i), v);
+    float x = -INFINITY;
+    for (int j = 0; j < kFloats; ++j) x = std::max(x, v[j]);
+    return x;
+  }
+};
+
+// Appends what of `x`, whose ids these are, is not below the bound.
+inline void append(Floats x, Ints ids, float bound, Candidates* c) {
+  c->count += compress(x >= bound, x, ids, c->logits + c->count, c->ids + c->count);
+}
+
+void pad(const Candidates& c) {
+  for (int j = 0; j < kManyVectors; ++j) {
+    store(c.logits + c.count + j * kFloats, spread(-INFINITY));
+  }
+}
+
+// Leaves the k largest of at least as many that are not -inf.
+void keep_largest(int64_t k, int64_t num_finite, int16_t* upper, Candidates* c) {
+  const int64_t length = (c->count + kHalves - 1) / kHalves * kHalves;
+  for (int64_t i = 0; i < length; i += kHalves) {
+    const Floats x = load<Floats>(c->logits + i), next = load<Floats>(c->logits + i + kFloats);
+    store(upper + i, upper_halves(x, next));
+  }
+  const Ranked last = kth_largest(c->logits, upper, length, k, num_finite);
+  const Ints last_id = Ints{} + c->ids[last.index];
+  Candidates kept = {c->logits, c->ids, 0};
+  for (int64_t i = 0; i < c->count; i += kFloats) {
+    append(load<Floats>(c->logits + i), load<Ints>(c->ids + i), last.value, &kept);
+  }
+  pad(kept);
+  for (int64_t i = 0; kept.count > k && i < kept.count; i += kFloats) {  // equal ones
+    const Floats x = load<Floats>(kept.logits + i);
+    const Ints is_beyond = (x == last.value) & (load<Ints>(kept.ids + i) > last_id);
+    store(kept.logits + i, is_beyond ? spread(-INFINITY) : x);
+  }
+  *c = kept;
+}
+
+// The k largest logits of a row, or as many as there are.
+template <typename T>
+Candidates find_candidates(const UnmaskArgs& a, const Row<T>& row, const UnmaskScratch& s) {
+  const int64_t padded = padded_row(a.vocabulary);
+  if (a.top_k >= a.vocabulary) {
+    row.for_each_pair(padded, [&](int64_t i, Floats x, Floats next) {
+      store(s.logits + i, x), store(s.logits + i + kFloats, next);
+    });
+    const Candidates all = {s.logits, nullptr, padded};
+    all.forbid(a.forbidden, a.num_forbidden);
+    return all;
+  }
+  for (float bound = likely_bound(row, a.top_k + a.num_forbidden);; bound = kLowestFloat) {
+    Candidates c = {s.logits, s.ids, 0};
+    Ints ids;
+    for (int j = 0; j < kFloats; ++j) ids[j] = j;
+    row.for_each_pair(padded, [&](int64_t, Floats x, Floats next) {
+      append(x, ids, bound, &c), append(next, ids + kFloats, bound, &c);
+      ids += kHalves;
+    });
+    pad(c);
+    const int64_t num_finite = c.count - c.forbid(a.forbidden, a.num_forbidden);
+    if (num_finite < a.top_k && bound != kLowestFloat) continue;  // a sample that misled
+    if (num_finite > a.top_k) keep_largest(a.top_k, num_finite, s.upper, &c);
+    return c;
+  }
+}
+
+}  // namespace
+}  // namespace nar

@@ -1,0 +1,50 @@
+// `unmask`: a token for each row of logits, and how probable it is.
+#pragma once
+
+#include <cstdint>
+
+#include "nll/nll.h"
+
+namespace nar {
+
+// What, besides the token's own log probability, may say how sure the net is of a row.
+enum class ConfidenceType { kProbability = 0, kMargin = 1, kEntropy = 2 };
+
+struct UnmaskArgs {
+  const void* logits;  // [rows, vocabulary], a row every `stride`
+  LogitType logit_type;
+  int64_t rows, vocabulary, stride;
+  const int64_t* noise_slots;  // [rows], the sample slots of the noise
+  const int64_t* given;        // [rows], a token to look at in place of a sample, or -1; or null
+  const int64_t* forbidden;    // [num_forbidden], ids in [0, vocabulary) that are never sampled
+  int64_t num_forbidden;
+  int64_t fallback;  // the token of a row that allows none
+  uint64_t seed;
+  int64_t top_k;              // at least 1
+  float inverse_temperature;  // 0: the most probable token
+  ConfidenceType confidence_type;
+
+  int64_t* tokens;    // [rows]
+  float* log_prob;    // [rows]
+  float* confidence;  // [rows], for a type other than kProbability; or null
+};
+
+// Rows are padded to so many logits: four vectors of any instruction set.
+constexpr int64_t kRowPadding = 64;
+
+inline int64_t padded_row(int64_t vocabulary) {
+  return (vocabulary + kRowPadding - 1) / kRowPadding * kRowPadding;
+}
+
+// Memory for a padded row of one thread, and kRowPadding more of each.
+struct UnmaskScratch {
+  float* logits;
+  int32_t* ids;
+  int16_t* upper;
+};
+
+using UnmaskRow = void (*)(const UnmaskArgs&, int64_t row_index, const UnmaskScratch&);
+
+void unmask_cpu(const UnmaskArgs& args, int num_threads);
+
+}  // namespace nar

@@ -1,7 +1,0 @@
-#include "unmask_row.h"
-
-namespace nar {
-
-UnmaskRow unmask_row_generic() { return unmask_row; }
-
-}  // namespace nar
