@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from tests import cuda_on_cpu, interpreter
+from tests import cuda_on_cpu
+from tests.helpers import interpreter
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that their tests start.
@@ -80,7 +81,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def sentences(tmp_path_factory):
     """A file of text that a small net learns within seconds."""
-    from tests.runs import SENTENCE
+    from tests.helpers.runs import SENTENCE
 
     path = tmp_path_factory.mktemp("data") / "fox.txt"
     path.write_bytes(SENTENCE * 100)
@@ -91,7 +92,7 @@ def sentences(tmp_path_factory):
 def learnt(sentences, tmp_path_factory):
     """The report and the folder of a run that has learnt them."""
     from nar_kernels.training.train import train
-    from tests.runs import small
+    from tests.helpers.runs import small
 
     out = tmp_path_factory.mktemp("learnt")
     report = train(small(sentences, out, dropout=0.0, steps=300, eval_every=50, dim=64, lr=6e-3))

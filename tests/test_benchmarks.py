@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from tests.helpers.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 LOSSES = ["masked_nll", "naive, all positions", "naive, masked rows"]
 PRODUCTS = "products alone"
 

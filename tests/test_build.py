@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from nar_kernels.extras import EXTRAS
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.seconds
 REPORT = "nar_kernels/_build_failure.txt"

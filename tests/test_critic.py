@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nar_kernels.ops.corrupt import corrupt
-from tests.models import MASK_ID, NUM_TOKENS, Recorder, clean_batch, make_model, make_net
+from tests.helpers.models import MASK_ID, NUM_TOKENS, Recorder, clean_batch, make_model, make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import nn
 from torch.utils._device import _device_constructors
 
 from nar_kernels import MaskingConfig, NetAdapter, NonAutoregressiveWrapper, corrupt, unmask
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nar_kernels"
 
 FACTORIES = {f.__name__ for f in _device_constructors()}
@@ -60,8 +59,11 @@ def test_the_check_sees_a_factory():
 
 
 SUITE = [
-    *("corrupt", "data", "masked_loader", "unmask", "masked_nll", "nll", "head_nll", "generation"),
-    *("plan", "schedules", "wrapper", "heads", "critic", "seeds", "generate", "nets"),
+    *(f"ops/test_{name}.py" for name in ("corrupt", "unmask", "masked_nll", "nll", "head_nll")),
+    *("data/test_dataset.py", "data/test_loader.py", "spec/test_schedules.py"),
+    *(f"sampling/test_{name}.py" for name in ("generation", "generate", "plan")),
+    *("nets/test_prediction.py", "nets/test_hugging_face.py"),
+    *("test_wrapper.py", "test_critic.py", "test_seeds.py"),
 ]
 
 
@@ -72,20 +74,11 @@ LEFT_OUT = ("reference", "triton", "cuda", "generic", "avx2", "compile")
 def test_the_suite_under_other_defaults():
     """A good part of it, on the C++ backend, which a tensor without memory would crash."""
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "tests.on_meta",
-            "-p",
-            "no:cacheprovider",
-        ),
+        *(sys.executable, "-m", "pytest", "-q", "-x"),
+        *("-p", "tests.helpers.on_meta", "-p", "no:cacheprovider"),
         *("-k", " and ".join(f"not {word}" for word in LEFT_OUT)),
         *("-m", "not triton and not cuda and not slow"),
-        *(f"tests/test_{name}.py" for name in SUITE),
+        *(f"tests/{name}" for name in SUITE),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

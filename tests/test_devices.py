@@ -4,14 +4,13 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.devices import no_waiting
+from tests.helpers.devices import no_waiting
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 WARNING = "Synchronization debug mode is a prototype feature and does not yet detect all"
 
 
@@ -58,7 +57,7 @@ def test(number):
 def test_a_worker_that_lost_its_gpu_is_replaced(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_lost.py").write_text(LOST)
-    command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "tests.lost_device", "-v"]
+    command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "tests.helpers.lost_device", "-v"]
     command += ["--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for number in (0, 1, 3, 5):

@@ -18,10 +18,10 @@ from nar_kernels.data.sources import SequenceSpec
 from nar_kernels.show import pictures, samples
 from nar_kernels.training import checkpoint, lock
 from nar_kernels.training.lock import FolderInUseError, FolderLock
+from tests.helpers.paths import ROOT
 
 resource = pytest.importorskip("resource")
 
-ROOT = Path(__file__).resolve().parent.parent
 IMAGE = SequenceSpec(3, 64, "image", (8, 8))
 
 

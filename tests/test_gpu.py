@@ -9,8 +9,8 @@ import torch
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskedLoader, MaskingConfig, TokenDataset
-from tests.batches import assert_same, clean_batch
-from tests.devices import no_waiting
+from tests.helpers.batches import assert_same, clean_batch
+from tests.helpers.devices import no_waiting
 
 pytestmark = pytest.mark.gpu
 BACKENDS = [

@@ -22,8 +22,7 @@ from benchmarks.gpu_suite.runner import Suite
 from benchmarks.gpu_suite.sanitize import verdict
 from benchmarks.gpu_suite.step import SKIP, Step
 from benchmarks.gpu_suite.steps import TESTS, all_steps
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.seconds
 
@@ -443,7 +442,7 @@ def test_tests_that_are_all_skipped_show_nothing(tmp_path):
 def test_tests_run_on_a_gpu_or_not_at_all(tmp_path):
     """They would pass in the interpreter and the emulation, and show nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu_suite.run_tests"]
-    command += ["--results", "{work}/some", "--", "tests/test_corrupt.py", "-k", "frozen"]
+    command += ["--results", "{work}/some", "--", "tests/ops/test_corrupt.py", "-k", "frozen"]
     status, results = run([Step("some", "", command, 120, min_seconds=0)], tmp_path)
     assert status == 1
     assert states(results)["some"][0] == "failed"

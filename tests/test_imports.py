@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 PACKAGE = ROOT / "nar_kernels"
 
 # Lowest first: folders, and modules that are in none. Each imports from the rows above its own,

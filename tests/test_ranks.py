@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nar_kernels.training.parallel import SHARDS_ON_CPU
-from tests.ranks import RANKS, B, V, batch_of, gradients, make_model, run
+from tests.helpers.ranks import RANKS, B, V, batch_of, gradients, make_model, run
 
 pytestmark = pytest.mark.seconds
 

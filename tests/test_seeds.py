@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from nar_kernels import distributed
 from nar_kernels.ops.corrupt import corrupt
-from tests.models import Recorder, clean_batch, make_model, masks_of
+from tests.helpers.models import Recorder, clean_batch, make_model, masks_of
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,8 +82,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_never_share_a_mask(tmp_path):
-    root = str(Path(__file__).parent.parent)
-    command = [sys.executable, "-c", WORKER, root]
+    command = [sys.executable, "-c", WORKER, str(ROOT)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=env) for rank in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]

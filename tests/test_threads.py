@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels import NetAdapter, NonAutoregressiveWrapper
-from tests.nets_of_users import BATCH, IDS, LENGTH, MASK_ID, NUM_TOKENS, Net, adapted, transformer
+from tests.helpers.nets_of_users import (
+    BATCH,
+    IDS,
+    LENGTH,
+    MASK_ID,
+    NUM_TOKENS,
+    Net,
+    adapted,
+    transformer,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

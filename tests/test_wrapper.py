@@ -15,7 +15,7 @@ from nar_kernels.nets.adapter import NetAdapter, net_attribute
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.wrapper import Losses
-from tests.models import (
+from tests.helpers.models import (
     BATCH,
     LENGTH,
     MASK_ID,

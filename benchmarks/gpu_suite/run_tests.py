@@ -20,7 +20,14 @@ def options_of(workers: int, results: str) -> list[str]:
     # Dump the stack of a test that hangs.
     options += ["-o", f"faulthandler_timeout={LIMIT - 10}"]
     if importlib.util.find_spec("xdist"):
-        options += ["-n", str(workers), "--max-worker-restart", "20", "-p", "tests.lost_device"]
+        options += [
+            "-n",
+            str(workers),
+            "--max-worker-restart",
+            "20",
+            "-p",
+            "tests.helpers.lost_device",
+        ]
     else:
         print("pytest-xdist is not installed: one process, which ends with the first crash")
     if importlib.util.find_spec("pytest_timeout"):

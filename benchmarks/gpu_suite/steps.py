@@ -8,8 +8,11 @@ from benchmarks.gpu_suite.step import Step
 
 # Files with tests of GPU kernels; they need only PyTorch, Triton and pytest.
 TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("gpu", "corrupt", "cuda_kernels", "masked_nll", "nll", "unmask")
+    "tests/test_gpu.py",
+    *(
+        f"tests/ops/test_{name}.py"
+        for name in ("corrupt", "cuda_kernels", "masked_nll", "nll", "unmask")
+    ),
 ]
 
 # Shared by two parallel test steps, one worker per core.
@@ -18,10 +21,10 @@ CORES = max(os.cpu_count() or 1, 6)
 # Tests to run under the sanitizers, by kernel name.
 SANITIZED = {
     "corrupt": [
-        "tests/test_corrupt.py::test_equals_reference[129-exact-cuda]",
-        "tests/test_corrupt.py::test_equals_reference[1000-exact-cuda]",
-        "tests/test_corrupt.py::test_equals_reference[4097-bernoulli-cuda]",
-        "tests/test_corrupt.py::test_equals_reference[1000-exact-triton]",
+        "tests/ops/test_corrupt.py::test_equals_reference[129-exact-cuda]",
+        "tests/ops/test_corrupt.py::test_equals_reference[1000-exact-cuda]",
+        "tests/ops/test_corrupt.py::test_equals_reference[4097-bernoulli-cuda]",
+        "tests/ops/test_corrupt.py::test_equals_reference[1000-exact-triton]",
     ],
     "nll": ["tests/test_gpu.py::test_masked_nll_equals_that_of_the_cpu[float32-300]"],
     "unmask": ["tests/test_gpu.py::test_unmask_equals_that_of_the_cpu[float16-4099]"],

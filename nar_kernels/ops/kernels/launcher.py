@@ -1,6 +1,6 @@
 """Launches past Triton's own dispatch, which looks at every argument again in each call. With as
 many as `corrupt` has that takes longer than a small batch does on a GPU (microseconds of the host:
-`python -m tests.without_a_driver`).
+`python -m tests.helpers.without_a_driver`).
 """
 
 from collections.abc import Callable, Hashable
@@ -9,8 +9,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
-# Versions whose compiled kernels a test has launched this way (tests/test_gpu_code.py). How they
-# are called is not a promise of Triton's: on any other, its own dispatch launches.
+# Allow-list: versions whose compiled kernels tests/ops/test_gpu_code.py launches this way. The call
+# is not Triton's public interface, so any other version takes its own dispatch.
 TESTED_TRITON = ("3.6", "3.9")
 _IS_TESTED = triton.__version__.startswith(tuple(f"{version}." for version in TESTED_TRITON))
 

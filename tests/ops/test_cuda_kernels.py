@@ -1,0 +1,73 @@
+"""CUDA kernels on the CPU: any order of threads gives the same result, and the emulation that says
+so does see what is wrong with a kernel."""
+
+import ctypes
+
+import pytest
+import torch
+
+from nar_kernels import MaskingConfig, backends
+from nar_kernels.ops.backends import cuda, device_type
+from tests import cuda_on_cpu
+from tests.helpers.batches import assert_same, clean_batch, corrupt
+
+emulated = pytest.mark.skipif(
+    cuda is None or device_type("cuda") != "cpu",
+    reason="runs on a GPU here, not in the emulation" if cuda else backends()["cuda"],
+)
+SCHEDULES = [0, 1, 2, 3]
+
+
+@pytest.fixture
+def library():
+    library = ctypes.CDLL(str(cuda_on_cpu.LIBRARY))
+    library.run_sum.restype = library.run_divergent.restype = ctypes.c_char_p
+    yield library
+    library.set_schedule(0)
+
+
+@emulated
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+@pytest.mark.parametrize("length", [100, 500, 1500, 9000])
+def test_any_order_of_threads_gives_the_same(library, length, draw):
+    masking = MaskingConfig(
+        90, 89, draw=draw, no_replace_prob=0.2, random_token_prob=0.2, never_mask_ids=(1, 2)
+    )
+    tokens = clean_batch(masking, 9, length, torch.uint8)
+    expected = corrupt(tokens, masking, seed=5, backend="reference")
+    for schedule in SCHEDULES:
+        library.set_schedule(schedule)
+        assert_same(corrupt(tokens, masking, seed=5, backend="cuda"), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("batch", "length"), [(9000, 128), (4200, 250), (2100, 512), (1100, 1000), (260, 4100)]
+)
+def test_large_batches(batch, length):
+    """More than 2**20 tokens: other kernels than those of small batches."""
+    masking = MaskingConfig(90, 89, no_replace_prob=0.2, random_token_prob=0.2)
+    tokens = clean_batch(masking, batch, length, torch.int32)
+    expected = corrupt(tokens, masking, seed=5, backend="cpp")
+    assert_same(corrupt(tokens, masking, seed=5, backend="cuda"), expected)
+
+
+@emulated
+def test_a_missing_barrier_shows(library):
+    results = {True: set(), False: set()}
+    for with_barrier in results:
+        for schedule in SCHEDULES:
+            library.set_schedule(schedule)
+            sums = (ctypes.c_uint32 * 192)()
+            assert library.run_sum(3, sums, with_barrier) is None
+            results[with_barrier].add(tuple(sums))
+    assert results[True] == {(64 * 63 // 2,) * 192}
+    assert len(results[False]) > 1
+
+
+@emulated
+def test_divergence_is_an_error(library):
+    error = library.run_divergent(True).decode()
+    assert error.startswith("deadlock: thread 0, 0 of block 0 waits at __syncthreads")
+    assert "deadlock" in library.run_divergent(False).decode()

@@ -1,0 +1,164 @@
+"""GPU kernels, compiled without a GPU: the table of `benchmarks/gpu_code.py`, warnings, and that a
+launch that cannot be made says why."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.paths import ROOT
+
+pytestmark = pytest.mark.seconds
+LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
+KERNELS = ["corrupt", "nll", "unmask"]
+needs_library = pytest.mark.skipif(
+    LIBRARY is None, reason="nar_kernels._cuda is not built: no nvcc"
+)
+
+
+# Beside the installed one: that of PyTorch 2.11, which `make test-all` puts there.
+OTHER_TRITON = ROOT / ".venv/triton-3.6.0"
+
+
+def environment_with(triton):
+    """Of a process that imports this Triton, or a reason to skip."""
+    if triton == "installed":
+        pytest.importorskip("triton")
+        return os.environ.copy()
+    if not OTHER_TRITON.exists():
+        pytest.skip(f"Triton {triton} is not in {OTHER_TRITON.relative_to(ROOT)}: `make test-all`")
+    paths = [os.fspath(OTHER_TRITON), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+SLOW = pytest.mark.slow
+TABLES = [
+    pytest.param(("installed", 90), id="sm_90"),
+    pytest.param(("installed", 80), id="sm_80", marks=SLOW),
+    pytest.param(("installed", 100), id="sm_100", marks=SLOW),
+    pytest.param(("3.6.0", 90), id="sm_90-triton-3.6.0", marks=SLOW),
+]
+
+
+@pytest.fixture(scope="module", params=TABLES)
+def rows(request, tmp_path_factory):
+    """The table for one architecture, which takes half a minute."""
+    triton, architecture = request.param
+    out = tmp_path_factory.mktemp("gpu_code") / "rows.json"
+    command = [sys.executable, ROOT / "benchmarks/gpu_code.py", "--json", out]
+    command += ["--architectures", str(architecture)]
+    environment = environment_with(triton)
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    table = json.loads(out.read_text())
+    assert {row["sm"] for row in table} == {architecture}
+    return table
+
+
+def test_next_to_nothing_spills(rows, request):
+    """Nothing with the installed Triton; with an older one, some words of two variants."""
+    most = 0 if request.node.callspec.params["rows"][0] == "installed" else 32
+    assert [row for row in rows if row["spill"] > most] == []
+
+
+def test_a_block_fits_into_the_register_file(rows):
+    threads = {"CUDA": 512}  # kMaxWarps
+    for row in rows:
+        block = threads.get(row["kernel"].partition(":")[0], row["threads"])
+        assert row["registers"] * block <= 65536, row
+
+
+def test_no_two_threads_read_what_another_block_publishes(rows):
+    """They could see different values of one word."""
+    assert [row for row in rows if row["torn reads"] != 0] == []
+
+
+def test_main_loads_and_stores_move_16_bytes(rows):
+    for row in rows:
+        narrow = any(name in row["kernel"] for name in ("step", "windows", "at any address"))
+        assert row["16-byte loads"] > 0 or narrow, row
+        stores_little = any(name in row["kernel"] for name in ("no gradient", "unmask"))
+        assert row["16-byte stores"] > 0 or stores_little, row
+
+
+@needs_library
+def test_both_languages_are_in_the_table(rows):
+    assert {row["kernel"].partition(":")[0] for row in rows} == {"Triton", "CUDA"}
+
+
+LAUNCH = """
+from typing import get_type_hints
+from nar_kernels import _cuda
+from nar_kernels.ops.arguments import CorruptArgs
+print(_cuda.architectures)
+nothing = tuple(0 if hint in (int, bool) else None for hint in get_type_hints(CorruptArgs).values())
+for arguments in (nothing, nothing[1:], ("text", *nothing[1:])):
+    try:
+        _cuda.corrupt(arguments, (None,) * 9, 0, 0, 0, 0)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@needs_library
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_launch_that_fails_says_why():
+    """In a process of its own: in this one the module is that of the emulation."""
+    result = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True)
+    architectures, launch, count, kind = result.stdout.splitlines()
+    assert "sm_90" in architectures
+    assert launch.startswith("RuntimeError cudaSetDevice failed: cudaError")
+    assert "driver" in launch or "device" in launch
+    assert count == "ValueError there are 24 arguments, but this build takes 25"
+    assert kind == "AttributeError 'str' object has no attribute 'data_ptr'"
+
+
+@pytest.mark.parametrize("triton", ["installed", pytest.param("3.6.0", marks=SLOW)])
+def test_launches_past_tritons_dispatch_are_those_that_it_would_make(triton):
+    """In a process of its own, with a driver that launches nothing."""
+    script = [sys.executable, "-m", "tests.helpers.without_a_driver"]
+    environment = environment_with(triton)
+    result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == KERNELS
+
+
+def test_variants_are_counted():
+    """In a process of its own, where asserts are left out and nothing is launched."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-O", "-m", "pytest", "--assert=plain", "-W", "ignore", "-q"]
+    command += ["-p", "tests.helpers.triton_variants", "-m", "triton", "-k", "frozen or bad_labels"]
+    files = ["tests/ops/test_corrupt.py", "tests/ops/test_nll.py"]
+    result = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+    assert "   2 variants of corrupt_kernel\n" in result.stdout, result.stdout  # of two draws
+    # Of three types and two strides, with a gradient or not.
+    assert "  12 variants of nll_kernel\n" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_no_warnings(tmp_path):
+    """The real setup.py, for one architecture, where every warning of nvcc is an error."""
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "nar_kernels").mkdir()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "CXX": "/nonexistent",  # only the other extension, also where CI requires both
+            "NAR_KERNELS_REQUIRE_CPP": "0",
+            "NAR_KERNELS_REQUIRE_CUDA": "1",
+            "NAR_KERNELS_CUDA_ARCHS": "90",
+            "NVCC_APPEND_FLAGS": "-Werror all-warnings -Xcompiler -Werror",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert list(tmp_path.glob("nar_kernels/_cuda.*"))
