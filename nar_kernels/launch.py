@@ -47,23 +47,39 @@ def _register(
     torch.library.register_fake(f"nar_kernels::{name}", from_fields(fake), lib=_lib)
 
 
-def _needs_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether something records, traces or intercepts what is done with tensors: it is to see
-    operators, as are tensors without values. Anybody else is spared torch's dispatcher, which costs
-    some 10 us a call."""
-    return (
-        torch.compiler.is_compiling()  # which knows nothing of what follows
-        or any(
-            type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta
-            for t in tensors
-            if t is not None
+def _interceptors() -> tuple[Callable[[], object], ...] | None:
+    """Functions that are true while a dispatch mode, a tracer, a transform or a profiler is active.
+    They are private to PyTorch: None if a later version lacks one."""
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._get_tracing_state,
+            torch._C._functorch.peek_interpreter_stack,
+            torch.autograd._profiler_enabled,
         )
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None))
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    except AttributeError:
+        return None
+
+
+_INTERCEPTORS = _interceptors()
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _needs_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether a call must be an operator that torch's dispatcher sees: for whatever records, traces
+    or intercepts, and for tensors without values. Other calls skip it, which saves some 10 us."""
+    if torch.compiler.is_compiling() or _INTERCEPTORS is None:  # first: it cannot trace the rest
+        return True
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TENSORS or t.is_meta or (grad and t.requires_grad):
+            return True
+    for is_active in _INTERCEPTORS:
+        if is_active():
+            return True
+    return False
 
 
 def _on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
@@ -116,6 +132,14 @@ def _corrupt_cpp(a: CorruptArgs) -> tuple[Tensor, ...]:
     return outputs
 
 
+def _public_raw_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# The private one is faster, and is missing where PyTorch has no CUDA.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+
+
 def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
     assert cuda is not None
     device = a.ratio_table.device
@@ -123,7 +147,7 @@ def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
     outputs = (*_empty_outputs(a.batch, a.seq_len, device), workspace)
     where = (0, 0)
     if device.type == "cuda":
-        where = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+        where = device.index, _raw_stream(device.index)
     cuda.corrupt(a, outputs, DTYPE_CODE[a.tokens.dtype], a.tokens.numel(), *where)
     return *outputs[:-1], workspace[:NUM_INVALID]
 
