@@ -81,6 +81,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.seconds
 def test_two_ranks_never_share_a_mask(tmp_path):
     root = str(Path(__file__).parent.parent)
     command = [sys.executable, "-c", WORKER, root]
