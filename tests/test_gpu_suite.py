@@ -399,14 +399,14 @@ def test_results_of_tests(tmp_path):
     pytest.importorskip("xdist")
     some = tmp_path / "test_some.py"
     some.write_text(SOME_TESTS)
-    status, results = run([pytest_step("some", some, 120)], tmp_path)
+    status, results = run([pytest_step("some", some, 290)], tmp_path, minutes=5)
     assert status == 1 and results["steps"]["some"]["status"] == "failed"
     tests = results["tests"]["some"]
     assert outcomes.counts(tests) == "4 passed, 1 failed, 1 skipped, 0 unfinished"
     (failure,) = (of["text"] for of in tests.values() if of["outcome"] == "failed")
     assert "assert 1 == 2" in failure
     some.write_text(SOME_TESTS.replace("1 == 2", "1 == 1").replace("pass\n", "assert False\n"))
-    status, results = run([pytest_step("some", some, 120)], tmp_path, call=2)
+    status, results = run([pytest_step("some", some, 290)], tmp_path, minutes=5, call=2)
     assert status == 0  # what would fail now has passed before, with the same sources
     assert (
         outcomes.counts(results["tests"]["some"]) == "5 passed, 0 failed, 1 skipped, 0 unfinished"
@@ -425,15 +425,19 @@ def test_a_test_that_passed_with_other_code_or_on_another_gpu_is_run_again(tmp_p
     assert outcomes.passed(tests, gpu="H200", sources="abc") == []
     some = tmp_path / "test_some.py"
     some.write_text(SOME_TESTS)
-    run([pytest_step("some", some, 120)], tmp_path, sources="abc")
-    _, results = run([pytest_step("some", some, 120)], tmp_path, call=2, sources="mended")
+    run([pytest_step("some", some, 290)], tmp_path, minutes=5, sources="abc")
+    _, results = run(
+        [pytest_step("some", some, 290)], tmp_path, minutes=5, call=2, sources="mended"
+    )
     assert {of["sources"] for of in results["tests"]["some"].values()} == {"mended"}
 
 
 def test_tests_that_are_all_skipped_show_nothing(tmp_path):
     skips = "import pytest\n@pytest.mark.skip(reason='no GPU')\ndef test(): pass"
     (tmp_path / "test_none.py").write_text(skips)
-    status, results = run([pytest_step("none", tmp_path / "test_none.py", 120)], tmp_path)
+    status, results = run(
+        [pytest_step("none", tmp_path / "test_none.py", 290)], tmp_path, minutes=5
+    )
     assert status == 0 and results["steps"]["none"]["status"] == "skipped"
     assert "1 skipped" in results["steps"]["none"]["reason"]
 
@@ -443,7 +447,7 @@ def test_tests_run_on_a_gpu_or_not_at_all(tmp_path):
     """They would pass in the interpreter and the emulation, and show nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu_suite.run_tests"]
     command += ["--results", "{work}/some", "--", "tests/ops/test_corrupt.py", "-k", "frozen"]
-    status, results = run([Step("some", "", command, 120, min_seconds=0)], tmp_path)
+    status, results = run([Step("some", "", command, 290, min_seconds=0)], tmp_path, minutes=5)
     assert status == 1
     assert states(results)["some"][0] == "failed"
     assert "PyTorch sees no CUDA device" in states(results)["some"][1]

@@ -81,6 +81,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.seconds
 def test_two_ranks_never_share_a_mask(tmp_path):
     command = [sys.executable, "-c", WORKER, str(ROOT)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

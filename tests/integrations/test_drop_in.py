@@ -149,6 +149,7 @@ for i, model in enumerate(models):
 """
 
 
+@pytest.mark.seconds
 def test_a_script_for_the_original_runs_unchanged(tmp_path):
     results = []
     imports = "from x_transformers import Encoder, NonAutoregressiveWrapper, TransformerWrapper"

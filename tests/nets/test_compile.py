@@ -8,7 +8,7 @@ import torch
 from nar_kernels import NonAutoregressiveWrapper
 from tests.helpers.nets_of_users import IDS, MASK_ID, Net, adapted, transformer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.seconds, pytest.mark.usefixtures("one_thread")]
 
 
 def compiled_whole(backend):

@@ -516,6 +516,20 @@ def test_equal_keys_at_the_boundary(length, backend):
             assert_same(got, corrupt(tokens, masking, backend="reference", **args))
 
 
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("length", [4096, 6144])
+@pytest.mark.parametrize("keep, rand", [(0.9, 0.1), (0.02, 0.9)])
+def test_all_of_a_long_row(keep, rand, length, backend):
+    """Counts for each bound are those of nearly all positions of a tile."""
+    masking = MaskingConfig(
+        9, 8, schedule=lambda t: 0 * t + 1, no_replace_prob=keep, random_token_prob=rand
+    )
+    tokens = clean_batch(masking, 1, length)
+    got = corrupt(tokens, masking, seed=2, backend=backend)
+    assert got.masked_indices.all()
+    assert_same(got, corrupt(tokens, masking, seed=2, backend="reference"))
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize(
     ("length", "bits"), [(1, 0), (90, 0), (90, 1), (90, 3), (500, 6), (5000, 1)]

@@ -27,6 +27,7 @@ def library():
 
 
 @emulated
+@pytest.mark.seconds
 @pytest.mark.parametrize("draw", ["exact", "bernoulli"])
 @pytest.mark.parametrize("length", [100, 500, 1500, 9000])
 def test_any_order_of_threads_gives_the_same(library, length, draw):

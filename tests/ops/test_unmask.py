@@ -267,6 +267,7 @@ def test_samples_have_their_probabilities(temperature, top_k):
 
 
 @pytest.mark.cpp
+@pytest.mark.seconds
 @pytest.mark.parametrize("gap", [18.0, 19.25, 20.5])
 def test_tails(gap):
     vocabulary, number = 262_144, 12_000

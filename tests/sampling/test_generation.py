@@ -470,7 +470,9 @@ def test_a_matrix_of_prompts():
     assert ids[:, 0].tolist() == [1, 3] and ids[0, 1] == 2
 
 
-@pytest.mark.parametrize("prompt", ["text", 5, [None], [1.5], np.array([True]), np.zeros(2), 1j])
+@pytest.mark.parametrize(
+    "prompt", ["text", 5, {0: 1}, {1}, [None], [1.5], np.array([True]), np.zeros(2), 1j]
+)
 def test_what_is_no_prompt(prompt):
     with pytest.raises(TypeError, match=r"a prompt .*must be integers \[L\] or \[B, L\]"):
         make_model().generate(prompt=prompt)
