@@ -1,5 +1,4 @@
-"""``unmask`` on the device: one program a row, which it reads in several passes, all but the first
-of them from the cache.
+"""``unmask`` on the GPU: one program a row, in several passes, all but the first from the cache.
 
 Floats are those of ``nar_kernels/float_math.py``, bit for bit: nothing may be fused, or taken from
 a library of the device.
@@ -22,10 +21,10 @@ _LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 _LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
 
-# Rows are taken in blocks of up to so many.
+# Columns per block, at most.
 MAX_BLOCK = 1024
 
-# Blocks that are counted before a count of 4 bits could overflow.
+# Blocks that 4-bit counts can count without overflow.
 _COUNTED = tl.constexpr(15)
 
 
@@ -91,7 +90,7 @@ def _from_units(total):
 
 @triton.jit
 def _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others):
-    """Of a block of columns, or of one: in float32, clean, and -inf where nothing can be drawn."""
+    """Logits of a block of columns, or of one, in float32: finite, or -inf where never drawn."""
     x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
     x = tl.where((x != x) | (column == forbidden0) | (column == forbidden1), float("-inf"), x)
     if others is not None:
@@ -102,8 +101,8 @@ def _load(logits, column, vocabulary, forbidden0, forbidden1, others, num_others
 
 @triton.jit
 def _upper(x, shift):
-    """The upper bits of a uint32 that ascends while clean floats descend."""
-    # As infinity again: bits that the type of the logits lacks are then the same in all of them.
+    """The upper bits of a uint32 key that reverses the order of clean floats."""
+    # Back to infinity: bits that the type of the logits lacks are then equal in all keys.
     bits = tl.where(x == _LARGEST_FLOAT, float("inf"), x).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
     return key >> shift.to(tl.uint32)
@@ -177,8 +176,8 @@ def _bound(logits, vocabulary, forbidden0, forbidden1, others, num_others, k, BL
     return shift, prefix, last_tie
 
 
-# What would otherwise be compiled again where it is 1, divides by 16 or, but for the annotations,
-# has another width.
+# Triton would otherwise specialize on these being 1, divisible by 16 or, but for the annotations,
+# of another width.
 _VARYING = [
     "forbidden0", "forbidden1", "num_others", "fallback", "seed", "top_k", "inverse_temperature",
 ]  # fmt: skip
@@ -216,7 +215,7 @@ def unmask_kernel(
             logits, vocabulary, forbidden0, forbidden1, others, num_others, top_k, BLOCK
         )
 
-    # Each lane for itself: the best score and the sums of every BLOCK-th column.
+    # Per lane: the best score and the sums over every BLOCK-th column.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_column = tl.zeros([BLOCK], tl.int32)
     exp_units = tl.zeros([BLOCK], tl.int64)
@@ -285,8 +284,7 @@ def unmask_triton(outputs: tuple[Tensor, Tensor, Tensor], a: UnmaskArgs) -> None
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    # Two ids travel with the launch. More take a copy, for which the host does not wait, but which
-    # a CUDA graph cannot hold.
+    # Two ids are kernel arguments. More need a copy: asynchronous, but no CUDA graph can hold it.
     forbidden0, forbidden1 = [*a.forbidden, -1, -1][:2]
     others = None
     if len(a.forbidden) > 2:
