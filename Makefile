@@ -1,8 +1,8 @@
-# Every target does the set-up it needs, and next to nothing where that is done already.
+# Every target does the set-up it needs, once.
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
-# Compiling every module of every package would double the time; Python compiles those it imports.
+# --no-compile: byte-compiling every package would double the time.
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile
 PIP_INSTALL := $(PIP) -c constraints.txt
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-all test-fast lint format bench build clean distclean
 .DEFAULT_GOAL := build
 
-# Fewer steps than by default, so that it is over within minutes, with all that it installs.
+# Fewer steps than by default, to finish within minutes, installation included.
 demo: build
 	$(BIN)/nar-kernels train --data digits --steps 700 --out runs/demo --overwrite
 
@@ -53,7 +53,7 @@ bench: build .venv/installed-dev
 build: .venv/built .venv/installed
 
 ifneq ($(NAR_KERNELS_CUDA)$(NAR_KERNELS_CUDA_ARCHS),)
-.PHONY: .venv/built  # the choice may be another than that of the last time
+.PHONY: .venv/built  # the choice may have changed
 endif
 
 # The directories are named too: their times change when a file is added or removed.
@@ -62,12 +62,12 @@ endif
 # After a failed build there is no library, and the next make tries again.
 	@if ls nar_kernels/_cpp.*.so >/dev/null 2>&1; then touch $@; fi
 
-# Tests look into the CUDA extension where no GPU is, too.
+# Tests inspect the CUDA extension also without a GPU.
 .venv/built-for-tests: .venv/built .venv/installed-dev
 	@NAR_KERNELS_CUDA_ARCHS="$${NAR_KERNELS_CUDA_ARCHS:-all}" $(BUILD)
 	@touch $@
 
-# That of PyTorch 2.11, with which tests compile and launch the kernels, too.
+# The Triton of PyTorch 2.11: tests compile and launch the kernels with it, too.
 .venv/triton-3.6.0: .venv/bin/python
 	@if [ "$$(uname -s)" != Linux ] || ! $(PIP) --no-deps --target $@ triton==3.6.0; then \
 	    echo "Triton 3.6.0 is not installed beside the other: its tests will skip"; fi
@@ -77,7 +77,7 @@ endif
 	@$(PIP_INSTALL) setuptools pybind11 ninja
 	@touch $@
 
-# After the build, of which pip shows nothing: it finds all compiled.
+# After the build, whose output pip would hide: it finds everything compiled.
 .venv/installed: pyproject.toml constraints.txt | .venv/built
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train]'
 	@touch $@

@@ -1,8 +1,8 @@
 """Builds the extensions with ninja; all else about the package is in pyproject.toml.
 
-An extension is optional. Where it cannot be built the installation still succeeds, the package runs
-on the other backends, and the reason is left in nar_kernels/_build_failure.txt. That of CUDA is
-built for the GPUs that are there. CONTRIBUTING.md lists the environment variables that choose.
+Both are optional. Where one cannot be built, the installation still succeeds, the package runs on
+the other backends, and the reason is left in nar_kernels/_build_failure.txt. The CUDA extension is
+built for the GPUs of this machine. CONTRIBUTING.md lists the environment variables.
 """
 
 import os
@@ -53,7 +53,7 @@ CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 110, 120)
 
 NVIDIA_SMI_SECONDS = 60
 
-# What makes it an error that an extension is not built, if it is 1.
+# Variables that, set to 1, make it an error that an extension is not built.
 REQUIRED_BY = {
     "nar_kernels._cpp": ("NAR_KERNELS_REQUIRE_CPP",),
     "nar_kernels._cuda": ("NAR_KERNELS_CUDA", "NAR_KERNELS_REQUIRE_CUDA"),  # two names of one
@@ -72,8 +72,8 @@ class BuildFailure(Exception):
     """An extension is not built here; the message says why.
 
     Args:
-        reason: in words that are true wherever the package goes from here.
-        details: what is of this machine only, such as paths and the words of its compiler.
+        reason: true on any machine that the package goes to.
+        details: of this machine only, such as paths and compiler output.
     """
 
     def __init__(self, reason: str, details: str = "") -> None:
@@ -184,8 +184,8 @@ def write_cpp_ninja(ninja_file: Path, output: str) -> None:
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
     write_ninja(
         ninja_file,
-        # An inline function emitted by several files is kept once, from the first: link the
-        # baseline first, or its AVX copy would also serve processors without AVX.
+        # The linker keeps the first copy of an inline function: baseline files come first, or CPUs
+        # without AVX would run an AVX copy.
         sorted(sources, key=lambda source: (source in SIMD_FLAGS, source)),
         output,
         compiler=compiler,
@@ -250,13 +250,13 @@ def architectures_here(known: list[int]) -> list[int]:
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildFailure("no GPU was found", str(error)) from None
-    # A GPU that is lost, or a driver that does not know the question, answers in other words.
+    # A lost GPU, or a driver that does not know the query, prints something else.
     numbers = re.findall(r"^\s*(\d+)\.(\d)\s*$", answer, re.MULTILINE)
     found = sorted({int(major + minor) for major, minor in numbers})
     if not found:
         first_line = next(iter(answer.strip().splitlines()), "nothing")
         raise BuildFailure("no GPU was found", f"{query[0]} says: {first_line}")
-    # For a GPU that nvcc does not know yet: the newest before it, whose code or PTX it runs.
+    # For a GPU newer than nvcc: the newest architecture before it, whose code or PTX it runs.
     served = {max(n for n in known if n <= gpu) for gpu in found if gpu >= known[0]}
     if not served:
         names = " ".join(f"sm_{gpu}" for gpu in found)
@@ -376,7 +376,7 @@ class OptionalBuildExt(build_ext):
         self.build_temp = f"build/{sys.implementation.cache_tag}"
 
     def run(self) -> None:
-        # First: below, what is wrong with them would pass for a failure of an optional extension.
+        # Checked first: later, an error in them would pass for a failure of an optional extension.
         chosen_architectures()
         required = {extension: required_by(extension) for extension in REQUIRED_BY}
         self.failures: dict[str, BuildFailure] = {}
@@ -394,7 +394,7 @@ class OptionalBuildExt(build_ext):
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text("\n".join(lines) + "\n", encoding="utf-8")
         for name, failure in self.failures.items():
-            # A library left from an earlier build would hide that its sources do not build now.
+            # A library of an earlier build would hide that its sources do not build now.
             (package / Path(self.get_ext_filename(name)).name).unlink(missing_ok=True)
             if required[name]:
                 raise CompileError(
@@ -417,9 +417,8 @@ class OptionalBuildExt(build_ext):
 
 
 def long_description() -> str:
-    """README.md for a page of its own, where links to files of the repository lead nowhere.
-
-    Of such a link the text stays; such a picture goes. Code is left as it is.
+    """README.md without relative links, which lead nowhere on a package index: their text stays,
+    pictures go. Code is left as it is.
     """
     readme = Path("README.md")
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""

@@ -181,7 +181,7 @@ __device__ uint32_t load_ids(const CorruptArgs& a, const Row& row, uint32_t tile
   return bad;
 }
 
-// Adds a warp's bad ids to the record, which is the same for any order of the warps. Rare.
+// Adds a warp's bad ids to the record, independent of the order of warps. Rare.
 __device__ void record_bad(const CorruptArgs& a, const Row& row, uint32_t tile, int lane,
                            uint32_t bad) {
   const uint32_t count = __reduce_add_sync(kAllLanes, __popc(bad));
@@ -239,7 +239,7 @@ class Tiles {
     first_ = min(team.warp * share, num_tiles);
     end_ = min(first_ + share, num_tiles);
     uint32_t bad = 0;
-    // All loads first, so that they are under way together.
+    // All loads first, so that their latencies overlap.
 #pragma unroll
     for (int t = 0; t < kHeld; ++t) {
       if (first_ + t < end_) {
@@ -587,7 +587,7 @@ struct Shape {
 };
 
 Shape launch_shape(int64_t batch, int64_t seq_len) {
-  // Small batches finish sooner with more warps a row; large ones sooner with more work a warp.
+  // Small batches are faster with more warps a row, large ones with more work a warp.
   constexpr int64_t kFewTokens = 1 << 20;
   constexpr int kDeep = 4;
   const int64_t tiles = (seq_len + kTile - 1) / kTile;

@@ -15,8 +15,8 @@ constexpr int64_t kIgnoreIndex = -100;
 // reached outside the corpus; how many sample slots were negative.
 constexpr int64_t kNumInvalid = 5;
 
-// Which windows a slot holds, in place of starts: slot g is position g % num_windows of epoch
-// g / num_windows, and each epoch has an order of its own.
+// The window of a slot, in place of starts: slot g is position g % num_windows of epoch
+// g / num_windows, and with `shuffle` each epoch has an order of its own.
 struct WindowOrder {
   int64_t num_windows;  // 0: starts tell
   int64_t phase, stride;
@@ -33,7 +33,7 @@ struct CorruptArgs {
   WindowOrder order;
   const int64_t* sample_ids;  // [batch], or null: first_sample, first_sample + 1, ...
   int64_t first_sample;
-  const int64_t* step;          // [1], adds so many global batches to first_sample; or null
+  const int64_t* step;          // [1], adds step * global_batch to first_sample; or null
   const uint8_t* maskable;      // [batch, seq_len] or null
   const uint32_t* ratio_table;  // [65536], 0.32 fixed point
   const float* weight_table;    // [65536]
@@ -77,8 +77,8 @@ NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, uint32_t t16, i
   return k > n ? n : k < 1 && n > 0 ? 1 : k;
 }
 
-// Which parts of the masked positions keep their token, or keep it or get a random one, and the
-// word that rounds counts of them.
+// Shares of the masked positions that keep their token, or keep it or get a random one, and the
+// word that rounds their counts.
 struct CorruptionShares {
   uint64_t keep, replace, rounding;
 

@@ -13,9 +13,9 @@
 namespace nar {
 namespace {
 
-// What a thread takes at a time: worth some 10 microseconds, more than it costs to share.
+// Work per chunk: some 10 microseconds, well above the cost of scheduling it.
 constexpr int64_t kTokensPerChunk = 4096;
-constexpr int64_t kKeysPerChunk = 16384;  // that are only counted
+constexpr int64_t kKeysPerChunk = 16384;  // when keys are only counted
 
 void check_samples(const CorruptArgs& a) {
   for (int64_t b = 0; b < a.windows.batch; ++b) {
@@ -70,14 +70,14 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
       memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
   std::vector<InvalidTokens> invalid(num_threads);
 
-  // Where the masked rows of b begin, if the counts are known before anything is drawn.
+  // Prefix sums of the counts, where those are known before anything is drawn.
   const bool counts_known = a.exact && !a.maskable && !a.never_mask;
   std::vector<int64_t> first_row(batch + 1, 0);
   for (int64_t b = 0; counts_known && b < batch; ++b) {
     first_row[b + 1] = first_row[b] + exact_count(a, t16[b], seq_len);
   }
 
-  // Of the rows up to `end`, one after the other, those of b.
+  // Row indices of b; the space up to those of `end` may be overwritten.
   const auto write_rows = [&](int64_t b, int64_t end) {
     k.write_rows(a, b, a.row_buffer + first_row[b], first_row[end] - first_row[b]);
   };

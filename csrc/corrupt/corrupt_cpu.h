@@ -8,7 +8,7 @@
 
 namespace nar {
 
-// Memory for the rows of one thread.
+// Scratch memory of one thread.
 struct RowScratch {
   uint32_t* keys;     // [seq_len, rounded up to kWordPadding]
   int32_t* clean;     // [seq_len]
@@ -16,16 +16,16 @@ struct RowScratch {
   uint8_t* can_mask;  // [seq_len]
 };
 
-// One row b: all its outputs but the rows, which need the counts of the rows before.
+// Row b: all outputs but its row indices, whose place depends on the counts of the rows before.
 using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const RowScratch&,
                             InvalidTokens*);
-// The masked positions of row b, as indices into [batch * seq_len]. Up to `room` numbers may
-// change.
+// The masked positions of row b, as indices into [batch * seq_len]. May overwrite up to `room`
+// numbers.
 using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows, int64_t room);
 
 // The 16-bit times of the batch.
 using DrawTimes = std::vector<uint32_t> (*)(const CorruptArgs&);
-// Where the windows begin that its slots hold.
+// Where the windows of its slots begin.
 using OrderedStarts = std::vector<int64_t> (*)(const CorruptArgs&);
 
 // How many positions row b masks, if none is excluded.
@@ -43,8 +43,8 @@ struct CorruptKernels {
 // corpus, std::invalid_argument for a negative sample slot.
 void corrupt_cpu(const CorruptArgs& args, int num_threads);
 
-// How many positions each row masks where none is excluded, which no device need be asked about.
-// Of the arguments it reads those that times and keys depend on, in memory of the host.
+// How many positions each row masks where none is excluded: known on the host, which avoids a sync
+// with the device. Reads only the arguments that times and keys depend on, in host memory.
 void count_masked(const CorruptArgs& args, int64_t* counts, int num_threads);
 
 }  // namespace nar

@@ -1,6 +1,6 @@
-// One row of `corrupt`, top to bottom. Included by one file per instruction set: most loops are
-// plain C++ that compilers vectorise; intrinsics are in the headers of the steps where those do
-// badly.
+// One row of `corrupt`, top to bottom. Compiled once per instruction set (see levels/kernels.h):
+// most loops are plain C++ that compilers vectorise; steps where they do badly have intrinsics, in
+// headers of their own.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace nar {
 namespace {
 
-// Which positions may be masked, and how many; keys of the others become the largest, so that they
-// are below no bound.
+// Finds the maskable positions and returns their number. The other keys become the largest, so
+// that no bound selects them.
 int64_t exclude_keys(const CorruptArgs& a, int64_t b, const int32_t* clean, uint8_t* can_mask,
                      uint32_t* keys) {
   const uint8_t* maskable = a.maskable ? a.maskable + b * a.windows.seq_len : nullptr;
@@ -50,7 +50,7 @@ RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScr
   return {bounds[0], bounds[1], bounds[2]};
 }
 
-// A second pass, since few positions get a random token: words are drawn for those alone.
+// A second pass over the few positions that get a random token, so that only they draw words.
 void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
                    const uint32_t* __restrict keys, int64_t* __restrict input_ids) {
   constexpr int64_t kBlock = 512;
@@ -69,7 +69,7 @@ void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sampl
   }
 }
 
-// The rare case of equal keys at a bound: position decides between them.
+// Rare: keys tie at a bound, and position decides.
 void write_tied_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
                     const uint32_t* keys, const int32_t* clean, const uint8_t* can_mask,
                     RowOutput out) {

@@ -1,4 +1,4 @@
-// What a batch asks of all its sample slots before its rows are made: times, and windows in order.
+// Times and window starts of all sample slots of a batch, drawn before its rows.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@ namespace nar {
 // Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
-// With room behind them for first_words.
+// Padded for first_words.
 std::vector<int64_t> sample_slots(const CorruptArgs& a) {
   std::vector<int64_t> slots(a.windows.batch + kWordsAtPadding);
   for (int64_t b = 0; b < a.windows.batch; ++b) slots[b] = static_cast<int64_t>(a.sample(b));
@@ -35,7 +35,7 @@ std::vector<uint32_t> draw_times(const CorruptArgs& a) {
   return t16;
 }
 
-// Where the windows begin that the slots hold in the order of their epochs.
+// Where the windows of the slots begin, in the order of their epochs.
 std::vector<int64_t> ordered_starts(const CorruptArgs& a) {
   std::vector<int64_t> slots = sample_slots(a);
   if (a.order.shuffle) {

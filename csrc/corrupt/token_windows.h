@@ -87,7 +87,7 @@ bool load_window(const Windows& w, const Token* __restrict window, Id* __restric
   return any_bad != 0;
 }
 
-// Rare: replaces the bad ids of row b, and tells of them.
+// Rare: replaces the bad ids of row b, and reports them.
 template <typename Id, typename Token>
 InvalidTokens replace_invalid(const Windows& w, int64_t b, const Token* window, Id* clean) {
   InvalidTokens found;

@@ -1,4 +1,4 @@
-// The outputs of a row from its keys, where those alone decide.
+// The outputs of a row whose keys do not tie at a bound.
 #pragma once
 
 #if defined(__AVX2__)
@@ -24,8 +24,8 @@ void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
   constexpr int32_t kIgnore = static_cast<int32_t>(kIgnoreIndex);
   int64_t i = 0;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  // Compilers take twice as long here: they compare unsigned numbers by way of the minimum, and
-  // pack what they compared more than once.
+  // Compilers' code is half as fast: they compare unsigned numbers through the minimum, and pack
+  // the results more than once.
   const __m256i flip = _mm256_set1_epi32(INT32_MIN);
   const __m256i below_mask = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(mask)), flip);
   const __m256i below_keep = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(keep)), flip);

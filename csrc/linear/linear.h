@@ -1,5 +1,5 @@
-// The product of hidden states and a head. Each logit is one chain of fused multiply-adds, so it
-// does not depend on how many rows come with it, nor on threads.
+// A small GEMM: hidden states times the LM head. Each logit is one chain of fused multiply-adds, so
+// it does not depend on the batch size, nor on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ struct LinearArgs {
   const float* bias;  // [vocabulary], or null
 };
 
-// Rows are multiplied in panels of so many, of which the last may be smaller.
+// Rows are multiplied in panels of `panel_rows`; the last may be smaller.
 struct LinearKernel {
   int panel_rows;
-  // The panel's hidden states, transposed.
+  // Packs the panel's hidden states, transposed.
   void (*pack)(const LinearArgs&, int64_t panel, float* packed);
-  // The panel's logits of the ids in [first, end).
+  // Computes the panel's logits of the ids in [first, end).
   void (*multiply)(const LinearArgs&, int64_t panel, const float* packed, int64_t first,
                    int64_t end);
 };

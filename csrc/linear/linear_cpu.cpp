@@ -9,8 +9,7 @@
 namespace nar {
 namespace {
 
-// What a thread multiplies at a time should fit a core's second cache: so many weights, then panels
-// of hidden states.
+// Blocking for L2: weights, then panels of hidden states, of a work item.
 constexpr int64_t kWeights = 16384, kPanels = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,7 +27,7 @@ void linear_cpu(const LinearArgs& a, int num_threads) {
   parallel_for(panels, num_threads,
                [&](int64_t panel, int) { kernel.pack(a, panel, &packed[panel * panel_size]); });
 
-  // Equal blocks of ids, which are multiples of 16: a cache line of logits has one writer.
+  // Equal blocks of ids, multiples of 16: no two threads write to one cache line of logits.
   const int64_t most = std::max<int64_t>(kWeights / std::max<int64_t>(a.depth, 1), 16);
   const int64_t ids = ceil_div(ceil_div(a.vocabulary, ceil_div(a.vocabulary, most)), 16) * 16;
   const int64_t blocks = ceil_div(a.vocabulary, ids), groups = ceil_div(panels, kPanels);

@@ -11,7 +11,7 @@
 namespace nar {
 namespace {
 
-// A tile of sums in registers: so many ids times so many vectors of rows.
+// The register tile: kIds ids times up to kMostVectors vectors of rows.
 constexpr int kIds = 4, kMostVectors = 3;
 
 constexpr int kLine = 16;  // floats of a cache line
@@ -20,7 +20,7 @@ constexpr int kLine = 16;  // floats of a cache line
 inline Floats fused(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
-// Each run of four lanes of the result is a column of the same lanes of a, b, c and d.
+// Transposes each 4x4 block of four lanes.
 inline void transpose(const Floats in[kIds], Floats out[kIds]) {
   const __m512d ab_low = (__m512d)_mm512_unpacklo_ps((__m512)in[0], (__m512)in[1]);
   const __m512d ab_high = (__m512d)_mm512_unpackhi_ps((__m512)in[0], (__m512)in[1]);
@@ -52,8 +52,8 @@ struct Tile {
   Floats sums[kIds][kVectors];
 };
 
-// A function of its own, never inlined: there the compiler keeps all sums in registers. Weights
-// `ahead` are fetched into the second cache meanwhile: from memory they would come late.
+// Never inlined: so the compiler keeps all accumulators in registers. Prefetches the weights at
+// `ahead` into L2 meanwhile.
 template <int kVectors>
 __attribute__((noinline)) Tile<kVectors> multiply_tile(const float* const weight[kIds],
                                                        const float* const ahead[kIds],
@@ -74,7 +74,7 @@ __attribute__((noinline)) Tile<kVectors> multiply_tile(const float* const weight
   return tile;
 }
 
-// Writes a tile's logits of some ids, at most kIds, and of some rows, at most kFloats.
+// Stores a tile's logits, of at most kIds ids and kFloats rows.
 inline void store_logits(const Floats sums[kIds], float* to, int64_t stride, int64_t rows,
                          int64_t ids) {
   Floats columns[kIds];
@@ -106,7 +106,7 @@ void multiply_panel(const LinearArgs& a, int64_t first_row, const float* packed,
     }
     const float *weight[kIds], *ahead[kIds];
     float bias[kIds] = {};
-    for (int i = 0; i < kIds; ++i) {  // the last one again, for those beyond it
+    for (int i = 0; i < kIds; ++i) {  // past the end: the last id again
       const int64_t from = std::min(id + i, end - 1);
       weight[i] = a.weight + from * a.weight_stride;
       ahead[i] = a.weight + std::min(from + end - first, a.vocabulary - 1) * a.weight_stride;

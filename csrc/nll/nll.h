@@ -1,4 +1,4 @@
-// The loss of rows of logits, and its gradient in their place.
+// Softmax cross-entropy of rows of logits, and its gradient in place.
 #pragma once
 
 #include <cstdint>
@@ -8,18 +8,18 @@ namespace nar {
 enum class LogitType { kFloat32, kBfloat16 };
 
 struct NllArgs {
-  // [rows, vocabulary], a row every `stride`; becomes the gradient where that is asked for.
+  // [rows, vocabulary], a row every `stride`; overwritten by the gradient if `gradient`.
   void* logits;
   LogitType logit_type;
   int64_t rows, vocabulary, stride;
-  const float* bias;      // [vocabulary], is added to the logits; or null
+  const float* bias;      // [vocabulary], added to the logits; or null
   const int64_t* labels;  // [rows]
-  const float* weight;    // [rows], of the gradient; null: 1
+  const float* weight;    // [rows], scales the gradient; null: 1
   bool gradient;
   float* nll;  // [rows]
 };
 
-// One row. `row` has room for its logits in float32, unless that is what they are.
+// One row. `row` is float32 scratch for its logits, unused where they are float32 already.
 using NllRow = void (*)(const NllArgs&, int64_t row_index, float* row);
 
 void nll_cpu(const NllArgs& args, int num_threads);

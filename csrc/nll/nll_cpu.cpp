@@ -9,7 +9,7 @@
 namespace nar {
 namespace {
 
-// What a thread takes at a time, at least: worth some 10 microseconds.
+// Minimum work per chunk, some 10 microseconds.
 constexpr int64_t kLogitsPerChunk = 16384;
 
 }  // namespace

@@ -10,7 +10,7 @@
 namespace nar {
 namespace {
 
-// Sums of so many floats a lane are exact enough; beyond, they go on in double.
+// Float32 partial sums are accurate enough over this many logits; beyond, they add up in double.
 constexpr int64_t kBlock = 256 * kFloats;
 
 inline float max_of(Floats v) {
@@ -25,14 +25,14 @@ inline double sum_of(Floats v) {
   return sum;
 }
 
-// The last logits of a row that do not fill a vector, behind them -inf.
+// The tail of a row, padded with -inf to a vector.
 inline Floats load_tail(const float* from, int64_t count) {
   Floats v = spread(-INFINITY);
   std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(float));
   return v;
 }
 
-// To the nearest, ties to even. A NaN stays one: those made here have a quiet bit that is kept.
+// Float32 to bfloat16, round to nearest even. The NaNs made here stay NaN: they are quiet.
 inline void narrow(const float* floats, int64_t count, uint16_t* bfloats) {
   int64_t i = 0;
   for (; i + kFloats <= count; i += kFloats) {
@@ -64,7 +64,7 @@ inline float add_bias(float* row, const float* bias, int64_t count) {
   return last > rest ? last : rest;
 }
 
-// The sum of exp(row - largest); the terms take the place of the row where kKeep.
+// The sum of exp(row - largest). With kKeep, the terms replace the row.
 template <bool kKeep>
 inline double sum_exp(float* row, float largest, int64_t count) {
   double total = 0;
@@ -111,7 +111,7 @@ void nll_row(const NllArgs& a, int64_t r, float* row) {
   } else {
     row = static_cast<float*>(a.logits) + r * a.stride;
   }
-  const bool valid = label >= 0 && label < count;  // else the loss is NaN, and nothing is touched
+  const bool valid = label >= 0 && label < count;  // else the loss is NaN: row[label] is not there
   const float largest = add_bias(row, a.bias, count);
   const float at_label = valid ? row[label] : NAN;
   if (!a.gradient) {

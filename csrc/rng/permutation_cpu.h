@@ -20,7 +20,7 @@ class Permutation {
     if (is_exact()) sort_into_bins();
   }
 
-  // Where it sends each x, which must be below n.
+  // Replaces each x, in [0, n), by its image.
   void apply(int64_t* x, int64_t count) const {
     if (is_exact()) {
       for (int64_t i = 0; i < count; ++i) x[i] = rank(x[i]);
@@ -57,7 +57,7 @@ class Permutation {
     return rank;
   }
 
-  // Through the network and again, those that are not below n yet.
+  // Cycle walking: applies the network again to those that are not below n yet.
   void walk(int64_t* x, int count) const {
     const FeistelNetwork network(static_cast<uint64_t>(n_));
     uint32_t left[kBlock], right[kBlock];
@@ -83,8 +83,7 @@ class Permutation {
   uint8_t binned_[kExactPermutationMax];
 };
 
-// In place of each sample slot, where the permutation of [0, n) of its round sends it: slot g is
-// index g % n of round g / n.
+// Replaces each sample slot by its image: slot g is index g % n under permutation g / n.
 inline void permute_slots(int64_t* slots, int64_t count, int64_t n, uint64_t seed,
                           uint32_t stream) {
   for (int64_t first = 0, end = 0; first < count; first = end) {

@@ -1,4 +1,4 @@
-// A run of Philox words of one sample, as many lanes at once as this translation unit may use.
+// Runs of Philox words of a sample, vectorised for the instruction set of the translation unit.
 #pragma once
 
 #if defined(__AVX2__)

@@ -10,7 +10,7 @@ namespace nar {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // taken back, or whoever asks next would report it again
+  cudaGetLastError();  // clears it, or the next check would report it again
   std::string message =
       std::string(what) + " failed: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) {

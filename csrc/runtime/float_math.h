@@ -43,7 +43,7 @@ inline void store(T* to, Vector v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-// The larger and the smaller of each two; the second where one is NaN.
+// Lane-wise maximum and minimum; b where either is NaN.
 #if defined(__AVX512F__)
 inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -57,9 +57,9 @@ inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts
 
-// exp(x) for x <= 0, to 2 ulp; 0 below -87, where float32 ends. NaN stays NaN. Of several vectors
-// at once: each is one long chain of operations, and a CPU looks only some 60 operations ahead for
-// others to do meanwhile.
+// exp(x) for x <= 0, to 2 ulp; 0 below -87, where float32 underflows. NaN stays NaN. Interleaves
+// several vectors: each is one long dependency chain, and out-of-order windows are too short to
+// overlap whole chains.
 template <int kCount>
 inline void exp_of_negative(Floats (&x)[kCount]) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2**23: leaves the integer in the low bits
@@ -90,7 +90,7 @@ inline Floats exp_of_negative(Floats x) {
   return one[0];
 }
 
-// So many vectors at once are fast.
+// Enough vectors to hide the latency of exp.
 constexpr int kManyVectors = 4, kManyFloats = kManyVectors * kFloats;
 
 // log(2**exponent * (1 + f)), f in [sqrt(1/2) - 1, sqrt(2) - 1]. Cephes.

@@ -36,11 +36,10 @@ struct Job {
     for (int s = 0; s < workers; ++s) next[s] = begin(s);
   }
 
-  // The part of each worker. Two passes over the same items find what the first wrote in the cache.
+  // Static partition: in a second pass over the same items a worker finds its own in the cache.
   int64_t begin(int worker) const { return count * worker / workers; }
 
-  // Its own part first, then what others have left: OpenMP may give fewer threads than asked for,
-  // and some may come late.
+  // Its own part first, then work stealing: OpenMP may give fewer threads than asked for, or late.
   void take_part(int worker) {
     for (int turn = 0; turn < workers; ++turn) {
       const int part = (worker + turn) % workers;

@@ -12,7 +12,7 @@
 namespace nar {
 namespace {
 
-// Of GCC and clang, in whatever registers there are.
+// Vector extensions of GCC and clang.
 typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef float Float4 __attribute__((vector_size(16)));
 
@@ -31,7 +31,7 @@ inline void upper_halves(const uint32_t* __restrict keys, int64_t n, int16_t* __
   for (int64_t i = 0; i < n; ++i) upper[i] = static_cast<int16_t>((keys[i] >> 16) ^ kFlip);
 }
 
-// 16-bit counts hold so many keys.
+// As many keys as 16-bit counts can count.
 constexpr int64_t kCountBlock = 32768;
 
 // How many of n upper halves are below each of the first kPivots.
@@ -51,7 +51,7 @@ inline Int4 count_below(const int16_t* __restrict upper, int64_t n, Int4 pivots)
   return below;
 }
 
-// PivotSearch for four ranks, one a lane: what `learn` decides no branch can predict.
+// PivotSearch for four ranks, one a lane: branch-free, since the branches are unpredictable.
 struct UpperSearch {
   Int4 rank;
   Int4 low = {}, high = Int4{} + 65536, below_low = {}, below_high, pivot = {}, found, done;
@@ -84,8 +84,8 @@ struct UpperSearch {
   }
 };
 
-// A number of a type that no other file has, so that neither have the functions of the standard
-// library that are made for it: they may use this file's instructions.
+// A type local to this file, so that templates of the standard library instantiated with it are,
+// too (see levels/kernels.h).
 struct OrderedKey {
   uint64_t value;
   bool operator<(OrderedKey other) const { return value < other.value; }

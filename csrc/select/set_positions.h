@@ -1,4 +1,4 @@
-// Where the bytes of a row are set.
+// Positions of the set bytes of a row.
 #pragma once
 
 #if defined(__AVX2__)

@@ -11,7 +11,7 @@
 namespace nar {
 namespace {
 
-// As many numbers of 16 bits as a vector has.
+// 16-bit lanes of a vector.
 constexpr int kHalves = 2 * kFloats;
 typedef int16_t Halves __attribute__((vector_size(4 * kFloats)));
 
@@ -33,14 +33,14 @@ inline void for_each_lane(Halves chosen, F f) {
 #endif
 }
 
-// A number that ascends, as a signed integer, while floats descend; -0 must have been made 0.
+// An order-reversing map of floats to signed integers; -0 must have been made 0.
 inline int32_t descending(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits < 0 ? bits ^ INT32_MIN : ~bits;
 }
 
-// The float of such a number.
+// Its inverse.
 inline float float_of(int32_t number) {
   const int32_t bits = number < 0 ? ~number : number ^ INT32_MIN;
   float x;
@@ -48,7 +48,7 @@ inline float float_of(int32_t number) {
   return x;
 }
 
-// The upper half of the number of each float, as `count_below` takes it.
+// The upper half of `descending` of each float, as `count_below` takes it.
 inline Halves upper_halves(Floats a, Floats b) {
 #if defined(__AVX512F__)
   Halves odd;
@@ -71,8 +71,7 @@ constexpr int16_t kUpperOfMinusInfinity = 0x7F80;
 constexpr int kSamples = 256;
 constexpr int64_t kWorthSampling = 2048;  // floats
 
-// How many samples are among the largest floats of a share, more or less so many standard
-// deviations.
+// How many samples fall into the top `share` of the floats, plus so many standard deviations.
 inline int samples_of_share(double share, double sigmas) {
   const double spread = std::abs(sigmas) * std::sqrt(share * (1 - share) * kSamples) + 1;
   return static_cast<int>(share * kSamples + (sigmas < 0 ? -spread : spread));
@@ -88,7 +87,7 @@ inline Int4 quantiles(const int16_t samples[kSamples], Int4 most) {
   return pivots;
 }
 
-// Three upper halves that are likely to have the k-th float between them, by what a sample shows.
+// Three pivots that bracket the k-th float with high probability, from a sample.
 inline Int4 bracket(const int16_t* upper, int64_t length, int64_t k) {
   constexpr double kSigmas = 2.5;
   int16_t samples[kSamples];
@@ -144,9 +143,9 @@ inline Ranked kth_largest(const float* logits, const int16_t* upper, int64_t len
                           int64_t num_finite) {
   Bracket b = {k, 0, kUpperOfMinusInfinity + kFlip, 0, num_finite};
   const bool samples = length >= kWorthSampling;
-  const int64_t few = 16 + length / 256;  // to look at each of them
+  const int64_t few = 16 + length / 256;  // few enough for nth_element
   for (int pass = 0; b.below_high - b.below_low > few && b.width() > 1; ++pass) {
-    // Quarters every third time bound the number of passes.
+    // Every third pass takes quarters, which bounds the number of passes.
     const Int4 pivots =
         samples && pass == 0 ? bracket(upper, length, k) : b.pivots(samples && pass % 3 != 0);
     const Int4 below = count_below<3>(upper, length, pivots);
@@ -172,7 +171,7 @@ inline Ranked kth_largest(const float* logits, const int16_t* upper, int64_t len
           static_cast<int64_t>(kth->value & 0xFFFFFFFF)};
 }
 
-// Writes the chosen lanes of two vectors, and something behind them. Returns how many they are.
+// Stores the chosen lanes of two vectors side by side, and garbage after them. Returns how many.
 inline int compress(Ints chosen, Floats x, Ints id, float* logits, int32_t* ids) {
 #if defined(__AVX512F__)
   const __mmask16 mask = _mm512_movepi32_mask((__m512i)chosen);

@@ -1,5 +1,5 @@
-// Among which ids of a row of logits `unmask` draws: those that are allowed, and of them the k with
-// the largest logits.
+// The candidates of a row of logits: the ids that `unmask` may draw, the k largest logits of those
+// that are allowed.
 #pragma once
 
 #include "runtime/float_math.h"
@@ -9,8 +9,7 @@
 namespace nar {
 namespace {
 
-// No NaN, nothing above the largest finite number, no -0: it would not equal the other one as a
-// key.
+// NaN becomes -inf, +inf the largest float, and -0 becomes 0: as keys the two would differ.
 inline Floats clean(Floats x) {
   return smaller(larger(x, spread(-INFINITY)), spread(3.40282347e38f)) + 0.0f;
 }
@@ -26,8 +25,8 @@ struct Row {
   const T* from;
   int64_t count;
 
-  // Calls take(index, vector, next vector) up to `padded`, a multiple of kRowPadding. Behind the
-  // row there is -inf. Fetches ahead: by itself a CPU does so too late, and not across pages.
+  // Calls take(index, vector, next vector) up to `padded`, a multiple of kRowPadding; past the row
+  // it gets -inf. Prefetches by hand: the hardware starts too late and stops at page boundaries.
   static constexpr int64_t kAhead = 1024;
   template <typename Take>
   void for_each_pair(int64_t padded, Take take) const {
@@ -51,7 +50,8 @@ struct Row {
 
 constexpr float kLowestFloat = -3.40282347e38f;
 
-// What probably some more than k logits of a row reach, by what a sample of it shows.
+// A sampled lower bound on the k-th largest logit (3 sigma), or the lowest float where a sample
+// does not pay.
 template <typename T>
 float likely_bound(const Row<T>& row, int64_t k) {
   constexpr double kSigmas = 3;
@@ -72,7 +72,7 @@ float likely_bound(const Row<T>& row, int64_t k) {
   return upper < kUpperOfMinusInfinity ? float_of(upper * 65536 + 65535) : kLowestFloat;
 }
 
-// Among these a token is drawn. One of -inf cannot be.
+// What a token is drawn among; a logit of -inf is never drawn.
 struct Candidates {
   float* logits;  // padded with -inf to kManyFloats
   int32_t* ids;   // ascending; null for all ids
@@ -80,7 +80,7 @@ struct Candidates {
 
   int64_t id(int64_t i) const { return ids ? ids[i] : i; }
 
-  // Where an id is, or -1.
+  // Index of an id, or -1.
   int64_t find(int64_t id) const {
     if (!ids) return id < count ? id : -1;
     int64_t low = 0, high = count;
@@ -91,7 +91,7 @@ struct Candidates {
     return low < count && ids[low] == id ? low : -1;
   }
 
-  // How many of these ids could have been drawn.
+  // Masks the forbidden ids; returns how many had logits above -inf.
   int64_t forbid(const int64_t* forbidden, int64_t num_forbidden) const {
     int64_t found = 0;
     for (int64_t f = 0; f < num_forbidden; ++f) {
@@ -110,7 +110,7 @@ struct Candidates {
   }
 };
 
-// Appends what of `x`, whose ids these are, is not below the bound.
+// Appends the logits that reach the bound, with their ids.
 inline void append(Floats x, Ints ids, float bound, Candidates* c) {
   c->count += compress(x >= bound, x, ids, c->logits + c->count, c->ids + c->count);
 }
@@ -121,7 +121,7 @@ void pad(const Candidates& c) {
   }
 }
 
-// Leaves the k largest of at least as many that are not -inf.
+// Keeps the k largest of num_finite > k candidates.
 void keep_largest(int64_t k, int64_t num_finite, int16_t* upper, Candidates* c) {
   const int64_t length = (c->count + kHalves - 1) / kHalves * kHalves;
   for (int64_t i = 0; i < length; i += kHalves) {
@@ -165,7 +165,7 @@ Candidates find_candidates(const UnmaskArgs& a, const Row<T>& row, const UnmaskS
     });
     pad(c);
     const int64_t num_finite = c.count - c.forbid(a.forbidden, a.num_forbidden);
-    if (num_finite < a.top_k && bound != kLowestFloat) continue;  // a sample that misled
+    if (num_finite < a.top_k && bound != kLowestFloat) continue;  // the sample misled
     if (num_finite > a.top_k) keep_largest(a.top_k, num_finite, s.upper, &c);
     return c;
   }

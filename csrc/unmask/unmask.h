@@ -7,7 +7,7 @@
 
 namespace nar {
 
-// What, besides the token's own log probability, may say how sure the net is of a row.
+// How the confidence of a row is measured.
 enum class ConfidenceType { kProbability = 0, kMargin = 1, kEntropy = 2 };
 
 struct UnmaskArgs {
@@ -15,7 +15,7 @@ struct UnmaskArgs {
   LogitType logit_type;
   int64_t rows, vocabulary, stride;
   const int64_t* noise_slots;  // [rows], the sample slots of the noise
-  const int64_t* given;        // [rows], a token to look at in place of a sample, or -1; or null
+  const int64_t* given;        // [rows], a token to score in place of a sample, or -1; or null
   const int64_t* forbidden;    // [num_forbidden], ids in [0, vocabulary) that are never sampled
   int64_t num_forbidden;
   int64_t fallback;  // the token of a row that allows none
@@ -29,14 +29,14 @@ struct UnmaskArgs {
   float* confidence;  // [rows], for a type other than kProbability; or null
 };
 
-// Rows are padded to so many logits: four vectors of any instruction set.
+// Rows are padded to a multiple of this: four vectors of any instruction set.
 constexpr int64_t kRowPadding = 64;
 
 inline int64_t padded_row(int64_t vocabulary) {
   return (vocabulary + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
 
-// Memory for a padded row of one thread, and kRowPadding more of each.
+// Scratch memory of one thread: a padded row, and kRowPadding more.
 struct UnmaskScratch {
   float* logits;
   int32_t* ids;

@@ -9,10 +9,10 @@
 namespace nar {
 namespace {
 
-// What a thread takes at a time, at least: worth some 10 microseconds.
+// Minimum work per chunk, some 10 microseconds.
 constexpr int64_t kLogitsPerChunk = 8192;
 
-// Vectors that lie in one line each are faster to load and to store.
+// Aligned to cache lines: no vector load or store straddles two.
 struct alignas(64) CacheLine {
   unsigned char bytes[64];
 };

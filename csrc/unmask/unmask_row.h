@@ -33,10 +33,10 @@ struct Sums {
   int64_t exp_times_gap;  // of exp(d) |d|
 };
 
-// Sums over the candidates in units of 2**-30: integers, so that no order of summing matters.
+// Sums over the candidates in fixed point, units of 2**-30: exact in any order.
 template <bool kWithGap>
 Sums sum_of_exp(const Candidates& c, float largest) {
-  // In halves of 15 bits, of which a lane of 32 bits holds the sum of so many.
+  // Terms are split into 15-bit halves; a 32-bit lane holds the sum of this many.
   constexpr int64_t kTerms = 32768;
   Sums sums = {};
   for (int64_t first = 0; first < c.count; first += kTerms * kFloats) {
@@ -68,7 +68,7 @@ Sums sum_of_exp(const Candidates& c, float largest) {
 
 inline float from_units(int64_t sum) { return static_cast<float>(sum) * 0x1p-30f; }
 
-// The largest logit but one; the largest itself if there are two.
+// The second-largest logit; the largest itself if it occurs twice.
 float second_largest(const Candidates& c, float largest) {
   Floats second = spread(-INFINITY);
   Ints num_largest = {};
@@ -86,8 +86,8 @@ float second_largest(const Candidates& c, float largest) {
   return ties > 1 ? largest : result;
 }
 
-// Standard Gumbel noise of random words: -log(E), where E = -log(1 - u) and u = (word + 1/2) /
-// 2**32. Small words, which decide, keep all their bits; large ones are rounded to 31.
+// Standard Gumbel noise, -log(-log(1 - u)) with u = (word + 1/2) / 2**32. Small words, which make
+// the large noise that decides, keep all their bits; large ones are rounded to 31.
 Floats gumbel(Ints words) {
   const Ints is_small = ((words >> 30) & 3) == 0;  // u < 1/4: 1 - u would lose its bits
   const Floats u = (__builtin_convertvector(words & 0x3FFFFFFF, Floats) + 0.5f) * 0x1p-32f;
@@ -97,11 +97,11 @@ Floats gumbel(Ints words) {
   return -log_of_positive(-log_of_rest);
 }
 
-// Candidates whose words are drawn together.
+// Candidates per batch of random words.
 constexpr int64_t kChunk = 512;
 
-// The words of `count` candidates from `first` on. Words come in blocks of four, so where most of
-// a span are candidates, all of it is drawn.
+// Random words of candidates [first, first + count). Philox makes four words at once, so where
+// candidates are dense, all words of their span are generated.
 void candidate_words(const UnmaskArgs& a, uint64_t slot, const Candidates& c, int64_t first,
                      int64_t count, uint32_t* out) {
   if (!c.ids) {
@@ -121,12 +121,12 @@ void candidate_words(const UnmaskArgs& a, uint64_t slot, const Candidates& c, in
   words_at(out, positions, count, a.seed, kDecodeNoise, slot);
 }
 
-// The index of the candidate with the largest (logit - largest) / temperature + noise, of the
-// lowest id among equals. Few candidates can win, and only for those noise is made in full.
+// Gumbel-max: the index of the candidate with the largest (logit - largest) / temperature + noise,
+// the lowest on ties. A cheap upper bound on the noise rules out nearly all of them first.
 int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c, float largest) {
-  constexpr float kLn2 = 0.693147181f, kSlack = 1e-3f;  // for roundings
+  constexpr float kLn2 = 0.693147181f, kSlack = 1e-3f;  // slack for rounding errors
   uint32_t words[kChunk + kWordPadding];
-  // First a likely one, so that few others come into question.
+  // Starts from a likely winner, so that the bound rules out most others.
   int64_t best_index = first_of(c.logits, largest);
   const uint32_t word = random_word(a.seed, kDecodeNoise, slot, c.id(best_index));
   float best = gumbel(Ints{} + static_cast<int32_t>(word))[0];

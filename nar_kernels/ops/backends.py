@@ -29,7 +29,7 @@ cuda = _extension("_cuda")
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
-# What `backend="auto"` takes on each device, best first, before `reference`.
+# What `backend="auto"` tries on each device, fastest first; then `reference`.
 _PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _has_triton = find_spec("triton") is not None
@@ -67,8 +67,8 @@ def _why_absent(backend: str) -> str:
 def device_type(backend: str) -> str:
     """Where a compiled backend runs: ``"cpu"`` or ``"cuda"``.
 
-    Tests run the GPU backends on the CPU: Triton in its interpreter, which is its own switch, and
-    CUDA in a module that was compiled for the CPU.
+    Tests run the GPU backends on the CPU: Triton in its interpreter (TRITON_INTERPRET), CUDA in a
+    module compiled for the CPU.
     """
     if backend == "triton":
         return "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
@@ -89,8 +89,8 @@ def backends() -> dict[str, str]:
     """Every backend, with ``"available"`` or the reason why it is not.
 
     ``reference`` is plain PyTorch on any device; ``cpp`` is the C++ extension for CPU tensors;
-    ``triton`` and ``cuda`` run on CUDA devices, the latter where nvcc built it. A reason comes with
-    the command that mends it.
+    ``triton`` and ``cuda`` run on CUDA devices, the latter where nvcc built it. A reason includes
+    the command that fixes it.
     """
     return {name: _status(name) for name in BACKENDS}
 
@@ -132,7 +132,7 @@ _CPU_MULTIPLIES_BF16 = any(
 
 
 def multiplies_in(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of matrices of a type."""
+    """Whether this CPU has native matrix multiplication in a type."""
     if dtype == torch.bfloat16:
         return _CPU_MULTIPLIES_BF16
     return dtype != torch.float16

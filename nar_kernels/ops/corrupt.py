@@ -20,7 +20,7 @@ from nar_kernels.spec.philox import permute as permute_ref
 
 TOKEN_DTYPES = tuple(DTYPE_CODE)
 
-# What has no kernel on a GPU: the host does it there.
+# Backends of operations without a GPU kernel.
 _ON_CPU = ("reference", "cpp")
 
 
@@ -46,6 +46,46 @@ def _check_starts(starts: Tensor, tokens: Tensor) -> Tensor:
             )
         return _check_ids("starts", starts, starts.device)
     return _check_ids("starts", starts, tokens.device)
+
+
+def _batch_shape(tokens: Tensor, seq_len: int | None) -> tuple[int, int]:
+    """B and L of a batch ``[B, L]``."""
+    if tokens.dim() != 2:
+        raise ValueError(
+            f"tokens have shape {list(tokens.shape)}: pass [B, L], or a flat corpus [T] with "
+            "starts and seq_len"
+        )
+    batch, length = tokens.shape
+    if seq_len is not None and seq_len != length:
+        raise ValueError(f"seq_len is {seq_len} but tokens have length {length}")
+    return batch, length
+
+
+def _check_windows(tokens: Tensor, starts: Tensor, seq_len: int | None) -> tuple[Tensor, int]:
+    """Starts and L of windows of a flat corpus."""
+    if tokens.dim() != 1 or seq_len is None:
+        raise ValueError("with starts, tokens must be a flat corpus [T] and seq_len given")
+    starts = _check_starts(starts, tokens)
+    if starts.shape[0] and tokens.shape[0] < seq_len:
+        raise IndexError(
+            f"a window of seq_len {seq_len} reaches outside the corpus of {tokens.shape[0]} tokens"
+        )
+    return starts, seq_len
+
+
+def _check_maskable(maskable: object, shape: tuple[int, int], device: torch.device) -> Tensor:
+    wanted = f"[{shape[0]}, {shape[1]}]"
+    if not isinstance(maskable, Tensor):
+        raise TypeError(
+            f"maskable is a {type(maskable).__name__}: it must be a bool tensor {wanted}"
+        )
+    if maskable.dtype != torch.bool or maskable.shape != shape:
+        raise ValueError(
+            f"maskable must be bool {wanted}; got {maskable.dtype} {list(maskable.shape)}"
+        )
+    if maskable.device != device:
+        raise ValueError(f"maskable is on {maskable.device}, but the kernel runs on {device}")
+    return maskable.contiguous()
 
 
 def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
@@ -78,7 +118,8 @@ def corrupt(
     source: str = "tokens",
     backend: str = "auto",
 ) -> Corrupted:
-    """Extracts windows, checks them, draws masks at a ratio per sample, and makes the labels.
+    """Extracts windows, validates ids, draws a mask at each sample's ratio and makes the labels, in
+    one kernel.
 
     A pure function of its arguments: the same sample slot and seed give the same mask whatever the
     batch, the device, the backend or the number of threads.
@@ -109,32 +150,18 @@ def corrupt(
         IndexError: a window reaches outside the corpus.
         TypeError, ValueError: wrong dtypes, shapes or devices, a negative sample slot.
 
-    Values are checked on the device. On the CPU these errors come at once; elsewhere, where to look
-    at them would stall the device, when ``raise_if_invalid()`` is called on the result.
+    Values are checked on the device. On the CPU errors are raised at once; on other devices, where
+    that would be a sync, by ``raise_if_invalid()`` of the result.
     """
     check_token_dtype(tokens.dtype)
     seq_len = None if seq_len is None else as_int("seq_len", seq_len)
     if starts is None:
-        if tokens.dim() != 2:
-            raise ValueError(
-                f"tokens have shape {list(tokens.shape)}: pass [B, L], or a flat corpus [T] with "
-                "starts and seq_len"
-            )
-        batch, length = tokens.shape
-        if seq_len is not None and seq_len != length:
-            raise ValueError(f"seq_len is {seq_len} but tokens have length {length}")
+        batch, seq_len = _batch_shape(tokens, seq_len)
     else:
-        if tokens.dim() != 1 or seq_len is None:
-            raise ValueError("with starts, tokens must be a flat corpus [T] and seq_len given")
-        starts, length = _check_starts(starts, tokens), seq_len
-        if starts.shape[0] and tokens.shape[0] < seq_len:
-            raise IndexError(
-                f"a window of seq_len {seq_len} reaches outside the corpus of {tokens.shape[0]} "
-                "tokens"
-            )
+        starts, seq_len = _check_windows(tokens, starts, seq_len)
         batch = starts.shape[0]
-    if not 1 <= length < 1 << 31:
-        raise ValueError(f"seq_len is {length}: it must be in [1, 2**31)")
+    if not 1 <= seq_len < 1 << 31:
+        raise ValueError(f"seq_len is {seq_len}: it must be in [1, 2**31)")
     device = tokens.device if starts is None else starts.device
     if sample_ids is not None:
         sample_ids = _check_ids("sample_ids", sample_ids, device)
@@ -144,17 +171,7 @@ def corrupt(
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
     if maskable is not None:
-        if not isinstance(maskable, Tensor):
-            what = type(maskable).__name__
-            raise TypeError(f"maskable is a {what}: it must be a bool tensor [{batch}, {length}]")
-        if maskable.dtype != torch.bool or maskable.shape != (batch, length):
-            raise ValueError(
-                f"maskable must be bool [{batch}, {length}]; got {maskable.dtype} "
-                f"{list(maskable.shape)}"
-            )
-        if maskable.device != device:
-            raise ValueError(f"maskable is on {maskable.device}, but the kernel runs on {device}")
-        maskable = maskable.contiguous()
+        maskable = _check_maskable(maskable, (batch, seq_len), device)
 
     corrupted = _corrupt(
         masking,
@@ -164,7 +181,7 @@ def corrupt(
         tokens=tokens.contiguous(),
         starts=starts,
         batch=batch,
-        seq_len=length,
+        seq_len=seq_len,
         sample_ids=sample_ids,
         maskable=maskable,
         global_batch=global_batch,
@@ -188,7 +205,7 @@ def corrupt_step(
     device: torch.device,
     backend: str = "auto",
 ) -> Corrupted:
-    """``corrupt`` for one rank's part of a step: the kernel finds slots and windows by itself.
+    """``corrupt`` for one rank's part of a step: the kernel computes slots and windows itself.
 
     Args:
         tokens: contiguous, on ``device`` or in pinned memory: the corpus ``[T]``, or, if there is
@@ -198,7 +215,7 @@ def corrupt_step(
         batch_size, rank, global_batch: slots are ``step * global_batch + rank * batch_size + j``
             for j in [0, ``batch_size``).
 
-    What is invalid is left in the result.
+    Raises nothing for invalid data: the result records it.
     """
     first_sample, step_tensor = rank * batch_size, None
     if isinstance(step, Tensor):
@@ -276,8 +293,8 @@ def _corrupt(
 
 
 def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
-    """int64 ``[B]`` on the CPU: how many positions each row masks, or None where that depends on
-    what only the device knows."""
+    """int64 ``[B]`` on the CPU: how many positions each row masks, without a sync; None where that
+    depends on device memory."""
     on_device = (a.sample_ids, a.step, a.maskable, a.never_mask, a.seed_tensor)
     known = all(tensor is None for tensor in on_device)
     if not known or cpp is None or torch.compiler.is_compiling():
@@ -329,24 +346,9 @@ def windows(
     """
     check_token_dtype(tokens.dtype)
     starts = _check_ids("starts", starts, tokens.device)
-    if resolve_backend(backend, tokens.device, _ON_CPU) == "cpp":
-        assert cpp is not None
-        tokens = tokens.contiguous()
-        out = torch.empty((starts.shape[0], seq_len), dtype=torch.int64, device="cpu")
-        record = torch.empty(3, dtype=torch.int64, device="cpu")
-        cpp.windows(
-            host_address(tokens),
-            DTYPE_CODE[tokens.dtype],
-            tokens.numel(),
-            host_address(starts),
-            *out.shape,
-            num_tokens,
-            mask_id,
-            host_address(out),
-            host_address(record),
-        )
-    else:
-        out, record = windows_ref(tokens, starts, seq_len, num_tokens, mask_id)
+    is_cpp = resolve_backend(backend, tokens.device, _ON_CPU) == "cpp"
+    read = _windows_cpp if is_cpp else windows_ref
+    out, record = read(tokens, starts, seq_len, num_tokens, mask_id)
     count, offset, token_id = record.tolist()
     if count and validate:
         raise InvalidTokenError.at(
@@ -358,6 +360,28 @@ def windows(
             mask_id=mask_id,
         )
     return out
+
+
+def _windows_cpp(
+    tokens: Tensor, starts: Tensor, seq_len: int, num_tokens: int, mask_id: int
+) -> tuple[Tensor, Tensor]:
+    """As ``windows_ref``."""
+    assert cpp is not None
+    tokens = tokens.contiguous()
+    out = torch.empty((starts.shape[0], seq_len), dtype=torch.int64, device="cpu")
+    record = torch.empty(3, dtype=torch.int64, device="cpu")
+    cpp.windows(
+        host_address(tokens),
+        DTYPE_CODE[tokens.dtype],
+        tokens.numel(),
+        host_address(starts),
+        *out.shape,
+        num_tokens,
+        mask_id,
+        host_address(out),
+        host_address(record),
+    )
+    return out, record
 
 
 def permute(

@@ -18,8 +18,8 @@ class ChunkLimits(NamedTuple):
     """How large a chunk may be.
 
     Attributes:
-        logits: at most so many, but at least a row.
-        rows: so many are enough; so are :data:`_ENOUGH_LOGITS` logits.
+        logits: the most a chunk may have, unless a single row has more.
+        rows: enough for full speed; so are :data:`_ENOUGH_LOGITS` logits.
     """
 
     logits: int
@@ -28,16 +28,16 @@ class ChunkLimits(NamedTuple):
 
 _ENOUGH_LOGITS = 1 << 20
 
-# Each chunk reads and writes the gradient of the head once more: beside its three products that is
-# little from so many rows on, and less does not show.
+# Each chunk reads and writes the gradient of the head once more: from this many rows on that is
+# small beside its three GEMMs.
 TRAINING_LIMITS = {"cpu": ChunkLimits(1 << 24, 512), "cuda": ChunkLimits(1 << 27, 4096)}
 
-# A library arranges a head anew for each product. That of a smaller one costs it little, and then
-# it is as fast as `run_linear`, or faster.
+# BLAS repacks the weight at every GEMM. For smaller heads that is cheap, and BLAS is as fast as
+# `run_linear`, or faster.
 _LARGE_HEAD = 1 << 20
 
-# Nothing but logits is kept here, so a GPU may have more of them. On a CPU the product is fast from
-# some 100 rows on; each chunk reads the head once more, so that 256 are a little faster yet.
+# Only logits are kept here, so a GPU may have more of them. On a CPU the GEMM is fast from some 100
+# rows on; each chunk reads the head once more, so 256 are a little faster yet.
 INFERENCE_LIMITS = {"cpu": ChunkLimits(1 << 24, 256), "cuda": ChunkLimits(1 << 28, 8192)}
 
 
@@ -53,8 +53,8 @@ def chunk_size(
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the product of hidden states and a head: theirs, or that of autocast, but float32 where
-    a CPU has no instructions for it.
+    """The type of the GEMM of hidden states and head: theirs, or that of autocast; float32 where a
+    CPU has no instructions for it.
 
     Raises:
         TypeError: they differ, and there is no autocast.
@@ -71,15 +71,15 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class LogitsMemory:
-    """Memory for one chunk of logits after the other, each in place of the one before."""
+    """One buffer that all chunks of logits share."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
     def rows(self, num_rows: int, vocabulary: int, like: Tensor) -> Tensor:
         """``[num_rows, V]`` of the type of ``like``, without values."""
-        # Rows begin at multiples of 64 bytes at least, for wide loads and stores: a product is
-        # twice as fast to write.
+        # Rows start at multiples of 64 bytes, for wide loads and stores: the GEMM stores them twice
+        # as fast.
         size, memory = num_rows * (width := -(-vocabulary // 32) * 32), self._memory
         if memory is None or len(memory) < size or memory.dtype != like.dtype:
             self._memory = memory = like.new_empty(size)
@@ -117,7 +117,7 @@ def inferred_logits(
     needs_many_rows = hidden.device.type == "cpu" and not (HAS_LINEAR and dtype == torch.float32)
     limits = TRAINING_LIMITS if needs_many_rows else INFERENCE_LIMITS
     size = chunk_size(len(hidden), len(weight), hidden.device, limits)
-    # Autocast, which must not be switched off around a yield, lets these products alone.
+    # Autocast, which must not be switched off around a yield, does not change these products.
     for start in range(0, len(hidden), size):
         some = hidden[start : start + size]
         logits = memory.rows(len(some), len(weight), some)

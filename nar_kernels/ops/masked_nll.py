@@ -1,4 +1,4 @@
-"""The loss at the masked rows: the logits ``[B, L, V]`` never exist, nor those of the other rows.
+"""The loss at the masked rows, without materialising the logits ``[B, L, V]``.
 
 Shapes: B batch, L sequence length, V vocabulary (rows of the head), D width, R masked rows, C rows
 of a chunk.
@@ -79,7 +79,7 @@ def masked_nll(
     labels, is_ignored = _without_ignored(labels)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
     with torch.autocast(device.type, enabled=False):
-        # A Function's own needs_input_grad does not know of torch.no_grad.
+        # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
             nothing = (False, False, False)
             nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
@@ -188,8 +188,8 @@ def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
 
 
 def _without_ignored(labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Labels ``[R]`` with ids for those that are -100, which are of no account, and where those
-    are, bool ``[R]``; or None if it is seen without waiting for a device that there are none."""
+    """Labels ``[R]`` with 0 in place of -100, and a mask of those, bool ``[R]``; None where there
+    are none, as far as that is known without a sync."""
     is_ignored = labels == IGNORE_INDEX
     if labels.is_cpu and not is_ignored.any():
         return labels, None
@@ -242,7 +242,7 @@ def _check_reduction(
         raise ValueError("normalizer was given, but reduction 'none' divides by nothing")
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
         raise ValueError(f"normalizer has shape {list(normalizer.shape)}: it must be one number")
-    on_device = isinstance(normalizer, Tensor) and not normalizer.is_cpu  # looking would wait
+    on_device = isinstance(normalizer, Tensor) and not normalizer.is_cpu  # reading it would sync
     if not on_device and not 0 < float(normalizer) < math.inf:
         raise ValueError(
             f"normalizer is {float(normalizer)}: it must be positive, the count of positions that "
@@ -251,8 +251,7 @@ def _check_reduction(
 
 
 def _weights_are_drawn(corrupted: Corrupted) -> bool:
-    """Whether ``loss_weight`` is what the schedule says, and not a user's own. Waits for the
-    device."""
+    """Whether ``loss_weight`` is that of the schedule, not a user's own. Syncs."""
     masking = corrupted.masking
     t16 = (corrupted.times * NUM_TIMES).long()
     weight = masking.tables(corrupted.times.device)[1].index_select(0, t16)
@@ -304,7 +303,7 @@ def _losses_and_gradients(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    # The first chunk writes it all, if there is one.
+    # The first chunk, if any, overwrites it.
     new = torch.empty_like if len(hidden) else torch.zeros_like
     of_weight = new(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
@@ -370,8 +369,7 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, row_weight = ctx.saved_tensors
-        # Handed over, not copied. A second backward pass through a graph that was retained makes
-        # them again.
+        # Scaled in place. A second backward pass (retain_graph) computes them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, gradients = _losses_and_gradients(
@@ -384,8 +382,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _PerRow(torch.autograd.Function):
-    """``nll`` of each row. What each counts is not known before the backward pass, so the gradients
-    are made there."""
+    """``nll`` of each row. The upstream gradient of each is known only in the backward pass, so
+    gradients are computed there."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: slow, readable, on any device. The other backends equal it.
+"""Every operation in plain PyTorch, on any device: the readable specification of all backends.
 
 Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens, R rows of logits.
 """
@@ -100,63 +100,87 @@ def starts_ref(a: CorruptArgs, seed: int, slots: Tensor) -> Tensor:
 
 def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     """The specification of ``corrupt``."""
-    device = a.ratio_table.device
     seed = a.seed if a.seed_tensor is None else int(a.seed_tensor)
     sample_ids = slots_ref(a)
     if (sample_ids < 0).any():
         raise ValueError(f"sample id {int(sample_ids.min())} is negative: slots count from 0")
     starts = starts_ref(a, seed, sample_ids)
-    positions = torch.arange(a.seq_len, device=device)
     clean, invalid = windows_ref(a.tokens.flatten(), starts, a.seq_len, a.num_tokens, a.mask_id)
 
-    can_mask = torch.ones_like(clean, dtype=torch.bool) if a.maskable is None else a.maskable
-    if a.never_mask is not None:
-        can_mask = can_mask & ~a.never_mask.to(device)[clean]
-    n = can_mask.sum(1, keepdim=True)
-
+    can_mask = _can_mask(a, clean)
+    num_maskable = can_mask.sum(1)
     t16 = draw_times(seed, sample_ids, a.global_batch, a.stratified)
-    ratio = (a.ratio_table.to(device)[t16].to(torch.int64) & _U32)[:, None]
-    keep_share_, replace_share_, rounding = _shares(
-        seed, sample_ids, a.keep_share, a.random_share, a.coin_share
-    )
-
-    keys = words(seed, Stream.MASK_KEY, sample_ids[:, None], positions)
-    if a.exact:
-        # Masked are the k smallest (key, position); of those, the first few are kept, and so on.
-        order = keys.masked_fill(~can_mask, 1 << 32).argsort(dim=1, stable=True).argsort(dim=1)
-        k = ((ratio * n + _U32) >> 32).clamp(min=1).minimum(n)
-        kept, replaced = ((k * share + rounding) >> 31 for share in (keep_share_, replace_share_))
-    else:
-        order, k = keys, ratio
-        kept, replaced = ((ratio * share) >> 31 for share in (keep_share_, replace_share_))
-
+    order, kept, replaced, k = _order_and_bounds(a, seed, sample_ids, t16, can_mask)
     masked = can_mask & (order < k)
-    random = words(seed, Stream.RANDOM_TOKEN, sample_ids[:, None], positions)
-    random = (random * (a.num_tokens - 1)) >> 32
-    random = random + (random >= a.mask_id).to(torch.int64)  # uniform over the ids but a.mask_id
+    num_masked = masked.sum(1)
+
+    random = _random_tokens(a, seed, sample_ids)
     input_ids = torch.where(masked, a.mask_id, clean)
     input_ids = torch.where(masked & (order < replaced), random, input_ids)
     input_ids = torch.where(masked & (order < kept), clean, input_ids)
-
-    num_masked = masked.sum(1)
-    weight = a.weight_table.to(device)[t16]
-    if a.exact:
-        weight = weight * n[:, 0].to(torch.float32) / num_masked.clamp(min=1).to(torch.float32)
-        weight = weight.masked_fill(num_masked == 0, 0)
-    row_buffer = torch.zeros(masked.numel(), dtype=torch.int64, device=device)
-    rows = masked.flatten().nonzero().flatten()
-    row_buffer[: len(rows)] = rows
     return (
         input_ids,
         torch.where(masked, clean, IGNORE_INDEX),
         masked,
         (t16.to(torch.float32) + 0.5) / NUM_TIMES,
-        weight,
+        _loss_weight(a, t16, num_maskable, num_masked),
         num_masked,
-        n[:, 0].clone(),
-        row_buffer,
+        num_maskable,
+        _row_buffer(masked),
         torch.cat([invalid, torch.zeros_like(invalid[:2])]),  # bad rows have raised
     )
+
+
+def _can_mask(a: CorruptArgs, clean: Tensor) -> Tensor:
+    """bool ``[B, L]``: the positions that may be masked."""
+    can_mask = torch.ones_like(clean, dtype=torch.bool) if a.maskable is None else a.maskable
+    if a.never_mask is None:
+        return can_mask
+    return can_mask & ~a.never_mask[clean]
+
+
+def _order_and_bounds(
+    a: CorruptArgs, seed: int, sample_ids: Tensor, t16: Tensor, can_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``[B, L]``, what positions are ordered by, and three bounds ``[B, 1]`` on it: the maskable
+    ones below the third are masked; below the first they keep their token, below the second they
+    get a random one."""
+    device = a.ratio_table.device
+    ratio = (a.ratio_table[t16].to(torch.int64) & _U32)[:, None]
+    keep, replace, rounding = _shares(seed, sample_ids, a.keep_share, a.random_share, a.coin_share)
+    keys = words(seed, Stream.MASK_KEY, sample_ids[:, None], torch.arange(a.seq_len, device=device))
+    if not a.exact:
+        return keys, (ratio * keep) >> 31, (ratio * replace) >> 31, ratio
+    # Masked are the k smallest (key, position); of those, the first few are kept, and so on.
+    rank = keys.masked_fill(~can_mask, 1 << 32).argsort(dim=1, stable=True).argsort(dim=1)
+    n = can_mask.sum(1, keepdim=True)
+    k = ((ratio * n + _U32) >> 32).clamp(min=1).minimum(n)
+    return rank, (k * keep + rounding) >> 31, (k * replace + rounding) >> 31, k
+
+
+def _random_tokens(a: CorruptArgs, seed: int, sample_ids: Tensor) -> Tensor:
+    """int64 ``[B, L]``: uniform over the ids but ``mask_id``."""
+    positions = torch.arange(a.seq_len, device=sample_ids.device)
+    word = words(seed, Stream.RANDOM_TOKEN, sample_ids[:, None], positions)
+    token = (word * (a.num_tokens - 1)) >> 32
+    return token + (token >= a.mask_id).to(torch.int64)
+
+
+def _loss_weight(a: CorruptArgs, t16: Tensor, num_maskable: Tensor, num_masked: Tensor) -> Tensor:
+    """float32 ``[B]``."""
+    weight = a.weight_table[t16]
+    if not a.exact:
+        return weight
+    weight = weight * num_maskable.to(torch.float32) / num_masked.clamp(min=1).to(torch.float32)
+    return weight.masked_fill(num_masked == 0, 0)
+
+
+def _row_buffer(masked: Tensor) -> Tensor:
+    """int64 ``[B * L]``: the indices of masked positions, then zeros."""
+    buffer = torch.zeros(masked.numel(), dtype=torch.int64, device=masked.device)
+    rows = masked.flatten().nonzero().flatten()
+    buffer[: len(rows)] = rows
+    return buffer
 
 
 def nll_ref(a: NllArgs) -> Tensor:
@@ -214,7 +238,6 @@ def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum_of_units(terms: Tensor) -> Tensor:
-    """float32 ``[R]``: sums of rows, as integers in units of 2**-30, so that no order of summing
-    matters."""
+    """float32 ``[R]``: row sums in fixed point, units of 2**-30, exact in any order."""
     units = (terms * 2.0**30 + 0.5).to(torch.int64)
     return units.sum(1).to(torch.float32) * 2.0**-30

@@ -1,4 +1,4 @@
-"""``unmask``: a token for each row of logits, and how probable it is.
+"""``unmask``: samples a token for each row of logits, with its log-probability.
 
 Shapes: R rows of logits, V vocabulary.
 """
@@ -19,9 +19,9 @@ from nar_kernels.ops.dispatch import CONFIDENCES, Confidence, run_unmask
 UNMASK_BACKENDS = ("reference", "cpp", "triton")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Noise spans 26. Below this it could only decide between logits that are less than 3e-5 apart.
+# Noise spans 26: at this temperature it decides only between logits less than 3e-5 apart.
 MIN_TEMPERATURE = 1e-6
-# Above this nothing counts but noise; 1 / temperature must not become 0.
+# Above this only noise counts; 1 / temperature must not underflow to 0.
 MAX_TEMPERATURE = 1e30
 
 
@@ -82,33 +82,59 @@ def unmask(
         TypeError, ValueError: wrong dtypes, shapes or devices, a value out of its range, or no id
             that may be drawn.
     """
+    _check_logits(logits)
+    vocabulary = logits.shape[1]
+    _check_rows("noise_slots", noise_slots, logits)
+    if given is not None:
+        _check_rows("given", given, logits)
+    if confidence not in CONFIDENCES:
+        raise ValueError(
+            f"confidence is {confidence!r}: it must be one of {', '.join(CONFIDENCES)}"
+        )
+    forbidden, fallback = _forbidden(vocabulary, mask_id, forbidden_ids)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    arguments = UnmaskArgs(
+        logits,
+        noise_slots.contiguous(),
+        None if given is None else given.contiguous(),
+        forbidden,
+        fallback,
+        signed_seed(seed),
+        _num_kept(vocabulary, top_k),
+        _inverse(temperature),
+        confidence,
+    )
+    backend = resolve_backend(backend, logits.device, UNMASK_BACKENDS)
+    tokens, log_prob, other = run_unmask(arguments, backend)
+    return Unmasked(tokens, log_prob, log_prob if confidence == "probability" else other)
+
+
+def _check_logits(logits: Tensor) -> None:
     if logits.dtype not in LOGIT_DTYPES:
         names = ", ".join(map(str, LOGIT_DTYPES))
         raise TypeError(f"logits have dtype {logits.dtype}: they must be one of {names}")
     if logits.dim() != 2 or not 1 <= logits.shape[1] < 1 << 31:
         raise ValueError(f"logits have shape {list(logits.shape)}: they must be [R, V], V >= 1")
-    rows, vocabulary = logits.shape
-    for name, tensor in (("noise_slots", noise_slots), ("given", given)):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.int64 or tensor.shape != (rows,):
-            raise ValueError(
-                f"{name} must be int64 [{rows}], one for each row of logits; got {tensor.dtype} "
-                f"{list(tensor.shape)}"
-            )
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
-    mask_id, temperature = as_int("mask_id", mask_id), float(temperature)
-    top_k = None if top_k is None else as_int("top_k", top_k)
-    forbidden_ids = [as_int("forbidden_ids", i) for i in forbidden_ids]
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}: it must be at least 0, and finite")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}: it must be at least 1, or None")
-    if confidence not in CONFIDENCES:
+
+
+def _check_rows(name: str, tensor: Tensor, logits: Tensor) -> None:
+    rows = logits.shape[0]
+    if tensor.dtype != torch.int64 or tensor.shape != (rows,):
         raise ValueError(
-            f"confidence is {confidence!r}: it must be one of {', '.join(CONFIDENCES)}"
+            f"{name} must be int64 [{rows}], one for each row of logits; got {tensor.dtype} "
+            f"{list(tensor.shape)}"
         )
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}")
+
+
+def _forbidden(
+    vocabulary: int, mask_id: int, forbidden_ids: Sequence[int]
+) -> tuple[list[int], int]:
+    """The ids in [0, V) that are never drawn, ascending, and the first of the others."""
+    mask_id = as_int("mask_id", mask_id)
+    forbidden_ids = [as_int("forbidden_ids", i) for i in forbidden_ids]
     if not 0 <= mask_id <= vocabulary:
         raise ValueError(
             f"mask_id is {mask_id}: it must be an id of the {vocabulary} logits of a row, or the "
@@ -123,19 +149,21 @@ def unmask(
         fallback += 1
     if fallback == vocabulary:
         raise ValueError(f"mask_id and forbidden_ids leave none of the {vocabulary} ids to draw")
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    arguments = UnmaskArgs(
-        logits,
-        noise_slots.contiguous(),
-        None if given is None else given.contiguous(),
-        sorted(forbidden),
-        fallback,
-        signed_seed(seed),
-        vocabulary if top_k is None else min(top_k, vocabulary),
-        0.0 if temperature < MIN_TEMPERATURE else 1 / min(temperature, MAX_TEMPERATURE),
-        confidence,
-    )
-    backend = resolve_backend(backend, logits.device, UNMASK_BACKENDS)
-    tokens, log_prob, other = run_unmask(arguments, backend)
-    return Unmasked(tokens, log_prob, log_prob if confidence == "probability" else other)
+    return sorted(forbidden), fallback
+
+
+def _num_kept(vocabulary: int, top_k: int | None) -> int:
+    if top_k is None:
+        return vocabulary
+    top_k = as_int("top_k", top_k)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}: it must be at least 1, or None")
+    return min(top_k, vocabulary)
+
+
+def _inverse(temperature: float) -> float:
+    """1 / temperature, or 0 for greedy decoding."""
+    temperature = float(temperature)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: it must be at least 0, and finite")
+    return 0.0 if temperature < MIN_TEMPERATURE else 1 / min(temperature, MAX_TEMPERATURE)

@@ -58,7 +58,6 @@ def test_streams_are_frozen():
         "RANDOM_TOKEN": 3,
         "CORRUPTION": 4,
         "WINDOW_ORDER": 5,
-        "WINDOW_OFFSET": 6,
         "DECODE_NOISE": 7,
         "CRITIC_NOISE": 8,
         "GENERATOR_SEED": 9,

@@ -1,6 +1,6 @@
-"""Launches past Triton's own dispatch, which looks at every argument again in each call. With as
-many as `corrupt` has that takes longer than a small batch does on a GPU (microseconds of the host:
-`python -m tests.helpers.without_a_driver`).
+"""Launches kernels past Triton's dispatch, which inspects every argument in each call: with as many
+as `corrupt` has, that takes longer than a small batch on a GPU (host time in microseconds: `python
+-m tests.helpers.without_a_driver`).
 """
 
 from collections.abc import Callable, Hashable
@@ -24,8 +24,8 @@ class Launcher:
 
     Args:
         kernel: a ``triton.jit`` function.
-        varying: its ``do_not_specialize``: numbers whose values make no other kernel. Each has one
-            width, by its range or by an annotation.
+        varying: its ``do_not_specialize``: numbers on whose values no kernel is specialized. Each
+            has one width, by its range or by an annotation.
     """
 
     def __init__(self, kernel: Any, varying: list[str]) -> None:
@@ -61,7 +61,7 @@ class Launcher:
         return compiled
 
     def _specialized(self, arguments: tuple, values: list) -> list[Hashable]:
-        """What Triton tells kernels apart by, or finer: equal numbers, equal alignments."""
+        """At least what Triton specializes on: values of numbers, alignment of tensors."""
         return [
             value & 15 if isinstance(x, Tensor) else x
             for i, (x, value) in enumerate(zip(arguments, values, strict=True))

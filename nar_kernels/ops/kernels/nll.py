@@ -1,8 +1,8 @@
-"""The loss of rows of logits and its gradient in their place: one program a row.
+"""Softmax cross-entropy of rows of logits and its gradient in place: one program a row.
 
-The first pass keeps the largest logit so far and the sum of exponentials relative to it (Milakov,
-Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867); the second, which
-finds most of the row in the cache, writes the gradient over the logits.
+The first pass is an online softmax (Milakov, Gimelshein, "Online normalizer calculation for
+softmax", 2018, arXiv:1805.02867); the second, which finds most of the row in the cache, writes the
+gradient over the logits.
 """
 
 from typing import Any
@@ -14,20 +14,20 @@ from torch import Tensor
 from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.kernels.launcher import Launcher
 
-# Longer rows are taken in blocks of this many.
+# Columns per block, at most.
 MAX_BLOCK = 4096
 
 
 @triton.jit
 def _load_logits(logits, bias, column, vocabulary, width):
-    """A block of a row in float32; -inf behind its end."""
+    """A block of a row in float32, padded with -inf."""
     z = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + column, mask=column < vocabulary, other=0.0)
     return tl.where(column < vocabulary, z, float("-inf"))
 
 
-_VARYING = ["vocabulary"]  # of a length, the width is what loads and stores go by
+_VARYING = ["vocabulary"]  # alignment of loads and stores depends on the width alone
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -96,7 +96,7 @@ def nll_triton(nll: Tensor, a: NllArgs) -> None:
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    # With the gap behind a row, if the last row has one.
+    # Includes the gap after each row, if the last row has one, too.
     stride, size = logits.stride(0), logits.untyped_storage().nbytes() // logits.itemsize
     width = stride if logits.storage_offset() + rows * stride <= size else vocabulary
     arguments = nll, logits, a.labels, a.bias, a.weight, vocabulary, stride, width

@@ -23,8 +23,7 @@ def random_block(seed, stream: tl.constexpr, sample, block):
 def random_words(seed, stream: tl.constexpr, sample, first, COUNT: tl.constexpr):
     """uint32 ``[COUNT]``: the words at positions ``first ..`` of a sample; both multiples of 4.
 
-    A thread holds the four words of a block, so that what it computes from them lies side by side
-    in memory.
+    A thread holds the four words of a block: four neighbouring positions.
     """
     block = first // 4 + tl.arange(0, COUNT // 4)
     a, b, c, d = random_block(seed, stream, sample, block)

@@ -1,5 +1,4 @@
-"""``unmask`` on the device: one program a row, which it reads in several passes, all but the first
-of them from the cache.
+"""``unmask`` on the GPU: one program a row, in several passes, all but the first from the cache.
 
 Floats are those of ``nar_kernels/float_math.py``, bit for bit: nothing may be fused, or taken from
 a library of the device.
@@ -22,10 +21,10 @@ _LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 _LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
 
-# Rows are taken in blocks of up to so many.
+# Columns per block, at most.
 MAX_BLOCK = 1024
 
-# Blocks that are counted before a count of 4 bits could overflow.
+# Blocks that 4-bit counts can count without overflow.
 _COUNTED = tl.constexpr(15)
 
 
@@ -113,7 +112,7 @@ def _from_units(total):
 
 @triton.jit
 def _load(row, column):
-    """Of a block of columns, or of one: in float32, clean, and -inf where nothing can be drawn."""
+    """Logits of a block of columns, or of one, in float32: finite, or -inf where never drawn."""
     x = tl.load(row.logits + column, mask=column < row.vocabulary, other=float("-inf"))
     x = x.to(tl.float32)
     is_forbidden = (column == row.forbidden0) | (column == row.forbidden1)
@@ -134,8 +133,8 @@ def _largest_logit(row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _upper(x, shift):
-    """The upper bits of a uint32 that ascends while clean floats descend."""
-    # As infinity again: bits that the type of the logits lacks are then the same in all of them.
+    """The upper bits of a uint32 key that reverses the order of clean floats."""
+    # Back to infinity: bits that the type of the logits lacks are then equal in all keys.
     bits = tl.where(x == _LARGEST_FLOAT, float("inf"), x).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
     return key >> shift.to(tl.uint32)
@@ -236,8 +235,8 @@ def _confidence(total, gap_units, num_largest, second, CONFIDENCE: tl.constexpr)
     return sure
 
 
-# What would otherwise be compiled again where it is 1, divides by 16 or, but for the annotations,
-# has another width.
+# Triton would otherwise specialize on these being 1, divisible by 16 or, but for the annotations,
+# of another width.
 _VARYING = [
     "forbidden0", "forbidden1", "num_others", "fallback", "seed", "top_k", "inverse_temperature",
 ]  # fmt: skip
@@ -270,7 +269,7 @@ def unmask_kernel(
     largest = tl.where(allows_none, 0.0, largest)  # -inf - -inf would be NaN
     top = _find_top_k(row, top_k, BLOCK) if SELECTS else None
 
-    # Each lane for itself: the best score and the sums of every BLOCK-th column.
+    # Per lane: the best score and the sums over every BLOCK-th column.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_column = tl.zeros([BLOCK], tl.int32)
     exp_units = tl.zeros([BLOCK], tl.int64)
@@ -329,8 +328,7 @@ def unmask_triton(outputs: tuple[Tensor, Tensor, Tensor], a: UnmaskArgs) -> None
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    # Two ids travel with the launch. More take a copy, for which the host does not wait, but which
-    # a CUDA graph cannot hold.
+    # Two ids are kernel arguments. More need a copy: asynchronous, but no CUDA graph can hold it.
     forbidden0, forbidden1 = [*a.forbidden, -1, -1][:2]
     others = None
     if len(a.forbidden) > 2:
