@@ -60,9 +60,9 @@ def is_one_sequence(prompt: Prompt | None) -> bool:
     """Whether ``prompt`` is a single sequence, or none, rather than a batch of sequences."""
     if prompt is None:
         return True
-    if isinstance(prompt, Tensor | np.ndarray):
+    if isinstance(prompt, Tensor | np.ndarray) and prompt.ndim > 0:
         return prompt.ndim == 1
-    if isinstance(prompt, str | dict) or not hasattr(prompt, "__getitem__"):
+    if isinstance(prompt, str | dict | Tensor | np.ndarray) or not hasattr(prompt, "__getitem__"):
         raise _no_prompt(f"is {prompt!r}")
     return len(prompt) > 0 and np.ndim(prompt[0]) == 0
 
@@ -81,7 +81,7 @@ def _ids(sequence: Any) -> Tensor:
         ids = torch.as_tensor(sequence, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise _no_prompt(f"holds {sequence!r}") from None
-    if len(ids) == 0 and ids.dim() == 1:
+    if ids.dim() == 1 and len(ids) == 0:
         return ids.long()
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise _no_prompt(f"has dtype {ids.dtype} and shape {list(ids.shape)}")
