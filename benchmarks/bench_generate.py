@@ -43,8 +43,7 @@ from x_transformers import nonautoregressive_wrapper as original
 import nar_kernels
 from nar_kernels.data.sources import open_data
 from nar_kernels.ops.arguments import LinearArgs
-from nar_kernels.ops.dispatch import run_linear
-from nar_kernels.ops.linear import LogitsMemory
+from nar_kernels.ops.linear import LogitsMemory, run_linear
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.train import Run
 

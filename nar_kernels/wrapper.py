@@ -22,9 +22,9 @@ from nar_kernels.nets.modes import ModeLocks, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.dispatch import NLL_DTYPES
 from nar_kernels.ops.masked_nll import Reduction, num_counted
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
+from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
 from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres
 from nar_kernels.sampling.decode import decode, sample_tokens

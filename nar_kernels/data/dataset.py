@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus, Source
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.ops.corrupt import windows
 from nar_kernels.ops.masking import check_vocabulary
+from nar_kernels.ops.windows import windows
 
 _SCAN_CHUNK = 1 << 18  # tokens; its temporaries fit in cache
 

@@ -17,9 +17,10 @@ from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import corrupt_step, permute
+from nar_kernels.ops.corrupt import corrupt_step
 from nar_kernels.ops.corrupted import Corrupted, check_record
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.ops.windows import permute
 from nar_kernels.spec.philox import Stream
 
 

@@ -125,3 +125,26 @@ class UnmaskArgs(NamedTuple):
     top_k: int  # in [1, V]
     inverse_temperature: float  # 0: the most probable token
     confidence: str  # "probability", "margin" or "entropy"
+
+
+# The codes that the C++ side switches on.
+DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES.values())}
+
+
+LOGIT_CODE = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def check_ids(name: str, ids: Tensor, device: torch.device) -> Tensor:
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 [B]; got {ids.dtype} {list(ids.shape)}")
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device} but tokens are on {device}")
+    return ids.contiguous()
+
+
+def check_token_dtype(dtype: torch.dtype, what: str = "tokens") -> None:
+    """Raises TypeError unless ``dtype`` is one of :data:`TOKEN_DTYPES`."""
+    if dtype not in DTYPE_CODE:
+        raise TypeError(
+            f"{what} have dtype {dtype}: token ids must be one of {', '.join(TOKEN_DTYPES)}"
+        )

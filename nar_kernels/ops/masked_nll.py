@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.dispatch import NLL_DTYPES, run_nll
 from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
+from nar_kernels.ops.nll import NLL_DTYPES, run_nll
 from nar_kernels.spec.schedules import NUM_TIMES
 
 Reduction = Literal["nelbo", "mean", "none"]

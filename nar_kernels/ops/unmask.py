@@ -5,16 +5,20 @@ Shapes: R rows of logits, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.ops.arguments import UnmaskArgs
-from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import signed_seed
-from nar_kernels.ops.dispatch import CONFIDENCES, Confidence, run_unmask
+from nar_kernels.ops.arguments import LOGIT_CODE, UnmaskArgs
+from nar_kernels.ops.backends import cpp, resolve_backend
+from nar_kernels.ops.dispatch import check_on_host, needs_dispatcher, on_device, register
+from nar_kernels.ops.reference import unmask_ref
+from nar_kernels.spec.philox import signed_seed
+
+Confidence = Literal["probability", "margin", "entropy"]
+CONFIDENCES = get_args(Confidence)
 
 UNMASK_BACKENDS = ("reference", "cpp", "triton")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -167,3 +171,54 @@ def _inverse(temperature: float) -> float:
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: it must be at least 0, and finite")
     return 0.0 if temperature < MIN_TEMPERATURE else 1 / min(temperature, MAX_TEMPERATURE)
+
+
+def _unmask_outputs(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
+    others = 0 if a.confidence == "probability" else a.noise_slots.shape[0]
+    return (
+        torch.empty_like(a.noise_slots),
+        torch.empty_like(a.noise_slots, dtype=torch.float32),
+        a.noise_slots.new_empty(others, dtype=torch.float32),
+    )
+
+
+def _unmask_cpp(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
+    assert cpp is not None
+    if a.logits.dtype not in LOGIT_CODE:
+        a = a._replace(logits=a.logits.float())
+    outputs = _unmask_outputs(a)
+    check_on_host(a)
+    cpp.unmask(a, outputs, LOGIT_CODE[a.logits.dtype], torch.get_num_threads())
+    return outputs
+
+
+def _unmask_triton(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
+    from nar_kernels.ops.kernels.unmask import unmask_triton
+
+    outputs = _unmask_outputs(a)
+    unmask_triton(outputs, a)
+    return outputs
+
+
+_UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp, "triton": _unmask_triton}
+
+
+def _launch_unmask(a: UnmaskArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return on_device(a.logits, _UNMASK[backend], a)
+
+
+register(
+    "unmask",
+    UnmaskArgs,
+    "(Tensor, Tensor, Tensor)",
+    _launch_unmask,
+    lambda a, backend: _unmask_outputs(a),
+)
+
+
+def run_unmask(a: UnmaskArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probabilities and confidences ``[R]``: int64, float32 and float32. The last is
+    empty for ``"probability"``."""
+    if needs_dispatcher(a.logits, a.noise_slots, a.given):
+        return torch.ops.nar_kernels.unmask.default(*a, backend)
+    return _launch_unmask(a, backend)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.dispatch import Confidence
+from nar_kernels.ops.unmask import Confidence
 from nar_kernels.sampling.config import SamplingConfig, Strategy
 from nar_kernels.sampling.halton import grid_order
 from nar_kernels.spec.float_math import gumbel

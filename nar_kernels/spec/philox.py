@@ -17,6 +17,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from nar_kernels.checks import as_int
+
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _U32 = 0xFFFFFFFF
@@ -149,3 +151,8 @@ def permute(index: Tensor, n: int, *, seed: int, stream: int, round: int) -> Ten
     while bool((outside := out >= n).any()):
         out = torch.where(outside, _feistel(out, round_keys.tolist(), bits), out)
     return out
+
+
+def signed_seed(seed: int) -> int:
+    """A 64-bit seed as the signed integer with the same bits."""
+    return (as_int("seed", seed) + (1 << 63)) % (1 << 64) - (1 << 63)

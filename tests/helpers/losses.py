@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import nar_kernels
 from nar_kernels import MaskingConfig, masked_nll
-from nar_kernels.ops.dispatch import NLL_DTYPES
+from nar_kernels.ops.nll import NLL_DTYPES
 
 MARKS = {"reference": (), "cpp": pytest.mark.cpp, "triton": pytest.mark.triton}
 

@@ -74,7 +74,7 @@ SIZES = {"i1": 1, "i32": 4, "fp32": 4, "i64": 8}
 
 from nar_kernels import MaskingConfig  # noqa: E402
 from nar_kernels.ops.arguments import NllArgs, UnmaskArgs  # noqa: E402
-from nar_kernels.ops.dispatch import _empty_outputs  # noqa: E402
+from nar_kernels.ops.corrupt import _empty_outputs  # noqa: E402
 from nar_kernels.ops.kernels import corrupt, nll, unmask  # noqa: E402
 from nar_kernels.ops.kernels.launcher import Launcher  # noqa: E402
 from tests.helpers.batches import arguments  # noqa: E402

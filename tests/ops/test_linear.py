@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from nar_kernels.ops import linear
 from nar_kernels.ops.arguments import LinearArgs
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.dispatch import run_linear
-from nar_kernels.ops.linear import ChunkLimits, LogitsMemory, chunk_size, inferred_logits
+from nar_kernels.ops.linear import (
+    ChunkLimits,
+    LogitsMemory,
+    chunk_size,
+    inferred_logits,
+    run_linear,
+)
 
 CPU = torch.device("cpu")
 needs_kernel = pytest.mark.skipif(

@@ -14,7 +14,7 @@ from nar_kernels import masked_nll
 from nar_kernels.ops import linear
 from nar_kernels.ops import masked_nll as loss
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.dispatch import NLL_DTYPES
+from nar_kernels.ops.nll import NLL_DTYPES
 from tests.helpers.devices import device_of
 from tests.helpers.losses import (
     BACKENDS,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nar_kernels.ops.arguments import NllArgs
-from nar_kernels.ops.dispatch import NLL_DTYPES, run_nll
+from nar_kernels.ops.nll import NLL_DTYPES, run_nll
 from tests.helpers import devices
 from tests.helpers.devices import device_of
 from tests.helpers.losses import (
