@@ -51,7 +51,7 @@ def _coerce(f: Field[Any], value: Any) -> Any:
         return bool(value)
     if int in types and not isinstance(value, bool | np.bool_):
         return as_int(f.name, value)
-    if float in types and not isinstance(value, bool):
+    if float in types and not isinstance(value, bool | np.bool_):
         return as_float(f.name, value)
     if os.PathLike[str] in types and isinstance(value, os.PathLike):
         value = os.fspath(value)

@@ -523,7 +523,7 @@ def test_a_source_distribution_is_complete(sources: Path) -> None:
 def test_the_package_is_typed(sources: Path) -> None:
     run_setup(sources, "build_py", "--build-lib", "lib")
     package = sources / "lib/nar_kernels"
-    assert (package / "py.typed").exists() and (package / "player.html").exists()
+    assert (package / "py.typed").exists() and (package / "show/player.html").exists()
     assert not (sources / "lib" / REPORT).exists()
 
 

@@ -21,8 +21,6 @@ from nar_kernels.ops.masking import NUM_INVALID, MaskingConfig
 from nar_kernels.ops.reference import corrupt_ref
 from nar_kernels.spec.philox import signed_seed
 
-TOKEN_DTYPES = tuple(DTYPE_CODE)
-
 
 def _check_starts(starts: Tensor, tokens: Tensor) -> Tensor:
     if starts.is_cuda and tokens.device.type == "cpu":

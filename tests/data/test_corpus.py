@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.errors import CorpusFormatError
-from nar_kernels.ops import corrupt as ops
 from nar_kernels.ops.arguments import TOKEN_DTYPES
 
 DTYPES = list(TOKEN_DTYPES)
@@ -50,10 +49,6 @@ def npy_bytes(array: np.ndarray, version: tuple[int, int] | None = None) -> byte
 
 def values(corpus: Corpus) -> list[int]:
     return corpus.tokens.tolist()
-
-
-def test_token_types_are_those_of_the_operations() -> None:
-    assert tuple(TOKEN_DTYPES.values()) == ops.TOKEN_DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nar_kernels.data import dataset as data
+from nar_kernels.data import dataset as dataset_module
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
@@ -196,7 +196,7 @@ def test_validate_all(
     monkeypatch: pytest.MonkeyPatch, seq_len: int, stride: int, scanned: int
 ) -> None:
     """Each token that a window covers, once; neither gaps nor tails."""
-    monkeypatch.setattr(data, "_SCAN_CHUNK", scanned)
+    monkeypatch.setattr(dataset_module, "_SCAN_CHUNK", scanned)
     tokens = np.arange(200)
     make_dataset(tokens, seq_len, stride=stride).validate_all()
     tokens[[0, 8, 49, 51, 52, 120, 199]] = [-1, V, MASK_ID, 1 << 40, INT64_MIN, -1, -1]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nar_kernels.data import loader as data
+from nar_kernels.data import loader as loader_module
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.staging import Stager
@@ -336,7 +336,7 @@ def test_devices_where_no_batch_can_go(device: Any) -> None:
 def test_the_number_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    check = data.check_device
+    check = loader_module.check_device
     assert [check(d).index for d in ("cuda", "cuda:0", torch.device("cuda:1"))] == [1, 0, 1]
     with pytest.raises(ValueError, match="'cuda:2', .* sees 2 CUDA devices"):
         check("cuda:2")

@@ -78,23 +78,18 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def pytest_configure() -> None:
     from nar_kernels import wrapper
-    from nar_kernels.data import corpus
-    from nar_kernels.data import loader as data
-    from nar_kernels.ops import corrupt as ops
-    from nar_kernels.ops import masked_nll as loss
-    from nar_kernels.ops import masking
-    from nar_kernels.ops import unmask as unmasking
-    from nar_kernels.sampling import decode, halton, plan, strategies
-    from nar_kernels.sampling import states as sample_states
+    from nar_kernels.data import corpus, dataset, loader
+    from nar_kernels.ops import corrupt, corrupted, masked_nll, masking, unmask, windows
+    from nar_kernels.sampling import decode, halton, plan, states, strategies
     from nar_kernels.spec import schedules
 
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "nar_kernels"]
     functions = {
         f: wrapped(f)
         for f in (
-            *(ops.corrupt, ops.corrupt_step, ops.windows, ops.permute, unmasking.unmask),
-            *(loss.masked_nll, loss.head_nll, plan.make_plan, halton.halton_order),
-            *(plan.num_masked_after, schedules.tabulate, decode.sample_tokens),
+            *(corrupt.corrupt, corrupt.corrupt_step, windows.windows, windows.permute),
+            *(unmask.unmask, masked_nll.masked_nll, masked_nll.head_nll, decode.sample_tokens),
+            *(plan.make_plan, plan.num_masked_after, halton.halton_order, schedules.tabulate),
         )
     }
     for module in modules:
@@ -102,8 +97,8 @@ def pytest_configure() -> None:
             if isinstance(value, types.FunctionType) and value in functions:
                 setattr(module, name, functions[value])
     for cls in (
-        *(masking.MaskingConfig, masking.Corrupted, corpus.Corpus, data.TokenDataset),
-        *(data.MaskedLoader, strategies.Ranking, sample_states.DecodeIterator),
+        *(masking.MaskingConfig, corrupted.Corrupted, corpus.Corpus, dataset.TokenDataset),
+        *(loader.MaskedLoader, strategies.Ranking, states.DecodeIterator),
     ):
         for name, value in list(vars(cls).items()):
             if isinstance(value, types.FunctionType):

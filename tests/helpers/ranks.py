@@ -15,7 +15,7 @@ RANKS = 2
 def run(work: str, folder: Path) -> list[dict]:
     """What the function ``work(rank)`` of this module returns in each of two processes."""
     script = (
-        "import sys, torch; import torch.distributed as dist; from tests import ranks\n"
+        "import sys, torch; import torch.distributed as dist; from tests.helpers import ranks\n"
         "rank, folder = int(sys.argv[1]), sys.argv[2]\n"
         "torch.set_num_threads(1)\n"
         "store = f'file://{folder}/store'\n"

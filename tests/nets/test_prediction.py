@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_kernels.nets.adapter import NetAdapter, net_attribute
-from nar_kernels.nets.prediction import Prediction
+from nar_kernels.nets.prediction import TrunkAndHead
 from nar_kernels.nets.split import LinearHead, split_net
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.linear import TRAINING_LIMITS, ChunkLimits
@@ -53,7 +53,7 @@ class Says(nn.Module):
 
 def masked_loss(logits, corrupted, *, weighted, is_log_prob=False):
     """Of a net that cannot be split."""
-    prediction = Prediction(Says(logits, is_log_prob), corrupted.input_ids, {})
+    prediction = TrunkAndHead(Says(logits, is_log_prob))(corrupted.input_ids, {})
     return prediction.loss(
         corrupted, reduction="nelbo" if weighted else "mean", normalizer=None, backend="auto"
     )

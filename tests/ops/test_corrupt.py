@@ -11,17 +11,20 @@ import torch
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig, backends
-from nar_kernels.ops import corrupt as ops
-from nar_kernels.ops import dispatch as launch
+from nar_kernels.ops import corrupt as corrupt_module
 from nar_kernels.ops import reference
-from nar_kernels.ops.arguments import WindowOrder
+from nar_kernels.ops.arguments import DTYPE_CODE, WindowOrder
 from nar_kernels.ops.backends import cpp
+from nar_kernels.ops.corrupt import corrupt_step, count_on_host
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import permute_rounds
+from nar_kernels.ops.windows import windows
 from nar_kernels.spec.philox import Stream
 from tests.helpers import devices
 from tests.helpers.batches import TENSORS, arguments, assert_same, clean_batch, corrupt
 from tests.helpers.devices import device_of
+
+TOKEN_DTYPES = tuple(DTYPE_CODE)
 
 COMPILED = [
     pytest.param("cpp", marks=pytest.mark.cpp),
@@ -48,7 +51,7 @@ GUARD = 64  # elements: a multiple of any alignment
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
     """What a kernel forgets to write shows, and what it writes beside its outputs."""
-    original = launch._empty_outputs
+    original = corrupt_module._empty_outputs
     guarded = []
 
     def poisoned(*args):
@@ -60,7 +63,7 @@ def poisoned_outputs(monkeypatch):
             outputs.append(memory[GUARD : GUARD + like.numel()].view(like.shape))
         return tuple(outputs)
 
-    monkeypatch.setattr(launch, "_empty_outputs", poisoned)
+    monkeypatch.setattr(corrupt_module, "_empty_outputs", poisoned)
     yield
     assert guarded
     for memory in guarded:
@@ -116,7 +119,7 @@ def test_equals_reference(length, draw, backend, poisoned_outputs):
             never_mask_ids=(0, 1) if subset == "never" else (),
         )
         batch = rng.choice([1, 2, 13]) if length <= 4096 else 2
-        tokens = clean_batch(masking, batch, length, of_kernel.choice(ops.TOKEN_DTYPES))
+        tokens = clean_batch(masking, batch, length, of_kernel.choice(TOKEN_DTYPES))
         maskable = torch.rand(batch, length) < rng.random() if subset != "all" else None
         args = dict(
             seed=rng.getrandbits(64),
@@ -136,7 +139,7 @@ def test_every_instruction_set_agrees(simd_level):
         masking = MaskingConfig(
             50, 49, draw=draw, no_replace_prob=0.2, random_token_prob=0.2, never_mask_ids=(3,)
         )
-        for dtype in ops.TOKEN_DTYPES:
+        for dtype in TOKEN_DTYPES:
             tokens = clean_batch(masking, 7, length, dtype)
             assert_same(
                 corrupt(tokens, masking, seed=1, backend="cpp"),
@@ -360,7 +363,7 @@ def test_invalid_ids_are_named(backend, bad):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ops.TOKEN_DTYPES)
+@pytest.mark.parametrize("dtype", TOKEN_DTYPES)
 def test_invalid_ids_of_every_dtype(backend, dtype):
     masking = MaskingConfig(100, 0)
     for bad in (-1, 100) if dtype.is_signed else (100,):
@@ -392,7 +395,7 @@ def test_window_outside_the_corpus(backend, start):
     named = f"window start {start} .* corpus of 100 tokens"
     if backend in ("reference", "cpp"):
         with pytest.raises(IndexError, match=named):
-            ops.windows(corpus, starts, 10, num_tokens=20, mask_id=19, backend=backend)
+            windows(corpus, starts, 10, num_tokens=20, mask_id=19, backend=backend)
     else:
         named = "1 of 2 windows reach outside the corpus"
     with pytest.raises(IndexError, match=named):
@@ -541,13 +544,17 @@ def test_crowded_keys(length, bits, monkeypatch):
     from nar_kernels.ops.kernels import corrupt as kernel
 
     low = (1 << 32 - bits) - 1
-    keys, words = kernel._keys, reference.words
+    load_tile, words = kernel._load_tile, reference.words
 
     def crowded_words(seed, stream, *place):
         drawn = words(seed, stream, *place)
         return drawn | low if stream == Stream.MASK_KEY else drawn
 
-    monkeypatch.setattr(kernel, "_keys", lambda *arguments: keys(*arguments) | low)
+    def crowded_tile(*arguments):
+        tile = load_tile(*arguments)
+        return tile._replace(keys=tile.keys | low)
+
+    monkeypatch.setattr(kernel, "_load_tile", crowded_tile)
     monkeypatch.setattr(reference, "words", crowded_words)
     masking = MaskingConfig(9, 8, no_replace_prob=0.3, random_token_prob=0.3, never_mask_ids=(5,))
     tokens = clean_batch(masking, 4 if length < 1000 else 1, length)
@@ -607,7 +614,7 @@ def test_step(num_windows, shuffle, backend):
             backend="reference",
         )
         for scalar in (int, lambda x: torch.tensor([x], device=device)):
-            got = ops.corrupt_step(
+            got = corrupt_step(
                 corpus.to(device),
                 masking,
                 order,
@@ -653,14 +660,14 @@ def test_counts_on_the_host(times, schedule, draw, simd_level):
         slots = torch.arange(first, first + batch)
         got = corrupt(tokens, masking, seed=-3, sample_ids=slots, global_batch=global_batch)
         a = arguments(tokens, masking, seed=-3, first_sample=first, global_batch=global_batch)
-        assert torch.equal(ops.count_on_host(a, masking), got.num_masked)
+        assert torch.equal(count_on_host(a, masking), got.num_masked)
 
 
 def test_what_the_host_cannot_know():
     masking = MaskingConfig(9, 8)
     tokens = clean_batch(masking, 4, 12)
     for name in ("sample_ids", "step", "maskable", "never_mask", "seed_tensor"):
-        assert ops.count_on_host(arguments(tokens, masking)._replace(**{name: 1}), masking) is None
+        assert count_on_host(arguments(tokens, masking)._replace(**{name: 1}), masking) is None
 
 
 def test_counts_of_the_host_are_used():

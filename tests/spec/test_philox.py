@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nar_kernels.ops import corrupt as ops
+from nar_kernels.ops import windows
 from nar_kernels.spec.philox import (
     EXACT_PERMUTATION_MAX,
     Stream,
@@ -85,7 +85,7 @@ POWERS = [2**k + d for k in range(13, 21) for d in (-1, 0, 1)]
 def test_permutation_is_a_bijection_for_every_size():
     """Exhaustive up to 4096, and around powers of two, where other Feistel shuffles fail."""
     for n in [*range(1, 4097), *POWERS]:
-        order = ops.permute(torch.arange(n), n, seed=n, stream=Stream.WINDOW_ORDER, round=3)
+        order = windows.permute(torch.arange(n), n, seed=n, stream=Stream.WINDOW_ORDER, round=3)
         assert torch.bincount(order, minlength=n).eq(1).all() and len(order) == n, n
 
 
@@ -99,7 +99,7 @@ def test_permutation_backends_agree(n):
     for seed, round in [(0, 0), (-5, 7), (2**63 + 1, 2**40)]:
         args = dict(seed=seed, stream=Stream.WINDOW_ORDER, round=round)
         expected = permute(index, n, **args)
-        assert torch.equal(ops.permute(index, n, **args), expected)
+        assert torch.equal(windows.permute(index, n, **args), expected)
         assert expected.min() >= 0 and expected.max() < n and len(expected.unique()) == len(index)
 
 
@@ -108,7 +108,9 @@ def test_small_permutations_are_uniform_over_all_orders():
     base = n ** torch.arange(n)
     codes = torch.stack(
         [
-            (ops.permute(torch.arange(n), n, seed=1, stream=Stream.STRATUM, round=r) * base).sum()
+            (
+                windows.permute(torch.arange(n), n, seed=1, stream=Stream.STRATUM, round=r) * base
+            ).sum()
             for r in range(rounds)
         ]
     )
@@ -122,14 +124,17 @@ def test_feistel_sends_an_index_anywhere():
     rounds = 20 * n
     index = torch.tensor([n // 3])
     images = torch.cat(
-        [ops.permute(index, n, seed=9, stream=Stream.WINDOW_ORDER, round=r) for r in range(rounds)]
+        [
+            windows.permute(index, n, seed=9, stream=Stream.WINDOW_ORDER, round=r)
+            for r in range(rounds)
+        ]
     )
     assert_uniform(torch.bincount(images, minlength=n), num_tests=1)
 
 
 def test_permutation_is_frozen():
-    small = ops.permute(torch.arange(8), 8, seed=1, stream=Stream.STRATUM, round=2)
-    large = ops.permute(torch.arange(8), 10**6, seed=1, stream=Stream.WINDOW_ORDER, round=2)
+    small = windows.permute(torch.arange(8), 8, seed=1, stream=Stream.STRATUM, round=2)
+    large = windows.permute(torch.arange(8), 10**6, seed=1, stream=Stream.WINDOW_ORDER, round=2)
     assert small.tolist() == [0, 5, 6, 1, 2, 4, 3, 7]
     assert large.tolist() == [881252, 711992, 722626, 521043, 728524, 539088, 302736, 907922]
 
