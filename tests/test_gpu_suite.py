@@ -748,6 +748,6 @@ def test_help_and_mistakes():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     listed = suite("--list", "--only", "racecheck")
-    assert listed.returncode == 0 and "no race in shared memory" in listed.stdout
+    assert listed.returncode == 0 and "no shared-memory races" in listed.stdout
     wrong = suite("--wheels", "nowhere")
     assert wrong.returncode == 2 and "--wheels nowhere: there is no such folder" in wrong.stderr
