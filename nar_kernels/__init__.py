@@ -10,6 +10,7 @@ from nar_kernels.errors import (
     InvalidLogitsError,
     InvalidTokenError,
 )
+from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import NetAdapter, TokenNet
 from nar_kernels.ops.backends import backends
 from nar_kernels.ops.corrupt import corrupt
@@ -21,7 +22,7 @@ from nar_kernels.sampling.config import SamplingConfig
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.model import load_model
-from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
+from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 __all__ = [
     "BackendUnavailableError",

@@ -6,9 +6,9 @@ Shapes: B batch, L sequence length, V vocabulary, D width, R masked rows.
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from nar_kernels import distributed
 from nar_kernels.checks import as_int
+from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import causal_module, net_attribute
+from nar_kernels.nets.critic import SelfCritic
 from nar_kernels.nets.keywords import merge_net_kwargs
 from nar_kernels.nets.modes import ModeLocks, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
@@ -35,49 +37,6 @@ from nar_kernels.sampling.states import DecodeIterator
 from nar_kernels.sampling.strategies import make_policy
 from nar_kernels.spec.philox import Stream, noise_generator
 from nar_kernels.spec.schedules import Schedule, resolve
-
-
-class Losses(NamedTuple):
-    """Scalars; a part that was not trained is None, and omitted from slices."""
-
-    loss: Tensor
-    generator_loss: Tensor | None
-    critic_loss: Tensor | None
-
-
-def _get_losses(self: Losses, index: Any) -> Any:
-    # transformers' Trainer takes `outputs[1:]` for predictions, and fails on None.
-    found = tuple.__getitem__(self, index)
-    return tuple(x for x in found if x is not None) if isinstance(index, slice) else found
-
-
-def _new_losses(
-    cls: type, loss: Any, generator_loss: Any = None, critic_loss: Any = None
-) -> tuple[Any, ...]:
-    # transformers' `nested_detach` (Trainer.predict) rebuilds the tuple from an iterator over its
-    # items, and fails on None later.
-    if isinstance(loss, Iterator):
-        return tuple(item for item in loss if item is not None)
-    return tuple.__new__(cls, (loss, generator_loss, critic_loss))
-
-
-Losses.__new__ = _new_losses  # type: ignore[method-assign, assignment]
-Losses.__getitem__ = _get_losses  # type: ignore[method-assign, assignment]
-
-
-class SelfCritic(nn.Module):
-    """The generator with a second head, ``[B, L, 1]`` (Nijkamp et al. 2021, SCRIPT, NAACL)."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        # The hidden size of a TransformerWrapper may differ from its emb_dim.
-        attn_layers = net_attribute(net, "attn_layers", None)
-        dim = getattr(attn_layers, "dim", None) or net_attribute(net, "emb_dim")
-        self.to_logits = nn.Linear(dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_logits(self.net(x, return_embeddings=True))
 
 
 def _draw_seed() -> int:

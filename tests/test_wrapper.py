@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nar_kernels.errors import InvalidTokenError
+from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import NetAdapter, net_attribute
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.masking import MaskingConfig
-from nar_kernels.wrapper import Losses
 from tests.helpers.models import (
     BATCH,
     LENGTH,

@@ -11,9 +11,10 @@ import x_transformers
 from torch import Tensor, nn
 from x_transformers import Encoder, TransformerWrapper
 
+from nar_kernels.losses import Losses
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.wrapper import Losses, NonAutoregressiveWrapper
+from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
