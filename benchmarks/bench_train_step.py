@@ -46,7 +46,7 @@ from nar_kernels.data.sources import BUILT_IN, Data, open_data
 from nar_kernels.likelihood import evaluate
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.model import build_model
-from nar_kernels.training.train import adamw, learning_rate
+from nar_kernels.training.optim import adamw, learning_rate
 
 CPU = [Setting(257, 16, 256), Setting(8193, 16, 256), Setting(50258, 8, 128)]
 CUDA = [Setting(50258, 16, 1024, dim=768, depth=12, heads=12, flash=True)]

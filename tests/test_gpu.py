@@ -378,7 +378,8 @@ def test_nan_is_found_in_the_end(strategy):
 
 
 def test_a_training_step_waits_for_nothing(tmp_path):
-    from nar_kernels.training.train import Run, TrainConfig
+    from nar_kernels import TrainConfig
+    from nar_kernels.training.train import Run
 
     pytest.importorskip("x_transformers")
     config = TrainConfig.for_data("digits", device="cuda", out=str(tmp_path), quiet=True)

@@ -29,7 +29,7 @@ from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.ema import Ema
 from nar_kernels.training.interrupt import Interrupted, interruptible, raise_on_signals
-from nar_kernels.training.lock import FolderInUseError, FolderLock
+from nar_kernels.training.lock import FolderLock
 from nar_kernels.training.log import Log
 from nar_kernels.training.model import (
     build_model,
@@ -51,16 +51,6 @@ from nar_kernels.training.report import (
     write_results,
 )
 from nar_kernels.training.step import DeferredMetrics, loss_and_gradient
-
-__all__ = [
-    "DivergedError",
-    "FolderInUseError",
-    "Interrupted",
-    "TrainConfig",
-    "learning_rate",
-    "loss_and_gradient",
-    "train",
-]
 
 _LOG_EVERY = 10  # steps
 

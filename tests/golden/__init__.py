@@ -22,8 +22,8 @@ from nar_kernels import (
     corrupt,
     unmask,
 )
+from nar_kernels.train import train
 from nar_kernels.training import checkpoint
-from nar_kernels.training.train import train
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = FOLDER / "outputs.npz"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nar_kernels.train import train
 from nar_kernels.training.config import TrainConfig
-from nar_kernels.training.train import train
 from tests.golden import (
     CHECKPOINT,
     NUMBERS,

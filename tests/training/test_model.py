@@ -11,7 +11,8 @@ from torch import nn
 
 from nar_kernels.training import checkpoint
 from nar_kernels.training.model import build_model, checkpoint_activations, choose_bf16, load_model
-from nar_kernels.training.train import Run, loss_and_gradient, train
+from nar_kernels.training.step import loss_and_gradient
+from nar_kernels.training.train import Run, train
 from tests.helpers.runs import SENTENCE, SPEC, gradients, same, small, uneven_batch
 
 pytest.importorskip("x_transformers")

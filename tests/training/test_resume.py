@@ -10,7 +10,8 @@ import pytest
 from nar_kernels.cli.main import main
 from nar_kernels.training import checkpoint
 from nar_kernels.training.model import load_model
-from nar_kernels.training.train import learning_rate, train
+from nar_kernels.training.optim import learning_rate
+from nar_kernels.training.train import train
 from tests.helpers.runs import small, step_of
 
 pytest.importorskip("x_transformers")

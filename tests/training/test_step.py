@@ -5,7 +5,8 @@ import torch
 
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.model import build_model
-from nar_kernels.training.train import learning_rate, loss_and_gradient
+from nar_kernels.training.optim import learning_rate
+from nar_kernels.training.step import loss_and_gradient
 from tests.helpers.runs import SPEC, gradients, small, uneven_batch
 
 pytest.importorskip("x_transformers")
