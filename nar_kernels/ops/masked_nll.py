@@ -41,11 +41,11 @@ def masked_nll(
     """The negative log-likelihood of the masked tokens under a linear head.
 
     Equivalent to ``F.cross_entropy`` of ``hidden @ weight.T + bias`` at ``corrupted.masked_rows``,
-    weighted and reduced. But logits exist for one chunk of rows at a time, and turn into their own
-    gradient in place, so that the gradients of ``hidden``, ``weight`` and ``bias`` are there when
-    the loss is. Under ``torch.autocast`` the products are in its type; the softmax and the sums are
-    in float32 (float64 if ``hidden`` is). CPUs that do not multiply in bfloat16 or float16 do it in
-    float32, which is many times faster there.
+    weighted and reduced. Logits exist for one chunk of rows at a time and are overwritten by their
+    gradient: the gradients of ``hidden``, ``weight`` and ``bias`` are computed in the forward pass.
+    Under ``torch.autocast`` the GEMMs are in its dtype; softmax and sums are in float32 (float64 if
+    ``hidden`` is). On CPUs without bfloat16 or float16 GEMMs these run in float32, which is many
+    times faster there.
 
     Args:
         hidden: ``[B, L, D]``, any strides: float32, bfloat16, float16 or float64.
@@ -57,15 +57,16 @@ def masked_nll(
             positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
         normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``) or
             masked (``"mean"``) positions: that of the whole batch where this is a part of it
-            (:func:`count`). One positive number; on a GPU, its value is not looked at.
-        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``: of the softmax. Products
-            are PyTorch's, but for the logits of a large head in float32 with ``"cpp"``.
+            (:func:`count`). One positive number; on a GPU its value is not checked, to avoid a
+            sync.
+        backend: of the softmax: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``. GEMMs are
+            PyTorch's, except float32 logits of a large head with ``"cpp"``.
 
     Returns:
         A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
 
-    Masked positions whose label somebody has set to -100 are not counted, neither in the sum nor in
-    what divides it. There are no second derivatives.
+    Masked positions whose label was set to -100 count neither in the sum nor in the default
+    normalizer. Not twice differentiable.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
@@ -103,11 +104,11 @@ def head_nll(
     reduction: Reduction = "nelbo",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """:func:`masked_nll` for any head, from ``[C, D]`` to logits ``[C, V]``: each chunk of rows is
-    computed again for its gradient, so that the logits of one chunk exist at a time.
+    """:func:`masked_nll` for any head, from ``[C, D]`` to logits ``[C, V]``. Chunks of rows are
+    checkpointed, so the logits of one chunk exist at a time.
 
     Args:
-        is_log_prob: the head gives log-probabilities.
+        is_log_prob: the head returns log-probabilities.
     """
     _check(hidden, corrupted, reduction, normalizer)
     rows, labels = masked_labels(corrupted)
@@ -296,9 +297,9 @@ def _losses_and_gradients(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Gradients]:
     """The loss of each row, unweighted, and the gradients of ``sum(row_weight * loss)`` with
-    respect to ``hidden``, ``weight`` and ``bias``, as far as they are ``wanted``.
+    respect to those of ``hidden``, ``weight`` and ``bias`` that are ``wanted``.
 
-    Products are in the type of ``hidden``; what adds up over rows is at least in float32.
+    GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -323,7 +324,7 @@ def _losses_and_gradients(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``total += a @ b``, where ``total`` may be wider; ``total = a @ b`` at first."""
+    """``total += a @ b``, or ``total = a @ b`` if ``first``; ``total`` may be of a wider dtype."""
     if total.dtype != a.dtype:
         product = a @ b
         if first:
@@ -337,7 +338,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _typed(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
-    """In the types of what they are gradients of."""
+    """Gradients in the dtypes of their inputs."""
     of_hidden, of_weight, of_bias = (
         None if g is None or x is None else g.to(x.dtype)
         for g, x in zip(gradients, inputs, strict=True)
@@ -369,7 +370,7 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, row_weight = ctx.saved_tensors
-        # Scaled in place. A second backward pass (retain_graph) computes them again.
+        # Moved and scaled in place: a retained graph recomputes them in its next backward pass.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, gradients = _losses_and_gradients(
