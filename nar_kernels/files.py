@@ -56,7 +56,7 @@ def with_filename(error: OSError, path: Path) -> OSError:
 
 
 def remove_temporary_files(path: Path) -> None:
-    """Removes temporary files that killed writers of ``path`` left. No process may be writing it."""
+    """Removes temporary files of killed writers of ``path``. No process may be writing it."""
     for temporary in path.parent.glob(f"{glob.escape(path.name)}.*tmp"):
         temporary.unlink()
 
