@@ -9,11 +9,12 @@ BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_SOURCES = $(foreach suffix,h cpp cu,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix)))
 
 # A worker a core. PYTEST_ARGS="-n 0 --pdb" runs without any; arguments that come last win.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(WORKERS)
 # Tests start some hundred Pythons: without bytecode files each would compile PyTorch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-fast lint format bench build clean distclean
+.PHONY: demo test test-all test-fast test-oldest test-newest lint format bench build clean distclean
 .DEFAULT_GOAL := build
 
 # Fewer steps than by default, to finish within minutes, installation included.
@@ -27,6 +28,16 @@ test: lint .venv/built-for-tests
 # What CI runs: every test.
 test-all: lint .venv/built-for-tests .venv/triton-3.6.0
 	$(PYTEST) $(PYTEST_ARGS)
+
+# All but the slow tests, with the oldest supported versions and with the newest that pip installs:
+# each in a virtual environment of its own, with several GB of CUDA packages.
+test-oldest: OTHER_VERSIONS = torch==2.6.0 triton==3.2.0
+test-newest: OTHER_VERSIONS = torch triton
+test-oldest test-newest: .venv/built-for-tests
+	$(PYTHON) -m venv .venv/$@
+	.venv/$@/bin/python -m pip install --quiet 'setuptools>=77' pybind11 ninja
+	.venv/$@/bin/python -m pip install --quiet --no-build-isolation $(OTHER_VERSIONS) -e '.[test]'
+	.venv/$@/bin/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 # While editing: nothing that takes seconds, and no Triton.
 test-fast: build .venv/installed-dev
