@@ -34,9 +34,9 @@ test-all: lint .venv/built-for-tests .venv/triton-3.6.0
 test-oldest: OTHER_VERSIONS = torch==2.6.0 triton==3.2.0
 test-newest: OTHER_VERSIONS = torch triton
 test-oldest test-newest: .venv/built-for-tests
-	$(PYTHON) -m venv .venv/$@
+	$(PYTHON) -m venv --clear .venv/$@
 	.venv/$@/bin/python -m pip install --quiet 'setuptools>=77' pybind11 ninja
-	.venv/$@/bin/python -m pip install --quiet --no-build-isolation $(OTHER_VERSIONS) -e '.[test]'
+	NAR_KERNELS_CUDA_ARCHS=all .venv/$@/bin/python -m pip install --quiet --no-build-isolation $(OTHER_VERSIONS) -e '.[test]'
 	.venv/$@/bin/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 # While editing: nothing that takes seconds, and no Triton.

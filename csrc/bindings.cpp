@@ -1,5 +1,5 @@
 // The Python module nar_kernels._cpp: raw addresses in, kernels below, no torch. Callers have
-// checked dtypes, devices, shapes and contiguity (nar_kernels/ops.py).
+// checked dtypes, devices, shapes and contiguity (nar_kernels/ops/).
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -83,7 +83,7 @@ void count_masked(int64_t batch, int64_t seq_len, int64_t first_sample, int64_t 
   nar::count_masked(args, pointer<int64_t>(counts), num_threads);
 }
 
-// From NllArgs of nar_kernels/arguments.py, and the tensor of losses.
+// From NllArgs of nar_kernels/ops/arguments.py, and the tensor of losses.
 nar::NllArgs unpack_nll(const py::tuple& arguments, const py::tuple& outputs, int logit_type) {
   nar::NllArgs a;
   nar::Unpacker next(arguments, 5);
@@ -114,7 +114,7 @@ nar::ConfidenceType confidence_type(const std::string& name) {
   throw std::invalid_argument("unknown confidence " + name);
 }
 
-// From UnmaskArgs of nar_kernels/arguments.py, and the tensors of Unmasked. `forbidden` holds the
+// From UnmaskArgs of nar_kernels/ops/arguments.py, and the tensors of Unmasked. `forbidden` holds the
 // ids.
 nar::UnmaskArgs unpack_unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type,
                               std::vector<int64_t>* forbidden) {
@@ -149,7 +149,7 @@ void unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type
   nar::unmask_cpu(args, num_threads);
 }
 
-// From LinearArgs of nar_kernels/arguments.py.
+// From LinearArgs of nar_kernels/ops/arguments.py.
 nar::LinearArgs unpack_linear(const py::tuple& arguments) {
   nar::LinearArgs a;
   nar::Unpacker next(arguments, 4);

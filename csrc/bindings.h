@@ -1,5 +1,5 @@
 // What the Python modules share: how arguments arrive. Callers have checked dtypes, devices, shapes
-// and contiguity (nar_kernels/ops.py).
+// and contiguity (nar_kernels/ops/).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -77,7 +77,7 @@ class Unpacker {
   Py_ssize_t index_ = 0;
 };
 
-// From CorruptArgs of nar_kernels/arguments.py, and the tensors of Corrupted.
+// From CorruptArgs of nar_kernels/ops/arguments.py, and the tensors of Corrupted.
 inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
                                   int token_type, int64_t num_corpus_tokens) {
   CorruptArgs a;

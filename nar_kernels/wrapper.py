@@ -512,7 +512,7 @@ class NonAutoregressiveWrapper(nn.Module):
             choice_temperature=noise_level_scale if strategy == "critic" else choice_temperature,
             threshold=threshold,
             block_length=block_length,
-            remask=can_mask_prev_unmasked,
+            remask=bool(can_mask_prev_unmasked),
             guidance_scale=guidance_scale,
             grid=grid,
         )
@@ -547,7 +547,7 @@ class NonAutoregressiveWrapper(nn.Module):
         :class:`~nar_kernels.TokenNet`).
 
         Args:
-            config: sampling options.
+            config: sampling options. (``steps`` of the wrapper is for :meth:`generate` only.)
             batch_size: B; without it, one sequence, or one per prompt.
             seed: default: drawn from PyTorch's CPU generator.
             first_sequence: index of the first of B consecutive sequences, at least 0: sequence i of
@@ -575,9 +575,9 @@ class NonAutoregressiveWrapper(nn.Module):
         kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
         device = self._device()
         begin = read_prompt(prompt, batch_size, self.max_seq_len, self.masking)
-        is_open = begin == self.mask_id
+        masked = begin == self.mask_id
         plan = make_plan(
-            is_open,
+            masked,
             self.masking.ratio_at,
             config.num_steps(self.max_seq_len),
             block_length=config.block_length,
@@ -589,7 +589,7 @@ class NonAutoregressiveWrapper(nn.Module):
             kwargs,
             condition=self._condition if self.self_cond else None,
             null_embed=self.null_embed if self.self_cond else None,
-            guidance=make_guidance(config, unconditional, is_open.to(device), self.mask_id),
+            guidance=make_guidance(config, unconditional, masked, self.mask_id, device),
             logits_processor=logits_processor,
         )
         states = decode(
@@ -607,7 +607,9 @@ class NonAutoregressiveWrapper(nn.Module):
             sequences=_sequence_numbers(first_sequence, len(begin)),
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
-        return DecodeIterator(states, self, self.net, self.token_critic)
+        return DecodeIterator(
+            states, self, self.net, self.token_critic, refresh=predictor.split_net
+        )
 
     def _device(self) -> torch.device:
         """The device of the net."""

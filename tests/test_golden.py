@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from nar_kernels import load_model
 from tests import golden
@@ -15,7 +16,7 @@ def test_outputs_are_the_same_bit_for_bit():
     outputs = golden.outputs()
     assert set(outputs) == set(expected.files)
     for name, output in outputs.items():
-        assert output.dtype == getattr(golden.torch, str(expected[name].dtype)), name
+        assert output.dtype == getattr(torch, str(expected[name].dtype)), name
         np.testing.assert_array_equal(output.numpy(), expected[name], err_msg=name)
 
 

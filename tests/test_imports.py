@@ -122,6 +122,21 @@ def test_the_check_allows_a_downward_import(module: str, source: str) -> None:
     assert upward_imports(PACKAGE / module, source) == []
 
 
+def imports_reference(path: Path, source: str) -> bool:
+    reference = "nar_kernels.ops.reference"
+    return any(name.startswith(reference) for name in imported_names(path, source))
+
+
+def test_kernels_do_not_know_the_reference() -> None:
+    """It judges them."""
+    kernels = [path for path in MODULES if module_name(path).startswith("nar_kernels.ops.kernels")]
+    assert len(kernels) > 4
+    assert not any(imports_reference(path, path.read_text()) for path in kernels)
+    source = "from nar_kernels.ops import reference"
+    assert imports_reference(PACKAGE / "ops/kernels/corrupt.py", source)
+    assert imports_reference(PACKAGE / "ops/kernels/corrupt.py", "from ..reference import nll_ref")
+
+
 def test_no_circle() -> None:
     names = {module_name(path) for path in MODULES}
     imports: dict[str, set[str]] = {}

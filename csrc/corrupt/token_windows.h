@@ -7,7 +7,7 @@
 
 namespace nar {
 
-// The order is that of TOKEN_DTYPES in nar_kernels/ops.py.
+// The order is that of TOKEN_DTYPES in nar_kernels/ops/tokens.py.
 enum class TokenType { kUint8, kInt8, kUint16, kInt16, kUint32, kInt32, kInt64 };
 
 struct Windows {

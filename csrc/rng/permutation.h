@@ -1,4 +1,4 @@
-// A keyed random permutation of [0, n) by index. Same as `permute` in nar_kernels/philox.py.
+// A keyed random permutation of [0, n) by index. Same as `permute` in nar_kernels/spec/philox.py.
 #pragma once
 
 #include <cstdint>

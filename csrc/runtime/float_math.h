@@ -1,5 +1,5 @@
 // Floats in vectors, and functions of them that every backend computes with the same roundings:
-// plain multiplications and additions in one order, none of them fused. nar_kernels/float_math.py
+// plain multiplications and additions in one order, none of them fused. nar_kernels/spec/float_math.py
 // has the same in PyTorch.
 #pragma once
 

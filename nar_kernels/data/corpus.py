@@ -20,7 +20,7 @@ from torch import Tensor
 from nar_kernels.data.formats.base import Layout, check_array, check_stream
 from nar_kernels.data.formats.detect import read_layout
 from nar_kernels.errors import CorpusFormatError
-from nar_kernels.ops.arguments import TOKEN_DTYPES
+from nar_kernels.ops.tokens import TOKEN_DTYPES
 
 Source = str | os.PathLike[str] | np.ndarray | Tensor
 

@@ -142,8 +142,8 @@ _UNSPLIT_KWARGS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"
 
 
 class TrunkAndHead:
-    """A net split into trunk and head, once for many calls: in between, parameters may change, but
-    not hooks or modules.
+    """A net split into trunk and head, once for many calls: in between, values of parameters may
+    change, but not which tensors, modules and hooks there are.
 
     Args:
         net: a :class:`nar_kernels.nets.adapter.TokenNet`.

@@ -135,6 +135,7 @@ def _split_before(net: Any, name: str, disabled: Any, head: Head) -> SplitNet | 
     setattr(trunk, name, disabled)
 
     def hidden(ids: Tensor, **kwargs: Any) -> Tensor:
+        trunk.training = net.training  # eval_mode does not reach the copy
         return trunk(ids, return_embeddings=True, **kwargs)
 
     return SplitNet(hidden, head)

@@ -5,19 +5,7 @@ The schema of the operator is made from it (:func:`schema`), and ``csrc/bindings
 
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-import torch
 from torch import Tensor
-
-# Token types, by numpy's name.
-TOKEN_DTYPES = {
-    "uint8": torch.uint8,
-    "int8": torch.int8,
-    "uint16": torch.uint16,
-    "int16": torch.int16,
-    "uint32": torch.uint32,
-    "int32": torch.int32,
-    "int64": torch.int64,
-}
 
 Mutated = Annotated[Tensor, "the operator writes to it"]
 
@@ -125,26 +113,3 @@ class UnmaskArgs(NamedTuple):
     top_k: int  # in [1, V]
     inverse_temperature: float  # 0: the most probable token
     confidence: str  # "probability", "margin" or "entropy"
-
-
-# The codes that the C++ side switches on.
-DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES.values())}
-
-
-LOGIT_CODE = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def check_ids(name: str, ids: Tensor, device: torch.device) -> Tensor:
-    if ids.dim() != 1 or ids.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64 [B]; got {ids.dtype} {list(ids.shape)}")
-    if ids.device != device:
-        raise ValueError(f"{name} is on {ids.device} but tokens are on {device}")
-    return ids.contiguous()
-
-
-def check_token_dtype(dtype: torch.dtype, what: str = "tokens") -> None:
-    """Raises TypeError unless ``dtype`` is one of :data:`TOKEN_DTYPES`."""
-    if dtype not in DTYPE_CODE:
-        raise TypeError(
-            f"{what} have dtype {dtype}: token ids must be one of {', '.join(TOKEN_DTYPES)}"
-        )

@@ -7,18 +7,13 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.ops.arguments import (
-    DTYPE_CODE,
-    CorruptArgs,
-    WindowOrder,
-    check_ids,
-    check_token_dtype,
-)
+from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.dispatch import host_address, needs_dispatcher, on_device, register
 from nar_kernels.ops.masking import NUM_INVALID, MaskingConfig
 from nar_kernels.ops.reference import corrupt_ref
+from nar_kernels.ops.tokens import DTYPE_CODE, check_ids, check_token_dtype
 from nar_kernels.spec.philox import signed_seed
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import (
-    schema,
-)
+from nar_kernels.ops.arguments import schema
+
+# As numbered in csrc/nll/nll.h.
+LOGIT_CODE = {torch.float32: 0, torch.bfloat16: 1}
 
 _lib = torch.library.Library("nar_kernels", "DEF")
 
@@ -77,7 +78,7 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
 
 
 def on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
-    """``launch(*args)``, which goes to the current device, on that of ``tensor``."""
+    """Runs ``launch(*args)`` with the device of ``tensor`` current."""
     device = tensor.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -86,7 +87,7 @@ def on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
 
 
 def host_address(tensor: Tensor) -> int:
-    """Where a kernel of the CPU finds it.
+    """The address of a CPU tensor.
 
     Raises:
         ValueError: it is somewhere else. (Callers check what users pass.)

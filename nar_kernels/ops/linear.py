@@ -13,6 +13,48 @@ from nar_kernels.ops.arguments import LinearArgs
 from nar_kernels.ops.backends import cpp, multiplies_in
 from nar_kernels.ops.dispatch import check_on_host, needs_dispatcher, register
 
+# Whether `linear_` has a kernel here, for float32 on the CPU: one that fuses multiply-adds.
+HAS_LINEAR = cpp is not None and cpp.has_linear()
+
+
+def _has_kernel(a: LinearArgs) -> bool:
+    tensors = [a.logits, a.hidden, a.weight] + ([] if a.bias is None else [a.bias])
+    return (
+        cpp is not None
+        and cpp.has_linear()  # not HAS_LINEAR: limit_simd may have changed it
+        and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and a.logits.stride(1) == a.hidden.stride(1) == a.weight.stride(1) == 1
+        and a.hidden.shape[1] == a.weight.shape[1]
+        and a.logits.shape == (len(a.hidden), len(a.weight))
+        and (a.bias is None or a.bias.shape == a.weight.shape[:1])
+    )
+
+
+def _launch_linear(a: LinearArgs) -> None:
+    if _has_kernel(a):
+        assert cpp is not None
+        if a.bias is not None:
+            a = a._replace(bias=a.bias.contiguous())
+        check_on_host(a)
+        cpp.linear(a, torch.get_num_threads())
+    # PyTorch takes, or refuses, whatever the kernel does not know.
+    elif a.bias is None:
+        torch.mm(a.hidden, a.weight.t(), out=a.logits)
+    else:
+        torch.addmm(a.bias, a.hidden, a.weight.t(), out=a.logits)
+
+
+register("linear_", LinearArgs, "()", _launch_linear, lambda a: None, options="")
+
+
+def run_linear(a: LinearArgs) -> None:
+    """Writes the logits: there are no gradients. Where there is a kernel, each logit is one chain
+    of fused multiply-adds, the same bit for bit whatever rows come with it."""
+    if needs_dispatcher(*a):
+        torch.ops.nar_kernels.linear_.default(*a)
+    else:
+        _launch_linear(a)
+
 
 class ChunkLimits(NamedTuple):
     """How large a chunk may be.
@@ -123,46 +165,3 @@ def inferred_logits(
         logits = memory.rows(len(some), len(weight), some)
         run_linear(LinearArgs(logits, some, weight, bias))
         yield logits
-
-
-# Whether `linear_` has a kernel here, for float32 on the CPU: one that fuses multiply-adds.
-HAS_LINEAR = cpp is not None and cpp.has_linear()
-
-
-def _has_kernel(a: LinearArgs) -> bool:
-    tensors = [a.logits, a.hidden, a.weight] + ([] if a.bias is None else [a.bias])
-    return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-        and a.logits.stride(1) == a.hidden.stride(1) == a.weight.stride(1) == 1
-        and a.hidden.shape[1] == a.weight.shape[1]
-        and a.logits.shape == (len(a.hidden), len(a.weight))
-        and (a.bias is None or a.bias.shape == a.weight.shape[:1])
-        and cpp is not None
-        and cpp.has_linear()
-    )
-
-
-def _launch_linear(a: LinearArgs) -> None:
-    if _has_kernel(a):
-        assert cpp is not None
-        if a.bias is not None:
-            a = a._replace(bias=a.bias.contiguous())
-        check_on_host(a)
-        cpp.linear(a, torch.get_num_threads())
-    # PyTorch takes, or refuses, whatever the kernel does not know.
-    elif a.bias is None:
-        torch.mm(a.hidden, a.weight.t(), out=a.logits)
-    else:
-        torch.addmm(a.bias, a.hidden, a.weight.t(), out=a.logits)
-
-
-register("linear_", LinearArgs, "()", _launch_linear, lambda a: None, options="")
-
-
-def run_linear(a: LinearArgs) -> None:
-    """Writes the logits: there are no gradients. Where there is a kernel, each logit is one chain
-    of fused multiply-adds, the same bit for bit whatever rows come with it."""
-    if needs_dispatcher(*a):
-        torch.ops.nar_kernels.linear_.default(*a)
-    else:
-        _launch_linear(a)

@@ -135,8 +135,7 @@ def head_nll(
 
 
 def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
-    """``[R]``, at least float32: the loss of logits ``[R, V]`` that are there; 0 where the label is
-    -100."""
+    """Loss of given logits ``[R, V]``: ``[R]``, at least float32; 0 where the label is -100."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = torch.nn.functional.nll_loss if is_log_prob else torch.nn.functional.cross_entropy
     return loss(logits, labels, reduction="none")

@@ -109,7 +109,9 @@ class MaskingConfig:
                 f"{self.no_replace_prob + self.random_token_prob}: it must be at most 1"
             )
         if not isinstance(self.never_mask_ids, Iterable):
-            raise TypeError(f"never_mask_ids is {self.never_mask_ids!r}: it must be some ids")
+            raise TypeError(
+                f"never_mask_ids is {self.never_mask_ids!r}: it must be a sequence of ids"
+            )
         never_mask_ids = tuple(as_int("never_mask_ids", i) for i in self.never_mask_ids)
         object.__setattr__(self, "never_mask_ids", never_mask_ids)
         for i in self.never_mask_ids:

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import (
-    LOGIT_CODE,
-    NllArgs,
-)
+from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.dispatch import check_on_host, needs_dispatcher, on_device, register
+from nar_kernels.ops.dispatch import (
+    LOGIT_CODE,
+    check_on_host,
+    needs_dispatcher,
+    on_device,
+    register,
+)
 from nar_kernels.ops.reference import nll_ref
 
 # The types of logits that each backend takes.

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.ops.arguments import LOGIT_CODE, UnmaskArgs
+from nar_kernels.ops.arguments import UnmaskArgs
 from nar_kernels.ops.backends import cpp, resolve_backend
-from nar_kernels.ops.dispatch import check_on_host, needs_dispatcher, on_device, register
+from nar_kernels.ops.dispatch import (
+    LOGIT_CODE,
+    check_on_host,
+    needs_dispatcher,
+    on_device,
+    register,
+)
 from nar_kernels.ops.reference import unmask_ref
 from nar_kernels.spec.philox import signed_seed
 
@@ -67,12 +73,12 @@ def unmask(
     Args:
         logits: ``[R, V]``, float32, bfloat16 or float16. NaN counts as -inf, and +inf as the
             largest finite number.
-        mask_id: is never drawn. V may leave it out, if it is the last id.
+        mask_id: never sampled. The logits may omit its column if it is the last id.
         seed: 64-bit integer key of all randomness.
         noise_slots: int64 ``[R]``, which noise a row gets; equal slots get equal noise.
         temperature: at least 0; the most probable id at 0.
         top_k: draw among the k most probable ids only; of equal ones, those that come first.
-        forbidden_ids: ids in [0, V) that are never drawn either.
+        forbidden_ids: further ids in [0, V) that are never sampled.
         given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
         confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
             the ``"margin"`` (arXiv:2502.06768) or the ``"entropy"`` (arXiv:2508.15487).

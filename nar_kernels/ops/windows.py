@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from nar_kernels.errors import InvalidTokenError
-from nar_kernels.ops.arguments import (
-    DTYPE_CODE,
-    check_ids,
-    check_token_dtype,
-)
 from nar_kernels.ops.backends import cpp, resolve_backend
 from nar_kernels.ops.dispatch import host_address
 from nar_kernels.ops.reference import windows_ref
+from nar_kernels.ops.tokens import DTYPE_CODE, check_ids, check_token_dtype
 from nar_kernels.spec.philox import Stream, signed_seed
 from nar_kernels.spec.philox import permute as permute_ref
 

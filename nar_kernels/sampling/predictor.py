@@ -36,13 +36,18 @@ class Guidance(NamedTuple):
 
 
 def make_guidance(
-    config: SamplingConfig, unconditional: dict[str, Any] | None, masked: Tensor, mask_id: int
+    config: SamplingConfig,
+    unconditional: dict[str, Any] | None,
+    masked: Tensor,
+    mask_id: int,
+    device: torch.device,
 ) -> Guidance | None:
     """The guidance of a config; None if ``guidance_scale`` is 1.
 
     Args:
         unconditional: as in :class:`Guidance`.
-        masked: bool ``[B, L]``, positions that are not in the prompt.
+        masked: bool ``[B, L]`` on the CPU, positions that are not in the prompt.
+        device: of the net.
 
     Raises:
         ValueError: there is no condition: neither a prompt nor ``unconditional``.
@@ -55,7 +60,7 @@ def make_guidance(
             f"guidance_scale is {scale}, but there is nothing to be guided by: give a prompt, or "
             "the net's arguments without the condition as unconditional"
         )
-    return Guidance(scale, unconditional, torch.where(masked, -1, mask_id))
+    return Guidance(scale, unconditional, torch.where(masked, -1, mask_id).to(device))
 
 
 class Predictor:
@@ -84,10 +89,15 @@ class Predictor:
         logits_processor: LogitsProcessor | None = None,
     ) -> None:
         self._net, self._masking, self._kwargs = net, masking, kwargs
-        self._trunk_and_head = TrunkAndHead(net)
+        self.split_net()
         self._condition, self._embeddings = condition, null_embed
         self._guidance, self._logits_processor = guidance, logits_processor
         self._memory = LogitsMemory(), LogitsMemory()
+
+    def split_net(self) -> None:
+        """Splits the net into trunk and head, for all calls until the next time: hooks, modules and
+        parameters must stay in between."""
+        self._trunk_and_head = TrunkAndHead(self._net)
 
     @property
     def is_batch_independent(self) -> bool:

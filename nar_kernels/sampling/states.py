@@ -1,6 +1,7 @@
-"""The iterator over decoding states: evaluation mode, taking turns with threads that train."""
+"""The iterator of decoding states: runs the net in eval mode, beside other threads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,27 +13,41 @@ from nar_kernels.sampling.decode import DecodeState
 
 
 class DecodeIterator(Iterator[DecodeState]):
-    """Iterates over ``states``: one before the first step, and one after each step.
+    """A state before the first step and one after each, computed in eval mode without gradients.
 
     Args:
-        states: computed lazily, here in evaluation mode and without gradients.
-        module: the module that holds the nets.
-        nets: the nets that compute the states.
+        states: the states, of which the first needs no call of the net.
+        module: contains the nets.
+        nets: the nets that are called.
+        refresh: called before a step if the caller, or another thread, may have changed the nets.
     """
 
-    def __init__(self, states: Iterator[DecodeState], module: nn.Module, *nets: nn.Module | None):
+    def __init__(
+        self,
+        states: Iterator[DecodeState],
+        module: nn.Module,
+        *nets: nn.Module | None,
+        refresh: Callable[[], None],
+    ) -> None:
         self._states, self._module, self._nets = states, module, nets
         self._submodules = list(module.modules())
+        self._refresh = refresh
+        self._state: DecodeState | None = None
 
     def _eval_mode(self) -> Any:
         return eval_mode(self._module, *self._nets, submodules=self._submodules)
 
     def __next__(self) -> DecodeState:
-        # Per step, not around the loop: the caller may train between two states.
-        with self._eval_mode(), torch.no_grad():
-            state = next(self._states, None)
+        if self._state is None:
+            state: DecodeState | None = next(self._states)
+        else:
+            # Per step, not around the loop: the caller may train between two states.
+            with self._eval_mode(), torch.no_grad():
+                self._refresh()
+                state = next(self._states, None)
         if state is None:
             raise StopIteration
+        self._state = state
         return state
 
     def last(self, *, progress: bool = False) -> DecodeState:
@@ -41,18 +56,22 @@ class DecodeIterator(Iterator[DecodeState]):
         Args:
             progress: show a progress bar (tqdm).
         """
-        state = next(self)
-        states = self._states
+        state = next(self) if self._state is None else self._state
+        bar: Any = nullcontext()
         if progress:
-            bar = import_extra("tqdm").tqdm
-            states = bar(states, total=state.num_steps, unit="step", dynamic_ncols=True)
+            bar = import_extra("tqdm").tqdm(total=state.num_steps, unit="step", dynamic_ncols=True)
         locks, is_done = ModeLocks(*self._nets), False
-        while not is_done:
-            # Switch modes once for all steps, but yield to a thread that waits to train.
-            with self._eval_mode(), torch.no_grad():
-                for state in states:  # noqa: B007
-                    if locks.has_waiters:
-                        break
-                else:
-                    is_done = True
+        with bar:
+            while not is_done:
+                # Switch modes once for all steps, but yield to a thread that waits to train.
+                with self._eval_mode(), torch.no_grad():
+                    self._refresh()
+                    for state in self._states:
+                        self._state = state
+                        if progress:
+                            bar.update()
+                        if locks.has_waiters:
+                            break
+                    else:
+                        is_done = True
         return state

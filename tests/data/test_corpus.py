@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.errors import CorpusFormatError
-from nar_kernels.ops.arguments import TOKEN_DTYPES
+from nar_kernels.ops.tokens import TOKEN_DTYPES
 
 DTYPES = list(TOKEN_DTYPES)
 

@@ -15,7 +15,7 @@ from nar_kernels.data import dataset as dataset_module
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
-from nar_kernels.ops.arguments import TOKEN_DTYPES
+from nar_kernels.ops.tokens import TOKEN_DTYPES
 from tests.helpers.windows import (
     MASK_ID,
     MASKING,

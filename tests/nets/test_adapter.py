@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nar_kernels import NonAutoregressiveWrapper
+from nar_kernels import NetAdapter, NonAutoregressiveWrapper
+from tests.helpers.models import Recorder
 from tests.helpers.nets_of_users import (
     IDS,
     LENGTH,
@@ -180,3 +181,8 @@ def test_the_adapted_head_runs_at_the_masked_rows_only():
     with Counting():
         model(IDS)
     assert rows == []
+
+
+def test_an_adapter_refuses_a_head_that_is_not_in_the_net():
+    with pytest.raises(ValueError, match="a Linear that is no submodule of Recorder"):
+        NetAdapter(Recorder(), num_tokens=12, max_seq_len=10, head=nn.Linear(2, 2))

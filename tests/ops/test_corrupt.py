@@ -13,11 +13,12 @@ import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig, backends
 from nar_kernels.ops import corrupt as corrupt_module
 from nar_kernels.ops import reference
-from nar_kernels.ops.arguments import DTYPE_CODE, WindowOrder
+from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.corrupt import corrupt_step, count_on_host
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import permute_rounds
+from nar_kernels.ops.tokens import DTYPE_CODE
 from nar_kernels.ops.windows import windows
 from nar_kernels.spec.philox import Stream
 from tests.helpers import devices

@@ -1,12 +1,14 @@
-"""The options of sampling, and the choice that they make."""
+"""The options of sampling, and the policy they select."""
 
 import dataclasses
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
+from nar_kernels.sampling import config as config_module
 from nar_kernels.sampling.config import SamplingConfig, top_k_from_filter_thres
 from nar_kernels.sampling.strategies import make_policy
 
@@ -41,6 +43,15 @@ def test_values_of_another_type(options):
     (name,) = options
     with pytest.raises(TypeError, match=f"{name} is "):
         SamplingConfig(**options)
+
+
+def test_every_number_has_a_range():
+    numbers = {
+        f.name
+        for f in dataclasses.fields(SamplingConfig)
+        if {int, float} & {f.type, *get_args(f.type)}
+    }
+    assert numbers == set(config_module._RANGES)
 
 
 def test_numbers_of_other_libraries_become_plain():

@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from nar_kernels import SamplingConfig, TrainConfig
+from nar_kernels.data.sources import open_data
+from nar_kernels.training.model import build_model
+from nar_kernels.training.report import draw_samples
 from nar_kernels.training.train import train
 from tests.helpers.runs import small
 
@@ -37,3 +42,19 @@ def test_tensorboard_has_the_curves(learnt):
     assert [point.step for point in held_out] == [50, 100, 150, 200, 250, 300]
     assert held_out[-1].value == pytest.approx(report["bits_per_token"], rel=1e-5)
     assert len(events.Scalars("train/bits_per_token")) == 30
+
+
+@pytest.mark.seconds
+def test_images_are_shown_as_they_appear():
+    pytest.importorskip("x_transformers")
+    pytest.importorskip("sklearn")
+    config = TrainConfig.for_data("digits", dim=8, depth=1, heads=2)
+    data = open_data("digits")
+    model = build_model(config, data.spec)
+    ids = draw_samples(config, data, model)
+    assert ids.shape == (10, 19, 64)
+    num_masked = (ids == data.spec.mask_id).sum(-1)
+    assert (num_masked[:, 0] == 64).all() and (num_masked[:, -1] == 0).all()
+    assert (num_masked.diff(dim=1) <= 0).all()
+    last = model.sample(SamplingConfig(), 10, seed=config.seed).last()
+    assert torch.equal(ids[:, -1], last.ids)

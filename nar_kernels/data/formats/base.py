@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nar_kernels.errors import CorpusFormatError
-from nar_kernels.ops.arguments import TOKEN_DTYPES
+from nar_kernels.ops.tokens import TOKEN_DTYPES
 
 
 class Layout(NamedTuple):

@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 
 from nar_kernels.data.formats.base import Layout
 from nar_kernels.errors import CorpusFormatError
-from nar_kernels.ops.arguments import TOKEN_DTYPES
+from nar_kernels.ops.tokens import TOKEN_DTYPES
 
 
 def raw_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:

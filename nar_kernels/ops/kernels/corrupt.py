@@ -73,7 +73,7 @@ class Tile(NamedTuple):
 
 
 class CorruptionShares(NamedTuple):
-    """Of the masked positions, and the word that rounds counts of them."""
+    """Shares of the masked positions to keep or replace, and the word for stochastic rounding."""
 
     keep: tl.tensor
     replace: tl.tensor  # kept or random
@@ -133,7 +133,7 @@ def _checked_start(record, sample, start, num_corpus_tokens, seq_len):
     return start
 
 
-# ---- what its slot alone decides
+# ---- time and corruption, from the slot alone
 
 
 @triton.jit
@@ -430,7 +430,7 @@ def corrupt_kernel(
     ORDERED: tl.constexpr, SHUFFLE: tl.constexpr, EXACT: tl.constexpr, STRATIFIED: tl.constexpr,
     RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr, LOOK_BACK: tl.constexpr,
 ):  # fmt: skip
-    """One row. Arguments as in ``arguments.py``; ``record`` is the workspace, zeros.
+    """One row. Arguments as in ``CorruptArgs``; ``record`` is the workspace, zeros.
 
     ``ORDERED``: sample slots tell which windows. ``RANKS``: 3 with kept or random tokens, else 1.
     ``FITS``: the row is a single tile. ``LOOK_BACK``: see ``_rows_before``.

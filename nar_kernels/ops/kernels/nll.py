@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of rows of logits and its gradient in place: one program a row.
+"""Softmax cross-entropy of rows of logits and its gradient in place: one program per row.
 
 The first pass is an online softmax (Milakov, Gimelshein, "Online normalizer calculation for
 softmax", 2018, arXiv:1805.02867); the second, which finds most of the row in the cache, writes the

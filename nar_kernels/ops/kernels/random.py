@@ -1,4 +1,4 @@
-"""Random words on the device: Philox and permutations, as ``nar_kernels/philox.py`` specifies."""
+"""Philox words and permutations on the device, as specified in ``nar_kernels/spec/philox.py``."""
 
 import triton
 import triton.language as tl

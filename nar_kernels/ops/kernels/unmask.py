@@ -1,7 +1,7 @@
-"""``unmask`` on the GPU: one program a row, in several passes, all but the first from the cache.
+"""``unmask`` on the GPU: one program per row, in several passes, all but the first from the cache.
 
-Floats are those of ``nar_kernels/float_math.py``, bit for bit: nothing may be fused, or taken from
-a library of the device.
+Floats are those of ``nar_kernels/spec/float_math.py``, bit for bit: nothing may be fused, or taken
+from a library of the device.
 """
 
 from typing import Any, NamedTuple
