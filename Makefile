@@ -31,7 +31,7 @@ test-all: lint .venv/built-for-tests .venv/triton-3.6.0
 
 # All but the slow tests, with the oldest supported versions and with the newest that pip installs:
 # each in a virtual environment of its own, with several GB of CUDA packages.
-test-oldest: OTHER_VERSIONS = torch==2.6.0 triton==3.2.0
+test-oldest: OTHER_VERSIONS = torch==2.6.0 triton==3.2.0 'numpy<2.2' 'transformers<5'
 test-newest: OTHER_VERSIONS = torch triton
 test-oldest test-newest: .venv/built-for-tests
 	$(PYTHON) -m venv --clear .venv/$@

@@ -92,7 +92,7 @@ def _log_of_positive(x):
 @triton.jit
 def _gumbel(words):
     u = ((words & 0x3FFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
-    rest = ((~words >> 1).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
+    rest = (((words ^ 0xFFFFFFFF) >> 1).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
     exponent, f = _parts(rest)
     is_small = words < 1 << 30
     log = _log_of_parts(tl.where(is_small, 0.0, exponent), tl.where(is_small, -u, f))
@@ -263,7 +263,9 @@ def unmask_kernel(
     given_token = tl.full((), -1, tl.int64)
     if given is not None:
         given_token = tl.load(given + index)
-    has_noise = (given_token < 0) & (inverse_temperature > 0)
+    # A tensor also in the interpreter of Triton 3.2, which passes numbers as they are.
+    noise_scale = tl.full((), 0.0, tl.float32) + inverse_temperature
+    has_noise = (given_token < 0) & (noise_scale > 0)
     largest = _largest_logit(row, BLOCK)
     allows_none = largest == float("-inf")
     largest = tl.where(allows_none, 0.0, largest)  # -inf - -inf would be NaN
