@@ -1,6 +1,7 @@
 """GPU kernels, compiled without a GPU: the table of `benchmarks/gpu_code.py`, warnings, and that a
 launch that cannot be made says why."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -59,8 +60,10 @@ def rows(request, tmp_path_factory):
 
 
 def test_next_to_nothing_spills(rows, request):
-    """Nothing with the installed Triton; with an older one, some words of two variants."""
-    most = 0 if request.node.callspec.params["rows"][0] == "installed" else 32
+    """Nothing with the Triton of the constraints; with another one, some words of two variants."""
+    installed = importlib.metadata.version("triton")
+    is_other = request.node.callspec.params["rows"][0] != "installed"
+    most = 32 if is_other or not installed.startswith("3.9.") else 0
     assert [row for row in rows if row["spill"] > most] == []
 
 

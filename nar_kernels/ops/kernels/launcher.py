@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Allow-list: versions whose compiled kernels tests/ops/test_gpu_code.py launches this way. The call
 # is not Triton's public interface, so any other version takes its own dispatch.
-TESTED_TRITON = ("3.6", "3.9")
+TESTED_TRITON = ("3.6", "3.8", "3.9")
 _IS_TESTED = triton.__version__.startswith(tuple(f"{version}." for version in TESTED_TRITON))
 
 _MOST_VARIANTS = 1024
