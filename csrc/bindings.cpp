@@ -114,8 +114,8 @@ nar::ConfidenceType confidence_type(const std::string& name) {
   throw std::invalid_argument("unknown confidence " + name);
 }
 
-// From UnmaskArgs of nar_kernels/ops/arguments.py, and the tensors of Unmasked. `forbidden` holds the
-// ids.
+// From UnmaskArgs of nar_kernels/ops/arguments.py, and the tensors of Unmasked. `forbidden` holds
+// the ids.
 nar::UnmaskArgs unpack_unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type,
                               std::vector<int64_t>* forbidden) {
   nar::UnmaskArgs a;

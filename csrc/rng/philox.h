@@ -12,7 +12,8 @@
 
 namespace nar {
 
-// Domains of randomness. The values are frozen: they pin results. Same as nar_kernels/spec/philox.py.
+// Domains of randomness. The values are frozen: they pin results. Same as
+// nar_kernels/spec/philox.py.
 enum Stream : uint32_t {
   kTime = 0,
   kStratum = 1,

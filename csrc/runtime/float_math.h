@@ -1,6 +1,6 @@
 // Floats in vectors, and functions of them that every backend computes with the same roundings:
-// plain multiplications and additions in one order, none of them fused. nar_kernels/spec/float_math.py
-// has the same in PyTorch.
+// plain multiplications and additions in one order, none of them fused.
+// nar_kernels/spec/float_math.py has the same in PyTorch.
 #pragma once
 
 #if defined(__AVX__)
