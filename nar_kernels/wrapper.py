@@ -48,6 +48,17 @@ def _uniform(generator: torch.Generator) -> float:
     return torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
 
 
+def _warn_if_causal(net: nn.Module) -> None:
+    causal = causal_module(net)
+    if causal is not None:
+        warnings.warn(
+            f"{type(net).__name__} holds a {type(causal).__name__} that is causal: a masked token "
+            "cannot be predicted from the tokens after it. Use a bidirectional net (an encoder), "
+            "or set is_causal = False where the net allows that",
+            stacklevel=3,  # who makes the wrapper
+        )
+
+
 def _clone_shared_tensors(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
@@ -160,14 +171,7 @@ class NonAutoregressiveWrapper(nn.Module):
         )
         if use_simple_mdlm_loss_weight:
             self.masking.check_bound()
-        causal = causal_module(net)
-        if causal is not None:
-            warnings.warn(
-                f"{type(net).__name__} holds a {type(causal).__name__} that is causal: a masked "
-                "token cannot be predicted from the tokens after it. Use a bidirectional net (an "
-                "encoder), or set is_causal = False where the net allows that",
-                stacklevel=2,
-            )
+        _warn_if_causal(net)
         self.backend = backend
         self.average_tokens_across_devices = average_tokens_across_devices
         self.steps = steps

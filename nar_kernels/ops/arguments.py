@@ -1,6 +1,6 @@
 """The arguments of each operator: one named tuple, which all of its backends take.
 
-The schema of the operator is made from it (:func:`schema`), and ``csrc/bindings.h`` unpacks it.
+The schema of the operator is made from it (:func:`schema`), and ``csrc/bindings*`` unpack it.
 """
 
 from typing import Annotated, Any, NamedTuple, get_type_hints

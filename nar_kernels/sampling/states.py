@@ -33,21 +33,35 @@ class DecodeIterator(Iterator[DecodeState]):
         self._submodules = list(module.modules())
         self._refresh = refresh
         self._state: DecodeState | None = None
+        self._error: BaseException | None = None
 
     def _eval_mode(self) -> Any:
         return eval_mode(self._module, *self._nets, submodules=self._submodules)
 
+    def _advance(self) -> DecodeState | None:
+        """Runs a step; None after the last. An error that ended decoding is raised again: the state
+        before it is not the last."""
+        if self._error is not None:
+            raise self._error
+        try:
+            state = next(self._states, None)
+        except BaseException as error:
+            self._error = error
+            raise
+        if state is not None:
+            self._state = state
+        return state
+
     def __next__(self) -> DecodeState:
         if self._state is None:
-            state: DecodeState | None = next(self._states)
+            state = self._advance()
         else:
             # Per step, not around the loop: the caller may train between two states.
             with self._eval_mode(), torch.no_grad():
                 self._refresh()
-                state = next(self._states, None)
+                state = self._advance()
         if state is None:
             raise StopIteration
-        self._state = state
         return state
 
     def last(self, *, progress: bool = False) -> DecodeState:
@@ -57,21 +71,20 @@ class DecodeIterator(Iterator[DecodeState]):
             progress: show a progress bar (tqdm).
         """
         state = next(self) if self._state is None else self._state
+        step: DecodeState | None = state
         bar: Any = nullcontext()
         if progress:
             bar = import_extra("tqdm").tqdm(total=state.num_steps, unit="step", dynamic_ncols=True)
-        locks, is_done = ModeLocks(*self._nets), False
+        locks = ModeLocks(*self._nets)
         with bar:
-            while not is_done:
+            while step is not None:
                 # Switch modes once for all steps, but yield to a thread that waits to train.
                 with self._eval_mode(), torch.no_grad():
                     self._refresh()
-                    for state in self._states:
-                        self._state = state
+                    while (step := self._advance()) is not None:
+                        state = step
                         if progress:
                             bar.update()
                         if locks.has_waiters:
                             break
-                    else:
-                        is_done = True
         return state

@@ -34,6 +34,17 @@ def test_last_goes_on_from_any_state():
             next(states)
 
 
+def test_an_error_is_not_taken_for_the_end():
+    def fail(logits, rows):
+        raise OSError("no more")
+
+    states = make_model().generate_steps(2, seed=0, logits_processor=fail)
+    assert next(states).masked.all()
+    for call in (lambda: next(states), states.last, lambda: list(states)):
+        with pytest.raises(OSError, match="no more"):
+            call()
+
+
 def test_the_first_state_waits_for_nobody():
     """It needs no net, which another thread may be training."""
     model = make_model()
