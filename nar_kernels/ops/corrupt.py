@@ -10,7 +10,13 @@ from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.dispatch import host_address, needs_dispatcher, on_device, register
+from nar_kernels.ops.dispatch import (
+    host_address,
+    launch_place,
+    needs_dispatcher,
+    on_device,
+    register,
+)
 from nar_kernels.ops.masking import NUM_INVALID, MaskingConfig
 from nar_kernels.ops.reference import corrupt_ref
 from nar_kernels.ops.tokens import DTYPE_CODE, check_ids, check_token_dtype
@@ -310,23 +316,13 @@ def _corrupt_cpp(a: CorruptArgs) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _public_raw_stream(device: int) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-# The private one is faster, and is missing where PyTorch has no CUDA.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
-
-
 def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
     assert cuda is not None
     device = a.ratio_table.device
     workspace = torch.empty(cuda.workspace_size(a.batch), dtype=torch.int64, device=device)
     outputs = (*_empty_outputs(a.batch, a.seq_len, device), workspace)
-    where = (0, 0)
-    if device.type == "cuda":
-        where = device.index, _raw_stream(device.index)
-    cuda.corrupt(a, outputs, DTYPE_CODE[a.tokens.dtype], a.tokens.numel(), *where)
+    token_type, num_tokens = DTYPE_CODE[a.tokens.dtype], a.tokens.numel()
+    cuda.corrupt(a, outputs, token_type, num_tokens, *launch_place(device))
     return *outputs[:-1], workspace[:NUM_INVALID]
 
 

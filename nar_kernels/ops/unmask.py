@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import UnmaskArgs
-from nar_kernels.ops.backends import cpp, resolve_backend
+from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.dispatch import (
     LOGIT_CODE,
     check_on_host,
+    launch_place,
     needs_dispatcher,
     on_device,
     register,
@@ -26,8 +27,11 @@ from nar_kernels.spec.philox import signed_seed
 Confidence = Literal["probability", "margin", "entropy"]
 CONFIDENCES = get_args(Confidence)
 
-UNMASK_BACKENDS = ("reference", "cpp", "triton")
+UNMASK_BACKENDS = ("reference", "cpp", "triton", "cuda")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# As numbered in csrc/nll/nll.h.
+_CUDA_LOGIT_CODE = {**LOGIT_CODE, torch.float16: 2}
 
 # Noise spans 26: at this temperature it decides only between logits less than 3e-5 apart.
 MIN_TEMPERATURE = 1e-6
@@ -82,7 +86,7 @@ def unmask(
         given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
         confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
             the ``"margin"`` (arXiv:2502.06768) or the ``"entropy"`` (arXiv:2508.15487).
-        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         An :class:`Unmasked`. Where a row allows no id, all of its logits being -inf, that is the
@@ -206,7 +210,26 @@ def _unmask_triton(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-_UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp, "triton": _unmask_triton}
+def _unmask_cuda(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
+    assert cuda is not None
+    outputs = _unmask_outputs(a)
+    code, device = _CUDA_LOGIT_CODE[a.logits.dtype], a.logits.device
+    more = 0
+    if len(a.forbidden) > cuda.inline_forbidden:
+        # A copy: asynchronous, but no CUDA graph can hold it.
+        ids = torch.tensor(a.forbidden[cuda.inline_forbidden :], device="cpu")
+        others = ids.to(device, non_blocking=True)
+        more = others.data_ptr()
+    cuda.unmask(a, outputs, code, more, *launch_place(device))
+    return outputs
+
+
+_UNMASK = {
+    "reference": unmask_ref,
+    "cpp": _unmask_cpp,
+    "triton": _unmask_triton,
+    "cuda": _unmask_cuda,
+}
 
 
 def _launch_unmask(a: UnmaskArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,11 +12,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -30,14 +32,24 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static thread_local  // a block never leaves its OS thread
+#define __shared__ thread_local  // a block never leaves its OS thread
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// Most of the memory that a block may ask for at its launch, and what comes behind it.
+constexpr size_t kMostShared = 227 << 10, kBehindShared = 1 << 10;
+namespace nar {
+inline thread_local uint4 dynamic_shared[(kMostShared + kBehindShared) / sizeof(uint4)];
+}
 
 namespace cuda_on_cpu {
 
@@ -68,6 +80,8 @@ struct Block {
 };
 
 inline thread_local Block block;
+// What a block of the device may ask for.
+inline std::atomic<size_t> shared_limit{kMostShared};
 // The order of warps and lanes. 0: ascending, 1: descending, else shuffled by this seed.
 inline std::atomic<unsigned> schedule{0};
 
@@ -159,6 +173,19 @@ inline void put_in_order(std::vector<int>* order, std::mt19937* generator) {
   if (schedule > 1) std::shuffle(order->begin(), order->end(), *generator);
 }
 
+// Before a block its memory holds garbage: NaN, as floats of any size.
+constexpr unsigned char kGarbage = 0xFF;
+
+inline void check_behind_shared(size_t bytes) {
+  const unsigned char* shared = reinterpret_cast<unsigned char*>(nar::dynamic_shared);
+  for (size_t i = bytes; i < sizeof nar::dynamic_shared; ++i) {
+    if (shared[i] == kGarbage) continue;
+    throw std::runtime_error("block " + std::to_string(blockIdx.x) + " wrote to byte " +
+                             std::to_string(i) + " of " + std::to_string(bytes) +
+                             " in shared memory");
+  }
+}
+
 // A warp runs as far as it can before the next one does: so the first is ahead of the others by all
 // that barriers allow.
 inline void run_block() {
@@ -185,7 +212,8 @@ inline void run_block() {
 }
 
 // Blocks begin in the order of their index: later ones may wait for what earlier ones publish.
-inline void run_grid(dim3 grid, dim3 size, const std::function<void()>& kernel) {
+inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes,
+                     const std::function<void()>& kernel) {
   std::atomic<unsigned> next{0};
   std::mutex mutex;
   std::string error;
@@ -193,8 +221,10 @@ inline void run_grid(dim3 grid, dim3 size, const std::function<void()>& kernel) 
     for (unsigned index; (index = next++) < grid.x;) {
       blockIdx = dim3(index), blockDim = size, gridDim = grid;
       block.kernel = &kernel;
+      std::memset(nar::dynamic_shared, kGarbage, sizeof nar::dynamic_shared);
       try {
         run_block();
+        check_behind_shared(shared_bytes);
       } catch (const std::exception& failure) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (error.empty()) error = failure.what();
@@ -264,6 +294,14 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits) {
       cuda_on_cpu::exchange("__shfl_xor_sync", mask, cuda_on_cpu::to_bits(value))[from]);
 }
 
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned distance) {
+  const uint64_t* given =
+      cuda_on_cpu::exchange("__shfl_up_sync", mask, cuda_on_cpu::to_bits(value));
+  const unsigned lane = cuda_on_cpu::lane();
+  return cuda_on_cpu::from_bits<T>(given[lane < distance ? lane : lane - distance]);
+}
+
 inline uint32_t __ballot_sync(uint32_t mask, bool value) {
   const uint64_t* given = cuda_on_cpu::exchange("__ballot_sync", mask, value);
   uint32_t bits = 0;
@@ -291,8 +329,25 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+using std::max;
 using std::min;
 
+// Of what the hardware may return, the worst: its error is up to 2**-22, or that of the last bit.
+inline float __log2f(float x) { return std::log2(x) + 0x1p-22f; }
+
+inline uint32_t atomicOr(uint32_t* at, uint32_t value) {
+  return __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST);
+}
+inline uint32_t atomicMax(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;  // of shared memory: a block runs on one OS thread
+  *at = std::max(before, value);
+  return before;
+}
+inline uint32_t atomicMin(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at = std::min(before, value);
+  return before;
+}
 using Word64 = unsigned long long;
 inline Word64 atomicAdd(Word64* at, Word64 value) {
   return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
@@ -307,7 +362,12 @@ inline Word64 atomicCAS(Word64* at, Word64 expected, Word64 value) {
 
 // ---- the host's side
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorNoKernelImageForDevice };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorNoKernelImageForDevice
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -328,6 +388,35 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int limit = static_cast<int>(cuda_on_cpu::shared_limit), reserved = 1 << 10;
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin       ? limit
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? limit + reserved
+                                                                      : reserved;
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+namespace cuda_on_cpu {
+// What kernels may ask for beyond the 48 KiB of any.
+inline std::mutex limits_mutex;
+inline std::map<const void*, size_t> dynamic_limits;
+}  // namespace cuda_on_cpu
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > cuda_on_cpu::shared_limit) {
+    return cudaErrorInvalidValue;
+  }
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::limits_mutex);
+  cuda_on_cpu::dynamic_limits[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -335,6 +424,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (grid.x == 0 || size.x % 32 != 0 || size.x * size.y == 0 || size.x * size.y > 1024) {
     return cudaErrorInvalidConfiguration;
   }
-  cuda_on_cpu::run_grid(grid, size, [&] { kernel(arguments...); });
+  {
+    const std::lock_guard<std::mutex> lock(cuda_on_cpu::limits_mutex);
+    size_t& limit = cuda_on_cpu::dynamic_limits[reinterpret_cast<const void*>(kernel)];
+    if (config->dynamicSmemBytes > std::max<size_t>(limit, 48 << 10)) return cudaErrorInvalidValue;
+  }
+  cuda_on_cpu::run_grid(grid, size, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

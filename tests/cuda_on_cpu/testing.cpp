@@ -43,6 +43,7 @@ const char* launch(unsigned blocks, void (*kernel)(Arguments...), Arguments... a
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void set_schedule(unsigned seed) { cuda_on_cpu::schedule = seed; }
+EXPORT void set_shared_limit(size_t bytes) { cuda_on_cpu::shared_limit = bytes; }
 EXPORT const char* run_sum(unsigned blocks, uint32_t* sums, bool with_barrier) {
   return launch(blocks, sum_kernel, sums, with_barrier);
 }

@@ -1,0 +1,95 @@
+// Gumbel-max over a row on a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "rng/philox.h"
+#include "unmask/row_cuda.h"
+
+namespace nar {
+namespace {
+
+// The column with the largest (logit - largest) / temperature + noise, the lowest on ties. A cheap
+// upper bound on the noise rules out nearly all: first of a lane's logits at once, then of each.
+template <typename T>
+class Sampler {
+ public:
+  using L = Logits<T>;
+  static constexpr float kMostNoise = 23.0f;
+
+  __device__ Sampler(const UnmaskArgs& a, uint64_t slot, float largest, RowMemory* memory)
+      : seed_(a.seed), slot_(slot), largest_(largest), scale_(a.inverse_temperature),
+        memory_(memory) {}
+
+  // By one lane: a likely winner, so that the bound rules out most others.
+  __device__ void start(uint32_t column) const {
+    memory_->best = ordered(gumbel(random_word(seed_, kDecodeNoise, slot_, column)));
+  }
+
+  // How far below the largest a logit can still win.
+  __device__ float reach() const { return (kMostNoise - from_ordered(memory_->best)) / scale_; }
+
+  // `most`: the largest of the chunk.
+  __device__ void add(const Chunk& c, uint32_t column, float most, uint32_t lane) {
+    uint32_t words[L::kItems];
+#pragma unroll
+    for (int j = 0; j < L::kItems; j += 4) {
+      const Words4 four = random_block(seed_, kDecodeNoise, slot_, (column + j) / 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[j + i] = four.word[i];
+    }
+    uint32_t least = words[0];  // which makes the most noise
+#pragma unroll
+    for (int j = 1; j < L::kItems; ++j) least = min(least, words[j]);
+
+    float bound = from_ordered(*static_cast<volatile uint32_t*>(&memory_->best)) - kSlack;
+    if (!__any_sync(kAllLanes, at_most(most, least) > bound)) return;
+    uint32_t open = 0;
+#pragma unroll
+    for (int j = 0; j < L::kItems; ++j) {
+      open |= static_cast<uint32_t>(at_most(L::item(c, j), words[j]) > bound) << j;
+    }
+    if (!__any_sync(kAllLanes, open != 0)) return;
+    do {
+      if (open) {
+        const int item = __ffs(open) - 1;
+        open &= open - 1;
+        float x = 0;
+        uint32_t word = 0;
+#pragma unroll
+        for (int j = 0; j < L::kItems; ++j) {  // registers have no index
+          x = j == item ? L::item(c, j) : x;
+          word = j == item ? words[j] : word;
+        }
+        const float score = (clean(x) - largest_) * scale_ + gumbel(word);
+        if (score > best_) best_ = score, best_column_ = column + item;
+      }
+    } while (__any_sync(kAllLanes, open != 0));
+    const uint32_t best = __reduce_max_sync(kAllLanes, ordered(best_));
+    if (lane == 0) atomicMax(&memory_->best, best);
+  }
+
+  __device__ uint32_t best_column(Team& team) const {
+    const uint64_t ranked = uint64_t{ordered(best_)} << 32 | ~best_column_;
+    return ~static_cast<uint32_t>(team.largest(ranked));
+  }
+
+ private:
+  static constexpr float kSlack = 1e-3f;  // for rounding errors
+
+  // An upper bound on a score: noise is at most -log(u).
+  __device__ float at_most(float logit, uint32_t word) const {
+    constexpr float kLn2 = 0.693147181f;
+    const float noise = 32 * kLn2 - kLn2 * __log2f(static_cast<float>(word));
+    return (logit - largest_) * scale_ + noise;
+  }
+
+  const uint64_t seed_, slot_;
+  const float largest_, scale_;
+  RowMemory* const memory_;
+  float best_ = -INFINITY;
+  uint32_t best_column_ = kNoColumn;
+};
+
+}  // namespace
+}  // namespace nar

@@ -1,0 +1,207 @@
+// The k largest logits of a row on a GPU: the key of the k-th, by counting how many reach a pivot.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "unmask/row_cuda.h"
+
+namespace nar {
+namespace {
+
+// The keys in [low, high) of what may be the k-th largest, and how many logits reach either end.
+struct Bracket {
+  uint32_t k, low, high, reach_low, reach_high;
+
+  __device__ bool is_done() const { return reach_low == k || high - low == 1; }
+
+  __device__ void learn(uint32_t pivot, uint32_t reach) {
+    if (reach >= k) {
+      if (pivot > low) low = pivot, reach_low = reach;
+    } else if (pivot < high) {
+      high = pivot, reach_high = reach;
+    }
+  }
+
+  // Around where the k-th would be if keys were spread evenly; every third time thirds, which bounds
+  // the number of passes. (Any pivots are correct: rounding here cannot change a result.)
+  __device__ void propose(uint32_t turn, uint32_t* pivots) const {
+    const uint32_t width = high - low;
+    uint32_t below = width / 3, step = width / 3;
+    if (turn % 3 != 2) {
+      const float share = (static_cast<float>(reach_low - k) + 0.5f) /
+                          static_cast<float>(reach_low - reach_high);
+      step = width / 16;
+      below = static_cast<uint32_t>(static_cast<float>(width) * share);
+      below -= min(below, step / 2);
+    }
+    below = min(max(below, 1u), width - 1);
+    pivots[0] = low + below;
+    pivots[1] = low + min(below + max(step, 1u), width - 1);
+  }
+};
+
+// Which logits are kept: those whose key is larger, and, up to a column, those that have it.
+struct TopK {
+  uint32_t key, last_tie;
+};
+
+template <typename T>
+class TopKSearch {
+ public:
+  using L = Logits<T>;
+
+  __device__ TopKSearch(const Row<T>& row, Team& team, float largest, uint32_t k)
+      : row_(row), team_(team), bracket_{k, L::kKeyOfMinusInfinity, L::key(largest) + 1,
+                                         row.vocabulary(), 0} {}
+
+  __device__ TopK find() {
+    uint32_t pivots[2], reach[2];
+    bool has_pivots = propose_from_sample(pivots);
+    for (uint32_t turn = 0; !bracket_.is_done(); ++turn) {
+      if (!has_pivots) bracket_.propose(turn, pivots);
+      has_pivots = false;
+      const uint64_t both = team_.sum(count(pivots));
+      reach[0] = static_cast<uint32_t>(both), reach[1] = static_cast<uint32_t>(both >> 32);
+      bracket_.learn(pivots[0], reach[0]);
+      bracket_.learn(pivots[1], reach[1]);
+    }
+    const bool keeps_all = bracket_.low == L::kKeyOfMinusInfinity;
+    const bool has_ties = bracket_.reach_low > bracket_.k && !keeps_all;
+    return {bracket_.low, has_ties ? last_tie() : kNoColumn};
+  }
+
+ private:
+  static constexpr int kSamples = 512, kOfLane = kSamples / kWarp;
+  static constexpr uint32_t kWorthSampling = 4096;  // logits
+
+  // How many of the lane's logits reach each of two pivots, as two halves.
+  __device__ uint64_t count(const uint32_t* pivots) const {
+    const typename L::Pivot p = L::pivot(pivots[0]), q = L::pivot(pivots[1]);
+    uint32_t reach[2] = {};
+    for (uint32_t i = 0; i < row_.num_tiles();) {
+      typename L::Tally a, b;
+      const uint32_t end = min(row_.num_tiles() - i, L::Tally::kMost) + i;
+#pragma unroll 4
+      for (; i < end; ++i) {
+        const Chunk c = row_.chunk(i);
+        a.add(c, p), b.add(c, q);
+      }
+      reach[0] += a.total(), reach[1] += b.total();
+    }
+    return uint64_t{reach[1]} << 32 | reach[0];
+  }
+
+  // Pivots that bracket the k-th with high probability; two warps look for one each.
+  __device__ bool propose_from_sample(uint32_t* pivots) {
+    if (row_.vocabulary() < kWorthSampling || team_.num_warps == 1) return false;
+    if (team_.warp < 2) {
+      const float share =
+          static_cast<float>(bracket_.k) / static_cast<float>(row_.vocabulary()) * kSamples;
+      const float spread = 2.5f * sqrtf(share * (1 - share / kSamples)) + 1;
+      const float rank = team_.warp == 0 ? ceilf(share + spread) : floorf(share - spread);
+      const uint32_t key = sampled_key(rank);
+      if (team_.lane == 0) team_.memory->pivots[team_.warp] = key;
+    }
+    team_.sync();
+    for (int j = 0; j < 2; ++j) {
+      pivots[j] = min(max(team_.memory->pivots[j], bracket_.low + 1), bracket_.high - 1);
+    }
+    return true;
+  }
+
+  // The key of about the rank-th largest of a sample, of its upper half of bits.
+  __device__ uint32_t sampled_key(float rank) const {
+    if (rank < 1) return bracket_.high - 1;
+    if (rank > kSamples) return bracket_.low + 1;
+    const uint32_t stride = row_.vocabulary() / kSamples;
+    constexpr int kShift = sizeof(T) == 4 ? 16 : 0;
+    uint32_t keys[kOfLane];
+#pragma unroll
+    for (int j = 0; j < kOfLane; ++j) {
+      keys[j] = L::key(row_.at((j * kWarp + team_.lane) * stride)) >> kShift;
+    }
+    uint32_t found = 0;
+    for (uint32_t bit = 0x10000; bit > 0; bit >>= 1) {
+      const uint32_t higher = found + bit;
+      uint32_t reach = 0;
+#pragma unroll
+      for (int j = 0; j < kOfLane; ++j) reach += keys[j] >= higher;
+      reach = __reduce_add_sync(kAllLanes, reach);
+      if (reach >= static_cast<uint32_t>(rank)) found = higher;
+    }
+    return found << kShift;
+  }
+
+  // Of the logits with the k-th largest one's key, the column of the last that is kept.
+  __device__ uint32_t last_tie() {
+    const uint32_t pivots[2] = {bracket_.low, bracket_.low + 1};
+    const uint64_t reach = count(pivots);
+    const uint32_t mine = __reduce_add_sync(
+        kAllLanes, static_cast<uint32_t>(reach) - static_cast<uint32_t>(reach >> 32));
+    const uint64_t* of_warps = team_.exchange(mine);
+    const uint32_t before = static_cast<uint32_t>(
+        Team::sum_of_lanes(team_.lane < team_.warp ? of_warps[team_.lane] : 0));
+    const uint32_t wanted = bracket_.k - bracket_.reach_high;
+    if (before < wanted && wanted <= before + mine) find_tie(wanted - before);
+    team_.sync();
+    return team_.memory->last_tie;
+  }
+
+  // By one warp: the `wanted`-th of its ties.
+  __device__ void find_tie(uint32_t wanted) {
+    const uint32_t pivots[2] = {bracket_.low, bracket_.low + 1};
+    const typename L::Pivot p = L::pivot(pivots[0]), q = L::pivot(pivots[1]);
+    for (uint32_t i = 0;; ++i) {
+      const Chunk c = row_.chunk(i);
+      typename L::Tally a, b;
+      a.add(c, p), b.add(c, q);
+      const uint32_t mine = a.total() - b.total();
+      const uint32_t all = __reduce_add_sync(kAllLanes, mine);
+      if (all < wanted) {
+        wanted -= all;
+        continue;
+      }
+      uint32_t up_to = mine;  // inclusive, over lanes
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const uint32_t other = __shfl_up_sync(kAllLanes, up_to, step);
+        if (static_cast<int>(team_.lane) >= step) up_to += other;
+      }
+      if (up_to - mine < wanted && wanted <= up_to) {
+        uint32_t left = wanted - (up_to - mine);
+#pragma unroll
+        for (int j = 0; j < L::kItems; ++j) {
+          const bool is_tie = L::key(clean(L::item(c, j))) == bracket_.low;
+          if (is_tie && --left == 0) team_.memory->last_tie = row_.column(i) + j;
+        }
+      }
+      return;
+    }
+  }
+
+  const Row<T>& row_;
+  Team& team_;
+  Bracket bracket_;
+};
+
+// A chunk of the row without what is not kept.
+template <typename T>
+__device__ Chunk kept(const TopK& top, uint32_t column, const Chunk& c) {
+  using L = Logits<T>;
+  const bool has_ties = column <= top.last_tie;
+  Chunk result = L::kept(c, L::pivot(top.key + !has_ties));
+  if (has_ties && top.last_tie - column < L::kItems - 1) {
+#pragma unroll
+    for (int j = 0; j < L::kItems; ++j) {
+      if (column + j > top.last_tie && L::key(clean(L::item(c, j))) == top.key) {
+        L::set(&result, j, L::minus_infinity());
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace nar

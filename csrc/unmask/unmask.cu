@@ -1,0 +1,252 @@
+// `unmask` on the GPU in one launch, a block a row or, for short rows, a warp. The row is read once
+// and held in shared memory, as far as it fits.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "runtime/cuda_check.h"
+#include "unmask/row_cuda.h"
+#include "unmask/sample_cuda.h"
+#include "unmask/sums_cuda.h"
+#include "unmask/top_k_cuda.h"
+#include "unmask/unmask_cuda.h"
+
+namespace nar {
+
+// As many bytes as a launch asks for.
+extern __shared__ uint4 dynamic_shared[];
+
+namespace {
+
+constexpr unsigned kRowsPerBlock = 4;  // of those that take a single warp
+
+// The column of the first of the largest logits.
+template <typename T>
+__device__ uint32_t find_first_largest(const Row<T>& row, const Team& team, float largest,
+                                       float largest_of_lane) {
+  using L = Logits<T>;
+  if (__any_sync(kAllLanes, largest_of_lane == largest)) {
+    for (uint32_t i = 0;; ++i) {
+      const Chunk c = row.chunk(i);
+      const bool has_it = clean(L::largest(c)) == largest;
+      const uint32_t lanes = __ballot_sync(kAllLanes, has_it);
+      if (!lanes) continue;
+      if (static_cast<int>(team.lane) == __ffs(lanes) - 1) {
+        int item = L::kItems;
+#pragma unroll
+        for (int j = L::kItems - 1; j >= 0; --j) item = clean(L::item(c, j)) == largest ? j : item;
+        atomicMin(&team.memory->first_largest, row.column(i) + item);
+      }
+      break;
+    }
+  }
+  team.sync();
+  return team.memory->first_largest;
+}
+
+// exp of the gap between the largest and the second-largest logit.
+template <typename T>
+__device__ float exp_of_second(const Row<T>& row, Team& team, const TopK* top, float largest) {
+  using L = Logits<T>;
+  float second = -INFINITY;
+  uint32_t ties = 0;
+  for (uint32_t i = 0; i < row.num_tiles(); ++i) {
+    Chunk c = row.chunk(i);
+    if (top) c = kept<T>(*top, row.column(i), c);
+#pragma unroll
+    for (int j = 0; j < L::kItems; ++j) {
+      const float x = clean(L::item(c, j));
+      if (x < largest) second = fmaxf(second, x);
+      ties += x == largest;
+    }
+  }
+  second = from_ordered(team.largest(ordered(second)));
+  if (team.sum(ties) > 1) return 1;
+  return exp_of_negative(second - largest);
+}
+
+template <typename T>
+__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team, unsigned char* shared) {
+  using L = Logits<T>;
+  const UnmaskArgs& a = p.args;
+  Chunk* held = reinterpret_cast<Chunk*>(shared + sizeof(RowMemory));
+  Row<T> row(p, r, team, held);
+  const float largest_of_lane = row.load();
+  const float largest = from_ordered(team.largest(ordered(largest_of_lane)));
+  const int64_t given = a.given ? a.given[r] : -1;
+  if (largest == -INFINITY) {
+    if (team.thread() != 0) return;
+    a.tokens[r] = given >= 0 ? given : a.fallback;
+    a.log_prob[r] = -INFINITY;
+    if (a.confidence) a.confidence[r] = -INFINITY;
+    return;
+  }
+
+  ExpTable table;
+  if (p.table_size && largest < kLargestFloat) {  // infinity is no bfloat16 that counts
+    table.size = p.table_size;
+    table.middle = reinterpret_cast<uint32_t*>(held + p.held_tiles * kWarp) + table.size;
+    table.build(team, largest);
+  }
+  const bool selects = a.top_k < a.vocabulary;
+  TopK top = {};
+  if (selects) {
+    top = TopKSearch<T>(row, team, largest, static_cast<uint32_t>(a.top_k)).find();
+  }
+  uint32_t column = find_first_largest(row, team, largest, largest_of_lane);
+  Sampler<T> sampler(a, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
+  const bool samples = given < 0 && a.inverse_temperature > 0;
+  float reach = 26.0f;  // exp(-26) 26 is less than half a unit
+  if (samples) {
+    if (team.thread() == 0) sampler.start(column);
+    team.sync();
+    reach = fmaxf(reach, sampler.reach());
+  }
+
+  const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
+  Sums sums;
+  for (uint32_t i = 0; i < row.num_tiles(); ++i) {
+    Chunk c = row.chunk(i);
+    if (selects) c = kept<T>(top, row.column(i), c);
+    const float most = L::largest(c);
+    if (!__any_sync(kAllLanes, most - largest >= -reach)) continue;
+    if (table.size) {
+      if constexpr (sizeof(T) == 2) sums.add(table, c, largest);
+    } else {
+      sums.add<T>(c, largest, with_gap);
+    }
+    if (samples) sampler.add(c, row.column(i), most, team.lane);
+  }
+  const float sum = from_units(team.sum(sums.exp));
+  const float log_of_sum = log_of_positive(sum);
+  if (samples) column = sampler.best_column(team);
+
+  float logit = -INFINITY;
+  int64_t token = column;
+  if (given >= 0) {
+    token = given, column = static_cast<uint32_t>(given);
+    if (given < a.vocabulary && !row.forbids(column)) {
+      logit = row.at(column);
+      const uint32_t key = L::key(logit);
+      if (selects && (key < top.key || (key == top.key && column > top.last_tie))) {
+        logit = -INFINITY;
+      }
+    }
+  } else {
+    logit = row.at(column);
+  }
+  float confidence = 0;
+  if (with_gap) {
+    confidence = -(log_of_sum + from_units(team.sum(sums.exp_times_gap)) / sum);
+  } else if (a.confidence) {
+    confidence = (1.0f - exp_of_second(row, team, selects ? &top : nullptr, largest)) / sum;
+  }
+  if (team.thread() != 0) return;
+  a.tokens[r] = token;
+  a.log_prob[r] = (logit - largest) - log_of_sum;
+  if (a.confidence) a.confidence[r] = confidence;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
+    unmask_kernel(const __grid_constant__ UnmaskLaunch p) {
+  const int64_t r = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  if (r >= p.args.rows) return;  // a warp on its own
+  unsigned char* shared = reinterpret_cast<unsigned char*>(dynamic_shared) + threadIdx.y * p.bytes;
+  Team team = {reinterpret_cast<RowMemory*>(shared), blockDim.x / kWarp, threadIdx.x / kWarp,
+               threadIdx.x % kWarp};
+  if (team.warp == 0) {
+    team.memory->has_forbidden[team.lane] = 0;
+    team.memory->first_largest = kNoColumn;
+  }
+  team.sync();
+  unmask_row<T>(p, r, team, shared);
+}
+
+// How many warps take a row, and what of it they hold.
+struct Shape {
+  void (*kernel)(UnmaskLaunch);
+  unsigned warps, rows_per_block;
+};
+
+int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+template <typename T>
+Shape launch_shape(int device, UnmaskLaunch* p) {
+  constexpr int64_t kTilesOfWarp = 4;
+  constexpr int64_t kWorthTable = 8192;                // logits
+  constexpr int64_t kFewEntries = 1024, kManyEntries = 2304;  // of a table, for each sign
+  constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp, kEntryBytes = 2 * sizeof(uint32_t);
+  const int64_t most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t half = attribute_of(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+                       attribute_of(device, cudaDevAttrReservedSharedMemoryPerBlock);
+
+  const UnmaskArgs& a = p->args;
+  const int64_t tiles = (a.vocabulary + Row<T>::kTile - 1) / Row<T>::kTile;
+  const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
+  const bool has_table = std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable &&
+                         !is_entropy;
+  Shape shape = {unmask_kernel<T>, 1, kRowsPerBlock};
+  if (tiles > kTilesOfWarp) {
+    const int64_t warps = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
+    shape = {unmask_kernel<T>, static_cast<unsigned>(std::min<int64_t>(warps, kMaxWarps / 2)), 1};
+  }
+  int64_t fixed = sizeof(RowMemory), held = tiles, entries = has_table ? kManyEntries : 0;
+  const int64_t fewest = has_table ? kFewEntries * kEntryBytes : 0;
+  if (fixed + fewest + tiles * kTileBytes <= std::min(half, most)) {  // two blocks a multiprocessor
+    const int64_t room = std::min(half, most) - fixed - tiles * kTileBytes;
+    entries = std::min(entries, room / kEntryBytes);
+  } else {
+    shape.warps = kMaxWarps;
+    const int64_t room = most - fixed - entries * kEntryBytes;
+    held = std::clamp<int64_t>(room / kTileBytes, 0, tiles);
+  }
+  p->held_tiles = static_cast<uint32_t>(held);
+  p->table_size = static_cast<uint32_t>(entries);
+  const int64_t bytes = fixed + held * kTileBytes + entries * kEntryBytes;
+  p->bytes = static_cast<uint32_t>((bytes + sizeof(Chunk) - 1) / sizeof(Chunk) * sizeof(Chunk));
+  return shape;
+}
+
+Shape launch_shape(int device, UnmaskLaunch* p) {
+  switch (p->args.logit_type) {
+    case LogitType::kFloat32:
+      return launch_shape<float>(device, p);
+    case LogitType::kBfloat16:
+      return launch_shape<__nv_bfloat16>(device, p);
+    default:
+      return launch_shape<__half>(device, p);
+  }
+}
+
+}  // namespace
+
+void unmask_cuda(const UnmaskArgs& a, const int64_t* more_forbidden, int device,
+                 cudaStream_t stream) {
+  check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  if (a.rows == 0) return;
+  UnmaskLaunch p = {};
+  p.args = a;
+  p.args.forbidden = nullptr;  // on the host
+  p.more_forbidden = more_forbidden;
+  for (int64_t f = 0; f < std::min<int64_t>(a.num_forbidden, kInlineForbidden); ++f) {
+    p.forbidden[f] = static_cast<int32_t>(a.forbidden[f]);
+  }
+  const Shape shape = launch_shape(device, &p);
+  cudaLaunchConfig_t config = {};
+  config.gridDim =
+      dim3(static_cast<unsigned>((a.rows + shape.rows_per_block - 1) / shape.rows_per_block));
+  config.blockDim = dim3(shape.warps * kWarp, shape.rows_per_block);
+  config.dynamicSmemBytes = size_t{shape.rows_per_block} * p.bytes;
+  config.stream = stream;
+  check_cuda(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(config.dynamicSmemBytes)),
+             "cudaFuncSetAttribute");
+  check_cuda(cudaLaunchKernelEx(&config, shape.kernel, p), "the launch of unmask_kernel");
+}
+
+}  // namespace nar
