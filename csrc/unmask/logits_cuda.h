@@ -75,11 +75,14 @@ struct Logits {
   static __device__ Chunk nothing() {
     return {{kTwoMinusInfinities, kTwoMinusInfinities, kTwoMinusInfinities, kTwoMinusInfinities}};
   }
-  static __device__ void set(Chunk* c, int j, uint16_t bits) {
+  static __device__ void set(Chunk* c, int j, T x) {
+    const uint32_t bits = bits_as<uint16_t>(x);
     uint32_t& word = c->word[j / 2];
-    word = j % 2 ? (word & 0xFFFF) | uint32_t{bits} << 16 : (word & 0xFFFF0000) | bits;
+    word = j % 2 ? (word & 0xFFFF) | bits << 16 : (word & 0xFFFF0000) | bits;
   }
-  static __device__ uint16_t minus_infinity() { return kSign | Type::kInfinity; }
+  static __device__ T minus_infinity() {
+    return bits_as<T>(static_cast<uint16_t>(kSign | Type::kInfinity));
+  }
   static __device__ Chunk checked(Chunk c) { return c; }
 
   static __device__ float item(const Chunk& c, int j) {

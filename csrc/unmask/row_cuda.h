@@ -28,11 +28,13 @@ __device__ inline float from_ordered(uint32_t order) {
 // Shared by the warps of a row.
 struct alignas(16) RowMemory {
   uint64_t of_warps[2][kMaxWarps];
-  uint32_t has_forbidden[32];  // a bit for each tile, modulo 1024
+  // A bit for each tile, modulo 1024: it has a forbidden id, or reaches over the end of the row.
+  uint32_t is_unusual[32];
   uint32_t pivots[2];          // keys, from a sample
   uint32_t first_largest;      // column
   uint32_t last_tie;           // column
   uint32_t best;               // ordered: the best score so far
+  Chunk last_kept;             // the chunk with last_tie, without what is not kept
 };
 
 // The warps of a row: one, or all of the block.
@@ -72,6 +74,16 @@ struct Team {
     return largest_of_lanes(lane < num_warps ? of_warps[lane] : 0);
   }
 
+  // Of two counts; what each warp gave of them is left at `of_warps`.
+  __device__ void sum(uint32_t* counts, const uint64_t** of_warps) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) counts[j] = __reduce_add_sync(kAllLanes, counts[j]);
+    *of_warps = exchange(uint64_t{counts[1]} << 32 | counts[0]);
+    const uint64_t both = lane < num_warps ? (*of_warps)[lane] : 0;
+    counts[0] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both));
+    counts[1] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both >> 32));
+  }
+
   __device__ uint64_t sum(uint64_t x) {
     const uint64_t* of_warps = exchange(sum_of_lanes(x));
     return sum_of_lanes(lane < num_warps ? of_warps[lane] : 0);
@@ -92,10 +104,10 @@ struct Team {
   }
 };
 
-// A warp takes tiles of a chunk a lane: about as many as any other warp, side by side. The first of
-// them are held in shared memory, all of them where the row fits; the others are read again from
-// global memory, the cache at best, in every pass.
-template <typename T>
+// A warp takes tiles of a chunk a lane: about as many as any other warp, side by side. They are held in
+// shared memory: all of them (kHoldsAll), or the first ones, the others being read again from global
+// memory, the cache at best, in every pass.
+template <typename T, bool kHoldsAll>
 class Row {
  public:
   using L = Logits<T>;
@@ -110,12 +122,15 @@ class Row {
     const uint32_t num_tiles = (vocabulary_ + kTile - 1) / kTile;
     first_ = share(num_tiles, team.warp, team.num_warps);
     num_tiles_ = share(num_tiles, team.warp + 1, team.num_warps) - first_;
-    const uint32_t first_held = share(p.held_tiles, team.warp, team.num_warps);
-    num_held_ = share(p.held_tiles, team.warp + 1, team.num_warps) - first_held;
+    uint32_t first_held = first_;
+    if (!kHoldsAll) {
+      first_held = share(p.held_tiles, team.warp, team.num_warps);
+      num_held_ = share(p.held_tiles, team.warp + 1, team.num_warps) - first_held;
+    }
     held_ = held + first_held * kWarp + lane_;
+    if (team.thread() == 0 && vocabulary_ % kTile != 0) mark(num_tiles - 1);
     for (uint32_t f = team.thread(); f < p.args.num_forbidden; f += team.num_threads()) {
-      const uint32_t tile = forbidden(f) / kTile;
-      atomicOr(&memory_->has_forbidden[tile / 32 % 32], 1u << tile % 32);
+      mark(forbidden(f) / kTile);
     }
     team.sync();
   }
@@ -124,35 +139,24 @@ class Row {
   __device__ uint32_t num_tiles() const { return num_tiles_; }
 
   // The first column of the lane's chunk of a tile.
-  __device__ uint32_t column(uint32_t i) const {
-    return (first_ + i) * kTile + lane_ * L::kItems;
-  }
+  __device__ uint32_t column(uint32_t i) const { return (first_ + i) * kTile + lane_ * L::kItems; }
 
-  // The one read from global memory: fills the memory that is shared, and returns the largest of
-  // the lane's logits.
+  // The one pass over global memory: fills the memory that is shared, and returns the largest of the
+  // lane's logits.
   __device__ float load() {
-    switch (width()) {
-      case 16:
-        return load_by<16>();
-      case 8:
-      case 4:
-        return load_by<4>();
-      default:
-        return load_by<sizeof(T)>();
-    }
+    const uint32_t address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_));
+    if (address % 16 == 0) return load_by<16>();
+    if (address % 4 == 0) return load_by<4>();
+    return load_by<sizeof(T)>();
   }
 
   __device__ Chunk chunk(uint32_t i) const {
-    if (i < num_held_) return held_[i * kWarp];
-    switch (width()) {
-      case 16:
-        return allowed(i, read<16>(i));
-      case 8:
-      case 4:
-        return allowed(i, read<4>(i));
-      default:
-        return allowed(i, read<sizeof(T)>(i));
-    }
+    if (kHoldsAll || i < num_held_) return held_[i * kWarp];
+    const uint32_t tile = first_ + i;
+    if (memory_->is_unusual[tile / 32 % 32] >> tile % 32 & 1) return read_unusual(i);
+    const uint32_t address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_));
+    const T* at = from_ + column(i);
+    return address % 16 == 0 ? read<16>(at) : read<sizeof(T)>(at);
   }
 
   // A logit, cleaned; also where its id is forbidden.
@@ -176,76 +180,78 @@ class Row {
                                                       : p_.more_forbidden[f - kInlineForbidden]);
   }
 
-  // Of the largest loads that its address allows.
-  __device__ uint32_t width() const {
-    const uint32_t address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_));
-    return min(address & (0u - address), 16u) | (address % 16 == 0 ? 16 : 0);
+  __device__ void mark(uint32_t tile) const {
+    atomicOr(&memory_->is_unusual[tile / 32 % 32], 1u << tile % 32);
   }
 
-  // A whole chunk; -inf where it reaches over the end of the row.
+  // Which of the 32 tiles from a tile on are unusual.
+  __device__ uint32_t unusual_from(uint32_t tile) const {
+    return __funnelshift_r(memory_->is_unusual[tile / 32 % 32],
+                           memory_->is_unusual[(tile / 32 + 1) % 32], tile % 32);
+  }
+
   template <int kBytes>
-  __device__ Chunk read(uint32_t i) const {
+  static __device__ Chunk read(const T* at) {
     using Piece = std::conditional_t<kBytes == 16, Chunk,
                                      std::conditional_t<kBytes == 4, uint32_t, uint16_t>>;
-    Chunk c = L::nothing();
-    if (column(i) + L::kItems <= vocabulary_) {
-      const Piece* from = reinterpret_cast<const Piece*>(from_ + column(i));
-      Piece pieces[sizeof(Chunk) / kBytes];
+    Piece pieces[sizeof(Chunk) / kBytes];
 #pragma unroll
-      for (unsigned j = 0; j < sizeof(Chunk) / kBytes; ++j) pieces[j] = from[j];
-      memcpy(&c, pieces, sizeof c);
+    for (unsigned j = 0; j < sizeof(Chunk) / kBytes; ++j) {
+      pieces[j] = reinterpret_cast<const Piece*>(at)[j];
     }
-    return c;
+    Chunk c;
+    memcpy(&c, pieces, sizeof c);
+    return L::checked(c);
   }
 
-  // What `read` gave, with the logits at the end of the row and without those of forbidden ids.
-  __device__ Chunk allowed(uint32_t i, const Chunk& c) const {
-    const uint32_t tile = first_ + i;
-    const bool has_forbidden = memory_->has_forbidden[tile / 32 % 32] >> tile % 32 & 1;
-    const bool is_last = (tile + 1) * kTile > vocabulary_;
-    return L::checked(has_forbidden || is_last ? mended(column(i), c) : c);
-  }
-
-  __device__ Chunk mended(uint32_t column, Chunk c) const {
-    if (column + L::kItems > vocabulary_) {
-#pragma unroll
-      for (int j = 0; j < L::kItems; ++j) {
-        if (column + j < vocabulary_) set(&c, j, from_[column + j]);
-      }
+  // One of a tile that is marked: -inf behind the end of the row and in place of forbidden ids.
+  __device__ Chunk read_unusual(uint32_t i) const {
+    const uint32_t first = column(i);
+    uint32_t allowed = 0;
+    for (int j = 0; j < L::kItems; ++j) {
+      if (first + j < vocabulary_) allowed |= 1u << j;
     }
-    uint32_t gone = 0;
     for (uint32_t f = 0; f < p_.args.num_forbidden; ++f) {
-      const uint32_t item = forbidden(f) - column;
-      if (item < L::kItems) gone |= 1u << item;
+      const uint32_t item = forbidden(f) - first;
+      if (item < L::kItems) allowed &= ~(1u << item);
     }
+    Chunk c = L::nothing();
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
-      if (gone >> j & 1) L::set(&c, j, L::minus_infinity());
+      if (allowed >> j & 1) L::set(&c, j, from_[first + j]);
     }
-    return c;
+    return L::checked(c);
   }
-  static __device__ void set(Chunk* c, int j, __nv_bfloat16 x) {
-    L::set(c, j, bits_as<uint16_t>(x));
-  }
-  static __device__ void set(Chunk* c, int j, __half x) { L::set(c, j, bits_as<uint16_t>(x)); }
-  static __device__ void set(Chunk* c, int j, float x) { L::set(c, j, x); }
 
   template <int kBytes>
   __device__ float load_by() {
-    constexpr uint32_t kAtOnce = 4;  // loads in flight
+    constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 16 ? 4 : 1;  // loads in flight
     Chunk most = L::nothing();
-    for (uint32_t i = 0; i < num_tiles_; i += kAtOnce) {
-      Chunk c[kAtOnce];
+    const auto take = [&](uint32_t i, const Chunk& c) {
+      if (kHoldsAll || i < num_held_) held_[i * kWarp] = c;
+      most = L::larger(most, c);
+    };
+    for (uint32_t first = 0; first < num_tiles_; first += kGroup) {
+      const uint32_t left = num_tiles_ - first;
+      const uint32_t here = left < kGroup ? (1u << left) - 1 : ~0u;
+      const uint32_t marked = unusual_from(first_ + first);
+      const T* at = from_ + column(first);
+      uint32_t i = first;
+      for (uint32_t todo = here & ~marked; todo; todo >>= kAtOnce) {
+        Chunk c[kAtOnce];
 #pragma unroll
-      for (uint32_t t = 0; t < kAtOnce; ++t) {
-        if (i + t < num_tiles_) c[t] = read<kBytes>(i + t);
+        for (uint32_t t = 0; t < kAtOnce; ++t) {
+          if (todo >> t & 1) c[t] = read<kBytes>(at + t * kTile);
+        }
+#pragma unroll
+        for (uint32_t t = 0; t < kAtOnce; ++t) {
+          if (todo >> t & 1) take(i + t, c[t]);
+        }
+        i += kAtOnce, at += kAtOnce * kTile;
       }
-#pragma unroll
-      for (uint32_t t = 0; t < kAtOnce; ++t) {
-        if (i + t >= num_tiles_) break;
-        c[t] = allowed(i + t, c[t]);
-        if (i + t < num_held_) held_[(i + t) * kWarp] = c[t];
-        most = L::larger(most, c[t]);
+      for (uint32_t todo = here & marked; todo; todo &= todo - 1) {
+        const uint32_t tile = first + __ffs(todo) - 1;
+        take(tile, read_unusual(tile));
       }
     }
     return clean(L::largest(most));

@@ -11,30 +11,32 @@ namespace {
 
 // The column with the largest (logit - largest) / temperature + noise, the lowest on ties. A cheap
 // upper bound on the noise rules out nearly all: first of a lane's logits at once, then of each.
-template <typename T>
+template <typename L>
 class Sampler {
  public:
-  using L = Logits<T>;
   static constexpr float kMostNoise = 23.0f;
 
-  __device__ Sampler(const UnmaskArgs& a, uint64_t slot, float largest, RowMemory* memory)
-      : seed_(a.seed), slot_(slot), largest_(largest), scale_(a.inverse_temperature),
-        memory_(memory) {}
+  __device__ Sampler(const UnmaskLaunch& p, uint64_t slot, float largest, RowMemory* memory)
+      : p_(p), slot_(slot), largest_(largest), memory_(memory) {}
 
   // By one lane: a likely winner, so that the bound rules out most others.
   __device__ void start(uint32_t column) const {
-    memory_->best = ordered(gumbel(random_word(seed_, kDecodeNoise, slot_, column)));
+    const Words4 four = random_block(p_.keys, kDecodeNoise, slot_, column / 4);
+    const uint32_t even = column & 2 ? four.word[2] : four.word[0];
+    const uint32_t odd = column & 2 ? four.word[3] : four.word[1];
+    const uint32_t word = column & 1 ? odd : even;
+    memory_->best = ordered(gumbel(word));
   }
 
   // How far below the largest a logit can still win.
-  __device__ float reach() const { return (kMostNoise - from_ordered(memory_->best)) / scale_; }
+  __device__ float reach() const { return (kMostNoise - from_ordered(memory_->best)) / scale(); }
 
   // `most`: the largest of the chunk.
   __device__ void add(const Chunk& c, uint32_t column, float most, uint32_t lane) {
     uint32_t words[L::kItems];
 #pragma unroll
     for (int j = 0; j < L::kItems; j += 4) {
-      const Words4 four = random_block(seed_, kDecodeNoise, slot_, (column + j) / 4);
+      const Words4 four = random_block(p_.keys, kDecodeNoise, slot_, (column + j) / 4);
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[j + i] = four.word[i];
     }
@@ -61,7 +63,7 @@ class Sampler {
           x = j == item ? L::item(c, j) : x;
           word = j == item ? words[j] : word;
         }
-        const float score = (clean(x) - largest_) * scale_ + gumbel(word);
+        const float score = (clean(x) - largest_) * scale() + gumbel(word);
         if (score > best_) best_ = score, best_column_ = column + item;
       }
     } while (__any_sync(kAllLanes, open != 0));
@@ -77,15 +79,19 @@ class Sampler {
  private:
   static constexpr float kSlack = 1e-3f;  // for rounding errors
 
-  // An upper bound on a score: noise is at most -log(u).
+  __device__ float scale() const { return p_.args.inverse_temperature; }
+
+  // An upper bound on a score: noise is at most -log(u), and the bits of a float x are less than
+  // 2**23 (127 + log2(x)).
   __device__ float at_most(float logit, uint32_t word) const {
     constexpr float kLn2 = 0.693147181f;
-    const float noise = 32 * kLn2 - kLn2 * __log2f(static_cast<float>(word));
-    return (logit - largest_) * scale_ + noise;
+    const float bits = static_cast<float>(bits_as<int32_t>(static_cast<float>(word)));
+    return fmaf(logit - largest_, scale(), fmaf(bits, -0x1p-23f * kLn2, (127 + 32) * kLn2));
   }
 
-  const uint64_t seed_, slot_;
-  const float largest_, scale_;
+  const UnmaskLaunch& p_;
+  const uint64_t slot_;
+  const float largest_;
   RowMemory* const memory_;
   float best_ = -INFINITY;
   uint32_t best_column_ = kNoColumn;

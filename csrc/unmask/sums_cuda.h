@@ -20,29 +20,31 @@ __device__ inline float gap_of(float logit, float largest) {
   return fminf(fmaxf(logit - largest, -88.0f), 0.0f);
 }
 
-// exp(d) in units for every bfloat16 whose magnitude is one of the `size` up to `top`, where d =
-// logit - largest. Above are none that count; those below, few, are marked.
+// exp(d) in units for bfloat16 logits of the kSize magnitudes up to one that no logit that counts has,
+// where d = logit - largest. Smaller magnitudes, next to 0, are rare and marked.
 struct ExpTable {
+  // Beside a row of V = 50304, such that two of both fit into a multiprocessor of sm_90.
+  static constexpr uint32_t kSize = 1760;
+  static constexpr uint32_t kBytes = 2 * kSize * sizeof(uint32_t);
   static constexpr uint32_t kMark = 0x80000000;
-  // Below this, sums in units are 0.
+  // Where |d| is larger, exp(d) is less than half a unit.
   static constexpr float kReach = 21.5f;
 
-  uint32_t* middle = nullptr;  // entries of positive logits begin here; those of negative end here
-  uint32_t size = 0, top = 0;  // `top`: bits of the first magnitude that no logit that counts has
+  uint32_t* middle;  // entries of positive logits begin here; those of negative ones end here
+  uint32_t top;      // bits of the last magnitude, whose entries are 0
 
-  __device__ uint32_t lowest() const { return top - size + 1; }
+  __device__ uint32_t lowest() const { return top - kSize + 1; }
 
   __device__ void build(const Team& team, float largest) {
     top = (bits_as<uint32_t>(fmaxf(largest, kReach - largest)) >> 16) + 2;
-    for (uint32_t i = team.thread(); i < 2 * size; i += team.num_threads()) {
-      const bool is_negative = i < size;
-      const uint32_t item = is_negative ? size - 1 - i : i - size;
-      const float magnitude = bits_as<float>((lowest() + item) << 16);
-      uint32_t entry = units(exp_of_small_negative(
-          gap_of(is_negative ? -magnitude : magnitude, largest)));
-      if (item == 0) entry = kMark;
-      if (item == size - 1) entry = 0;
-      middle[static_cast<int>(i - size)] = entry;
+    for (int i = static_cast<int>(team.thread()); i < static_cast<int>(kSize);
+         i += static_cast<int>(team.num_threads())) {
+      const float magnitude = bits_as<float>((lowest() + i) << 16);
+      const uint32_t positive = units(exp_of_small_negative(gap_of(magnitude, largest)));
+      const uint32_t negative = units(exp_of_small_negative(gap_of(-magnitude, largest)));
+      const bool is_top = i == kSize - 1;
+      middle[i] = i == 0 ? kMark : is_top ? 0 : positive;
+      middle[-1 - i] = i == 0 ? kMark : is_top ? 0 : negative;
     }
   }
 };
@@ -52,55 +54,68 @@ struct Sums {
   uint64_t exp_times_gap = 0;  // of exp(d) |d|
 
   // Three terms at a time are less than 2**32.
-  __device__ static void add(const uint32_t* terms, int count, uint64_t* sum) {
+  template <int kCount>
+  __device__ static void add(const uint32_t* terms, uint64_t* sum) {
 #pragma unroll
-    for (int j = 0; j < count; j += 3) {
-      *sum += terms[j] + (j + 1 < count ? terms[j + 1] : 0) + (j + 2 < count ? terms[j + 2] : 0);
+    for (int j = 0; j < kCount; j += 3) {
+      *sum += terms[j] + (j + 1 < kCount ? terms[j + 1] : 0) + (j + 2 < kCount ? terms[j + 2] : 0);
     }
   }
 
-  template <typename T>
+  template <typename L>
   __device__ void add(const Chunk& c, float largest, bool with_gap) {
-    using L = Logits<T>;
-    uint32_t terms[L::kItems];
-    float gap[L::kItems], e[L::kItems];
+    constexpr int kAtOnce = 4;
 #pragma unroll
-    for (int j = 0; j < L::kItems; ++j) {
-      gap[j] = gap_of(L::item(c, j), largest);
-      e[j] = exp_of_small_negative(gap[j]);
-      terms[j] = units(e[j]);
+    for (int first = 0; first < L::kItems; first += kAtOnce) {
+      uint32_t terms[kAtOnce];
+      float gap[kAtOnce], e[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        gap[j] = gap_of(L::item(c, first + j), largest);
+        e[j] = exp_of_small_negative(gap[j]);
+        terms[j] = units(e[j]);
+      }
+      add<kAtOnce>(terms, &exp);
+      if (!with_gap) continue;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) terms[j] = units(e[j] * fminf(-gap[j], 87.0f));
+      add<kAtOnce>(terms, &exp_times_gap);
     }
-    add(terms, L::kItems, &exp);
-    if (!with_gap) return;
-#pragma unroll
-    for (int j = 0; j < L::kItems; ++j) terms[j] = units(e[j] * fminf(-gap[j], 87.0f));
-    add(terms, L::kItems, &exp_times_gap);
   }
 
-  __device__ void add(const ExpTable& table, const Chunk& c, float largest) {
+  // `column`: of the chunk.
+  template <typename Row>
+  __device__ void add(const ExpTable& table, const Chunk& c, const Row& row, uint32_t column,
+                      float largest) {
     using L = Logits<__nv_bfloat16>;
     const uint32_t top = table.top * 0x10001u, lowest = table.lowest() * 0x10001u;
+    const unsigned char* middle = reinterpret_cast<const unsigned char*>(table.middle);
     uint32_t terms[L::kItems], marks = 0;
 #pragma unroll
     for (int i = 0; i < L::kItems / 2; ++i) {
       const __nv_bfloat162 x = L::two(c.word[i]);
       const __nv_bfloat162 magnitude = __hmax2(__hmin2(__habs2(x), L::two(top)), L::two(lowest));
-      // Complements of negative ones: signed 16-bit indices.
-      const uint32_t index = (bits_as<uint32_t>(magnitude) - lowest) ^ __hlt2_mask(x, L::two(0));
-      terms[2 * i] = table.middle[static_cast<int16_t>(index & 0xFFFF)];
-      terms[2 * i + 1] = table.middle[static_cast<int32_t>(index) >> 16];
+      // Offsets in bytes, signed 16-bit numbers; 4 times the complement for negative logits.
+      const uint32_t at = (bits_as<uint32_t>(magnitude) * 4 - lowest * 4) ^
+                          (__hlt2_mask(x, L::two(0)) & 0xFFFCFFFC);
+      const int first = static_cast<int16_t>(at & 0xFFFF), second = static_cast<int32_t>(at) >> 16;
+      terms[2 * i] = *reinterpret_cast<const uint32_t*>(middle + first);
+      terms[2 * i + 1] = *reinterpret_cast<const uint32_t*>(middle + second);
       marks |= terms[2 * i] | terms[2 * i + 1];
     }
-    if (__any_sync(kAllLanes, marks & ExpTable::kMark)) {  // next to 0: rare
+    if (__any_sync(kAllLanes, marks & ExpTable::kMark)) {
+      uint32_t marked = 0;
 #pragma unroll
       for (int j = 0; j < L::kItems; ++j) {
-        const bool is_marked = terms[j] == ExpTable::kMark;
-        if (!__any_sync(kAllLanes, is_marked)) continue;
-        const uint32_t term = units(exp_of_small_negative(gap_of(L::item(c, j), largest)));
-        if (is_marked) terms[j] = term;
+        marked |= terms[j] >> 31 << j;
+        terms[j] &= ~ExpTable::kMark;
+      }
+      for (; marked; marked &= marked - 1) {
+        const float x = row.at(column + __ffs(marked) - 1);
+        exp += units(exp_of_small_negative(gap_of(x, largest)));
       }
     }
-    add(terms, L::kItems, &exp);
+    add<L::kItems>(terms, &exp);
   }
 };
 

@@ -30,9 +30,9 @@ struct Bracket {
     const uint32_t width = high - low;
     uint32_t below = width / 3, step = width / 3;
     if (turn % 3 != 2) {
-      const float share = (static_cast<float>(reach_low - k) + 0.5f) /
-                          static_cast<float>(reach_low - reach_high);
-      step = width / 16;
+      const float share = __fdividef(static_cast<float>(reach_low - k) + 0.5f,
+                                     static_cast<float>(reach_low - reach_high));
+      step = width / 8;
       below = static_cast<uint32_t>(static_cast<float>(width) * share);
       below -= min(below, step / 2);
     }
@@ -47,39 +47,47 @@ struct TopK {
   uint32_t key, last_tie;
 };
 
-template <typename T>
+template <typename Row>
 class TopKSearch {
  public:
-  using L = Logits<T>;
+  using L = typename Row::L;
 
-  __device__ TopKSearch(const Row<T>& row, Team& team, float largest, uint32_t k)
-      : row_(row), team_(team), bracket_{k, L::kKeyOfMinusInfinity, L::key(largest) + 1,
-                                         row.vocabulary(), 0} {}
+  __device__ TopKSearch(const Row& row, Team& team, float largest, uint32_t k)
+      : row_(row),
+        team_(team),
+        bracket_{k, L::kKeyOfMinusInfinity, L::key(largest) + 1, row.vocabulary(), 0} {}
 
   __device__ TopK find() {
-    uint32_t pivots[2], reach[2];
-    bool has_pivots = propose_from_sample(pivots);
+    uint32_t pivots[2], reach[2], of_warp = 0;
+    const uint64_t* of_warps = nullptr;
+    bool knows_ties = false, has_pivots = propose_from_sample(pivots);
     for (uint32_t turn = 0; !bracket_.is_done(); ++turn) {
       if (!has_pivots) bracket_.propose(turn, pivots);
       has_pivots = false;
-      const uint64_t both = team_.sum(count(pivots));
-      reach[0] = static_cast<uint32_t>(both), reach[1] = static_cast<uint32_t>(both >> 32);
-      bracket_.learn(pivots[0], reach[0]);
-      bracket_.learn(pivots[1], reach[1]);
+      of_warp = count(pivots, reach, &of_warps);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) bracket_.learn(pivots[j], reach[j]);
+      knows_ties = pivots[0] == bracket_.low && pivots[1] == bracket_.high;
     }
-    const bool keeps_all = bracket_.low == L::kKeyOfMinusInfinity;
-    const bool has_ties = bracket_.reach_low > bracket_.k && !keeps_all;
-    return {bracket_.low, has_ties ? last_tie() : kNoColumn};
+    const uint32_t ties = bracket_.reach_low - bracket_.reach_high;
+    const uint32_t wanted = bracket_.k - bracket_.reach_high;
+    if (wanted == ties || bracket_.low == L::kKeyOfMinusInfinity) return {bracket_.low, kNoColumn};
+    if (!knows_ties) {
+      pivots[0] = bracket_.low, pivots[1] = bracket_.low + 1;
+      of_warp = count(pivots, reach, &of_warps);
+    }
+    return {bracket_.low, last_tie(wanted, of_warp, of_warps)};
   }
 
  private:
   static constexpr int kSamples = 512, kOfLane = kSamples / kWarp;
   static constexpr uint32_t kWorthSampling = 4096;  // logits
 
-  // How many of the lane's logits reach each of two pivots, as two halves.
-  __device__ uint64_t count(const uint32_t* pivots) const {
+  // How many logits reach each of two pivots. Returns how many of the warp's are between the two, and
+  // where the counts of all warps are.
+  __device__ uint32_t count(const uint32_t* pivots, uint32_t* reach, const uint64_t** of_warps) {
     const typename L::Pivot p = L::pivot(pivots[0]), q = L::pivot(pivots[1]);
-    uint32_t reach[2] = {};
+    reach[0] = reach[1] = 0;
     for (uint32_t i = 0; i < row_.num_tiles();) {
       typename L::Tally a, b;
       const uint32_t end = min(row_.num_tiles() - i, L::Tally::kMost) + i;
@@ -90,7 +98,12 @@ class TopKSearch {
       }
       reach[0] += a.total(), reach[1] += b.total();
     }
-    return uint64_t{reach[1]} << 32 | reach[0];
+    team_.sum(reach, of_warps);
+    return between((*of_warps)[team_.warp]);
+  }
+
+  static __device__ uint32_t between(uint64_t of_warp) {
+    return static_cast<uint32_t>(of_warp) - static_cast<uint32_t>(of_warp >> 32);
   }
 
   // Pivots that bracket the k-th with high probability; two warps look for one each.
@@ -105,6 +118,7 @@ class TopKSearch {
       if (team_.lane == 0) team_.memory->pivots[team_.warp] = key;
     }
     team_.sync();
+#pragma unroll
     for (int j = 0; j < 2; ++j) {
       pivots[j] = min(max(team_.memory->pivots[j], bracket_.low + 1), bracket_.high - 1);
     }
@@ -116,7 +130,7 @@ class TopKSearch {
     if (rank < 1) return bracket_.high - 1;
     if (rank > kSamples) return bracket_.low + 1;
     const uint32_t stride = row_.vocabulary() / kSamples;
-    constexpr int kShift = sizeof(T) == 4 ? 16 : 0;
+    constexpr int kShift = L::kSign > 0x10000 ? 16 : 0;
     uint32_t keys[kOfLane];
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j) {
@@ -134,23 +148,17 @@ class TopKSearch {
     return found << kShift;
   }
 
-  // Of the logits with the k-th largest one's key, the column of the last that is kept.
-  __device__ uint32_t last_tie() {
-    const uint32_t pivots[2] = {bracket_.low, bracket_.low + 1};
-    const uint64_t reach = count(pivots);
-    const uint32_t mine = __reduce_add_sync(
-        kAllLanes, static_cast<uint32_t>(reach) - static_cast<uint32_t>(reach >> 32));
-    const uint64_t* of_warps = team_.exchange(mine);
-    const uint32_t before = static_cast<uint32_t>(
-        Team::sum_of_lanes(team_.lane < team_.warp ? of_warps[team_.lane] : 0));
-    const uint32_t wanted = bracket_.k - bracket_.reach_high;
-    if (before < wanted && wanted <= before + mine) find_tie(wanted - before);
+  // Of the logits with the k-th largest one's key, the column of the `wanted`-th.
+  __device__ uint32_t last_tie(uint32_t wanted, uint32_t of_warp, const uint64_t* of_warps) const {
+    const uint32_t before = __reduce_add_sync(
+        kAllLanes, team_.lane < team_.warp ? between(of_warps[team_.lane]) : 0);
+    if (before < wanted && wanted <= before + of_warp) find_tie(wanted - before);
     team_.sync();
     return team_.memory->last_tie;
   }
 
   // By one warp: the `wanted`-th of its ties.
-  __device__ void find_tie(uint32_t wanted) {
+  __device__ void find_tie(uint32_t wanted) const {
     const uint32_t pivots[2] = {bracket_.low, bracket_.low + 1};
     const typename L::Pivot p = L::pivot(pivots[0]), q = L::pivot(pivots[1]);
     for (uint32_t i = 0;; ++i) {
@@ -171,37 +179,46 @@ class TopKSearch {
       }
       if (up_to - mine < wanted && wanted <= up_to) {
         uint32_t left = wanted - (up_to - mine);
+        Chunk last = L::kept(c, p);
 #pragma unroll
         for (int j = 0; j < L::kItems; ++j) {
-          const bool is_tie = L::key(clean(L::item(c, j))) == bracket_.low;
-          if (is_tie && --left == 0) team_.memory->last_tie = row_.column(i) + j;
+          if (L::key(clean(L::item(c, j))) != bracket_.low) continue;
+          if (left == 0) {
+            L::set(&last, j, L::minus_infinity());
+          } else if (--left == 0) {
+            team_.memory->last_tie = row_.column(i) + j;
+          }
         }
+        team_.memory->last_kept = last;
       }
       return;
     }
   }
 
-  const Row<T>& row_;
+  const Row& row_;
   Team& team_;
   Bracket bracket_;
 };
 
-// A chunk of the row without what is not kept.
-template <typename T>
-__device__ Chunk kept(const TopK& top, uint32_t column, const Chunk& c) {
-  using L = Logits<T>;
-  const bool has_ties = column <= top.last_tie;
-  Chunk result = L::kept(c, L::pivot(top.key + !has_ties));
-  if (has_ties && top.last_tie - column < L::kItems - 1) {
-#pragma unroll
-    for (int j = 0; j < L::kItems; ++j) {
-      if (column + j > top.last_tie && L::key(clean(L::item(c, j))) == top.key) {
-        L::set(&result, j, L::minus_infinity());
-      }
-    }
+// Chunks without what is not kept.
+template <typename L>
+struct Filter {
+  typename L::Pivot reached, passed;  // up to the last tie, and behind it
+  uint32_t last_tie;
+  const Chunk* last_kept;
+
+  __device__ Filter(const TopK& top, const RowMemory* memory)
+      : reached(L::pivot(top.key)),
+        passed(L::pivot(top.key + 1)),
+        last_tie(top.last_tie),
+        last_kept(&memory->last_kept) {}
+
+  __device__ Chunk kept(uint32_t column, const Chunk& c) const {
+    Chunk result = L::kept(c, column <= last_tie ? reached : passed);
+    if (last_tie - column < L::kItems) result = *last_kept;
+    return result;
   }
-  return result;
-}
+};
 
 }  // namespace
 }  // namespace nar

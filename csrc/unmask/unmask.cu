@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "runtime/cuda_check.h"
 #include "unmask/row_cuda.h"
@@ -21,10 +22,10 @@ namespace {
 constexpr unsigned kRowsPerBlock = 4;  // of those that take a single warp
 
 // The column of the first of the largest logits.
-template <typename T>
-__device__ uint32_t find_first_largest(const Row<T>& row, const Team& team, float largest,
+template <typename Row>
+__device__ uint32_t find_first_largest(const Row& row, const Team& team, float largest,
                                        float largest_of_lane) {
-  using L = Logits<T>;
+  using L = typename Row::L;
   if (__any_sync(kAllLanes, largest_of_lane == largest)) {
     for (uint32_t i = 0;; ++i) {
       const Chunk c = row.chunk(i);
@@ -45,14 +46,15 @@ __device__ uint32_t find_first_largest(const Row<T>& row, const Team& team, floa
 }
 
 // exp of the gap between the largest and the second-largest logit.
-template <typename T>
-__device__ float exp_of_second(const Row<T>& row, Team& team, const TopK* top, float largest) {
-  using L = Logits<T>;
+template <typename Row>
+__device__ float exp_of_second(const Row& row, Team& team, bool selects,
+                               const Filter<typename Row::L>& filter, float largest) {
+  using L = typename Row::L;
   float second = -INFINITY;
   uint32_t ties = 0;
   for (uint32_t i = 0; i < row.num_tiles(); ++i) {
     Chunk c = row.chunk(i);
-    if (top) c = kept<T>(*top, row.column(i), c);
+    if (selects) c = filter.kept(row.column(i), c);
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
       const float x = clean(L::item(c, j));
@@ -65,12 +67,13 @@ __device__ float exp_of_second(const Row<T>& row, Team& team, const TopK* top, f
   return exp_of_negative(second - largest);
 }
 
-template <typename T>
-__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team, unsigned char* shared) {
+template <typename T, bool kHoldsAll>
+__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team) {
   using L = Logits<T>;
   const UnmaskArgs& a = p.args;
-  Chunk* held = reinterpret_cast<Chunk*>(shared + sizeof(RowMemory));
-  Row<T> row(p, r, team, held);
+  Chunk* held = reinterpret_cast<Chunk*>(reinterpret_cast<unsigned char*>(team.memory + 1) +
+                                         (p.has_table ? ExpTable::kBytes : 0));
+  Row<T, kHoldsAll> row(p, r, team, held);
   const float largest_of_lane = row.load();
   const float largest = from_ordered(team.largest(ordered(largest_of_lane)));
   const int64_t given = a.given ? a.given[r] : -1;
@@ -82,19 +85,22 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team, unsigne
     return;
   }
 
-  ExpTable table;
-  if (p.table_size && largest < kLargestFloat) {  // infinity is no bfloat16 that counts
-    table.size = p.table_size;
-    table.middle = reinterpret_cast<uint32_t*>(held + p.held_tiles * kWarp) + table.size;
-    table.build(team, largest);
-  }
+  // Where there is a table, the block has one row: at an address that is known.
+  ExpTable table = {
+      reinterpret_cast<uint32_t*>(reinterpret_cast<RowMemory*>(dynamic_shared) + 1) +
+          ExpTable::kSize,
+      0};
+  // Infinity stands for the largest float, which is no bfloat16.
+  const bool has_table = std::is_same_v<T, __nv_bfloat16> && p.has_table && largest < kLargestFloat;
+  if (has_table) table.build(team, largest);
   const bool selects = a.top_k < a.vocabulary;
   TopK top = {};
   if (selects) {
-    top = TopKSearch<T>(row, team, largest, static_cast<uint32_t>(a.top_k)).find();
+    const uint32_t k = static_cast<uint32_t>(a.top_k);
+    top = TopKSearch<Row<T, kHoldsAll>>(row, team, largest, k).find();
   }
   uint32_t column = find_first_largest(row, team, largest, largest_of_lane);
-  Sampler<T> sampler(a, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
+  Sampler<L> sampler(p, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
   const bool samples = given < 0 && a.inverse_temperature > 0;
   float reach = 26.0f;  // exp(-26) 26 is less than half a unit
   if (samples) {
@@ -104,18 +110,20 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team, unsigne
   }
 
   const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
+  const Filter<L> filter(top, team.memory);
   Sums sums;
-  for (uint32_t i = 0; i < row.num_tiles(); ++i) {
+  uint32_t at = row.column(0);
+  for (uint32_t i = 0; i < row.num_tiles(); ++i, at += row.kTile) {
     Chunk c = row.chunk(i);
-    if (selects) c = kept<T>(top, row.column(i), c);
+    if (selects) c = filter.kept(at, c);
     const float most = L::largest(c);
     if (!__any_sync(kAllLanes, most - largest >= -reach)) continue;
-    if (table.size) {
-      if constexpr (sizeof(T) == 2) sums.add(table, c, largest);
+    if (has_table) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) sums.add(table, c, row, at, largest);
     } else {
-      sums.add<T>(c, largest, with_gap);
+      sums.add<L>(c, largest, with_gap);
     }
-    if (samples) sampler.add(c, row.column(i), most, team.lane);
+    if (samples) sampler.add(c, at, most, team.lane);
   }
   const float sum = from_units(team.sum(sums.exp));
   const float log_of_sum = log_of_positive(sum);
@@ -139,7 +147,7 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team, unsigne
   if (with_gap) {
     confidence = -(log_of_sum + from_units(team.sum(sums.exp_times_gap)) / sum);
   } else if (a.confidence) {
-    confidence = (1.0f - exp_of_second(row, team, selects ? &top : nullptr, largest)) / sum;
+    confidence = (1.0f - exp_of_second(row, team, selects, filter, largest)) / sum;
   }
   if (team.thread() != 0) return;
   a.tokens[r] = token;
@@ -147,7 +155,7 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team, unsigne
   if (a.confidence) a.confidence[r] = confidence;
 }
 
-template <typename T>
+template <typename T, bool kHoldsAll>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     unmask_kernel(const __grid_constant__ UnmaskLaunch p) {
   const int64_t r = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -156,20 +164,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   Team team = {reinterpret_cast<RowMemory*>(shared), blockDim.x / kWarp, threadIdx.x / kWarp,
                threadIdx.x % kWarp};
   if (team.warp == 0) {
-    team.memory->has_forbidden[team.lane] = 0;
+    team.memory->is_unusual[team.lane] = 0;
     team.memory->first_largest = kNoColumn;
   }
   team.sync();
-  unmask_row<T>(p, r, team, shared);
+  unmask_row<T, kHoldsAll>(p, r, team);
 }
 
-// How many warps take a row, and what of it they hold.
+// How many warps take a row.
 struct Shape {
   void (*kernel)(UnmaskLaunch);
   unsigned warps, rows_per_block;
 };
 
-int attribute_of(int device, cudaDeviceAttr attribute) {
+int64_t attribute_of(int device, cudaDeviceAttr attribute) {
   int value = 0;
   check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
@@ -178,38 +186,30 @@ int attribute_of(int device, cudaDeviceAttr attribute) {
 template <typename T>
 Shape launch_shape(int device, UnmaskLaunch* p) {
   constexpr int64_t kTilesOfWarp = 4;
-  constexpr int64_t kWorthTable = 8192;                // logits
-  constexpr int64_t kFewEntries = 1024, kManyEntries = 2304;  // of a table, for each sign
-  constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp, kEntryBytes = 2 * sizeof(uint32_t);
+  constexpr int64_t kWorthTable = 8192;  // logits
+  constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp;
+  const UnmaskArgs& a = p->args;
+  const int64_t tiles = (a.vocabulary + Row<T, true>::kTile - 1) / Row<T, true>::kTile;
+  const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
+  p->has_table =
+      std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
+  p->held_tiles = static_cast<uint32_t>(tiles);
+  const int64_t fixed = sizeof(RowMemory) + (p->has_table ? ExpTable::kBytes : 0);
+  p->bytes = static_cast<uint32_t>(fixed + tiles * kTileBytes);
+  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, true>, 1, kRowsPerBlock};
+
+  const int64_t warps = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
   const int64_t most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int64_t half = attribute_of(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
                        attribute_of(device, cudaDevAttrReservedSharedMemoryPerBlock);
-
-  const UnmaskArgs& a = p->args;
-  const int64_t tiles = (a.vocabulary + Row<T>::kTile - 1) / Row<T>::kTile;
-  const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
-  const bool has_table = std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable &&
-                         !is_entropy;
-  Shape shape = {unmask_kernel<T>, 1, kRowsPerBlock};
-  if (tiles > kTilesOfWarp) {
-    const int64_t warps = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
-    shape = {unmask_kernel<T>, static_cast<unsigned>(std::min<int64_t>(warps, kMaxWarps / 2)), 1};
+  if (fixed + tiles * kTileBytes <= std::min(half, most)) {  // two rows a multiprocessor
+    const unsigned enough = static_cast<unsigned>(std::min<int64_t>(warps, kMaxWarps / 2));
+    return {unmask_kernel<T, true>, enough, 1};
   }
-  int64_t fixed = sizeof(RowMemory), held = tiles, entries = has_table ? kManyEntries : 0;
-  const int64_t fewest = has_table ? kFewEntries * kEntryBytes : 0;
-  if (fixed + fewest + tiles * kTileBytes <= std::min(half, most)) {  // two blocks a multiprocessor
-    const int64_t room = std::min(half, most) - fixed - tiles * kTileBytes;
-    entries = std::min(entries, room / kEntryBytes);
-  } else {
-    shape.warps = kMaxWarps;
-    const int64_t room = most - fixed - entries * kEntryBytes;
-    held = std::clamp<int64_t>(room / kTileBytes, 0, tiles);
-  }
+  const int64_t held = std::clamp<int64_t>((most - fixed) / kTileBytes, 0, tiles);
   p->held_tiles = static_cast<uint32_t>(held);
-  p->table_size = static_cast<uint32_t>(entries);
-  const int64_t bytes = fixed + held * kTileBytes + entries * kEntryBytes;
-  p->bytes = static_cast<uint32_t>((bytes + sizeof(Chunk) - 1) / sizeof(Chunk) * sizeof(Chunk));
-  return shape;
+  p->bytes = static_cast<uint32_t>(fixed + held * kTileBytes);
+  return {held < tiles ? unmask_kernel<T, false> : unmask_kernel<T, true>, kMaxWarps, 1};
 }
 
 Shape launch_shape(int device, UnmaskLaunch* p) {
@@ -231,6 +231,7 @@ void unmask_cuda(const UnmaskArgs& a, const int64_t* more_forbidden, int device,
   if (a.rows == 0) return;
   UnmaskLaunch p = {};
   p.args = a;
+  p.keys = philox_keys(a.seed);
   p.args.forbidden = nullptr;  // on the host
   p.more_forbidden = more_forbidden;
   for (int64_t f = 0; f < std::min<int64_t>(a.num_forbidden, kInlineForbidden); ++f) {

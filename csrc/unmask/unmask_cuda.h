@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "rng/philox.h"
 #include "unmask/unmask.h"
 
 namespace nar {
@@ -13,10 +14,11 @@ constexpr int kInlineForbidden = 64;
 // What a kernel is given.
 struct UnmaskLaunch {
   UnmaskArgs args;
+  PhiloxKeys keys;
   int32_t forbidden[kInlineForbidden];
   const int64_t* more_forbidden;  // the ids behind those, on the device
   uint32_t held_tiles;            // of a row, in shared memory
-  uint32_t table_size;            // entries for each sign; 0: there is no table
+  bool has_table;                 // of exponentials
   uint32_t bytes;                 // of shared memory for a row
 };
 

@@ -329,11 +329,14 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 using std::max;
 using std::min;
 
-// Of what the hardware may return, the worst: its error is up to 2**-22, or that of the last bit.
-inline float __log2f(float x) { return std::log2(x) + 0x1p-22f; }
+// Correct to some last bits: these are not.
+inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-22f); }
 
 inline uint32_t atomicOr(uint32_t* at, uint32_t value) {
   return __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST);
