@@ -37,17 +37,23 @@ struct alignas(16) RowMemory {
   Chunk last_kept;             // the chunk with last_tie, without what is not kept
 };
 
-// The warps of a row: one, or all of the block.
+// How a row is taken: by a warp or by a block, which hold it in shared memory, or by a block that
+// holds a part of it.
+enum class Way { kWarp, kBlock, kPart };
+
+// The warps of a row.
+template <Way kWay>
 struct Team {
   RowMemory* memory;
-  uint32_t num_warps, warp, lane;
+  uint32_t warp, lane;
   uint32_t turn = 0;
 
+  __device__ uint32_t num_warps() const { return kWay == Way::kWarp ? 1 : blockDim.x / kWarp; }
   __device__ uint32_t thread() const { return warp * kWarp + lane; }
-  __device__ uint32_t num_threads() const { return num_warps * kWarp; }
+  __device__ uint32_t num_threads() const { return num_warps() * kWarp; }
 
   __device__ void sync() const {
-    if (num_warps == 1) {
+    if (kWay == Way::kWarp) {
       __syncwarp();
     } else {
       __syncthreads();
@@ -66,12 +72,12 @@ struct Team {
   __device__ uint32_t largest(uint32_t x) {
     const uint64_t* of_warps = exchange(__reduce_max_sync(kAllLanes, x));
     return __reduce_max_sync(kAllLanes,
-                             lane < num_warps ? static_cast<uint32_t>(of_warps[lane]) : 0);
+                             lane < num_warps() ? static_cast<uint32_t>(of_warps[lane]) : 0);
   }
 
   __device__ uint64_t largest(uint64_t x) {
     const uint64_t* of_warps = exchange(largest_of_lanes(x));
-    return largest_of_lanes(lane < num_warps ? of_warps[lane] : 0);
+    return largest_of_lanes(lane < num_warps() ? of_warps[lane] : 0);
   }
 
   // Of two counts; what each warp gave of them is left at `of_warps`.
@@ -79,14 +85,14 @@ struct Team {
 #pragma unroll
     for (int j = 0; j < 2; ++j) counts[j] = __reduce_add_sync(kAllLanes, counts[j]);
     *of_warps = exchange(uint64_t{counts[1]} << 32 | counts[0]);
-    const uint64_t both = lane < num_warps ? (*of_warps)[lane] : 0;
+    const uint64_t both = lane < num_warps() ? (*of_warps)[lane] : 0;
     counts[0] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both));
     counts[1] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both >> 32));
   }
 
   __device__ uint64_t sum(uint64_t x) {
     const uint64_t* of_warps = exchange(sum_of_lanes(x));
-    return sum_of_lanes(lane < num_warps ? of_warps[lane] : 0);
+    return sum_of_lanes(lane < num_warps() ? of_warps[lane] : 0);
   }
 
   static __device__ uint64_t sum_of_lanes(uint64_t x) {
@@ -104,30 +110,31 @@ struct Team {
   }
 };
 
-// A warp takes tiles of a chunk a lane: about as many as any other warp, side by side. They are held in
-// shared memory: all of them (kHoldsAll), or the first ones, the others being read again from global
-// memory, the cache at best, in every pass.
-template <typename T, bool kHoldsAll>
+// A warp takes tiles of a chunk a lane: about as many as any other warp, side by side. If it holds a
+// part, that is the first ones; the others are read again from global memory, the cache at best, in
+// every pass.
+template <typename T, Way kWay>
 class Row {
  public:
   using L = Logits<T>;
+  using Warps = Team<kWay>;
   static constexpr uint32_t kTile = kWarp * L::kItems;
 
-  __device__ Row(const UnmaskLaunch& p, int64_t index, const Team& team, Chunk* held)
+  __device__ Row(const UnmaskLaunch& p, int64_t index, const Warps& team, Chunk* held)
       : p_(p),
         from_(static_cast<const T*>(p.args.logits) + index * p.args.stride),
         vocabulary_(static_cast<uint32_t>(p.args.vocabulary)),
         memory_(team.memory),
         lane_(team.lane) {
     const uint32_t num_tiles = (vocabulary_ + kTile - 1) / kTile;
-    first_ = share(num_tiles, team.warp, team.num_warps);
-    num_tiles_ = share(num_tiles, team.warp + 1, team.num_warps) - first_;
-    uint32_t first_held = first_;
-    if (!kHoldsAll) {
-      first_held = share(p.held_tiles, team.warp, team.num_warps);
-      num_held_ = share(p.held_tiles, team.warp + 1, team.num_warps) - first_held;
+    first_ = share(num_tiles, team.warp, team.num_warps());
+    num_tiles_ = share(num_tiles, team.warp + 1, team.num_warps()) - first_;
+    held_ = held;
+    if (kWay == Way::kPart) {
+      const uint32_t first_held = share(p.held_tiles, team.warp, team.num_warps());
+      num_held_ = share(p.held_tiles, team.warp + 1, team.num_warps()) - first_held;
+      held_ = held + (static_cast<int>(first_held) - static_cast<int>(first_)) * kWarp;
     }
-    held_ = held + first_held * kWarp + lane_;
     if (team.thread() == 0 && vocabulary_ % kTile != 0) mark(num_tiles - 1);
     for (uint32_t f = team.thread(); f < p.args.num_forbidden; f += team.num_threads()) {
       mark(forbidden(f) / kTile);
@@ -150,12 +157,13 @@ class Row {
     return load_by<sizeof(T)>();
   }
 
-  __device__ Chunk chunk(uint32_t i) const {
-    if (kHoldsAll || i < num_held_) return held_[i * kWarp];
+  // The lane's chunk of a tile, `column` its first column.
+  __device__ Chunk chunk(uint32_t i, uint32_t column) const {
+    if (kWay != Way::kPart || i < num_held_) return held_[column / L::kItems];
     const uint32_t tile = first_ + i;
-    if (memory_->is_unusual[tile / 32 % 32] >> tile % 32 & 1) return read_unusual(i);
+    if (memory_->is_unusual[tile / 32 % 32] >> tile % 32 & 1) return read_unusual(column);
     const uint32_t address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_));
-    const T* at = from_ + column(i);
+    const T* at = from_ + column;
     return address % 16 == 0 ? read<16>(at) : read<sizeof(T)>(at);
   }
 
@@ -205,8 +213,7 @@ class Row {
   }
 
   // One of a tile that is marked: -inf behind the end of the row and in place of forbidden ids.
-  __device__ Chunk read_unusual(uint32_t i) const {
-    const uint32_t first = column(i);
+  __device__ Chunk read_unusual(uint32_t first) const {
     uint32_t allowed = 0;
     for (int j = 0; j < L::kItems; ++j) {
       if (first + j < vocabulary_) allowed |= 1u << j;
@@ -228,7 +235,7 @@ class Row {
     constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 16 ? 4 : 1;  // loads in flight
     Chunk most = L::nothing();
     const auto take = [&](uint32_t i, const Chunk& c) {
-      if (kHoldsAll || i < num_held_) held_[i * kWarp] = c;
+      if (kWay != Way::kPart || i < num_held_) held_[column(i) / L::kItems] = c;
       most = L::larger(most, c);
     };
     for (uint32_t first = 0; first < num_tiles_; first += kGroup) {
@@ -251,7 +258,7 @@ class Row {
       }
       for (uint32_t todo = here & marked; todo; todo &= todo - 1) {
         const uint32_t tile = first + __ffs(todo) - 1;
-        take(tile, read_unusual(tile));
+        take(tile, read_unusual(column(tile)));
       }
     }
     return clean(L::largest(most));
@@ -262,7 +269,7 @@ class Row {
   const uint32_t vocabulary_;
   RowMemory* const memory_;
   const uint32_t lane_;
-  Chunk* held_;  // the lane's first
+  Chunk* held_;  // as if all tiles of the row were
   uint32_t first_, num_tiles_, num_held_;
 };
 

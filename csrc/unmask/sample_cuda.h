@@ -31,12 +31,12 @@ class Sampler {
   // How far below the largest a logit can still win.
   __device__ float reach() const { return (kMostNoise - from_ordered(memory_->best)) / scale(); }
 
-  // `most`: the largest of the chunk.
-  __device__ void add(const Chunk& c, uint32_t column, float most, uint32_t lane) {
+  // `gap`: how far the largest of the chunk is from that of the row.
+  __device__ void add(const Chunk& c, uint32_t column, float gap, uint32_t lane) {
     uint32_t words[L::kItems];
 #pragma unroll
     for (int j = 0; j < L::kItems; j += 4) {
-      const Words4 four = random_block(p_.keys, kDecodeNoise, slot_, (column + j) / 4);
+      const Words4 four = random_block(p_.keys, kDecodeNoise, slot_, column / 4 + j / 4);
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[j + i] = four.word[i];
     }
@@ -45,11 +45,11 @@ class Sampler {
     for (int j = 1; j < L::kItems; ++j) least = min(least, words[j]);
 
     float bound = from_ordered(*static_cast<volatile uint32_t*>(&memory_->best)) - kSlack;
-    if (!__any_sync(kAllLanes, at_most(most, least) > bound)) return;
+    if (!__any_sync(kAllLanes, at_most(gap, least) > bound)) return;
     uint32_t open = 0;
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
-      open |= static_cast<uint32_t>(at_most(L::item(c, j), words[j]) > bound) << j;
+      open |= static_cast<uint32_t>(at_most(L::item(c, j) - largest_, words[j]) > bound) << j;
     }
     if (!__any_sync(kAllLanes, open != 0)) return;
     do {
@@ -71,6 +71,7 @@ class Sampler {
     if (lane == 0) atomicMax(&memory_->best, best);
   }
 
+  template <typename Team>
   __device__ uint32_t best_column(Team& team) const {
     const uint64_t ranked = uint64_t{ordered(best_)} << 32 | ~best_column_;
     return ~static_cast<uint32_t>(team.largest(ranked));
@@ -83,10 +84,10 @@ class Sampler {
 
   // An upper bound on a score: noise is at most -log(u), and the bits of a float x are less than
   // 2**23 (127 + log2(x)).
-  __device__ float at_most(float logit, uint32_t word) const {
+  __device__ float at_most(float gap, uint32_t word) const {
     constexpr float kLn2 = 0.693147181f;
     const float bits = static_cast<float>(bits_as<int32_t>(static_cast<float>(word)));
-    return fmaf(logit - largest_, scale(), fmaf(bits, -0x1p-23f * kLn2, (127 + 32) * kLn2));
+    return fmaf(gap, scale(), fmaf(bits, -0x1p-23f * kLn2, (127 + 32) * kLn2));
   }
 
   const UnmaskLaunch& p_;

@@ -35,6 +35,7 @@ struct ExpTable {
 
   __device__ uint32_t lowest() const { return top - kSize + 1; }
 
+  template <typename Team>
   __device__ void build(const Team& team, float largest) {
     top = (bits_as<uint32_t>(fmaxf(largest, kReach - largest)) >> 16) + 2;
     for (int i = static_cast<int>(team.thread()); i < static_cast<int>(kSize);
@@ -103,19 +104,20 @@ struct Sums {
       terms[2 * i + 1] = *reinterpret_cast<const uint32_t*>(middle + second);
       marks |= terms[2 * i] | terms[2 * i + 1];
     }
-    if (__any_sync(kAllLanes, marks & ExpTable::kMark)) {
-      uint32_t marked = 0;
-#pragma unroll
-      for (int j = 0; j < L::kItems; ++j) {
-        marked |= terms[j] >> 31 << j;
-        terms[j] &= ~ExpTable::kMark;
-      }
-      for (; marked; marked &= marked - 1) {
-        const float x = row.at(column + __ffs(marked) - 1);
-        exp += units(exp_of_small_negative(gap_of(x, largest)));
-      }
+    if (!__any_sync(kAllLanes, marks & ExpTable::kMark)) {
+      add<L::kItems>(terms, &exp);
+      return;
     }
-    add<L::kItems>(terms, &exp);
+    uint32_t marked = 0;
+#pragma unroll
+    for (int j = 0; j < L::kItems; ++j) {
+      marked |= terms[j] >> 31 << j;
+      exp += terms[j] & ~ExpTable::kMark;
+    }
+    for (; marked; marked &= marked - 1) {
+      const float x = row.at(column + __ffs(marked) - 1);
+      exp += units(exp_of_small_negative(gap_of(x, largest)));
+    }
   }
 };
 

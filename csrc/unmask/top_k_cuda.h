@@ -52,7 +52,7 @@ class TopKSearch {
  public:
   using L = typename Row::L;
 
-  __device__ TopKSearch(const Row& row, Team& team, float largest, uint32_t k)
+  __device__ TopKSearch(const Row& row, typename Row::Warps& team, float largest, uint32_t k)
       : row_(row),
         team_(team),
         bracket_{k, L::kKeyOfMinusInfinity, L::key(largest) + 1, row.vocabulary(), 0} {}
@@ -91,9 +91,10 @@ class TopKSearch {
     for (uint32_t i = 0; i < row_.num_tiles();) {
       typename L::Tally a, b;
       const uint32_t end = min(row_.num_tiles() - i, L::Tally::kMost) + i;
+      uint32_t column = row_.column(i);
 #pragma unroll 4
-      for (; i < end; ++i) {
-        const Chunk c = row_.chunk(i);
+      for (; i < end; ++i, column += Row::kTile) {
+        const Chunk c = row_.chunk(i, column);
         a.add(c, p), b.add(c, q);
       }
       reach[0] += a.total(), reach[1] += b.total();
@@ -108,7 +109,7 @@ class TopKSearch {
 
   // Pivots that bracket the k-th with high probability; two warps look for one each.
   __device__ bool propose_from_sample(uint32_t* pivots) {
-    if (row_.vocabulary() < kWorthSampling || team_.num_warps == 1) return false;
+    if (row_.vocabulary() < kWorthSampling || team_.num_warps() == 1) return false;
     if (team_.warp < 2) {
       const float share =
           static_cast<float>(bracket_.k) / static_cast<float>(row_.vocabulary()) * kSamples;
@@ -162,7 +163,7 @@ class TopKSearch {
     const uint32_t pivots[2] = {bracket_.low, bracket_.low + 1};
     const typename L::Pivot p = L::pivot(pivots[0]), q = L::pivot(pivots[1]);
     for (uint32_t i = 0;; ++i) {
-      const Chunk c = row_.chunk(i);
+      const Chunk c = row_.chunk(i, row_.column(i));
       typename L::Tally a, b;
       a.add(c, p), b.add(c, q);
       const uint32_t mine = a.total() - b.total();
@@ -196,7 +197,7 @@ class TopKSearch {
   }
 
   const Row& row_;
-  Team& team_;
+  typename Row::Warps& team_;
   Bracket bracket_;
 };
 

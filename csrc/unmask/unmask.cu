@@ -23,12 +23,12 @@ constexpr unsigned kRowsPerBlock = 4;  // of those that take a single warp
 
 // The column of the first of the largest logits.
 template <typename Row>
-__device__ uint32_t find_first_largest(const Row& row, const Team& team, float largest,
-                                       float largest_of_lane) {
+__device__ uint32_t find_first_largest(const Row& row, const typename Row::Warps& team,
+                                       float largest, float largest_of_lane) {
   using L = typename Row::L;
   if (__any_sync(kAllLanes, largest_of_lane == largest)) {
     for (uint32_t i = 0;; ++i) {
-      const Chunk c = row.chunk(i);
+      const Chunk c = row.chunk(i, row.column(i));
       const bool has_it = clean(L::largest(c)) == largest;
       const uint32_t lanes = __ballot_sync(kAllLanes, has_it);
       if (!lanes) continue;
@@ -47,13 +47,13 @@ __device__ uint32_t find_first_largest(const Row& row, const Team& team, float l
 
 // exp of the gap between the largest and the second-largest logit.
 template <typename Row>
-__device__ float exp_of_second(const Row& row, Team& team, bool selects,
+__device__ float exp_of_second(const Row& row, typename Row::Warps& team, bool selects,
                                const Filter<typename Row::L>& filter, float largest) {
   using L = typename Row::L;
   float second = -INFINITY;
   uint32_t ties = 0;
   for (uint32_t i = 0; i < row.num_tiles(); ++i) {
-    Chunk c = row.chunk(i);
+    Chunk c = row.chunk(i, row.column(i));
     if (selects) c = filter.kept(row.column(i), c);
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
@@ -67,13 +67,13 @@ __device__ float exp_of_second(const Row& row, Team& team, bool selects,
   return exp_of_negative(second - largest);
 }
 
-template <typename T, bool kHoldsAll>
-__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team) {
+template <typename T, Way kWay>
+__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kWay>& team) {
   using L = Logits<T>;
   const UnmaskArgs& a = p.args;
   Chunk* held = reinterpret_cast<Chunk*>(reinterpret_cast<unsigned char*>(team.memory + 1) +
                                          (p.has_table ? ExpTable::kBytes : 0));
-  Row<T, kHoldsAll> row(p, r, team, held);
+  Row<T, kWay> row(p, r, team, held);
   const float largest_of_lane = row.load();
   const float largest = from_ordered(team.largest(ordered(largest_of_lane)));
   const int64_t given = a.given ? a.given[r] : -1;
@@ -85,19 +85,16 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team) {
     return;
   }
 
-  // Where there is a table, the block has one row: at an address that is known.
-  ExpTable table = {
-      reinterpret_cast<uint32_t*>(reinterpret_cast<RowMemory*>(dynamic_shared) + 1) +
-          ExpTable::kSize,
-      0};
   // Infinity stands for the largest float, which is no bfloat16.
-  const bool has_table = std::is_same_v<T, __nv_bfloat16> && p.has_table && largest < kLargestFloat;
+  constexpr bool kCanHaveTable = std::is_same_v<T, __nv_bfloat16> && kWay != Way::kWarp;
+  const bool has_table = kCanHaveTable && p.has_table && largest < kLargestFloat;
+  ExpTable table = {reinterpret_cast<uint32_t*>(team.memory + 1) + ExpTable::kSize, 0};
   if (has_table) table.build(team, largest);
   const bool selects = a.top_k < a.vocabulary;
   TopK top = {};
   if (selects) {
     const uint32_t k = static_cast<uint32_t>(a.top_k);
-    top = TopKSearch<Row<T, kHoldsAll>>(row, team, largest, k).find();
+    top = TopKSearch<Row<T, kWay>>(row, team, largest, k).find();
   }
   uint32_t column = find_first_largest(row, team, largest, largest_of_lane);
   Sampler<L> sampler(p, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
@@ -112,18 +109,22 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team) {
   const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
   const Filter<L> filter(top, team.memory);
   Sums sums;
-  uint32_t at = row.column(0);
-  for (uint32_t i = 0; i < row.num_tiles(); ++i, at += row.kTile) {
-    Chunk c = row.chunk(i);
-    if (selects) c = filter.kept(at, c);
-    const float most = L::largest(c);
-    if (!__any_sync(kAllLanes, most - largest >= -reach)) continue;
-    if (has_table) {
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) sums.add(table, c, row, at, largest);
-    } else {
-      sums.add<L>(c, largest, with_gap);
+  const auto take = [&](auto add_to_sums) {
+    uint32_t at = row.column(0);
+    for (uint32_t i = 0; i < row.num_tiles(); ++i, at += row.kTile) {
+      Chunk c = row.chunk(i, at);
+      if (selects) c = filter.kept(at, c);
+      const float gap = L::largest(c) - largest;
+      if (!__any_sync(kAllLanes, gap >= -reach)) continue;
+      add_to_sums(c, at);
+      if (samples) sampler.add(c, at, gap, team.lane);
     }
-    if (samples) sampler.add(c, at, most, team.lane);
+  };
+  if constexpr (kCanHaveTable) {
+    if (has_table) take([&](const Chunk& c, uint32_t at) { sums.add(table, c, row, at, largest); });
+  }
+  if (!has_table) {
+    take([&](const Chunk& c, uint32_t) { sums.template add<L>(c, largest, with_gap); });
   }
   const float sum = from_units(team.sum(sums.exp));
   const float log_of_sum = log_of_positive(sum);
@@ -155,20 +156,24 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team& team) {
   if (a.confidence) a.confidence[r] = confidence;
 }
 
-template <typename T, bool kHoldsAll>
+template <typename T, Way kWay>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     unmask_kernel(const __grid_constant__ UnmaskLaunch p) {
-  const int64_t r = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  int64_t r = blockIdx.x;
+  unsigned char* shared = reinterpret_cast<unsigned char*>(dynamic_shared);
+  if (kWay == Way::kWarp) {
+    r = r * kRowsPerBlock + threadIdx.y;
+    shared += threadIdx.y * p.bytes;
+  }
   if (r >= p.args.rows) return;  // a warp on its own
-  unsigned char* shared = reinterpret_cast<unsigned char*>(dynamic_shared) + threadIdx.y * p.bytes;
-  Team team = {reinterpret_cast<RowMemory*>(shared), blockDim.x / kWarp, threadIdx.x / kWarp,
-               threadIdx.x % kWarp};
+  Team<kWay> team = {reinterpret_cast<RowMemory*>(shared), threadIdx.x / kWarp,
+                     threadIdx.x % kWarp};
   if (team.warp == 0) {
     team.memory->is_unusual[team.lane] = 0;
     team.memory->first_largest = kNoColumn;
   }
   team.sync();
-  unmask_row<T, kHoldsAll>(p, r, team);
+  unmask_row<T, kWay>(p, r, team);
 }
 
 // How many warps take a row.
@@ -189,14 +194,14 @@ Shape launch_shape(int device, UnmaskLaunch* p) {
   constexpr int64_t kWorthTable = 8192;  // logits
   constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp;
   const UnmaskArgs& a = p->args;
-  const int64_t tiles = (a.vocabulary + Row<T, true>::kTile - 1) / Row<T, true>::kTile;
+  const int64_t tiles = (a.vocabulary + Row<T, Way::kBlock>::kTile - 1) / Row<T, Way::kBlock>::kTile;
   const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
   p->has_table =
       std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
   p->held_tiles = static_cast<uint32_t>(tiles);
   const int64_t fixed = sizeof(RowMemory) + (p->has_table ? ExpTable::kBytes : 0);
   p->bytes = static_cast<uint32_t>(fixed + tiles * kTileBytes);
-  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, true>, 1, kRowsPerBlock};
+  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, Way::kWarp>, 1, kRowsPerBlock};
 
   const int64_t warps = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
   const int64_t most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -204,12 +209,13 @@ Shape launch_shape(int device, UnmaskLaunch* p) {
                        attribute_of(device, cudaDevAttrReservedSharedMemoryPerBlock);
   if (fixed + tiles * kTileBytes <= std::min(half, most)) {  // two rows a multiprocessor
     const unsigned enough = static_cast<unsigned>(std::min<int64_t>(warps, kMaxWarps / 2));
-    return {unmask_kernel<T, true>, enough, 1};
+    return {unmask_kernel<T, Way::kBlock>, enough, 1};
   }
   const int64_t held = std::clamp<int64_t>((most - fixed) / kTileBytes, 0, tiles);
   p->held_tiles = static_cast<uint32_t>(held);
   p->bytes = static_cast<uint32_t>(fixed + held * kTileBytes);
-  return {held < tiles ? unmask_kernel<T, false> : unmask_kernel<T, true>, kMaxWarps, 1};
+  if (held == tiles) return {unmask_kernel<T, Way::kBlock>, kMaxWarps, 1};
+  return {unmask_kernel<T, Way::kPart>, kMaxWarps, 1};
 }
 
 Shape launch_shape(int device, UnmaskLaunch* p) {
