@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xFFFFFFFF;
-constexpr int kMaxWarps = 32;
+constexpr int kMaxWarps = 24;
 constexpr uint32_t kNoColumn = 0xFFFFFFFF;
 
 // An order-preserving map of floats to integers; -0 is below 0.
@@ -33,7 +33,7 @@ struct alignas(16) RowMemory {
   uint32_t pivots[2];          // keys, from a sample
   uint32_t first_largest;      // column
   uint32_t last_tie;           // column
-  uint32_t best;               // ordered: the best score so far
+  uint32_t best;               // the best score so far: see Sampler
   Chunk last_kept;             // the chunk with last_tie, without what is not kept
 };
 
@@ -159,7 +159,7 @@ class Row {
 
   // The lane's chunk of a tile, `column` its first column.
   __device__ Chunk chunk(uint32_t i, uint32_t column) const {
-    if (kWay != Way::kPart || i < num_held_) return held_[column / L::kItems];
+    if (kWay != Way::kPart || i < num_held_) return *held(column);
     const uint32_t tile = first_ + i;
     if (memory_->is_unusual[tile / 32 % 32] >> tile % 32 & 1) return read_unusual(column);
     const uint32_t address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_));
@@ -181,6 +181,11 @@ class Row {
   // Where the share of a warp begins.
   static __device__ uint32_t share(uint32_t count, uint32_t warp, uint32_t num_warps) {
     return static_cast<uint32_t>(uint64_t{count} * warp / num_warps);
+  }
+
+  // Where the chunk from a column on is held: one from 16 / sizeof(T) columns on has 16 bytes.
+  __device__ Chunk* held(uint32_t column) const {
+    return reinterpret_cast<Chunk*>(reinterpret_cast<T*>(held_) + column);
   }
 
   __device__ uint32_t forbidden(uint32_t f) const {
@@ -235,7 +240,7 @@ class Row {
     constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 16 ? 4 : 1;  // loads in flight
     Chunk most = L::nothing();
     const auto take = [&](uint32_t i, const Chunk& c) {
-      if (kWay != Way::kPart || i < num_held_) held_[column(i) / L::kItems] = c;
+      if (kWay != Way::kPart || i < num_held_) *held(column(i)) = c;
       most = L::larger(most, c);
     };
     for (uint32_t first = 0; first < num_tiles_; first += kGroup) {

@@ -14,8 +14,6 @@ namespace {
 template <typename L>
 class Sampler {
  public:
-  static constexpr float kMostNoise = 23.0f;
-
   __device__ Sampler(const UnmaskLaunch& p, uint64_t slot, float largest, RowMemory* memory)
       : p_(p), slot_(slot), largest_(largest), memory_(memory) {}
 
@@ -25,11 +23,13 @@ class Sampler {
     const uint32_t even = column & 2 ? four.word[2] : four.word[0];
     const uint32_t odd = column & 2 ? four.word[3] : four.word[1];
     const uint32_t word = column & 1 ? odd : even;
-    memory_->best = ordered(gumbel(word));
+    memory_->best = lifted(gumbel(word));
   }
 
   // How far below the largest a logit can still win.
-  __device__ float reach() const { return (kMostNoise - from_ordered(memory_->best)) / scale(); }
+  __device__ float reach() const {
+    return (kLift + kMostNoise - bits_as<float>(memory_->best)) / scale();
+  }
 
   // `gap`: how far the largest of the chunk is from that of the row.
   __device__ void add(const Chunk& c, uint32_t column, float gap, uint32_t lane) {
@@ -44,7 +44,7 @@ class Sampler {
 #pragma unroll
     for (int j = 1; j < L::kItems; ++j) least = min(least, words[j]);
 
-    float bound = from_ordered(*static_cast<volatile uint32_t*>(&memory_->best)) - kSlack;
+    const float bound = bits_as<float>(*static_cast<volatile uint32_t*>(&memory_->best));
     if (!__any_sync(kAllLanes, at_most(gap, least) > bound)) return;
     uint32_t open = 0;
 #pragma unroll
@@ -67,7 +67,7 @@ class Sampler {
         if (score > best_) best_ = score, best_column_ = column + item;
       }
     } while (__any_sync(kAllLanes, open != 0));
-    const uint32_t best = __reduce_max_sync(kAllLanes, ordered(best_));
+    const uint32_t best = __reduce_max_sync(kAllLanes, lifted(fmaxf(best_, -kLift)));
     if (lane == 0) atomicMax(&memory_->best, best);
   }
 
@@ -78,16 +78,22 @@ class Sampler {
   }
 
  private:
+  static constexpr float kMostNoise = 23.0f;
   static constexpr float kSlack = 1e-3f;  // for rounding errors
+  // Scores of the largest logit, and so the best, are above -kLift: so far up, the bits of those that
+  // count are integers in the same order.
+  static constexpr float kLift = 4;
+
+  static __device__ uint32_t lifted(float score) { return bits_as<uint32_t>(score + kLift); }
 
   __device__ float scale() const { return p_.args.inverse_temperature; }
 
-  // An upper bound on a score: noise is at most -log(u), and the bits of a float x are less than
-  // 2**23 (127 + log2(x)).
+  // An upper bound on a score, lifted: noise is at most -log(u), and the bits of a float x are less
+  // than 2**23 (127 + log2(x)).
   __device__ float at_most(float gap, uint32_t word) const {
     constexpr float kLn2 = 0.693147181f;
     const float bits = static_cast<float>(bits_as<int32_t>(static_cast<float>(word)));
-    return fmaf(gap, scale(), fmaf(bits, -0x1p-23f * kLn2, (127 + 32) * kLn2));
+    return fmaf(gap, scale(), fmaf(bits, -0x1p-23f * kLn2, (127 + 32) * kLn2 + kSlack + kLift));
   }
 
   const UnmaskLaunch& p_;

@@ -20,13 +20,12 @@ __device__ inline float gap_of(float logit, float largest) {
   return fminf(fmaxf(logit - largest, -88.0f), 0.0f);
 }
 
-// exp(d) in units for bfloat16 logits of the kSize magnitudes up to one that no logit that counts has,
-// where d = logit - largest. Smaller magnitudes, next to 0, are rare and marked.
+// exp(d) in units, where d = logit - largest, for bfloat16 logits of the kSize magnitudes up to one
+// that no logit that counts has. Smaller magnitudes, next to 0, are rare.
 struct ExpTable {
   // Beside a row of V = 50304, such that two of both fit into a multiprocessor of sm_90.
   static constexpr uint32_t kSize = 1760;
   static constexpr uint32_t kBytes = 2 * kSize * sizeof(uint32_t);
-  static constexpr uint32_t kMark = 0x80000000;
   // Where |d| is larger, exp(d) is less than half a unit.
   static constexpr float kReach = 21.5f;
 
@@ -41,11 +40,8 @@ struct ExpTable {
     for (int i = static_cast<int>(team.thread()); i < static_cast<int>(kSize);
          i += static_cast<int>(team.num_threads())) {
       const float magnitude = bits_as<float>((lowest() + i) << 16);
-      const uint32_t positive = units(exp_of_small_negative(gap_of(magnitude, largest)));
-      const uint32_t negative = units(exp_of_small_negative(gap_of(-magnitude, largest)));
-      const bool is_top = i == kSize - 1;
-      middle[i] = i == 0 ? kMark : is_top ? 0 : positive;
-      middle[-1 - i] = i == 0 ? kMark : is_top ? 0 : negative;
+      middle[i] = units(exp_of_small_negative(gap_of(magnitude, largest)));
+      middle[-1 - i] = units(exp_of_small_negative(gap_of(-magnitude, largest)));
     }
   }
 };
@@ -89,33 +85,41 @@ struct Sums {
   __device__ void add(const ExpTable& table, const Chunk& c, const Row& row, uint32_t column,
                       float largest) {
     using L = Logits<__nv_bfloat16>;
-    const uint32_t top = table.top * 0x10001u, lowest = table.lowest() * 0x10001u;
-    const unsigned char* middle = reinterpret_cast<const unsigned char*>(table.middle);
-    uint32_t terms[L::kItems], marks = 0;
+    const uint32_t least = (0x8000 | table.top) * 0x10001u, lowest = table.lowest() * 0x10001u;
+    int at[L::kItems];
+    uint32_t below = 0;
 #pragma unroll
     for (int i = 0; i < L::kItems / 2; ++i) {
-      const __nv_bfloat162 x = L::two(c.word[i]);
-      const __nv_bfloat162 magnitude = __hmax2(__hmin2(__habs2(x), L::two(top)), L::two(lowest));
-      // Offsets in bytes, signed 16-bit numbers; 4 times the complement for negative logits.
-      const uint32_t at = (bits_as<uint32_t>(magnitude) * 4 - lowest * 4) ^
-                          (__hlt2_mask(x, L::two(0)) & 0xFFFCFFFC);
-      const int first = static_cast<int16_t>(at & 0xFFFF), second = static_cast<int32_t>(at) >> 16;
-      terms[2 * i] = *reinterpret_cast<const uint32_t*>(middle + first);
-      terms[2 * i + 1] = *reinterpret_cast<const uint32_t*>(middle + second);
-      marks |= terms[2 * i] | terms[2 * i + 1];
+      // NaN is ignored: it becomes the least one.
+      const __nv_bfloat162 x = __hmax2(L::two(c.word[i]), L::two(least));
+      const uint32_t from_lowest = (bits_as<uint32_t>(x) & 0x7FFF7FFF) - lowest;
+      below |= from_lowest;
+      // A signed half each, the complement for a negative logit.
+      const int both = static_cast<int>(from_lowest ^ __hlt2_mask(x, L::two(0)));
+      at[2 * i] = __dp2a_lo(both, 0x0001, 0);
+      at[2 * i + 1] = __dp2a_lo(both, 0x0100, 0);
     }
-    if (!__any_sync(kAllLanes, marks & ExpTable::kMark)) {
+    if (!__any_sync(kAllLanes, (below & 0x80008000) != 0)) {
+      uint32_t terms[L::kItems];
+#pragma unroll
+      for (int j = 0; j < L::kItems; ++j) terms[j] = table.middle[at[j]];
       add<L::kItems>(terms, &exp);
       return;
     }
-    uint32_t marked = 0;
+    uint32_t low = 0;
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
-      marked |= terms[j] >> 31 << j;
-      exp += terms[j] & ~ExpTable::kMark;
+      const uint32_t two = bits_as<uint32_t>(__hmax2(L::two(c.word[j / 2]), L::two(least)));
+      const uint32_t bits = j % 2 ? two >> 16 : two & 0xFFFF;
+      const int from_lowest = static_cast<int>(bits & 0x7FFF) - static_cast<int>(table.lowest());
+      if (from_lowest < 0) {
+        low |= 1u << j;
+      } else {
+        exp += table.middle[bits & 0x8000 ? ~from_lowest : from_lowest];
+      }
     }
-    for (; marked; marked &= marked - 1) {
-      const float x = row.at(column + __ffs(marked) - 1);
+    for (; low; low &= low - 1) {
+      const float x = row.at(column + __ffs(low) - 1);
       exp += units(exp_of_small_negative(gap_of(x, largest)));
     }
   }

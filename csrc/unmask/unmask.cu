@@ -115,7 +115,7 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kWay>& team) {
       Chunk c = row.chunk(i, at);
       if (selects) c = filter.kept(at, c);
       const float gap = L::largest(c) - largest;
-      if (!__any_sync(kAllLanes, gap >= -reach)) continue;
+      if (selects && !__any_sync(kAllLanes, gap >= -reach)) continue;
       add_to_sums(c, at);
       if (samples) sampler.add(c, at, gap, team.lane);
     }

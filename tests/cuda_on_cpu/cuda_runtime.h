@@ -332,6 +332,10 @@ inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
 }
+inline int __dp2a_lo(int a, int b, int c) {
+  return static_cast<int16_t>(a & 0xFFFF) * static_cast<int8_t>(b & 0xFF) +
+         (a >> 16) * static_cast<int8_t>(b >> 8 & 0xFF) + c;
+}
 using std::max;
 using std::min;
 
