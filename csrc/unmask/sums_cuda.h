@@ -85,37 +85,39 @@ struct Sums {
   __device__ void add(const ExpTable& table, const Chunk& c, const Row& row, uint32_t column,
                       float largest) {
     using L = Logits<__nv_bfloat16>;
-    const uint32_t least = (0x8000 | table.top) * 0x10001u, lowest = table.lowest() * 0x10001u;
-    int at[L::kItems];
-    uint32_t below = 0;
+    constexpr uint32_t kSigns = 0x80008000;
+    const uint32_t least = kSigns | table.top * 0x10001u, lowest = table.lowest() * 0x10001u;
+    const unsigned char* middle = reinterpret_cast<const unsigned char*>(table.middle);
+    const auto entry = [&](int at) { return *reinterpret_cast<const uint32_t*>(middle + at); };
+    int at[L::kItems];  // offsets in bytes: one instruction makes each
+    uint32_t reached[L::kItems / 2];
 #pragma unroll
     for (int i = 0; i < L::kItems / 2; ++i) {
       // NaN is ignored: it becomes the least one.
       const __nv_bfloat162 x = __hmax2(L::two(c.word[i]), L::two(least));
-      const uint32_t from_lowest = (bits_as<uint32_t>(x) & 0x7FFF7FFF) - lowest;
-      below |= from_lowest;
-      // A signed half each, the complement for a negative logit.
-      const int both = static_cast<int>(from_lowest ^ __hlt2_mask(x, L::two(0)));
-      at[2 * i] = __dp2a_lo(both, 0x0001, 0);
-      at[2 * i + 1] = __dp2a_lo(both, 0x0100, 0);
+      // For each half: a sign that is left if the magnitude is not below the lowest, and how far it
+      // is above.
+      reached[i] = (bits_as<uint32_t>(x) | kSigns) - lowest;
+      // Without that sign, and complements for negative logits.
+      const int both = static_cast<int>(reached[i] ^ kSigns ^ __hlt2_mask(x, L::two(0)));
+      at[2 * i] = __dp2a_lo(both, sizeof(uint32_t), 0);
+      at[2 * i + 1] = __dp2a_lo(both, sizeof(uint32_t) << 8, 0);
     }
-    if (!__any_sync(kAllLanes, (below & 0x80008000) != 0)) {
+    const uint32_t all = reached[0] & reached[1] & reached[2] & reached[3] & kSigns;
+    if (!__any_sync(kAllLanes, all != kSigns)) {
       uint32_t terms[L::kItems];
 #pragma unroll
-      for (int j = 0; j < L::kItems; ++j) terms[j] = table.middle[at[j]];
+      for (int j = 0; j < L::kItems; ++j) terms[j] = entry(at[j]);
       add<L::kItems>(terms, &exp);
       return;
     }
     uint32_t low = 0;
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
-      const uint32_t two = bits_as<uint32_t>(__hmax2(L::two(c.word[j / 2]), L::two(least)));
-      const uint32_t bits = j % 2 ? two >> 16 : two & 0xFFFF;
-      const int from_lowest = static_cast<int>(bits & 0x7FFF) - static_cast<int>(table.lowest());
-      if (from_lowest < 0) {
-        low |= 1u << j;
+      if (reached[j / 2] >> (j % 2 ? 31 : 15) & 1) {
+        exp += entry(at[j]);
       } else {
-        exp += table.middle[bits & 0x8000 ? ~from_lowest : from_lowest];
+        low |= 1u << j;
       }
     }
     for (; low; low &= low - 1) {
