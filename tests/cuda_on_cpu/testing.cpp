@@ -3,6 +3,8 @@
 
 namespace {
 
+constexpr size_t kSharedOfTests = 64;
+
 // The sum of a block's thread numbers, in every thread, through shared memory.
 __global__ void sum_kernel(uint32_t* sums, bool with_barrier) {
   __shared__ uint32_t of_warps[2];
@@ -23,10 +25,16 @@ __global__ void divergent_kernel(bool in_a_barrier) {
   }
 }
 
+// Writes a word behind as many as it is launched with.
+__global__ void overrun_kernel(unsigned words) {
+  if (threadIdx.x == 0) nar::dynamic_shared[words / 4].x = 1;
+}
+
 template <typename... Arguments>
 const char* launch(unsigned blocks, void (*kernel)(Arguments...), Arguments... arguments) {
   static std::string error;
   cudaLaunchConfig_t config = {};
+  config.dynamicSmemBytes = kSharedOfTests;
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(64);
   try {
@@ -50,3 +58,4 @@ EXPORT const char* run_sum(unsigned blocks, uint32_t* sums, bool with_barrier) {
 EXPORT const char* run_divergent(bool in_a_barrier) {
   return launch(1, divergent_kernel, in_a_barrier);
 }
+EXPORT const char* run_overrun(unsigned words) { return launch(1, overrun_kernel, words); }

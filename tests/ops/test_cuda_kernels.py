@@ -6,7 +6,7 @@ import ctypes
 import pytest
 import torch
 
-from nar_kernels import MaskingConfig, backends
+from nar_kernels import MaskingConfig, backends, unmask
 from nar_kernels.ops.backends import cuda, device_type
 from tests import cuda_on_cpu
 from tests.helpers.batches import assert_same, clean_batch, corrupt
@@ -21,9 +21,11 @@ SCHEDULES = [0, 1, 2, 3]
 @pytest.fixture
 def library():
     library = ctypes.CDLL(str(cuda_on_cpu.LIBRARY))
-    library.run_sum.restype = library.run_divergent.restype = ctypes.c_char_p
+    for function in (library.run_sum, library.run_divergent, library.run_overrun):
+        function.restype = ctypes.c_char_p
     yield library
     library.set_schedule(0)
+    library.set_shared_limit(ctypes.c_size_t(227 << 10))
 
 
 @emulated
@@ -39,6 +41,53 @@ def test_any_order_of_threads_gives_the_same(library, length, draw):
     for schedule in SCHEDULES:
         library.set_schedule(schedule)
         assert_same(corrupt(tokens, masking, seed=5, backend="cuda"), expected)
+
+
+def assert_unmasks_as_the_reference(logits, **options):
+    options |= dict(mask_id=3, seed=7, noise_slots=torch.arange(len(logits)))
+    for confidence in ("margin", "entropy"):
+        options["confidence"] = confidence
+        got = unmask(logits, backend="cuda", **options)
+        for ours, theirs in zip(got, unmask(logits, backend="reference", **options), strict=True):
+            assert torch.equal(ours, theirs), options
+
+
+@emulated
+@pytest.mark.seconds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [700, 9000])
+def test_any_order_of_threads_unmasks_the_same(library, vocabulary, dtype):
+    logits = (3 * torch.randn(5, vocabulary)).to(dtype)
+    for schedule in SCHEDULES:
+        library.set_schedule(schedule)
+        for top_k in (None, vocabulary // 3):
+            assert_unmasks_as_the_reference(logits, top_k=top_k)
+
+
+@emulated
+@pytest.mark.seconds
+@pytest.mark.parametrize("kilobytes", [20, 26, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_do_not_fit_into_shared_memory(library, dtype, kilobytes):
+    library.set_shared_limit(ctypes.c_size_t(kilobytes << 10))
+    whole = (3 * torch.randn(3, 15_013)).to(dtype)
+    whole[1, ::3] = torch.nan
+    whole[2] = whole[2].round()
+    for logits in (whole, whole[:, 1:], whole[:, 5:15_005]):
+        assert_unmasks_as_the_reference(logits, top_k=4000, forbidden_ids=(0, 9000, 14_999))
+        assert_unmasks_as_the_reference(logits, given=torch.tensor([5, -1, 14_000]))
+
+
+@emulated
+def test_logits_next_to_zero(library):
+    """Of bfloat16: those that the table of exponentials leaves out."""
+    for scale in (1e-2, 1e-6, 1e-30, 0):
+        logits = (scale * torch.randn(2, 9000)).bfloat16()
+        logits[1, ::7] = 8
+        assert_unmasks_as_the_reference(logits, top_k=None)
+        got = unmask(logits, mask_id=3, seed=7, noise_slots=torch.arange(2), backend="cuda")
+        expected = unmask(logits, mask_id=3, seed=7, noise_slots=torch.arange(2), backend="cpp")
+        assert torch.equal(got.log_prob, expected.log_prob)
 
 
 @pytest.mark.cuda
@@ -72,3 +121,9 @@ def test_divergence_is_an_error(library):
     error = library.run_divergent(True).decode()
     assert error.startswith("deadlock: thread 0, 0 of block 0 waits at __syncthreads")
     assert "deadlock" in library.run_divergent(False).decode()
+
+
+@emulated
+def test_a_write_behind_shared_memory_is_an_error(library):
+    assert library.run_overrun(12) is None
+    assert library.run_overrun(16) == b"block 0 wrote to byte 64 of 64 in shared memory"

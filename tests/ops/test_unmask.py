@@ -22,7 +22,8 @@ from tests.helpers.goodness_of_fit import chi_square_p
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.cpp)]
-WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=pytest.mark.triton)]
+WITH_CUDA = [*BACKENDS, pytest.param("cuda", marks=pytest.mark.cuda)]
+WITH_TRITON = [*WITH_CUDA, pytest.param("triton", marks=pytest.mark.triton)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 3
 
@@ -102,6 +103,24 @@ def test_backends_agree(vocabulary, dtype, simd_level):
         assert_equals_reference(logits, backend="cpp", **args)
 
 
+@pytest.mark.cuda
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "every"),
+    [
+        *((*case, 4) for case in itertools.product(VOCABULARIES[:-1], DTYPES)),
+        *((4099, dtype, 7) for dtype in DTYPES),
+        *((20_011, dtype, 5) for dtype in DTYPES),
+        *(pytest.param(200_003, dtype, 5, marks=pytest.mark.slow) for dtype in DTYPES),
+    ],
+)
+def test_cuda_agrees(vocabulary, dtype, every):
+    logits = awkward_logits(12, vocabulary, dtype)
+    every = every if device_of("cuda") == "cpu" else 1
+    for args in itertools.islice(arguments(vocabulary), 0, None, every):
+        assert_equals_reference(logits, backend="cuda", **args)
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize(
     "vocabulary, dtype",
@@ -127,16 +146,27 @@ def nearly_equal_rows(length: int) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.cpp
-@pytest.mark.parametrize("sampled", [10.0, -10.0, -torch.inf])
-def test_a_sample_of_the_row_that_misleads(sampled, simd_level):
+def misled_by_samples(backend: str, samples: int, sampled: float) -> None:
     """The k-th largest is bracketed by what every so many logits say, but is exact all the same."""
     logits = torch.randn(4, 4099)
-    logits[:, :: 4099 // 256] += sampled
+    logits[:, :: 4099 // samples] += sampled
     for dtype in DTYPES:
         for top_k in (1, 100, 257, 1000, 3800, 4098):
             args = dict(top_k=top_k, noise_slots=torch.arange(4), forbidden_ids=(0, 16, 17))
-            assert_equals_reference(logits.to(dtype), backend="cpp", **args)
+            assert_equals_reference(logits.to(dtype), backend=backend, **args)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("sampled", [10.0, -10.0, -torch.inf])
+def test_a_sample_of_the_row_that_misleads(sampled, simd_level):
+    misled_by_samples("cpp", 256, sampled)
+
+
+@pytest.mark.cuda
+@pytest.mark.seconds
+@pytest.mark.parametrize("sampled", [10.0, -10.0, -torch.inf])
+def test_a_sample_of_the_row_that_misleads_cuda(sampled):
+    misled_by_samples("cuda", 512, sampled)
 
 
 @pytest.mark.cpp
@@ -153,11 +183,11 @@ def test_ties_that_upper_halves_of_keys_cannot_tell_apart(simd_level):
             assert set(got.tokens.tolist()) <= set(order)
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", WITH_TRITON[2:])
 @pytest.mark.parametrize("top_k", [700, 2998])
-def test_ties_with_triton(top_k):
+def test_ties_on_a_gpu(top_k, backend):
     logits = nearly_equal_rows(3000)
-    assert_equals_reference(logits, backend="triton", top_k=top_k, confidence="margin")
+    assert_equals_reference(logits, backend=backend, top_k=top_k, confidence="margin")
 
 
 @pytest.mark.triton
@@ -278,9 +308,9 @@ def test_tails(gap):
     assert abs(int((tokens != 7).sum()) - expected) < 3 * math.sqrt(expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_CUDA)
 def test_a_row_depends_on_itself_alone(backend):
-    logits = torch.randn(40, 300)
+    logits = torch.randn(40, 300, device=device_of(backend))
     whole = draw(logits, top_k=100, backend=backend)
     order = torch.randperm(40)
     shuffled = draw(logits[order], noise_slots=order, top_k=100, backend=backend)
@@ -304,6 +334,24 @@ def test_any_number_of_threads():
     for other in results[1:]:
         assert torch.equal(other.tokens, results[0].tokens)
         assert torch.equal(other.log_prob, results[0].log_prob)
+
+
+@pytest.mark.parametrize("backend", WITH_CUDA[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_at_any_address(dtype, backend):
+    """Of 16 bytes, 8, 4 and 2, and logits before and behind them that are none of theirs."""
+    whole = torch.full((8, 1100), 1e4, dtype=dtype)
+    for skipped in range(9):
+        logits = whole[:, skipped : skipped + 1080]
+        logits.copy_(torch.randn(logits.shape))
+        device = device_of(backend)
+        view = whole.to(device)[:, skipped : skipped + 1080]
+        slots = torch.arange(len(view), device=device)
+        got = draw(view, noise_slots=slots, top_k=700, backend=backend)
+        expected = draw(logits, top_k=700, backend="reference")
+        for ours, theirs in zip(got, expected, strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+        whole.fill_(1e4)
 
 
 @pytest.mark.parametrize("backend", WITH_TRITON)
@@ -344,7 +392,21 @@ def test_any_number_of_forbidden_ids(forbidden_ids, backend):
     assert draw(logits, **args).tokens.tolist() == [largest] * 2
 
 
-@pytest.mark.parametrize("backend", ["reference", WITH_TRITON[-1]])
+@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("number", [60, 65, 200])
+def test_many_forbidden_ids(number, backend):
+    """More than travel with a launch; also behind the end of what a GPU takes at a time."""
+    vocabulary = 1030
+    logits = torch.randn(3, vocabulary)
+    forbidden_ids = torch.randperm(vocabulary)[:number].tolist() + [vocabulary - 1]
+    for top_k in (None, 300):
+        args = dict(forbidden_ids=forbidden_ids, top_k=top_k, confidence="margin")
+        assert_equals_reference(logits, backend=backend, **args)
+    given = torch.tensor([forbidden_ids[0], forbidden_ids[-1], MASK])
+    assert_equals_reference(logits, backend=backend, forbidden_ids=forbidden_ids, given=given)
+
+
+@pytest.mark.parametrize("backend", ["reference", *WITH_TRITON[2:]])
 def test_as_an_operator(backend):
     logits, slots = (x.to(device_of(backend)) for x in (torch.randn(5, 40), torch.arange(5)))
     args = (logits, slots, None, [3], 0, 1, 40, 1.0, "entropy", backend)
@@ -376,7 +438,7 @@ def test_under_torch_compile():
         (dict(mask_id=6), ValueError, "mask_id is 6.*5 logits"),
         (dict(forbidden_ids=(5,)), ValueError, r"forbidden_ids holds 5, outside \[0, 5\)"),
         (dict(forbidden_ids=(0, 1, 2, 4)), ValueError, "leave none of the 5 ids"),
-        (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
+        (dict(backend="metal"), ValueError, "unknown backend 'metal'"),
     ],
 )
 def test_errors(change, error, message):
