@@ -82,10 +82,12 @@ __device__ inline void draw_slots(const KernelArgs& a, int64_t first, int num_ro
   if (a.order.num_windows) start = ordered_start(a, seed, sample, slot);
   const bool outside = start < 0 || start > a.windows.num_corpus_tokens - a.windows.seq_len;
   const uint32_t time = sample_time(a, seed, sample, slot);
+  if (lane < kMaxRows) {  // also of rows that are not there: what is read is valid
+    memory.start[lane] = outside ? 0 : start;
+    memory.time[lane] = time;
+    memory.num_maskable[lane] = static_cast<uint32_t>(a.windows.seq_len);
+  }
   if (!has_row) return;
-  memory.start[lane] = outside ? 0 : start;
-  memory.time[lane] = time;
-  memory.num_maskable[lane] = static_cast<uint32_t>(a.windows.seq_len);
   unsigned long long* record = reinterpret_cast<unsigned long long*>(a.invalid);
   if (outside) atomicAdd(&record[3], 1);
   if (static_cast<int64_t>(sample) < 0) atomicAdd(&record[4], 1);

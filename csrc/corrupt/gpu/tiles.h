@@ -221,15 +221,14 @@ class Tiles {
  public:
   // Makes the keys, for which the window need not be known.
   __device__ Tiles(const KernelArgs& a, const Row& row, const Team& team)
-      : a_(a), row_(row), lane_(team.lane) {
+      : a_(a), row_(row), lane_(team.lane), round_keys_(held_round_keys(row.seed)) {
     const int32_t num_tiles = (row.length + kTile - 1) / kTile;
     const int32_t share = (num_tiles + team.num_warps - 1) / team.num_warps;
     first_ = min(team.warp * share, num_tiles);
     end_ = min(first_ + share, num_tiles);
-    const RoundKeys round_keys = held_round_keys(row.seed);
 #pragma unroll
     for (int t = 0; t < kHeld; ++t) {
-      if (is_mine(t)) keys_[t] = make_keys(round_keys, row, first_ + t, lane_);
+      if (is_mine(t)) keys_[t] = make_keys(round_keys_, row, first_ + t, lane_);
     }
   }
 
@@ -284,7 +283,7 @@ class Tiles {
   }
 
   __device__ Keys keys(int32_t tile) const {
-    Keys made = make_keys(RoundKeys(row_.seed), row_, tile, lane_);
+    Keys made = make_keys(round_keys_, row_, tile, lane_);
     if (a_.maskable || a_.never_mask) made.exclude(maskable(tile));
     return made;
   }
@@ -295,6 +294,7 @@ class Tiles {
   const KernelArgs& a_;
   const Row& row_;
   const int lane_;
+  const RoundKeys round_keys_;
   int32_t first_, end_;
   Keys keys_[kHeld ? kHeld : 1];
 };

@@ -25,6 +25,10 @@ class Instruction(NamedTuple):
     text: str
     lines: tuple[Line, ...]  # the statement's, then those of the calls, innermost first
 
+    @property
+    def opcode(self) -> str:
+        return re.sub(r"^@!?U?P\S+\s+", "", self.text).split()[0].partition(".")[0]
+
 
 class Region(NamedTuple):
     """Lines of a source: of the innermost of ``headers``, each looked for within the one before.
@@ -33,7 +37,7 @@ class Region(NamedTuple):
     for Python and for formatted C++.
     """
 
-    file: str  # its name
+    file: str  # how its path ends
     headers: tuple[str, ...]
 
     def lines(self, path: str) -> range:
@@ -68,10 +72,6 @@ class Weight(NamedTuple):
     factor: float
     region: Region
     within: Region | None = None
-
-
-def region(file: str, *headers: str) -> Region:
-    return Region(file, headers)
 
 
 def functions(disassembly: str) -> dict[str, list[Instruction]]:
@@ -129,5 +129,5 @@ def _lines_of(some: Region, path: str) -> range:
 @cache
 def _lies_in(lines: tuple[Line, ...], some: Region) -> bool:
     return any(
-        Path(path).name == some.file and number in _lines_of(some, path) for path, number in lines
+        path.endswith(f"/{some.file}") and number in _lines_of(some, path) for path, number in lines
     )
