@@ -81,6 +81,8 @@ OPTIONAL = {"starts", "sample_ids", "step", "maskable", "never_mask", "seed_tens
 NLL_CASES: list[tuple[str, dict[str, str], int, bool]] = [
     ("bf16, V 50258", {"logits": "*bf16", "weight": "*fp32"}, 50258, True),
     ("fp32, V 50258, bias", {"logits": "*fp32", "weight": "*fp32", "bias": "*fp32"}, 50258, True),
+    ("bf16, V 50304, bias", {"logits": "*bf16", "weight": "*fp32", "bias": "*fp32"}, 50304, True),
+    ("bf16, V 128256", {"logits": "*bf16", "weight": "*fp32"}, 128256, True),
     ("bf16, V 257", {"logits": "*bf16", "weight": "*fp32"}, 257, True),
     ("bf16, V 50258, no gradient", {"logits": "*bf16"}, 50258, False),
 ]

@@ -85,7 +85,9 @@ class NllArgs(NamedTuple):
     # ends there. With `gradient` they become `weight * (softmax - one_hot)`; otherwise they are
     # undefined afterwards, as gaps always are. Rows at multiples of 64 bytes are the fastest.
     logits: Mutated
-    labels: Tensor  # int64 [R]; the loss of one outside [0, V) is NaN
+    # int64 [R]. The loss of one outside [0, V) is NaN; but if its weight is 0, loss and gradient are
+    # 0 and the logits are not read.
+    labels: Tensor
     bias: Tensor | None  # [V] of the type of the loss, is added to the logits
     weight: Tensor | None  # [R] of the type of the loss; None for 1
     gradient: bool

@@ -33,7 +33,7 @@ from tests.helpers.losses import (
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "any_cpu"),
     # In Triton's interpreter, of what a GPU computes in silence, as in the gaps between rows.
-    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),
 ]
 
 
