@@ -85,8 +85,8 @@ class NllArgs(NamedTuple):
     # ends there. With `gradient` they become `weight * (softmax - one_hot)`; otherwise they are
     # undefined afterwards, as gaps always are. Rows at multiples of 64 bytes are the fastest.
     logits: Mutated
-    # int64 [R]. The loss of one outside [0, V) is NaN; but if its weight is 0, loss and gradient are
-    # 0 and the logits are not read.
+    # int64 [R]. The loss of one outside [0, V) is NaN; if its weight is 0, though, both loss and
+    # gradient are 0, and the logits are not read.
     labels: Tensor
     bias: Tensor | None  # [V] of the type of the loss, is added to the logits
     weight: Tensor | None  # [R] of the type of the loss; None for 1

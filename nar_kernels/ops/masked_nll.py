@@ -16,7 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
+from nar_kernels.ops.linear import (
+    NLL_LIMITS,
+    TRAINING_LIMITS,
+    add_product,
+    chunk_size,
+    linear_chunks,
+    product_dtype,
+)
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES, run_nll
 from nar_kernels.spec.schedules import NUM_TIMES
@@ -309,31 +316,17 @@ def _losses_and_gradients(
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(wide).contiguous()
-    size = chunk_size(len(hidden), len(weight), hidden.device, TRAINING_LIMITS)
+    size = chunk_size(len(hidden), len(weight), hidden.device, NLL_LIMITS)
     for logits, part in linear_chunks(hidden, weight, size, backend):
         counts = None if row_weight is None else row_weight[part]
         nll[part] = run_nll(NllArgs(logits, labels[part], bias, counts, any(wanted)), backend)
         if of_hidden is not None:
             torch.mm(logits, weight, out=of_hidden[part])
         if of_weight is not None:
-            _add_product(of_weight, logits.t(), hidden[part], first=part.start == 0)
+            add_product(of_weight, logits.t(), hidden[part], first=part.start == 0)
         if of_bias is not None:
             of_bias += logits.sum(0, dtype=wide)
     return nll, (of_hidden, of_weight, of_bias)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``total += a @ b``, or ``total = a @ b`` if ``first``; ``total`` may be of a wider dtype."""
-    if total.dtype != a.dtype:
-        product = a @ b
-        if first:
-            total.copy_(product)
-        else:
-            total += product
-    elif first:
-        torch.mm(a, b, out=total)
-    else:
-        total.addmm_(a, b)
 
 
 def _typed(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
