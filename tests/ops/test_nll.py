@@ -300,7 +300,7 @@ def test_ignored_rows(backend, dtype, poisoned_memory):
 def test_bad_labels_have_no_one_hot(backend, dtype):
     device = device_of(backend)
     logits, _, _, weight = softmax_problem(len(BAD_LABELS), 5, dtype)
-    labels, moved = torch.tensor(BAD_LABELS).to(device), logits.to(device)
+    labels, moved = torch.tensor(BAD_LABELS).to(device), logits.clone().to(device)
     run_nll(NllArgs(moved, labels, None, weight.to(device), gradient=True), backend)
     expected = weight.double()[:, None] * logits.double().softmax(1)
     allowed = softmax_error(backend, dtype) * expected.abs() + 2**-25
@@ -311,7 +311,7 @@ def test_bad_labels_have_no_one_hot(backend, dtype):
 def test_without_bias_and_gradient_logits_are_left_alone(backend, dtype):
     for vocabulary in (5, 300):
         logits, labels, _, _ = softmax_problem(3, vocabulary, dtype)
-        moved = logits.to(device_of(backend))
+        moved = logits.clone().to(device_of(backend))
         run_nll(NllArgs(moved, labels.to(moved.device), None, None, gradient=False), backend)
         assert torch.equal(moved.cpu(), logits)
 
