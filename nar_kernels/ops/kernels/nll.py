@@ -140,8 +140,9 @@ def nll_kernel(
             tl.store(logits + first + column, (share * _exp(z - highest)).to(kind))
             raw = following
         tl.debug_barrier()  # another thread has stored the gradient without it
-        at_label = share * _exp(at_label - highest) - scale
-        tl.store(logits + label, at_label.to(kind), mask=valid)
+        if valid:  # not a mask, which the interpreter of Triton 3.2 ignores
+            at_label = share * _exp(at_label - highest) - scale
+            tl.store(logits + label, at_label.to(kind))
 
 
 def _num_warps(vocabulary: int) -> int:
