@@ -156,6 +156,8 @@ def vocabulary_cases() -> dict:
     for name in ("no bias", "no_grad", "chunks", "again", "ignored", "forbidden", "hidden alone"):
         for reduction in ("nelbo", "none"):
             cases[f"{name}-{reduction}"] = 12, wide, {"reduction": reduction}, name
+    for name in ("forbidden label", "all forbidden", "infinite"):
+        cases[name] = 12, wide, {"reduction": "none"}, name
     cases["float32"] = 258, torch.float32, {}, ""
     cases["reference"] = 258, torch.float32, {"backend": "reference"}, ""
     cases["far from 0"] = 12, torch.float32, {"reduction": "none"}, "far"
@@ -178,6 +180,12 @@ def vocabulary_case(name: str, distribute) -> list[torch.Tensor]:
     if special == "forbidden":
         bias[: len(bias) // 2 + 1] = -torch.inf  # all that the first rank has
         batch = dataclasses.replace(batch, labels=batch.labels.masked_fill(batch.labels >= 0, 9))
+    if special == "forbidden label":
+        bias[batch.labels.max()] = -torch.inf
+    if special == "all forbidden":
+        bias[:] = -torch.inf
+    if special == "infinite":
+        bias[2] = torch.inf
     if special == "far":  # whole numbers, which float32 has exactly
         hidden, weight, bias = (1000 * hidden).round(), weight.round(), 0 * bias
     if special == "ignored":

@@ -297,7 +297,7 @@ def test_ignored_rows(backend, dtype, poisoned_memory):
 
 
 @pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
-def test_bad_labels_have_no_one_hot(backend, dtype):
+def test_labels_outside_have_no_one_hot(backend, dtype):
     device = device_of(backend)
     logits, _, _, weight = softmax_problem(len(BAD_LABELS), 5, dtype)
     labels, moved = torch.tensor(BAD_LABELS).to(device), logits.clone().to(device)

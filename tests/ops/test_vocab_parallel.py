@@ -22,10 +22,13 @@ def test_equals_the_whole_head(sharded, name, one_thread):
     for found in sharded:
         for got, expected in zip(found[name], whole, strict=True):
             assert got.dtype == expected.dtype
-            assert_near(got, expected.double(), 3 * TOLERANCE[dtype])
+            if expected.isfinite().all():
+                assert_near(got, expected.double(), 3 * TOLERANCE[dtype])
+            else:
+                torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 def test_ranks_agree_bit_for_bit(sharded):
     for name, found in sharded[0].items():
         for got, of_other in zip(found, sharded[1][name], strict=True):
-            assert torch.equal(got, of_other)
+            assert torch.equal(got.nan_to_num(7), of_other.nan_to_num(7))
