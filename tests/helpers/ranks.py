@@ -160,6 +160,8 @@ def vocabulary_cases() -> dict:
         cases[name] = 12, wide, {"reduction": "none"}, name
     cases["float32"] = 258, torch.float32, {}, ""
     cases["reference"] = 258, torch.float32, {"backend": "reference"}, ""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        cases["triton"] = 258, torch.float32, {"backend": "triton"}, ""
     cases["far from 0"] = 12, torch.float32, {"reduction": "none"}, "far"
     cases["bfloat16"] = 258, narrow, {}, ""
     cases["autocast"] = 258, torch.float32, {}, "autocast"

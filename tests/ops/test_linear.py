@@ -247,6 +247,18 @@ def test_add_product(dtype, monkeypatch):
             assert error < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_add_product_on_a_gpu(dtype):
+    """Also to a matrix with gaps behind its rows, as logits have."""
+    memory = torch.randn(3, 96, 320, device="cuda").to(dtype)
+    parts = [(x[:, :300].t(), torch.randn(96, 64, device="cuda").to(dtype)) for x in memory]
+    exact = sum(a.double() @ b.double() for a, b in parts)
+    got = sum_of_products(parts, torch.full((300, 64), torch.nan, device="cuda"))
+    error = float((got - exact).abs().max() / exact.abs().max())
+    assert error < (1e-5 if linear._gemm_adds_in_float32(got.device) else 2e-2)
+
+
 def test_which_gemm_adds_in_float32(monkeypatch):
     for has in (False, True):
         monkeypatch.setattr(linear, "_HAS_FLOAT32_SUMS", has)

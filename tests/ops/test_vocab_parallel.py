@@ -6,7 +6,11 @@ import torch
 from tests.helpers.losses import TOLERANCE, assert_near
 from tests.helpers.ranks import run, vocabulary_case, vocabulary_cases
 
-pytestmark = pytest.mark.seconds
+pytestmark = [
+    pytest.mark.seconds,
+    # In Triton's interpreter, of what a GPU computes in silence.
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+]
 
 
 @pytest.fixture(scope="module")
