@@ -131,7 +131,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         else:
             total.addmm_(a, b)
     elif total.dtype == torch.float32 and _gemm_adds_in_float32(a.device):
-        # By overload: to torch.mm and older type stubs, `out_dtype` is unknown.
+        # By overload: type stubs do not know `out_dtype`.
         if first:
             torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
         else:

@@ -3,7 +3,7 @@
 The first pass is an online softmax (Milakov, Gimelshein, "Online normalizer calculation for
 softmax", 2018, arXiv:1805.02867) with a maximum and a sum for each vector of 16 bytes, so that the
 loop neither shuffles nor waits for other warps. The second writes the gradient over the logits,
-from the end of the row to its beginning: what was read last is still on the chip.
+from the end of the row to its beginning: what was read last is in the cache.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from nar_kernels.ops.kernels.launcher import Launcher
 
 # Logits of a block for each warp: 16 bytes a lane in bfloat16.
 _OF_A_WARP = 256
-# With 32 registers a thread, two rows are in flight on a multiprocessor, whatever their length: all
-# of them fit into the L2 cache of an H100, so memory is read once.
+# With 32 registers a thread, two rows are in flight on a multiprocessor: few enough for the caches
+# to hold them until the second pass.
 _MAX_WARPS = 32
 # A program has a fixed cost for each warp, and half a block of padding.
 _ENOUGH_BLOCKS = 4
