@@ -142,8 +142,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total += a @ b
 
 
-# From 2.10 on, PyTorch takes a float32 matrix to add to (pytorch/pytorch#167931).
-_HAS_FLOAT32_SUMS = torch.version.cuda is not None and TorchVersion(torch.__version__) >= "2.10"
+# PyTorch takes a float32 matrix to add to since pytorch/pytorch#167931, which 2.11 surely has.
+_HAS_FLOAT32_SUMS = torch.version.cuda is not None and TorchVersion(torch.__version__) >= "2.11"
 
 
 def _gemm_adds_in_float32(device: torch.device) -> bool:
