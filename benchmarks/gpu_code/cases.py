@@ -227,6 +227,8 @@ OPTIONAL = {"starts", "sample_ids", "step", "maskable", "never_mask", "seed_tens
 NLL_CASES: list[tuple[str, dict[str, str], int, bool]] = [
     ("bf16, V 50258", {"logits": "*bf16", "weight": "*fp32"}, 50258, True),
     ("fp32, V 50258, bias", {"logits": "*fp32", "weight": "*fp32", "bias": "*fp32"}, 50258, True),
+    ("bf16, V 50304, bias", {"logits": "*bf16", "weight": "*fp32", "bias": "*fp32"}, 50304, True),
+    ("bf16, V 128256", {"logits": "*bf16", "weight": "*fp32"}, 128256, True),
     ("bf16, V 257", {"logits": "*bf16", "weight": "*fp32"}, 257, True),
     ("bf16, V 50258, no gradient", {"logits": "*bf16"}, 50258, False),
 ]
@@ -278,18 +280,32 @@ def _triton_corrupt() -> list[TritonCase]:
     return cases
 
 
-def _triton_nll() -> list[TritonCase]:
-    return [
-        TritonCase(
-            f"nll, {name}",
-            nll.nll_kernel,
-            NLL_TYPES | given,
-            nll.launch_options(vocabulary, gradient),
-            ("stride", "width"),
-            None,
-        )
-        for name, given, vocabulary, gradient in NLL_CASES
+def _nll_work(options: dict, logits: str, vocabulary: int, gradient: bool) -> Work:
+    """A program is a row, read from memory once and written once."""
+
+    def nll_py(*headers: str) -> Region:
+        return Region("kernels/nll.py", headers)
+
+    whole_blocks = (vocabulary - 1) // options["BLOCK"]
+    weights = [
+        Weight(0, nll_py("def nll_kernel(", "if (scale == 0)")),
+        Weight(whole_blocks, nll_py("def nll_kernel(", "for first in range(0, last")),
+        Weight(whole_blocks, nll_py("def nll_kernel(", "for done in range(0, last")),
     ]
+    num_bytes = {"*bf16": 2, "*fp32": 4}[logits]
+    return Work("logit", vocabulary, options["num_warps"], num_bytes * (1 + gradient), weights)
+
+
+def _triton_nll() -> list[TritonCase]:
+    cases = []
+    for name, given, vocabulary, gradient in NLL_CASES:
+        options = nll.launch_options(vocabulary, gradient)
+        work = _nll_work(options, given["logits"], vocabulary, gradient)
+        aligned = "stride", "width"
+        cases.append(
+            TritonCase(f"nll, {name}", nll.nll_kernel, NLL_TYPES | given, options, aligned, work)
+        )
+    return cases
 
 
 def _triton_unmask() -> list[TritonCase]:

@@ -27,8 +27,8 @@ def library():
     library.set_num_processors(132)
 
 
-# Of a device with so many processors a batch of 9 takes another shape: a warp with one tile, with up
-# to four, with up to eight; several rows a block; several warps a row; none held.
+# The shape of a batch of 9 depends on the processors of the device: warps with one tile, with up to
+# four, with up to eight; several rows a block; several warps a row; none held.
 SHAPES = [
     *((length, 132) for length in (100, 500, 1500, 3000, 9000, 17000)),
     *((length, 1) for length in (300, 2000)),
