@@ -133,7 +133,7 @@ def test_a_launch_that_fails_says_why():
     assert "sm_90" in architectures
     assert launch.startswith("RuntimeError cudaSetDevice failed: cudaError")
     assert "driver" in launch or "device" in launch
-    assert count == "ValueError there are 24 arguments, but this build takes 25"
+    assert count == "ValueError there are 28 arguments, but this build takes 29"
     assert kind == "AttributeError 'str' object has no attribute 'data_ptr'"
 
 
