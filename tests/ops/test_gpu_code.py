@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.seconds
 LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
-COUNTS = ROOT / "benchmarks/results/gpu_code_sm90.json"
+COUNTS = ROOT / "benchmarks/gpu_code/sm90.json"
 KERNELS = ["corrupt", "nll", "unmask"]
 needs_library = pytest.mark.skipif(
     LIBRARY is None, reason="nar_kernels._cuda is not built: no nvcc"
@@ -80,7 +80,7 @@ def test_a_block_fits_into_the_register_file(rows):
 
 def test_instructions_are_those_of_the_committed_table(rows, request):
     """A change that costs or saves instructions shows: `python -m benchmarks.gpu_code
-    --architectures 90 --json benchmarks/results/gpu_code_sm90.json`."""
+    --architectures 90 --json benchmarks/gpu_code/sm90.json`."""
     installed = importlib.metadata.version("triton")
     if request.node.callspec.params["rows"] != ("installed", 90) or installed[:3] != "3.9":
         pytest.skip("the table is that of sm_90 and Triton 3.9")
