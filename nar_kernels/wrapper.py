@@ -411,7 +411,7 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Tensor:
         """Binary cross-entropy of the critic on sampled ids being wrong: mean over the positions
         whose clean id is known (label not set to -100)."""
-        rows, clean = corrupted.masked_rows, corrupted.clean_ids
+        rows, clean = corrupted.masked_rows.to(torch.int64), corrupted.clean_ids
         rank, world_size = distributed.rank(), distributed.world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
@@ -635,6 +635,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
 def _has_clean_id(corrupted: Corrupted) -> Tensor:
     """bool ``[B, L]``: where the clean id is known, its label not having been set to -100."""
+    corrupted.need("labels", "masked_indices")
     return ~(corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX))
 
 

@@ -4,7 +4,7 @@ Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -17,8 +17,8 @@ from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import corrupt_step
-from nar_kernels.ops.corrupted import Corrupted, check_record
+from nar_kernels.ops.corrupt import Wanted, corrupt_step
+from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.windows import permute
 from nar_kernels.spec.philox import Stream
@@ -96,6 +96,9 @@ class MaskedLoader:
         shuffle: if false, slot g is window ``g % N``.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
+        outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
+        reuse_batch: each batch takes over the memory of the one before, which saves a training loop
+            on the CPU allocations and cache: keep no batch, nor a view of one.
 
     Attributes:
         step: the step that iteration yields next.
@@ -119,6 +122,9 @@ class MaskedLoader:
         shuffle: bool = True,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
+        outputs: Collection[Output] = OUTPUTS,
+        ids_dtype: torch.dtype = torch.int64,
+        reuse_batch: bool = False,
     ) -> None:
         batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
@@ -138,6 +144,9 @@ class MaskedLoader:
         self.device = check_device(device)
         self._compute_device = self.device if self.device.type == "cuda" else torch.device("cpu")
         self.backend = resolve_backend(backend, self._compute_device)
+        self._wanted = Wanted.of(outputs, ids_dtype)
+        self.reuse_batch = bool(reuse_batch)
+        self._last_batch: Corrupted | None = None
         self.step = 0
         self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, self.shuffle)
         self._deferred_check = DeferredCheck()
@@ -177,6 +186,7 @@ class MaskedLoader:
         # this loader.
         for name in ("_tokens", "_stager", "_deferred_check"):
             del state[name]
+        state["_last_batch"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -258,8 +268,12 @@ class MaskedLoader:
             seq_len=self.dataset.seq_len,
             seed=self.seed,
             device=self._compute_device,
+            wanted=self._wanted,
+            out=self._last_batch,
             backend=self.backend,
         )
+        if self.reuse_batch:
+            self._last_batch = corrupted
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))

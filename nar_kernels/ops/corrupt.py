@@ -3,13 +3,16 @@
 Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
 """
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
-from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
 from nar_kernels.ops.dispatch import host_address, needs_dispatcher, on_device, register
 from nar_kernels.ops.masking import NUM_INVALID, MaskingConfig
 from nar_kernels.ops.reference import corrupt_ref
@@ -79,6 +82,36 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
     return scalar
 
 
+# Places of labels, masked_indices and the row buffer among the outputs.
+_OPTIONAL = (1, 2, 7)
+
+
+class Wanted(NamedTuple):
+    """What a batch is made of: the last fields of :class:`CorruptArgs`."""
+
+    narrow: bool = False
+    labels: bool = True
+    masked_indices: bool = True
+    masked_rows: bool = True
+
+    @classmethod
+    def of(cls, outputs: Collection[Output], ids_dtype: torch.dtype) -> "Wanted":
+        """
+        Raises:
+            ValueError: an unknown output, or another dtype than int64 and int32.
+        """
+        unknown = [name for name in outputs if name not in OUTPUTS]
+        if unknown or isinstance(outputs, str):
+            names = ", ".join(map(repr, OUTPUTS))
+            raise ValueError(f"outputs is {outputs!r}: it must be some of {names}, in a tuple")
+        if ids_dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids_dtype is {ids_dtype}: it must be torch.int64 or torch.int32")
+        return cls(ids_dtype == torch.int32, *(name in outputs for name in OUTPUTS))
+
+
+EVERYTHING = Wanted()
+
+
 def corrupt(
     tokens: Tensor,
     masking: MaskingConfig,
@@ -89,6 +122,9 @@ def corrupt(
     sample_ids: Tensor | None = None,
     global_batch: int | None = None,
     maskable: Tensor | None = None,
+    outputs: Collection[Output] = OUTPUTS,
+    ids_dtype: torch.dtype = torch.int64,
+    out: Corrupted | None = None,
     source: str = "tokens",
     backend: str = "auto",
 ) -> Corrupted:
@@ -113,11 +149,17 @@ def corrupt(
             Default: ``0 .. B - 1``. The slot picks the noise, so do not reuse slots under one seed.
         global_batch: how many consecutive slots share one stratification of times. Default: B.
         maskable: bool ``[B, L]``, positions that may be masked. Default: all.
+        outputs: what to write beside ``input_ids`` and one number a sample, which is most of the
+            time of a batch: any of ``"labels"``, ``"masked_indices"`` and ``"masked_rows"``. What
+            is left out is None. :func:`masked_nll` needs the first and the last.
+        ids_dtype: of ``input_ids``, ``labels`` and ``masked_rows``. int32 halves what is written;
+            embeddings and indices may be int32, targets of ``F.cross_entropy`` may not.
+        out: a batch of the same shape, dtype and outputs, whose memory the result takes over.
         source: what errors call the flat corpus, such as its path.
         backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
 
     Returns:
-        A :class:`Corrupted`. ``input_ids`` and ``labels`` are int64.
+        A :class:`Corrupted`.
 
     Raises:
         InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
@@ -159,6 +201,8 @@ def corrupt(
         sample_ids=sample_ids,
         maskable=maskable,
         global_batch=global_batch,
+        wanted=Wanted.of(outputs, ids_dtype),
+        out=out,
     )
     if device.type == "cpu" and not torch.compiler.is_compiling():
         corrupted.raise_if_invalid(None if starts is None else source)
@@ -177,6 +221,8 @@ def corrupt_step(
     seq_len: int,
     seed: int | Tensor,
     device: torch.device,
+    wanted: Wanted = EVERYTHING,
+    out: Corrupted | None = None,
     backend: str = "auto",
 ) -> Corrupted:
     """``corrupt`` for one rank's part of a step: the kernel computes slots and windows itself.
@@ -207,6 +253,8 @@ def corrupt_step(
         first_sample=first_sample,
         step=step_tensor,
         global_batch=global_batch,
+        wanted=wanted,
+        out=out,
         **({} if order is None else order._asdict()),
     )
 
@@ -221,6 +269,8 @@ def _corrupt(
     batch: int,
     seq_len: int,
     global_batch: int,
+    wanted: Wanted,
+    out: Corrupted | None,
     starts: Tensor | None = None,
     sample_ids: Tensor | None = None,
     first_sample: int = 0,
@@ -235,6 +285,11 @@ def _corrupt(
     if isinstance(seed, Tensor):
         seed_tensor = _check_scalar("seed", seed, device)
         seed = 0
+    if wanted.narrow and batch * seq_len >= 1 << 31:
+        raise ValueError(
+            f"ids_dtype is torch.int32, but a batch of {batch} x {seq_len} positions has indices "
+            "that do not fit: use torch.int64"
+        )
     arguments = CorruptArgs(
         tokens,
         starts,
@@ -257,17 +312,44 @@ def _corrupt(
         masking.exact,
         masking.stratified,
         *masking.shares,
-        narrow=False,
-        labels=True,
-        masked_indices=True,
-        masked_rows=True,
+        *wanted,
     )
     backend = resolve_backend(backend, device)
     if backend == "reference" and tokens.device != device:
         raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
-    outputs = run_corrupt(arguments, backend)
+    memory = None if out is None else _memory_of(out, arguments, device)
+    outputs: list[Tensor | None] = [*run_corrupt(arguments, backend, memory)]
+    for i, is_wanted in zip(_OPTIONAL, wanted[1:], strict=True):
+        if not is_wanted:
+            outputs[i] = None
     counts = count_on_host(arguments, masking) if device.type == "cuda" else None
     return Corrupted(*outputs, masking, counts)  # type: ignore[call-arg, arg-type]
+
+
+def _memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors of a batch, if it can take the outputs of ``a``."""
+    tensors = (
+        batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
+        batch.num_masked, batch.num_maskable, batch.row_buffer,
+    )  # fmt: skip
+    shape = a.batch, a.seq_len
+    shapes = [shape, shape, shape, *[shape[:1]] * 4, (a.batch * a.seq_len,)]
+    has = [*[True] * 8]
+    for i, is_wanted in zip(_OPTIONAL, (a.labels, a.masked_indices, a.masked_rows), strict=True):
+        has[i] = is_wanted
+    dtype = torch.int32 if a.narrow else torch.int64
+    fits = batch.input_ids.dtype == dtype and all(
+        (x is not None) == is_wanted
+        and (x is None or (x.shape == of and x.device == device and x.is_contiguous()))
+        for x, of, is_wanted in zip(tensors, shapes, has, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
+            f"{list(shape)} and {dtype} on {device}, made with the same outputs"
+        )
+    nothing = batch.input_ids.new_empty(0)
+    return tuple(nothing if x is None else x for x in tensors)
 
 
 def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
@@ -310,10 +392,27 @@ def _empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
 
-def _corrupt_cpp(a: CorruptArgs) -> tuple[Tensor, ...]:
+Memory = tuple[Tensor, ...] | None  # of the outputs, to be written again
+
+
+def _moved(outputs: tuple[Tensor, ...], memory: Memory) -> tuple[Tensor, ...]:
+    """Outputs whose kernel could not write to ``memory`` itself."""
+    if memory is None:
+        return outputs
+    *made, invalid = outputs
+    for to, value in zip(memory, made, strict=True):
+        to.copy_(value)
+    return *memory, invalid
+
+
+def _corrupt_ref(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
+    return _moved(corrupt_ref(a), memory)
+
+
+def _corrupt_cpp(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     assert cpp is not None
     invalid = torch.empty(NUM_INVALID, dtype=torch.int64, device="cpu")
-    outputs = (*_empty_outputs(a, invalid.device), invalid)
+    outputs = (*(memory or _empty_outputs(a, invalid.device)), invalid)
     token_type, num_tokens = DTYPE_CODE[a.tokens.dtype], a.tokens.numel()
     cpp.corrupt(a, outputs, token_type, num_tokens, torch.get_num_threads())
     return outputs
@@ -327,11 +426,11 @@ def _public_raw_stream(device: int) -> int:
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 
 
-def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
+def _corrupt_cuda(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     assert cuda is not None
     device = a.ratio_table.device
     workspace = torch.empty(cuda.workspace_size(a.batch), dtype=torch.int64, device=device)
-    outputs = (*_empty_outputs(a, device), workspace)
+    outputs = (*(memory or _empty_outputs(a, device)), workspace)
     where = (0, 0)
     if device.type == "cuda":
         where = device.index, _raw_stream(device.index)
@@ -339,26 +438,26 @@ def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
     return *outputs[:-1], workspace[:NUM_INVALID]
 
 
-def _corrupt_triton(a: CorruptArgs) -> tuple[Tensor, ...]:
+def _corrupt_triton(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     from nar_kernels.ops.kernels.corrupt import corrupt_triton, workspace_size
 
     device = a.ratio_table.device
-    outputs = _empty_outputs(a, device)
+    outputs = memory or _empty_outputs(a, device)
     workspace = torch.zeros(workspace_size(a.batch), dtype=torch.int64, device=device)
     corrupt_triton((*outputs, workspace), a)
     return *outputs, workspace[:NUM_INVALID]
 
 
 _CORRUPT = {
-    "reference": corrupt_ref,
+    "reference": _corrupt_ref,
     "cpp": _corrupt_cpp,
     "triton": _corrupt_triton,
     "cuda": _corrupt_cuda,
 }
 
 
-def _launch_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
-    return on_device(a.ratio_table, _CORRUPT[backend], a)
+def _launch_corrupt(a: CorruptArgs, backend: str, memory: Memory = None) -> tuple[Tensor, ...]:
+    return on_device(a.ratio_table, _CORRUPT[backend], a, memory)
 
 
 def _corrupt_fake(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
@@ -370,8 +469,8 @@ def _corrupt_fake(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
 register("corrupt", CorruptArgs, f"({', '.join(['Tensor'] * 9)})", _launch_corrupt, _corrupt_fake)
 
 
-def run_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
-    """The tensors of :class:`Corrupted`."""
+def run_corrupt(a: CorruptArgs, backend: str, memory: Memory = None) -> tuple[Tensor, ...]:
+    """The tensors of :class:`Corrupted`, in ``memory`` if that is given."""
     if needs_dispatcher(a.tokens, a.maskable):
-        return torch.ops.nar_kernels.corrupt.default(*a, backend)
-    return _launch_corrupt(a, backend)
+        return _moved(torch.ops.nar_kernels.corrupt.default(*a, backend), memory)
+    return _launch_corrupt(a, backend, memory)

@@ -5,7 +5,7 @@ Shapes: B batch, L sequence length, R masked rows of a batch.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ def check_record(
         )
 
 
+# What may be left out of a batch.
+Output = Literal["labels", "masked_indices", "masked_rows"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
+_FIELD_OF = {"labels": "labels", "masked_indices": "masked_indices", "masked_rows": "row_buffer"}
+
 # Fields with one entry per sample.
 _PER_SAMPLE = (
     "input_ids",
@@ -49,6 +54,10 @@ _PER_SAMPLE = (
     "num_masked",
     "num_maskable",
 )
+
+
+def _unless_none(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Any:
+    return None if x is None else function(x)
 
 
 def _sample_indices(index: Any, size: int) -> Tensor:
@@ -87,8 +96,9 @@ class Corrupted:
     number of workers.
 
     Attributes:
-        input_ids: int64 ``[B, L]``, the input of the net.
-        labels: int64 ``[B, L]``, the clean id at masked positions, -100 elsewhere.
+        input_ids: int64 or int32 ``[B, L]``, the input of the net.
+        labels: of the same dtype, ``[B, L]``, the clean id at masked positions, -100 elsewhere.
+            This and the next may be missing: None where ``outputs`` of ``corrupt`` left them out.
         masked_indices: bool ``[B, L]``, the positions to predict. Their input is ``mask_id``, the
             token itself or a random one, depending on ``masking``.
         times: float32 ``[B]`` in (0, 1).
@@ -96,9 +106,9 @@ class Corrupted:
             over the masked positions of a sample is in nats per token.
         num_masked: int64 ``[B]``, number of masked positions per sample.
         num_maskable: int64 ``[B]``, number of positions per sample that could have been masked.
-        row_buffer: int64 ``[B * L]``; the first R entries are ``masked_rows``, the rest is
-            undefined: the operator's shapes do not depend on data. Parts of a batch have the R
-            entries only.
+        row_buffer: of the dtype of ``input_ids``, ``[B * L]``; the first R entries are
+            ``masked_rows``, the rest is undefined: the operator's shapes do not depend on data.
+            Parts of a batch have the R entries only. None where ``masked_rows`` is left out.
         invalid: int64 ``[5]``: number of bad ids, lowest offset of one, its value; number of
             windows outside the corpus; number of negative sample slots. Bad ids are replaced by a
             valid one, so that embedding lookups stay in bounds, bad windows by the first of the
@@ -124,19 +134,30 @@ class Corrupted:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def need(self, *outputs: Output) -> None:
+        """Raises ValueError where one of these outputs is missing."""
+        for name in outputs:
+            if getattr(self, _FIELD_OF[name]) is None:
+                raise ValueError(
+                    f"the batch has no {name}, which this needs: make it with outputs=... that "
+                    f"include {name!r}"
+                )
+
     @property
     def masked_rows(self) -> Tensor:
-        """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
+        """``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
 
         Synchronises with the device, unless R is known on the host: with the C++ extension, for
         batches with nothing excluded whose seed, slots and step are numbers.
         """
+        self.need("masked_rows")
         counts = self.num_masked if self.host_counts is None else self.host_counts
         return self.row_buffer[: int(counts.sum())]
 
     @property
     def clean_ids(self) -> Tensor:
-        """int64 ``[B, L]``: the windows before corruption, or -100 where a label was set to it."""
+        """``[B, L]``: the windows before corruption, or -100 where a label was set to it."""
+        self.need("labels", "masked_indices")
         return torch.where(self.masked_indices, self.labels, self.input_ids)
 
     def raise_if_invalid(self, source: str | None = None) -> None:
@@ -185,17 +206,23 @@ class Corrupted:
                 counts = self.num_masked if self.host_counts is None else self.host_counts
                 first, last = int(counts[:start].sum()), int(counts[:stop].sum())
                 part = self._select(slice(start, stop))
-                part.row_buffer = self.row_buffer[first:last] - start * length
+                if part.row_buffer is not None:
+                    part.row_buffer = part.row_buffer[first:last] - start * length
                 return part
             index = list(samples)
         part = self._select(_sample_indices(index, size))
-        part.row_buffer = part.masked_indices.flatten().nonzero().flatten()
+        if part.row_buffer is not None:
+            part.need("masked_indices")
+            rows = part.masked_indices.flatten().nonzero().flatten()
+            part.row_buffer = rows.to(part.row_buffer.dtype)
         return part
 
     def _select(self, index: slice | Tensor) -> "Corrupted":
         """Selects samples; ``row_buffer`` is still that of the whole batch."""
         counts = None if self.host_counts is None else self.host_counts[index]
-        tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SAMPLE}
+        tensors = {
+            name: _unless_none(lambda x: x[index], getattr(self, name)) for name in _PER_SAMPLE
+        }
         return replace(self, **tensors, host_counts=counts)
 
     @classmethod
@@ -205,7 +232,7 @@ class Corrupted:
         Synchronises with the device if ``masked_rows`` of one of them does.
 
         Raises:
-            ValueError: no batches, or they differ in L, device or masking.
+            ValueError: no batches, or they differ in L, device, dtype, outputs or masking.
         """
         batches = list(batches)
         other = next((b for b in batches if not batches[0]._is_compatible(b)), None)
@@ -213,14 +240,16 @@ class Corrupted:
             kinds = [(b, b.masking) for b in (*batches[:1], other) if b is not None]
             what = " and ".join(map(str, kinds)) or "no batches"
             raise ValueError(
-                f"cat got {what}: it takes at least one, all of the same seq_len, device and "
-                "masking"
+                f"cat got {what}: it takes at least one, all of the same seq_len, device, dtype, "
+                "outputs and masking"
             )
         tensors: dict[str, Any] = {
-            name: torch.cat([getattr(b, name) for b in batches]) for name in _PER_SAMPLE
+            name: None if getattr(batches[0], name) is None else torch.cat(parts)
+            for name in _PER_SAMPLE
+            if (parts := [getattr(b, name) for b in batches])
         }
         rows, num_rows = [], 0
-        for batch in batches:
+        for batch in batches if batches[0].row_buffer is not None else ():
             rows.append(batch.masked_rows + num_rows)
             num_rows += batch.input_ids.numel()
         records = torch.stack([batch.invalid for batch in batches])
@@ -231,14 +260,20 @@ class Corrupted:
         return replace(
             batches[0],
             **tensors,
-            row_buffer=torch.cat(rows),
+            row_buffer=torch.cat(rows) if rows else None,  # type: ignore[arg-type]
             invalid=invalid,
             host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
         )
 
     def _is_compatible(self, other: "Corrupted") -> bool:
-        places = [(b.input_ids.shape[1], b.input_ids.device) for b in (self, other)]
-        return places[0] == places[1] and self.masking.masks_like(other.masking)
+        kinds = [
+            (b.input_ids.shape[1], b.input_ids.device, b.input_ids.dtype, b._missing())
+            for b in (self, other)
+        ]
+        return kinds[0] == kinds[1] and self.masking.masks_like(other.masking)
+
+    def _missing(self) -> list[str]:
+        return [name for name in _FIELD_OF.values() if getattr(self, name) is None]
 
     def microbatches(self, size: int) -> Iterator["Corrupted"]:
         """Consecutive microbatches of at most ``size`` samples, for gradient accumulation.
@@ -269,12 +304,13 @@ class Corrupted:
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """Applies ``function`` to all tensors on the device."""
         names = (f.name for f in fields(self) if f.name not in ("masking", "host_counts"))
-        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        tensors = {name: _unless_none(function, getattr(self, name)) for name in names}
         return replace(self, **tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         # Entries after the masked rows are undefined.
-        state = vars(self) | {"row_buffer": self.masked_rows}
+        rows = None if self.row_buffer is None else self.masked_rows
+        state = vars(self) | {"row_buffer": rows}
         return {name: _compact(value) for name, value in state.items()}
 
     def __copy__(self) -> "Corrupted":

@@ -196,6 +196,7 @@ def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
 def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
     """int64 scalar on the device: how many positions are maskable (``"nelbo"``) or masked, without
     those whose label was set to -100."""
+    corrupted.need("labels", "masked_indices")
     is_ignored = corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX)
     return _count(corrupted, reduction, is_ignored.sum())
 
@@ -206,7 +207,7 @@ def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor
 
 
 def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
-    """``masked_rows`` and the labels there, int64 ``[R]`` both."""
+    """``masked_rows`` and the labels there, ``[R]`` both; labels are int64."""
     rows, labels = corrupted.masked_rows, corrupted.labels.reshape(-1)
     return rows, labels.index_select(0, rows).to(torch.int64)
 
@@ -236,6 +237,7 @@ def _check(
     normalizer: float | Tensor | None,
 ) -> None:
     _check_reduction(corrupted, reduction, normalizer)
+    corrupted.need("labels", "masked_rows")
     labels, shape = corrupted.labels, tuple(corrupted.input_ids.shape)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != shape:
         what = f"{labels.dtype} {list(labels.shape)}"
