@@ -12,6 +12,8 @@ from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.dispatch import check_on_host, needs_dispatcher, on_device, register
 from nar_kernels.ops.reference import choose_ref
 
+CHOOSE_BACKENDS = ("reference", "cpp", "triton")
+
 
 def _choose_outputs(a: ChooseArgs) -> tuple[Tensor, Tensor]:
     return a.rows.new_empty(a.rows.shape[0] - a.num_left), a.rows.new_empty(a.num_left)

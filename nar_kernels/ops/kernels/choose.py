@@ -1,4 +1,4 @@
-"""``choose`` on the GPU: one program per sequence. Keys are computed once and searched from memory."""
+"""``choose`` on the GPU: one program per sequence, which stores its keys and searches them."""
 
 from typing import Any, NamedTuple
 
