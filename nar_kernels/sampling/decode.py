@@ -146,9 +146,8 @@ def _on_device(
 ) -> tuple[Candidates, list[tuple[int, float, Counts]]]:
     """The first candidates of a block, and of each step the number, the annealing and how many
     positions stay masked at most."""
-    counts, *left = Counts.of(
-        torch.stack([block.counts, *(step.left for step in block.steps)]).numpy(), device
-    )
+    of_all = [block.counts.numpy(), *(step.left.numpy() for step in block.steps)]
+    counts, *left = Counts.of(np.stack(of_all), device)
     steps = [(step.number, step.annealing, n) for step, n in zip(block.steps, left, strict=True)]
     return Candidates(block.rows.to(device, non_blocking=True), counts), steps
 
@@ -263,12 +262,12 @@ class DeferredNanCheck:
     def check(self) -> None:
         """Raises InvalidLogitsError if any NaN was recorded. Synchronises with the device."""
         for what, first in self._first.items():
-            step, row = divmod(int(first), 1 << 40)
+            step, row = divmod(first.item(), 1 << 40)
             if step < 1 << 22:
                 raise InvalidLogitsError(
                     f"the {what} are NaN in step {step + 1} of {self._num_steps}, sequence "
-                    f"{row // self._length} of the batch: look for a NaN among the net's parameters (training "
-                    "that diverged) and arguments"
+                    f"{row // self._length} of the batch: look for a NaN among the net's "
+                    "parameters (training that diverged) and arguments"
                 )
         self._first.clear()
 
@@ -286,11 +285,16 @@ class SampledTokens(NamedTuple):
 
 def _is_nan_row(logits: Tensor, log_prob: Tensor, given: Tensor | None) -> Tensor | None:
     """bool ``[C]``: rows without a valid id because of NaN. (NaN beside valid logits is -inf.)"""
-    if log_prob.is_cpu and not (len(log_prob) and log_prob.amin().item() == -math.inf):
-        return None  # elsewhere that would be a sync
+    if log_prob.is_cpu:  # elsewhere reading a value would be a sync
+        if len(log_prob) == 0 or (given is None and log_prob.amin().item() > -math.inf):
+            return None
+        doubtful = logits[log_prob == -math.inf]
+        if len(doubtful) == 0 or not math.isnan(doubtful.amax().item()):
+            return None
     no_id = log_prob == -math.inf
     if given is not None:  # a given id may have probability 0 by itself
-        no_id &= (given < 0) | ~(logits > -math.inf).any(1)
+        has_id = (logits > -math.inf).any(1)
+        no_id &= (given < 0) | has_id.logical_not()
     return no_id & logits.amax(1).isnan()
 
 
@@ -332,13 +336,8 @@ def sample_tokens(
 
 
 def _concatenated(parts: list[SampledTokens]) -> SampledTokens:
-    tokens, log_prob, confidence = (torch.cat([part[i] for part in parts]) for i in range(3))
-    is_nan = None
-    if any(part.is_nan is not None for part in parts):
-        is_nan = torch.cat(
-            [
-                torch.zeros_like(own, dtype=torch.bool) if is_nan is None else is_nan
-                for _, own, _, is_nan in parts
-            ]
-        )
-    return SampledTokens(tokens, log_prob, confidence, is_nan)
+    tokens, log_prob, confidence = map(torch.cat, zip(*(p[:3] for p in parts), strict=True))
+    if all(part.is_nan is None for part in parts):
+        return SampledTokens(tokens, log_prob, confidence, None)
+    masks = (part.log_prob.isnan() if part.is_nan is None else part.is_nan for part in parts)
+    return SampledTokens(tokens, log_prob, confidence, torch.cat(list(masks)))
