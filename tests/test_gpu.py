@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import nar_kernels
-from nar_kernels import InvalidTokenError, MaskedLoader, MaskingConfig, TokenDataset
+from nar_kernels import (
+    InvalidTokenError,
+    MaskedLoader,
+    MaskingConfig,
+    PinnedMemoryError,
+    TokenDataset,
+)
+from nar_kernels.data.pinned import _forget_last_error, _register, pin_exactly
 from tests.helpers.batches import assert_same, clean_batch
 from tests.helpers.devices import no_waiting
 
@@ -120,6 +127,34 @@ def test_a_pinned_corpus(dtype, backend):
     expected = nar_kernels.corrupt(corpus, masking, starts=starts, **args)
     got = nar_kernels.corrupt(corpus, masking, starts=starts.cuda(), backend=backend, **args)
     assert_same(got.to("cpu"), expected)
+
+
+def test_an_exactly_pinned_corpus_is_unpinned_with_its_last_view():
+    device, masking = torch.device("cuda", 0), MaskingConfig(120, 119)
+    tokens = clean_batch(masking, 1, 3 * 2**20 + 5, torch.uint8)[0]
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    pinned = pin_exactly(tokens, device)
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) == before
+    assert pinned.is_pinned() and torch.equal(pinned, tokens)
+    args = dict(seed=3, seq_len=333)
+    starts = torch.tensor([0, 77, len(tokens) - 333])
+    got = nar_kernels.corrupt(pinned, masking, starts=starts.cuda(), **args)
+    assert_same(got.to("cpu"), nar_kernels.corrupt(tokens, masking, starts=starts, **args))
+    address, view = pinned.data_ptr(), pinned[5:]
+    del pinned
+    assert view.is_pinned()
+    del view
+    assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0  # it was done
+    _forget_last_error(device)
+
+
+def test_a_corpus_that_cannot_be_pinned():
+    """The error is ours, and PyTorch does not find it later."""
+    device = torch.device("cuda", 0)
+    pinned = pin_exactly(torch.zeros(5000, dtype=torch.int64), device)
+    with pytest.raises(PinnedMemoryError, match="cannot be pinned for the GPU, 40960 bytes"):
+        _register(pinned.numpy().view(np.uint8), device)  # a second time
+    assert torch.ones(3, device=device).sum() == 3
 
 
 def test_a_corpus_that_the_device_cannot_read():
