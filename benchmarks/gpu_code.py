@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nar_kernels.ops.arguments import CorruptArgs
-from nar_kernels.ops.kernels import corrupt, nll, unmask
+from nar_kernels.ops.arguments import ChooseArgs, CorruptArgs
+from nar_kernels.ops.kernels import choose, corrupt, nll, unmask
 
 ARCHITECTURES = [80, 90, 100]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -111,6 +111,21 @@ UNMASK_TYPES = {
     "top_k": "i32",
     "inverse_temperature": "fp32",
 }
+# Name, types of optional pointers, L, and differences from no noise and the highest first.
+CHOOSE_CASES: list[tuple[str, dict[str, str], int, dict]] = [
+    ("random, L 1024", {}, 1024, {}),
+    ("confidence, L 1024", {"score": "*fp32"}, 1024, {}),
+    ("noise, L 1024", {"score": "*fp32"}, 1024, {"noise_scale": 1.0}),
+    ("critic, L 65536", {"score": "*fp32"}, 65536, {"noise_scale": 1.0, "lowest_first": True}),
+]
+CHOOSE_TYPES = {
+    **dict.fromkeys(("kept", "left", "rows", "bounds", "left_bounds"), "*i64"),
+    **dict.fromkeys(("seed", "first_slot", "slot_stride"), "i64"),
+    **{"keys": "*i32", "length": "i32", "noise_scale": "fp32"},
+}
+CHOICE = ChooseArgs(**dict.fromkeys(ChooseArgs._fields))._replace(
+    by_position=False, lowest_first=False, noise_scale=0.0
+)
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
     seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
 )
@@ -220,6 +235,12 @@ def triton_rows(architectures: list[int]) -> list[dict]:
             types = UNMASK_TYPES | given
             kernel = unmask.unmask_kernel
             rows.append(triton_row(f"unmask, {name}", kernel, types, options, sm, aligned))
+    for name, given, length, changes in CHOOSE_CASES:
+        options = choose.launch_options(CHOICE._replace(length=length, **changes))
+        for sm in architectures:
+            types = CHOOSE_TYPES | given
+            kernel = choose.choose_kernel
+            rows.append(triton_row(f"choose, {name}", kernel, types, options, sm, ()))
     return rows
 
 
