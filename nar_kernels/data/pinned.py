@@ -74,7 +74,7 @@ def _forget_last_error(device: torch.device) -> None:
     """CUDA keeps the error of a failed call for whoever asks next, which is PyTorch after a launch:
     that raises it once."""
     with contextlib.suppress(RuntimeError):
-        torch.ones(1, device=device)
+        torch.ones(1, dtype=torch.float32, device=device)
 
 
 def _cannot_pin(size: int, why: str) -> PinnedMemoryError:
