@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.ops.unmask import LOGIT_DTYPES, unmask
+from nar_kernels.sampling.nans import DeferredNanCheck, is_nan_row, nan_mask
 from nar_kernels.sampling.plan import Block, Plan
 from nar_kernels.sampling.strategies import (
     Candidates,
@@ -128,7 +128,7 @@ def decode(
                 if remaining is None:
                     score = policy.score(buffer.ids, candidates.rows, sampled.confidence)
                     if policy.strategy == "critic":
-                        nans.record("critic's scores", _nan_mask(score), candidates.rows, done)
+                        nans.record("critic's scores", nan_mask(score), candidates.rows, done)
                     _, remaining = policy.choose(candidates, left, score, annealing, noise, backend)
                 if remask or not policy.order_is_fixed:  # else they are still masked
                     buffer.mask(remaining)
@@ -229,49 +229,6 @@ def _below_threshold(left: Counts, counts: Counts, log_prob: Tensor, threshold: 
     return Counts.of(np.minimum(left.of_sequence, most)[None], log_prob.device)[0]
 
 
-def _nan_mask(x: Tensor) -> Tensor | None:
-    """bool ``[R]``; None if there is no NaN, which is known without a sync on the CPU only."""
-    if x.is_cpu and not (len(x) and math.isnan(x.amax().item())):
-        return None
-    return x.isnan()
-
-
-class DeferredNanCheck:
-    """Finds the first NaN: at once on the CPU, elsewhere without a sync before :meth:`check`."""
-
-    def __init__(self, num_steps: int, length: int) -> None:
-        self._num_steps, self._length = num_steps, length
-        self._first: dict[str, Tensor] = {}
-
-    def record(self, what: str, is_nan: Tensor | None, rows: Tensor, step: int) -> None:
-        """Records the rows where ``is_nan``; on the CPU, raises at once.
-
-        Args:
-            what: names the values in the error message.
-            is_nan: bool ``[R]``; None for none.
-            rows: int64 ``[R]``, indices into the flat ``[B * L]``, below 2**40.
-        """
-        if is_nan is None or len(rows) == 0:
-            return
-        places = rows + (step << 40)  # by step, then by sequence
-        first = places.where(is_nan, 1 << 62).amin(0, keepdim=True)
-        self._first[what] = first.minimum(self._first.get(what, first))
-        if is_nan.is_cpu:
-            self.check()
-
-    def check(self) -> None:
-        """Raises InvalidLogitsError if any NaN was recorded. Synchronises with the device."""
-        for what, first in self._first.items():
-            step, row = divmod(first.item(), 1 << 40)
-            if step < 1 << 22:
-                raise InvalidLogitsError(
-                    f"the {what} are NaN in step {step + 1} of {self._num_steps}, sequence "
-                    f"{row // self._length} of the batch: look for a NaN among the net's "
-                    "parameters (training that diverged) and arguments"
-                )
-        self._first.clear()
-
-
 class SampledTokens(NamedTuple):
     """Result of :func:`sample_tokens`: the fields of ``Unmasked``, and ``is_nan``, bool ``[R]``:
     rows without a valid id because of NaN logits. None if there are none, as the CPU can tell.
@@ -281,21 +238,6 @@ class SampledTokens(NamedTuple):
     log_prob: Tensor
     confidence: Tensor
     is_nan: Tensor | None
-
-
-def _is_nan_row(logits: Tensor, log_prob: Tensor, given: Tensor | None) -> Tensor | None:
-    """bool ``[C]``: rows without a valid id because of NaN. (NaN beside valid logits is -inf.)"""
-    if log_prob.is_cpu:  # elsewhere reading a value would be a sync
-        if len(log_prob) == 0 or (given is None and log_prob.amin().item() > -math.inf):
-            return None
-        doubtful = logits[log_prob == -math.inf]
-        if len(doubtful) == 0 or not math.isnan(doubtful.amax().item()):
-            return None
-    no_id = log_prob == -math.inf
-    if given is not None:  # a given id may have probability 0 by itself
-        has_id = (logits > -math.inf).any(1)
-        no_id &= (given < 0) | has_id.logical_not()
-    return no_id & logits.amax(1).isnan()
 
 
 def _part(rows: Tensor, part: slice) -> Tensor:
@@ -325,7 +267,7 @@ def sample_tokens(
         for slots, own_parts in zip(draws, parts, strict=True):
             own_given = None if given is None else _part(given, part)
             unmasked = unmask(logits, noise_slots=_part(slots, part), given=own_given, **options)
-            is_nan = _is_nan_row(logits, unmasked.log_prob, own_given)
+            is_nan = is_nan_row(logits, unmasked.log_prob, own_given)
             own_parts.append(SampledTokens(*unmasked, is_nan))
     if first == 0:
         empty = noise_slots.new_empty(0, dtype=torch.float32)
