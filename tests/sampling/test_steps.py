@@ -178,7 +178,6 @@ def decoded(monkeypatch):
     fake.__exit__(None, None, None)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("options", ["plain", "prompts", "all"])
 @pytest.mark.parametrize("noise", [0.0, 4.5])
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "threshold"])
@@ -198,7 +197,6 @@ def test_steps_do_not_wait_for_the_device(strategy, noise, options, decoded):
             next(states)
 
 
-@pytest.mark.triton
 def test_threshold_waits_once_a_step(decoded):
     states, operations = decoded("threshold")
     next(states)
