@@ -10,6 +10,7 @@
 namespace nar {
 
 constexpr int64_t kIgnoreIndex = -100;
+constexpr uint64_t kProbabilityOne = uint64_t{1} << 31;  // of shares
 
 // Length of `invalid`: how many ids were bad, the lowest offset of one, its value; how many windows
 // reached outside the corpus; how many sample slots were negative.
@@ -42,7 +43,7 @@ struct CorruptArgs {
   const uint64_t* seed_tensor;  // [1], in place of seed, or null
   int64_t global_batch;
   bool exact, stratified;
-  uint64_t keep_share, random_share, coin_share;  // 2**31 stands for 1
+  uint64_t keep_share, random_share, coin_share;  // kProbabilityOne stands for 1
 
   // Outputs.
   int64_t* input_ids;       // [batch, seq_len]

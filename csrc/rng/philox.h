@@ -35,28 +35,41 @@ struct Words4 {
   uint32_t word[4];
 };
 
-NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, uint64_t seed) {
+struct RoundKeys {
+  uint32_t low[10], high[10];
+
+  NAR_HOST_DEVICE explicit RoundKeys(uint64_t seed) {
+    for (int round = 0; round < 10; ++round) {
+      low[round] = static_cast<uint32_t>(seed) + round * kPhiloxW0;
+      high[round] = static_cast<uint32_t>(seed >> 32) + round * kPhiloxW1;
+    }
+  }
+};
+
+NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, const RoundKeys& keys) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1];
   uint32_t c2 = counter.word[2], c3 = counter.word[3];
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
     const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.low[round];
     c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.high[round];
     c3 = static_cast<uint32_t>(p0);
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
   }
   return {{c0, c1, c2, c3}};
 }
 
 // The four words at positions 4 * block .. 4 * block + 3 of a sample.
-NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint64_t sample,
+NAR_HOST_DEVICE inline Words4 random_block(const RoundKeys& keys, uint32_t stream, uint64_t sample,
                                            uint32_t block) {
   return philox4x32(
-      {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, seed);
+      {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, keys);
+}
+
+NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint64_t sample,
+                                           uint32_t block) {
+  return random_block(RoundKeys(seed), stream, sample, block);
 }
 
 NAR_HOST_DEVICE inline uint32_t random_word(uint64_t seed, uint32_t stream, uint64_t sample,

@@ -82,10 +82,13 @@ class NllArgs(NamedTuple):
     """
 
     # [R, V], contiguous but for a gap behind each row, behind the last one too unless the memory
-    # ends there. With `gradient` they become `weight * (softmax - one_hot)`; otherwise they are
-    # undefined afterwards, as gaps always are. Rows at multiples of 64 bytes are the fastest.
+    # ends there. With `gradient` they become `weight * (softmax - one_hot)`; without it, but with a
+    # bias, they are undefined afterwards, as gaps always are. Rows at multiples of 64 bytes are
+    # the fastest.
     logits: Mutated
-    labels: Tensor  # int64 [R]; the loss of one outside [0, V) is NaN
+    # int64 [R]. The loss of one outside [0, V) is NaN, and its one-hot vector 0; where its weight
+    # is 0, though, loss and gradient are 0, and the logits are not read.
+    labels: Tensor
     bias: Tensor | None  # [V] of the type of the loss, is added to the logits
     weight: Tensor | None  # [R] of the type of the loss; None for 1
     gradient: bool

@@ -16,9 +16,23 @@ from torch.utils.checkpoint import checkpoint
 from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
+from nar_kernels.ops.linear import (
+    NLL_LIMITS,
+    TRAINING_LIMITS,
+    add_product,
+    chunk_size,
+    linear_chunks,
+    product_dtype,
+)
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES, run_nll
+from nar_kernels.ops.vocab_parallel import (
+    VocabularyShard,
+    is_dtensor,
+    local_head,
+    rows_of_a_shard,
+    shard_nll,
+)
 from nar_kernels.spec.schedules import NUM_TIMES
 
 Reduction = Literal["nelbo", "mean", "none"]
@@ -49,9 +63,15 @@ def masked_nll(
 
     Args:
         hidden: ``[B, L, D]``, any strides: float32, bfloat16, float16 or float64.
-        weight: ``[V, D]``; V is ``num_tokens``, or one less if ``mask_id`` is the last id.
+        weight: ``[V, D]``; V is ``num_tokens``, or one less if ``mask_id`` is the last id. A
+            ``DTensor`` sharded by rows (``Shard(0)``, also unevenly) over a mesh of one dimension
+            is a vocabulary-parallel head: each rank of the mesh computes the logits of its rows,
+            the loss is the same on all of them, the gradient of ``hidden`` is summed over them, and
+            that of ``weight`` is sharded as it is. All ranks must pass the same ``hidden`` and
+            ``corrupted``: a weight that FSDP2 has sharded over parts of a batch must be gathered
+            first.
         corrupted: the batch: its masked rows, labels and loss weights.
-        bias: ``[V]``, of any of these types.
+        bias: ``[V]``, of any of these types; sharded as ``weight`` is.
         reduction: ``"nelbo"`` is ``sum(loss_weight * nll) / num_maskable``, in expectation a bound
             on the negative log-likelihood in nats per token. ``"mean"`` is the mean over masked
             positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
@@ -76,19 +96,23 @@ def masked_nll(
     _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, product_dtype(hidden, weight)
     backend = _resolve(backend, device, dtype)
+    weight, bias, shard = local_head(weight, bias)
     rows, labels = masked_labels(corrupted)
-    labels, is_ignored = _without_ignored(labels)
+    is_ignored = _ignored(labels)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
     with torch.autocast(device.type, enabled=False):
         # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
             nothing = (False, False, False)
-            nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
+            nll, _ = _losses_and_gradients(
+                picked, weight, bias, labels, None, backend, shard, nothing
+            )
             return reduce_nll(_zero(nll, is_ignored), corrupted, reduction, normalizer)
         if reduction == "none":
-            return _zero(_PerRow.apply(picked, weight, bias, labels, backend), is_ignored)
+            nll = _PerRow.apply(picked, weight, bias, labels, backend, shard)
+            return _zero(nll, is_ignored)
         row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
-        total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
+        total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend, shard)
         if normalizer is None:
             num_ignored = 0 if is_ignored is None else is_ignored.sum()
             normalizer = _count(corrupted, reduction, num_ignored).clamp(min=1)
@@ -187,13 +211,11 @@ def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
     return rows, labels.index_select(0, rows).to(torch.int64)
 
 
-def _without_ignored(labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Labels ``[R]`` with 0 in place of -100, and a mask of those, bool ``[R]``; None where there
-    are none, as far as that is known without a sync."""
+def _ignored(labels: Tensor) -> Tensor | None:
+    """Which labels are -100, bool ``[R]``; None where there are none, as far as that is known
+    without a sync."""
     is_ignored = labels == IGNORE_INDEX
-    if labels.is_cpu and not is_ignored.any():
-        return labels, None
-    return labels.masked_fill(is_ignored, 0), is_ignored
+    return None if labels.is_cpu and not is_ignored.any() else is_ignored
 
 
 def _zero(values: Tensor, where: Tensor | None) -> Tensor:
@@ -261,6 +283,10 @@ def _weights_are_drawn(corrupted: Corrupted) -> bool:
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
+    if is_dtensor(hidden):
+        raise ValueError(
+            "hidden is a DTensor: pass the whole tensor on every rank, as hidden.full_tensor() is"
+        )
     widths = head_widths(corrupted.masking)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2] or weight.shape[0] not in widths:
         valid = " or ".join(f"[{width}, {hidden.shape[2]}]" for width in sorted(widths))
@@ -293,12 +319,14 @@ def _losses_and_gradients(
     labels: Tensor,
     row_weight: Tensor | None,
     backend: str,
+    shard: VocabularyShard | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Gradients]:
     """The loss of each row, unweighted, and the gradients of ``sum(row_weight * loss)`` with
     respect to those of ``hidden``, ``weight`` and ``bias`` that are ``wanted``.
 
-    GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32.
+    GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32. With a ``shard``,
+    ``weight`` and ``bias`` are this rank's part of the head.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -309,31 +337,22 @@ def _losses_and_gradients(
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(wide).contiguous()
-    size = chunk_size(len(hidden), len(weight), hidden.device, TRAINING_LIMITS)
+    # The same on all ranks, which wait for each other at every chunk.
+    width = len(weight) if shard is None else rows_of_a_shard(shard.vocabulary, shard.num_ranks)
+    size = chunk_size(len(hidden), width, hidden.device, NLL_LIMITS)
     for logits, part in linear_chunks(hidden, weight, size, backend):
         counts = None if row_weight is None else row_weight[part]
-        nll[part] = run_nll(NllArgs(logits, labels[part], bias, counts, any(wanted)), backend)
+        a = NllArgs(logits, labels[part], bias, counts, any(wanted))
+        nll[part] = run_nll(a, backend) if shard is None else shard_nll(a, backend, shard)
         if of_hidden is not None:
             torch.mm(logits, weight, out=of_hidden[part])
         if of_weight is not None:
-            _add_product(of_weight, logits.t(), hidden[part], first=part.start == 0)
+            add_product(of_weight, logits.t(), hidden[part], first=part.start == 0)
         if of_bias is not None:
             of_bias += logits.sum(0, dtype=wide)
+    if of_hidden is not None and shard is not None:
+        shard.sum_over_ranks(of_hidden)
     return nll, (of_hidden, of_weight, of_bias)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``total += a @ b``, or ``total = a @ b`` if ``first``; ``total`` may be of a wider dtype."""
-    if total.dtype != a.dtype:
-        product = a @ b
-        if first:
-            total.copy_(product)
-        else:
-            total += product
-    elif first:
-        torch.mm(a, b, out=total)
-    else:
-        total.addmm_(a, b)
 
 
 def _typed(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
@@ -357,11 +376,12 @@ class _WeightedSum(torch.autograd.Function):
         labels: Tensor,
         row_weight: Tensor,
         backend: str,
+        shard: VocabularyShard | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels, row_weight)
-        ctx.backend = backend
+        ctx.backend, ctx.shard = backend, shard
         nll, ctx.gradients = _losses_and_gradients(
-            hidden, weight, bias, labels, row_weight, backend, ctx.needs_input_grad[:3]
+            hidden, weight, bias, labels, row_weight, backend, shard, ctx.needs_input_grad[:3]
         )
         return (row_weight * nll).sum()
 
@@ -373,12 +393,19 @@ class _WeightedSum(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, gradients = _losses_and_gradients(
-                hidden, weight, bias, labels, row_weight, ctx.backend, ctx.needs_input_grad[:3]
+                hidden,
+                weight,
+                bias,
+                labels,
+                row_weight,
+                ctx.backend,
+                ctx.shard,
+                ctx.needs_input_grad[:3],
             )
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(upstream)
-        return *_typed(gradients, (hidden, weight, bias)), None, None, None
+        return *_typed(gradients, (hidden, weight, bias)), None, None, None, None
 
 
 class _PerRow(torch.autograd.Function):
@@ -393,11 +420,12 @@ class _PerRow(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         backend: str,
+        shard: VocabularyShard | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.backend = backend
+        ctx.backend, ctx.shard = backend, shard
         none = (False, False, False)
-        return _losses_and_gradients(hidden, weight, bias, labels, None, backend, none)[0]
+        return _losses_and_gradients(hidden, weight, bias, labels, None, backend, shard, none)[0]
 
     @staticmethod
     @once_differentiable
@@ -410,6 +438,7 @@ class _PerRow(torch.autograd.Function):
             labels,
             upstream.contiguous(),
             ctx.backend,
+            ctx.shard,
             ctx.needs_input_grad[:3],
         )
-        return *_typed(gradients, (hidden, weight, bias)), None, None
+        return *_typed(gradients, (hidden, weight, bias)), None, None, None

@@ -189,12 +189,14 @@ def nll_ref(a: NllArgs) -> Tensor:
     if a.bias is not None:
         z = z + a.bias
     valid = (a.labels >= 0) & (a.labels < z.shape[1])
+    ignored = torch.zeros_like(valid) if a.weight is None else ~valid & (a.weight == 0)
     nll = torch.nn.functional.cross_entropy(z, a.labels.where(valid, 0), reduction="none")
     if a.gradient:
         is_label = a.labels[:, None] == torch.arange(z.shape[1], device=z.device)
         grad = z.softmax(1) - is_label.to(z.dtype)
-        a.logits.copy_(grad if a.weight is None else a.weight[:, None] * grad)
-    return nll.masked_fill(~valid, torch.nan)
+        grad = grad if a.weight is None else a.weight[:, None] * grad
+        a.logits.copy_(grad.masked_fill(ignored[:, None], 0))
+    return nll.masked_fill(~valid, torch.nan).masked_fill(ignored, 0)
 
 
 def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:

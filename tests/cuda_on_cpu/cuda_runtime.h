@@ -50,7 +50,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
-  const char* waits_for;  // the collective
+  const char* waits_for;    // the collective
+  int barrier, of_barrier;  // its number, and for how many threads it is; 0: for all
   dim3 thread;
 };
 
@@ -70,6 +71,7 @@ struct Block {
 inline thread_local Block block;
 // The order of warps and lanes. 0: ascending, 1: descending, else shuffled by this seed.
 inline std::atomic<unsigned> schedule{0};
+inline std::atomic<int> num_processors{132};  // that the device says it has
 
 inline void leave(State state) {
   Fiber* fiber = block.current;
@@ -153,6 +155,32 @@ inline bool run_warp(int warp, const std::vector<int>& lanes) {
   return ran;
 }
 
+// Threads that have not exited: those that __syncthreads waits for.
+inline int num_living() {
+  return static_cast<int>(
+      std::count_if(block.fibers.begin(), block.fibers.end(),
+                    [](const auto& fiber) { return fiber->state != State::kExited; }));
+}
+
+// Lets threads go on whose barrier all have reached that it is for; returns whether there were any.
+inline bool open_barriers() {
+  bool any = false;
+  for (auto& fiber : block.fibers) {
+    if (fiber->state != State::kAtBarrier) continue;
+    const auto waits_there = [&](const auto& other) {
+      return other->state == State::kAtBarrier && other->barrier == fiber->barrier;
+    };
+    const auto waiting = std::count_if(block.fibers.begin(), block.fibers.end(), waits_there);
+    if (waiting < (fiber->of_barrier ? fiber->of_barrier : num_living())) continue;
+    const int barrier = fiber->barrier;
+    for (auto& other : block.fibers) {
+      if (waits_there(other) && other->barrier == barrier) other->state = State::kRunnable;
+    }
+    any = true;
+  }
+  return any;
+}
+
 inline void put_in_order(std::vector<int>* order, std::mt19937* generator) {
   std::iota(order->begin(), order->end(), 0);
   if (schedule == 1) std::reverse(order->begin(), order->end());
@@ -172,7 +200,7 @@ inline void run_block() {
       while (run_warp(warp, lanes)) continue;
     }
     if (change(State::kSleeping, State::kRunnable)) continue;
-    if (!any_in(State::kInCollective)) change(State::kAtBarrier, State::kRunnable);
+    if (!any_in(State::kInCollective)) open_barriers();
   }
   for (auto& fiber : block.fibers) {
     if (fiber->state == State::kExited) continue;
@@ -243,7 +271,12 @@ T from_bits(uint64_t bits) {
 
 // ---- barriers, warp collectives, atomics
 
-inline void __syncthreads() { cuda_on_cpu::leave(cuda_on_cpu::State::kAtBarrier); }
+inline void __barrier_sync_count(unsigned barrier, unsigned count) {
+  cuda_on_cpu::block.current->barrier = static_cast<int>(barrier);
+  cuda_on_cpu::block.current->of_barrier = static_cast<int>(count);
+  cuda_on_cpu::leave(cuda_on_cpu::State::kAtBarrier);
+}
+inline void __syncthreads() { __barrier_sync_count(0, 0); }
 inline void __syncwarp() { cuda_on_cpu::exchange("__syncwarp", 0xFFFFFFFF, 0); }
 inline void __nanosleep(unsigned) {
   std::this_thread::yield();
@@ -255,6 +288,14 @@ template <typename T>
 T __shfl_sync(uint32_t mask, T value, int from) {
   return cuda_on_cpu::from_bits<T>(
       cuda_on_cpu::exchange("__shfl_sync", mask, cuda_on_cpu::to_bits(value))[from % 32]);
+}
+
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned distance) {
+  const uint64_t* given =
+      cuda_on_cpu::exchange("__shfl_up_sync", mask, cuda_on_cpu::to_bits(value));
+  const int from = cuda_on_cpu::lane() - static_cast<int>(distance);
+  return from < 0 ? value : cuda_on_cpu::from_bits<T>(given[from]);
 }
 
 template <typename T>
@@ -291,6 +332,11 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned __float2uint_rz(float x) {  // saturates
+  return x >= 0x1p32f ? 0xFFFFFFFF : x > 0 ? static_cast<unsigned>(x) : 0;
+}
+using std::max;
 using std::min;
 
 using Word64 = unsigned long long;
@@ -322,6 +368,11 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaError";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_on_cpu::num_processors;
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   std::memset(at, value, bytes);

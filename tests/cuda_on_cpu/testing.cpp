@@ -49,3 +49,4 @@ EXPORT const char* run_sum(unsigned blocks, uint32_t* sums, bool with_barrier) {
 EXPORT const char* run_divergent(bool in_a_barrier) {
   return launch(1, divergent_kernel, in_a_barrier);
 }
+EXPORT void set_num_processors(int count) { cuda_on_cpu::num_processors = count; }

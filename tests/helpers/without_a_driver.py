@@ -202,7 +202,7 @@ CASES = {
             nll_call(bias=True),
             nll_call(gradient=False),
             nll_call(dtype=torch.bfloat16),
-            nll_call(vocabulary=600, stride=608),
+            nll_call(vocabulary=2100, stride=2112),
         ],
         7,
     ),

@@ -24,13 +24,24 @@ def library():
     library.run_sum.restype = library.run_divergent.restype = ctypes.c_char_p
     yield library
     library.set_schedule(0)
+    library.set_num_processors(132)
+
+
+# The shape of a batch of 9 depends on the processors of the device: warps with one tile, with up to
+# four, with up to eight; several rows a block; several warps a row; none held.
+SHAPES = [
+    *((length, 132) for length in (100, 500, 1500, 3000, 9000, 17000)),
+    *((length, 1) for length in (300, 2000)),
+    *((length, 0) for length in (128, 250, 512, 1000, 4100)),
+]
 
 
 @emulated
 @pytest.mark.seconds
 @pytest.mark.parametrize("draw", ["exact", "bernoulli"])
-@pytest.mark.parametrize("length", [100, 500, 1500, 9000])
-def test_any_order_of_threads_gives_the_same(library, length, draw):
+@pytest.mark.parametrize(("length", "num_processors"), SHAPES)
+def test_any_order_of_threads_gives_the_same(library, length, num_processors, draw):
+    library.set_num_processors(num_processors)
     masking = MaskingConfig(
         90, 89, draw=draw, no_replace_prob=0.2, random_token_prob=0.2, never_mask_ids=(1, 2)
     )
@@ -43,13 +54,11 @@ def test_any_order_of_threads_gives_the_same(library, length, draw):
 
 @pytest.mark.cuda
 @pytest.mark.seconds
-@pytest.mark.parametrize(
-    ("batch", "length"), [(9000, 128), (4200, 250), (2100, 512), (1100, 1000), (260, 4100)]
-)
-def test_large_batches(batch, length):
-    """More than 2**20 tokens: other kernels than those of small batches."""
-    masking = MaskingConfig(90, 89, no_replace_prob=0.2, random_token_prob=0.2)
-    tokens = clean_batch(masking, batch, length, torch.int32)
+@pytest.mark.parametrize(("length", "draw"), [(1000, "exact"), (128, "bernoulli")])
+def test_large_batches(length, draw):
+    """Several rows a block, and blocks that look back across many others."""
+    masking = MaskingConfig(90, 89, draw=draw)
+    tokens = clean_batch(masking, 3000, length, torch.int32)
     expected = corrupt(tokens, masking, seed=5, backend="cpp")
     assert_same(corrupt(tokens, masking, seed=5, backend="cuda"), expected)
 

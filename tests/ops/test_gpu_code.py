@@ -1,4 +1,4 @@
-"""GPU kernels, compiled without a GPU: the table of `benchmarks/gpu_code.py`, warnings, and that a
+"""GPU kernels, compiled without a GPU: the table of `benchmarks.gpu_code`, warnings, and that a
 launch that cannot be made says why."""
 
 import importlib.metadata
@@ -15,6 +15,7 @@ from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.seconds
 LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
+COUNTS = ROOT / "benchmarks/results/gpu_code_sm90.json"
 KERNELS = ["corrupt", "nll", "unmask", "choose"]
 needs_library = pytest.mark.skipif(
     LIBRARY is None, reason="nar_kernels._cuda is not built: no nvcc"
@@ -50,28 +51,45 @@ def rows(request, tmp_path_factory):
     """The table for one architecture, which takes half a minute."""
     triton, architecture = request.param
     out = tmp_path_factory.mktemp("gpu_code") / "rows.json"
-    command = [sys.executable, ROOT / "benchmarks/gpu_code.py", "--json", out]
+    command = [sys.executable, "-m", "benchmarks.gpu_code", "--json", out]
     command += ["--architectures", str(architecture)]
     environment = environment_with(triton)
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
     table = json.loads(out.read_text())
     assert {row["sm"] for row in table} == {architecture}
     return table
 
 
 def test_next_to_nothing_spills(rows, request):
-    """Nothing with the Triton of the constraints; with another one, some words of two variants."""
+    """Nothing with the Triton of the constraints; with another one, some words of two variants.
+
+    CUDA's rare functions save registers to memory; what counts there is how often that runs.
+    """
     installed = importlib.metadata.version("triton")
     is_other = request.node.callspec.params["rows"][0] != "installed"
     most = 32 if is_other or not installed.startswith("3.9.") else 0
-    assert [row for row in rows if row["spill"] > most] == []
+    spills = [row for row in rows if row["spill"] > most and row["kernel"].startswith("Triton")]
+    assert spills == []
+    assert [row for row in rows if row["unit"] and row["spilled per unit"] > 1] == []
 
 
 def test_a_block_fits_into_the_register_file(rows):
-    threads = {"CUDA": 512}  # kMaxWarps
     for row in rows:
-        block = threads.get(row["kernel"].partition(":")[0], row["threads"])
-        assert row["registers"] * block <= 65536, row
+        assert row["registers"] * row["threads"] <= 65536, row
+
+
+def test_instructions_are_those_of_the_committed_table(rows, request):
+    """A change that costs or saves instructions shows: `python -m benchmarks.gpu_code
+    --architectures 90 --json benchmarks/results/gpu_code_sm90.json`."""
+    installed = importlib.metadata.version("triton")
+    if request.node.callspec.params["rows"] != ("installed", 90) or installed[:3] != "3.9":
+        pytest.skip("the table is that of sm_90 and Triton 3.9")
+    committed = {row["kernel"]: row for row in json.loads(COUNTS.read_text())}
+    counted = {row["kernel"]: row for row in rows if row["unit"]}
+    for kernel, row in counted.items():
+        assert row["per unit"] == pytest.approx(committed[kernel]["per unit"], rel=0.03), kernel
+    cuda_is_there = any(kernel.startswith("CUDA") for kernel in counted)
+    assert {*committed} == {row["kernel"] for row in rows} or not cuda_is_there
 
 
 def test_no_two_threads_read_what_another_block_publishes(rows):
@@ -89,7 +107,7 @@ def test_main_loads_and_stores_move_16_bytes(rows):
         assert row["16-byte stores"] > 0 or stores_little, row
 
 
-@needs_library
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_both_languages_are_in_the_table(rows):
     assert {row["kernel"].partition(":")[0] for row in rows} == {"Triton", "CUDA"}
 

@@ -17,7 +17,7 @@ from nar_kernels.ops.kernels.order_statistic import (
     propose,
     start_search,
 )
-from nar_kernels.ops.kernels.random import random_block
+from nar_kernels.ops.kernels.random import random_word
 from nar_kernels.spec.philox import Stream
 
 _CRITIC_NOISE = tl.constexpr(int(Stream.CRITIC_NOISE))
@@ -39,14 +39,6 @@ class Sequence(NamedTuple):
 
 
 @triton.jit
-def _random_words(seed, slot, position):
-    """uint32: the word of each position."""
-    a, b, c, d = random_block(seed, _CRITIC_NOISE, slot, position // 4)
-    odd = position % 2 == 1
-    return tl.where(position % 4 < 2, tl.where(odd, b, a), tl.where(odd, d, c))
-
-
-@triton.jit
 def _reversing_key(score):
     """uint32 in reverse order of the scores: the smallest is NaN, then comes the highest."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 would not equal 0 as a key
@@ -64,23 +56,22 @@ def _store_keys(
         is_inside = i < of.number
         position = (tl.load(of.rows + i, mask=is_inside, other=first_row) - first_row).to(tl.int32)
         if of.score is None:
-            key = _random_words(seed, slot, position) ^ 0xFFFFFFFF
+            key = random_word(seed, _CRITIC_NOISE, slot, position) ^ 0xFFFFFFFF
         else:
             at = position if BY_POSITION else i
             score = tl.load(of.score + at, mask=is_inside, other=0.0)
             if LOWEST_FIRST:
                 score = -score
             if NOISE:
-                score += noise_scale * gumbel(_random_words(seed, slot, position))
+                score += noise_scale * gumbel(random_word(seed, _CRITIC_NOISE, slot, position))
             key = _reversing_key(score)
         tl.store(of.keys + i, key.to(tl.int32, bitcast=True), mask=is_inside)
 
 
 @triton.jit
 def _load_keys(of, i):
-    """int64, past the last above every key."""
-    key = tl.load(of.keys + i, mask=i < of.number, other=0).to(tl.uint32, bitcast=True)
-    return tl.where(i < of.number, key.to(tl.int64), 1 << 32)
+    """uint32; past the last the largest, which is below no pivot."""
+    return tl.load(of.keys + i, mask=i < of.number, other=-1).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -130,7 +121,7 @@ def choose_kernel(
     for first in range(0, number, BLOCK):
         i = first + tl.arange(0, BLOCK)
         key = _load_keys(of, i)
-        is_tied = key == search.low
+        is_tied = (key == search.low) & (i < number)
         tie = num_tied + tl.cumsum(is_tied.to(tl.int32), 0)
         is_kept = (key < search.low) | (is_tied & (tie <= num_wanted(search)))
         kept_up_to = num_kept + tl.cumsum(is_kept.to(tl.int32), 0)
