@@ -65,8 +65,8 @@ void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_typ
       nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
   check_memory({args.ratio_table, args.weight_table, args.invalid});
   if (args.windows.batch > 0) {
-    check_memory({args.windows.tokens, args.input_ids, args.labels, args.masked_indices, args.times,
-                  args.loss_weight, args.num_masked, args.num_maskable, args.row_buffer});
+    check_memory({args.windows.tokens, args.input_ids, args.times, args.loss_weight,
+                  args.num_masked, args.num_maskable});
   }
   const py::gil_scoped_release release;
   nar::corrupt_cpu(args, num_threads);

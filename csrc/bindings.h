@@ -81,7 +81,7 @@ class Unpacker {
 inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
                                   int token_type, int64_t num_corpus_tokens) {
   CorruptArgs a;
-  Unpacker next(arguments, 25);
+  Unpacker next(arguments, 29);
   a.windows.tokens = next.address<const void>();
   a.windows.token_type = static_cast<TokenType>(token_type);
   a.windows.num_corpus_tokens = num_corpus_tokens;
@@ -109,17 +109,24 @@ inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind
   a.keep_share = static_cast<uint64_t>(next.integer());
   a.random_share = static_cast<uint64_t>(next.integer());
   a.coin_share = static_cast<uint64_t>(next.integer());
+  a.narrow = next.integer() != 0;
+  const bool labels = next.integer() != 0;
+  const bool masked_indices = next.integer() != 0;
+  const bool masked_rows = next.integer() != 0;
 
   Unpacker next_output(outputs, 9);
-  a.input_ids = next_output.address<int64_t>();
-  a.labels = next_output.address<int64_t>();
+  a.input_ids = next_output.address<void>();
+  a.labels = next_output.address<void>();
   a.masked_indices = next_output.address<uint8_t>();
   a.times = next_output.address<float>();
   a.loss_weight = next_output.address<float>();
   a.num_masked = next_output.address<int64_t>();
   a.num_maskable = next_output.address<int64_t>();
-  a.row_buffer = next_output.address<int64_t>();
+  a.row_buffer = next_output.address<void>();
   a.invalid = next_output.address<int64_t>();
+  if (!labels) a.labels = nullptr;
+  if (!masked_indices) a.masked_indices = nullptr;
+  if (!masked_rows) a.row_buffer = nullptr;
   return a;
 }
 

@@ -98,7 +98,7 @@ def _cuda_corrupt(name: str, held: int, length: int, draw: str, ranks: int) -> C
     """A step of a loader: windows in the order of their epoch, strata of at most 256 samples.
 
     Args:
-        held: tiles that a warp holds.
+        held: tiles that a warp holds; 0 for long rows.
     """
     warps = -(-length // (128 * held)) if held else 16
     rows = 7 if warps == 1 else 1
@@ -121,6 +121,8 @@ def _cuda_corrupt(name: str, held: int, length: int, draw: str, ranks: int) -> C
         tiles_h("load_ids(", "case 4: load"),
         tiles_h("load_ids(", "default: load"),
         tiles_h("void load_words(", "} else {"),
+        Region("gpu/write.h", ("void store(", "if (narrow_)")),
+        Region("gpu/write.h", ("void store_pair(", "if (narrow_)")),
         Region("gpu/select.h", ("KeyBound tied_bound(",)),
         Region("gpu/select.h", ("for (; tied != 0",)),
         Region("gpu/select.h", ("class RankedTiles",)),

@@ -1,7 +1,6 @@
 // `corrupt` on the GPU in one launch. What differs from the CPU: a row is held in the registers of
 // the warps that share it, and the row indices of the batch are compacted in the same launch.
 #include <algorithm>
-#include <type_traits>
 
 #include "corrupt/corrupt_cuda.h"
 #include "corrupt/gpu/look_back.h"
@@ -92,7 +91,7 @@ __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, Bloc
   Row row = row_of(a, team);
   row.start = memory.start[team.row];
   const RankedTiles<kRanks> tiles(a, row, team, bounds);
-  write_row<int64_t, false>(a, row, team, tiles, tiles.bounds());
+  write_row<false>(a, row, team, tiles, tiles.bounds());
 }
 
 template <int kHeld, int kRanks>
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp)
   if (tied || !a.in_pairs) {
     write_ranked(a, memory, bounds);
   } else {
-    write_row<int64_t, true>(a, row, team, tiles, bounds);
+    write_row<true>(a, row, team, tiles, bounds);
   }
 }
 
@@ -192,11 +191,12 @@ void describe_ids(KernelArgs* a) {
 }
 
 bool stores_pairs(const CorruptArgs& a) {
-  const auto aligned = [](const auto* at) {
-    return reinterpret_cast<uintptr_t>(at) % sizeof(Pair<std::decay_t<decltype(*at)>>) == 0;
+  const auto aligned = [](const void* at, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(at) % (2 * bytes) == 0;
   };
-  return a.windows.seq_len % 2 == 0 && aligned(a.input_ids) && aligned(a.labels) &&
-         aligned(a.masked_indices);
+  const uintptr_t of_id = a.narrow ? 4 : 8;
+  return a.windows.seq_len % 2 == 0 && aligned(a.input_ids, of_id) && aligned(a.labels, of_id) &&
+         aligned(a.masked_indices, 1);
 }
 
 }  // namespace

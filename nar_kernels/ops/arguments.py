@@ -73,6 +73,10 @@ class CorruptArgs(NamedTuple):
     keep_share: int  # PROBABILITY_ONE stands for 1, here and in the two below
     random_share: int
     coin_share: int
+    narrow: bool  # input_ids, labels and row indices are int32
+    labels: bool  # whether this output is wanted, here and below; it is empty otherwise
+    masked_indices: bool
+    masked_rows: bool
 
 
 class NllArgs(NamedTuple):

@@ -118,15 +118,17 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     input_ids = torch.where(masked, a.mask_id, clean)
     input_ids = torch.where(masked & (order < replaced), random, input_ids)
     input_ids = torch.where(masked & (order < kept), clean, input_ids)
+    dtype = torch.int32 if a.narrow else torch.int64
+    nothing = masked.new_empty(0)
     return (
-        input_ids,
-        torch.where(masked, clean, IGNORE_INDEX),
-        masked,
+        input_ids.to(dtype),
+        torch.where(masked, clean, IGNORE_INDEX).to(dtype) if a.labels else nothing.to(dtype),
+        masked if a.masked_indices else nothing,
         (t16.to(torch.float32) + 0.5) / NUM_TIMES,
         _loss_weight(a, t16, num_maskable, num_masked),
         num_masked,
         num_maskable,
-        _row_buffer(masked),
+        _row_buffer(masked).to(dtype) if a.masked_rows else nothing.to(dtype),
         torch.cat([invalid, torch.zeros_like(invalid[:2])]),  # bad rows have raised
     )
 

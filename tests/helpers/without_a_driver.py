@@ -95,7 +95,7 @@ def corrupt_call(
     )
     if maskable:
         a = a._replace(maskable=torch.ones(batch, length, dtype=torch.bool))
-    outputs = _empty_outputs(batch, length, tokens.device)
+    outputs = _empty_outputs(a, tokens.device)
     workspace = torch.zeros(corrupt.workspace_size(batch), dtype=torch.int64)
     return partial(corrupt.corrupt_triton, (*outputs, workspace), a)
 

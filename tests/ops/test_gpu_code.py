@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.seconds
 LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
-COUNTS = ROOT / "benchmarks/results/gpu_code_sm90.json"
+COUNTS = ROOT / "benchmarks/gpu_code/sm90.json"
 KERNELS = ["corrupt", "nll", "unmask", "choose"]
 needs_library = pytest.mark.skipif(
     LIBRARY is None, reason="nar_kernels._cuda is not built: no nvcc"
@@ -80,7 +80,7 @@ def test_a_block_fits_into_the_register_file(rows):
 
 def test_instructions_are_those_of_the_committed_table(rows, request):
     """A change that costs or saves instructions shows: `python -m benchmarks.gpu_code
-    --architectures 90 --json benchmarks/results/gpu_code_sm90.json`."""
+    --architectures 90 --json benchmarks/gpu_code/sm90.json`."""
     installed = importlib.metadata.version("triton")
     if request.node.callspec.params["rows"] != ("installed", 90) or installed[:3] != "3.9":
         pytest.skip("the table is that of sm_90 and Triton 3.9")
@@ -135,7 +135,7 @@ def test_a_launch_that_fails_says_why():
     assert "sm_90" in architectures
     assert launch.startswith("RuntimeError cudaSetDevice failed: cudaError")
     assert "driver" in launch or "device" in launch
-    assert count == "ValueError there are 24 arguments, but this build takes 25"
+    assert count == "ValueError there are 28 arguments, but this build takes 29"
     assert kind == "AttributeError 'str' object has no attribute 'data_ptr'"
 
 

@@ -57,9 +57,12 @@ __device__ inline void finish_rows(const KernelArgs& a, int64_t block, int64_t f
     if (lane >= step) up_to += before;
   }
   const uint64_t of_block = __shfl_sync(kAllLanes, up_to, kMaxRows - 1);
-  if (lane == 0) publish(a, block, kOwn, of_block);
-  const uint64_t before = masked_in_blocks_before(a, block, lane);
-  if (lane == 0) publish(a, block, kUpTo, before + of_block);
+  uint64_t before = 0;
+  if (a.row_buffer) {
+    if (lane == 0) publish(a, block, kOwn, of_block);
+    before = masked_in_blocks_before(a, block, lane);
+    if (lane == 0) publish(a, block, kUpTo, before + of_block);
+  }
   if (lane >= num_rows) return;
   memory.rows_before[lane] = before + up_to - k;
   write_scalars(a, first + lane, memory.time[lane], n, k);

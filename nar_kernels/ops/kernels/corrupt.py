@@ -409,19 +409,24 @@ def _write_positions(
     row, held, bounds, before, input_ids, labels, masked_indices, rows, record,
     RANKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Ids, labels and mask of a row, and the indices of the masked ones, by stream compaction."""
+    """Ids, labels and mask of a row, and the indices of the masked ones, by stream compaction; what
+    is None is not wanted."""
+    kind: tl.constexpr = input_ids.dtype.element_ty
     for first in range(0, row.end, TILE):
         tile = held if held is not None else _load_tile(row, first, record, TILE)
         masked = tile.can_mask & _is_below(tile, bounds.mask)
         ids = _corrupt_ids(row, tile, first, masked, bounds, RANKS, TILE)
         inside = tile.position < row.seq_len
         at = row.index * row.seq_len + tile.position
-        tl.store(input_ids + at, ids.to(tl.int64), mask=inside)
-        tl.store(labels + at, tl.where(masked, tile.clean, _IGNORE).to(tl.int64), mask=inside)
-        tl.store(masked_indices + at, masked, mask=inside)
-        order, count = _order_of(masked, TILE)
-        tl.store(rows + before + order, at, mask=masked)
-        before += count
+        tl.store(input_ids + at, ids.to(kind), mask=inside)
+        if labels is not None:
+            tl.store(labels + at, tl.where(masked, tile.clean, _IGNORE).to(kind), mask=inside)
+        if masked_indices is not None:
+            tl.store(masked_indices + at, masked, mask=inside)
+        if rows is not None:
+            order, count = _order_of(masked, TILE)
+            tl.store(rows + before + order, at.to(kind), mask=masked)
+            before += count
 
 
 # ---- the kernel: a row top to bottom
@@ -486,8 +491,10 @@ def corrupt_kernel(
         times, loss_weight, num_masked, num_maskable, weight_table, index, time, n, count, EXACT
     )
 
-    before = _rows_before(record, index, LOOK_BACK)
-    _publish(record, index, _UP_TO, before + count)
+    before = tl.zeros((), tl.int64)
+    if rows is not None:
+        before += _rows_before(record, index, LOOK_BACK)
+        _publish(record, index, _UP_TO, before + count)
     _write_positions(
         row, held, bounds, before, input_ids, labels, masked_indices, rows, record, RANKS, TILE
     )
@@ -521,9 +528,12 @@ _launch = Launcher(corrupt_kernel, _VARYING)
 
 def kernel_arguments(outputs: tuple[Tensor, ...], a: CorruptArgs) -> tuple[Any, ...]:
     """All but the compile-time ones, in the order of the kernel."""
+    ids, labels, masked_indices, *of_rows, row_buffer, record = outputs
     return (
         a.tokens, a.starts, a.sample_ids, a.step, a.maskable, a.never_mask,
-        a.ratio_table, a.weight_table, a.seed, a.seed_tensor, *outputs, a.tokens.numel(),
+        a.ratio_table, a.weight_table, a.seed, a.seed_tensor, ids, labels if a.labels else None,
+        masked_indices if a.masked_indices else None, *of_rows,
+        row_buffer if a.masked_rows else None, record, a.tokens.numel(),
         a.seq_len, a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride,
         a.global_batch, a.keep_share, a.random_share, a.coin_share,
     )  # fmt: skip
@@ -539,5 +549,6 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     device = a.ratio_table.get_device()
     corrupts = bool(a.keep_share or a.random_share)
     order = a.num_windows > 0, a.shuffle
-    variant = device, a.tokens.dtype, order, a.exact, a.stratified, corrupts
+    wanted = a.narrow, a.labels, a.masked_indices, a.masked_rows
+    variant = device, a.tokens.dtype, order, a.exact, a.stratified, corrupts, wanted
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))
