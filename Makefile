@@ -60,6 +60,7 @@ bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_unmask.py
+	$(BIN)/python benchmarks/bench_choose.py
 
 build: .venv/built .venv/installed
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "choose/choose.h"
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
 #include "nll/nll.h"
@@ -149,6 +150,38 @@ void unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type
   nar::unmask_cpu(args, num_threads);
 }
 
+// From ChooseArgs of nar_kernels/ops/arguments.py, and its two tensors of rows.
+nar::ChooseArgs unpack_choose(const py::tuple& arguments, const py::tuple& outputs,
+                              int64_t sequences) {
+  nar::ChooseArgs a;
+  a.sequences = sequences;
+  nar::Unpacker next(arguments, 12);
+  a.score = next.address<const float>();
+  a.by_position = next.as<bool>();
+  a.lowest_first = next.as<bool>();
+  a.noise_scale = next.as<float>();
+  a.rows = next.address<const int64_t>();
+  a.bounds = next.address<const int64_t>();
+  a.left_bounds = next.address<const int64_t>();
+  next.integer();  // the number that are left
+  a.length = next.integer();
+  a.seed = static_cast<uint64_t>(next.integer());
+  a.first_slot = static_cast<uint64_t>(next.integer());
+  a.slot_stride = static_cast<uint64_t>(next.integer());
+
+  nar::Unpacker next_output(outputs, 2);
+  a.kept = next_output.address<int64_t>();
+  a.left = next_output.address<int64_t>();
+  return a;
+}
+
+void choose(const py::tuple& arguments, const py::tuple& outputs, int64_t sequences,
+            int num_threads) {
+  const nar::ChooseArgs args = unpack_choose(arguments, outputs, sequences);
+  const py::gil_scoped_release release;
+  nar::choose_cpu(args, num_threads);
+}
+
 // From LinearArgs of nar_kernels/ops/arguments.py.
 nar::LinearArgs unpack_linear(const py::tuple& arguments) {
   nar::LinearArgs a;
@@ -190,6 +223,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("count_masked", &count_masked);
   m.def("nll", &nll);
   m.def("unmask", &unmask);
+  m.def("choose", &choose);
   m.def("linear", &linear);
   m.def("has_linear", &nar::has_linear);
   m.def("windows", &windows, release_gil());

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import nar_kernels
-from nar_kernels import InvalidTokenError, MaskedLoader, MaskingConfig, TokenDataset
+from nar_kernels import (
+    InvalidTokenError,
+    MaskedLoader,
+    MaskingConfig,
+    PinnedMemoryError,
+    TokenDataset,
+)
+from nar_kernels.data.pinned import _forget_last_error, _register, pin_exactly
+from nar_kernels.sampling.strategies import Candidates, Counts, StepNoise, UnmaskingPolicy
 from tests.helpers.batches import assert_same, clean_batch
 from tests.helpers.devices import no_waiting
 
@@ -120,6 +128,32 @@ def test_a_pinned_corpus(dtype, backend):
     expected = nar_kernels.corrupt(corpus, masking, starts=starts, **args)
     got = nar_kernels.corrupt(corpus, masking, starts=starts.cuda(), backend=backend, **args)
     assert_same(got.to("cpu"), expected)
+
+
+def test_an_exactly_pinned_corpus_is_unpinned_with_its_last_view():
+    device, masking = torch.device("cuda", 0), MaskingConfig(120, 119)
+    tokens = clean_batch(masking, 1, 3 * 2**20 + 5, torch.uint8)[0]
+    pinned = pin_exactly(tokens, device)
+    assert pinned.is_pinned() and torch.equal(pinned, tokens)
+    args = dict(seed=3, seq_len=333)
+    starts = torch.tensor([0, 77, len(tokens) - 333])
+    got = nar_kernels.corrupt(pinned, masking, starts=starts.cuda(), **args)
+    assert_same(got.to("cpu"), nar_kernels.corrupt(tokens, masking, starts=starts, **args))
+    address, view = pinned.data_ptr(), pinned[5:]
+    del pinned
+    assert view.is_pinned()
+    del view
+    assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0  # it was done
+    _forget_last_error(device)
+
+
+def test_a_corpus_that_cannot_be_pinned():
+    """The error is ours, and PyTorch does not find it later."""
+    device = torch.device("cuda", 0)
+    pinned = pin_exactly(torch.zeros(5000, dtype=torch.int64), device)
+    with pytest.raises(PinnedMemoryError, match="cannot be pinned for the GPU, 40000 bytes"):
+        _register(pinned.numpy().view(np.uint8), device)  # a second time
+    assert torch.ones(3, device=device).sum() == 3
 
 
 def test_a_corpus_that_the_device_cannot_read():
@@ -343,6 +377,31 @@ def test_unmask_equals_that_of_the_cpu(dtype, vocabulary):
         expected = nar_kernels.unmask(logits, noise_slots=slots, **options)
         for ours, theirs in zip(got, expected, strict=True):
             assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.triton
+def test_a_graph_chooses_positions():
+    rows, counts = torch.arange(8 * 1000), np.array([[1000] * 8, [300, *range(7)]])
+    noise = StepNoise(5, 4, 1, 1000, range(8))
+    policy, score = UnmaskingPolicy(temperature=2.0), torch.randn(8 * 1000)
+
+    def choose(device, score):
+        of_all, left = Counts.of(counts, torch.device(device))
+        candidates = Candidates(rows.to(device), of_all)
+        return lambda: policy.choose(candidates, left, score, 0.5, noise)
+
+    on_device = score.cuda()
+    captured = choose("cuda", on_device)
+    captured()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = captured()
+    for values in (score, -score):
+        on_device.copy_(values)
+        graph.replay()
+        for ours, expected in zip(got, choose("cpu", values)(), strict=True):
+            assert torch.equal(ours.cpu(), expected)
 
 
 @pytest.mark.triton

@@ -522,7 +522,7 @@ def test_steps_are_chosen_by_name_or_kind():
     set_up = ["wheels", "environment", "build_cpp", "build_cuda"]
     assert [step.name for step in chosen(steps, "smoke")] == [*set_up, "smoke"]
     some = [step.name for step in chosen(steps, "memcheck, bench_unmask")]
-    memcheck = [f"memcheck_{kernel}" for kernel in ("corrupt", "nll", "unmask")]
+    memcheck = [f"memcheck_{kernel}" for kernel in ("corrupt", "nll", "unmask", "choose")]
     assert some == [*set_up, *memcheck, "bench_unmask"]
     with pytest.raises(SystemExit, match="--only tets: there is no such step; there are wheels"):
         chosen(steps, "tets")

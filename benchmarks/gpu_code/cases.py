@@ -6,8 +6,8 @@ import numpy as np
 import triton
 
 from benchmarks.gpu_code.sass import Region, Weight
-from nar_kernels.ops.arguments import CorruptArgs
-from nar_kernels.ops.kernels import corrupt, nll, unmask
+from nar_kernels.ops.arguments import ChooseArgs, CorruptArgs
+from nar_kernels.ops.kernels import choose, corrupt, nll, unmask
 
 
 class Work(NamedTuple):
@@ -261,6 +261,22 @@ UNMASK_TYPES = {
     "top_k": "i32",
     "inverse_temperature": "fp32",
 }
+# Name, types of optional pointers, L, and differences from no noise and the highest first.
+CHOOSE_CASES: list[tuple[str, dict[str, str], int, dict]] = [
+    ("random, L 1024", {}, 1024, {}),
+    ("random, L 65536", {}, 65536, {}),
+    ("confidence, L 1024", {"score": "*fp32"}, 1024, {}),
+    ("noise, L 1024", {"score": "*fp32"}, 1024, {"noise_scale": 1.0}),
+    ("critic, L 65536", {"score": "*fp32"}, 65536, {"noise_scale": 1.0, "lowest_first": True}),
+]
+CHOOSE_TYPES = {
+    **dict.fromkeys(("kept", "left", "rows", "bounds", "left_bounds"), "*i64"),
+    **dict.fromkeys(("seed", "first_slot", "slot_stride"), "i64"),
+    **{"keys": "*i32", "length": "i32", "noise_scale": "fp32"},
+}
+CHOICE = ChooseArgs(**dict.fromkeys(ChooseArgs._fields))._replace(
+    by_position=False, lowest_first=False, noise_scale=0.0
+)
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
     seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
 )
@@ -324,8 +340,33 @@ def _triton_unmask() -> list[TritonCase]:
     ]
 
 
+def _choose_work(options: dict, length: int) -> Work:
+    """A program is a sequence, with keys that are random: those of scores take more passes. Rows
+    are read and written once; keys stay in the cache."""
+
+    def choose_py(*headers: str) -> Region:
+        return Region("kernels/choose.py", headers)
+
+    weights = [Weight(num_passes(length, 1), choose_py("def _find_smallest(", "while not"))]
+    loops, each_block = -(-length // options["BLOCK"]), "for first in range(0, "
+    if loops > 1:
+        steps = "_store_keys", "_find_smallest", "choose_kernel"
+        weights += [Weight(loops, choose_py(f"def {step}(", each_block)) for step in steps]
+    return Work("position", length, options["num_warps"], 8 + 8, weights)
+
+
+def _triton_choose() -> list[TritonCase]:
+    cases = []
+    for name, given, length, changes in CHOOSE_CASES:
+        options = choose.launch_options(CHOICE._replace(length=length, **changes))
+        work = None if given else _choose_work(options, length)
+        types = CHOOSE_TYPES | given
+        cases.append(TritonCase(f"choose, {name}", choose.choose_kernel, types, options, (), work))
+    return cases
+
+
 def triton_cases() -> list[TritonCase]:
-    return [*_triton_corrupt(), *_triton_nll(), *_triton_unmask()]
+    return [*_triton_corrupt(), *_triton_nll(), *_triton_unmask(), *_triton_choose()]
 
 
 def cuda_cases() -> list[CudaCase]:

@@ -22,6 +22,7 @@ enum Stream : uint32_t {
   kCorruption = 4,
   kWindowOrder = 5,
   kDecodeNoise = 7,
+  kCriticNoise = 8,
 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;

@@ -14,7 +14,9 @@ from torch import Tensor
 from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device
 from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.pinned import pin_exactly
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
+from nar_kernels.errors import PinnedMemoryError
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import Wanted, corrupt_step
@@ -75,12 +77,14 @@ class MaskedLoader:
     also computes the windows, from a few scalars. The corpus keeps its dtype, and is stored
 
     * ``"device"``: in GPU memory;
-    * ``"pinned"``: in pinned host memory (a copy), which the kernel reads over the bus;
+    * ``"pinned"``: in pinned host memory, which the kernel reads over the bus: a copy, of the
+      corpus's own bytes to the page, that is unpinned when the loader and all views are gone;
     * ``"mapped"``: where it is, such as in a file. A thread fetches the windows of the next batch
       and copies them to the GPU while it computes.
 
     ``"auto"`` takes the first that fits: an eighth of the free GPU memory, or a quarter of the free
-    host memory divided by ``world_size``. With the first two, ``batch`` also takes the step as a
+    host memory divided by ``world_size``. (Where the system refuses to pin it, it warns, and the
+    corpus stays mapped.) With the first two, ``batch`` also takes the step as a
     tensor on the device, so that making a batch can be captured in a CUDA graph. (A whole training
     step cannot: shapes in ``masked_nll`` depend on the number of masked positions.)
 
@@ -107,6 +111,7 @@ class MaskedLoader:
     Raises:
         ValueError: an argument is out of range, or dataset and masking disagree.
         BackendUnavailableError: the backend was requested by name and cannot run here.
+        PinnedMemoryError: ``"pinned"`` was requested, and the corpus cannot be pinned.
     """
 
     def __init__(
@@ -162,16 +167,23 @@ class MaskedLoader:
         if self._compute_device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
             return
+        is_asked_for = memory != "auto"
         if memory == "auto":
             memory = choose_memory_here(self._tokens, self._compute_device, self.world_size)
             if memory == "pinned" and self.backend == "reference":
                 memory = "mapped"  # which has no kernel that reads pinned memory
+        if memory == "pinned":
+            try:
+                self._tokens = pin_exactly(self._tokens, self._compute_device)
+            except PinnedMemoryError as error:
+                if is_asked_for:
+                    raise
+                warnings.warn(f"{error}; corpus_memory is 'mapped' now", stacklevel=3)
+                memory = "mapped"
         self.corpus_memory = memory
         if memory == "device":
             self._tokens = self._tokens.to(self._compute_device)
-        elif memory == "pinned":
-            self._tokens = self._tokens.pin_memory()
-        else:
+        elif memory == "mapped":
             self._stager = Stager(
                 self._tokens,
                 self._window_starts,

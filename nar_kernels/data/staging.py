@@ -44,7 +44,8 @@ class Stager:
 
     They are copied in the corpus's dtype; uint16 is a quarter of int64. Double-buffered: a thread
     fills one staging buffer, pinned if the device is a GPU, and copies it on its own stream, while
-    the windows of the other are in use.
+    the windows of the other are in use. (PyTorch rounds the bytes of each up to a power of two: for
+    64 windows of 1,000 uint16, 128,000 to 131,072.)
 
     Args:
         tokens: the corpus ``[T]``, on the CPU.

@@ -120,3 +120,23 @@ class UnmaskArgs(NamedTuple):
     top_k: int  # in [1, V]
     inverse_temperature: float  # 0: the most probable token
     confidence: str  # "probability", "margin" or "entropy"
+
+
+class ChooseArgs(NamedTuple):
+    """Checked arguments of ``choose``, which splits the candidate positions of each sequence into
+    those of the highest scores and the others. Shapes: B sequences of length L, R candidates."""
+
+    # float32 [R], or [L] for the positions of every sequence. None: the noise alone decides, by its
+    # random words.
+    score: Tensor | None
+    by_position: bool  # the scores are [L]
+    lowest_first: bool  # the negative of the scores counts
+    noise_scale: float  # of Gumbel noise, which is added to the scores; 0 for none
+    rows: Tensor  # int64 [R], indices into the flat [B * L], ascending
+    bounds: Tensor  # int64 [B + 1]: sequence b has the candidates from bounds[b] to bounds[b + 1]
+    left_bounds: Tensor  # int64 [B + 1]: so it will of those that are left
+    num_left: int  # left_bounds[B]
+    length: int  # L
+    seed: int  # signed, with the bits of the unsigned one
+    first_slot: int  # noise slot of sequence b: first_slot + b * slot_stride
+    slot_stride: int

@@ -6,7 +6,7 @@ Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens, R r
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import CorruptArgs, NllArgs, UnmaskArgs
+from nar_kernels.ops.arguments import ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
 from nar_kernels.ops.masking import IGNORE_INDEX
 from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
 from nar_kernels.spec.philox import Stream, permute, words
@@ -245,3 +245,23 @@ def _sum_of_units(terms: Tensor) -> Tensor:
     """float32 ``[R]``: row sums in fixed point, units of 2**-30, exact in any order."""
     units = (terms * 2.0**30 + 0.5).to(torch.int64)
     return units.sum(1).to(torch.float32) * 2.0**-30
+
+
+def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:
+    """The specification of ``choose``: of equal scores the first position counts as the highest,
+    and NaN is higher than any number."""
+    sequence, position = a.rows // a.length, a.rows % a.length
+    slots = sequence * a.slot_stride + a.first_slot
+    noise = words(a.seed, Stream.CRITIC_NOISE, slots, position)
+    score = noise if a.score is None else a.score[position] if a.by_position else a.score
+    if a.lowest_first:
+        score = -score
+    if a.noise_scale > 0:
+        score = score + a.noise_scale * gumbel(noise)
+    order = score.argsort(descending=True, stable=True)
+    order = order[sequence[order].argsort(stable=True)]  # by sequence, then by score
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    num_kept = (a.bounds - a.left_bounds).diff()
+    is_kept = rank - a.bounds[sequence] < num_kept[sequence]
+    return a.rows[is_kept], a.rows[~is_kept]

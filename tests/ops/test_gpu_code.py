@@ -16,7 +16,7 @@ from tests.helpers.paths import ROOT
 pytestmark = pytest.mark.seconds
 LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
 COUNTS = ROOT / "benchmarks/gpu_code/sm90.json"
-KERNELS = ["corrupt", "nll", "unmask"]
+KERNELS = ["corrupt", "nll", "unmask", "choose"]
 needs_library = pytest.mark.skipif(
     LIBRARY is None, reason="nar_kernels._cuda is not built: no nvcc"
 )
@@ -99,9 +99,11 @@ def test_no_two_threads_read_what_another_block_publishes(rows):
 
 def test_main_loads_and_stores_move_16_bytes(rows):
     for row in rows:
-        narrow = any(name in row["kernel"] for name in ("step", "windows", "at any address"))
+        narrow = any(
+            name in row["kernel"] for name in ("step", "windows", "at any address", "choose")
+        )
         assert row["16-byte loads"] > 0 or narrow, row
-        stores_little = any(name in row["kernel"] for name in ("no gradient", "unmask"))
+        stores_little = any(name in row["kernel"] for name in ("no gradient", "unmask", "choose"))
         assert row["16-byte stores"] > 0 or stores_little, row
 
 
