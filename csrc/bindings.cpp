@@ -108,44 +108,10 @@ void nll(const py::tuple& arguments, const py::tuple& outputs, int logit_type, i
   nar::nll_cpu(args, num_threads);
 }
 
-nar::ConfidenceType confidence_type(const std::string& name) {
-  if (name == "probability") return nar::ConfidenceType::kProbability;
-  if (name == "margin") return nar::ConfidenceType::kMargin;
-  if (name == "entropy") return nar::ConfidenceType::kEntropy;
-  throw std::invalid_argument("unknown confidence " + name);
-}
-
-// From UnmaskArgs of nar_kernels/ops/arguments.py, and the tensors of Unmasked. `forbidden` holds
-// the ids.
-nar::UnmaskArgs unpack_unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type,
-                              std::vector<int64_t>* forbidden) {
-  nar::UnmaskArgs a;
-  nar::Unpacker next(arguments, 9);
-  const nar::Matrix<const void> logits = next.matrix<const void>();
-  a.logits = logits.data;
-  a.logit_type = static_cast<nar::LogitType>(logit_type);
-  a.rows = logits.rows, a.vocabulary = logits.columns, a.stride = logits.stride;
-  a.noise_slots = next.address<const int64_t>();
-  a.given = next.address<const int64_t>();
-  *forbidden = next.as<std::vector<int64_t>>();
-  a.forbidden = forbidden->data();
-  a.num_forbidden = static_cast<int64_t>(forbidden->size());
-  a.fallback = next.integer();
-  a.seed = static_cast<uint64_t>(next.integer());
-  a.top_k = next.integer();
-  a.inverse_temperature = next.as<float>();
-  a.confidence_type = confidence_type(next.as<std::string>());
-
-  nar::Unpacker next_output(outputs, 3);
-  a.tokens = next_output.address<int64_t>();
-  a.log_prob = next_output.address<float>();
-  a.confidence = next_output.address<float>();  // null if it is empty
-  return a;
-}
-
 void unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type, int num_threads) {
   std::vector<int64_t> forbidden;
-  const nar::UnmaskArgs args = unpack_unmask(arguments, outputs, logit_type, &forbidden);
+  nar::UnmaskArgs args = nar::unpack_unmask(arguments, outputs, &forbidden);
+  args.logit_type = static_cast<nar::LogitType>(logit_type);
   const py::gil_scoped_release release;
   nar::unmask_cpu(args, num_threads);
 }

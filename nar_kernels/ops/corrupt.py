@@ -13,7 +13,13 @@ from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
-from nar_kernels.ops.dispatch import host_address, needs_dispatcher, on_device, register
+from nar_kernels.ops.dispatch import (
+    host_address,
+    needs_dispatcher,
+    on_device,
+    raw_stream,
+    register,
+)
 from nar_kernels.ops.masking import NUM_INVALID, MaskingConfig
 from nar_kernels.ops.reference import corrupt_ref
 from nar_kernels.ops.tokens import DTYPE_CODE, check_ids, check_token_dtype
@@ -418,14 +424,6 @@ def _corrupt_cpp(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _public_raw_stream(device: int) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-# The private one is faster, and is missing where PyTorch has no CUDA.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
-
-
 def _corrupt_cuda(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     assert cuda is not None
     device = a.ratio_table.device
@@ -433,7 +431,7 @@ def _corrupt_cuda(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     outputs = (*(memory or _empty_outputs(a, device)), workspace)
     where = (0, 0)
     if device.type == "cuda":
-        where = device.index, _raw_stream(device.index)
+        where = device.index, raw_stream(device.index)
     cuda.corrupt(a, outputs, DTYPE_CODE[a.tokens.dtype], a.tokens.numel(), *where)
     return *outputs[:-1], workspace[:NUM_INVALID]
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import UnmaskArgs
-from nar_kernels.ops.backends import cpp, resolve_backend
+from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.dispatch import (
     LOGIT_CODE,
     check_on_host,
     needs_dispatcher,
     on_device,
+    raw_stream,
     register,
 )
 from nar_kernels.ops.reference import unmask_ref
@@ -26,7 +27,8 @@ from nar_kernels.spec.philox import signed_seed
 Confidence = Literal["probability", "margin", "entropy"]
 CONFIDENCES = get_args(Confidence)
 
-UNMASK_BACKENDS = ("reference", "cpp", "triton")
+UNMASK_BACKENDS = ("reference", "cpp", "triton", "cuda")
+# In the order of csrc/unmask/unmask_cuda.h.
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Noise spans 26: at this temperature it decides only between logits less than 3e-5 apart.
@@ -82,7 +84,7 @@ def unmask(
         given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
         confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
             the ``"margin"`` (arXiv:2502.06768) or the ``"entropy"`` (arXiv:2508.15487).
-        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
+        backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
 
     Returns:
         An :class:`Unmasked`. Where a row allows no id, all of its logits being -inf, that is the
@@ -206,7 +208,25 @@ def _unmask_triton(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-_UNMASK = {"reference": unmask_ref, "cpp": _unmask_cpp, "triton": _unmask_triton}
+def _unmask_cuda(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
+    assert cuda is not None
+    outputs = _unmask_outputs(a)
+    device = a.logits.device
+    more = a.forbidden[cuda.forbidden_arguments :]
+    # Asynchronous, but no CUDA graph can hold it.
+    ids = torch.tensor(more, device="cpu").to(device, non_blocking=True) if more else None
+    where = (0, 0) if device.type != "cuda" else (device.index, raw_stream(device.index))
+    address = 0 if ids is None else ids.data_ptr()
+    cuda.unmask(a, outputs, LOGIT_DTYPES.index(a.logits.dtype), address, *where)
+    return outputs
+
+
+_UNMASK = {
+    "reference": unmask_ref,
+    "cpp": _unmask_cpp,
+    "triton": _unmask_triton,
+    "cuda": _unmask_cuda,
+}
 
 
 def _launch_unmask(a: UnmaskArgs, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,12 @@ import pybind11
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIBRARY = ROOT / "build/cuda_on_cpu" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-SOURCES = [ROOT / "csrc/corrupt/corrupt.cu", ROOT / "csrc/bindings_cuda.cpp", HERE / "testing.cpp"]
+SOURCES = [
+    ROOT / "csrc/corrupt/corrupt.cu",
+    ROOT / "csrc/unmask/unmask.cu",
+    ROOT / "csrc/bindings_cuda.cpp",
+    HERE / "testing.cpp",
+]
 
 FLAGS = (
     "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -pthread -ffp-contract=off"
@@ -25,7 +30,7 @@ FLAGS = (
 
 
 def _compile(compiler: list[str]) -> None:
-    headers = [*(ROOT / "csrc").rglob("*.h"), HERE / "cuda_runtime.h", Path(__file__)]
+    headers = [*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in (*SOURCES, *headers))
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > newest:
         return

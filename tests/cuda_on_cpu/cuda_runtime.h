@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -31,6 +32,14 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // a block never leaves its OS thread
+
+// Where a kernel asks for the memory whose size its launch tells.
+#define NAR_DYNAMIC_SHARED(Type, name) \
+  Type* const name = reinterpret_cast<Type*>(cuda_on_cpu::dynamic_shared.data())
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 struct dim3 {
   unsigned x, y, z;
@@ -69,9 +78,11 @@ struct Block {
 };
 
 inline thread_local Block block;
+inline thread_local std::vector<uint4> dynamic_shared;
 // The order of warps and lanes. 0: ascending, 1: descending, else shuffled by this seed.
 inline std::atomic<unsigned> schedule{0};
-inline std::atomic<int> num_processors{132};  // that the device says it has
+inline std::atomic<int> num_processors{132};      // that the device says it has
+inline std::atomic<int> shared_bytes{227 << 10};  // so many, too
 
 inline void leave(State state) {
   Fiber* fiber = block.current;
@@ -213,11 +224,12 @@ inline void run_block() {
 }
 
 // Blocks begin in the order of their index: later ones may wait for what earlier ones publish.
-inline void run_grid(dim3 grid, dim3 size, const std::function<void()>& kernel) {
+inline void run_grid(dim3 grid, dim3 size, size_t shared, const std::function<void()>& kernel) {
   std::atomic<unsigned> next{0};
   std::mutex mutex;
   std::string error;
   auto work = [&] {
+    dynamic_shared.assign((shared + sizeof(uint4) - 1) / sizeof(uint4), {});
     for (unsigned index; (index = next++) < grid.x;) {
       blockIdx = dim3(index), blockDim = size, gridDim = grid;
       block.kernel = &kernel;
@@ -339,6 +351,30 @@ inline unsigned __float2uint_rz(float x) {  // saturates
 using std::max;
 using std::min;
 
+inline float __log2f(float x) { return std::log2(x); }
+inline int __float_as_int(float x) { return cuda_on_cpu::from_bits<int>(cuda_on_cpu::to_bits(x)); }
+inline float __int_as_float(int x) {
+  return cuda_on_cpu::from_bits<float>(cuda_on_cpu::to_bits(x));
+}
+
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
+}
+template <typename T, typename Choose>
+T atomic_choose(T* at, T value, Choose choose) {
+  T old = __atomic_load_n(at, __ATOMIC_SEQ_CST);
+  while (!__atomic_compare_exchange_n(at, &old, choose(old, value), false, __ATOMIC_SEQ_CST,
+                                      __ATOMIC_SEQ_CST)) {
+  }
+  return old;
+}
+inline int atomicMax(int* at, int value) {
+  return atomic_choose(at, value, [](int a, int b) { return std::max(a, b); });
+}
+inline unsigned atomicMin(unsigned* at, unsigned value) {
+  return atomic_choose(at, value, [](unsigned a, unsigned b) { return std::min(a, b); });
+}
+
 using Word64 = unsigned long long;
 inline Word64 atomicAdd(Word64* at, Word64 value) {
   return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
@@ -368,10 +404,16 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaError";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::num_processors;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::num_processors
+                                                       : cuda_on_cpu::shared_bytes;
   return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  return bytes <= cuda_on_cpu::shared_bytes ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
@@ -386,6 +428,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (grid.x == 0 || size.x % 32 != 0 || size.x * size.y == 0 || size.x * size.y > 1024) {
     return cudaErrorInvalidConfiguration;
   }
-  cuda_on_cpu::run_grid(grid, size, [&] { kernel(arguments...); });
+  cuda_on_cpu::run_grid(grid, size, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -6,7 +6,7 @@ import ctypes
 import pytest
 import torch
 
-from nar_kernels import MaskingConfig, backends
+from nar_kernels import MaskingConfig, backends, unmask
 from nar_kernels.ops.backends import cuda, device_type
 from tests import cuda_on_cpu
 from tests.helpers.batches import assert_same, clean_batch, corrupt
@@ -25,6 +25,7 @@ def library():
     yield library
     library.set_schedule(0)
     library.set_num_processors(132)
+    library.set_shared_bytes(227 << 10)
 
 
 # The shape of a batch of 9 depends on the processors of the device: warps with one tile, with up to
@@ -50,6 +51,24 @@ def test_any_order_of_threads_gives_the_same(library, length, num_processors, dr
     for schedule in SCHEDULES:
         library.set_schedule(schedule)
         assert_same(corrupt(tokens, masking, seed=5, backend="cuda"), expected)
+
+
+@emulated
+@pytest.mark.seconds
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("top_k", [None, 30, 1500])
+def test_any_order_of_threads_draws_the_same(library, top_k, held):
+    """Also where a row is too long to be held on the chip."""
+    logits = 3 * torch.randn(4, 3000)
+    logits[1] = 0.0
+    args = dict(mask_id=7, seed=1, noise_slots=torch.arange(4), top_k=top_k, confidence="margin")
+    library.set_shared_bytes(227 << 10 if held else 12 << 10)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = unmask(logits.to(dtype), **args, backend="reference")
+        for schedule in SCHEDULES:
+            library.set_schedule(schedule)
+            got = unmask(logits.to(dtype), **args, backend="cuda")
+            assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.cuda

@@ -22,7 +22,11 @@ from tests.helpers.goodness_of_fit import chi_square_p
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.cpp)]
-WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=pytest.mark.triton)]
+WITH_GPUS = [
+    *BACKENDS,
+    pytest.param("triton", marks=pytest.mark.triton),
+    pytest.param("cuda", marks=pytest.mark.cuda),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 3
 
@@ -120,11 +124,52 @@ def test_triton_agrees(vocabulary, dtype):
         assert_equals_reference(logits, backend="triton", **args)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "vocabulary", [4, 5, 129, 1000, 4099, pytest.param(70001, marks=pytest.mark.slow)]
+)
+def test_cuda_agrees(vocabulary, dtype):
+    every = 1 if vocabulary < 1000 or device_of("cuda") == "cuda" else 7
+    logits = awkward_logits(12, vocabulary, dtype)
+    for args in itertools.islice(arguments(vocabulary), 0, None, every):
+        assert_equals_reference(logits, backend="cuda", **args)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_forbidden_ids_than_the_cuda_kernel_takes_as_arguments(dtype):
+    logits = torch.randn(7, 300).to(dtype)
+    forbidden = tuple(range(10, 290))
+    for top_k in (None, 5):
+        args = dict(forbidden_ids=forbidden, top_k=top_k, noise_slots=torch.arange(7))
+        assert_equals_reference(logits, backend="cuda", **args)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_cuda_reads_rows_at_any_address(dtype, offset):
+    memory = torch.randn(6 * 1003 + offset).to(dtype)
+    logits = memory[offset:].view(6, 1003)[:, :1001]
+    for top_k in (None, 20, 900):
+        args = dict(top_k=top_k, noise_slots=torch.arange(6), confidence="entropy")
+        assert_equals_reference(logits, backend="cuda", **args)
+
+
 def nearly_equal_rows(length: int) -> Tensor:
     """Ties, and logits that differ by a bit."""
     nearly = 1 + torch.randint(0, 9, (length,)) * 2.0**-23
     rows = (torch.zeros(length), nearly, -nearly, nearly.where(nearly > 1, -torch.inf))
     return torch.stack(rows)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("top_k", [1, 200, 700, 2998])
+def test_ties_with_cuda(top_k):
+    for dtype in DTYPES:
+        logits = nearly_equal_rows(3000).to(dtype)
+        assert_equals_reference(logits, backend="cuda", top_k=top_k, confidence="margin")
 
 
 @pytest.mark.cpp
@@ -166,7 +211,7 @@ def test_triton_with_more_blocks_than_it_counts_at_a_time():
     assert_equals_reference(logits, backend="triton", top_k=20_000, confidence="entropy")
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON[1:])
+@pytest.mark.parametrize("backend", WITH_GPUS[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinity_is_above_what_is_finite_in_a_narrow_type(dtype, backend):
     logits = torch.full((1, 9), torch.finfo(dtype).max, dtype=dtype)
@@ -306,7 +351,7 @@ def test_any_number_of_threads():
         assert torch.equal(other.log_prob, results[0].log_prob)
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPUS)
 def test_rows_in_a_larger_tensor(backend):
     logits = torch.randn(9, 70, device=device_of(backend))
     for view in (logits[::2, 3:60], logits.t()[:7, :9], logits[:1].expand(3, -1), logits[:0]):
@@ -324,7 +369,7 @@ def test_a_head_without_a_column_for_mask_id():
     assert set(got.tokens.tolist()) == set(range(6))
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPUS)
 def test_a_row_that_allows_nothing(backend):
     logits = torch.full((2, 5), -torch.inf, device=device_of(backend))
     args = dict(noise_slots=torch.arange(2).to(logits.device), mask_id=0, backend=backend)
@@ -334,7 +379,7 @@ def test_a_row_that_allows_nothing(backend):
     assert given.tokens.tolist() == [4, 1]
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", WITH_GPUS)
 @pytest.mark.parametrize("forbidden_ids", [(), (9,), (9, 8), (9, 8, 7), (0, 2, 4, 9, 8, 7, 6)])
 def test_any_number_of_forbidden_ids(forbidden_ids, backend):
     logits = torch.arange(10.0).repeat(2, 1).to(device_of(backend))
@@ -344,7 +389,7 @@ def test_any_number_of_forbidden_ids(forbidden_ids, backend):
     assert draw(logits, **args).tokens.tolist() == [largest] * 2
 
 
-@pytest.mark.parametrize("backend", ["reference", WITH_TRITON[-1]])
+@pytest.mark.parametrize("backend", ["reference", WITH_GPUS[-1]])
 def test_as_an_operator(backend):
     logits, slots = (x.to(device_of(backend)) for x in (torch.randn(5, 40), torch.arange(5)))
     args = (logits, slots, None, [3], 0, 1, 40, 1.0, "entropy", backend)
@@ -376,7 +421,7 @@ def test_under_torch_compile():
         (dict(mask_id=6), ValueError, "mask_id is 6.*5 logits"),
         (dict(forbidden_ids=(5,)), ValueError, r"forbidden_ids holds 5, outside \[0, 5\)"),
         (dict(forbidden_ids=(0, 1, 2, 4)), ValueError, "leave none of the 5 ids"),
-        (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
+        (dict(backend="cuda2"), ValueError, "unknown backend 'cuda2'"),
     ],
 )
 def test_errors(change, error, message):
