@@ -29,22 +29,28 @@ struct Sampler {
   const float largest;
   const bool has_noise;
 
-  // Adds a column that may be drawn. `word` is its random word.
-  __device__ void add_sums(float x, Found* found) const {
-    const float from_largest = x - largest;
+  // Adds a column by its logit less the largest.
+  __device__ void add_sums(float from_largest, Found* found) const {
     const float e = exp_of_negative(from_largest);
     found->exp += units(e);
     if (a.confidence_type == ConfidenceType::kEntropy) {
       found->exp_times_gap += units(e * fminf(-from_largest, 87.0f));
-    } else if (a.confidence_type == ConfidenceType::kMargin) {
+    }
+    if (a.confidence_type == ConfidenceType::kMargin) {
       found->num_largest += from_largest == 0.0f;
       if (from_largest < 0.0f) found->second = fmaxf(found->second, from_largest);
     }
   }
 
-  __device__ float score(float x, uint32_t word) const {
-    const float from_largest = x - largest;
+  __device__ float score(float from_largest, uint32_t word) const {
     return has_noise ? from_largest * a.inverse_temperature + gumbel(word) : from_largest;
+  }
+
+  // Whether the score may be `best` or more.
+  __device__ bool may_win(float from_largest, uint32_t word, float best) const {
+    constexpr float kSlack =
+        1e-6f;  // scores are rounded, and so is this: more where they are large
+    return from_largest * (a.inverse_temperature * (1 - kSlack)) + gumbel_bound(word) >= best;
   }
 
   __device__ Words4 words(int block) const {
@@ -67,6 +73,20 @@ __device__ void tell(Block& block, float score) {  // as a maximum of bits
   }
 }
 
+// A first score to beat: that of a column with the largest logit, by the thread that has it.
+template <typename T>
+__device__ __attribute__((noinline)) void tell_first(const Row<T>& row, Block& block,
+                                                     const Sampler& sampler) {
+  for (int i = block.thread; i < row.num_vectors(); i += block.num_threads) {
+    const Vector<T> vector = row.vector(i);
+    for (int j = 0; j < Row<T>::kSize; ++j) {
+      if (Row<T>::difference(vector.word[j], sampler.largest) != 0.0f) continue;
+      const int column = i * Row<T>::kSize + j;
+      return tell(block, sampler.score(0.0f, sampler.words(column / 4).word[column % 4]));
+    }
+  }
+}
+
 // All columns of the row. Noise is made exactly only for those that a cheap bound does not rule
 // out.
 template <typename T>
@@ -76,18 +96,19 @@ __device__ Found sample_all(const Row<T>& row, Block& block, const Sampler& samp
   const int rounds = (row.num_vectors() + block.num_threads - 1) / block.num_threads;
   for (int round = 0; round < rounds; ++round) {
     const int i = round * block.num_threads + block.thread;
-    float x[kSize];
-    if (i < row.num_vectors()) {
-      row.load(i, x);
-    } else {
+    float x[kSize];  // less the largest
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) x[j] = -INFINITY;
+    for (int j = 0; j < kSize; ++j) x[j] = -INFINITY;
+    if (i < row.num_vectors()) {
+      const Vector<T> vector = row.vector(i);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) x[j] = Row<T>::difference(vector.word[j], sampler.largest);
     }
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sampler.add_sums(x[j], &found);
     if (!sampler.has_noise) {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) found.offer(sampler.score(x[j], 0), i * kSize + j);
+      for (int j = 0; j < kSize; ++j) found.offer(x[j], i * kSize + j);
       continue;
     }
     uint32_t word[kSize];
@@ -102,16 +123,10 @@ __device__ Found sample_all(const Row<T>& row, Block& block, const Sampler& samp
 #pragma unroll
     for (int j = 1; j < kSize; ++j) highest = fmaxf(highest, x[j]), lowest = min(lowest, word[j]);
     const float best = best_so_far(block);
-    const float scale = sampler.a.inverse_temperature;
-    const auto may_win = [&](float logit, uint32_t of) {
-      const float scaled = (logit - sampler.largest) * scale;
-      // Scores are rounded, and so is the bound: more where they are large.
-      return scaled + gumbel_bound(of) - scaled * 1e-6f >= best;
-    };
-    if (!__any_sync(kAllLanes, may_win(highest, lowest))) continue;
+    if (!__any_sync(kAllLanes, sampler.may_win(highest, lowest, best))) continue;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      if (!__any_sync(kAllLanes, may_win(x[j], word[j]))) continue;
+      if (!__any_sync(kAllLanes, sampler.may_win(x[j], word[j], best))) continue;
       found.offer(sampler.score(x[j], word[j]), i * kSize + j);
     }
     tell(block, found.score);
@@ -125,9 +140,10 @@ __device__ Found sample_kept(const Columns& columns, const Sampler& sampler, con
   Found found;
   columns.each([&](float x, int column) {
     if (!top.keeps(key_of(x), column)) return;
-    sampler.add_sums(x, &found);
+    const float from_largest = x - sampler.largest;
+    sampler.add_sums(from_largest, &found);
     const uint32_t word = sampler.has_noise ? sampler.words(column / 4).word[column % 4] : 0;
-    found.offer(sampler.score(x, word), column);
+    found.offer(sampler.score(from_largest, word), column);
   });
   return found;
 }
@@ -140,9 +156,9 @@ __device__ Found combined(Found found, Block& block, ConfidenceType type) {
     found.num_largest = static_cast<uint32_t>(block.sum(found.num_largest));
     found.second = from_ordered(static_cast<uint32_t>(block.largest(ordered(found.second))));
   }
-  // Of equal scores the first column.
-  const uint64_t best =
-      block.largest(uint64_t{ordered(found.score)} << 32 | ~static_cast<uint32_t>(found.token));
+  // Of equal scores, -0 and 0 too, the first column.
+  const uint64_t best = block.largest(uint64_t{ordered(found.score + 0.0f)} << 32 |
+                                      ~static_cast<uint32_t>(found.token));
   found.score = from_ordered(static_cast<uint32_t>(best >> 32));
   found.token = static_cast<int>(~static_cast<uint32_t>(best));
   return found;
@@ -167,10 +183,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 
   float thread_largest = -INFINITY;
   for (int i = block.thread; i < row.num_vectors(); i += block.num_threads) {
-    float x[Row<T>::kSize];
-    row.read(i, x);
-#pragma unroll
-    for (int j = 0; j < Row<T>::kSize; ++j) thread_largest = fmaxf(thread_largest, x[j]);
+    thread_largest = fmaxf(thread_largest, row.read(i));
   }
   if (block.thread == 0) memory.best = -INFINITY;
   float largest = from_ordered(static_cast<uint32_t>(block.largest(ordered(thread_largest))));
@@ -203,6 +216,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       found = sample_kept(all, sampler, top);
     }
   } else {
+    if (sampler.has_noise && thread_largest == largest) tell_first(row, block, sampler);
+    __syncthreads();
     found = sample_all(row, block, sampler);
   }
   found = combined(found, block, a.confidence_type);

@@ -29,6 +29,18 @@ struct Float16 {
   static __device__ float widen(Word word) { return __half2float(__ushort_as_half(word)); }
 };
 
+__device__ inline int forbidden_id(const UnmaskKernelArgs& a, int f) {
+  if (f < kForbiddenArguments) return a.forbidden[f];
+  return static_cast<int>(a.more_forbidden[f - kForbiddenArguments]);
+}
+
+__device__ __attribute__((noinline)) bool is_forbidden(const UnmaskKernelArgs& a, int id) {
+  for (int f = 0; f < a.num_forbidden; ++f) {
+    if (forbidden_id(a, f) == id) return true;
+  }
+  return false;
+}
+
 template <typename T>
 struct alignas(16) Vector {
   static constexpr int kSize = 16 / sizeof(typename T::Word);
@@ -49,64 +61,61 @@ class Row {
 
   __device__ int num_vectors() const { return count_; }
 
-  // The first time that a thread reads a vector; it alone reads it again.
-  __device__ void read(int i, float (&x)[kSize]) const {
+  // The first time that a thread reads a vector, which it alone reads again. Returns the largest of
+  // its logits; NaN is none.
+  __device__ float read(int i) const {
     const Vector<T> raw = from_memory(i);
     if (held_) held_[i] = raw;
-    clean(i, raw, x);
+    float largest = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, T::widen(raw.word[j]));
+    return fminf(largest, kLargestFloat) + 0.0f;
   }
 
-  // Logits, -inf where never drawn: finite ones, but for the largest float in place of +inf.
-  __device__ void load(int i, float (&x)[kSize]) const {
-    clean(i, held_ ? held_[i] : from_memory(i), x);
-  }
+  // Once more.
+  __device__ Vector<T> vector(int i) const { return held_ ? held_[i] : from_memory(i); }
 
-  // A single one, by any thread.
+  // A single logit, by any thread: a finite number, or -inf where it is never drawn.
   __device__ float logit(int64_t id) const {
-    if (id >= a_.vocabulary || is_forbidden(static_cast<int>(id))) return -INFINITY;
-    return finite(T::widen(logits_[id]));
+    if (id >= a_.vocabulary || is_forbidden(a_, static_cast<int>(id))) return -INFINITY;
+    return clean(logits_[id]);
+  }
+
+  static __device__ float clean(typename T::Word word) {  // -0 would not equal 0 as a key
+    return fminf(fmaxf(T::widen(word), -INFINITY), kLargestFloat) + 0.0f;
+  }
+
+  // clean(word) less the largest logit of the row, in fewer steps: where there is a +inf,
+  // it is the largest.
+  static __device__ float difference(typename T::Word word, float row_largest) {
+    return fminf(fmaxf(T::widen(word), -INFINITY) - row_largest, 0.0f);
   }
 
  private:
   __device__ Vector<T> from_memory(int i) const {
-    const int first = i * kSize;
-    if (is_aligned_ && first + kSize <= a_.vocabulary) {
-      return reinterpret_cast<const Vector<T>*>(logits_)[i];
-    }
     Vector<T> raw;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      raw.word[j] = first + j < a_.vocabulary ? logits_[first + j] : T::kNever;
+    if (is_aligned_ && (i + 1) * kSize <= a_.vocabulary) {
+      raw = reinterpret_cast<const Vector<T>*>(logits_)[i];
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kSize; ++j) {
+        set(&raw, j, i * kSize + j < a_.vocabulary ? logits_[i * kSize + j] : T::kNever);
+      }
+    }
+#pragma unroll 1
+    for (int f = 0; f < a_.num_forbidden; ++f) {
+      const int id = forbidden_id(a_, f);
+      if (id / kSize == i) set(&raw, id % kSize, T::kNever);
     }
     return raw;
   }
 
-  static __device__ float finite(float x) {  // NaN becomes -inf, -0 becomes 0
-    return fminf(fmaxf(x, -INFINITY), kLargestFloat) + 0.0f;
-  }
-
-  __device__ void clean(int i, const Vector<T>& raw, float (&x)[kSize]) const {
+  // By comparisons: an index would move the vector to memory.
+  static __device__ void set(Vector<T>* vector, int at, typename T::Word word) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) x[j] = finite(T::widen(raw.word[j]));
-    for (int f = 0; f < a_.num_forbidden; ++f) {
-      const int id = forbidden(f);
-      if (id / kSize != i) continue;
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        if (id % kSize == j) x[j] = -INFINITY;
-      }
+    for (int j = 0; j < kSize; ++j) {
+      if (j == at) vector->word[j] = word;
     }
-  }
-
-  __device__ int forbidden(int f) const {
-    return f < kForbiddenArguments ? a_.forbidden[f] : a_.more_forbidden[f - kForbiddenArguments];
-  }
-
-  __device__ bool is_forbidden(int id) const {
-    for (int f = 0; f < a_.num_forbidden; ++f) {
-      if (forbidden(f) == id) return true;
-    }
-    return false;
   }
 
   const UnmaskKernelArgs& a_;

@@ -35,10 +35,11 @@ struct AllColumns {
   template <typename Use>
   __device__ void each(Use use) const {
     for (int i = block.thread; i < row.num_vectors(); i += block.num_threads) {
-      float x[Row<T>::kSize];
-      row.load(i, x);
+      const Vector<T> vector = row.vector(i);
 #pragma unroll
-      for (int j = 0; j < Row<T>::kSize; ++j) use(x[j], i * Row<T>::kSize + j);
+      for (int j = 0; j < Row<T>::kSize; ++j) {
+        use(Row<T>::clean(vector.word[j]), i * Row<T>::kSize + j);
+      }
     }
   }
 };
