@@ -222,6 +222,7 @@ class NonAutoregressiveWrapper(nn.Module):
         seed: int | Tensor | None = None,
         normalizer: float | Tensor | None = None,
         maskable: Tensor | None = None,
+        static_shapes: bool = False,
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Losses:
@@ -243,6 +244,7 @@ class NonAutoregressiveWrapper(nn.Module):
             normalizer: divide the generator's loss by this, instead of the count of maskable (or
                 masked, if the loss is the mean) positions.
             maskable: bool ``[B, L]``, positions that may be masked, such as answers; for clean ids.
+            static_shapes: of the loss, as in :func:`nar_kernels.masked_nll`.
             kwargs: for the net, if its ``forward`` declares them.
             net_kwargs: for the net, which takes them as ``**kwargs``.
 
@@ -267,6 +269,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 with_critic=self.token_critic is not None and not only_train_generator,
                 temperature=generator_sample_temperature,
                 normalizer=normalizer,
+                static_shapes=static_shapes,
             )
 
     def _losses(
@@ -279,6 +282,7 @@ class NonAutoregressiveWrapper(nn.Module):
         with_critic: bool,
         temperature: float | None,
         normalizer: float | Tensor | None,
+        static_shapes: bool,
     ) -> Losses:
         reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
         needs_counts = with_critic or normalizer is None
@@ -294,6 +298,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 corrupted,
                 reduction=reduction,
                 normalizer=normalizer,
+                static_shapes=static_shapes,
                 backend=self.backend if self.backend in NLL_DTYPES else "auto",
             )
         if not with_critic:
@@ -305,6 +310,7 @@ class NonAutoregressiveWrapper(nn.Module):
             temperature,
             seed,
             None if mean_counts is None else mean_counts[1],
+            static_shapes,
         )
         if loss is None:
             return Losses(critic_loss, None, critic_loss)
@@ -353,7 +359,7 @@ class NonAutoregressiveWrapper(nn.Module):
         else:
             batch, slots, world_size = x.shape[0], None, distributed.world_size()
             if world_size > 1:
-                slots = torch.arange(batch, device=x.device) * world_size + distributed.rank()
+                slots = range(distributed.rank(), batch * world_size, world_size)
             corrupted = corrupt(
                 x,
                 self.masking,
@@ -408,10 +414,13 @@ class NonAutoregressiveWrapper(nn.Module):
         temperature: float | None,
         seed: int,
         normalizer: Tensor | None,
+        static_shapes: bool,
     ) -> Tensor:
         """Binary cross-entropy of the critic on sampled ids being wrong: mean over the positions
         whose clean id is known (label not set to -100)."""
-        rows, clean = corrupted.masked_rows, corrupted.clean_ids
+        # Padding repeats rows, which draw the same ids again.
+        rows = corrupted.padded_rows()[0] if static_shapes else corrupted.masked_rows
+        clean = corrupted.clean_ids
         rank, world_size = distributed.rank(), distributed.world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)

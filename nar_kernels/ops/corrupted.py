@@ -97,8 +97,8 @@ class Corrupted:
         num_masked: int64 ``[B]``, number of masked positions per sample.
         num_maskable: int64 ``[B]``, number of positions per sample that could have been masked.
         row_buffer: int64 ``[B * L]``; the first R entries are ``masked_rows``, the rest is
-            undefined: the operator's shapes do not depend on data. Parts of a batch have the R
-            entries only.
+            undefined: the operator's shapes do not depend on data. Parts of a batch have fewer
+            entries, but those.
         invalid: int64 ``[5]``: number of bad ids, lowest offset of one, its value; number of
             windows outside the corpus; number of negative sample slots. Bad ids are replaced by a
             valid one, so that embedding lookups stay in bounds, bad windows by the first of the
@@ -107,6 +107,8 @@ class Corrupted:
         masking: the configuration of this batch.
         host_counts: int64 ``[B]`` on the CPU, ``num_masked`` if known on the host, which avoids a
             sync; else None.
+        num_strata: of the times, if each sample is known to have a stratum of its own; else 0.
+            Bounds R by ``row_capacity``: set it to 0 if you change ``masked_indices``.
     """
 
     input_ids: Tensor
@@ -120,6 +122,7 @@ class Corrupted:
     invalid: Tensor
     masking: MaskingConfig
     host_counts: Tensor | None = None
+    num_strata: int = 0
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -133,6 +136,35 @@ class Corrupted:
         """
         counts = self.num_masked if self.host_counts is None else self.host_counts
         return self.row_buffer[: int(counts.sum())]
+
+    @property
+    def row_capacity(self) -> int:
+        """C, the most rows that a batch like this can have, whatever its step, seed and ids:
+        :meth:`MaskingConfig.row_capacity`."""
+        return self.masking.row_capacity(*self.input_ids.shape, num_strata=self.num_strata)
+
+    def padded_rows(self) -> tuple[Tensor, Tensor]:
+        """``masked_rows`` and padding, int64 ``[C]``, and which are padding, bool ``[C]``, with C
+        the ``row_capacity``: shapes that do not depend on data, so this never synchronises.
+
+        Padding repeats the masked rows in turn (in a batch without any, it is 0): a gather of them
+        reads, and its gradient writes, what is needed anyway, and none of them often.
+
+        Raises:
+            ValueError: (on the CPU) more rows are masked than that, so the batch has been changed.
+        """
+        num_masked, capacity = self.num_masked.sum(), self.row_capacity
+        if num_masked.is_cpu and not torch.compiler.is_compiling() and int(num_masked) > capacity:
+            raise ValueError(
+                f"the batch has {int(num_masked)} masked rows, but what its masking draws has at "
+                f"most {capacity}: if you changed its masks, set num_strata to 0 and masking to "
+                "what describes them"
+            )
+        place = torch.arange(capacity, device=num_masked.device)
+        # The buffer of a part may be empty.
+        buffer = self.row_buffer if len(self.row_buffer) else num_masked.new_zeros(1)
+        rows = buffer.index_select(0, place % num_masked.clamp(min=1))
+        return rows.masked_fill(num_masked == 0, 0), place >= num_masked
 
     @property
     def clean_ids(self) -> Tensor:
@@ -171,7 +203,7 @@ class Corrupted:
         """The samples of a slice, of a list, array or tensor of indices, or of a bool tensor
         ``[B]``.
 
-        Synchronises with the device, except for slices of step 1 if ``masked_rows`` does not.
+        Synchronises with the device, except for slices of step 1.
 
         Raises:
             IndexError: an index is outside [-B, B).
@@ -182,15 +214,32 @@ class Corrupted:
             samples = range(size)[index]
             if samples.step == 1:
                 start, stop = samples.start, samples.start + len(samples)
+                part = self._select(slice(start, stop))
+                if not self._host_can_count():
+                    part.row_buffer = self._rows_from(start, part.row_capacity)
+                    return part
                 counts = self.num_masked if self.host_counts is None else self.host_counts
                 first, last = int(counts[:start].sum()), int(counts[:stop].sum())
-                part = self._select(slice(start, stop))
                 part.row_buffer = self.row_buffer[first:last] - start * length
                 return part
             index = list(samples)
         part = self._select(_sample_indices(index, size))
         part.row_buffer = part.masked_indices.flatten().nonzero().flatten()
+        part.num_strata = 0  # samples may repeat
         return part
+
+    def _host_can_count(self) -> bool:
+        """Whether the host knows how many rows each sample has, without a sync or a graph break."""
+        on_host = self.num_masked.is_cpu and not torch.compiler.is_compiling()
+        return self.host_counts is not None or on_host
+
+    def _rows_from(self, start: int, capacity: int) -> Tensor:
+        """int64 ``[capacity]``: the ``row_buffer`` of the samples from ``start`` on, at most
+        ``capacity`` rows; without a sync."""
+        device, length = self.row_buffer.device, self.input_ids.shape[1]
+        place = self.num_masked[:start].sum() + torch.arange(capacity, device=device)
+        rows = self.row_buffer.index_select(0, place.clamp(max=max(len(self.row_buffer) - 1, 0)))
+        return rows - start * length
 
     def _select(self, index: slice | Tensor) -> "Corrupted":
         """Selects samples; ``row_buffer`` is still that of the whole batch."""
@@ -233,6 +282,7 @@ class Corrupted:
             **tensors,
             row_buffer=torch.cat(rows),
             invalid=invalid,
+            num_strata=0,  # two samples may have the same
             host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
         )
 
@@ -268,7 +318,8 @@ class Corrupted:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """Applies ``function`` to all tensors on the device."""
-        names = (f.name for f in fields(self) if f.name not in ("masking", "host_counts"))
+        others = ("masking", "host_counts", "num_strata")
+        names = (f.name for f in fields(self) if f.name not in others)
         tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return replace(self, **tensors)
 

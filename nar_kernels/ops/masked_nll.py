@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from nar_kernels.ops.arguments import NllArgs
+from nar_kernels.ops.arguments import LinearNllArgs, NllArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.dispatch import register
 from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES, run_nll
@@ -36,6 +37,7 @@ def masked_nll(
     bias: Tensor | None = None,
     reduction: Reduction = "nelbo",
     normalizer: float | Tensor | None = None,
+    static_shapes: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The negative log-likelihood of the masked tokens under a linear head.
@@ -59,11 +61,15 @@ def masked_nll(
             masked (``"mean"``) positions: that of the whole batch where this is a part of it
             (:func:`count`). One positive number; on a GPU its value is not checked, to avoid a
             sync.
+        static_shapes: pad the masked rows to C, ``corrupted.row_capacity``, so that shapes do not
+            depend on data: the host never waits for the device, and a CUDA graph can capture this.
+            Padding adds exactly 0 to the loss and to every gradient. ``"none"`` gives ``[C]``, with
+            0 at padding.
         backend: of the softmax: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``. GEMMs are
             PyTorch's, except float32 logits of a large head with ``"cpp"``.
 
     Returns:
-        A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
+        A scalar, ``[R]`` or ``[C]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
 
     Masked positions whose label was set to -100 count neither in the sum nor in the default
     normalizer. Not twice differentiable.
@@ -72,26 +78,33 @@ def masked_nll(
         ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
             weights of a schedule that gives no bound.
     """
-    _check(hidden, corrupted, reduction, normalizer)
+    _check(hidden, corrupted, reduction, normalizer, static_shapes)
     _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, product_dtype(hidden, weight)
     backend = _resolve(backend, device, dtype)
-    rows, labels = masked_labels(corrupted)
-    labels, is_ignored = _without_ignored(labels)
+    rows, labels = masked_labels(corrupted, static_shapes)
+    labels, is_ignored = _without_ignored(labels, static_shapes)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
     with torch.autocast(device.type, enabled=False):
         # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
             nothing = (False, False, False)
-            nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
-            return reduce_nll(_zero(nll, is_ignored), corrupted, reduction, normalizer)
+            run = _traced_losses if torch.compiler.is_compiling() else _losses_and_gradients
+            nll, _ = run(picked, weight, bias, labels, None, backend, nothing)
+            return reduce_nll(
+                _zero(nll, is_ignored), corrupted, reduction, normalizer, static_shapes
+            )
         if reduction == "none":
-            return _zero(_PerRow.apply(picked, weight, bias, labels, backend), is_ignored)
+            per_row = _TracedPerRow if torch.compiler.is_compiling() else _PerRow
+            return _zero(per_row.apply(picked, weight, bias, labels, backend), is_ignored)
         row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
-        total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
+        weighted_sum = _TracedSum if torch.compiler.is_compiling() else _WeightedSum
+        total = weighted_sum.apply(picked, weight, bias, labels, row_weight, backend)
         if normalizer is None:
             num_ignored = 0 if is_ignored is None else is_ignored.sum()
-            normalizer = _count(corrupted, reduction, num_ignored).clamp(min=1)
+            num_padding = len(rows) - corrupted.num_masked.sum() if static_shapes else 0
+            counted = _count(corrupted, reduction, num_ignored - num_padding)
+            normalizer = counted.clamp(min=1)
         return _normalized(total, normalizer)
 
 
@@ -103,6 +116,7 @@ def head_nll(
     is_log_prob: bool = False,
     reduction: Reduction = "nelbo",
     normalizer: float | Tensor | None = None,
+    static_shapes: bool = False,
 ) -> Tensor:
     """:func:`masked_nll` for any head, from ``[C, D]`` to logits ``[C, V]``. Chunks of rows are
     checkpointed, so the logits of one chunk exist at a time.
@@ -110,8 +124,8 @@ def head_nll(
     Args:
         is_log_prob: the head returns log-probabilities.
     """
-    _check(hidden, corrupted, reduction, normalizer)
-    rows, labels = masked_labels(corrupted)
+    _check(hidden, corrupted, reduction, normalizer, static_shapes)
+    rows, labels = masked_labels(corrupted, static_shapes)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
 
     def shapes(num_rows: int) -> list[tuple[int, int]]:
@@ -131,7 +145,7 @@ def head_nll(
         checkpoint(chunk_nll, some, of_them, use_reentrant=False)
         for some, of_them in zip(picked.split(size), labels.split(size), strict=True)
     ]
-    return reduce_nll(torch.cat(parts), corrupted, reduction, normalizer)
+    return reduce_nll(torch.cat(parts), corrupted, reduction, normalizer, static_shapes)
 
 
 def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
@@ -146,12 +160,15 @@ def reduce_nll(
     corrupted: Corrupted,
     reduction: Reduction,
     normalizer: float | Tensor | None = None,
+    static_shapes: bool = False,
 ) -> Tensor:
-    """The losses of the masked rows ``[R]``, reduced as :func:`masked_nll` does."""
+    """The losses of the masked rows ``[R]`` or, with 0 at padding, ``[C]``, reduced as
+    :func:`masked_nll` does."""
     if reduction == "none":
         return nll
-    _check_reduction(corrupted, reduction, normalizer)
-    total = (_row_weight(corrupted, corrupted.masked_rows, reduction) * nll).sum()
+    _check_reduction(corrupted, reduction, normalizer, static_shapes)
+    rows = corrupted.padded_rows()[0] if static_shapes else corrupted.masked_rows
+    total = (_row_weight(corrupted, rows, reduction) * nll).sum()
     return _normalized(total, count(corrupted, reduction) if normalizer is None else normalizer)
 
 
@@ -181,17 +198,23 @@ def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor
     return counts.sum() - num_ignored
 
 
-def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
-    """``masked_rows`` and the labels there, int64 ``[R]`` both."""
-    rows, labels = corrupted.masked_rows, corrupted.labels.reshape(-1)
-    return rows, labels.index_select(0, rows).to(torch.int64)
+def masked_labels(corrupted: Corrupted, static_shapes: bool = False) -> tuple[Tensor, Tensor]:
+    """``masked_rows`` and the labels there, int64 ``[R]`` both; with ``static_shapes`` padded to
+    ``[C]``, with the label -100."""
+    labels = corrupted.labels.reshape(-1)
+    if not static_shapes:
+        rows = corrupted.masked_rows
+        return rows, labels.index_select(0, rows).to(torch.int64)
+    rows, is_padding = corrupted.padded_rows()
+    labels = labels.index_select(0, rows).to(torch.int64)
+    return rows, labels.masked_fill(is_padding, IGNORE_INDEX)
 
 
-def _without_ignored(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def _without_ignored(labels: Tensor, static_shapes: bool) -> tuple[Tensor, Tensor | None]:
     """Labels ``[R]`` with 0 in place of -100, and a mask of those, bool ``[R]``; None where there
     are none, as far as that is known without a sync."""
     is_ignored = labels == IGNORE_INDEX
-    if labels.is_cpu and not is_ignored.any():
+    if labels.is_cpu and not static_shapes and not is_ignored.any():
         return labels, None
     return labels.masked_fill(is_ignored, 0), is_ignored
 
@@ -212,8 +235,9 @@ def _check(
     corrupted: Corrupted,
     reduction: Reduction,
     normalizer: float | Tensor | None,
+    static_shapes: bool = False,
 ) -> None:
-    _check_reduction(corrupted, reduction, normalizer)
+    _check_reduction(corrupted, reduction, normalizer, static_shapes)
     labels, shape = corrupted.labels, tuple(corrupted.input_ids.shape)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != shape:
         what = f"{labels.dtype} {list(labels.shape)}"
@@ -230,12 +254,18 @@ def _check(
 
 
 def _check_reduction(
-    corrupted: Corrupted, reduction: Reduction, normalizer: float | Tensor | None
+    corrupted: Corrupted,
+    reduction: Reduction,
+    normalizer: float | Tensor | None,
+    static_shapes: bool,
 ) -> None:
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
-    if reduction == "nelbo" and not corrupted.masking.is_bound and _weights_are_drawn(corrupted):
-        corrupted.masking.check_bound()
+    if reduction == "nelbo" and not corrupted.masking.is_bound:
+        # Whether they are is read from the device: never with static shapes there.
+        is_unread = static_shapes and not corrupted.loss_weight.is_cpu
+        if not is_unread and _weights_are_drawn(corrupted):
+            corrupted.masking.check_bound()
     if normalizer is None:
         return
     if reduction == "none":
@@ -412,4 +442,93 @@ class _PerRow(torch.autograd.Function):
             ctx.backend,
             ctx.needs_input_grad[:3],
         )
+        return *_typed(gradients, (hidden, weight, bias)), None, None
+
+
+# torch.compile cannot trace the chunks, whose products go to memory with gaps, and need not: for it
+# they are one operator.
+
+
+def _launch_linear_nll(a: LinearNllArgs, backend: str) -> tuple[Tensor, ...]:
+    nll, gradients = _losses_and_gradients(*a[:5], backend, a[5:])
+    return nll, *(a.hidden.new_empty(0) if g is None else g for g in gradients)
+
+
+def _linear_nll_fake(a: LinearNllArgs, backend: str) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(a.hidden.dtype, torch.float32)
+    of_hidden = torch.empty_like(a.hidden) if a.of_hidden else a.hidden.new_empty(0)
+    of_weight = a.hidden.new_empty(a.weight.shape if a.of_weight else (0,), dtype=wide)
+    of_bias = a.hidden.new_empty(len(a.weight) if a.of_bias else 0, dtype=wide)
+    return a.hidden.new_empty(len(a.hidden), dtype=wide), of_hidden, of_weight, of_bias
+
+
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+register("linear_nll", LinearNllArgs, _FOUR, _launch_linear_nll, _linear_nll_fake)
+
+
+def _traced_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weight: Tensor | None,
+    backend: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Gradients]:
+    """:func:`_losses_and_gradients` as an operator."""
+    arguments = LinearNllArgs(hidden, weight, bias, labels, row_weight, *wanted)
+    nll, *found = torch.ops.nar_kernels.linear_nll.default(*arguments, backend)
+    of_hidden, of_weight, of_bias = (
+        g if is_wanted else None for g, is_wanted in zip(found, wanted, strict=True)
+    )
+    return nll, (of_hidden, of_weight, of_bias)
+
+
+class _TracedSum(torch.autograd.Function):
+    """:class:`_WeightedSum` for torch.compile, which keeps its gradients as it sees fit."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        row_weight: Tensor,
+        backend: str,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[:3]
+        nll, gradients = _traced_losses(hidden, weight, bias, labels, row_weight, backend, wanted)
+        ctx.save_for_backward(hidden, weight, bias, *gradients)
+        return (row_weight * nll).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        of_hidden, of_weight, of_bias = (None if g is None else g * upstream for g in gradients)
+        return *_typed((of_hidden, of_weight, of_bias), inputs), None, None, None
+
+
+class _TracedPerRow(torch.autograd.Function):
+    """:class:`_PerRow` for torch.compile."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.backend = backend
+        none = (False, False, False)
+        return _traced_losses(hidden, weight, bias, labels, None, backend, none)[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        wanted, row_weight = ctx.needs_input_grad[:3], upstream.contiguous()
+        _, gradients = _traced_losses(hidden, weight, bias, labels, row_weight, ctx.backend, wanted)
         return *_typed(gradients, (hidden, weight, bias)), None, None
