@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from nar_kernels import distributed
 from nar_kernels.checks import as_int
+from nar_kernels.data.staging import DeferredCheck
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import causal_module, net_attribute
 from nar_kernels.nets.critic import SelfCritic
@@ -23,7 +25,7 @@ from nar_kernels.nets.keywords import merge_net_kwargs
 from nar_kernels.nets.modes import ModeLocks, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
-from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.corrupted import Corrupted, check_record, place_in_batch
 from nar_kernels.ops.masked_nll import Reduction, num_counted
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
@@ -174,6 +176,7 @@ class NonAutoregressiveWrapper(nn.Module):
         _warn_if_causal(net)
         self.backend = backend
         self.average_tokens_across_devices = average_tokens_across_devices
+        self._deferred_check = DeferredCheck()
         self.steps = steps
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
@@ -232,8 +235,9 @@ class NonAutoregressiveWrapper(nn.Module):
         :class:`~nar_kernels.TokenNet`), by :func:`nar_kernels.masked_nll`.
 
         Args:
-            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. (On
-                a GPU, checking clean ids is a sync; batches of ``MaskedLoader`` avoid it.)
+            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. On a
+                GPU, where looking at clean ids is a sync, an invalid one is reported by the next
+                call, or :meth:`raise_if_invalid`.
             only_train_generator: skip the critic.
             only_train_critic: the generator runs without gradients, and its loss is None.
             generator_sample_temperature: of the ids sampled for the critic. Default: uniform in
@@ -249,7 +253,8 @@ class NonAutoregressiveWrapper(nn.Module):
             net_kwargs: for the net, which takes them as ``**kwargs``.
 
         Raises:
-            InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
+            InvalidTokenError: an id outside [0, V), or equal to ``mask_id``: on a GPU in the batch
+                before.
             TypeError, ValueError: wrong dtype, shape or length, contradicting arguments, or an
                 unknown one.
         """
@@ -369,11 +374,21 @@ class NonAutoregressiveWrapper(nn.Module):
                 maskable=maskable,
                 backend=self.backend,
             )
-        # Reading the record of a batch on a GPU is a sync. Such batches are checked by the loader
-        # that made them, or by the caller of `corrupt`.
-        if not (isinstance(x, Corrupted) and ids.is_cuda):
+        if not ids.is_cuda or torch.compiler.is_compiling():
             corrupted.raise_if_invalid()
+        # Batches that come corrupted are checked by the loader that made them, or by the caller of
+        # `corrupt`; nobody can look at one of a CUDA graph.
+        elif not isinstance(x, Corrupted) and not torch.cuda.is_current_stream_capturing():
+            size, length = ids.shape
+            where = partial(place_in_batch, length)
+            check = partial(check_record, batch_size=size, masking=self.masking, where=where)
+            self._deferred_check.defer(corrupted, check)
         return corrupted
+
+    def raise_if_invalid(self) -> None:
+        """Synchronises with the last batch of clean ids on a GPU, and raises its
+        :class:`InvalidTokenError`, if it has not been raised yet."""
+        self._deferred_check.run()
 
     def _predict(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Prediction:
         if self.self_cond:

@@ -39,6 +39,12 @@ def check_record(
         )
 
 
+def place_in_batch(seq_len: int, offset: int) -> str:
+    """Row and column of an offset in a flat batch."""
+    row, column = divmod(offset, seq_len)
+    return f"tokens[{row}, {column}]"
+
+
 # Fields with one entry per sample.
 _PER_SAMPLE = (
     "input_ids",
@@ -185,8 +191,7 @@ class Corrupted:
         def where(offset: int) -> str:
             if source is not None:
                 return f"offset {offset} of {source}"
-            row, column = divmod(offset, self.input_ids.shape[1])
-            return f"tokens[{row}, {column}]"
+            return place_in_batch(self.input_ids.shape[1], offset)
 
         check_record(self.invalid, len(self), self.masking, where)
 

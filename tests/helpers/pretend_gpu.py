@@ -14,8 +14,8 @@ PyTorch was not built for.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -131,8 +131,11 @@ class PretendGpu(TorchDispatchMode):
             inner_kwargs["device"] = torch.device("cpu")
         if function.namespace == "nar_kernels":  # kernels of a GPU are those of the CPU
             inner_args = tuple("reference" if x in ("cuda", "triton") else x for x in inner_args)
+        is_pinned = inner_kwargs.pop("pin_memory", False)
         with torch.utils._python_dispatch._disable_current_modes():
             out = function(*inner_args, **inner_kwargs)
+        if is_pinned:
+            out.is_pretended_pinned = True
         if not on_gpu:
             return out
         out = tree_map_only(Tensor, lambda x: GpuTensor(x, self), out)
@@ -150,7 +153,10 @@ class PretendGpu(TorchDispatchMode):
         )
         # A copy from memory that is not pinned, or not declared asynchronous; a scalar of the host
         # goes along with the launch.
-        crosses = {isinstance(x, GpuTensor) for x in tensors} == {True, False}
+        on_host = [x for x in tensors if not isinstance(x, GpuTensor)]
+        crosses = 0 < len(on_host) < len(tensors)
+        if crosses and all(hasattr(x, "is_pretended_pinned") for x in on_host):
+            crosses = not (kwargs.get("non_blocking") or any(x is True for x in args))
         is_copy = name in ("copy_", "_to_copy", "_copy_from")
         arrives = name == "_to_copy" and not any(isinstance(x, GpuTensor) for x in tensors)
         if name in _WAITING or is_mask or (is_copy and (crosses or arrives)):
@@ -182,6 +188,20 @@ def _group_by_type(lists: Any, with_indices: bool = False) -> dict[Any, Any]:
     }
 
 
+class _Event(NamedTuple):
+    gpu: PretendGpu
+
+    def synchronize(self) -> None:
+        self.gpu.waits.append("Event.synchronize")
+
+
+class _Stream(NamedTuple):
+    gpu: PretendGpu
+
+    def record_event(self) -> _Event:
+        return _Event(self.gpu)
+
+
 @contextmanager
 def pretend_gpu() -> Iterator[PretendGpu]:
     """:class:`PretendGpu`, where PyTorch and this package believe in it."""
@@ -199,6 +219,9 @@ def pretend_gpu() -> Iterator[PretendGpu]:
         mock.patch("nar_kernels.ops.backends.device_type", _device_type),
         mock.patch("torch.cuda.device_count", lambda: 1),
         mock.patch("torch.cuda.current_device", lambda: 0),
+        mock.patch("torch.cuda.device", nullcontext),
+        mock.patch("torch.cuda.current_stream", lambda device=None: _Stream(gpu)),
+        mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
     ):
         set_overwrite(True)  # a parameter that moves is another tensor
         try:
