@@ -254,11 +254,7 @@ class Run:
         may hold it."""
         config = self.config
         loss = loss_and_gradient(
-            self.trained,
-            batch,
-            config.accumulate,
-            self.autocast,
-            static_shapes=config.cuda_graph,
+            self.trained, batch, config.accumulate, self.autocast, config.cuda_graph
         )
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
