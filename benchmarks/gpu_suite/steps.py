@@ -11,7 +11,16 @@ TESTS = [
     "tests/test_gpu.py",
     *(
         f"tests/ops/test_{name}.py"
-        for name in ("choose", "corrupt", "cuda_kernels", "linear", "masked_nll", "nll", "unmask")
+        for name in (
+            "choose",
+            "corrupt",
+            "cuda_kernels",
+            "linear",
+            "masked_nll",
+            "nll",
+            "static_shapes",
+            "unmask",
+        )
     ),
 ]
 

@@ -84,9 +84,9 @@ class MaskedLoader:
 
     ``"auto"`` takes the first that fits: an eighth of the free GPU memory, or a quarter of the free
     host memory divided by ``world_size``. (Where the system refuses to pin it, it warns, and the
-    corpus stays mapped.) With the first two, ``batch`` also takes the step as a
-    tensor on the device, so that making a batch can be captured in a CUDA graph. (A whole training
-    step cannot: shapes in ``masked_nll`` depend on the number of masked positions.)
+    corpus stays mapped.) With the first two, ``batch`` also takes the step as a tensor on the
+    device, so that a training step can be captured in a CUDA graph, batch and all; the loss then
+    needs ``static_shapes``.
 
     Args:
         dataset: the windows.
@@ -249,7 +249,7 @@ class MaskedLoader:
 
         Args:
             step: at least 0. Or a one-element int64 tensor on the CUDA device: the batch is then
-                not checked by the loader, which would be a sync; call its ``raise_if_invalid``.
+                not checked by the loader, which would be a sync: see ``raise_if_invalid``.
 
         Raises:
             InvalidTokenError: a window holds a bad id: in this batch on the CPU, in the one before
@@ -304,9 +304,16 @@ class MaskedLoader:
 
         check_record(record, self.batch_size, self.masking, where)
 
-    def raise_if_invalid(self) -> None:
-        """Synchronises with the last batch and raises its error, if it has not been raised yet."""
-        self._deferred_check.run()
+    def raise_if_invalid(self, record: Tensor | None = None) -> None:
+        """Synchronises with the last batch and raises its error, if it has not been raised yet.
+
+        Args:
+            record: instead, ``invalid`` of a batch whose step was a tensor.
+        """
+        if record is None:
+            self._deferred_check.run()
+        else:
+            self._check(self.step, record)  # offsets into the corpus: the step is not needed
 
     def __iter__(self) -> Iterator[Corrupted]:
         return self

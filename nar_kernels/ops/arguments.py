@@ -108,6 +108,21 @@ class LinearArgs(NamedTuple):
     bias: Tensor | None  # [V]
 
 
+class LinearNllArgs(NamedTuple):
+    """Checked arguments of ``linear_nll``: the loss of each row of ``hidden`` under a linear head,
+    and the gradients of ``sum(row_weight * loss)``. Shapes: R rows, D width, V vocabulary."""
+
+    hidden: Tensor  # [R, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    labels: Tensor  # int64 [R]
+    row_weight: Tensor | None  # [R]; None for 1
+    # Which gradients are wanted; the others are empty.
+    of_hidden: bool
+    of_weight: bool
+    of_bias: bool
+
+
 class UnmaskArgs(NamedTuple):
     """Checked arguments of ``unmask``. Shapes: R rows of logits, V vocabulary."""
 

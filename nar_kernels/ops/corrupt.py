@@ -125,7 +125,7 @@ def corrupt(
     seed: int | Tensor,
     starts: Tensor | None = None,
     seq_len: int | None = None,
-    sample_ids: Tensor | None = None,
+    sample_ids: Tensor | range | None = None,
     global_batch: int | None = None,
     maskable: Tensor | None = None,
     outputs: Collection[Output] = OUTPUTS,
@@ -153,6 +153,7 @@ def corrupt(
         seq_len: L, for a flat corpus.
         sample_ids: int64 ``[B]``, global sample slots, at least 0: ``step * global_batch + j``.
             Default: ``0 .. B - 1``. The slot picks the noise, so do not reuse slots under one seed.
+            A range of them, with a positive step, lets the host count what a GPU masks.
         global_batch: how many consecutive slots share one stratification of times. Default: B.
         maskable: bool ``[B, L]``, positions that may be masked. Default: all.
         outputs: what to write beside ``input_ids`` and one number a sample, which is most of the
@@ -185,10 +186,16 @@ def corrupt(
     if not 1 <= seq_len < 1 << 31:
         raise ValueError(f"seq_len is {seq_len}: it must be in [1, 2**31)")
     device = tokens.device if starts is None else starts.device
-    if sample_ids is not None:
-        sample_ids = check_ids("sample_ids", sample_ids, device)
-        if sample_ids.shape[0] != batch:
-            raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
+    slots: range | None = range(batch)
+    if isinstance(sample_ids, range):
+        slots = sample_ids
+        if slots.step < 1:
+            raise ValueError(f"sample_ids is {slots}: the step of a range must be at least 1")
+        sample_ids = torch.arange(slots.start, slots.stop, slots.step, device=device)
+    elif sample_ids is not None:
+        slots, sample_ids = None, check_ids("sample_ids", sample_ids, device)
+    if sample_ids is not None and sample_ids.shape[0] != batch:
+        raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
     global_batch = max(batch, 1) if global_batch is None else as_int("global_batch", global_batch)
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
@@ -205,6 +212,7 @@ def corrupt(
         batch=batch,
         seq_len=seq_len,
         sample_ids=sample_ids,
+        slots=slots,
         maskable=maskable,
         global_batch=global_batch,
         wanted=Wanted.of(outputs, ids_dtype),
@@ -257,6 +265,7 @@ def corrupt_step(
         batch=batch_size,
         seq_len=seq_len,
         first_sample=first_sample,
+        slots=range(first_sample, first_sample + batch_size),
         step=step_tensor,
         global_batch=global_batch,
         wanted=wanted,
@@ -277,6 +286,7 @@ def _corrupt(
     global_batch: int,
     wanted: Wanted,
     out: Corrupted | None,
+    slots: range | None,
     starts: Tensor | None = None,
     sample_ids: Tensor | None = None,
     first_sample: int = 0,
@@ -328,8 +338,27 @@ def _corrupt(
     for i, is_wanted in zip(_OPTIONAL, wanted[1:], strict=True):
         if not is_wanted:
             outputs[i] = None
-    counts = count_on_host(arguments, masking) if device.type == "cuda" else None
-    return Corrupted(*outputs, masking, counts)  # type: ignore[call-arg, arg-type]
+    counts = _count_slots(arguments, masking, slots) if device.type == "cuda" else None
+    strata = _num_strata(masking, slots, global_batch)
+    return Corrupted(*outputs, masking, counts, strata)  # type: ignore[call-arg, arg-type]
+
+
+def _num_strata(masking: MaskingConfig, slots: range | None, global_batch: int) -> int:
+    """How many strata of time there are, if each sample has one of its own; else 0. ``slots`` of
+    the samples, up to whole steps, if known."""
+    if not slots or not masking.stratified:
+        return 0
+    return global_batch if slots[0] // global_batch == slots[-1] // global_batch else 0
+
+
+def _count_slots(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -> Tensor | None:
+    """:func:`count_on_host`, also of slots with gaps."""
+    if slots and a.sample_ids is not None:
+        span = slots[-1] - slots[0] + 1
+        a = a._replace(sample_ids=None, first_sample=slots[0], batch=span)
+        counts = count_on_host(a, masking)
+        return None if counts is None else counts[:: slots.step]
+    return count_on_host(a, masking)
 
 
 def _memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:

@@ -51,7 +51,7 @@ def per_sample(batch: Corrupted) -> dict[str, Tensor]:
 
 
 def test_every_tensor_is_known_here() -> None:
-    others = {"row_buffer", "invalid", "masking", "host_counts"}
+    others = {"row_buffer", "invalid", "masking", "host_counts", "num_strata"}
     assert {f.name for f in fields(Corrupted)} == {*PER_SAMPLE, *others}
 
 
