@@ -282,6 +282,72 @@ STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
 )
 
 
+# ---- unmask, in CUDA
+
+
+def noise_made(vocabulary: int, threads: int, size: int, num_rows: int = 20) -> tuple[float, float]:
+    """Of the vectors of a warp the share whose bound says that they may win, and of the columns the
+    share whose noise is made: for logits of standard deviation 3, if all warps go on at one pace
+    and learn of a score in their next round."""
+    rng = np.random.default_rng(0)
+    warps, rounds = threads // 32, -(-vocabulary // (threads * size))
+    vectors = columns = 0
+    for _ in range(num_rows):
+        logits = np.full(rounds * threads * size, -np.inf)
+        logits[:vocabulary] = 3 * rng.standard_normal(vocabulary)
+        logits -= logits.max()
+        u = rng.random(len(logits))
+        score, bound = logits - np.log(-np.log1p(-u)), logits - np.log(u)
+        best = score[logits.argmax()]
+        of_round = bound.reshape(rounds, warps, 32, size), score.reshape(rounds, -1)
+        for bounds, scores in zip(*of_round, strict=True):
+            may_win = (bounds >= best).any(1)  # [warps, size]
+            vectors += may_win.any(1).sum()
+            columns += may_win.sum()
+            best = max(best, scores.max())
+    return vectors / (num_rows * rounds * warps), columns / (num_rows * rounds * warps * size)
+
+
+def _cuda_unmask(name: str, kind: str, size: int, vocabulary: int, threads: int) -> CudaCase:
+    """Without a filter, with one forbidden id, at temperature 1, with the row held on the chip."""
+    rounds = vocabulary / (threads * size)
+    vectors, columns = noise_made(vocabulary, threads, size)
+
+    def unmask_cu(*headers: str) -> Region:
+        return Region("unmask/unmask.cu", headers)
+
+    def row_h(*headers: str) -> Region:
+        return Region("unmask/gpu/row.h", headers)
+
+    rare = [
+        unmask_cu("Found sample_all(", "if (!sampler.has_noise)"),
+        unmask_cu("void add_sums(", "ConfidenceType::kEntropy"),
+        unmask_cu("void add_sums(", "ConfidenceType::kMargin"),
+        unmask_cu("void tell_first("),
+        row_h("static __device__ void set("),
+        row_h("Vector<T> from_memory(", "} else {"),
+        row_h("bool is_forbidden("),
+    ]
+    each_vector = "for (int i = block.thread"
+    weights = [
+        *[Weight(0, region) for region in rare],
+        Weight(rounds, unmask_cu("__global__ void", each_vector)),
+        Weight(rounds, unmask_cu("Found sample_all(", "for (int round = 0")),
+        Weight(
+            vectors, unmask_cu("Found sample_all(", "if (!__any_sync(kAllLanes, sampler.may_win(x")
+        ),
+        Weight(columns, unmask_cu("Found sample_all(", "found.offer(sampler.score(x[j], word")),
+        Weight(vectors, unmask_cu("Found sample_all(", "tell(block, found.score)")),
+    ]
+    work = Work("logit", vocabulary, threads // 32, 16 / size, weights)
+    return CudaCase(
+        f"unmask, {name}, V {vocabulary}",
+        "unmask/unmask.cu",
+        f"unmask_kernelINS0_{kind}ELb0E",
+        work,
+    )
+
+
 def _triton_corrupt() -> list[TritonCase]:
     cases = []
     for name, ids, given, changes in CORRUPT_CASES:
@@ -378,4 +444,6 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_corrupt("exact", 1, 1024, "exact", 1),
         _cuda_corrupt("exact", 0, 65536, "exact", 1),
         _cuda_corrupt("exact, BERT", 0, 65536, "exact", 3),
+        _cuda_unmask("bf16", "8Bfloat16", 8, 50304, 512),
+        _cuda_unmask("fp32", "7Float32", 4, 50304, 512),
     ]

@@ -362,29 +362,27 @@ def _count_slots(a: CorruptArgs, masking: MaskingConfig, slots: range | None) ->
 
 
 def _memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
-    """The tensors of a batch, if it can take the outputs of ``a``."""
+    """The tensors of a batch, if it can take the outputs of ``a``: kernels trust their sizes."""
     tensors = (
         batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
         batch.num_masked, batch.num_maskable, batch.row_buffer,
     )  # fmt: skip
-    shape = a.batch, a.seq_len
-    shapes = [shape, shape, shape, *[shape[:1]] * 4, (a.batch * a.seq_len,)]
-    has = [*[True] * 8]
-    for i, is_wanted in zip(_OPTIONAL, (a.labels, a.masked_indices, a.masked_rows), strict=True):
-        has[i] = is_wanted
-    dtype = torch.int32 if a.narrow else torch.int64
-    fits = batch.input_ids.dtype == dtype and all(
-        (x is not None) == is_wanted
-        and (x is None or (x.shape == of and x.device == device and x.is_contiguous()))
-        for x, of, is_wanted in zip(tensors, shapes, has, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
-            f"{list(shape)} and {dtype} on {device}, made with the same outputs"
-        )
-    nothing = batch.input_ids.new_empty(0)
-    return tuple(nothing if x is None else x for x in tensors)
+    size, rows = a.batch * a.seq_len, a.batch
+    ids = torch.int32 if a.narrow else torch.int64
+    kinds = (
+        (ids, size), (ids, size * a.labels), (torch.bool, size * a.masked_indices),
+        (torch.float32, rows), (torch.float32, rows), (torch.int64, rows), (torch.int64, rows),
+        (ids, size * a.masked_rows),
+    )  # fmt: skip
+    memory = tuple(batch.input_ids.new_empty(0) if x is None else x for x in tensors)
+    for x, tensor, (dtype, numel) in zip(tensors, memory, kinds, strict=True):
+        fits = tensor.numel() == numel and tensor.is_contiguous() and tensor.device == device
+        if not fits or (x is not None and x.dtype != dtype):
+            raise ValueError(
+                f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
+                f"[{rows}, {a.seq_len}] and {ids} on {device}, made with the same outputs"
+            )
+    return memory
 
 
 def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:

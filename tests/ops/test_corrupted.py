@@ -422,7 +422,9 @@ def test_a_batch_takes_over_the_memory_of_another(
 
 def test_a_batch_that_cannot_be_taken_over() -> None:
     message = r"out is Corrupted.*: it must be a whole batch of shape \[6, 32\] and torch.int64"
-    for other in (make_part(("labels",)), make_part(ids_dtype=torch.int32), make_part()[:3]):
+    relabelled = replace(make_part(), labels=make_part().labels.int())
+    others = make_part(("labels",)), make_part(ids_dtype=torch.int32), make_part()[:3], relabelled
+    for other in others:
         with pytest.raises(ValueError, match=message):
             make_part(out=other)
 
