@@ -392,18 +392,47 @@ def _triton_nll() -> list[TritonCase]:
     return cases
 
 
-def _triton_unmask() -> list[TritonCase]:
-    return [
-        TritonCase(
-            f"unmask, {name}",
-            unmask.unmask_kernel,
-            UNMASK_TYPES | given,
-            unmask.launch_options(vocabulary, top_k, confidence),
-            aligned,
-            None,
-        )
-        for name, given, vocabulary, top_k, confidence, aligned in UNMASK_CASES
+def _unmask_work(options: dict, vocabulary: int, logits: str) -> Work:
+    """Without a filter, with one forbidden id, at temperature 1. A program is a row, whose second
+    pass finds it in a cache."""
+
+    def unmask_py(*headers: str) -> Region:
+        return Region("kernels/unmask.py", headers)
+
+    block = options["BLOCK"]
+    loops = vocabulary / block
+    # Blocks are as the vectors of one warp that goes through the row.
+    made, _ = noise_made(vocabulary, 32, block // 32, 10)
+    kernel, each_block = "def unmask_kernel(", "for first in range(0, vocabulary"
+    weights = [
+        Weight(loops, unmask_py("def _largest_logit(", "for first in range(0, row.vocabulary")),
+        Weight(loops, unmask_py(kernel, each_block)),
+        Weight(made, unmask_py(kernel, "if tl.max(_score_bound", "score =")),
+        Weight(made, unmask_py(kernel, "if tl.max(_score_bound", "best, best_column")),
+        Weight(made, unmask_py(kernel, "if tl.max(_score_bound", "to_beat =")),
+        Weight(0, unmask_py(kernel, each_block, "else:")),
     ]
+    num_bytes = {"*bf16": 2, "*fp32": 4}[logits]
+    return Work("logit", vocabulary, options["num_warps"], num_bytes, weights)
+
+
+def _triton_unmask() -> list[TritonCase]:
+    cases = []
+    for name, given, vocabulary, top_k, confidence, aligned in UNMASK_CASES:
+        options = unmask.launch_options(vocabulary, top_k, confidence)
+        counted = top_k == vocabulary and confidence == "probability"
+        work = _unmask_work(options, vocabulary, given["logits"]) if counted else None
+        cases.append(
+            TritonCase(
+                f"unmask, {name}",
+                unmask.unmask_kernel,
+                UNMASK_TYPES | given,
+                options,
+                aligned,
+                work,
+            )
+        )
+    return cases
 
 
 def _choose_work(options: dict, length: int) -> Work:

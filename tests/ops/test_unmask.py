@@ -34,13 +34,13 @@ if backends()["triton"] == "available":
     import triton
     import triton.language as tl
 
-    from nar_kernels.ops.kernels.unmask import _exp_of_negative, _gumbel
+    from nar_kernels.ops.kernels import float_math
 
     @triton.jit
     def arithmetic_kernel(noise, exp, words, x, BLOCK: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(noise + at, _gumbel(tl.load(words + at).to(tl.uint32)))
-        tl.store(exp + at, _exp_of_negative(tl.load(x + at)))
+        tl.store(noise + at, float_math.gumbel(tl.load(words + at).to(tl.uint32)))
+        tl.store(exp + at, float_math.exp_of_negative(tl.load(x + at)))
 
 
 def draw(logits: Tensor, **args) -> Tensor:

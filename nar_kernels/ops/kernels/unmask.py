@@ -12,9 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nar_kernels.ops.arguments import UnmaskArgs
-from nar_kernels.ops.kernels.float_math import exp_of_negative as _exp_of_negative
-from nar_kernels.ops.kernels.float_math import gumbel as _gumbel
-from nar_kernels.ops.kernels.float_math import log_of_positive as _log_of_positive
+from nar_kernels.ops.kernels.float_math import exp_of_negative, gumbel, log_of_positive
 from nar_kernels.ops.kernels.launcher import Launcher
 from nar_kernels.ops.kernels.random import random_words
 from nar_kernels.spec.philox import Stream
@@ -176,14 +174,28 @@ def _find_top_k(row, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _score_bound(from_largest, words, inverse_temperature):
+    """No score is above. Noise is at most -log(u); scores and this are rounded, more where they are
+    large."""
+    u = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
+    return from_largest * (inverse_temperature * 0.999999) + (1e-3 - 0.6931472 * tl.log2(u))
+
+
+@triton.jit
+def _better(best, best_column, score, column):
+    is_better = score > best
+    return tl.where(is_better, score, best), tl.where(is_better, column, best_column)
+
+
+@triton.jit
 def _confidence(total, gap_units, num_largest, second, CONFIDENCE: tl.constexpr):
     """Negative entropy or margin, from the sums of each lane."""
     if CONFIDENCE == "entropy":
         gap = tl.div_rn(_from_units(tl.sum(gap_units)), total)
-        sure = -(_log_of_positive(total) + gap)
+        sure = -(log_of_positive(total) + gap)
     else:
         gap = tl.where(tl.sum(num_largest) > 1, 0.0, tl.max(second))
-        sure = tl.div_rn(1.0 - _exp_of_negative(gap), total)
+        sure = tl.div_rn(1.0 - exp_of_negative(gap), total)
     return sure
 
 
@@ -226,6 +238,7 @@ def unmask_kernel(
     # Per lane: the best score and the sums over every BLOCK-th column.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_column = tl.zeros([BLOCK], tl.int32)
+    to_beat = tl.full((), float("-inf"), tl.float32)
     exp_units = tl.zeros([BLOCK], tl.int64)
     gap_units = tl.zeros([BLOCK], tl.int64)
     num_largest = tl.zeros([BLOCK], tl.int32)
@@ -233,20 +246,22 @@ def unmask_kernel(
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
         from_largest = _load_kept(row, column, top) - largest
-        score = from_largest
-        if has_noise:
-            words = random_words(seed, _DECODE_NOISE, slot, first, BLOCK)
-            score = from_largest * inverse_temperature + _gumbel(words)
-        is_better = score > best
-        best = tl.where(is_better, score, best)
-        best_column = tl.where(is_better, column, best_column)
-        exp = _exp_of_negative(from_largest)
+        exp = exp_of_negative(from_largest)
         exp_units += _units(exp)
         if CONFIDENCE == "entropy":
             gap_units += _units(exp * tl.minimum(-from_largest, 87.0))
         if CONFIDENCE == "margin":
             num_largest += (from_largest == 0.0).to(tl.int32)
             second = tl.maximum(second, tl.where(from_largest < 0.0, from_largest, float("-inf")))
+        if has_noise:
+            words = random_words(seed, _DECODE_NOISE, slot, first, BLOCK)
+            # Noise is made only of blocks that may have the largest score.
+            if tl.max(_score_bound(from_largest, words, inverse_temperature)) >= to_beat:
+                score = from_largest * inverse_temperature + gumbel(words)
+                best, best_column = _better(best, best_column, score, column)
+                to_beat = tl.max(best)
+        else:
+            best, best_column = _better(best, best_column, from_largest, column)
 
     token = tl.min(tl.where(best == tl.max(best), best_column, 0x7FFFFFFF)).to(tl.int64)
     token = tl.where(allows_none, fallback, token)
@@ -254,7 +269,7 @@ def unmask_kernel(
     total = _from_units(tl.sum(exp_units))
     tl.store(tokens + index, token)
     logit = _load_kept(row, token, top)
-    tl.store(log_prob + index, (logit - largest) - _log_of_positive(total))
+    tl.store(log_prob + index, (logit - largest) - log_of_positive(total))
     if CONFIDENCE != "probability":
         sure = _confidence(total, gap_units, num_largest, second, CONFIDENCE)
         tl.store(confidence + index, tl.where(allows_none, float("-inf"), sure))
