@@ -324,13 +324,14 @@ def _cuda_unmask(name: str, kind: str, size: int, vocabulary: int, threads: int)
         unmask_cu("void add_sums(", "ConfidenceType::kEntropy"),
         unmask_cu("void add_sums(", "ConfidenceType::kMargin"),
         unmask_cu("void tell_first("),
-        row_h("static __device__ void set("),
+        row_h("__device__ void set("),
         row_h("Vector<T> from_memory(", "} else {"),
         row_h("bool is_forbidden("),
     ]
     each_vector = "for (int i = block.thread"
     weights = [
         *[Weight(0, region) for region in rare],
+        Weight(0, row_h("Vector<T> from_memory("), unmask_cu("Found sample_all(")),  # it is held
         Weight(rounds, unmask_cu("__global__ void", each_vector)),
         Weight(rounds, unmask_cu("Found sample_all(", "for (int round = 0")),
         Weight(

@@ -80,7 +80,7 @@ __device__ __attribute__((noinline)) void tell_first(const Row<T>& row, Block& b
   for (int i = block.thread; i < row.num_vectors(); i += block.num_threads) {
     const Vector<T> vector = row.vector(i);
     for (int j = 0; j < Row<T>::kSize; ++j) {
-      if (Row<T>::difference(vector.word[j], sampler.largest) != 0.0f) continue;
+      if (Row<T>::difference(vector[j], sampler.largest) != 0.0f) continue;
       const int column = i * Row<T>::kSize + j;
       return tell(block, sampler.score(0.0f, sampler.words(column / 4).word[column % 4]));
     }
@@ -102,7 +102,7 @@ __device__ Found sample_all(const Row<T>& row, Block& block, const Sampler& samp
     if (i < row.num_vectors()) {
       const Vector<T> vector = row.vector(i);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) x[j] = Row<T>::difference(vector.word[j], sampler.largest);
+      for (int j = 0; j < kSize; ++j) x[j] = Row<T>::difference(vector[j], sampler.largest);
     }
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sampler.add_sums(x[j], &found);

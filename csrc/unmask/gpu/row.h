@@ -11,22 +11,47 @@
 namespace nar {
 namespace {
 
+// The types of logits: words of memory, of which a lane of 32 bits holds one or two.
 struct Float32 {
   using Word = uint32_t;
   static constexpr Word kNever = 0xFF800000;  // -inf
-  static __device__ float widen(Word word) { return float_of_bits(word); }
+  static __device__ float widen(uint32_t lane, int) { return float_of_bits(lane); }
 };
 
 struct Bfloat16 {
   using Word = uint16_t;
   static constexpr Word kNever = 0xFF80;
-  static __device__ float widen(Word word) { return float_of_bits(uint32_t{word} << 16); }
+  static __device__ float widen(uint32_t lane, int half) {
+    return float_of_bits(half == 0 ? lane << 16 : lane & 0xFFFF0000u);
+  }
 };
 
 struct Float16 {
   using Word = uint16_t;
   static constexpr Word kNever = 0xFC00;
-  static __device__ float widen(Word word) { return __half2float(__ushort_as_half(word)); }
+  static __device__ float widen(uint32_t lane, int half) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(lane >> 16 * half)));
+  }
+};
+
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int kOfLane = 4 / sizeof(typename T::Word), kSize = 4 * kOfLane;
+  uint32_t lane[4];
+
+  __device__ float operator[](int j) const { return T::widen(lane[j / kOfLane], j % kOfLane); }
+
+  // By masks: an index would move the vector to memory.
+  __device__ void set(int at, typename T::Word word) {
+    constexpr int kBits = 32 / kOfLane;
+    constexpr uint32_t kAll = kBits == 32 ? 0xFFFFFFFF : 0xFFFF;
+    const int shift = at % kOfLane * kBits;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t mask = i == at / kOfLane ? kAll << shift : 0;
+      lane[i] = (lane[i] & ~mask) | (uint32_t{word} << shift & mask);
+    }
+  }
 };
 
 __device__ inline int forbidden_id(const UnmaskKernelArgs& a, int f) {
@@ -40,12 +65,6 @@ __device__ __attribute__((noinline)) bool is_forbidden(const UnmaskKernelArgs& a
   }
   return false;
 }
-
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(typename T::Word);
-  typename T::Word word[kSize];
-};
 
 template <typename T>
 class Row {
@@ -68,7 +87,7 @@ class Row {
     if (held_) held_[i] = raw;
     float largest = -INFINITY;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, T::widen(raw.word[j]));
+    for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, raw[j]);
     return fminf(largest, kLargestFloat) + 0.0f;
   }
 
@@ -78,44 +97,36 @@ class Row {
   // A single logit, by any thread: a finite number, or -inf where it is never drawn.
   __device__ float logit(int64_t id) const {
     if (id >= a_.vocabulary || is_forbidden(a_, static_cast<int>(id))) return -INFINITY;
-    return clean(logits_[id]);
+    return clean(T::widen(logits_[id], 0));
   }
 
-  static __device__ float clean(typename T::Word word) {  // -0 would not equal 0 as a key
-    return fminf(fmaxf(T::widen(word), -INFINITY), kLargestFloat) + 0.0f;
+  static __device__ float clean(float logit) {  // -0 would not equal 0 as a key
+    return fminf(fmaxf(logit, -INFINITY), kLargestFloat) + 0.0f;
   }
 
-  // clean(word) less the largest logit of the row, in fewer steps: where there is a +inf,
+  // clean(logit) less the largest logit of the row, in fewer steps: where there is a +inf,
   // it is the largest.
-  static __device__ float difference(typename T::Word word, float row_largest) {
-    return fminf(fmaxf(T::widen(word), -INFINITY) - row_largest, 0.0f);
+  static __device__ float difference(float logit, float row_largest) {
+    return fminf(fmaxf(logit, -INFINITY) - row_largest, 0.0f);
   }
 
  private:
   __device__ Vector<T> from_memory(int i) const {
-    Vector<T> raw;
+    Vector<T> raw = {};
     if (is_aligned_ && (i + 1) * kSize <= a_.vocabulary) {
       raw = reinterpret_cast<const Vector<T>*>(logits_)[i];
     } else {
 #pragma unroll 1
       for (int j = 0; j < kSize; ++j) {
-        set(&raw, j, i * kSize + j < a_.vocabulary ? logits_[i * kSize + j] : T::kNever);
+        raw.set(j, i * kSize + j < a_.vocabulary ? logits_[i * kSize + j] : T::kNever);
       }
     }
 #pragma unroll 1
     for (int f = 0; f < a_.num_forbidden; ++f) {
       const int id = forbidden_id(a_, f);
-      if (id / kSize == i) set(&raw, id % kSize, T::kNever);
+      if (id / kSize == i) raw.set(id % kSize, T::kNever);
     }
     return raw;
-  }
-
-  // By comparisons: an index would move the vector to memory.
-  static __device__ void set(Vector<T>* vector, int at, typename T::Word word) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      if (j == at) vector->word[j] = word;
-    }
   }
 
   const UnmaskKernelArgs& a_;

@@ -38,7 +38,7 @@ struct AllColumns {
       const Vector<T> vector = row.vector(i);
 #pragma unroll
       for (int j = 0; j < Row<T>::kSize; ++j) {
-        use(Row<T>::clean(vector.word[j]), i * Row<T>::kSize + j);
+        use(Row<T>::clean(vector[j]), i * Row<T>::kSize + j);
       }
     }
   }
