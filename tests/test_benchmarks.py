@@ -123,7 +123,7 @@ def test_unmask(tmp_path):
         assert row["ns_per_logit"] > 0 and 0 < row["share_of_copy"] < 1
         assert row["times_x_transformers"] > 0
     assert rows[-1]["times_x_transformers"] == 1
-    assert "| unmask | bfloat16 | none | 1 |" in output
+    assert "| unmask | auto | bfloat16 | none | 1 |" in output
 
 
 def test_choose(tmp_path):

@@ -86,7 +86,7 @@ def two_threads():
 SHARES = [(0.0, 0.0, 1.0), (0.1, 0.1, 1.0), (0.15, 0.1, 0.5), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)]
 
 LENGTHS = [1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 1000]
-# To Triton the longest row of one tile; three tiles, of which the last holds one; three full tiles.
+# To Triton the longest row of one tile; several tiles, of which the last holds one; full tiles.
 LENGTHS += [4096, 4097, 6144]
 # More tiles than CUDA keeps in registers.
 LENGTHS += [pytest.param(n, marks=pytest.mark.slow_interpreted) for n in (65536, 70001)]

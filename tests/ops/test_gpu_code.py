@@ -70,7 +70,8 @@ def test_next_to_nothing_spills(rows, request):
     most = 32 if is_other or not installed.startswith("3.9.") else 0
     spills = [row for row in rows if row["spill"] > most and row["kernel"].startswith("Triton")]
     assert spills == []
-    assert [row for row in rows if row["unit"] and row["spilled per unit"] > 1] == []
+    counted = [row for row in rows if row["unit"]]
+    assert [row for row in counted if row["spilled per unit"] > 0.03 * row["per unit"]] == []
 
 
 def test_a_block_fits_into_the_register_file(rows):
