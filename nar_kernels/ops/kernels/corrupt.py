@@ -508,8 +508,8 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
     fits = a.seq_len <= MAX_TILE
     tile = max(triton.next_power_of_2(a.seq_len), 64) if fits else LONG_ROW_TILE
-    # What a row does once, each of its warps does. Threads of a long row, which makes its keys again
-    # in every pass, have registers for half as many positions.
+    # What a row does once, each of its warps does. Threads of a long row, which makes its keys
+    # again in every pass, have registers for half as many positions.
     num_warps = max(tile // (512 if fits else 256), 1)
     return {
         "ORDERED": a.num_windows > 0,
