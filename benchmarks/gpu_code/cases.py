@@ -327,6 +327,7 @@ def _cuda_unmask(name: str, kind: str, size: int, vocabulary: int, threads: int)
         row_h("__device__ void set("),
         row_h("Vector<T> from_memory(", "} else {"),
         row_h("bool is_forbidden("),
+        Region("unmask/gpu/terms.h", ("uint64_t sum_of_others(",)),
     ]
     each_vector = "for (int i = block.thread"
     weights = [
@@ -335,11 +336,19 @@ def _cuda_unmask(name: str, kind: str, size: int, vocabulary: int, threads: int)
         Weight(rounds, unmask_cu("__global__ void", each_vector)),
         Weight(rounds, unmask_cu("Found sample_all(", "for (int round = 0")),
         Weight(
-            vectors, unmask_cu("Found sample_all(", "if (!__any_sync(kAllLanes, sampler.may_win(x")
+            vectors,
+            unmask_cu("Found sample_all(", "if (!__any_sync(kAllLanes, sampler.may_win(one"),
         ),
-        Weight(columns, unmask_cu("Found sample_all(", "found.offer(sampler.score(x[j], word")),
+        Weight(vectors, unmask_cu("Found sample_all(", "const float one =")),
+        Weight(columns, unmask_cu("Found sample_all(", "found.offer(sampler.score(one")),
         Weight(vectors, unmask_cu("Found sample_all(", "tell(block, found.score)")),
     ]
+    if kind == "8Bfloat16":  # whose terms come from a table
+        table = Region("unmask/gpu/terms.h", ("void fill(", "for (int i"))
+        weights += [
+            Weight(3074 / threads, table),
+            Weight(0, unmask_cu("Found sample_all(", "sampler.add_sums(")),
+        ]
     work = Work("logit", vocabulary, threads // 32, 16 / size, weights)
     return CudaCase(
         f"unmask, {name}, V {vocabulary}",

@@ -3,6 +3,7 @@
 
 #include "rng/philox.h"
 #include "runtime/cuda_check.h"
+#include "unmask/gpu/terms.h"
 #include "unmask/gpu/top_k.h"
 #include "unmask/unmask_cuda.h"
 
@@ -90,25 +91,29 @@ __device__ __attribute__((noinline)) void tell_first(const Row<T>& row, Block& b
 // All columns of the row. Noise is made exactly only for those that a cheap bound does not rule
 // out.
 template <typename T>
-__device__ Found sample_all(const Row<T>& row, Block& block, const Sampler& sampler) {
+__device__ Found sample_all(const Row<T>& row, Block& block, const Sampler& sampler,
+                            const TermTable* terms) {
   constexpr int kSize = Row<T>::kSize;
+  const auto from_largest = [&](float logit) { return Row<T>::difference(logit, sampler.largest); };
   Found found;
   const int rounds = (row.num_vectors() + block.num_threads - 1) / block.num_threads;
   for (int round = 0; round < rounds; ++round) {
     const int i = round * block.num_threads + block.thread;
-    float x[kSize];  // less the largest
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) x[j] = -INFINITY;
+    Vector<T> x;
     if (i < row.num_vectors()) {
-      const Vector<T> vector = row.vector(i);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) x[j] = Row<T>::difference(vector[j], sampler.largest);
+      x = row.vector(i);
+    } else {
+      x.fill(T::kNever);
     }
+    if (T::kTabulates && terms) {
+      if constexpr (T::kTabulates) found.exp += terms->sum(x, sampler.largest);
+    } else {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) sampler.add_sums(x[j], &found);
+      for (int j = 0; j < kSize; ++j) sampler.add_sums(from_largest(x[j]), &found);
+    }
     if (!sampler.has_noise) {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) found.offer(x[j], i * kSize + j);
+      for (int j = 0; j < kSize; ++j) found.offer(from_largest(x[j]), i * kSize + j);
       continue;
     }
     uint32_t word[kSize];
@@ -123,11 +128,12 @@ __device__ Found sample_all(const Row<T>& row, Block& block, const Sampler& samp
 #pragma unroll
     for (int j = 1; j < kSize; ++j) highest = fmaxf(highest, x[j]), lowest = min(lowest, word[j]);
     const float best = best_so_far(block);
-    if (!__any_sync(kAllLanes, sampler.may_win(highest, lowest, best))) continue;
+    if (!__any_sync(kAllLanes, sampler.may_win(from_largest(highest), lowest, best))) continue;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      if (!__any_sync(kAllLanes, sampler.may_win(x[j], word[j], best))) continue;
-      found.offer(sampler.score(x[j], word[j]), i * kSize + j);
+      const float one = from_largest(x[j]);
+      if (!__any_sync(kAllLanes, sampler.may_win(one, word[j], best))) continue;
+      found.offer(sampler.score(one, word[j]), i * kSize + j);
     }
     tell(block, found.score);
   }
@@ -217,8 +223,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     }
   } else {
     if (sampler.has_noise && thread_largest == largest) tell_first(row, block, sampler);
+    const TermTable* terms = nullptr;
+    if constexpr (T::kTabulates) {
+      __shared__ TermTable table;
+      if (a.confidence_type == ConfidenceType::kProbability &&
+          a.vocabulary >= 2 * TermTable::kEntries) {
+        table.fill(block, largest);
+        terms = &table;
+      }
+    }
     __syncthreads();
-    found = sample_all(row, block, sampler);
+    found = sample_all(row, block, sampler, terms);
   }
   found = combined(found, block, a.confidence_type);
   if (block.thread != 0) return;
@@ -246,7 +261,8 @@ void launch(const UnmaskKernelArgs& a, int device, cudaStream_t stream) {
   check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
              "cudaDeviceGetAttribute");
   const int64_t bytes = vectors * static_cast<int64_t>(sizeof(Vector<T>));
-  constexpr int64_t kOther = sizeof(BlockMemory) + sizeof(Candidates) + 1024;
+  constexpr int64_t kOther =
+      sizeof(BlockMemory) + std::max(sizeof(Candidates), sizeof(TermTable)) + 1024;
   const bool holds = bytes + kOther <= most;
   if (holds) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

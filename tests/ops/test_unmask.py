@@ -127,7 +127,7 @@ def test_triton_agrees(vocabulary, dtype):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "vocabulary", [4, 5, 129, 1000, 4099, pytest.param(70001, marks=pytest.mark.slow)]
+    "vocabulary", [4, 5, 129, 1000, 4099, 6500, pytest.param(70001, marks=pytest.mark.slow)]
 )
 def test_cuda_agrees(vocabulary, dtype):
     every = 1 if vocabulary < 1000 or device_of("cuda") == "cuda" else 7

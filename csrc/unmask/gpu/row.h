@@ -13,12 +13,14 @@ namespace {
 
 // The types of logits: words of memory, of which a lane of 32 bits holds one or two.
 struct Float32 {
+  static constexpr bool kTabulates = false;  // terms of the softmax, see TermTable
   using Word = uint32_t;
   static constexpr Word kNever = 0xFF800000;  // -inf
   static __device__ float widen(uint32_t lane, int) { return float_of_bits(lane); }
 };
 
 struct Bfloat16 {
+  static constexpr bool kTabulates = true;
   using Word = uint16_t;
   static constexpr Word kNever = 0xFF80;
   static __device__ float widen(uint32_t lane, int half) {
@@ -27,6 +29,7 @@ struct Bfloat16 {
 };
 
 struct Float16 {
+  static constexpr bool kTabulates = false;
   using Word = uint16_t;
   static constexpr Word kNever = 0xFC00;
   static __device__ float widen(uint32_t lane, int half) {
@@ -38,6 +41,10 @@ template <typename T>
 struct alignas(16) Vector {
   static constexpr int kOfLane = 4 / sizeof(typename T::Word), kSize = 4 * kOfLane;
   uint32_t lane[4];
+
+  __device__ void fill(typename T::Word word) {
+    for (uint32_t& one : lane) one = kOfLane == 1 ? word : uint32_t{word} << 16 | word;
+  }
 
   __device__ float operator[](int j) const { return T::widen(lane[j / kOfLane], j % kOfLane); }
 
