@@ -3,3 +3,5 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: compile, do not interpret
+# What Triton has in its cache may name the lines of another checkout.
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
