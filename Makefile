@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile
 PIP_INSTALL := $(PIP) -c constraints.txt
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
-CXX_SOURCES = $(foreach suffix,h cpp cu,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix)))
+CXX_SOURCES = $(foreach suffix,h cpp cu,$(wildcard $(addsuffix .$(suffix),csrc/* csrc/*/* csrc/*/*/*)))
 
 # A worker a core. PYTEST_ARGS="-n 0 --pdb" runs without any; arguments that come last win.
 WORKERS := -n logical --maxprocesses 8 --dist worksteal
@@ -60,6 +60,7 @@ bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_unmask.py
+	$(BIN)/python benchmarks/bench_choose.py
 
 build: .venv/built .venv/installed
 

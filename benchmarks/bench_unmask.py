@@ -1,14 +1,16 @@
-"""Fused sampling: `unmask` on rows of logits, with the top-k filter of `generate` (k = 0.3 V) and
-without.
+"""Fused sampling: `unmask` on rows of logits, without a filter, with the top-k filter of `generate`
+(k = 0.3 V), and, on a GPU, with k = 50.
 
     python benchmarks/bench_unmask.py [--device cuda] [--json FILE] [--dry-run]
 
 Each logit must be read at least once: bytes of logits over time are compared with copy bandwidth.
 The peer is what x-transformers does with the same logits (filter, softmax, sample), if installed.
-On a CPU with one thread and with all. `--dry-run` is tiny; its figures are meaningless.
+On a CPU with one thread and with all; on a GPU with each backend that is there. `--dry-run` is
+tiny; its figures are meaningless.
 """
 
 import importlib.util
+import itertools
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +27,13 @@ from measure import (
 )
 from torch import Tensor
 
-from nar_kernels import unmask
+from nar_kernels import backends, unmask
 
 OURS, PEER = "unmask", "x-transformers"
 CPU = [(257, 4096), (50258, 64)]  # V, rows
 CUDA = [(50258, 4096), (50304, 4096)]  # several times the cache; V unaligned, V a multiple of 16
 TINY = [(33, 4)]
-FILTERED, UNFILTERED = "0.3 V", "none"
+FILTERED, UNFILTERED, FEW = "0.3 V", "none", "50"
 GOALS = {(50258, "cpu"): 2.0}  # ns per logit in float32, one thread, with the filter
 
 
@@ -40,6 +42,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     filter: str
     threads: int
+    backend: str = "auto"
 
 
 def x_transformers_draw(logits: Tensor) -> None:
@@ -68,13 +71,18 @@ def draws(
 
         return call
 
+    on_gpu = [name for name in ("cuda", "triton") if backends()[name] == "available"]
+    ours = on_gpu if device == "cuda" else ["auto"]
     calls = {}
     for number in threads:
         for dtype in (torch.float32, torch.bfloat16):
             logits = made.to(device, dtype)
-            for filter_, top_k in ((FILTERED, -(-3 * num_tokens // 10)), (UNFILTERED, None)):
-                draw = partial(unmask, logits, top_k=top_k, **options)
-                calls[Case(OURS, dtype, filter_, number)] = on(number, draw)
+            filters = {FILTERED: -(-3 * num_tokens // 10), UNFILTERED: None}
+            if device == "cuda":
+                filters[FEW] = 50
+            for (filter_, top_k), backend in itertools.product(filters.items(), ours):
+                draw = partial(unmask, logits, top_k=top_k, backend=backend, **options)
+                calls[Case(OURS, dtype, filter_, number, backend)] = on(number, draw)
         if with_peer:
             draw = partial(x_transformers_draw, made.to(device))
             calls[Case(PEER, torch.float32, FILTERED, number)] = on(number, draw)
@@ -105,6 +113,7 @@ def compare(num_tokens: int, num_rows: int, device: str, repeats: int, with_peer
         rows.append(
             {
                 "who": case.who,
+                "backend": case.backend,
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "filter": case.filter,
                 "threads": case.threads,

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "choose/choose.h"
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
 #include "nll/nll.h"
@@ -61,8 +62,8 @@ void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_typ
       nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
   check_memory({args.ratio_table, args.weight_table, args.invalid});
   if (args.windows.batch > 0) {
-    check_memory({args.windows.tokens, args.input_ids, args.labels, args.masked_indices, args.times,
-                  args.loss_weight, args.num_masked, args.num_maskable, args.row_buffer});
+    check_memory({args.windows.tokens, args.input_ids, args.times, args.loss_weight,
+                  args.num_masked, args.num_maskable});
   }
   const py::gil_scoped_release release;
   nar::corrupt_cpu(args, num_threads);
@@ -106,9 +107,42 @@ void nll(const py::tuple& arguments, const py::tuple& outputs, int logit_type, i
 
 void unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type, int num_threads) {
   std::vector<int64_t> forbidden;
-  const nar::UnmaskArgs args = nar::unpack_unmask(arguments, outputs, logit_type, &forbidden);
+  nar::UnmaskArgs args = nar::unpack_unmask(arguments, outputs, &forbidden);
+  args.logit_type = static_cast<nar::LogitType>(logit_type);
   const py::gil_scoped_release release;
   nar::unmask_cpu(args, num_threads);
+}
+
+// From ChooseArgs of nar_kernels/ops/arguments.py, and its two tensors of rows.
+nar::ChooseArgs unpack_choose(const py::tuple& arguments, const py::tuple& outputs,
+                              int64_t sequences) {
+  nar::ChooseArgs a;
+  a.sequences = sequences;
+  nar::Unpacker next(arguments, 12);
+  a.score = next.address<const float>();
+  a.by_position = next.as<bool>();
+  a.lowest_first = next.as<bool>();
+  a.noise_scale = next.as<float>();
+  a.rows = next.address<const int64_t>();
+  a.bounds = next.address<const int64_t>();
+  a.left_bounds = next.address<const int64_t>();
+  next.integer();  // the number that are left
+  a.length = next.integer();
+  a.seed = static_cast<uint64_t>(next.integer());
+  a.first_slot = static_cast<uint64_t>(next.integer());
+  a.slot_stride = static_cast<uint64_t>(next.integer());
+
+  nar::Unpacker next_output(outputs, 2);
+  a.kept = next_output.address<int64_t>();
+  a.left = next_output.address<int64_t>();
+  return a;
+}
+
+void choose(const py::tuple& arguments, const py::tuple& outputs, int64_t sequences,
+            int num_threads) {
+  const nar::ChooseArgs args = unpack_choose(arguments, outputs, sequences);
+  const py::gil_scoped_release release;
+  nar::choose_cpu(args, num_threads);
 }
 
 // From LinearArgs of nar_kernels/ops/arguments.py.
@@ -152,6 +186,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("count_masked", &count_masked);
   m.def("nll", &nll);
   m.def("unmask", &unmask);
+  m.def("choose", &choose);
   m.def("linear", &linear);
   m.def("has_linear", &nar::has_linear);
   m.def("windows", &windows, release_gil());

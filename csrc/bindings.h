@@ -84,7 +84,7 @@ class Unpacker {
 inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
                                   int token_type, int64_t num_corpus_tokens) {
   CorruptArgs a;
-  Unpacker next(arguments, 25);
+  Unpacker next(arguments, 29);
   a.windows.tokens = next.address<const void>();
   a.windows.token_type = static_cast<TokenType>(token_type);
   a.windows.num_corpus_tokens = num_corpus_tokens;
@@ -112,17 +112,58 @@ inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind
   a.keep_share = static_cast<uint64_t>(next.integer());
   a.random_share = static_cast<uint64_t>(next.integer());
   a.coin_share = static_cast<uint64_t>(next.integer());
+  a.narrow = next.integer() != 0;
+  const bool labels = next.integer() != 0;
+  const bool masked_indices = next.integer() != 0;
+  const bool masked_rows = next.integer() != 0;
 
   Unpacker next_output(outputs, 9);
-  a.input_ids = next_output.address<int64_t>();
-  a.labels = next_output.address<int64_t>();
+  a.input_ids = next_output.address<void>();
+  a.labels = next_output.address<void>();
   a.masked_indices = next_output.address<uint8_t>();
   a.times = next_output.address<float>();
   a.loss_weight = next_output.address<float>();
   a.num_masked = next_output.address<int64_t>();
   a.num_maskable = next_output.address<int64_t>();
-  a.row_buffer = next_output.address<int64_t>();
+  a.row_buffer = next_output.address<void>();
   a.invalid = next_output.address<int64_t>();
+  if (!labels) a.labels = nullptr;
+  if (!masked_indices) a.masked_indices = nullptr;
+  if (!masked_rows) a.row_buffer = nullptr;
+  return a;
+}
+
+inline ConfidenceType confidence_type(const std::string& name) {
+  if (name == "probability") return ConfidenceType::kProbability;
+  if (name == "margin") return ConfidenceType::kMargin;
+  if (name == "entropy") return ConfidenceType::kEntropy;
+  throw std::invalid_argument("unknown confidence " + name);
+}
+
+// From UnmaskArgs of nar_kernels/ops/arguments.py, and the tensors of Unmasked. `forbidden` holds
+// the ids.
+inline UnmaskArgs unpack_unmask(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
+                                std::vector<int64_t>* forbidden) {
+  UnmaskArgs a = {};
+  Unpacker next(arguments, 9);
+  const Matrix<const void> logits = next.matrix<const void>();
+  a.logits = logits.data;
+  a.rows = logits.rows, a.vocabulary = logits.columns, a.stride = logits.stride;
+  a.noise_slots = next.address<const int64_t>();
+  a.given = next.address<const int64_t>();
+  *forbidden = next.as<std::vector<int64_t>>();
+  a.forbidden = forbidden->data();
+  a.num_forbidden = static_cast<int64_t>(forbidden->size());
+  a.fallback = next.integer();
+  a.seed = static_cast<uint64_t>(next.integer());
+  a.top_k = next.integer();
+  a.inverse_temperature = next.as<float>();
+  a.confidence_type = confidence_type(next.as<std::string>());
+
+  Unpacker next_output(outputs, 3);
+  a.tokens = next_output.address<int64_t>();
+  a.log_prob = next_output.address<float>();
+  a.confidence = next_output.address<float>();  // null if it is empty
   return a;
 }
 

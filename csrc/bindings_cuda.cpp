@@ -15,13 +15,13 @@ void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_typ
   nar::corrupt_cuda(args, device, nar::pointer<CUstream_st>(stream));
 }
 
-// `more_forbidden`: where the forbidden ids from kInlineForbidden on are, if there are any.
 void unmask(const py::tuple& arguments, const py::tuple& outputs, int logit_type,
             int64_t more_forbidden, int device, int64_t stream) {
   std::vector<int64_t> forbidden;
-  const nar::UnmaskArgs args = nar::unpack_unmask(arguments, outputs, logit_type, &forbidden);
+  const nar::UnmaskArgs args = nar::unpack_unmask(arguments, outputs, &forbidden);
   const py::gil_scoped_release release;
-  nar::unmask_cuda(args, nar::pointer<const int64_t>(more_forbidden), device,
+  nar::unmask_cuda(args, static_cast<nar::GpuLogitType>(logit_type),
+                   nar::pointer<const int64_t>(more_forbidden), device,
                    nar::pointer<CUstream_st>(stream));
 }
 
@@ -31,6 +31,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = NAR_CUDA_ARCHS;
   m.def("corrupt", &corrupt);
   m.def("workspace_size", &nar::workspace_size);
-  m.attr("inline_forbidden") = nar::kInlineForbidden;
   m.def("unmask", &unmask);
+  m.attr("forbidden_arguments") = nar::kForbiddenArguments;
 }

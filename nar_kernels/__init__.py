@@ -9,6 +9,7 @@ from nar_kernels.errors import (
     CorpusFormatError,
     InvalidLogitsError,
     InvalidTokenError,
+    PinnedMemoryError,
 )
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import NetAdapter, TokenNet
@@ -37,6 +38,7 @@ __all__ = [
     "MaskingConfig",
     "NetAdapter",
     "NonAutoregressiveWrapper",
+    "PinnedMemoryError",
     "SamplingConfig",
     "TokenDataset",
     "TokenNet",

@@ -44,3 +44,7 @@ class CorpusFormatError(ValueError):
 
 class BackendUnavailableError(RuntimeError):
     """A backend that was requested by name cannot run here."""
+
+
+class PinnedMemoryError(RuntimeError):
+    """A corpus cannot be put into pinned host memory."""

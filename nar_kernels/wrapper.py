@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from nar_kernels import distributed
 from nar_kernels.checks import as_int
+from nar_kernels.data.staging import DeferredCheck
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import causal_module, net_attribute
 from nar_kernels.nets.critic import SelfCritic
@@ -23,7 +25,7 @@ from nar_kernels.nets.keywords import merge_net_kwargs
 from nar_kernels.nets.modes import ModeLocks, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
-from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.corrupted import Corrupted, check_record, place_in_batch
 from nar_kernels.ops.masked_nll import Reduction, num_counted
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
@@ -174,6 +176,7 @@ class NonAutoregressiveWrapper(nn.Module):
         _warn_if_causal(net)
         self.backend = backend
         self.average_tokens_across_devices = average_tokens_across_devices
+        self._deferred_check = DeferredCheck()
         self.steps = steps
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
@@ -222,6 +225,7 @@ class NonAutoregressiveWrapper(nn.Module):
         seed: int | Tensor | None = None,
         normalizer: float | Tensor | None = None,
         maskable: Tensor | None = None,
+        static_shapes: bool = False,
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Losses:
@@ -231,8 +235,9 @@ class NonAutoregressiveWrapper(nn.Module):
         :class:`~nar_kernels.TokenNet`), by :func:`nar_kernels.masked_nll`.
 
         Args:
-            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. (On
-                a GPU, checking clean ids is a sync; batches of ``MaskedLoader`` avoid it.)
+            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. On a
+                GPU, where looking at clean ids is a sync, an invalid one is reported by the next
+                call, or :meth:`raise_if_invalid`.
             only_train_generator: skip the critic.
             only_train_critic: the generator runs without gradients, and its loss is None.
             generator_sample_temperature: of the ids sampled for the critic. Default: uniform in
@@ -243,11 +248,13 @@ class NonAutoregressiveWrapper(nn.Module):
             normalizer: divide the generator's loss by this, instead of the count of maskable (or
                 masked, if the loss is the mean) positions.
             maskable: bool ``[B, L]``, positions that may be masked, such as answers; for clean ids.
+            static_shapes: of the loss, as in :func:`nar_kernels.masked_nll`.
             kwargs: for the net, if its ``forward`` declares them.
             net_kwargs: for the net, which takes them as ``**kwargs``.
 
         Raises:
-            InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
+            InvalidTokenError: an id outside [0, V), or equal to ``mask_id``: on a GPU in the batch
+                before.
             TypeError, ValueError: wrong dtype, shape or length, contradicting arguments, or an
                 unknown one.
         """
@@ -267,6 +274,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 with_critic=self.token_critic is not None and not only_train_generator,
                 temperature=generator_sample_temperature,
                 normalizer=normalizer,
+                static_shapes=static_shapes,
             )
 
     def _losses(
@@ -279,6 +287,7 @@ class NonAutoregressiveWrapper(nn.Module):
         with_critic: bool,
         temperature: float | None,
         normalizer: float | Tensor | None,
+        static_shapes: bool,
     ) -> Losses:
         reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
         needs_counts = with_critic or normalizer is None
@@ -294,6 +303,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 corrupted,
                 reduction=reduction,
                 normalizer=normalizer,
+                static_shapes=static_shapes,
                 backend=self.backend if self.backend in NLL_DTYPES else "auto",
             )
         if not with_critic:
@@ -305,6 +315,7 @@ class NonAutoregressiveWrapper(nn.Module):
             temperature,
             seed,
             None if mean_counts is None else mean_counts[1],
+            static_shapes,
         )
         if loss is None:
             return Losses(critic_loss, None, critic_loss)
@@ -353,7 +364,7 @@ class NonAutoregressiveWrapper(nn.Module):
         else:
             batch, slots, world_size = x.shape[0], None, distributed.world_size()
             if world_size > 1:
-                slots = torch.arange(batch, device=x.device) * world_size + distributed.rank()
+                slots = range(distributed.rank(), batch * world_size, world_size)
             corrupted = corrupt(
                 x,
                 self.masking,
@@ -363,11 +374,21 @@ class NonAutoregressiveWrapper(nn.Module):
                 maskable=maskable,
                 backend=self.backend,
             )
-        # Reading the record of a batch on a GPU is a sync. Such batches are checked by the loader
-        # that made them, or by the caller of `corrupt`.
-        if not (isinstance(x, Corrupted) and ids.is_cuda):
+        if not ids.is_cuda or torch.compiler.is_compiling():
             corrupted.raise_if_invalid()
+        # Batches that come corrupted are checked by the loader that made them, or by the caller of
+        # `corrupt`; nobody can look at one of a CUDA graph.
+        elif not isinstance(x, Corrupted) and not torch.cuda.is_current_stream_capturing():
+            size, length = ids.shape
+            where = partial(place_in_batch, length)
+            check = partial(check_record, batch_size=size, masking=self.masking, where=where)
+            self._deferred_check.defer(corrupted, check)
         return corrupted
+
+    def raise_if_invalid(self) -> None:
+        """Synchronises with the last batch of clean ids on a GPU, and raises its
+        :class:`InvalidTokenError`, if it has not been raised yet."""
+        self._deferred_check.run()
 
     def _predict(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Prediction:
         if self.self_cond:
@@ -408,10 +429,13 @@ class NonAutoregressiveWrapper(nn.Module):
         temperature: float | None,
         seed: int,
         normalizer: Tensor | None,
+        static_shapes: bool,
     ) -> Tensor:
         """Binary cross-entropy of the critic on sampled ids being wrong: mean over the positions
         whose clean id is known (label not set to -100)."""
-        rows, clean = corrupted.masked_rows, corrupted.clean_ids
+        # Padding repeats rows, which draw the same ids again.
+        rows = corrupted.padded_rows()[0] if static_shapes else corrupted.masked_rows
+        rows, clean = rows.to(torch.int64), corrupted.clean_ids
         rank, world_size = distributed.rank(), distributed.world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
@@ -635,6 +659,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
 def _has_clean_id(corrupted: Corrupted) -> Tensor:
     """bool ``[B, L]``: where the clean id is known, its label not having been set to -100."""
+    corrupted.need("labels", "masked_indices")
     return ~(corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX))
 
 

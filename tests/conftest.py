@@ -113,8 +113,9 @@ def rows_of_a_chunk(monkeypatch):
     from nar_kernels.ops import linear
 
     def limit(rows, vocabulary):
-        for device, limits in linear.TRAINING_LIMITS.items():
-            limits = limits._replace(logits=rows * vocabulary)
-            monkeypatch.setitem(linear.TRAINING_LIMITS, device, limits)
+        for table in (linear.NLL_LIMITS, linear.TRAINING_LIMITS):
+            for device, limits in table.items():
+                limits = limits._replace(logits=rows * vocabulary)
+                monkeypatch.setitem(table, device, limits)
 
     return limit

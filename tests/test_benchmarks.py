@@ -123,7 +123,15 @@ def test_unmask(tmp_path):
         assert row["ns_per_logit"] > 0 and 0 < row["share_of_copy"] < 1
         assert row["times_x_transformers"] > 0
     assert rows[-1]["times_x_transformers"] == 1
-    assert "| unmask | bfloat16 | none | 1 |" in output
+    assert "| unmask | auto | bfloat16 | none | 1 |" in output
+
+
+def test_choose(tmp_path):
+    figures, output = run("bench_choose.py", tmp_path)
+    (setting,) = figures["settings"]
+    assert [row["who"] for row in setting["rows"]] == 3 * ["choose", "PyTorch", "sort alone"]
+    assert all(row["us"] > 0 and row["times_eager"] > 0 for row in setting["rows"])
+    assert "| confidence with noise | choose |" in output
 
 
 def test_peers_may_fail_and_ours_may_not(monkeypatch):

@@ -1,6 +1,8 @@
 """What only a GPU can show: streams, graphs, no waiting, and a corpus in three kinds of memory."""
 
+import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,15 @@ import pytest
 import torch
 
 import nar_kernels
-from nar_kernels import InvalidTokenError, MaskedLoader, MaskingConfig, TokenDataset
+from nar_kernels import (
+    InvalidTokenError,
+    MaskedLoader,
+    MaskingConfig,
+    PinnedMemoryError,
+    TokenDataset,
+)
+from nar_kernels.data.pinned import _forget_last_error, _register, pin_exactly
+from nar_kernels.sampling.strategies import Candidates, Counts, StepNoise, UnmaskingPolicy
 from tests.helpers.batches import assert_same, clean_batch
 from tests.helpers.devices import no_waiting
 
@@ -120,6 +130,32 @@ def test_a_pinned_corpus(dtype, backend):
     expected = nar_kernels.corrupt(corpus, masking, starts=starts, **args)
     got = nar_kernels.corrupt(corpus, masking, starts=starts.cuda(), backend=backend, **args)
     assert_same(got.to("cpu"), expected)
+
+
+def test_an_exactly_pinned_corpus_is_unpinned_with_its_last_view():
+    device, masking = torch.device("cuda", 0), MaskingConfig(120, 119)
+    tokens = clean_batch(masking, 1, 3 * 2**20 + 5, torch.uint8)[0]
+    pinned = pin_exactly(tokens, device)
+    assert pinned.is_pinned() and torch.equal(pinned, tokens)
+    args = dict(seed=3, seq_len=333)
+    starts = torch.tensor([0, 77, len(tokens) - 333])
+    got = nar_kernels.corrupt(pinned, masking, starts=starts.cuda(), **args)
+    assert_same(got.to("cpu"), nar_kernels.corrupt(tokens, masking, starts=starts, **args))
+    address, view = pinned.data_ptr(), pinned[5:]
+    del pinned
+    assert view.is_pinned()
+    del view
+    assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0  # it was done
+    _forget_last_error(device)
+
+
+def test_a_corpus_that_cannot_be_pinned():
+    """The error is ours, and PyTorch does not find it later."""
+    device = torch.device("cuda", 0)
+    pinned = pin_exactly(torch.zeros(5000, dtype=torch.int64), device)
+    with pytest.raises(PinnedMemoryError, match="cannot be pinned for the GPU, 40000 bytes"):
+        _register(pinned.numpy().view(np.uint8), device)  # a second time
+    assert torch.ones(3, device=device).sum() == 3
 
 
 def test_a_corpus_that_the_device_cannot_read():
@@ -346,6 +382,31 @@ def test_unmask_equals_that_of_the_cpu(dtype, vocabulary):
 
 
 @pytest.mark.triton
+def test_a_graph_chooses_positions():
+    rows, counts = torch.arange(8 * 1000), np.array([[1000] * 8, [300, *range(7)]])
+    noise = StepNoise(5, 4, 1, 1000, range(8))
+    policy, score = UnmaskingPolicy(temperature=2.0), torch.randn(8 * 1000)
+
+    def choose(device, score):
+        of_all, left = Counts.of(counts, torch.device(device))
+        candidates = Candidates(rows.to(device), of_all)
+        return lambda: policy.choose(candidates, left, score, 0.5, noise)
+
+    on_device = score.cuda()
+    captured = choose("cuda", on_device)
+    captured()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = captured()
+    for values in (score, -score):
+        on_device.copy_(values)
+        graph.replay()
+        for ours, expected in zip(got, choose("cpu", values)(), strict=True):
+            assert torch.equal(ours.cpu(), expected)
+
+
+@pytest.mark.triton
 @pytest.mark.parametrize("strategy", ["confidence", "margin", "random", "halton"])
 @pytest.mark.parametrize("block_length", [None, 4])
 def test_generate_waits_for_nothing(strategy, block_length):
@@ -391,3 +452,107 @@ def test_a_training_step_waits_for_nothing(tmp_path):
             run.step(next(run.loader), step)
     losses, _, _ = run.metrics.flush(stop=False)
     assert len(losses) == 4 and all(0 < loss < 4 for loss in losses)
+
+
+def weights_of(run):
+    return [p.detach().float().cpu() for p in run.model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2, "ema": 0.9, "loss": "nelbo"}, {"compile": True}], ids=str
+)
+def test_a_training_step_in_a_graph(tmp_path, options):
+    """It waits for nothing, before the capture, in it and after it, and is the ordinary one."""
+    from nar_kernels import TrainConfig
+    from nar_kernels.training.train import Run
+
+    pytest.importorskip("x_transformers")
+    config = TrainConfig.for_data(
+        "digits", device="cuda", out=str(tmp_path), quiet=True, dropout=0.1, **options
+    )
+    device = torch.device("cuda", 0)
+    ordinary = Run(config, device)
+    for step, batch in zip(range(12), ordinary.loader, strict=False):
+        ordinary.step(batch, step)
+    run = Run(dataclasses.replace(config, cuda_graph=True), device)
+    for step in range(12):
+        is_compiled = step > 0 and step != 3  # kernels, and the graph
+        with no_waiting() if is_compiled else contextlib.nullcontext():
+            run.step(None, step)
+        if step == 7:  # the host reads and writes between replays
+            run.metrics.flush(stop=False)
+            run.graph.raise_if_invalid()
+            with run.ema_weights(), torch.no_grad():
+                run.model.eval()
+                run.model(run.loader.batch(0))
+                run.model.train()
+    assert run.graph._graph is not None
+    losses, norms, _ = run.metrics.flush(stop=False)
+    expected, expected_norms, _ = ordinary.metrics.flush(stop=False)
+    np.testing.assert_allclose(losses, expected[-len(losses) :], rtol=5e-3)
+    np.testing.assert_allclose(norms, expected_norms[-len(norms) :], rtol=5e-2)
+    for x, y in zip(weights_of(run), weights_of(ordinary), strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3)
+
+
+def test_a_graph_goes_on_after_a_resume(tmp_path):
+    from nar_kernels import TrainConfig
+    from nar_kernels.training import checkpoint
+    from nar_kernels.training.train import train
+
+    pytest.importorskip("x_transformers")
+    config = TrainConfig.for_data(
+        "digits",
+        device="cuda",
+        quiet=True,
+        **{"cuda_graph": True, "steps": 16, "eval_every": 8, "save_every": 8, "dim": 32},
+    )
+    train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    half = dataclasses.replace(config, out=str(tmp_path / "half"))
+    train(dataclasses.replace(half, steps=8))
+    train(dataclasses.replace(half, steps=16, resume=True))
+    whole, resumed = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "half"))
+    assert len(resumed["log"]["losses"]) == len(whole["log"]["losses"]) == 16
+    assert resumed["log"]["losses"].isfinite().all()
+
+
+def test_static_shapes_wait_for_nothing(tmp_path):
+    """The counts of a batch whose step is a tensor are on the device alone."""
+    loader = MaskedLoader(make_dataset(tmp_path), MASKING, 8, device="cuda", corpus_memory="device")
+    hidden = torch.randn(8, 64, 32, device="cuda", requires_grad=True)
+    weight = torch.randn(300, 32, device="cuda", requires_grad=True)
+    step = torch.zeros(1, dtype=torch.int64, device="cuda")
+    args = dict(static_shapes=True)
+
+    def losses():
+        batch = loader.batch(step)
+        parts = [
+            nar_kernels.masked_nll(some, weight, part, normalizer=batch.num_maskable.sum(), **args)
+            for some, part in zip(hidden.split(3), batch.microbatches(3), strict=True)
+        ]
+        whole = nar_kernels.masked_nll(hidden, weight, batch, **args)
+        (whole + sum(parts)).backward()
+        return whole.detach(), sum(parts).detach()
+
+    losses()  # compiles
+    with no_waiting():
+        whole, parts = losses()
+    expected = nar_kernels.masked_nll(hidden, weight, loader.batch(0))
+    torch.testing.assert_close(whole, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_clean_ids_wait_for_nothing():
+    net = torch.nn.Sequential(torch.nn.Embedding(300, 32), torch.nn.Linear(32, 300)).cuda()
+    adapted = nar_kernels.NetAdapter(net, num_tokens=300, max_seq_len=16, head=net[1])
+    model = nar_kernels.NonAutoregressiveWrapper(adapted, mask_id=299)
+    ids = torch.randint(0, 299, (8, 16), device="cuda")
+    model(ids).loss.backward()
+    torch.cuda.synchronize()
+    with no_waiting():  # but for the event of the check before, which is over
+        model(ids).loss.backward()
+    bad = ids.clone()
+    bad[2, 3] = 299
+    model(bad)
+    with pytest.raises(InvalidTokenError, match=r"299 at tokens\[2, 3\]"):
+        model.raise_if_invalid()

@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_suite import hardware, log, outcomes, processes, report, runner, wheels
+from benchmarks.gpu_suite import (
+    hardware,
+    log,
+    outcomes,
+    predictions,
+    processes,
+    report,
+    runner,
+    wheels,
+)
 from benchmarks.gpu_suite.__main__ import chosen, digest_of_sources
 from benchmarks.gpu_suite.runner import Suite
 from benchmarks.gpu_suite.sanitize import verdict
@@ -522,7 +531,7 @@ def test_steps_are_chosen_by_name_or_kind():
     set_up = ["wheels", "environment", "build_cpp", "build_cuda"]
     assert [step.name for step in chosen(steps, "smoke")] == [*set_up, "smoke"]
     some = [step.name for step in chosen(steps, "memcheck, bench_unmask")]
-    memcheck = [f"memcheck_{kernel}" for kernel in ("corrupt", "nll", "unmask")]
+    memcheck = [f"memcheck_{kernel}" for kernel in ("corrupt", "nll", "unmask", "choose")]
     assert some == [*set_up, *memcheck, "bench_unmask"]
     with pytest.raises(SystemExit, match="--only tets: there is no such step; there are wheels"):
         chosen(steps, "tets")
@@ -706,6 +715,23 @@ def test_what_ran_where_and_what_did_not(tmp_path, monkeypatch):
     assert "1 of 1 steps; tests: 1 passed, 1 failed" in row
 
 
+def test_predictions_stand_beside_figures():
+    corrupt = "corrupt, cuda: 67108864 tokens, L 1024, exact"
+    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        assert predictions.prediction(corrupt, gpu).endswith(" %")
+    assert predictions.prediction(corrupt, "NVIDIA B200") == ""
+    assert predictions.prediction("unmask, cuda: V 50258, float32, filter 50", "NVIDIA H100") == ""
+    assert {*predictions.KERNELS.values()} <= {*predictions.rows()}
+    row = {"backend": "cuda", "what": "67108864 tokens, L 1024, exact", "share_of_copy": 0.5}
+    row["gigabytes_per_second"] = 1500.0
+    record = record_of("NVIDIA H100 80GB HBM3", "2027-01-01", bench_corrupt_cuda="passed")
+    record["steps"]["bench_corrupt_cuda"] |= {"reason": "", "sources": None}
+    figures = {"gigabytes_per_second": {"copy": 3000.0, "bus": 50.0}, "rows": [row]}
+    record |= {"figures": {"bench_corrupt_cuda": figures}, "tests": {}}
+    (line,) = (line for line in report.summary(record) if line.startswith(f"| {corrupt} |"))
+    assert line.endswith(f"| 0.5 | {predictions.prediction(corrupt, 'H100')} |")
+
+
 def test_a_dry_run_is_no_result_of_a_gpu(tmp_path):
     with pytest.raises(SystemExit, match="results.json is not there: --add takes the folder"):
         hardware.add(tmp_path)
@@ -735,7 +761,7 @@ def test_dry_run(tmp_path):
     for step in ("smoke", "tests_cuda", "tests_triton", "tests_large", "memcheck_corrupt"):
         assert "collected" in results["steps"][step]["reason"]  # something was selected
     for line in (
-        "| unmask, V 33, float32, filter none |",
+        "| unmask, auto: V 33, float32, filter none |",
         "| train_step, V 33, ours: whole step |",
     ):
         assert line in result.stdout

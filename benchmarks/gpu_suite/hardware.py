@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.gpu_suite import outcomes
+from benchmarks.gpu_suite import outcomes, predictions
 from benchmarks.gpu_suite.report import markdown
 from benchmarks.gpu_suite.step import FINISHED, PASSED
 from benchmarks.gpu_suite.steps import all_steps
@@ -112,6 +112,25 @@ def last_state(step: str, gpu: str, records: list[tuple[Path, dict]]) -> str:
     return state
 
 
+PREDICTIONS = """
+## Predictions
+
+From the machine code of sm_90 (`python -m benchmarks.gpu_code`): the instructions that a token or
+logit costs, and how fast that lets a kernel be, as a share of the speed of a copy of as many bytes,
+if instructions are issued at 55 % of the peak rate, or at all of it. Not measured. A run of the
+suite prints them beside its figures.
+"""
+
+
+def predicted() -> Iterator[str]:
+    yield PREDICTIONS
+    lines = [
+        (kernel, row["unit"], row["per unit"], row["bytes per unit"], row["H100"], row["H200"])
+        for kernel, row in predictions.rows().items()
+    ]
+    yield from markdown(("kernel", "unit", "instructions", "bytes", "H100", "H200"), lines)
+
+
 def cpus() -> Iterator[str]:
     yield "\n## CPUs\n"
     yield "The figures in [benchmarks.md](benchmarks.md) are from these.\n"
@@ -134,7 +153,7 @@ def cpus() -> Iterator[str]:
 
 
 def page() -> str:
-    return "\n".join([HEAD, *gpus(gpu_records()), *cpus(), ""])
+    return "\n".join([HEAD, *gpus(gpu_records()), *predicted(), *cpus(), ""])
 
 
 def add(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The summary table: each figure, its physical limit or peer, and the ratio.
+"""The summary table: each figure, its physical limit or peer, the ratio, and its prediction.
 
     python -m benchmarks.gpu_suite.report FOLDER
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_suite import outcomes
+from benchmarks.gpu_suite.predictions import prediction
 from benchmarks.gpu_suite.step import FINISHED, PASSED, SKIPPED
 
 
@@ -24,7 +25,7 @@ class Row(NamedTuple):
     ratio: float | None
 
 
-HEAD = ("what", "figure", "unit", "limit or peer", "its figure", "ratio")
+HEAD = ("what", "figure", "unit", "limit or peer", "its figure", "ratio", "predicted")
 # Peers that each benchmark compares with if installed, as named in its rows.
 COMPARED = {
     "bench_corrupt_cuda": {"x-transformers"},
@@ -74,7 +75,8 @@ def unmask(record: dict) -> Iterator[Row]:
         for row in setting["rows"]:
             if row["who"] != "unmask":
                 continue
-            what = f"unmask, V {setting['num_tokens']}, {row['dtype']}, filter {row['filter']}"
+            what = f"unmask, {row['backend']}: V {setting['num_tokens']}, {row['dtype']}, "
+            what += f"filter {row['filter']}"
             rate = row["gigabytes_per_second"]
             yield Row(what, rate, "GB/s", "copy", copy, row["share_of_copy"])
             times = row["times_x_transformers"]
@@ -177,7 +179,7 @@ def summary(results: dict) -> list[str]:
         lines += [f"  FAILED {test}" for test, of in tests.items() if of["outcome"] == "failed"]
     missed = [name for name, state, *_ in steps if state not in (PASSED, SKIPPED)]
     lines += [f"not passed: {', '.join(missed) or 'none'}", ""]
-    figures = [tuple(row) for row in rows(results["figures"])]
+    figures = [(*row, prediction(row.what, gpu)) for row in rows(results["figures"])]
     if figures:
         lines += markdown(HEAD, figures)
     return [*lines, *skipped_peers(results["figures"])]

@@ -11,7 +11,16 @@ TESTS = [
     "tests/test_gpu.py",
     *(
         f"tests/ops/test_{name}.py"
-        for name in ("corrupt", "cuda_kernels", "masked_nll", "nll", "unmask")
+        for name in (
+            "choose",
+            "corrupt",
+            "cuda_kernels",
+            "linear",
+            "masked_nll",
+            "nll",
+            "static_shapes",
+            "unmask",
+        )
     ),
 ]
 
@@ -28,6 +37,7 @@ SANITIZED = {
     ],
     "nll": ["tests/test_gpu.py::test_masked_nll_equals_that_of_the_cpu[float32-300]"],
     "unmask": ["tests/test_gpu.py::test_unmask_equals_that_of_the_cpu[float16-4099]"],
+    "choose": ["tests/ops/test_choose.py::test_triton_agrees[noise]"],
 }
 
 SANITIZERS = {
@@ -158,7 +168,7 @@ def first_half(dry: list[str]) -> list[Step]:
         ),
         tests(
             "tests_triton",
-            "corrupt, masked_nll and unmask in Triton",
+            "corrupt, masked_nll, unmask and choose in Triton",
             "triton and not large",
             dry,
             timeout=200,

@@ -10,6 +10,7 @@
 namespace nar {
 
 constexpr int64_t kIgnoreIndex = -100;
+constexpr uint64_t kProbabilityOne = uint64_t{1} << 31;  // of shares
 
 // Length of `invalid`: how many ids were bad, the lowest offset of one, its value; how many windows
 // reached outside the corpus; how many sample slots were negative.
@@ -42,17 +43,18 @@ struct CorruptArgs {
   const uint64_t* seed_tensor;  // [1], in place of seed, or null
   int64_t global_batch;
   bool exact, stratified;
-  uint64_t keep_share, random_share, coin_share;  // 2**31 stands for 1
+  uint64_t keep_share, random_share, coin_share;  // kProbabilityOne stands for 1
 
-  // Outputs.
-  int64_t* input_ids;       // [batch, seq_len]
-  int64_t* labels;          // [batch, seq_len]
-  uint8_t* masked_indices;  // [batch, seq_len]
+  // Outputs. Ids, labels and row indices are int32 if `narrow`, else int64; null is not wanted.
+  bool narrow;
+  void* input_ids;          // [batch, seq_len]
+  void* labels;             // [batch, seq_len] or null
+  uint8_t* masked_indices;  // [batch, seq_len] or null
   float* times;             // [batch]
   float* loss_weight;       // [batch]
   int64_t* num_masked;      // [batch]
   int64_t* num_maskable;    // [batch]
-  int64_t* row_buffer;      // [batch * seq_len]
+  void* row_buffer;         // [batch * seq_len] or null
   int64_t* invalid;         // [kNumInvalid]
 
   NAR_HOST_DEVICE uint64_t sample(int64_t b) const {

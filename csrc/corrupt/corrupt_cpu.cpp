@@ -64,41 +64,51 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
 
   constexpr int64_t kAlign = 64;
   const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;
-  const int64_t bytes = padded * (2 * sizeof(uint32_t) + sizeof(int16_t) + 1);
+  const int64_t of_labels = a.labels ? 0 : padded * (a.narrow ? 4 : 8);
+  const int64_t bytes = padded * (2 * sizeof(uint32_t) + sizeof(int16_t) + 2) + of_labels;
   std::unique_ptr<uint8_t[]> memory(new uint8_t[num_threads * bytes + kAlign]);
   uint8_t* aligned =
       memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
   std::vector<InvalidTokens> invalid(num_threads);
 
-  // Prefix sums of the counts, where those are known before anything is drawn.
+  // Prefix sums of the counts, where those are known before anything is drawn. Otherwise row
+  // indices are written at the end, from the masks of all rows.
   const bool counts_known = a.exact && !a.maskable && !a.never_mask;
+  std::unique_ptr<uint8_t[]> masks;
+  if (a.row_buffer && !counts_known && !a.masked_indices) {
+    masks.reset(new uint8_t[batch * seq_len]);
+    a.masked_indices = masks.get();
+  }
   std::vector<int64_t> first_row(batch + 1, 0);
   for (int64_t b = 0; counts_known && b < batch; ++b) {
     first_row[b + 1] = first_row[b] + exact_count(a, t16[b], seq_len);
   }
 
   // Row indices of b; the space up to those of `end` may be overwritten.
-  const auto write_rows = [&](int64_t b, int64_t end) {
-    k.write_rows(a, b, a.row_buffer + first_row[b], first_row[end] - first_row[b]);
+  const auto write_rows = [&](int64_t b, int64_t end, const uint8_t* masked) {
+    if (a.masked_indices) masked = a.masked_indices + b * seq_len;
+    k.write_rows(a, b, masked, first_row[b], first_row[end] - first_row[b]);
   };
 
   parallel_for(num_chunks, num_threads, [&](int64_t c, int worker) {
     uint32_t* keys = reinterpret_cast<uint32_t*>(aligned + worker * bytes);
     int32_t* clean = reinterpret_cast<int32_t*>(keys + padded);
     int16_t* upper = reinterpret_cast<int16_t*>(clean + padded);
-    const RowScratch scratch = {keys, clean, upper, reinterpret_cast<uint8_t*>(upper + padded)};
+    uint8_t* can_mask = reinterpret_cast<uint8_t*>(upper + padded);
+    const RowScratch scratch = {
+        keys, clean, upper, can_mask, can_mask + padded, can_mask + 2 * padded};
     const int64_t end = std::min((c + 1) * chunk, batch);
     for (int64_t b = c * chunk; b < end; ++b) {
       k.corrupt_row(a, b, t16[b], scratch, &invalid[worker]);
-      if (counts_known) write_rows(b, end);
+      if (a.row_buffer && counts_known) write_rows(b, end, scratch.masked);
     }
   });
 
-  if (!counts_known) {
+  if (a.row_buffer && !counts_known) {
     for (int64_t b = 0; b < batch; ++b) first_row[b + 1] = first_row[b] + a.num_masked[b];
     parallel_for(num_chunks, num_threads, [&](int64_t c, int) {
       const int64_t end = std::min((c + 1) * chunk, batch);
-      for (int64_t b = c * chunk; b < end; ++b) write_rows(b, end);
+      for (int64_t b = c * chunk; b < end; ++b) write_rows(b, end, nullptr);
     });
   }
 

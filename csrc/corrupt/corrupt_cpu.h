@@ -14,14 +14,18 @@ struct RowScratch {
   int32_t* clean;     // [seq_len]
   int16_t* upper;     // [seq_len]
   uint8_t* can_mask;  // [seq_len]
+  // In place of outputs that are not wanted.
+  uint8_t* masked;  // [seq_len]
+  void* labels;     // [seq_len]
 };
 
 // Row b: all outputs but its row indices, whose place depends on the counts of the rows before.
 using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const RowScratch&,
                             InvalidTokens*);
-// The masked positions of row b, as indices into [batch * seq_len]. May overwrite up to `room`
-// numbers.
-using WriteRows = void (*)(const CorruptArgs&, int64_t b, int64_t* rows, int64_t room);
+// The masked positions of row b, as indices into [batch * seq_len], from number `first` of the row
+// buffer on. May overwrite up to `room` numbers.
+using WriteRows = void (*)(const CorruptArgs&, int64_t b, const uint8_t* masked, int64_t first,
+                           int64_t room);
 
 // The 16-bit times of the batch.
 using DrawTimes = std::vector<uint32_t> (*)(const CorruptArgs&);

@@ -51,8 +51,9 @@ RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScr
 }
 
 // A second pass over the few positions that get a random token, so that only they draw words.
+template <typename Id>
 void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
-                   const uint32_t* __restrict keys, int64_t* __restrict input_ids) {
+                   const uint32_t* __restrict keys, Id* __restrict input_ids) {
   constexpr int64_t kBlock = 512;
   uint8_t chosen[kBlock];
   int64_t positions[kBlock + kWordsAtPadding];
@@ -70,27 +71,37 @@ void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sampl
 }
 
 // Rare: keys tie at a bound, and position decides.
+template <typename Id>
 void write_tied_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
                     const uint32_t* keys, const int32_t* clean, const uint8_t* can_mask,
-                    RowOutput out) {
+                    RowOutput<Id> out) {
   for (int64_t i = 0; i < a.windows.seq_len; ++i) {
     const uint64_t key = uint64_t{keys[i]} << 32 | static_cast<uint32_t>(i);
     const bool is_masked = key < bounds.mask && (!can_mask || can_mask[i]);
-    int64_t id = clean[i];
+    Id id = clean[i];
     if (is_masked && key >= bounds.replace) {
-      id = a.windows.mask_id;
+      id = static_cast<Id>(a.windows.mask_id);
     } else if (is_masked && key >= bounds.keep) {
       const uint32_t word = random_word(a.seed, kRandomToken, sample, i);
       id = random_token(word, a.windows.num_tokens, a.windows.mask_id);
     }
     out.input_ids[i] = id;
-    out.labels[i] = is_masked ? clean[i] : kIgnoreIndex;
+    out.labels[i] = is_masked ? clean[i] : static_cast<Id>(kIgnoreIndex);
     out.masked[i] = is_masked;
   }
 }
 
-void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
-                 InvalidTokens* invalid) {
+template <typename Id>
+RowOutput<Id> outputs_of(const CorruptArgs& a, int64_t b, const RowScratch& scratch) {
+  const int64_t at = b * a.windows.seq_len;
+  return {static_cast<Id*>(a.input_ids) + at,
+          a.labels ? static_cast<Id*>(a.labels) + at : static_cast<Id*>(scratch.labels),
+          a.masked_indices ? a.masked_indices + at : scratch.masked};
+}
+
+template <typename Id>
+void corrupt_row_of(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
+                    InvalidTokens* invalid) {
   const int64_t length = a.windows.seq_len;
   const uint64_t sample = a.sample(b);
 
@@ -102,8 +113,7 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
       all_maskable ? length : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);
   const RowBounds bounds = row_bounds(a, b, t16, scratch, can_mask, n);
 
-  const RowOutput out = {a.input_ids + b * length, a.labels + b * length,
-                         a.masked_indices + b * length};
+  const RowOutput<Id> out = outputs_of<Id>(a, b, scratch);
   if (is_tied(bounds.keep) || is_tied(bounds.replace) || is_tied(bounds.mask)) {
     write_tied_row(a, bounds, sample, scratch.keys, scratch.clean, can_mask, out);
   } else {
@@ -114,6 +124,11 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
     }
   }
   write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(out.masked, length));
+}
+
+void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
+                 InvalidTokens* invalid) {
+  (a.narrow ? corrupt_row_of<int32_t> : corrupt_row_of<int64_t>)(a, b, t16, scratch, invalid);
 }
 
 int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {
@@ -133,9 +148,14 @@ int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {
   return count;
 }
 
-void write_rows(const CorruptArgs& a, int64_t b, int64_t* rows, int64_t room) {
-  const int64_t base = b * a.windows.seq_len;
-  set_positions(a.masked_indices + base, a.windows.seq_len, base, rows, room);
+void write_rows(const CorruptArgs& a, int64_t b, const uint8_t* masked, int64_t first,
+                int64_t room) {
+  const int64_t length = a.windows.seq_len, base = b * length;
+  if (a.narrow) {
+    set_positions(masked, length, base, static_cast<int32_t*>(a.row_buffer) + first, room);
+  } else {
+    set_positions(masked, length, base, static_cast<int64_t*>(a.row_buffer) + first, room);
+  }
 }
 
 }  // namespace

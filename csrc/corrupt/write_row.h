@@ -12,15 +12,29 @@ namespace nar {
 // Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
+template <typename Id>  // int32_t or int64_t
 struct RowOutput {
-  int64_t* __restrict input_ids;
-  int64_t* __restrict labels;
+  Id* __restrict input_ids;
+  Id* __restrict labels;
   uint8_t* __restrict masked;
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void store_ids(int32_t* to, __m256i ids) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ids);
+}
+inline void store_ids(int64_t* to, __m256i ids) {
+  __m256i* vectors = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(vectors, _mm256_cvtepi32_epi64(_mm256_castsi256_si128(ids)));
+  _mm256_storeu_si256(vectors + 1, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(ids, 1)));
+}
+#endif
+
 // Keys below `mask` are masked; of those, the ones below `keep` keep their token.
+template <typename Id>
 void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
-               const uint32_t* __restrict keys, const int32_t* __restrict clean, RowOutput out) {
+               const uint32_t* __restrict keys, const int32_t* __restrict clean,
+               RowOutput<Id> out) {
   constexpr int32_t kIgnore = static_cast<int32_t>(kIgnoreIndex);
   int64_t i = 0;
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -29,11 +43,6 @@ void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
   const __m256i flip = _mm256_set1_epi32(INT32_MIN);
   const __m256i below_mask = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(mask)), flip);
   const __m256i below_keep = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(keep)), flip);
-  const auto store_wide = [](int64_t* to, __m256i v) {
-    __m256i* vectors = reinterpret_cast<__m256i*>(to);
-    _mm256_storeu_si256(vectors, _mm256_cvtepi32_epi64(_mm256_castsi256_si128(v)));
-    _mm256_storeu_si256(vectors + 1, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(v, 1)));
-  };
   for (; i + 32 <= length; i += 32) {
     __m256i is_masked[4];
     for (int j = 0; j < 4; ++j) {
@@ -43,8 +52,8 @@ void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
           _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + at)), flip);
       is_masked[j] = _mm256_cmpgt_epi32(below_mask, key);
       const __m256i hidden = _mm256_andnot_si256(_mm256_cmpgt_epi32(below_keep, key), is_masked[j]);
-      store_wide(out.input_ids + at, _mm256_blendv_epi8(id, _mm256_set1_epi32(mask_id), hidden));
-      store_wide(out.labels + at, _mm256_blendv_epi8(_mm256_set1_epi32(kIgnore), id, is_masked[j]));
+      store_ids(out.input_ids + at, _mm256_blendv_epi8(id, _mm256_set1_epi32(mask_id), hidden));
+      store_ids(out.labels + at, _mm256_blendv_epi8(_mm256_set1_epi32(kIgnore), id, is_masked[j]));
     }
     // Packing works within halves of a vector.
     const __m256i halves = _mm256_packs_epi16(_mm256_packs_epi32(is_masked[0], is_masked[1]),

@@ -1,4 +1,5 @@
 // Every kernel for AVX2, FMA and BMI2: setup.py compiles this file, and no other, with their flags.
+#include "choose/choose_row.h"
 #include "corrupt/corrupt_row.h"
 #include "corrupt/slots.h"
 #include "levels/kernels.h"
@@ -12,6 +13,7 @@ constexpr Kernels kAvx2Kernels = {
     {draw_times, ordered_starts, count_row, corrupt_row, write_rows},
     nll_row,
     unmask_row,
+    choose_row,
     {kPanelRows, pack, multiply},
 };
 

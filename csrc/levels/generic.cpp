@@ -1,4 +1,5 @@
 // Every kernel for the baseline instruction set of the compiler.
+#include "choose/choose_row.h"
 #include "corrupt/corrupt_row.h"
 #include "corrupt/slots.h"
 #include "levels/kernels.h"
@@ -11,6 +12,7 @@ constexpr Kernels kGenericKernels = {
     {draw_times, ordered_starts, count_row, corrupt_row, write_rows},
     nll_row,
     unmask_row,
+    choose_row,
     {},  // linear needs fused multiply-adds
 };
 

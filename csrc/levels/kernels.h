@@ -5,6 +5,7 @@
 // linker keeps one copy, maybe one that this CPU cannot run.
 #pragma once
 
+#include "choose/choose.h"
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
 #include "nll/nll.h"
@@ -16,6 +17,7 @@ struct Kernels {
   CorruptKernels corrupt;
   NllRow nll_row;
   UnmaskRow unmask_row;
+  ChooseRow choose_row;
   LinearKernel linear;  // null without fused multiply-adds
 };
 

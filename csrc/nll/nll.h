@@ -13,7 +13,7 @@ struct NllArgs {
   LogitType logit_type;
   int64_t rows, vocabulary, stride;
   const float* bias;      // [vocabulary], added to the logits; or null
-  const int64_t* labels;  // [rows]
+  const int64_t* labels;  // [rows]; outside of the vocabulary and of weight 0: loss 0, gradient 0
   const float* weight;    // [rows], scales the gradient; null: 1
   bool gradient;
   float* nll;  // [rows]

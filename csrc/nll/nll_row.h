@@ -104,14 +104,23 @@ inline void scale(float* row, float by, int64_t count) {
 
 void nll_row(const NllArgs& a, int64_t r, float* row) {
   const int64_t count = a.vocabulary, label = a.labels[r];
+  const bool valid = label >= 0 && label < count;  // else the loss is NaN: row[label] is not there
+  const bool is_narrow = a.logit_type == LogitType::kBfloat16;
+  const float weight = a.weight ? a.weight[r] : 1.0f;
+  if (!valid && weight == 0) {
+    const int64_t size = is_narrow ? sizeof(uint16_t) : sizeof(float);
+    if (a.gradient)
+      std::memset(static_cast<char*>(a.logits) + r * a.stride * size, 0, count * size);
+    a.nll[r] = 0;
+    return;
+  }
   uint16_t* narrow_row = nullptr;
-  if (a.logit_type == LogitType::kBfloat16) {
+  if (is_narrow) {
     narrow_row = static_cast<uint16_t*>(a.logits) + r * a.stride;
     widen(narrow_row, count, row);
   } else {
     row = static_cast<float*>(a.logits) + r * a.stride;
   }
-  const bool valid = label >= 0 && label < count;  // else the loss is NaN: row[label] is not there
   const float largest = add_bias(row, a.bias, count);
   const float at_label = valid ? row[label] : NAN;
   if (!a.gradient) {
@@ -120,7 +129,6 @@ void nll_row(const NllArgs& a, int64_t r, float* row) {
     return;
   }
   const double sum = sum_exp<true>(row, largest, count);
-  const float weight = a.weight ? a.weight[r] : 1.0f;
   a.nll[r] = static_cast<float>(std::log(sum)) + (largest - at_label);
   scale(row, static_cast<float>(weight / sum), count);
   if (valid) row[label] -= weight;

@@ -13,6 +13,14 @@ constexpr int kFeistelRounds = 24;
 
 namespace {
 
+NAR_HOST_DEVICE inline int bit_length(uint64_t x) {  // x > 0
+#ifdef __CUDA_ARCH__
+  return 64 - __clzll(static_cast<long long>(x));
+#else
+  return 64 - __builtin_clzll(x);
+#endif
+}
+
 NAR_HOST_DEVICE inline uint32_t feistel_mix(uint32_t x) {  // lowbias32 (Wellons)
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
@@ -25,8 +33,7 @@ struct FeistelNetwork {
   uint32_t left_mask, right_mask;
 
   NAR_HOST_DEVICE explicit FeistelNetwork(uint64_t n) {
-    int bits = 0;
-    while (bits < 64 && (n - 1) >> bits != 0) ++bits;
+    const int bits = bit_length(n - 1);
     right_bits = bits - bits / 2;
     left_mask = static_cast<uint32_t>((uint64_t{1} << (bits / 2)) - 1);
     right_mask = static_cast<uint32_t>((uint64_t{1} << right_bits) - 1);

@@ -22,6 +22,7 @@ enum Stream : uint32_t {
   kCorruption = 4,
   kWindowOrder = 5,
   kDecodeNoise = 7,
+  kCriticNoise = 8,
 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;
@@ -34,49 +35,27 @@ struct Words4 {
   uint32_t word[4];
 };
 
-// The two halves of a product.
-NAR_HOST_DEVICE inline uint32_t multiply(uint32_t a, uint32_t b, uint32_t* high) {
-#ifdef __CUDA_ARCH__
-  *high = __umulhi(a, b);  // of a 64-bit product nvcc adds the halves that are 0, too
-  return a * b;
-#else
-  const uint64_t product = static_cast<uint64_t>(a) * b;
-  *high = static_cast<uint32_t>(product >> 32);
-  return static_cast<uint32_t>(product);
-#endif
-}
+struct RoundKeys {
+  uint32_t low[10], high[10];
 
-constexpr int kPhiloxRounds = 10;
-
-// The keys of all rounds, where they are worth keeping.
-struct PhiloxKeys {
-  uint32_t word[kPhiloxRounds][2];
+  NAR_HOST_DEVICE explicit RoundKeys(uint64_t seed) {
+    for (int round = 0; round < 10; ++round) {
+      low[round] = static_cast<uint32_t>(seed) + round * kPhiloxW0;
+      high[round] = static_cast<uint32_t>(seed >> 32) + round * kPhiloxW1;
+    }
+  }
 };
 
-NAR_HOST_DEVICE inline PhiloxKeys philox_keys(uint64_t seed) {
-  PhiloxKeys keys;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    keys.word[round][0] = k0, keys.word[round][1] = k1;
-    k0 += kPhiloxW0, k1 += kPhiloxW1;
-  }
-  return keys;
-}
-
-NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, const PhiloxKeys& keys) {
+NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, const RoundKeys& keys) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1];
   uint32_t c2 = counter.word[2], c3 = counter.word[3];
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    uint32_t high0, high1;
-    const uint32_t low0 = multiply(kPhiloxM0, c0, &high0);
-    const uint32_t low1 = multiply(kPhiloxM1, c2, &high1);
-    c0 = high1 ^ c1 ^ keys.word[round][0];
-    c1 = low1;
-    c2 = high0 ^ c3 ^ keys.word[round][1];
-    c3 = low0;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.low[round];
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.high[round];
+    c3 = static_cast<uint32_t>(p0);
   }
   return {{c0, c1, c2, c3}};
 }
@@ -86,10 +65,15 @@ NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, uint64_t seed) {
 }
 
 // The four words at positions 4 * block .. 4 * block + 3 of a sample.
-NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint64_t sample,
+NAR_HOST_DEVICE inline Words4 random_block(const RoundKeys& keys, uint32_t stream, uint64_t sample,
                                            uint32_t block) {
   return philox4x32(
-      {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, seed);
+      {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, keys);
+}
+
+NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint64_t sample,
+                                           uint32_t block) {
+  return random_block(RoundKeys(seed), stream, sample, block);
 }
 
 NAR_HOST_DEVICE inline Words4 random_block(const PhiloxKeys& keys, uint32_t stream, uint64_t sample,

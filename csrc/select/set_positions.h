@@ -42,26 +42,56 @@ inline int64_t count_set(const uint8_t* bytes, int64_t n) {
   return count;
 }
 
+#if defined(__AVX512F__)
+// The 8 numbers from `at` on whose bits are set.
+inline void store_set(int64_t* out, int64_t at, uint32_t bits, uint32_t count) {
+  const __m512i step = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i index = _mm512_add_epi64(step, _mm512_set1_epi64(at));
+  _mm512_mask_storeu_epi64(out, static_cast<__mmask8>((1u << count) - 1),
+                           _mm512_maskz_compress_epi64(static_cast<__mmask8>(bits), index));
+}
+inline void store_set(int32_t* out, int64_t at, uint32_t bits, uint32_t count) {
+  const __m256i step = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i index = _mm256_add_epi32(step, _mm256_set1_epi32(static_cast<int>(at)));
+  _mm256_mask_storeu_epi32(out, static_cast<__mmask8>((1u << count) - 1),
+                           _mm256_maskz_compress_epi32(static_cast<__mmask8>(bits), index));
+}
+#elif defined(__AVX2__)
+// The 8 numbers from `at` on whose bits are set; what is behind them in `out` changes, too.
+inline void store_set(int64_t* out, int64_t at, uint32_t bits) {
+  const uint8_t* of_byte = kSetBits.bit[bits];
+  for (int half = 0; half < 8; half += 4) {
+    int four;
+    std::memcpy(&four, of_byte + half, sizeof four);
+    const __m256i index = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half),
+                        _mm256_add_epi64(index, _mm256_set1_epi64x(at)));
+  }
+}
+inline void store_set(int32_t* out, int64_t at, uint32_t bits) {
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.bit[bits]));
+  const __m256i index = _mm256_cvtepu8_epi32(eight);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm256_add_epi32(index, _mm256_set1_epi32(static_cast<int>(at))));
+}
+#endif
+
 // Writes `first` plus the index of each of n flags that is 1 and not 0, and returns how many. There
 // is `room` for at least as many numbers, all of which may change; what comes behind may be another
 // thread's. Some 8 more than needed spare a slow end.
-inline int64_t set_positions(const uint8_t* __restrict flags, int64_t n, int64_t first,
-                             int64_t* __restrict out, int64_t room) {
-  const int64_t *begin = out, *end = out + room;
+template <typename Index>  // int32_t or int64_t
+int64_t set_positions(const uint8_t* __restrict flags, int64_t n, int64_t first,
+                      Index* __restrict out, int64_t room) {
+  const Index *begin = out, *end = out + room;
   int64_t i = 0;
 #if defined(__AVX512F__)
-  const __m512i step = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
   for (; i + 64 <= n; i += 64) {
     const __m512i bytes = _mm512_loadu_si512(flags + i);
     uint64_t bits = _mm512_test_epi8_mask(bytes, bytes);
-    __m512i index = _mm512_add_epi64(step, _mm512_set1_epi64(first + i));
-    for (int group = 0; group < 8; ++group, bits >>= 8) {
-      const __mmask8 here = static_cast<__mmask8>(bits);
-      const uint32_t count = _mm_popcnt_u32(here);
-      _mm512_mask_storeu_epi64(out, static_cast<__mmask8>((1u << count) - 1),
-                               _mm512_maskz_compress_epi64(here, index));
+    for (int64_t at = first + i; at < first + i + 64; at += 8, bits >>= 8) {
+      const uint32_t here = bits & 0xFF, count = static_cast<uint32_t>(_mm_popcnt_u32(here));
+      store_set(out, at, here, count);
       out += count;
-      index = _mm512_add_epi64(index, _mm512_set1_epi64(8));
     }
   }
 #elif defined(__AVX2__)
@@ -71,24 +101,17 @@ inline int64_t set_positions(const uint8_t* __restrict flags, int64_t n, int64_t
     for (int64_t at = first + i; at < first + i + 32; at += 8, bits >>= 8) {
       if (end - out < 8) {
         for (uint32_t left = bits & 0xFF; left != 0; left &= left - 1) {
-          *out++ = at + __builtin_ctz(left);
+          *out++ = static_cast<Index>(at + __builtin_ctz(left));
         }
         continue;
       }
-      const uint8_t* of_byte = kSetBits.bit[bits & 0xFF];
-      for (int half = 0; half < 8; half += 4) {
-        int four;
-        std::memcpy(&four, of_byte + half, sizeof four);
-        const __m256i index = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half),
-                            _mm256_add_epi64(index, _mm256_set1_epi64x(at)));
-      }
+      store_set(out, at, bits & 0xFF);
       out += _mm_popcnt_u32(bits & 0xFF);
     }
   }
 #endif
   for (; out < end && i < n; ++i) {  // no branch on the flags
-    *out = first + i;
+    *out = static_cast<Index>(first + i);
     out += flags[i];
   }
   return out - begin;

@@ -86,17 +86,6 @@ float second_largest(const Candidates& c, float largest) {
   return ties > 1 ? largest : result;
 }
 
-// Standard Gumbel noise, -log(-log(1 - u)) with u = (word + 1/2) / 2**32. Small words, which make
-// the large noise that decides, keep all their bits; large ones are rounded to 31.
-Floats gumbel(Ints words) {
-  const Ints is_small = ((words >> 30) & 3) == 0;  // u < 1/4: 1 - u would lose its bits
-  const Floats u = (__builtin_convertvector(words & 0x3FFFFFFF, Floats) + 0.5f) * 0x1p-32f;
-  const Ints complement = (~words >> 1) & 0x7FFFFFFF;
-  const Floats rest = (__builtin_convertvector(complement, Floats) + 0.5f) * 0x1p-31f;
-  const Floats log_of_rest = is_small ? log_of_parts(Floats{}, -u) : log_of_positive(rest);
-  return -log_of_positive(-log_of_rest);
-}
-
 // Candidates per batch of random words.
 constexpr int64_t kChunk = 512;
 

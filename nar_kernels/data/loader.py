@@ -4,7 +4,7 @@ Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device
 from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.pinned import pin_exactly
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
+from nar_kernels.errors import PinnedMemoryError
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import corrupt_step
-from nar_kernels.ops.corrupted import Corrupted, check_record
+from nar_kernels.ops.corrupt import Wanted, corrupt_step
+from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.windows import permute
 from nar_kernels.spec.philox import Stream
@@ -75,14 +77,16 @@ class MaskedLoader:
     also computes the windows, from a few scalars. The corpus keeps its dtype, and is stored
 
     * ``"device"``: in GPU memory;
-    * ``"pinned"``: in pinned host memory (a copy), which the kernel reads over the bus;
+    * ``"pinned"``: in pinned host memory, which the kernel reads over the bus: a copy, of the
+      corpus's own bytes to the page, that is unpinned when the loader and all views are gone;
     * ``"mapped"``: where it is, such as in a file. A thread fetches the windows of the next batch
       and copies them to the GPU while it computes.
 
     ``"auto"`` takes the first that fits: an eighth of the free GPU memory, or a quarter of the free
-    host memory divided by ``world_size``. With the first two, ``batch`` also takes the step as a
-    tensor on the device, so that making a batch can be captured in a CUDA graph. (A whole training
-    step cannot: shapes in ``masked_nll`` depend on the number of masked positions.)
+    host memory divided by ``world_size``. (Where the system refuses to pin it, it warns, and the
+    corpus stays mapped.) With the first two, ``batch`` also takes the step as a tensor on the
+    device, so that a training step can be captured in a CUDA graph, batch and all; the loss then
+    needs ``static_shapes``.
 
     Args:
         dataset: the windows.
@@ -96,6 +100,9 @@ class MaskedLoader:
         shuffle: if false, slot g is window ``g % N``.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
+        outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
+        reuse_batch: each batch takes over the memory of the one before, which saves a training loop
+            on the CPU allocations and cache: keep no batch, nor a view of one.
 
     Attributes:
         step: the step that iteration yields next.
@@ -104,6 +111,7 @@ class MaskedLoader:
     Raises:
         ValueError: an argument is out of range, or dataset and masking disagree.
         BackendUnavailableError: the backend was requested by name and cannot run here.
+        PinnedMemoryError: ``"pinned"`` was requested, and the corpus cannot be pinned.
     """
 
     def __init__(
@@ -119,6 +127,9 @@ class MaskedLoader:
         shuffle: bool = True,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
+        outputs: Collection[Output] = OUTPUTS,
+        ids_dtype: torch.dtype = torch.int64,
+        reuse_batch: bool = False,
     ) -> None:
         batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
@@ -138,6 +149,9 @@ class MaskedLoader:
         self.device = check_device(device)
         self._compute_device = self.device if self.device.type == "cuda" else torch.device("cpu")
         self.backend = resolve_backend(backend, self._compute_device)
+        self._wanted = Wanted.of(outputs, ids_dtype)
+        self.reuse_batch = bool(reuse_batch)
+        self._last_batch: Corrupted | None = None
         self.step = 0
         self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, self.shuffle)
         self._deferred_check = DeferredCheck()
@@ -153,16 +167,23 @@ class MaskedLoader:
         if self._compute_device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
             return
+        is_asked_for = memory != "auto"
         if memory == "auto":
             memory = choose_memory_here(self._tokens, self._compute_device, self.world_size)
             if memory == "pinned" and self.backend == "reference":
                 memory = "mapped"  # which has no kernel that reads pinned memory
+        if memory == "pinned":
+            try:
+                self._tokens = pin_exactly(self._tokens, self._compute_device)
+            except PinnedMemoryError as error:
+                if is_asked_for:
+                    raise
+                warnings.warn(f"{error}; corpus_memory is 'mapped' now", stacklevel=3)
+                memory = "mapped"
         self.corpus_memory = memory
         if memory == "device":
             self._tokens = self._tokens.to(self._compute_device)
-        elif memory == "pinned":
-            self._tokens = self._tokens.pin_memory()
-        else:
+        elif memory == "mapped":
             self._stager = Stager(
                 self._tokens,
                 self._window_starts,
@@ -177,6 +198,7 @@ class MaskedLoader:
         # this loader.
         for name in ("_tokens", "_stager", "_deferred_check"):
             del state[name]
+        state["_last_batch"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -227,7 +249,7 @@ class MaskedLoader:
 
         Args:
             step: at least 0. Or a one-element int64 tensor on the CUDA device: the batch is then
-                not checked by the loader, which would be a sync; call its ``raise_if_invalid``.
+                not checked by the loader, which would be a sync: see ``raise_if_invalid``.
 
         Raises:
             InvalidTokenError: a window holds a bad id: in this batch on the CPU, in the one before
@@ -258,8 +280,12 @@ class MaskedLoader:
             seq_len=self.dataset.seq_len,
             seed=self.seed,
             device=self._compute_device,
+            wanted=self._wanted,
+            out=self._last_batch,
             backend=self.backend,
         )
+        if self.reuse_batch:
+            self._last_batch = corrupted
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))
@@ -278,9 +304,16 @@ class MaskedLoader:
 
         check_record(record, self.batch_size, self.masking, where)
 
-    def raise_if_invalid(self) -> None:
-        """Synchronises with the last batch and raises its error, if it has not been raised yet."""
-        self._deferred_check.run()
+    def raise_if_invalid(self, record: Tensor | None = None) -> None:
+        """Synchronises with the last batch and raises its error, if it has not been raised yet.
+
+        Args:
+            record: instead, ``invalid`` of a batch whose step was a tensor.
+        """
+        if record is None:
+            self._deferred_check.run()
+        else:
+            self._check(self.step, record)  # offsets into the corpus: the step is not needed
 
     def __iter__(self) -> Iterator[Corrupted]:
         return self

@@ -4,9 +4,10 @@ Shapes: B batch, L sequence length (``seq_len``), T corpus length in tokens.
 """
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class Stager:
 
     They are copied in the corpus's dtype; uint16 is a quarter of int64. Double-buffered: a thread
     fills one staging buffer, pinned if the device is a GPU, and copies it on its own stream, while
-    the windows of the other are in use.
+    the windows of the other are in use. (PyTorch rounds the bytes of each up to a power of two: for
+    64 windows of 1,000 uint16, 128,000 to 131,072.)
 
     Args:
         tokens: the corpus ``[T]``, on the CPU.
@@ -109,27 +111,37 @@ class Stager:
 
 
 class DeferredCheck:
-    """Checks a batch only when the next one is requested, which avoids a sync in between."""
+    """Checks a batch only when the next one is requested, which avoids a sync in between.
+
+    Threads may share it. Copies have nothing to check.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._record: Tensor | None = None
         self._pending: tuple[torch.cuda.Event, Callable[[Tensor], None]] | None = None
 
     def defer(self, batch: Corrupted, check: Callable[[Tensor], None]) -> None:
         """Makes :meth:`run` call ``check`` with the ``invalid`` record of ``batch``, on the CPU."""
-        if self._record is None:
-            self._record = torch.empty(
-                batch.invalid.shape, dtype=torch.int64, device="cpu", pin_memory=True
-            )
-        with torch.cuda.device(batch.invalid.device):
-            self._record.copy_(batch.invalid, non_blocking=True)
-            self._pending = torch.cuda.current_stream().record_event(), check
+        with self._lock:
+            self.run()  # what another thread has deferred since
+            if self._record is None:
+                self._record = torch.empty(
+                    batch.invalid.shape, dtype=torch.int64, device="cpu", pin_memory=True
+                )
+            with torch.cuda.device(batch.invalid.device):
+                self._record.copy_(batch.invalid, non_blocking=True)
+                self._pending = torch.cuda.current_stream().record_event(), check
 
     def run(self) -> None:
         """Synchronises with the deferred batch, if any, and checks it."""
-        if self._pending is None:
-            return
-        (made, check), self._pending = self._pending, None
-        made.synchronize()
-        assert self._record is not None
-        check(self._record)
+        with self._lock:
+            if self._pending is None:
+                return
+            (made, check), self._pending = self._pending, None
+            made.synchronize()
+            assert self._record is not None
+            check(self._record)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeferredCheck, ()

@@ -88,15 +88,16 @@ class Prediction(NamedTuple):
         *,
         reduction: Reduction,
         normalizer: float | Tensor | None = None,
+        static_shapes: bool = False,
         backend: str = "auto",
     ) -> Tensor:
         """See :func:`nar_kernels.masked_nll`."""
         head, output = self.head, self.output
         if head is None:
-            rows, labels = masked_labels(corrupted)
+            rows, labels = masked_labels(corrupted, static_shapes)
             logits = output.reshape(-1, output.shape[-1]).index_select(0, rows)
             nll = logits_nll(logits, labels, self.is_log_prob)
-            return reduce_nll(nll, corrupted, reduction, normalizer)
+            return reduce_nll(nll, corrupted, reduction, normalizer, static_shapes)
         if isinstance(head, LinearHead):
             return masked_nll(
                 output if head.scale == 1 else output * head.scale,
@@ -105,6 +106,7 @@ class Prediction(NamedTuple):
                 bias=head.bias,
                 reduction=reduction,
                 normalizer=normalizer,
+                static_shapes=static_shapes,
                 backend=backend,
             )
         return head_nll(
@@ -114,6 +116,7 @@ class Prediction(NamedTuple):
             is_log_prob=self.is_log_prob,
             reduction=reduction,
             normalizer=normalizer,
+            static_shapes=static_shapes,
         )
 
     @torch.no_grad()

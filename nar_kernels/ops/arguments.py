@@ -73,6 +73,10 @@ class CorruptArgs(NamedTuple):
     keep_share: int  # PROBABILITY_ONE stands for 1, here and in the two below
     random_share: int
     coin_share: int
+    narrow: bool  # input_ids, labels and row indices are int32
+    labels: bool  # whether this output is wanted, here and below; it is empty otherwise
+    masked_indices: bool
+    masked_rows: bool
 
 
 class NllArgs(NamedTuple):
@@ -82,10 +86,13 @@ class NllArgs(NamedTuple):
     """
 
     # [R, V], contiguous but for a gap behind each row, behind the last one too unless the memory
-    # ends there. With `gradient` they become `weight * (softmax - one_hot)`; otherwise they are
-    # undefined afterwards, as gaps always are. Rows at multiples of 64 bytes are the fastest.
+    # ends there. With `gradient` they become `weight * (softmax - one_hot)`; without it, but with a
+    # bias, they are undefined afterwards, as gaps always are. Rows at multiples of 64 bytes are
+    # the fastest.
     logits: Mutated
-    labels: Tensor  # int64 [R]; the loss of one outside [0, V) is NaN
+    # int64 [R]. The loss of one outside [0, V) is NaN, and its one-hot vector 0; where its weight
+    # is 0, though, loss and gradient are 0, and the logits are not read.
+    labels: Tensor
     bias: Tensor | None  # [V] of the type of the loss, is added to the logits
     weight: Tensor | None  # [R] of the type of the loss; None for 1
     gradient: bool
@@ -101,6 +108,21 @@ class LinearArgs(NamedTuple):
     bias: Tensor | None  # [V]
 
 
+class LinearNllArgs(NamedTuple):
+    """Checked arguments of ``linear_nll``: the loss of each row of ``hidden`` under a linear head,
+    and the gradients of ``sum(row_weight * loss)``. Shapes: R rows, D width, V vocabulary."""
+
+    hidden: Tensor  # [R, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    labels: Tensor  # int64 [R]
+    row_weight: Tensor | None  # [R]; None for 1
+    # Which gradients are wanted; the others are empty.
+    of_hidden: bool
+    of_weight: bool
+    of_bias: bool
+
+
 class UnmaskArgs(NamedTuple):
     """Checked arguments of ``unmask``. Shapes: R rows of logits, V vocabulary."""
 
@@ -113,3 +135,23 @@ class UnmaskArgs(NamedTuple):
     top_k: int  # in [1, V]
     inverse_temperature: float  # 0: the most probable token
     confidence: str  # "probability", "margin" or "entropy"
+
+
+class ChooseArgs(NamedTuple):
+    """Checked arguments of ``choose``, which splits the candidate positions of each sequence into
+    those of the highest scores and the others. Shapes: B sequences of length L, R candidates."""
+
+    # float32 [R], or [L] for the positions of every sequence. None: the noise alone decides, by its
+    # random words.
+    score: Tensor | None
+    by_position: bool  # the scores are [L]
+    lowest_first: bool  # the negative of the scores counts
+    noise_scale: float  # of Gumbel noise, which is added to the scores; 0 for none
+    rows: Tensor  # int64 [R], indices into the flat [B * L], ascending
+    bounds: Tensor  # int64 [B + 1]: sequence b has the candidates from bounds[b] to bounds[b + 1]
+    left_bounds: Tensor  # int64 [B + 1]: so it will of those that are left
+    num_left: int  # left_bounds[B]
+    length: int  # L
+    seed: int  # signed, with the bits of the unsigned one
+    first_slot: int  # noise slot of sequence b: first_slot + b * slot_stride
+    slot_stride: int

@@ -3,18 +3,21 @@
 Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
 """
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
-from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
 from nar_kernels.ops.dispatch import (
     host_address,
-    launch_place,
     needs_dispatcher,
     on_device,
+    raw_stream,
     register,
 )
 from nar_kernels.ops.masking import NUM_INVALID, MaskingConfig
@@ -85,6 +88,36 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
     return scalar
 
 
+# Places of labels, masked_indices and the row buffer among the outputs.
+_OPTIONAL = (1, 2, 7)
+
+
+class Wanted(NamedTuple):
+    """What a batch is made of: the last fields of :class:`CorruptArgs`."""
+
+    narrow: bool = False
+    labels: bool = True
+    masked_indices: bool = True
+    masked_rows: bool = True
+
+    @classmethod
+    def of(cls, outputs: Collection[Output], ids_dtype: torch.dtype) -> "Wanted":
+        """
+        Raises:
+            ValueError: an unknown output, or another dtype than int64 and int32.
+        """
+        unknown = [name for name in outputs if name not in OUTPUTS]
+        if unknown or isinstance(outputs, str):
+            names = ", ".join(map(repr, OUTPUTS))
+            raise ValueError(f"outputs is {outputs!r}: it must be some of {names}, in a tuple")
+        if ids_dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids_dtype is {ids_dtype}: it must be torch.int64 or torch.int32")
+        return cls(ids_dtype == torch.int32, *(name in outputs for name in OUTPUTS))
+
+
+EVERYTHING = Wanted()
+
+
 def corrupt(
     tokens: Tensor,
     masking: MaskingConfig,
@@ -92,9 +125,12 @@ def corrupt(
     seed: int | Tensor,
     starts: Tensor | None = None,
     seq_len: int | None = None,
-    sample_ids: Tensor | None = None,
+    sample_ids: Tensor | range | None = None,
     global_batch: int | None = None,
     maskable: Tensor | None = None,
+    outputs: Collection[Output] = OUTPUTS,
+    ids_dtype: torch.dtype = torch.int64,
+    out: Corrupted | None = None,
     source: str = "tokens",
     backend: str = "auto",
 ) -> Corrupted:
@@ -117,13 +153,20 @@ def corrupt(
         seq_len: L, for a flat corpus.
         sample_ids: int64 ``[B]``, global sample slots, at least 0: ``step * global_batch + j``.
             Default: ``0 .. B - 1``. The slot picks the noise, so do not reuse slots under one seed.
+            A range of them, with a positive step, lets the host count what a GPU masks.
         global_batch: how many consecutive slots share one stratification of times. Default: B.
         maskable: bool ``[B, L]``, positions that may be masked. Default: all.
+        outputs: what to write beside ``input_ids`` and one number a sample, which is most of the
+            time of a batch: any of ``"labels"``, ``"masked_indices"`` and ``"masked_rows"``. What
+            is left out is None. :func:`masked_nll` needs the first and the last.
+        ids_dtype: of ``input_ids``, ``labels`` and ``masked_rows``. int32 halves what is written;
+            embeddings and indices may be int32, targets of ``F.cross_entropy`` may not.
+        out: a batch of the same shape, dtype and outputs, whose memory the result takes over.
         source: what errors call the flat corpus, such as its path.
         backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
 
     Returns:
-        A :class:`Corrupted`. ``input_ids`` and ``labels`` are int64.
+        A :class:`Corrupted`.
 
     Raises:
         InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
@@ -143,10 +186,16 @@ def corrupt(
     if not 1 <= seq_len < 1 << 31:
         raise ValueError(f"seq_len is {seq_len}: it must be in [1, 2**31)")
     device = tokens.device if starts is None else starts.device
-    if sample_ids is not None:
-        sample_ids = check_ids("sample_ids", sample_ids, device)
-        if sample_ids.shape[0] != batch:
-            raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
+    slots: range | None = range(batch)
+    if isinstance(sample_ids, range):
+        slots = sample_ids
+        if slots.step < 1:
+            raise ValueError(f"sample_ids is {slots}: the step of a range must be at least 1")
+        sample_ids = torch.arange(slots.start, slots.stop, slots.step, device=device)
+    elif sample_ids is not None:
+        slots, sample_ids = None, check_ids("sample_ids", sample_ids, device)
+    if sample_ids is not None and sample_ids.shape[0] != batch:
+        raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
     global_batch = max(batch, 1) if global_batch is None else as_int("global_batch", global_batch)
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
@@ -163,8 +212,11 @@ def corrupt(
         batch=batch,
         seq_len=seq_len,
         sample_ids=sample_ids,
+        slots=slots,
         maskable=maskable,
         global_batch=global_batch,
+        wanted=Wanted.of(outputs, ids_dtype),
+        out=out,
     )
     if device.type == "cpu" and not torch.compiler.is_compiling():
         corrupted.raise_if_invalid(None if starts is None else source)
@@ -183,6 +235,8 @@ def corrupt_step(
     seq_len: int,
     seed: int | Tensor,
     device: torch.device,
+    wanted: Wanted = EVERYTHING,
+    out: Corrupted | None = None,
     backend: str = "auto",
 ) -> Corrupted:
     """``corrupt`` for one rank's part of a step: the kernel computes slots and windows itself.
@@ -211,8 +265,11 @@ def corrupt_step(
         batch=batch_size,
         seq_len=seq_len,
         first_sample=first_sample,
+        slots=range(first_sample, first_sample + batch_size),
         step=step_tensor,
         global_batch=global_batch,
+        wanted=wanted,
+        out=out,
         **({} if order is None else order._asdict()),
     )
 
@@ -227,6 +284,9 @@ def _corrupt(
     batch: int,
     seq_len: int,
     global_batch: int,
+    wanted: Wanted,
+    out: Corrupted | None,
+    slots: range | None,
     starts: Tensor | None = None,
     sample_ids: Tensor | None = None,
     first_sample: int = 0,
@@ -241,6 +301,11 @@ def _corrupt(
     if isinstance(seed, Tensor):
         seed_tensor = _check_scalar("seed", seed, device)
         seed = 0
+    if wanted.narrow and batch * seq_len >= 1 << 31:
+        raise ValueError(
+            f"ids_dtype is torch.int32, but a batch of {batch} x {seq_len} positions has indices "
+            "that do not fit: use torch.int64"
+        )
     arguments = CorruptArgs(
         tokens,
         starts,
@@ -263,13 +328,61 @@ def _corrupt(
         masking.exact,
         masking.stratified,
         *masking.shares,
+        *wanted,
     )
     backend = resolve_backend(backend, device)
     if backend == "reference" and tokens.device != device:
         raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
-    outputs = run_corrupt(arguments, backend)
-    counts = count_on_host(arguments, masking) if device.type == "cuda" else None
-    return Corrupted(*outputs, masking, counts)  # type: ignore[call-arg, arg-type]
+    memory = None if out is None else _memory_of(out, arguments, device)
+    outputs: list[Tensor | None] = [*run_corrupt(arguments, backend, memory)]
+    for i, is_wanted in zip(_OPTIONAL, wanted[1:], strict=True):
+        if not is_wanted:
+            outputs[i] = None
+    counts = _count_slots(arguments, masking, slots) if device.type == "cuda" else None
+    strata = _num_strata(masking, slots, global_batch)
+    return Corrupted(*outputs, masking, counts, strata)  # type: ignore[call-arg, arg-type]
+
+
+def _num_strata(masking: MaskingConfig, slots: range | None, global_batch: int) -> int:
+    """How many strata of time there are, if each sample has one of its own; else 0. ``slots`` of
+    the samples, up to whole steps, if known."""
+    if not slots or not masking.stratified:
+        return 0
+    return global_batch if slots[0] // global_batch == slots[-1] // global_batch else 0
+
+
+def _count_slots(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -> Tensor | None:
+    """:func:`count_on_host`, also of slots with gaps."""
+    if slots and a.sample_ids is not None:
+        span = slots[-1] - slots[0] + 1
+        a = a._replace(sample_ids=None, first_sample=slots[0], batch=span)
+        counts = count_on_host(a, masking)
+        return None if counts is None else counts[:: slots.step]
+    return count_on_host(a, masking)
+
+
+def _memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors of a batch, if it can take the outputs of ``a``: kernels trust their sizes."""
+    tensors = (
+        batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
+        batch.num_masked, batch.num_maskable, batch.row_buffer,
+    )  # fmt: skip
+    size, rows = a.batch * a.seq_len, a.batch
+    ids = torch.int32 if a.narrow else torch.int64
+    kinds = (
+        (ids, size), (ids, size * a.labels), (torch.bool, size * a.masked_indices),
+        (torch.float32, rows), (torch.float32, rows), (torch.int64, rows), (torch.int64, rows),
+        (ids, size * a.masked_rows),
+    )  # fmt: skip
+    memory = tuple(batch.input_ids.new_empty(0) if x is None else x for x in tensors)
+    for x, tensor, (dtype, numel) in zip(tensors, memory, kinds, strict=True):
+        fits = tensor.numel() == numel and tensor.is_contiguous() and tensor.device == device
+        if not fits or (x is not None and x.dtype != dtype):
+            raise ValueError(
+                f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
+                f"[{rows}, {a.seq_len}] and {ids} on {device}, made with the same outputs"
+            )
+    return memory
 
 
 def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
@@ -295,70 +408,94 @@ def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
     return counts
 
 
-def _empty_outputs(batch: int, seq_len: int, device: torch.device) -> tuple[Tensor, ...]:
+def _empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
+    """In the order of Corrupted, without ``invalid``; what is not wanted is empty."""
     # Sizes one by one, and empty_like: they save 5 us in all.
-    ids = torch.empty(batch, seq_len, dtype=torch.int64, device=device)
-    masked = torch.empty(batch, seq_len, dtype=torch.bool, device=device)
+    batch, seq_len = a.batch, a.seq_len
+    dtype = torch.int32 if a.narrow else torch.int64
+    ids = torch.empty(batch, seq_len, dtype=dtype, device=device)
+    labels = torch.empty_like(ids) if a.labels else ids.new_empty(0)
+    masked = torch.empty(
+        (batch, seq_len) if a.masked_indices else 0, dtype=torch.bool, device=device
+    )
     times = torch.empty(batch, dtype=torch.float32, device=device)
     counts = torch.empty(batch, dtype=torch.int64, device=device)
-    row_buffer = torch.empty(batch * seq_len, dtype=torch.int64, device=device)
-    # In the order of Corrupted, without `invalid`.
-    labels, weight, num_maskable = map(torch.empty_like, (ids, times, counts))
+    row_buffer = torch.empty(batch * seq_len if a.masked_rows else 0, dtype=dtype, device=device)
+    weight, num_maskable = map(torch.empty_like, (times, counts))
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
 
-def _corrupt_cpp(a: CorruptArgs) -> tuple[Tensor, ...]:
+Memory = tuple[Tensor, ...] | None  # of the outputs, to be written again
+
+
+def _moved(outputs: tuple[Tensor, ...], memory: Memory) -> tuple[Tensor, ...]:
+    """Outputs whose kernel could not write to ``memory`` itself."""
+    if memory is None:
+        return outputs
+    *made, invalid = outputs
+    for to, value in zip(memory, made, strict=True):
+        to.copy_(value)
+    return *memory, invalid
+
+
+def _corrupt_ref(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
+    return _moved(corrupt_ref(a), memory)
+
+
+def _corrupt_cpp(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     assert cpp is not None
     invalid = torch.empty(NUM_INVALID, dtype=torch.int64, device="cpu")
-    outputs = (*_empty_outputs(a.batch, a.seq_len, invalid.device), invalid)
+    outputs = (*(memory or _empty_outputs(a, invalid.device)), invalid)
     token_type, num_tokens = DTYPE_CODE[a.tokens.dtype], a.tokens.numel()
     cpp.corrupt(a, outputs, token_type, num_tokens, torch.get_num_threads())
     return outputs
 
 
-def _corrupt_cuda(a: CorruptArgs) -> tuple[Tensor, ...]:
+def _corrupt_cuda(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     assert cuda is not None
     device = a.ratio_table.device
     workspace = torch.empty(cuda.workspace_size(a.batch), dtype=torch.int64, device=device)
-    outputs = (*_empty_outputs(a.batch, a.seq_len, device), workspace)
-    token_type, num_tokens = DTYPE_CODE[a.tokens.dtype], a.tokens.numel()
-    cuda.corrupt(a, outputs, token_type, num_tokens, *launch_place(device))
+    outputs = (*(memory or _empty_outputs(a, device)), workspace)
+    where = (0, 0)
+    if device.type == "cuda":
+        where = device.index, raw_stream(device.index)
+    cuda.corrupt(a, outputs, DTYPE_CODE[a.tokens.dtype], a.tokens.numel(), *where)
     return *outputs[:-1], workspace[:NUM_INVALID]
 
 
-def _corrupt_triton(a: CorruptArgs) -> tuple[Tensor, ...]:
+def _corrupt_triton(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     from nar_kernels.ops.kernels.corrupt import corrupt_triton, workspace_size
 
     device = a.ratio_table.device
-    outputs = _empty_outputs(a.batch, a.seq_len, device)
+    outputs = memory or _empty_outputs(a, device)
     workspace = torch.zeros(workspace_size(a.batch), dtype=torch.int64, device=device)
     corrupt_triton((*outputs, workspace), a)
     return *outputs, workspace[:NUM_INVALID]
 
 
 _CORRUPT = {
-    "reference": corrupt_ref,
+    "reference": _corrupt_ref,
     "cpp": _corrupt_cpp,
     "triton": _corrupt_triton,
     "cuda": _corrupt_cuda,
 }
 
 
-def _launch_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
-    return on_device(a.ratio_table, _CORRUPT[backend], a)
+def _launch_corrupt(a: CorruptArgs, backend: str, memory: Memory = None) -> tuple[Tensor, ...]:
+    return on_device(a.ratio_table, _CORRUPT[backend], a, memory)
 
 
 def _corrupt_fake(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
     device = a.ratio_table.device
-    outputs = _empty_outputs(a.batch, a.seq_len, device)
+    outputs = _empty_outputs(a, device)
     return *outputs, torch.empty(NUM_INVALID, dtype=torch.int64, device=device)
 
 
 register("corrupt", CorruptArgs, f"({', '.join(['Tensor'] * 9)})", _launch_corrupt, _corrupt_fake)
 
 
-def run_corrupt(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:
-    """The tensors of :class:`Corrupted`."""
+def run_corrupt(a: CorruptArgs, backend: str, memory: Memory = None) -> tuple[Tensor, ...]:
+    """The tensors of :class:`Corrupted`, in ``memory`` if that is given."""
     if needs_dispatcher(a.tokens, a.maskable):
-        return torch.ops.nar_kernels.corrupt.default(*a, backend)
-    return _launch_corrupt(a, backend)
+        return _moved(torch.ops.nar_kernels.corrupt.default(*a, backend), memory)
+    return _launch_corrupt(a, backend, memory)

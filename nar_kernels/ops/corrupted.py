@@ -5,7 +5,7 @@ Shapes: B batch, L sequence length, R masked rows of a batch.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -39,6 +39,18 @@ def check_record(
         )
 
 
+def place_in_batch(seq_len: int, offset: int) -> str:
+    """Row and column of an offset in a flat batch."""
+    row, column = divmod(offset, seq_len)
+    return f"tokens[{row}, {column}]"
+
+
+# What may be left out of a batch.
+Output = Literal["labels", "masked_indices", "masked_rows"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
+_FIELD_OF = {"labels": "labels", "masked_indices": "masked_indices", "masked_rows": "row_buffer"}
+
+
 # Fields with one entry per sample.
 _PER_SAMPLE = (
     "input_ids",
@@ -49,6 +61,10 @@ _PER_SAMPLE = (
     "num_masked",
     "num_maskable",
 )
+
+
+def _unless_none(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Any:
+    return None if x is None else function(x)
 
 
 def _sample_indices(index: Any, size: int) -> Tensor:
@@ -87,8 +103,9 @@ class Corrupted:
     number of workers.
 
     Attributes:
-        input_ids: int64 ``[B, L]``, the input of the net.
-        labels: int64 ``[B, L]``, the clean id at masked positions, -100 elsewhere.
+        input_ids: int64 or int32 ``[B, L]``, the input of the net.
+        labels: of the same dtype, ``[B, L]``, the clean id at masked positions, -100 elsewhere.
+            This and the next may be missing: None where ``outputs`` of ``corrupt`` left them out.
         masked_indices: bool ``[B, L]``, the positions to predict. Their input is ``mask_id``, the
             token itself or a random one, depending on ``masking``.
         times: float32 ``[B]`` in (0, 1).
@@ -96,9 +113,9 @@ class Corrupted:
             over the masked positions of a sample is in nats per token.
         num_masked: int64 ``[B]``, number of masked positions per sample.
         num_maskable: int64 ``[B]``, number of positions per sample that could have been masked.
-        row_buffer: int64 ``[B * L]``; the first R entries are ``masked_rows``, the rest is
-            undefined: the operator's shapes do not depend on data. Parts of a batch have the R
-            entries only.
+        row_buffer: of the dtype of ``input_ids``, ``[B * L]``; the first R entries are
+            ``masked_rows``, the rest is undefined: the operator's shapes do not depend on data.
+            Parts of a batch have fewer entries, but those. None where ``masked_rows`` is left out.
         invalid: int64 ``[5]``: number of bad ids, lowest offset of one, its value; number of
             windows outside the corpus; number of negative sample slots. Bad ids are replaced by a
             valid one, so that embedding lookups stay in bounds, bad windows by the first of the
@@ -107,6 +124,8 @@ class Corrupted:
         masking: the configuration of this batch.
         host_counts: int64 ``[B]`` on the CPU, ``num_masked`` if known on the host, which avoids a
             sync; else None.
+        num_strata: of the times, if each sample is known to have a stratum of its own; else 0.
+            Bounds R by ``row_capacity``: set it to 0 if you change ``masked_indices``.
     """
 
     input_ids: Tensor
@@ -120,23 +139,65 @@ class Corrupted:
     invalid: Tensor
     masking: MaskingConfig
     host_counts: Tensor | None = None
+    num_strata: int = 0
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def need(self, *outputs: Output) -> None:
+        """Raises ValueError where one of these outputs is missing."""
+        for name in outputs:
+            if getattr(self, _FIELD_OF[name]) is None:
+                raise ValueError(
+                    f"the batch has no {name}, which this needs: make it with outputs=... that "
+                    f"include {name!r}"
+                )
+
     @property
     def masked_rows(self) -> Tensor:
-        """int64 ``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
+        """``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
 
         Synchronises with the device, unless R is known on the host: with the C++ extension, for
         batches with nothing excluded whose seed, slots and step are numbers.
         """
+        self.need("masked_rows")
         counts = self.num_masked if self.host_counts is None else self.host_counts
         return self.row_buffer[: int(counts.sum())]
 
     @property
+    def row_capacity(self) -> int:
+        """C, the most rows that a batch like this can have, whatever its step, seed and ids:
+        :meth:`MaskingConfig.row_capacity`."""
+        return self.masking.row_capacity(*self.input_ids.shape, num_strata=self.num_strata)
+
+    def padded_rows(self) -> tuple[Tensor, Tensor]:
+        """``masked_rows`` and padding, ``[C]``, and which are padding, bool ``[C]``, with C
+        the ``row_capacity``: shapes that do not depend on data, so this never synchronises.
+
+        Padding repeats the masked rows in turn (in a batch without any, it is 0): a gather of them
+        reads, and its gradient writes, what is needed anyway, and none of them often.
+
+        Raises:
+            ValueError: (on the CPU) more rows are masked than that, so the batch has been changed.
+        """
+        self.need("masked_rows")
+        num_masked, capacity = self.num_masked.sum(), self.row_capacity
+        if num_masked.is_cpu and not torch.compiler.is_compiling() and int(num_masked) > capacity:
+            raise ValueError(
+                f"the batch has {int(num_masked)} masked rows, but what its masking draws has at "
+                f"most {capacity}: if you changed its masks, set num_strata to 0 and masking to "
+                "what describes them"
+            )
+        place = torch.arange(capacity, device=num_masked.device)
+        # The buffer of a part may be empty.
+        buffer = self.row_buffer if len(self.row_buffer) else num_masked.new_zeros(1)
+        rows = buffer.index_select(0, place % num_masked.clamp(min=1))
+        return rows.masked_fill(num_masked == 0, 0), place >= num_masked
+
+    @property
     def clean_ids(self) -> Tensor:
-        """int64 ``[B, L]``: the windows before corruption, or -100 where a label was set to it."""
+        """``[B, L]``: the windows before corruption, or -100 where a label was set to it."""
+        self.need("labels", "masked_indices")
         return torch.where(self.masked_indices, self.labels, self.input_ids)
 
     def raise_if_invalid(self, source: str | None = None) -> None:
@@ -153,8 +214,7 @@ class Corrupted:
         def where(offset: int) -> str:
             if source is not None:
                 return f"offset {offset} of {source}"
-            row, column = divmod(offset, self.input_ids.shape[1])
-            return f"tokens[{row}, {column}]"
+            return place_in_batch(self.input_ids.shape[1], offset)
 
         check_record(self.invalid, len(self), self.masking, where)
 
@@ -171,7 +231,7 @@ class Corrupted:
         """The samples of a slice, of a list, array or tensor of indices, or of a bool tensor
         ``[B]``.
 
-        Synchronises with the device, except for slices of step 1 if ``masked_rows`` does not.
+        Synchronises with the device, except for slices of step 1.
 
         Raises:
             IndexError: an index is outside [-B, B).
@@ -182,20 +242,44 @@ class Corrupted:
             samples = range(size)[index]
             if samples.step == 1:
                 start, stop = samples.start, samples.start + len(samples)
+                part = self._select(slice(start, stop))
+                if part.row_buffer is None:
+                    return part
+                if not self._host_can_count():
+                    part.row_buffer = self._rows_from(start, part.row_capacity)
+                    return part
                 counts = self.num_masked if self.host_counts is None else self.host_counts
                 first, last = int(counts[:start].sum()), int(counts[:stop].sum())
-                part = self._select(slice(start, stop))
                 part.row_buffer = self.row_buffer[first:last] - start * length
                 return part
             index = list(samples)
         part = self._select(_sample_indices(index, size))
-        part.row_buffer = part.masked_indices.flatten().nonzero().flatten()
+        part.num_strata = 0  # samples may repeat
+        if part.row_buffer is not None:
+            part.need("masked_indices")
+            rows = part.masked_indices.flatten().nonzero().flatten()
+            part.row_buffer = rows.to(part.row_buffer.dtype)
         return part
+
+    def _host_can_count(self) -> bool:
+        """Whether the host knows how many rows each sample has, without a sync or a graph break."""
+        on_host = self.num_masked.is_cpu and not torch.compiler.is_compiling()
+        return self.host_counts is not None or on_host
+
+    def _rows_from(self, start: int, capacity: int) -> Tensor:
+        """int64 ``[capacity]``: the ``row_buffer`` of the samples from ``start`` on, at most
+        ``capacity`` rows; without a sync."""
+        device, length = self.row_buffer.device, self.input_ids.shape[1]
+        place = self.num_masked[:start].sum() + torch.arange(capacity, device=device)
+        rows = self.row_buffer.index_select(0, place.clamp(max=max(len(self.row_buffer) - 1, 0)))
+        return rows - start * length
 
     def _select(self, index: slice | Tensor) -> "Corrupted":
         """Selects samples; ``row_buffer`` is still that of the whole batch."""
         counts = None if self.host_counts is None else self.host_counts[index]
-        tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_SAMPLE}
+        tensors = {
+            name: _unless_none(lambda x: x[index], getattr(self, name)) for name in _PER_SAMPLE
+        }
         return replace(self, **tensors, host_counts=counts)
 
     @classmethod
@@ -205,7 +289,7 @@ class Corrupted:
         Synchronises with the device if ``masked_rows`` of one of them does.
 
         Raises:
-            ValueError: no batches, or they differ in L, device or masking.
+            ValueError: no batches, or they differ in L, device, dtype, outputs or masking.
         """
         batches = list(batches)
         other = next((b for b in batches if not batches[0]._is_compatible(b)), None)
@@ -213,14 +297,16 @@ class Corrupted:
             kinds = [(b, b.masking) for b in (*batches[:1], other) if b is not None]
             what = " and ".join(map(str, kinds)) or "no batches"
             raise ValueError(
-                f"cat got {what}: it takes at least one, all of the same seq_len, device and "
-                "masking"
+                f"cat got {what}: it takes at least one, all of the same seq_len, device, dtype, "
+                "outputs and masking"
             )
         tensors: dict[str, Any] = {
-            name: torch.cat([getattr(b, name) for b in batches]) for name in _PER_SAMPLE
+            name: None if getattr(batches[0], name) is None else torch.cat(parts)
+            for name in _PER_SAMPLE
+            if (parts := [getattr(b, name) for b in batches])
         }
         rows, num_rows = [], 0
-        for batch in batches:
+        for batch in batches if batches[0].row_buffer is not None else ():
             rows.append(batch.masked_rows + num_rows)
             num_rows += batch.input_ids.numel()
         records = torch.stack([batch.invalid for batch in batches])
@@ -231,14 +317,21 @@ class Corrupted:
         return replace(
             batches[0],
             **tensors,
-            row_buffer=torch.cat(rows),
+            row_buffer=torch.cat(rows) if rows else None,  # type: ignore[arg-type]
             invalid=invalid,
+            num_strata=0,  # two samples may have the same
             host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
         )
 
     def _is_compatible(self, other: "Corrupted") -> bool:
-        places = [(b.input_ids.shape[1], b.input_ids.device) for b in (self, other)]
-        return places[0] == places[1] and self.masking.masks_like(other.masking)
+        kinds = [
+            (b.input_ids.shape[1], b.input_ids.device, b.input_ids.dtype, b._missing())
+            for b in (self, other)
+        ]
+        return kinds[0] == kinds[1] and self.masking.masks_like(other.masking)
+
+    def _missing(self) -> list[str]:
+        return [name for name in _FIELD_OF.values() if getattr(self, name) is None]
 
     def microbatches(self, size: int) -> Iterator["Corrupted"]:
         """Consecutive microbatches of at most ``size`` samples, for gradient accumulation.
@@ -268,13 +361,15 @@ class Corrupted:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """Applies ``function`` to all tensors on the device."""
-        names = (f.name for f in fields(self) if f.name not in ("masking", "host_counts"))
-        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        others = ("masking", "host_counts", "num_strata")
+        names = (f.name for f in fields(self) if f.name not in others)
+        tensors = {name: _unless_none(function, getattr(self, name)) for name in names}
         return replace(self, **tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         # Entries after the masked rows are undefined.
-        state = vars(self) | {"row_buffer": self.masked_rows}
+        rows = None if self.row_buffer is None else self.masked_rows
+        state = vars(self) | {"row_buffer": rows}
         return {name: _compact(value) for name, value in state.items()}
 
     def __copy__(self) -> "Corrupted":

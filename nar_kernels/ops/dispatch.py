@@ -115,3 +115,11 @@ def check_on_host(arguments: Iterable[object]) -> None:
     for x in arguments:
         if isinstance(x, Tensor) and not x.is_cpu:
             raise ValueError(f"a tensor is on {x.device}, but the kernel runs on the CPU")
+
+
+def _public_raw_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# The private one is faster, and is missing where PyTorch has no CUDA.
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from nar_kernels.ops.arguments import LinearArgs
 from nar_kernels.ops.backends import cpp, multiplies_in
@@ -70,9 +71,16 @@ class ChunkLimits(NamedTuple):
 
 _ENOUGH_LOGITS = 1 << 20
 
-# Each chunk reads and writes the gradient of the head once more: from this many rows on that is
-# small beside its three GEMMs.
+# Beside the logits of a chunk, autograd keeps several tensors of their size.
 TRAINING_LIMITS = {"cpu": ChunkLimits(1 << 24, 512), "cuda": ChunkLimits(1 << 27, 4096)}
+
+# Logits alone, which become their own gradient: 2 GiB in bfloat16. Each chunk reads and writes the
+# gradient of the head once more, 8 bytes a weight, for 6 operations a weight and row: at 16384 rows
+# that is a fortieth of the time of its three GEMMs on an H100, and at 4096 rows a tenth.
+NLL_LIMITS = {"cpu": ChunkLimits(1 << 24, 512), "cuda": ChunkLimits(1 << 30, 16384)}
+
+# No more logits than this part of the bytes of a GPU: in bfloat16, a 32nd of its memory.
+_BYTES_PER_LOGIT = 64
 
 # BLAS repacks the weight at every GEMM. For smaller heads that is cheap, and BLAS is as fast as
 # `run_linear`, or faster.
@@ -86,8 +94,11 @@ INFERENCE_LIMITS = {"cpu": ChunkLimits(1 << 24, 256), "cuda": ChunkLimits(1 << 2
 def chunk_size(
     num_rows: int, vocabulary: int, device: torch.device, limits: dict[str, ChunkLimits]
 ) -> int:
-    """Rows of a chunk, at least 1: equal parts, within the limits."""
+    """Rows of a chunk, at least 1: equal parts, within the limits and the memory of a GPU."""
     most_logits, enough_rows = limits.get(device.type, limits["cuda"])
+    if device.type == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+        most_logits = min(most_logits, memory // _BYTES_PER_LOGIT)
     enough = max(enough_rows, _ENOUGH_LOGITS // vocabulary)
     most = max(min(most_logits // vocabulary, enough), 1)
     num_chunks = max(-(-num_rows // most), 1)
@@ -110,6 +121,36 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
             " one of them"
         )
     return torch.float32 if device.type == "cpu" and not multiplies_in(dtype) else dtype
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b``, or ``total = a @ b`` if ``first``; ``total`` may be of a wider dtype."""
+    if total.dtype == a.dtype:
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif total.dtype == torch.float32 and _gemm_adds_in_float32(a.device):
+        # By overload: type stubs do not know `out_dtype`.
+        if first:
+            torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+        else:
+            torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+# PyTorch takes a float32 matrix to add to since pytorch/pytorch#167931, which 2.11 surely has.
+_HAS_FLOAT32_SUMS = torch.version.cuda is not None and TorchVersion(torch.__version__) >= "2.11"
+
+
+def _gemm_adds_in_float32(device: torch.device) -> bool:
+    """Whether a GEMM of narrow matrices can add to a float32 one, which saves a pass over a narrow
+    product and its rounding. Not under torch.compile: Inductor does not know it
+    (pytorch/pytorch#163880)."""
+    return _HAS_FLOAT32_SUMS and device.type == "cuda" and not torch.compiler.is_compiling()
 
 
 class LogitsMemory:

@@ -5,25 +5,23 @@ of a chunk.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from nar_kernels.ops.arguments import NllArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, linear_chunks, product_dtype
+from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, product_dtype
+from nar_kernels.ops.linear_nll import losses, losses_by_row, weighted_sum
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
-from nar_kernels.ops.nll import NLL_DTYPES, run_nll
+from nar_kernels.ops.nll import NLL_DTYPES
+from nar_kernels.ops.vocab_parallel import is_dtensor, local_head
 from nar_kernels.spec.schedules import NUM_TIMES
 
 Reduction = Literal["nelbo", "mean", "none"]
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 _BACKENDS = tuple(NLL_DTYPES)
 
@@ -36,6 +34,7 @@ def masked_nll(
     bias: Tensor | None = None,
     reduction: Reduction = "nelbo",
     normalizer: float | Tensor | None = None,
+    static_shapes: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The negative log-likelihood of the masked tokens under a linear head.
@@ -49,9 +48,15 @@ def masked_nll(
 
     Args:
         hidden: ``[B, L, D]``, any strides: float32, bfloat16, float16 or float64.
-        weight: ``[V, D]``; V is ``num_tokens``, or one less if ``mask_id`` is the last id.
+        weight: ``[V, D]``; V is ``num_tokens``, or one less if ``mask_id`` is the last id. A
+            ``DTensor`` sharded by rows (``Shard(0)``, also unevenly) over a mesh of one dimension
+            is a vocabulary-parallel head: each rank of the mesh computes the logits of its rows,
+            the loss is the same on all of them, the gradient of ``hidden`` is summed over them, and
+            that of ``weight`` is sharded as it is. All ranks must pass the same ``hidden`` and
+            ``corrupted``: a weight that FSDP2 has sharded over parts of a batch must be gathered
+            first.
         corrupted: the batch: its masked rows, labels and loss weights.
-        bias: ``[V]``, of any of these types.
+        bias: ``[V]``, of any of these types; sharded as ``weight`` is.
         reduction: ``"nelbo"`` is ``sum(loss_weight * nll) / num_maskable``, in expectation a bound
             on the negative log-likelihood in nats per token. ``"mean"`` is the mean over masked
             positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
@@ -59,11 +64,15 @@ def masked_nll(
             masked (``"mean"``) positions: that of the whole batch where this is a part of it
             (:func:`count`). One positive number; on a GPU its value is not checked, to avoid a
             sync.
+        static_shapes: pad the masked rows to C, ``corrupted.row_capacity``, so that shapes do not
+            depend on data: the host never waits for the device, and a CUDA graph can capture this.
+            Padding adds exactly 0 to the loss and to every gradient. ``"none"`` gives ``[C]``, with
+            0 at padding.
         backend: of the softmax: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``. GEMMs are
             PyTorch's, except float32 logits of a large head with ``"cpp"``.
 
     Returns:
-        A scalar, or ``[R]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
+        A scalar, ``[R]`` or ``[C]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
 
     Masked positions whose label was set to -100 count neither in the sum nor in the default
     normalizer. Not twice differentiable.
@@ -72,26 +81,31 @@ def masked_nll(
         ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
             weights of a schedule that gives no bound.
     """
-    _check(hidden, corrupted, reduction, normalizer)
+    _check(hidden, corrupted, reduction, normalizer, static_shapes)
     _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, product_dtype(hidden, weight)
     backend = _resolve(backend, device, dtype)
-    rows, labels = masked_labels(corrupted)
-    labels, is_ignored = _without_ignored(labels)
+    weight, bias, shard = local_head(weight, bias)
+    rows, labels = masked_labels(corrupted, static_shapes)
+    is_ignored = _ignored(labels, static_shapes)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
     with torch.autocast(device.type, enabled=False):
         # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
-            nothing = (False, False, False)
-            nll, _ = _losses_and_gradients(picked, weight, bias, labels, None, backend, nothing)
-            return reduce_nll(_zero(nll, is_ignored), corrupted, reduction, normalizer)
+            nll = losses(picked, weight, bias, labels, backend, shard)
+            return reduce_nll(
+                _zero(nll, is_ignored), corrupted, reduction, normalizer, static_shapes
+            )
         if reduction == "none":
-            return _zero(_PerRow.apply(picked, weight, bias, labels, backend), is_ignored)
+            nll = losses_by_row(picked, weight, bias, labels, backend, shard)
+            return _zero(nll, is_ignored)
         row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
-        total = _WeightedSum.apply(picked, weight, bias, labels, row_weight, backend)
+        total = weighted_sum(picked, weight, bias, labels, row_weight, backend, shard)
         if normalizer is None:
             num_ignored = 0 if is_ignored is None else is_ignored.sum()
-            normalizer = _count(corrupted, reduction, num_ignored).clamp(min=1)
+            num_padding = len(rows) - corrupted.num_masked.sum() if static_shapes else 0
+            counted = _count(corrupted, reduction, num_ignored - num_padding)
+            normalizer = counted.clamp(min=1)
         return _normalized(total, normalizer)
 
 
@@ -103,6 +117,7 @@ def head_nll(
     is_log_prob: bool = False,
     reduction: Reduction = "nelbo",
     normalizer: float | Tensor | None = None,
+    static_shapes: bool = False,
 ) -> Tensor:
     """:func:`masked_nll` for any head, from ``[C, D]`` to logits ``[C, V]``. Chunks of rows are
     checkpointed, so the logits of one chunk exist at a time.
@@ -110,8 +125,8 @@ def head_nll(
     Args:
         is_log_prob: the head returns log-probabilities.
     """
-    _check(hidden, corrupted, reduction, normalizer)
-    rows, labels = masked_labels(corrupted)
+    _check(hidden, corrupted, reduction, normalizer, static_shapes)
+    rows, labels = masked_labels(corrupted, static_shapes)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
 
     def shapes(num_rows: int) -> list[tuple[int, int]]:
@@ -131,7 +146,7 @@ def head_nll(
         checkpoint(chunk_nll, some, of_them, use_reentrant=False)
         for some, of_them in zip(picked.split(size), labels.split(size), strict=True)
     ]
-    return reduce_nll(torch.cat(parts), corrupted, reduction, normalizer)
+    return reduce_nll(torch.cat(parts), corrupted, reduction, normalizer, static_shapes)
 
 
 def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
@@ -146,12 +161,15 @@ def reduce_nll(
     corrupted: Corrupted,
     reduction: Reduction,
     normalizer: float | Tensor | None = None,
+    static_shapes: bool = False,
 ) -> Tensor:
-    """The losses of the masked rows ``[R]``, reduced as :func:`masked_nll` does."""
+    """The losses of the masked rows ``[R]`` or, with 0 at padding, ``[C]``, reduced as
+    :func:`masked_nll` does."""
     if reduction == "none":
         return nll
-    _check_reduction(corrupted, reduction, normalizer)
-    total = (_row_weight(corrupted, corrupted.masked_rows, reduction) * nll).sum()
+    _check_reduction(corrupted, reduction, normalizer, static_shapes)
+    rows = corrupted.padded_rows()[0] if static_shapes else corrupted.masked_rows
+    total = (_row_weight(corrupted, rows, reduction) * nll).sum()
     return _normalized(total, count(corrupted, reduction) if normalizer is None else normalizer)
 
 
@@ -172,6 +190,7 @@ def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
 def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
     """int64 scalar on the device: how many positions are maskable (``"nelbo"``) or masked, without
     those whose label was set to -100."""
+    corrupted.need("labels", "masked_indices")
     is_ignored = corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX)
     return _count(corrupted, reduction, is_ignored.sum())
 
@@ -181,19 +200,23 @@ def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor
     return counts.sum() - num_ignored
 
 
-def masked_labels(corrupted: Corrupted) -> tuple[Tensor, Tensor]:
-    """``masked_rows`` and the labels there, int64 ``[R]`` both."""
-    rows, labels = corrupted.masked_rows, corrupted.labels.reshape(-1)
-    return rows, labels.index_select(0, rows).to(torch.int64)
+def masked_labels(corrupted: Corrupted, static_shapes: bool = False) -> tuple[Tensor, Tensor]:
+    """``masked_rows`` and the labels there, ``[R]`` both; with ``static_shapes`` padded to
+    ``[C]``, with the label -100. Labels are int64."""
+    labels = corrupted.labels.reshape(-1)
+    if not static_shapes:
+        rows = corrupted.masked_rows
+        return rows, labels.index_select(0, rows).to(torch.int64)
+    rows, is_padding = corrupted.padded_rows()
+    labels = labels.index_select(0, rows).to(torch.int64)
+    return rows, labels.masked_fill(is_padding, IGNORE_INDEX)
 
 
-def _without_ignored(labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Labels ``[R]`` with 0 in place of -100, and a mask of those, bool ``[R]``; None where there
-    are none, as far as that is known without a sync."""
+def _ignored(labels: Tensor, static_shapes: bool) -> Tensor | None:
+    """Which labels are -100, bool ``[R]``; None where there are none, as far as that is known
+    without a sync, or a branch of a static graph."""
     is_ignored = labels == IGNORE_INDEX
-    if labels.is_cpu and not is_ignored.any():
-        return labels, None
-    return labels.masked_fill(is_ignored, 0), is_ignored
+    return None if labels.is_cpu and not static_shapes and not is_ignored.any() else is_ignored
 
 
 def _zero(values: Tensor, where: Tensor | None) -> Tensor:
@@ -212,8 +235,10 @@ def _check(
     corrupted: Corrupted,
     reduction: Reduction,
     normalizer: float | Tensor | None,
+    static_shapes: bool = False,
 ) -> None:
-    _check_reduction(corrupted, reduction, normalizer)
+    _check_reduction(corrupted, reduction, normalizer, static_shapes)
+    corrupted.need("labels", "masked_rows")
     labels, shape = corrupted.labels, tuple(corrupted.input_ids.shape)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != shape:
         what = f"{labels.dtype} {list(labels.shape)}"
@@ -230,12 +255,18 @@ def _check(
 
 
 def _check_reduction(
-    corrupted: Corrupted, reduction: Reduction, normalizer: float | Tensor | None
+    corrupted: Corrupted,
+    reduction: Reduction,
+    normalizer: float | Tensor | None,
+    static_shapes: bool,
 ) -> None:
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
-    if reduction == "nelbo" and not corrupted.masking.is_bound and _weights_are_drawn(corrupted):
-        corrupted.masking.check_bound()
+    if reduction == "nelbo" and not corrupted.masking.is_bound:
+        # Whether they are is read from the device: never with static shapes there.
+        is_unread = static_shapes and not corrupted.loss_weight.is_cpu
+        if not is_unread and _weights_are_drawn(corrupted):
+            corrupted.masking.check_bound()
     if normalizer is None:
         return
     if reduction == "none":
@@ -261,6 +292,10 @@ def _weights_are_drawn(corrupted: Corrupted) -> bool:
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: Corrupted) -> None:
+    if is_dtensor(hidden):
+        raise ValueError(
+            "hidden is a DTensor: pass the whole tensor on every rank, as hidden.full_tensor() is"
+        )
     widths = head_widths(corrupted.masking)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2] or weight.shape[0] not in widths:
         valid = " or ".join(f"[{width}, {hidden.shape[2]}]" for width in sorted(widths))
@@ -284,132 +319,3 @@ def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "auto":
         return "reference"
     raise TypeError(f"backend {backend!r} has no kernel for {dtype}; use 'auto' or 'reference'")
-
-
-def _losses_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_weight: Tensor | None,
-    backend: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Gradients]:
-    """The loss of each row, unweighted, and the gradients of ``sum(row_weight * loss)`` with
-    respect to those of ``hidden``, ``weight`` and ``bias`` that are ``wanted``.
-
-    GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32.
-    """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    # The first chunk, if any, overwrites it.
-    new = torch.empty_like if len(hidden) else torch.zeros_like
-    of_weight = new(weight, dtype=wide) if wanted[1] else None
-    of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
-    weight = weight.to(hidden.dtype)
-    bias = None if bias is None else bias.to(wide).contiguous()
-    size = chunk_size(len(hidden), len(weight), hidden.device, TRAINING_LIMITS)
-    for logits, part in linear_chunks(hidden, weight, size, backend):
-        counts = None if row_weight is None else row_weight[part]
-        nll[part] = run_nll(NllArgs(logits, labels[part], bias, counts, any(wanted)), backend)
-        if of_hidden is not None:
-            torch.mm(logits, weight, out=of_hidden[part])
-        if of_weight is not None:
-            _add_product(of_weight, logits.t(), hidden[part], first=part.start == 0)
-        if of_bias is not None:
-            of_bias += logits.sum(0, dtype=wide)
-    return nll, (of_hidden, of_weight, of_bias)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``total += a @ b``, or ``total = a @ b`` if ``first``; ``total`` may be of a wider dtype."""
-    if total.dtype != a.dtype:
-        product = a @ b
-        if first:
-            total.copy_(product)
-        else:
-            total += product
-    elif first:
-        torch.mm(a, b, out=total)
-    else:
-        total.addmm_(a, b)
-
-
-def _typed(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
-    """Gradients in the dtypes of their inputs."""
-    of_hidden, of_weight, of_bias = (
-        None if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(gradients, inputs, strict=True)
-    )
-    return of_hidden, of_weight, of_bias
-
-
-class _WeightedSum(torch.autograd.Function):
-    """``sum(row_weight * nll)``, with its gradients made in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        row_weight: Tensor,
-        backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels, row_weight)
-        ctx.backend = backend
-        nll, ctx.gradients = _losses_and_gradients(
-            hidden, weight, bias, labels, row_weight, backend, ctx.needs_input_grad[:3]
-        )
-        return (row_weight * nll).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, row_weight = ctx.saved_tensors
-        # Moved and scaled in place: a retained graph recomputes them in its next backward pass.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            _, gradients = _losses_and_gradients(
-                hidden, weight, bias, labels, row_weight, ctx.backend, ctx.needs_input_grad[:3]
-            )
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(upstream)
-        return *_typed(gradients, (hidden, weight, bias)), None, None, None
-
-
-class _PerRow(torch.autograd.Function):
-    """``nll`` of each row. The upstream gradient of each is known only in the backward pass, so
-    gradients are computed there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.backend = backend
-        none = (False, False, False)
-        return _losses_and_gradients(hidden, weight, bias, labels, None, backend, none)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        _, gradients = _losses_and_gradients(
-            hidden,
-            weight,
-            bias,
-            labels,
-            upstream.contiguous(),
-            ctx.backend,
-            ctx.needs_input_grad[:3],
-        )
-        return *_typed(gradients, (hidden, weight, bias)), None, None

@@ -21,6 +21,10 @@ IGNORE_INDEX = -100
 # Probabilities are fixed-point integers in the kernels; this is 1.
 PROBABILITY_ONE = 1 << 31
 
+# Parts of time that bound the mask ratio: few, since torch.compile unrolls the loop over them.
+_NUM_PARTS = 256
+_U32 = 0xFFFFFFFF
+
 # Length of Corrupted.invalid.
 NUM_INVALID = 5
 
@@ -92,6 +96,10 @@ class MaskingConfig:
     # Whether loss_weight gives a bound on the likelihood.
     is_bound: bool = field(init=False, repr=False, compare=False)
 
+    # For each of _NUM_PARTS equal parts of time, the largest ratio from its start on, in units of
+    # 2**-32.
+    ratio_bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         for name in ("num_tokens", "mask_id"):
             object.__setattr__(self, name, as_int(name, getattr(self, name)))
@@ -124,6 +132,7 @@ class MaskingConfig:
         object.__setattr__(self, "never_mask_table", self._never_mask_table())
         object.__setattr__(self, "shares", self._shares())
         object.__setattr__(self, "is_bound", self.table.is_bound)
+        object.__setattr__(self, "ratio_bounds", self.table.ratio_bounds(_NUM_PARTS))
 
     def _never_mask_table(self) -> Tensor | None:
         if not self.never_mask_ids:
@@ -149,6 +158,31 @@ class MaskingConfig:
             assert ratio is not None and weight is not None
             self._copies[device] = ratio, weight, never_mask
         return self._copies[device]
+
+    def row_capacity(self, batch_size: int, seq_len: int, *, num_strata: int = 0) -> int:
+        """The most positions that ``batch_size`` samples can have masked. No draw exceeds it.
+
+        Args:
+            num_strata: if each sample has a stratum of time of its own, of so many; else 0.
+
+        A sample of an exact draw has at most ``max(ceil(m L), 1)``, with m the largest ratio of its
+        stratum; without strata that is the largest of all, mostly 1. A Bernoulli draw may mask
+        everything.
+        """
+        if not self.exact:
+            return batch_size * seq_len
+        if not num_strata:
+            return batch_size * self._largest_count(0, seq_len)
+        rows = first = 0  # strata, from that of the largest ratios
+        while first < batch_size:
+            part = first * _NUM_PARTS // num_strata
+            last = min(-(-(part + 1) * num_strata // _NUM_PARTS), batch_size)  # that begin in it
+            rows += (last - first) * self._largest_count(part, seq_len)
+            first = last
+        return rows
+
+    def _largest_count(self, part: int, seq_len: int) -> int:
+        return max((self.ratio_bounds[part] * seq_len + _U32) >> 32, 1)
 
     def ratio_at(self, t: Tensor) -> Tensor:
         """m(t) at times in [0, 1]; for a callable, from its table."""

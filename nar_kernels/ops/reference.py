@@ -6,7 +6,7 @@ Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens, R r
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import CorruptArgs, NllArgs, UnmaskArgs
+from nar_kernels.ops.arguments import ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
 from nar_kernels.ops.masking import IGNORE_INDEX
 from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
 from nar_kernels.spec.philox import Stream, permute, words
@@ -118,15 +118,17 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     input_ids = torch.where(masked, a.mask_id, clean)
     input_ids = torch.where(masked & (order < replaced), random, input_ids)
     input_ids = torch.where(masked & (order < kept), clean, input_ids)
+    dtype = torch.int32 if a.narrow else torch.int64
+    nothing = masked.new_empty(0)
     return (
-        input_ids,
-        torch.where(masked, clean, IGNORE_INDEX),
-        masked,
+        input_ids.to(dtype),
+        torch.where(masked, clean, IGNORE_INDEX).to(dtype) if a.labels else nothing.to(dtype),
+        masked if a.masked_indices else nothing,
         (t16.to(torch.float32) + 0.5) / NUM_TIMES,
         _loss_weight(a, t16, num_maskable, num_masked),
         num_masked,
         num_maskable,
-        _row_buffer(masked),
+        _row_buffer(masked).to(dtype) if a.masked_rows else nothing.to(dtype),
         torch.cat([invalid, torch.zeros_like(invalid[:2])]),  # bad rows have raised
     )
 
@@ -189,12 +191,14 @@ def nll_ref(a: NllArgs) -> Tensor:
     if a.bias is not None:
         z = z + a.bias
     valid = (a.labels >= 0) & (a.labels < z.shape[1])
+    ignored = torch.zeros_like(valid) if a.weight is None else ~valid & (a.weight == 0)
     nll = torch.nn.functional.cross_entropy(z, a.labels.where(valid, 0), reduction="none")
     if a.gradient:
         is_label = a.labels[:, None] == torch.arange(z.shape[1], device=z.device)
         grad = z.softmax(1) - is_label.to(z.dtype)
-        a.logits.copy_(grad if a.weight is None else a.weight[:, None] * grad)
-    return nll.masked_fill(~valid, torch.nan)
+        grad = grad if a.weight is None else a.weight[:, None] * grad
+        a.logits.copy_(grad.masked_fill(ignored[:, None], 0))
+    return nll.masked_fill(~valid, torch.nan).masked_fill(ignored, 0)
 
 
 def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,3 +245,23 @@ def _sum_of_units(terms: Tensor) -> Tensor:
     """float32 ``[R]``: row sums in fixed point, units of 2**-30, exact in any order."""
     units = (terms * 2.0**30 + 0.5).to(torch.int64)
     return units.sum(1).to(torch.float32) * 2.0**-30
+
+
+def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:
+    """The specification of ``choose``: of equal scores the first position counts as the highest,
+    and NaN is higher than any number."""
+    sequence, position = a.rows // a.length, a.rows % a.length
+    slots = sequence * a.slot_stride + a.first_slot
+    noise = words(a.seed, Stream.CRITIC_NOISE, slots, position)
+    score = noise if a.score is None else a.score[position] if a.by_position else a.score
+    if a.lowest_first:
+        score = -score
+    if a.noise_scale > 0:
+        score = score + a.noise_scale * gumbel(noise)
+    order = score.argsort(descending=True, stable=True)
+    order = order[sequence[order].argsort(stable=True)]  # by sequence, then by score
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    num_kept = (a.bounds - a.left_bounds).diff()
+    is_kept = rank - a.bounds[sequence] < num_kept[sequence]
+    return a.rows[is_kept], a.rows[~is_kept]

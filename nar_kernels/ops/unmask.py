@@ -19,6 +19,7 @@ from nar_kernels.ops.dispatch import (
     launch_place,
     needs_dispatcher,
     on_device,
+    raw_stream,
     register,
 )
 from nar_kernels.ops.reference import unmask_ref
@@ -28,6 +29,7 @@ Confidence = Literal["probability", "margin", "entropy"]
 CONFIDENCES = get_args(Confidence)
 
 UNMASK_BACKENDS = ("reference", "cpp", "triton", "cuda")
+# In the order of csrc/unmask/unmask_cuda.h.
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # As numbered in csrc/nll/nll.h.
@@ -86,7 +88,7 @@ def unmask(
         given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
         confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
             the ``"margin"`` (arXiv:2502.06768) or the ``"entropy"`` (arXiv:2508.15487).
-        backend: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
 
     Returns:
         An :class:`Unmasked`. Where a row allows no id, all of its logits being -inf, that is the
@@ -213,14 +215,13 @@ def _unmask_triton(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
 def _unmask_cuda(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     assert cuda is not None
     outputs = _unmask_outputs(a)
-    code, device = _CUDA_LOGIT_CODE[a.logits.dtype], a.logits.device
-    more = 0
-    if len(a.forbidden) > cuda.inline_forbidden:
-        # A copy: asynchronous, but no CUDA graph can hold it.
-        ids = torch.tensor(a.forbidden[cuda.inline_forbidden :], device="cpu")
-        others = ids.to(device, non_blocking=True)
-        more = others.data_ptr()
-    cuda.unmask(a, outputs, code, more, *launch_place(device))
+    device = a.logits.device
+    more = a.forbidden[cuda.forbidden_arguments :]
+    # Asynchronous, but no CUDA graph can hold it.
+    ids = torch.tensor(more, device="cpu").to(device, non_blocking=True) if more else None
+    where = (0, 0) if device.type != "cuda" else (device.index, raw_stream(device.index))
+    address = 0 if ids is None else ids.data_ptr()
+    cuda.unmask(a, outputs, LOGIT_DTYPES.index(a.logits.dtype), address, *where)
     return outputs
 
 

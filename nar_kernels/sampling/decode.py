@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.ops.unmask import LOGIT_DTYPES, unmask
-from nar_kernels.sampling.plan import Plan
-from nar_kernels.sampling.strategies import Ranking, StepNoise, UnmaskingPolicy
+from nar_kernels.sampling.nans import DeferredNanCheck, is_nan_row, nan_mask
+from nar_kernels.sampling.plan import Block, Plan
+from nar_kernels.sampling.strategies import (
+    Candidates,
+    Counts,
+    StepNoise,
+    UnmaskingPolicy,
+)
 
 # Maps ids [B, L] and rows [R] to logits [R, V], in chunks of rows.
 Predict = Callable[[Tensor, Tensor], Iterable[Tensor]]
@@ -87,16 +93,17 @@ def decode(
     num_steps = sum(len(block.steps) for block in plan.blocks)
     buffer, nans = _TokenBuffer(prompt, mask_id), DeferredNanCheck(num_steps, length)
     first_slots = _noise_slots(sequences, length, plan.num_steps, device)
+    blocks = [_on_device(block, device) for block in plan.blocks]
     done = 0
     yield buffer.state(done, num_steps)
-    for block in plan.blocks:
-        rows, counts = block.rows.to(device, non_blocking=True), block.counts
-        for number, annealing, left in block.steps:
+    for candidates, steps in blocks:
+        for number, annealing, left in steps:
             noise = StepNoise(seed, plan.num_steps, number, length, sequences)
-            selected, ranking = rows, None
-            if policy.order_is_fixed:  # sample only the positions that are kept
-                ranking = Ranking(policy.fixed_score(rows, noise), rows, counts)
-                selected = ranking.first(left)
+            selected, remaining = candidates.rows, None
+            if policy.order_is_fixed and left.total > 0:  # sample only the positions that are kept
+                selected, remaining = policy.choose(
+                    candidates, left, None, annealing, noise, backend
+                )
             sampled = _sample_rows(
                 predict,
                 buffer,
@@ -116,24 +123,33 @@ def decode(
             nans.record("logits", sampled.is_nan, selected, done)
             buffer.fill(selected, sampled)
             if policy.strategy == "threshold":
-                is_confident = sampled.log_prob.exp() >= policy.threshold
-                left = _num_below_threshold(left, counts, is_confident, rows // length)
-            any_left = bool(left.any())
-            if any_left:
-                if ranking is None:
-                    score = policy.score(buffer.ids, rows, sampled.confidence, annealing, noise)
+                left = _below_threshold(left, candidates.counts, sampled.log_prob, policy.threshold)
+            if left.total > 0:
+                if remaining is None:
+                    score = policy.score(buffer.ids, candidates.rows, sampled.confidence)
                     if policy.strategy == "critic":
-                        nans.record("critic's scores", score.isnan(), rows, done)
-                    ranking = Ranking(score, rows, counts)
-                remasked = ranking.last(left)
-                buffer.mask(remasked)
+                        nans.record("critic's scores", nan_mask(score), candidates.rows, done)
+                    _, remaining = policy.choose(candidates, left, score, annealing, noise, backend)
+                if remask or not policy.order_is_fixed:  # else they are still masked
+                    buffer.mask(remaining)
                 if not remask:
-                    rows, counts = remasked, left
+                    candidates = Candidates(remaining, left)
             done += 1
             yield buffer.state(done, num_steps)
-            if not any_left:
+            if left.total == 0:
                 break
     nans.check()
+
+
+def _on_device(
+    block: Block, device: torch.device
+) -> tuple[Candidates, list[tuple[int, float, Counts]]]:
+    """The first candidates of a block, and of each step the number, the annealing and how many
+    positions stay masked at most."""
+    of_all = [block.counts.numpy(), *(step.left.numpy() for step in block.steps)]
+    counts, *left = Counts.of(np.stack(of_all), device)
+    steps = [(step.number, step.annealing, n) for step, n in zip(block.steps, left, strict=True)]
+    return Candidates(block.rows.to(device, non_blocking=True), counts), steps
 
 
 class _TokenBuffer:
@@ -155,7 +171,7 @@ class _TokenBuffer:
     def given(self, rows: Tensor) -> Tensor:
         """int64 ``[R]``: current ids of the rows, -1 where masked."""
         ids = self._flat_ids.index_select(0, rows)
-        return ids.where(ids != self._mask_id, -1)
+        return ids.masked_fill_(ids == self._mask_id, -1)
 
     def fill(self, rows: Tensor, sampled: "SampledTokens") -> None:
         self._flat_ids.index_copy_(0, rows, sampled.tokens)
@@ -202,70 +218,31 @@ def _sample_rows(
     return sample_tokens(predict(ids, rows), slots, given, **options)
 
 
-def _num_below_threshold(
-    left: Tensor, counts: Tensor, is_confident: Tensor, sequence: Tensor
-) -> Tensor:
-    """int64 ``[B]`` on the CPU: how many positions stay masked. Kept are all confident ones, at
-    least one, and at least as many as the plan requires. Synchronises with the device."""
-    confident = torch.zeros(len(left), dtype=torch.int64, device=is_confident.device)
-    confident.index_add_(0, sequence, is_confident.long())
-    return left.minimum(counts - confident.cpu().clamp(min=1)).clamp(min=0)
-
-
-class DeferredNanCheck:
-    """Finds the first NaN: at once on the CPU, elsewhere without a sync before :meth:`check`."""
-
-    def __init__(self, num_steps: int, length: int) -> None:
-        self._num_steps, self._length = num_steps, length
-        self._first: dict[str, Tensor] = {}
-
-    def record(self, what: str, is_nan: Tensor, rows: Tensor, step: int) -> None:
-        """Records the rows where ``is_nan``; on the CPU, raises at once.
-
-        Args:
-            what: names the values in the error message.
-            is_nan: bool ``[R]``.
-            rows: int64 ``[R]``, indices into the flat ``[B * L]``.
-        """
-        if len(rows) == 0 or (is_nan.is_cpu and not is_nan.any()):
-            return
-        places = step << 40 | rows // self._length  # by step, then by sequence
-        first = places.where(is_nan, 1 << 62).amin(0, keepdim=True)
-        self._first[what] = first.minimum(self._first.get(what, first))
-        if is_nan.is_cpu:
-            self.check()
-
-    def check(self) -> None:
-        """Raises InvalidLogitsError if any NaN was recorded. Synchronises with the device."""
-        for what, first in self._first.items():
-            step, sequence = divmod(int(first), 1 << 40)
-            if step < 1 << 22:
-                raise InvalidLogitsError(
-                    f"the {what} are NaN in step {step + 1} of {self._num_steps}, sequence "
-                    f"{sequence} of the batch: look for a NaN among the net's parameters (training "
-                    "that diverged) and arguments"
-                )
-        self._first.clear()
+def _below_threshold(left: Counts, counts: Counts, log_prob: Tensor, threshold: float) -> Counts:
+    """How many positions stay masked. Kept are all of at least a probability, at least one, and at
+    least as many as the plan requires. Synchronises with the device."""
+    probability = log_prob.cpu().exp().numpy()  # on the CPU: the same numbers for all devices
+    up_to = np.concatenate([[0], (probability >= np.float32(threshold)).cumsum()])
+    ends = counts.of_sequence.cumsum()
+    confident = up_to[ends] - up_to[ends - counts.of_sequence]
+    most = (counts.of_sequence - np.maximum(confident, 1)).clip(min=0)
+    return Counts.of(np.minimum(left.of_sequence, most)[None], log_prob.device)[0]
 
 
 class SampledTokens(NamedTuple):
     """Result of :func:`sample_tokens`: the fields of ``Unmasked``, and ``is_nan``, bool ``[R]``:
-    rows without a valid id because of NaN logits."""
+    rows without a valid id because of NaN logits. None if there are none, as the CPU can tell.
+    """
 
     tokens: Tensor
     log_prob: Tensor
     confidence: Tensor
-    is_nan: Tensor
+    is_nan: Tensor | None
 
 
-def _is_nan_row(logits: Tensor, log_prob: Tensor, given: Tensor | None) -> Tensor:
-    """bool ``[C]``: rows without a valid id because of NaN. (NaN beside valid logits is -inf.)"""
-    no_id = log_prob == -math.inf
-    if logits.is_cpu and not no_id.any():  # on other devices any() would synchronise
-        return no_id
-    if given is not None:  # a given id may have probability 0 by itself
-        no_id &= (given < 0) | ~(logits > -math.inf).any(1)
-    return no_id & logits.amax(1).isnan()
+def _part(rows: Tensor, part: slice) -> Tensor:
+    """A view; the tensor itself where there is only one part."""
+    return rows if part == slice(0, len(rows)) else rows[part]
 
 
 def sample_tokens(
@@ -288,13 +265,21 @@ def sample_tokens(
         logits = chunk if chunk.dtype in LOGIT_DTYPES else chunk.float()
         part = slice(first, first := first + logits.shape[0])
         for slots, own_parts in zip(draws, parts, strict=True):
-            own_given = None if given is None else given[part]
-            unmasked = unmask(logits, noise_slots=slots[part], given=own_given, **options)
-            is_nan = _is_nan_row(logits, unmasked.log_prob, own_given)
+            own_given = None if given is None else _part(given, part)
+            unmasked = unmask(logits, noise_slots=_part(slots, part), given=own_given, **options)
+            is_nan = is_nan_row(logits, unmasked.log_prob, own_given)
             own_parts.append(SampledTokens(*unmasked, is_nan))
     if first == 0:
         empty = noise_slots.new_empty(0, dtype=torch.float32)
-        return SampledTokens(noise_slots.flatten(), empty, empty, empty.bool())
+        return SampledTokens(noise_slots.flatten(), empty, empty, None)
     if len(draws) == len(parts[0]) == 1:
         return parts[0][0]
-    return SampledTokens(*map(torch.cat, zip(*chain(*parts), strict=True)))
+    return _concatenated(list(chain(*parts)))
+
+
+def _concatenated(parts: list[SampledTokens]) -> SampledTokens:
+    tokens, log_prob, confidence = map(torch.cat, zip(*(p[:3] for p in parts), strict=True))
+    if all(part.is_nan is None for part in parts):
+        return SampledTokens(tokens, log_prob, confidence, None)
+    masks = (part.log_prob.isnan() if part.is_nan is None else part.is_nan for part in parts)
+    return SampledTokens(tokens, log_prob, confidence, torch.cat(list(masks)))

@@ -4,7 +4,6 @@ Shapes: B batch, L sequence length, R candidate positions, given as "rows": indi
 ``[B * L]``.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,11 +11,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nar_kernels.ops.arguments import ChooseArgs
+from nar_kernels.ops.backends import resolve_backend
+from nar_kernels.ops.choose import CHOOSE_BACKENDS, run_choose
 from nar_kernels.ops.unmask import Confidence
 from nar_kernels.sampling.config import SamplingConfig, Strategy
 from nar_kernels.sampling.halton import grid_order
-from nar_kernels.spec.float_math import gumbel
-from nar_kernels.spec.philox import Stream, words
+from nar_kernels.spec.philox import signed_seed
+
+
+class Counts(NamedTuple):
+    """How many positions each sequence has.
+
+    Attributes:
+        of_sequence: int64 ``[B]``, on the host.
+        total: their sum.
+        bounds: int64 ``[B + 1]``, on the net's device: of all positions in order, sequence b has
+            those from ``bounds[b]`` to ``bounds[b + 1]``.
+    """
+
+    of_sequence: np.ndarray
+    total: int
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, counts: np.ndarray, device: torch.device) -> "list[Counts]":
+        """From int64 ``[N, B]``, in one copy to the device."""
+        bounds = np.zeros((len(counts), counts.shape[1] + 1), np.int64)
+        counts.cumsum(1, out=bounds[:, 1:])
+        on_device = torch.from_numpy(bounds).to(device, non_blocking=True)
+        return list(map(cls, counts, bounds[:, -1].tolist(), on_device))
+
+
+class Candidates(NamedTuple):
+    """The positions that a step may fill.
+
+    Attributes:
+        rows: int64 ``[R]`` on the net's device, ascending.
+        counts: of them.
+    """
+
+    rows: Tensor
+    counts: Counts
+
+
+class StepNoise(NamedTuple):
+    """Which noise a step has: a Philox word for each position of the batch.
+
+    Attributes:
+        seed: the Philox key.
+        num_steps: of the whole plan.
+        number: of the step.
+        length: L.
+        sequences: the number of each sequence of the batch.
+    """
+
+    seed: int
+    num_steps: int
+    number: int
+    length: int
+    sequences: range
 
 
 class UnmaskingPolicy(NamedTuple):
@@ -35,7 +89,8 @@ class UnmaskingPolicy(NamedTuple):
         temperature: scale of Gumbel noise on the scores of the first three and of the critic,
             annealed linearly to 0 at the last step.
         threshold: probability for ``"threshold"``, in [0, 1].
-        order: int64 ``[L]`` on the net's device, the rank of each position, for ``"halton"``.
+        order: ``[L]`` on the net's device, the rank of each position, for ``"halton"``. Quickest in
+            float32.
         critic: maps ids ``[B, L]`` to scores ``[B, L]``, higher where an id looks wrong.
     """
 
@@ -57,32 +112,54 @@ class UnmaskingPolicy(NamedTuple):
         """Whether the order is independent of the net's predictions."""
         return self.strategy in ("random", "halton")
 
-    def fixed_score(self, rows: Tensor, noise: "StepNoise") -> Tensor:
-        """Floating-point ``[R]``, highest first; only if ``order_is_fixed``."""
-        if self.strategy == "random":
-            return noise.words(rows).double()
-        assert self.order is not None
-        return -self.order.double().index_select(0, rows % noise.length)
-
-    def score(
-        self, ids: Tensor, rows: Tensor, confidence: Tensor, annealing: float, noise: "StepNoise"
-    ) -> Tensor:
-        """Floating-point ``[R]``, highest first; only if not ``order_is_fixed``.
+    def score(self, ids: Tensor, rows: Tensor, confidence: Tensor) -> Tensor:
+        """float32 ``[R]``, what :meth:`choose` takes; only if not ``order_is_fixed``.
 
         Args:
             ids: int64 ``[B, L]``, including the ids sampled in this step.
             rows: int64 ``[R]``, the candidate positions.
             confidence: float32 ``[R]``, from :func:`nar_kernels.unmask`.
-            annealing: of this step.
-            noise: of this step.
         """
-        score = confidence
-        if self.strategy == "critic":
-            assert self.critic is not None
-            score = -self.critic(ids).float().flatten().index_select(0, rows)
-        if self.temperature * annealing > 0:
-            score = score + self.temperature * annealing * gumbel(noise.words(rows))
-        return score
+        if self.strategy != "critic":
+            return confidence
+        assert self.critic is not None
+        return self.critic(ids).float().flatten().index_select(0, rows)
+
+    def choose(
+        self,
+        candidates: Candidates,
+        left: Counts,
+        score: Tensor | None,
+        annealing: float,
+        noise: StepNoise,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """The rows that keep their ids, and those that are left for later steps, both ascending.
+
+        Args:
+            left: how many are left.
+            score: from :meth:`score`; None if ``order_is_fixed``.
+            annealing: of this step, scales ``temperature``.
+        """
+        rows, counts = candidates
+        if self.strategy == "halton":
+            assert self.order is not None
+            score = self.order.float()
+        arguments = ChooseArgs(
+            score,
+            by_position=self.strategy == "halton",
+            lowest_first=self.strategy in ("halton", "critic"),
+            noise_scale=0.0 if self.order_is_fixed else self.temperature * annealing,
+            rows=rows,
+            bounds=counts.bounds,
+            left_bounds=left.bounds,
+            num_left=left.total,
+            length=noise.length,
+            seed=signed_seed(noise.seed),
+            first_slot=noise.sequences.start * noise.num_steps + noise.number,
+            slot_stride=noise.sequences.step * noise.num_steps,
+        )
+        return run_choose(arguments, resolve_backend(backend, rows.device, CHOOSE_BACKENDS))
 
 
 def make_policy(
@@ -98,7 +175,9 @@ def make_policy(
     """
     if config.strategy == "critic" and critic is None:
         raise ValueError("strategy 'critic' needs a token_critic or self_token_critic")
-    order = grid_order(config.grid, seq_len).to(device) if config.strategy == "halton" else None
+    order = None
+    if config.strategy == "halton":
+        order = grid_order(config.grid, seq_len).to(device, torch.float32)
     return UnmaskingPolicy(
         config.strategy,  # type: ignore[arg-type]
         config.choice_temperature,
@@ -106,81 +185,3 @@ def make_policy(
         order,
         critic,
     )
-
-
-class StepNoise(NamedTuple):
-    """Philox noise of one step: a random word for each position of the batch.
-
-    Attributes:
-        seed: the Philox key.
-        num_steps: of the whole plan.
-        number: of the step.
-        length: L.
-        sequences: the number of each sequence of the batch.
-    """
-
-    seed: int
-    num_steps: int
-    number: int
-    length: int
-    sequences: range
-
-    def words(self, rows: Tensor) -> Tensor:
-        """int64 ``[R]`` in [0, 2**32)."""
-        numbers = rows // self.length * self.sequences.step + self.sequences.start
-        slots = numbers * self.num_steps + self.number
-        return words(self.seed, Stream.CRITIC_NOISE, slots, rows % self.length)
-
-
-class Ranking:
-    """Candidate positions of each sequence, sorted by descending score (stable).
-
-    Args:
-        score: floating-point ``[R]``.
-        rows: int64 ``[R]``, the positions, ascending.
-        counts: int64 ``[B]`` on the CPU: number of candidates in each sequence.
-    """
-
-    def __init__(self, score: Tensor, rows: Tensor, counts: Tensor) -> None:
-        self._counts, self._width = counts.numpy(), max(counts.tolist(), default=0)
-        order = self._pad(score, -math.inf).argsort(dim=1, descending=True, stable=True)
-        self._ranked = self._pad(rows, 0).gather(1, order)
-
-    def first(self, left: Tensor) -> Tensor:
-        """Rows of all but the ``left`` lowest scores of each sequence.
-
-        Args:
-            left: int64 ``[B]`` on the CPU.
-        """
-        return self._rank_slice(0 * self._counts, self._counts - left.numpy())
-
-    def last(self, left: Tensor) -> Tensor:
-        """Rows of the ``left`` lowest scores of each sequence, ascending.
-
-        Args:
-            left: int64 ``[B]`` on the CPU.
-        """
-        return self._rank_slice(self._counts - left.numpy(), self._counts).sort().values
-
-    def _pad(self, values: Tensor, padding: float) -> Tensor:
-        """From ``[R]`` to ``[B, max(counts)]``, right-padded."""
-        shape = len(self._counts), self._width
-        if values.shape[0] == math.prod(shape):
-            return values.view(shape)
-        filled = values.new_full((math.prod(shape),), padding)
-        cells = np.arange(self._width) < self._counts[:, None]
-        return filled.index_copy_(0, _flat_indices(cells, values.device), values).view(shape)
-
-    def _rank_slice(self, begin: np.ndarray, end: np.ndarray) -> Tensor:
-        """Rows ranked in [begin, end) in each sequence; both bounds are ``[B]``."""
-        begins, ends = set(begin.tolist()), set(end.tolist())
-        if len(begins) == len(ends) == 1:  # a plain slice: no host-to-device copy of indices
-            return self._ranked[:, begins.pop() : ends.pop()].flatten()
-        place = np.arange(self._width)
-        cells = (place >= begin[:, None]) & (place < end[:, None])
-        return self._ranked.flatten().index_select(0, _flat_indices(cells, self._ranked.device))
-
-
-def _flat_indices(cells: np.ndarray, device: torch.device) -> Tensor:
-    """Flat indices of the true cells, on ``device``."""
-    return torch.from_numpy(cells.ravel().nonzero()[0]).to(device, non_blocking=True)

@@ -97,6 +97,12 @@ class ScheduleTable(NamedTuple):
         spans = self.edges[0].item() >= 1 - _CUT_OFF and self.edges[-1].item() <= _CUT_OFF
         return spans and self.share_in_jumps < _MAX_SHARE_IN_JUMPS
 
+    def ratio_bounds(self, parts: int) -> tuple[int, ...]:
+        """For each of ``parts`` equal parts of time, the largest ratio from its start on."""
+        ratio = self.ratio.numpy().view(np.uint32)[::-1]
+        largest = np.maximum.accumulate(ratio)[::-1]
+        return tuple(largest[:: NUM_TIMES // parts].tolist())
+
     def digest(self) -> str:
         """A fingerprint of the schedule, named or callable.
 

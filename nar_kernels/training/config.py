@@ -125,6 +125,17 @@ class TrainConfig:
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool = option(False, "compile the net with torch.compile, which takes a minute")
+    compile_mode: str = option(
+        "default",
+        "of --compile: reduce-overhead also captures the net, without the rest of the step, in "
+        "CUDA graphs",
+        choices=("default", "reduce-overhead"),
+    )
+    cuda_graph: bool = option(
+        False,
+        "capture a step, from its windows to AdamW, in one CUDA graph, which the host launches at "
+        "once: for nets whose kernels run no longer than it takes to launch them",
+    )
     checkpoint_activations: bool = option(
         False, "activation checkpointing: recompute each block in the backward pass, to save memory"
     )
@@ -194,6 +205,26 @@ class TrainConfig:
             )
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
+        self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        if self.compile_mode != "default":
+            if not self.compile:
+                raise ValueError(f"--compile-mode {self.compile_mode} needs --compile")
+            if self.accumulate > 1:
+                raise ValueError(
+                    f"--compile-mode {self.compile_mode} keeps gradients in memory that the next "
+                    f"microbatch overwrites, and accumulate is {self.accumulate}: use --cuda-graph "
+                    "instead, or accumulate 1"
+                )
+        mode = f"--compile-mode {self.compile_mode}"
+        for name, is_given, why in (
+            ("--shard", self.shard, "FSDP2 gathers weights as it goes"),
+            ("--checkpoint-activations", self.checkpoint_activations, "it reads the dropout state"),
+            (mode, self.compile_mode != "default", "there are no graphs inside of a graph"),
+        ):
+            if self.cuda_graph and is_given:
+                raise ValueError(f"--cuda-graph and {name} exclude each other: {why}")
 
     @property
     def folder(self) -> Path:
@@ -240,7 +271,8 @@ FREE_ON_RESUME = frozenset(
     (
         *("data", "dtype", "out", "steps"),
         *("device", "threads", "accumulate", "eval_every", "save_every"),
-        *("compile", "checkpoint_activations", "shard", "resume", "overwrite", "quiet"),
+        *("compile", "compile_mode", "cuda_graph", "checkpoint_activations", "shard"),
+        *("resume", "overwrite", "quiet"),
     )
 )
 

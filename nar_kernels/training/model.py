@@ -107,11 +107,11 @@ def prepare(
     if config.compile:
         # One graph, with breaks where FSDP2 gathers the weights of a block, and in lines of
         # x-transformers that PyTorch 2.7 and earlier cannot trace.
-        model.net.compile()
+        model.net.compile(mode=config.compile_mode)
     if config.shard:
         parallel.shard(model, blocks(model), device)  # never all of it on one device
         return model
-    return parallel.replicate(model.to(device))
+    return parallel.replicate(model.to(device), for_capture=config.cuda_graph)
 
 
 # Options that must match to load weights, and fields of SequenceSpec that must, too.

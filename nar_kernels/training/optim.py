@@ -1,9 +1,10 @@
 """The optimiser: AdamW, its learning rate schedule, and the batch size of a rank."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nar_kernels import distributed
 from nar_kernels.training.config import TrainConfig
@@ -39,11 +40,37 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW, with weight decay on matrices and embeddings, but not on biases and norms."""
+def adamw(model: nn.Module, config: TrainConfig, rate: Tensor | None = None) -> torch.optim.AdamW:
+    """Fused AdamW, with weight decay on matrices and embeddings, but not on biases and norms.
+
+    Args:
+        rate: the learning rate, for an optimiser that a CUDA graph captures: one element on the
+            device. Default: a number, to be set in the parameter groups.
+    """
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr if rate is None else rate,
+        betas=(0.9, config.beta2),
+        fused=True,
+        capturable=rate is not None,
+    )
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state dict, the same with and without a CUDA graph."""
+    state = optimizer.state_dict()
+    groups = [{**g, "lr": float(g["lr"]), "capturable": False} for g in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads :func:`optimizer_state`; where the learning rate is remains as it was."""
+    kept = [{name: g[name] for name in ("lr", "capturable")} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, ours in zip(optimizer.param_groups, kept, strict=True):
+        group.update(ours)

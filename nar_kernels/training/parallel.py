@@ -37,9 +37,13 @@ def init_distributed(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def replicate(model: nn.Module) -> nn.Module:
+def replicate(model: nn.Module, for_capture: bool = False) -> nn.Module:
     """``model`` in DistributedDataParallel, which averages gradients over ranks; ``model`` itself
-    with one rank."""
+    with one rank.
+
+    Args:
+        for_capture: by a CUDA graph.
+    """
     if world_size() == 1:
         return model
     # Buffers are constants here: no broadcast per step. PyTorch 2.13 renames the option, and warns
@@ -47,7 +51,15 @@ def replicate(model: nn.Module) -> nn.Module:
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-    return DistributedDataParallel(model, **options)
+    device = next(model.parameters()).device
+    if not for_capture or device.type != "cuda":
+        return DistributedDataParallel(model, **options)
+    # Gradients are added up on the stream where it is made: a capture cannot use the default one.
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        parallel = DistributedDataParallel(model, **options)
+    torch.cuda.synchronize(device)
+    return parallel
 
 
 def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -> None:

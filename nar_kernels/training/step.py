@@ -19,6 +19,7 @@ def loss_and_gradient(
     batch: Corrupted,
     accumulate: int = 1,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    static_shapes: bool = False,
 ) -> Tensor:
     """Forward and backward with gradient accumulation; returns the loss, in nats.
 
@@ -32,6 +33,7 @@ def loss_and_gradient(
         batch: of this rank.
         accumulate: number of microbatches.
         autocast: makes the context for the forward pass.
+        static_shapes: as in :func:`nar_kernels.masked_nll`.
     """
     wrapper: Any = getattr(model, "module", model)
     counted = num_counted(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
@@ -42,7 +44,11 @@ def loss_and_gradient(
     for part in parts:
         with parallel.accumulating(model, is_last=part is parts[-1]):
             with autocast():
-                loss = model(part.to(device), normalizer=normalizer.to(device)).loss
+                loss = model(
+                    part.to(device),
+                    normalizer=normalizer.to(device),
+                    static_shapes=static_shapes,
+                ).loss
             loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()

@@ -7,15 +7,17 @@ stopped, also with another number of processes.
 Steps do not synchronise with the device: metrics stay there until ``Run.flush``.
 """
 
+import itertools
 import math
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
@@ -27,6 +29,7 @@ from nar_kernels.spec.philox import Stream, derived_seed
 from nar_kernels.training import checkpoint, parallel
 from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.cuda_graph import StepGraph, check_cuda_graph
 from nar_kernels.training.ema import Ema
 from nar_kernels.training.interrupt import Interrupted, interruptible, raise_on_signals
 from nar_kernels.training.lock import FolderLock
@@ -38,7 +41,13 @@ from nar_kernels.training.model import (
     init_from_checkpoint,
     prepare,
 )
-from nar_kernels.training.optim import adamw, learning_rate, local_batch_size
+from nar_kernels.training.optim import (
+    adamw,
+    learning_rate,
+    load_optimizer_state,
+    local_batch_size,
+    optimizer_state,
+)
 from nar_kernels.training.progress import Progress
 from nar_kernels.training.report import (
     describe,
@@ -99,6 +108,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         saved = checkpoint.read(last) if config.resume else None
         if saved is not None:
             config.refuse_to_continue(saved["config"], saved["loader"]["step"])
+        check_cuda_graph(config, device)
         run = Run(config, device)
         # No rank writes before all have checked. A new folder is created once all else is valid.
         distributed.barrier()
@@ -151,7 +161,6 @@ class Run:
         if config.init is not None and not config.resume:
             init_from_checkpoint(self.model, config.init, config, self.data.spec)
         self.trained = prepare(self.model, config, device)
-        self.optimizer = adamw(self.model, config)
         self.ema = Ema(self.model, config.ema) if config.ema else None
         self.loader = MaskedLoader(
             self.data.train,
@@ -162,6 +171,9 @@ class Run:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
+        self.graph = StepGraph(self.update, self.loader) if config.cuda_graph else None
+        rate = None if self.graph is None else self.graph.rate
+        self.optimizer = adamw(self.model, config, rate)
         self.noise_seed = derived_seed(config.seed, Stream.GENERATOR_SEED)
         self.log, self.progress = Log(), Progress(config)
         self.baselines = baselines(
@@ -187,7 +199,7 @@ class Run:
             self.save("last.pt")
         with interruptible(distributed.is_launched()) as interrupt, self.progress.running(first):
             steps = range(first, config.steps)
-            for step, batch in zip(steps, self.loader, strict=False):
+            for step, batch in zip(steps, self.batches(), strict=False):
                 self.step(batch, step)
 
                 done, is_last = step + 1, step + 1 == config.steps
@@ -215,21 +227,39 @@ class Run:
                 )
             raise Interrupted(signum)
 
-    def step(self, batch: Corrupted, step: int) -> None:
+    def batches(self) -> Iterator[Corrupted | None]:
+        """Those of the loader; None for a step in a CUDA graph, which makes its own."""
+        return iter(self.loader) if self.graph is None else itertools.repeat(None)
+
+    def step(self, batch: Corrupted | None, step: int) -> None:
         """One optimiser step. The loss, in nats, and the gradient norm go to ``metrics``."""
         config = self.config
         # Seed dropout for this step and rank, by the slot of the first window.
         first_slot = step * self.loader.global_batch + self.loader.rank * self.loader.batch_size
         torch.manual_seed((self.noise_seed + first_slot) % (1 << 63))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        loss = loss_and_gradient(self.trained, batch, config.accumulate, self.autocast)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.metrics.add(loss, parallel.full_tensor(norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        rate = learning_rate(step, config)
+        if self.graph is not None:
+            loss, norm = self.graph(step, rate)
+        else:
+            assert batch is not None
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss, norm = self.update(batch)
+        self.metrics.add(loss, norm)
         if self.ema is not None:
             self.ema.update(step)
+
+    def update(self, batch: Corrupted) -> tuple[Tensor, Tensor]:
+        """Gradient, clipping and optimiser; returns the loss and the gradient norm. A CUDA graph
+        may hold it."""
+        config = self.config
+        loss = loss_and_gradient(
+            self.trained, batch, config.accumulate, self.autocast, config.cuda_graph
+        )
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, parallel.full_tensor(norm)
 
     def flush(self, stop: bool = False) -> bool:
         """Synchronises with the device and logs the steps since the last call; returns whether
@@ -239,7 +269,10 @@ class Run:
 
         Raises:
             DivergedError: a loss or gradient norm is not finite.
+            InvalidTokenError: a step in a CUDA graph met an id outside the vocabulary.
         """
+        if self.graph is not None:
+            self.graph.raise_if_invalid()
         losses, norms, stops = self.metrics.flush(stop)
         for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             self.check_finite("loss or gradient", loss + norm, len(self.log.losses) + i)
@@ -298,7 +331,7 @@ class Run:
             "environment": self.environment,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "loader": self.loader.state_dict(),
             "log": self.log.state_dict(),
         }
@@ -317,7 +350,7 @@ class Run:
         state["optimizer"] = parallel.distribute_optimizer_state(state["optimizer"], self.optimizer)
         checkpoint.load_shards(path, state)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.log.load_state_dict(state["log"])

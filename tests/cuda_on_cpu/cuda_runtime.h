@@ -34,6 +34,14 @@
 #define __launch_bounds__(...)
 #define __shared__ thread_local  // a block never leaves its OS thread
 
+// Where a kernel asks for the memory whose size its launch tells.
+#define NAR_DYNAMIC_SHARED(Type, name) \
+  Type* const name = reinterpret_cast<Type*>(cuda_on_cpu::dynamic_shared.data())
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -62,7 +70,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
-  const char* waits_for;  // the collective
+  const char* waits_for;    // the collective
+  int barrier, of_barrier;  // its number, and for how many threads it is; 0: for all
   dim3 thread;
 };
 
@@ -80,10 +89,11 @@ struct Block {
 };
 
 inline thread_local Block block;
-// What a block of the device may ask for.
-inline std::atomic<size_t> shared_limit{kMostShared};
+inline thread_local std::vector<uint4> dynamic_shared;
 // The order of warps and lanes. 0: ascending, 1: descending, else shuffled by this seed.
 inline std::atomic<unsigned> schedule{0};
+inline std::atomic<int> num_processors{132};      // that the device says it has
+inline std::atomic<int> shared_bytes{227 << 10};  // so many, too
 
 inline void leave(State state) {
   Fiber* fiber = block.current;
@@ -167,6 +177,32 @@ inline bool run_warp(int warp, const std::vector<int>& lanes) {
   return ran;
 }
 
+// Threads that have not exited: those that __syncthreads waits for.
+inline int num_living() {
+  return static_cast<int>(
+      std::count_if(block.fibers.begin(), block.fibers.end(),
+                    [](const auto& fiber) { return fiber->state != State::kExited; }));
+}
+
+// Lets threads go on whose barrier all have reached that it is for; returns whether there were any.
+inline bool open_barriers() {
+  bool any = false;
+  for (auto& fiber : block.fibers) {
+    if (fiber->state != State::kAtBarrier) continue;
+    const auto waits_there = [&](const auto& other) {
+      return other->state == State::kAtBarrier && other->barrier == fiber->barrier;
+    };
+    const auto waiting = std::count_if(block.fibers.begin(), block.fibers.end(), waits_there);
+    if (waiting < (fiber->of_barrier ? fiber->of_barrier : num_living())) continue;
+    const int barrier = fiber->barrier;
+    for (auto& other : block.fibers) {
+      if (waits_there(other) && other->barrier == barrier) other->state = State::kRunnable;
+    }
+    any = true;
+  }
+  return any;
+}
+
 inline void put_in_order(std::vector<int>* order, std::mt19937* generator) {
   std::iota(order->begin(), order->end(), 0);
   if (schedule == 1) std::reverse(order->begin(), order->end());
@@ -199,7 +235,7 @@ inline void run_block() {
       while (run_warp(warp, lanes)) continue;
     }
     if (change(State::kSleeping, State::kRunnable)) continue;
-    if (!any_in(State::kInCollective)) change(State::kAtBarrier, State::kRunnable);
+    if (!any_in(State::kInCollective)) open_barriers();
   }
   for (auto& fiber : block.fibers) {
     if (fiber->state == State::kExited) continue;
@@ -212,12 +248,12 @@ inline void run_block() {
 }
 
 // Blocks begin in the order of their index: later ones may wait for what earlier ones publish.
-inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes,
-                     const std::function<void()>& kernel) {
+inline void run_grid(dim3 grid, dim3 size, size_t shared, const std::function<void()>& kernel) {
   std::atomic<unsigned> next{0};
   std::mutex mutex;
   std::string error;
   auto work = [&] {
+    dynamic_shared.assign((shared + sizeof(uint4) - 1) / sizeof(uint4), {});
     for (unsigned index; (index = next++) < grid.x;) {
       blockIdx = dim3(index), blockDim = size, gridDim = grid;
       block.kernel = &kernel;
@@ -273,7 +309,12 @@ T from_bits(uint64_t bits) {
 
 // ---- barriers, warp collectives, atomics
 
-inline void __syncthreads() { cuda_on_cpu::leave(cuda_on_cpu::State::kAtBarrier); }
+inline void __barrier_sync_count(unsigned barrier, unsigned count) {
+  cuda_on_cpu::block.current->barrier = static_cast<int>(barrier);
+  cuda_on_cpu::block.current->of_barrier = static_cast<int>(count);
+  cuda_on_cpu::leave(cuda_on_cpu::State::kAtBarrier);
+}
+inline void __syncthreads() { __barrier_sync_count(0, 0); }
 inline void __syncwarp() { cuda_on_cpu::exchange("__syncwarp", 0xFFFFFFFF, 0); }
 inline void __nanosleep(unsigned) {
   std::this_thread::yield();
@@ -285,6 +326,14 @@ template <typename T>
 T __shfl_sync(uint32_t mask, T value, int from) {
   return cuda_on_cpu::from_bits<T>(
       cuda_on_cpu::exchange("__shfl_sync", mask, cuda_on_cpu::to_bits(value))[from % 32]);
+}
+
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned distance) {
+  const uint64_t* given =
+      cuda_on_cpu::exchange("__shfl_up_sync", mask, cuda_on_cpu::to_bits(value));
+  const int from = cuda_on_cpu::lane() - static_cast<int>(distance);
+  return from < 0 ? value : cuda_on_cpu::from_bits<T>(given[from]);
 }
 
 template <typename T>
@@ -329,32 +378,37 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
-inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
-  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
-}
-inline int __dp2a_lo(int a, int b, int c) {
-  return static_cast<int16_t>(a & 0xFFFF) * static_cast<int8_t>(b & 0xFF) +
-         (a >> 16) * static_cast<int8_t>(b >> 8 & 0xFF) + c;
+inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned __float2uint_rz(float x) {  // saturates
+  return x >= 0x1p32f ? 0xFFFFFFFF : x > 0 ? static_cast<unsigned>(x) : 0;
 }
 using std::max;
 using std::min;
 
-// Correct to some last bits: these are not.
-inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-22f); }
+inline float __log2f(float x) { return std::log2(x); }
+inline int __float_as_int(float x) { return cuda_on_cpu::from_bits<int>(cuda_on_cpu::to_bits(x)); }
+inline float __int_as_float(int x) {
+  return cuda_on_cpu::from_bits<float>(cuda_on_cpu::to_bits(x));
+}
 
-inline uint32_t atomicOr(uint32_t* at, uint32_t value) {
-  return __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST);
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
 }
-inline uint32_t atomicMax(uint32_t* at, uint32_t value) {
-  const uint32_t before = *at;  // of shared memory: a block runs on one OS thread
-  *at = std::max(before, value);
-  return before;
+template <typename T, typename Choose>
+T atomic_choose(T* at, T value, Choose choose) {
+  T old = __atomic_load_n(at, __ATOMIC_SEQ_CST);
+  while (!__atomic_compare_exchange_n(at, &old, choose(old, value), false, __ATOMIC_SEQ_CST,
+                                      __ATOMIC_SEQ_CST)) {
+  }
+  return old;
 }
-inline uint32_t atomicMin(uint32_t* at, uint32_t value) {
-  const uint32_t before = *at;
-  *at = std::min(before, value);
-  return before;
+inline int atomicMax(int* at, int value) {
+  return atomic_choose(at, value, [](int a, int b) { return std::max(a, b); });
 }
+inline unsigned atomicMin(unsigned* at, unsigned value) {
+  return atomic_choose(at, value, [](unsigned a, unsigned b) { return std::min(a, b); });
+}
+
 using Word64 = unsigned long long;
 inline Word64 atomicAdd(Word64* at, Word64 value) {
   return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
@@ -389,6 +443,17 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaError";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::num_processors
+                                                       : cuda_on_cpu::shared_bytes;
+  return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  return bytes <= cuda_on_cpu::shared_bytes ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   std::memset(at, value, bytes);
@@ -430,11 +495,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 grid = config->gridDim, size = config->blockDim;
   if (grid.x == 0 || size.x % 32 != 0 || size.x * size.y == 0 || size.x * size.y > 1024) {
     return cudaErrorInvalidConfiguration;
-  }
-  {
-    const std::lock_guard<std::mutex> lock(cuda_on_cpu::limits_mutex);
-    size_t& limit = cuda_on_cpu::dynamic_limits[reinterpret_cast<const void*>(kernel)];
-    if (config->dynamicSmemBytes > std::max<size_t>(limit, 48 << 10)) return cudaErrorInvalidValue;
   }
   cuda_on_cpu::run_grid(grid, size, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;

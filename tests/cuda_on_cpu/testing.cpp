@@ -58,4 +58,5 @@ EXPORT const char* run_sum(unsigned blocks, uint32_t* sums, bool with_barrier) {
 EXPORT const char* run_divergent(bool in_a_barrier) {
   return launch(1, divergent_kernel, in_a_barrier);
 }
-EXPORT const char* run_overrun(unsigned words) { return launch(1, overrun_kernel, words); }
+EXPORT void set_num_processors(int count) { cuda_on_cpu::num_processors = count; }
+EXPORT void set_shared_bytes(int bytes) { cuda_on_cpu::shared_bytes = bytes; }

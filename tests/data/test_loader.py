@@ -320,7 +320,7 @@ def test_another_device() -> None:
     loader = MaskedLoader(make_dataset(), MASKING, 4)
     loader.device = torch.device("meta")  # the only other one that is everywhere
     batch = loader.batch(0)
-    others = ("masking", "host_counts")
+    others = ("masking", "host_counts", "num_strata")
     assert {tensor.device.type for name, tensor in vars(batch).items() if name not in others} == {
         "meta"
     }
@@ -454,3 +454,18 @@ def test_the_default_device_changes_nothing() -> None:
         assert loader.sample_ids(40).tolist() == [160, 161, 162, 163]
         stager = Stager(loader._tokens, loader._window_starts, 4, 7, torch.device("cpu"))
         assert torch.equal(stager.windows(40).to(torch.int64), expected.clean_ids)
+
+
+def test_a_loader_writes_what_is_asked_for_into_the_memory_of_the_last_batch() -> None:
+    options: dict[str, Any] = {"outputs": ("labels", "masked_rows"), "ids_dtype": torch.int32}
+    whole = MaskedLoader(make_dataset(), MASKING, 4)
+    loader = MaskedLoader(make_dataset(), MASKING, 4, **options, reuse_batch=True)
+    first, second = loader.batch(0), loader.batch(3)
+    assert second.masked_indices is None
+    assert second.input_ids.dtype == second.masked_rows.dtype == torch.int32
+    for name in ("input_ids", "labels", "masked_rows"):
+        assert torch.equal(getattr(second, name).long(), getattr(whole.batch(3), name)), name
+    assert first.labels.data_ptr() == second.labels.data_ptr()
+    again = pickle.loads(pickle.dumps(loader)).batch(3)
+    assert torch.equal(again.input_ids, second.input_ids)
+    assert again.input_ids.data_ptr() != second.input_ids.data_ptr()

@@ -65,6 +65,10 @@ def arguments(tokens, masking, **others):
             "keep_share": keep,
             "random_share": random,
             "coin_share": coin,
+            "narrow": False,
+            "labels": True,
+            "masked_indices": True,
+            "masked_rows": True,
         }
         | others
     )

@@ -79,8 +79,8 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 def pytest_configure() -> None:
     from nar_kernels import wrapper
     from nar_kernels.data import corpus, dataset, loader
-    from nar_kernels.ops import corrupt, corrupted, masked_nll, masking, unmask, windows
-    from nar_kernels.sampling import decode, halton, plan, states, strategies
+    from nar_kernels.ops import choose, corrupt, corrupted, masked_nll, masking, unmask, windows
+    from nar_kernels.sampling import decode, halton, plan, states
     from nar_kernels.spec import schedules
 
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "nar_kernels"]
@@ -88,7 +88,13 @@ def pytest_configure() -> None:
         f: wrapped(f)
         for f in (
             *(corrupt.corrupt, corrupt.corrupt_step, windows.windows, windows.permute),
-            *(unmask.unmask, masked_nll.masked_nll, masked_nll.head_nll, decode.sample_tokens),
+            *(
+                choose.run_choose,
+                unmask.unmask,
+                masked_nll.masked_nll,
+                masked_nll.head_nll,
+                decode.sample_tokens,
+            ),
             *(plan.make_plan, plan.num_masked_after, halton.halton_order, schedules.tabulate),
         )
     }
@@ -98,7 +104,7 @@ def pytest_configure() -> None:
                 setattr(module, name, functions[value])
     for cls in (
         *(masking.MaskingConfig, corrupted.Corrupted, corpus.Corpus, dataset.TokenDataset),
-        *(loader.MaskedLoader, strategies.Ranking, states.DecodeIterator),
+        *(loader.MaskedLoader, states.DecodeIterator),
     ):
         for name, value in list(vars(cls).items()):
             if isinstance(value, types.FunctionType):

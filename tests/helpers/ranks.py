@@ -142,3 +142,115 @@ def work_of_sharding(rank: int) -> dict:
             "samples": (model.generate(3, seed=0), expected.generate(3, seed=0)),
         }
     return found
+
+
+def vocabulary_cases() -> dict:
+    """Number of tokens, type, options of `masked_nll`, and what is special, by name."""
+    import itertools
+
+    wide, narrow = torch.float64, torch.bfloat16
+    cases = {
+        f"{tokens}-{reduction}": (tokens, wide, {"reduction": reduction}, "")
+        for tokens, reduction in itertools.product((258, 12, 2), ("nelbo", "mean", "none"))
+    }
+    for name in ("no bias", "no_grad", "chunks", "again", "ignored", "forbidden", "hidden alone"):
+        for reduction in ("nelbo", "none"):
+            cases[f"{name}-{reduction}"] = 12, wide, {"reduction": reduction}, name
+    for name in ("forbidden label", "all forbidden", "infinite"):
+        cases[name] = 12, wide, {"reduction": "none"}, name
+    cases["float32"] = 258, torch.float32, {}, ""
+    cases["reference"] = 258, torch.float32, {"backend": "reference"}, ""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        cases["triton"] = 258, torch.float32, {"backend": "triton"}, ""
+    cases["far from 0"] = 12, torch.float32, {"reduction": "none"}, "far"
+    cases["bfloat16"] = 258, narrow, {}, ""
+    cases["autocast"] = 258, torch.float32, {}, "autocast"
+    return cases
+
+
+def vocabulary_case(name: str, distribute) -> list[torch.Tensor]:
+    """The loss of a case, and its gradients. The head is given to ``distribute`` first."""
+    import dataclasses
+
+    from nar_kernels import masked_nll
+    from nar_kernels.ops import linear
+    from tests.helpers.losses import corrupted_batch, random_inputs
+
+    tokens, dtype, options, special = vocabulary_cases()[name]
+    batch = corrupted_batch(tokens, tokens - 1, length=9)
+    hidden, weight, bias = random_inputs(batch, tokens - 1, dtype=dtype)
+    if special == "forbidden":
+        bias[: len(bias) // 2 + 1] = -torch.inf  # all that the first rank has
+        batch = dataclasses.replace(batch, labels=batch.labels.masked_fill(batch.labels >= 0, 9))
+    if special == "forbidden label":
+        bias[batch.labels.max()] = -torch.inf
+    if special == "all forbidden":
+        bias[:] = -torch.inf
+    if special == "infinite":
+        bias[2] = torch.inf
+    if special == "far":  # whole numbers, which float32 has exactly
+        hidden, weight, bias = (1000 * hidden).round(), weight.round(), 0 * bias
+    if special == "ignored":
+        batch.labels[1] = -100
+    limits = linear.NLL_LIMITS["cpu"]
+    if special == "chunks":
+        linear.NLL_LIMITS["cpu"] = limits._replace(logits=7 * tokens)
+    hidden.requires_grad_()
+    weight, bias = (distribute(x) for x in (weight, bias))
+    leaves = [hidden] if special == "hidden alone" else [hidden, weight, bias]
+    if special == "no bias":
+        del leaves[2]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    enabled = special != "no_grad"
+    with torch.set_grad_enabled(enabled), torch.autocast("cpu", enabled=special == "autocast"):
+        given = None if special == "no bias" else bias
+        loss = masked_nll(hidden, weight, batch, bias=given, **options)
+    linear.NLL_LIMITS["cpu"] = limits
+    if not enabled:
+        return [loss]
+    upstream = torch.linspace(1, 2, loss.numel()).view(loss.shape).to(loss)
+    if special == "again":
+        loss.backward(upstream, retain_graph=True)
+    loss.backward(upstream)
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def work_of_vocabulary(rank: int) -> dict:
+    import pytest
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from nar_kernels import masked_nll
+    from tests.helpers.losses import corrupted_batch, random_inputs
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    found = {}
+    for name in vocabulary_cases():
+        got = vocabulary_case(name, lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+        for gradient in got[2:]:
+            assert gradient.placements == (Shard(0),)
+        found[name] = [*got[:2], *(gradient.full_tensor() for gradient in got[2:])]
+
+    batch = corrupted_batch()
+    hidden, weight, bias = random_inputs(batch)
+    whole, rows = [Replicate()], [Shard(0)]
+    sharded = distribute_tensor(weight, mesh, rows)
+    for match, weight_, bias_ in (
+        (
+            r"weight is a DTensor with placements \(Replicate",
+            distribute_tensor(weight, mesh, whole),
+            None,
+        ),
+        (r"placements \(Shard\(dim=1", distribute_tensor(weight, mesh, [Shard(1)]), None),
+        ("bias must be a DTensor, sharded as weight is", sharded, bias),
+        ("bias must be a DTensor", sharded, distribute_tensor(bias, mesh, whole)),
+        ("bias is a DTensor, but weight is not", weight, distribute_tensor(bias, mesh, rows)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            masked_nll(hidden, weight_, batch, bias=bias_)
+    with pytest.raises(ValueError, match=r"weight has shape \[10, 5\]"):
+        masked_nll(hidden, distribute_tensor(weight[:10], mesh, rows), batch)
+    with pytest.raises(ValueError, match="hidden is a DTensor: pass the whole tensor"):
+        masked_nll(distribute_tensor(hidden, mesh, whole), sharded, batch)
+    return found

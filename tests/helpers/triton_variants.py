@@ -24,6 +24,7 @@ OUTPUTS = {
     ),
     "nll_kernel": "nll logits",
     "unmask_kernel": "tokens log_prob confidence",
+    "choose_kernel": "kept left",
 }
 variants = defaultdict(dict)
 test_that_runs = [""]

@@ -73,9 +73,9 @@ driver.set_active(NoDriver())
 SIZES = {"i1": 1, "i32": 4, "fp32": 4, "i64": 8}
 
 from nar_kernels import MaskingConfig  # noqa: E402
-from nar_kernels.ops.arguments import NllArgs, UnmaskArgs  # noqa: E402
+from nar_kernels.ops.arguments import ChooseArgs, NllArgs, UnmaskArgs  # noqa: E402
 from nar_kernels.ops.corrupt import _empty_outputs  # noqa: E402
-from nar_kernels.ops.kernels import corrupt, nll, unmask  # noqa: E402
+from nar_kernels.ops.kernels import choose, corrupt, nll, unmask  # noqa: E402
 from nar_kernels.ops.kernels.launcher import Launcher  # noqa: E402
 from tests.helpers.batches import arguments  # noqa: E402
 
@@ -95,7 +95,7 @@ def corrupt_call(
     )
     if maskable:
         a = a._replace(maskable=torch.ones(batch, length, dtype=torch.bool))
-    outputs = _empty_outputs(batch, length, tokens.device)
+    outputs = _empty_outputs(a, tokens.device)
     workspace = torch.zeros(corrupt.workspace_size(batch), dtype=torch.int64)
     return partial(corrupt.corrupt_triton, (*outputs, workspace), a)
 
@@ -135,6 +135,30 @@ def unmask_call(
     options = slots if given else None, list(forbidden), 7, seed, top_k, inverse_temperature
     a = UnmaskArgs(logits, slots, *options, confidence)
     return partial(unmask.unmask_triton, outputs, a)
+
+
+def choose_call(
+    length=300, skip=0, score=True, noise=0.0, lowest_first=False, by_position=False, seed=1, slot=5
+):
+    rows = WORDS[skip : skip + 20]
+    return partial(
+        choose.choose_triton,
+        (WORDS[:20], WORDS[:20]),
+        ChooseArgs(
+            score=FLOATS[:20] if score else None,
+            by_position=by_position,
+            lowest_first=lowest_first,
+            noise_scale=noise,
+            rows=rows,
+            bounds=WORDS[:5],
+            left_bounds=WORDS[:5],
+            num_left=0,
+            length=length,
+            seed=seed,
+            first_slot=slot,
+            slot_stride=7,
+        ),
+    )
 
 
 class Case(NamedTuple):
@@ -178,7 +202,7 @@ CASES = {
             nll_call(bias=True),
             nll_call(gradient=False),
             nll_call(dtype=torch.bfloat16),
-            nll_call(vocabulary=600, stride=608),
+            nll_call(vocabulary=2100, stride=2112),
         ],
         7,
     ),
@@ -197,6 +221,22 @@ CASES = {
             unmask_call(vocabulary=304),
         ],
         8,
+    ),
+    "choose": Case(
+        choose._launch,
+        [
+            choose_call(),
+            # The same kernel: other and wider numbers.
+            choose_call(length=304, seed=2**62, slot=-(2**63)),
+            choose_call(noise=1.0),
+            choose_call(noise=0.25, seed=16),
+            choose_call(score=False),
+            choose_call(lowest_first=True),
+            choose_call(by_position=True),
+            choose_call(skip=1),
+            choose_call(length=70_000),
+        ],
+        7,
     ),
 }
 

@@ -15,7 +15,7 @@ from nar_kernels.ops import corrupt as corrupt_module
 from nar_kernels.ops import reference
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.corrupt import corrupt_step, count_on_host
+from nar_kernels.ops.corrupt import corrupt_step, count_on_host, run_corrupt
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import permute_rounds
 from nar_kernels.ops.tokens import DTYPE_CODE
@@ -86,7 +86,7 @@ def two_threads():
 SHARES = [(0.0, 0.0, 1.0), (0.1, 0.1, 1.0), (0.15, 0.1, 0.5), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)]
 
 LENGTHS = [1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 1000]
-# To Triton the longest row of one tile; three tiles, of which the last holds one; three full tiles.
+# To Triton the longest row of one tile; several tiles, of which the last holds one; full tiles.
 LENGTHS += [4096, 4097, 6144]
 # More tiles than CUDA keeps in registers.
 LENGTHS += [pytest.param(n, marks=pytest.mark.slow_interpreted) for n in (65536, 70001)]
@@ -142,10 +142,13 @@ def test_every_instruction_set_agrees(simd_level):
         )
         for dtype in TOKEN_DTYPES:
             tokens = clean_batch(masking, 7, length, dtype)
-            assert_same(
-                corrupt(tokens, masking, seed=1, backend="cpp"),
-                corrupt(tokens, masking, seed=1, backend="reference"),
-            )
+            expected = corrupt(tokens, masking, seed=1, backend="reference")
+            assert_same(corrupt(tokens, masking, seed=1, backend="cpp"), expected)
+            a = arguments(tokens, masking, seed=1, narrow=True)
+            ids, labels, *_, rows, _ = run_corrupt(a, "cpp")
+            assert torch.equal(ids, expected.input_ids.int())
+            assert torch.equal(labels, expected.labels.int())
+            assert torch.equal(rows[: len(expected.masked_rows)], expected.masked_rows.int())
 
 
 @pytest.mark.cpp
@@ -225,6 +228,41 @@ FROZEN_MASK = [[1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]]
 FROZEN_T16 = [40093.0, 19936.0]
 
 FROZEN_BERNOULLI = [[0, 10, 2, 10, 10, 5, 6, 10], [8, 9, 0, 1, 10, 10, 10, 5]]
+
+
+WANTED = ("labels", "masked_indices", "masked_rows")
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+def test_only_wanted_outputs_are_written(backend, narrow, draw, poisoned_outputs):
+    """Of even and odd lengths, which the CUDA kernel writes differently."""
+    masking = MaskingConfig(90, 89, draw=draw, no_replace_prob=0.2, random_token_prob=0.2)
+    device = device_of(backend)
+    dtype = torch.int32 if narrow else torch.int64
+    subsets = (0, 2, 5, 7) if devices.is_interpreted(backend) else range(8)
+    for length, kept in itertools.product((33, 200), subsets):
+        wanted = {name: bool(kept >> i & 1) for i, name in enumerate(WANTED)}
+        maskable = torch.rand(9, length, device=device) < 0.8 if kept == 5 else None
+        tokens = clean_batch(masking, 9, length, torch.uint16).to(device)
+        a = arguments(tokens, masking, seed=3, maskable=maskable)
+        expected = run_corrupt(a, "reference")
+        a = a._replace(narrow=narrow, **wanted)
+        got = run_corrupt(a, backend)
+        assert [x.shape for x in got[:3]] == [x.shape for x in run_corrupt(a, "reference")[:3]]
+        num_rows = int(expected[5].sum())
+        for i, name in ((0, None), (1, "labels"), (2, "masked_indices"), (7, "masked_rows")):
+            x, y = got[i], expected[i]
+            if i == 7:
+                x, y = x[:num_rows], y[:num_rows]
+            if name is not None and not wanted[name]:
+                assert x.numel() == 0
+                continue
+            assert x.dtype == (torch.bool if i == 2 else dtype)
+            assert torch.equal(x.to(y.dtype), y), (length, wanted, name)
+        for i in (3, 4, 5, 6):
+            assert torch.equal(got[i], expected[i])
 
 
 # ---- what the outputs say

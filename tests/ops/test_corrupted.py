@@ -2,8 +2,10 @@
 
 import copy
 import io
+import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from nar_kernels import corrupt
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
-from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
+from nar_kernels.ops.masked_nll import masked_nll
 from nar_kernels.ops.masking import MaskingConfig
 
 MASKING = MaskingConfig(37, 36, never_mask_ids=(5,), random_token_prob=0.2, no_replace_prob=0.2)
@@ -48,7 +51,7 @@ def per_sample(batch: Corrupted) -> dict[str, Tensor]:
 
 
 def test_every_tensor_is_known_here() -> None:
-    others = {"row_buffer", "invalid", "masking", "host_counts"}
+    others = {"row_buffer", "invalid", "masking", "host_counts", "num_strata"}
     assert {f.name for f in fields(Corrupted)} == {*PER_SAMPLE, *others}
 
 
@@ -154,7 +157,9 @@ def test_what_cannot_be_put_together() -> None:
     shorter = corrupt(batch.clean_ids[:, :9], MASKING, seed=1)
     other = make_batch(masking=MaskingConfig(37, 36))
     for batches in ([], [batch, shorter], [batch, other], [batch, batch.to("meta")]):
-        with pytest.raises(ValueError, match="at least one, all of the same seq_len, device and"):
+        with pytest.raises(
+            ValueError, match="at least one, all of the same seq_len, device, dtype"
+        ):
             Corrupted.cat(batches)
 
 
@@ -333,3 +338,101 @@ def test_a_lambda_cannot_travel():
         pickle.PicklingError, match="the schedule of this MaskingConfig is .*lambda"
     ):
         pickle.dumps(masking)
+
+
+# ---- outputs that are left out, and int32
+
+SUBSETS = [subset for n in range(4) for subset in itertools.combinations(OUTPUTS, n)]
+
+
+def make_part(
+    outputs: Iterable[Output] = OUTPUTS,
+    ids_dtype: torch.dtype = torch.int64,
+    out: Corrupted | None = None,
+    seed: int = 1,
+) -> Corrupted:
+    ids = torch.randint(0, 19, (6, 32), generator=torch.Generator().manual_seed(3))
+    masking = MaskingConfig(20, 19)
+    outputs = outputs if isinstance(outputs, str) else tuple(outputs)
+    return corrupt(ids, masking, seed=seed, outputs=outputs, ids_dtype=ids_dtype, out=out)
+
+
+FIELD_OF = {"labels": "labels", "masked_indices": "masked_indices", "masked_rows": "row_buffer"}
+
+
+@pytest.mark.parametrize("outputs", SUBSETS)
+def test_batches_without_some_outputs(outputs: tuple[Output, ...]) -> None:
+    whole, part = make_part(), make_part(outputs)
+    for name, field in FIELD_OF.items():
+        assert (getattr(part, field) is not None) == (name in outputs)
+    assert torch.equal(part.input_ids, whole.input_ids)
+    halves = [part[:3], part[3:]]
+    again = Corrupted.cat(halves)
+    for batch in (again, pickle.loads(pickle.dumps(part)), part.to("cpu"), copy.copy(part)):
+        for name, field in FIELD_OF.items():
+            assert (getattr(batch, field) is not None) == (name in outputs)
+        if "masked_rows" in outputs:
+            assert torch.equal(batch.masked_rows, whole.masked_rows)
+    other = make_part(() if outputs else OUTPUTS)
+    with pytest.raises(ValueError, match="all of the same .* outputs and masking"):
+        Corrupted.cat([part, other])
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_is_missing_is_named(name: Output) -> None:
+    batch = make_part([output for output in OUTPUTS if output != name])
+    message = f"the batch has no {name}, which this needs: make it with outputs=... that include"
+    hidden, weight = torch.zeros(6, 32, 4), torch.zeros(20, 4)
+    uses = {
+        "labels": [lambda: masked_nll(hidden, weight, batch), lambda: batch.clean_ids],
+        "masked_indices": [lambda: batch[[0, 2]], lambda: batch.clean_ids],
+        "masked_rows": [lambda: masked_nll(hidden, weight, batch), lambda: batch.masked_rows],
+    }
+    for use in uses[name]:
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_int32_ids() -> None:
+    wide, narrow = make_part(), make_part(ids_dtype=torch.int32)
+    for name in ("input_ids", "labels", "masked_rows", "clean_ids"):
+        assert getattr(narrow, name).dtype == torch.int32
+        assert torch.equal(getattr(narrow, name).long(), getattr(wide, name)), name
+    assert narrow[[4, 1]].masked_rows.dtype == torch.int32
+    hidden, weight = torch.randn(6, 32, 4), torch.randn(20, 4)
+    assert torch.equal(masked_nll(hidden, weight, narrow), masked_nll(hidden, weight, wide))
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize("outputs", SUBSETS)
+def test_a_batch_takes_over_the_memory_of_another(
+    outputs: tuple[Output, ...], profiled: bool
+) -> None:
+    old, expected = make_part(outputs, torch.int32), make_part(outputs, torch.int32, seed=2)
+    with torch.profiler.profile() if profiled else nullcontext():  # as torch's operator
+        new = make_part(outputs, torch.int32, out=old, seed=2)
+    for name in ("input_ids", "times", "loss_weight", "num_masked", "num_maskable"):
+        assert torch.equal(getattr(new, name), getattr(expected, name))
+        assert getattr(new, name).data_ptr() == getattr(old, name).data_ptr()
+    for name, field in FIELD_OF.items():
+        if name in outputs:
+            assert torch.equal(getattr(new, name), getattr(expected, name))
+            assert getattr(new, field).data_ptr() == getattr(old, field).data_ptr()
+
+
+def test_a_batch_that_cannot_be_taken_over() -> None:
+    message = r"out is Corrupted.*: it must be a whole batch of shape \[6, 32\] and torch.int64"
+    relabelled = replace(make_part(), labels=make_part().labels.int())
+    others = make_part(("labels",)), make_part(ids_dtype=torch.int32), make_part()[:3], relabelled
+    for other in others:
+        with pytest.raises(ValueError, match=message):
+            make_part(out=other)
+
+
+def test_unknown_outputs_and_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"outputs is \('rows',\): it must be some of 'labels'"):
+        make_part(("rows",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="outputs is 'labels': it must be some of"):
+        make_part("labels")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ids_dtype is torch.int16: it must be torch.int64 or"):
+        make_part(ids_dtype=torch.int16)

@@ -1,4 +1,4 @@
-"""GPU kernels, compiled without a GPU: the table of `benchmarks/gpu_code.py`, warnings, and that a
+"""GPU kernels, compiled without a GPU: the table of `benchmarks.gpu_code`, warnings, and that a
 launch that cannot be made says why."""
 
 import importlib.metadata
@@ -15,7 +15,8 @@ from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.seconds
 LIBRARY = next(iter(ROOT.glob("nar_kernels/_cuda.*.so")), None)
-KERNELS = ["corrupt", "nll", "unmask"]
+COUNTS = ROOT / "benchmarks/gpu_code/sm90.json"
+KERNELS = ["corrupt", "nll", "unmask", "choose"]
 needs_library = pytest.mark.skipif(
     LIBRARY is None, reason="nar_kernels._cuda is not built: no nvcc"
 )
@@ -50,28 +51,46 @@ def rows(request, tmp_path_factory):
     """The table for one architecture, which takes half a minute."""
     triton, architecture = request.param
     out = tmp_path_factory.mktemp("gpu_code") / "rows.json"
-    command = [sys.executable, ROOT / "benchmarks/gpu_code.py", "--json", out]
+    command = [sys.executable, "-m", "benchmarks.gpu_code", "--json", out]
     command += ["--architectures", str(architecture)]
     environment = environment_with(triton)
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
     table = json.loads(out.read_text())
     assert {row["sm"] for row in table} == {architecture}
     return table
 
 
 def test_next_to_nothing_spills(rows, request):
-    """Nothing with the Triton of the constraints; with another one, some words of two variants."""
+    """Nothing with the Triton of the constraints; with another one, some words of two variants.
+
+    CUDA's rare functions save registers to memory; what counts there is how often that runs.
+    """
     installed = importlib.metadata.version("triton")
     is_other = request.node.callspec.params["rows"][0] != "installed"
     most = 32 if is_other or not installed.startswith("3.9.") else 0
-    assert [row for row in rows if row["spill"] > most] == []
+    spills = [row for row in rows if row["spill"] > most and row["kernel"].startswith("Triton")]
+    assert spills == []
+    counted = [row for row in rows if row["unit"]]
+    assert [row for row in counted if row["spilled per unit"] > 0.03 * row["per unit"]] == []
 
 
 def test_a_block_fits_into_the_register_file(rows):
-    threads = {"CUDA": 512}  # kMaxWarps
     for row in rows:
-        block = threads.get(row["kernel"].partition(":")[0], row["threads"])
-        assert row["registers"] * block <= 65536, row
+        assert row["registers"] * row["threads"] <= 65536, row
+
+
+def test_instructions_are_those_of_the_committed_table(rows, request):
+    """A change that costs or saves instructions shows: `python -m benchmarks.gpu_code
+    --architectures 90 --json benchmarks/gpu_code/sm90.json`."""
+    installed = importlib.metadata.version("triton")
+    if request.node.callspec.params["rows"] != ("installed", 90) or installed[:3] != "3.9":
+        pytest.skip("the table is that of sm_90 and Triton 3.9")
+    committed = {row["kernel"]: row for row in json.loads(COUNTS.read_text())}
+    counted = {row["kernel"]: row for row in rows if row["unit"]}
+    for kernel, row in counted.items():
+        assert row["per unit"] == pytest.approx(committed[kernel]["per unit"], rel=0.03), kernel
+    cuda_is_there = any(kernel.startswith("CUDA") for kernel in counted)
+    assert {*committed} == {row["kernel"] for row in rows} or not cuda_is_there
 
 
 def test_no_two_threads_read_what_another_block_publishes(rows):
@@ -81,13 +100,15 @@ def test_no_two_threads_read_what_another_block_publishes(rows):
 
 def test_main_loads_and_stores_move_16_bytes(rows):
     for row in rows:
-        narrow = any(name in row["kernel"] for name in ("step", "windows", "at any address"))
+        narrow = any(
+            name in row["kernel"] for name in ("step", "windows", "at any address", "choose")
+        )
         assert row["16-byte loads"] > 0 or narrow, row
-        stores_little = any(name in row["kernel"] for name in ("no gradient", "unmask"))
+        stores_little = any(name in row["kernel"] for name in ("no gradient", "unmask", "choose"))
         assert row["16-byte stores"] > 0 or stores_little, row
 
 
-@needs_library
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_both_languages_are_in_the_table(rows):
     assert {row["kernel"].partition(":")[0] for row in rows} == {"Triton", "CUDA"}
 
@@ -115,7 +136,7 @@ def test_a_launch_that_fails_says_why():
     assert "sm_90" in architectures
     assert launch.startswith("RuntimeError cudaSetDevice failed: cudaError")
     assert "driver" in launch or "device" in launch
-    assert count == "ValueError there are 24 arguments, but this build takes 25"
+    assert count == "ValueError there are 28 arguments, but this build takes 29"
     assert kind == "AttributeError 'str' object has no attribute 'data_ptr'"
 
 

@@ -1,8 +1,11 @@
 """Logits of a linear head that are only looked at: against PyTorch's product, and row by row."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_kernels.ops import linear
 from nar_kernels.ops.arguments import LinearArgs
@@ -10,6 +13,7 @@ from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.linear import (
     ChunkLimits,
     LogitsMemory,
+    add_product,
     chunk_size,
     inferred_logits,
     run_linear,
@@ -175,3 +179,90 @@ def test_autocast_and_types(monkeypatch):
     torch.testing.assert_close(logits.float(), F.linear(hidden, weight, bias), atol=0.05, rtol=0.05)
     with pytest.raises(TypeError, match=r"hidden is torch.float64 but weight is torch.float32"):
         next(inferred_logits(hidden.double(), weight, bias, LogitsMemory()))
+
+
+def test_a_chunk_fits_into_a_gpu(monkeypatch):
+    gpu = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for vocabulary in (257, 65_536):
+        assert chunk_size(1 << 16, vocabulary, gpu, linear.NLL_LIMITS) == 16_384
+    small = types.SimpleNamespace(total_memory=8 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {gpu: small}.__getitem__)
+    assert chunk_size(1 << 16, 65_536, gpu, linear.NLL_LIMITS) == 2048
+
+
+# ---- sums of products
+
+
+class Cublas(TorchDispatchMode):
+    """Computes on the CPU what PyTorch has for GPUs alone, and keeps the names of products."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.name():
+            self.products.append(function.name())
+        if function.name() == "aten::mm.dtype_out":
+            a, b, dtype = args
+            return kwargs["out"].copy_(a.to(dtype) @ b.to(dtype))
+        if function.name() == "aten::addmm.dtype_out":
+            total, a, b, dtype = args
+            assert total is kwargs["out"]
+            return total.add_(a.to(dtype) @ b.to(dtype))
+        return function(*args, **kwargs or {})
+
+
+def sum_of_products(parts, start):
+    total = start.clone()
+    for i, (a, b) in enumerate(parts):
+        add_product(total, a, b, first=i == 0)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_add_product(dtype, monkeypatch):
+    """Where a GEMM can, it adds to float32: no product is rounded to a narrower type."""
+    parts = [(torch.randn(7, 9).to(dtype), torch.randn(9, 5).to(dtype)) for _ in range(3)]
+    exact = sum(a.double() @ b.double() for a, b in parts)
+    garbage = torch.full((7, 5), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+    is_narrow = garbage.dtype != dtype
+    has_overloads = hasattr(torch.ops.aten.addmm, "dtype_out")  # from PyTorch 2.8 on
+    for adds in (False, True)[: 1 + has_overloads]:
+        monkeypatch.setattr(linear, "_gemm_adds_in_float32", lambda device, adds=adds: adds)
+        with Cublas() as cublas:
+            got = sum_of_products(parts, garbage)
+        error = float((got - exact).abs().max())
+        assert got.dtype == garbage.dtype
+        if is_narrow:
+            assert (error < 1e-5) == adds and error < 0.1
+            name = {
+                False: ["aten::mm"] * 3,
+                True: ["aten::mm.dtype_out"] + 2 * ["aten::addmm.dtype_out"],
+            }
+            assert cublas.products == name[adds]
+        else:
+            assert error < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_add_product_on_a_gpu(dtype):
+    """Also to a matrix with gaps behind its rows, as logits have."""
+    memory = torch.randn(3, 96, 320, device="cuda").to(dtype)
+    parts = [(x[:, :300].t(), torch.randn(96, 64, device="cuda").to(dtype)) for x in memory]
+    exact = sum(a.double() @ b.double() for a, b in parts)
+    got = sum_of_products(parts, torch.full((300, 64), torch.nan, device="cuda"))
+    error = float((got - exact).abs().max() / exact.abs().max())
+    assert error < (1e-5 if linear._gemm_adds_in_float32(got.device) else 2e-2)
+
+
+def test_which_gemm_adds_in_float32(monkeypatch):
+    for has in (False, True):
+        monkeypatch.setattr(linear, "_HAS_FLOAT32_SUMS", has)
+        assert linear._gemm_adds_in_float32(torch.device("cuda")) == has
+        assert not linear._gemm_adds_in_float32(CPU)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not linear._gemm_adds_in_float32(torch.device("cuda"))

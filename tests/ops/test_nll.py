@@ -22,7 +22,7 @@ from tests.helpers.losses import (
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # In Triton's interpreter, of what a GPU computes in silence, as in the gaps between rows.
-    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),
 ]
 
 GUARD = 64  # elements, and one more: rows at any alignment
@@ -272,6 +272,48 @@ def test_bad_labels(backend, dtype):
         expected = run_nll(NllArgs(alone, *of_good, gradient=gradient), backend)
         assert nll[1:-1].isnan().all() and torch.equal(nll[good], expected)
         assert not gradient or torch.equal(guarded.logits[good], alone)
+
+
+@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
+def test_ignored_rows(backend, dtype, poisoned_memory):
+    """Their logits, which may be anything, become zeros."""
+    device = device_of(backend)
+    logits, labels, bias, weight = softmax_problem(len(BAD_LABELS) + 3, 5, dtype)
+    labels[1:-2] = torch.tensor(BAD_LABELS)
+    logits[1:-2] = torch.nan
+    weight[1:-1] = 0  # the label of one of them is in the vocabulary
+    others = [x.to(device) for x in (labels, bias, weight)]
+    wide = logits.double() + bias.double()
+    expected = F.cross_entropy(wide, labels.clamp(0, 4), reduction="none")
+    expected[1:-2] = 0
+    for gradient in (True, False):
+        guarded = Guarded(logits.to(device), gap=11)
+        nll = run_nll(NllArgs(guarded.logits, *others, gradient=gradient), backend).cpu()
+        guarded.check()
+        assert_near(nll, expected, 1e-6)
+        if gradient:
+            got = guarded.logits.cpu()
+            assert (got[1:-1] == 0).all() and (got[[0, -1]] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
+def test_labels_outside_have_no_one_hot(backend, dtype):
+    device = device_of(backend)
+    logits, _, _, weight = softmax_problem(len(BAD_LABELS), 5, dtype)
+    labels, moved = torch.tensor(BAD_LABELS).to(device), logits.clone().to(device)
+    run_nll(NllArgs(moved, labels, None, weight.to(device), gradient=True), backend)
+    expected = weight.double()[:, None] * logits.double().softmax(1)
+    allowed = softmax_error(backend, dtype) * expected.abs() + 2**-25
+    assert ((moved.cpu().double() - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("backend, dtype", BACKENDS_AND_DTYPES)
+def test_without_bias_and_gradient_logits_are_left_alone(backend, dtype):
+    for vocabulary in (5, 300):
+        logits, labels, _, _ = softmax_problem(3, vocabulary, dtype)
+        moved = logits.clone().to(device_of(backend))
+        run_nll(NllArgs(moved, labels.to(moved.device), None, None, gradient=False), backend)
+        assert torch.equal(moved.cpu(), logits)
 
 
 @pytest.mark.cpp

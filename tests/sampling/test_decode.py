@@ -1,18 +1,15 @@
 """The unmasking loop, on nets that are plain functions."""
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from nar_kernels.sampling.decode import DecodeState, decode
 from nar_kernels.sampling.halton import halton_order
 from nar_kernels.sampling.plan import Block, Plan, Step, make_plan
-from nar_kernels.sampling.strategies import Ranking, UnmaskingPolicy
+from nar_kernels.sampling.strategies import UnmaskingPolicy
 from nar_kernels.spec.schedules import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -385,45 +382,3 @@ def test_changing_a_state_changes_nothing_else():
 def test_small_shapes(shape, policy):
     ids = states_of(confident_from_the_left, [0], shape, policy)[-1].ids
     assert ids.shape == shape and (ids != MASK_ID).all()
-
-
-def test_ranking_of_sequences_with_different_counts():
-    """Ties are filled from the left, and -inf is a score like any other."""
-    rows = torch.tensor([0, 1, 2, 3, 4, 17, 18, 19])  # none of the second sequence of ten
-    score = torch.tensor([1.0, 2.0, 2.0, -math.inf, 2.0, 0.0, -math.inf, 0.0])
-    ranking = Ranking(score, rows, torch.tensor([5, 3, 0]))
-    left = torch.tensor([2, 1, 0])
-    assert ranking.first(left).tolist() == [1, 2, 4, 17, 19]
-    assert ranking.last(left).tolist() == [0, 3, 18]
-    assert ranking.last(torch.tensor([4, 3, 0])).tolist() == [0, 2, 3, 4, 17, 18, 19]
-
-
-SCORES = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.25, 3.0, math.inf])  # with ties
-
-
-@given(st.data(), st.lists(st.integers(0, 9), max_size=4), st.sampled_from([SCORES, st.floats()]))
-def test_ranking_against_a_sort(data, counts, scores):
-    length = 9
-    positions = st.permutations(range(length))
-    own = [sorted(data.draw(positions)[:n]) for n in counts]
-    rows = [length * b + i for b, places in enumerate(own) for i in places]
-    number = dict(min_size=len(rows), max_size=len(rows))
-    score = data.draw(st.lists(scores.filter(lambda x: not math.isnan(x)), **number))
-    left = [data.draw(st.integers(0, n)) for n in counts]
-    first, last = [], []
-    for b, n in enumerate(left):
-        ranked = sorted(
-            (i for i, row in enumerate(rows) if row // length == b),
-            key=lambda i: (-score[i], rows[i]),
-        )
-        ranked = [rows[i] for i in ranked]
-        first += ranked[: len(ranked) - n]
-        last += sorted(ranked[len(ranked) - n :])
-    ranking = Ranking(
-        torch.tensor(score, dtype=torch.float64),
-        torch.tensor(rows, dtype=torch.int64),
-        torch.tensor(counts, dtype=torch.int64),
-    )
-    left = torch.tensor(left, dtype=torch.int64)
-    assert ranking.first(left).tolist() == first
-    assert ranking.last(left).tolist() == last

@@ -15,7 +15,7 @@ from nar_kernels.errors import InvalidLogitsError
 from nar_kernels.nets.adapter import batch_independent
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.sampling.config import Strategy
-from nar_kernels.sampling.decode import DeferredNanCheck
+from nar_kernels.sampling.nans import DeferredNanCheck
 from nar_kernels.sampling.prompt import is_one_sequence, read_prompt
 from tests.helpers.goodness_of_fit import chi_square_p
 

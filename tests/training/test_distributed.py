@@ -116,6 +116,7 @@ def as_a_rank(rank: int, folder: Path) -> None:
     for loss, accumulate in GRADIENTS:
         found[f"{loss} {accumulate}"] = gradients(folder, loss, accumulate)
     found["mistake"] = with_counts_of_its_own(folder)
+    found["static"] = [weights_after(folder, cuda_graph=flag) for flag in (False, True)]
     for name, number in STOPS.items():
         config = small(folder, name)
         found[name] = signalled(config, number, at_step=4, here=rank == 1)
@@ -175,6 +176,14 @@ def refused_data(folder: Path) -> str:
     except ValueError as error:
         return f"{type(error).__name__} {error}"
     return "nothing"
+
+
+def weights_after(folder: Path, **options: Any) -> list[Tensor]:
+    """Those of three steps of two microbatches."""
+    run = Run(small(folder, "none", accumulate=2, **options), CPU)
+    for step, batch in zip(range(3), run.batches(), strict=False):
+        run.step(batch, step)
+    return [p.detach().clone() for p in run.model.parameters()]
 
 
 def with_counts_of_its_own(folder: Path) -> tuple[Tensor, list[Tensor]]:
@@ -283,6 +292,15 @@ def test_losses_and_gradients(folder, found, loss, accumulate):
         ours, grads = found[rank][f"{loss} {accumulate}"]
         torch.testing.assert_close(ours, value, rtol=1e-5, atol=0)
         torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_step_of_a_cuda_graph(found):
+    for rank in range(RANKS):
+        ordinary, static = found[rank]["static"]
+        for x, y in zip(static, ordinary, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    for x, y in zip(*(found[rank]["static"][1] for rank in range(RANKS)), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_mean_of_means_would_be_noticed(folder, found):

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from nar_kernels.training import checkpoint
-from nar_kernels.training.model import build_model, checkpoint_activations, choose_bf16, load_model
+from nar_kernels.training.model import (
+    build_model,
+    checkpoint_activations,
+    choose_bf16,
+    load_model,
+    prepare,
+)
 from nar_kernels.training.step import loss_and_gradient
 from nar_kernels.training.train import Run, train
 from tests.helpers.runs import SENTENCE, SPEC, gradients, same, small, uneven_batch
@@ -102,13 +108,23 @@ def test_checkpointed_activations_change_no_gradient(sentences, tmp_path):
     assert same(*found)
 
 
+def test_the_mode_of_the_compiler(sentences, tmp_path, monkeypatch):
+    modes: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net, mode: modes.append(mode))
+    for mode in ("default", "reduce-overhead"):
+        config = small(sentences, tmp_path, compile=True, compile_mode=mode)
+        prepare(build_model(config, SPEC), config, torch.device("cpu"))
+    assert modes == ["default", "reduce-overhead"]
+
+
 @pytest.mark.seconds
 def test_options_that_change_no_weight(sentences, tmp_path, monkeypatch):
     """The backend that compiles takes a minute; here another one, which only traces."""
     compile_it = nn.Module.compile
     counters = torch._dynamo.utils.counters
 
-    def trace(net: nn.Module) -> None:
+    def trace(net: nn.Module, mode: str) -> None:
+        assert mode == "default"
         counters.clear()
         compile_it(net, backend="aot_eager")
 

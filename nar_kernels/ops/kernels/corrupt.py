@@ -44,7 +44,7 @@ _COUNT_BITS = tl.constexpr((1 << 60) - 1)
 # Rows up to this length stay in registers. In longer ones every pass makes the keys again, which
 # costs less than to store and read them.
 MAX_TILE = 4096
-LONG_ROW_TILE = 2048  # with more, registers spill on sm_100
+LONG_ROW_TILE = 1024  # with more, registers spill
 
 
 # What the steps of a row hand to each other. Made by keyword: Triton's cache of compiled kernels
@@ -248,10 +248,10 @@ def _bernoulli_count(row, held, ratio, TILE: tl.constexpr):
 @triton.jit
 def _bernoulli_bounds(ratio, shares):
     """The ratio and its shares are bounds: a key is uniform over 32 bits."""
-    keep = ratio * shares.keep >> 31
-    replace = ratio * shares.replace >> 31
+    keep = (ratio * shares.keep >> 31).to(tl.uint32)
+    replace = (ratio * shares.replace >> 31).to(tl.uint32)
     no_tie = tl.zeros((), tl.int32)
-    return _row_bounds(keep, replace, ratio, no_tie, no_tie, no_tie)
+    return _row_bounds(keep, replace, ratio.to(tl.uint32), no_tie, no_tie, no_tie)
 
 
 @triton.jit
@@ -279,15 +279,17 @@ def _count_below(row, held, pivot0, pivot1, pivot2, RANKS: tl.constexpr, TILE: t
     count0, count1, count2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     for first in range(0, row.end, TILE):
         keys = _tile(row, held, first, TILE).keys
-        # 21 bits each: one reduction instead of three.
-        below = (keys < pivot2.to(tl.uint32)).to(tl.int64)
         if RANKS == 3:
-            below += (keys < pivot0.to(tl.uint32)).to(tl.int64) << 21
-            below += (keys < pivot1.to(tl.uint32)).to(tl.int64) << 42
-        counts = tl.sum(below)
-        count2 += (counts & 0x1FFFFF).to(tl.int32)
-        count0 += ((counts >> 21) & 0x1FFFFF).to(tl.int32)
-        count1 += (counts >> 42).to(tl.int32)
+            # 21 bits each: one reduction instead of three.
+            below = (keys < pivot2).to(tl.int64)
+            below += (keys < pivot0).to(tl.int64) << 21
+            below += (keys < pivot1).to(tl.int64) << 42
+            counts = tl.sum(below)
+            count2 += (counts & 0x1FFFFF).to(tl.int32)
+            count0 += ((counts >> 21) & 0x1FFFFF).to(tl.int32)
+            count1 += (counts >> 42).to(tl.int32)
+        else:
+            count2 += tl.sum((keys < pivot2).to(tl.int32))
     return count0, count1, count2
 
 
@@ -309,7 +311,7 @@ def _break_ties(row, held, keep, replace, mask, TILE: tl.constexpr):
 def _break_tie(tile, key, tie, wanted):
     """The position behind the ``wanted``-th of the equal keys, once a tile has it, and how many
     are wanted of the next tiles."""
-    equal = tile.can_mask & (tile.keys == key.to(tl.uint32))
+    equal = tile.can_mask & (tile.keys == key)
     order = tl.cumsum(equal.to(tl.int32), 0)
     tie += tl.max(tl.where(equal & (order == wanted), tile.position + 1, 0))
     return tie, wanted - tl.sum(equal.to(tl.int32))
@@ -318,9 +320,9 @@ def _break_tie(tile, key, tie, wanted):
 @triton.jit
 def _row_bounds(keep, replace, mask, keep_tie, replace_tie, mask_tie):
     return RowBounds(
-        keep=KeyBound(key=keep.to(tl.uint32), tie=keep_tie),
-        replace=KeyBound(key=replace.to(tl.uint32), tie=replace_tie),
-        mask=KeyBound(key=mask.to(tl.uint32), tie=mask_tie),
+        keep=KeyBound(key=keep, tie=keep_tie),
+        replace=KeyBound(key=replace, tie=replace_tie),
+        mask=KeyBound(key=mask, tie=mask_tie),
     )
 
 
@@ -329,7 +331,8 @@ def _row_bounds(keep, replace, mask, keep_tie, replace_tie, mask_tie):
 
 @triton.jit
 def _publish(record, index, flag, count):
-    tl.atomic_xchg(record + _FIRST_ROW + index, count.to(tl.int64) + flag)
+    # The word is all that others read: no memory needs to be in order with it.
+    tl.atomic_xchg(record + _FIRST_ROW + index, count.to(tl.int64) + flag, sem="relaxed")
 
 
 @triton.jit
@@ -391,23 +394,39 @@ def _corrupt_ids(row, tile, first, masked, bounds, RANKS: tl.constexpr, TILE: tl
 
 
 @triton.jit
+def _order_of(chosen, TILE: tl.constexpr):
+    """How many are chosen before each position, and in all. A scan of quarters, since one of all
+    positions takes four times the shuffles."""
+    quads = chosen.to(tl.int32).reshape(TILE // 4, 4)
+    of_quad = tl.sum(quads, 1)
+    before = tl.cumsum(of_quad, 0) - of_quad
+    order = before[:, None] + tl.cumsum(quads, 1) - quads
+    return order.reshape(TILE), tl.sum(of_quad)
+
+
+@triton.jit
 def _write_positions(
     row, held, bounds, before, input_ids, labels, masked_indices, rows, record,
     RANKS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Ids, labels and mask of a row, and the indices of the masked ones, by stream compaction."""
+    """Ids, labels and mask of a row, and the indices of the masked ones, by stream compaction; what
+    is None is not wanted."""
+    kind: tl.constexpr = input_ids.dtype.element_ty
     for first in range(0, row.end, TILE):
         tile = held if held is not None else _load_tile(row, first, record, TILE)
         masked = tile.can_mask & _is_below(tile, bounds.mask)
         ids = _corrupt_ids(row, tile, first, masked, bounds, RANKS, TILE)
         inside = tile.position < row.seq_len
         at = row.index * row.seq_len + tile.position
-        tl.store(input_ids + at, ids.to(tl.int64), mask=inside)
-        tl.store(labels + at, tl.where(masked, tile.clean, _IGNORE).to(tl.int64), mask=inside)
-        tl.store(masked_indices + at, masked, mask=inside)
-        order = tl.cumsum(masked.to(tl.int32), 0)
-        tl.store(rows + before + order - 1, at, mask=masked)
-        before += tl.sum(masked.to(tl.int32))
+        tl.store(input_ids + at, ids.to(kind), mask=inside)
+        if labels is not None:
+            tl.store(labels + at, tl.where(masked, tile.clean, _IGNORE).to(kind), mask=inside)
+        if masked_indices is not None:
+            tl.store(masked_indices + at, masked, mask=inside)
+        if rows is not None:
+            order, count = _order_of(masked, TILE)
+            tl.store(rows + before + order, at.to(kind), mask=masked)
+            before += count
 
 
 # ---- the kernel: a row top to bottom
@@ -472,8 +491,10 @@ def corrupt_kernel(
         times, loss_weight, num_masked, num_maskable, weight_table, index, time, n, count, EXACT
     )
 
-    before = _rows_before(record, index, LOOK_BACK)
-    _publish(record, index, _UP_TO, before + count)
+    before = tl.zeros((), tl.int64)
+    if rows is not None:
+        before += _rows_before(record, index, LOOK_BACK)
+        _publish(record, index, _UP_TO, before + count)
     _write_positions(
         row, held, bounds, before, input_ids, labels, masked_indices, rows, record, RANKS, TILE
     )
@@ -487,7 +508,9 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
     fits = a.seq_len <= MAX_TILE
     tile = max(triton.next_power_of_2(a.seq_len), 64) if fits else LONG_ROW_TILE
-    num_warps = min(max(tile // 256, 1), 16)
+    # What a row does once, each of its warps does. Threads of a long row, which makes its keys
+    # again in every pass, have registers for half as many positions.
+    num_warps = max(tile // (512 if fits else 256), 1)
     return {
         "ORDERED": a.num_windows > 0,
         "SHUFFLE": a.shuffle and a.num_windows > 0,
@@ -507,9 +530,12 @@ _launch = Launcher(corrupt_kernel, _VARYING)
 
 def kernel_arguments(outputs: tuple[Tensor, ...], a: CorruptArgs) -> tuple[Any, ...]:
     """All but the compile-time ones, in the order of the kernel."""
+    ids, labels, masked_indices, *of_rows, row_buffer, record = outputs
     return (
         a.tokens, a.starts, a.sample_ids, a.step, a.maskable, a.never_mask,
-        a.ratio_table, a.weight_table, a.seed, a.seed_tensor, *outputs, a.tokens.numel(),
+        a.ratio_table, a.weight_table, a.seed, a.seed_tensor, ids, labels if a.labels else None,
+        masked_indices if a.masked_indices else None, *of_rows,
+        row_buffer if a.masked_rows else None, record, a.tokens.numel(),
         a.seq_len, a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride,
         a.global_batch, a.keep_share, a.random_share, a.coin_share,
     )  # fmt: skip
@@ -525,5 +551,6 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     device = a.ratio_table.get_device()
     corrupts = bool(a.keep_share or a.random_share)
     order = a.num_windows > 0, a.shuffle
-    variant = device, a.tokens.dtype, order, a.exact, a.stratified, corrupts
+    wanted = a.narrow, a.labels, a.masked_indices, a.masked_rows
+    variant = device, a.tokens.dtype, order, a.exact, a.stratified, corrupts, wanted
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))

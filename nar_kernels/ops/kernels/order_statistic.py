@@ -11,27 +11,27 @@ import triton.language as tl
 
 
 class PivotSearch(NamedTuple):
-    """The pivot that has exactly ``rank`` keys below it lies in ``[low, high)``."""
+    """The pivot that has exactly ``rank`` keys below it lies in ``[low, last]``."""
 
     rank: tl.tensor  # int32
-    low: tl.tensor  # int64
-    high: tl.tensor
+    low: tl.tensor  # uint32
+    last: tl.tensor
     below_low: tl.tensor  # int32: so many keys are
-    below_high: tl.tensor
+    below_end: tl.tensor  # up to `last`
 
 
 @triton.jit
 def start_search(rank, n):
     """Among ``n`` keys of 32 bits."""
-    low = tl.zeros((), tl.int64)
+    low = tl.zeros((), tl.uint32)
     return PivotSearch(
-        rank=rank, low=low, high=low + (1 << 32), below_low=tl.zeros((), tl.int32), below_high=n
+        rank=rank, low=low, last=low + 0xFFFFFFFF, below_low=tl.zeros((), tl.int32), below_end=n
     )
 
 
 @triton.jit
 def is_done(search):
-    return (search.below_low == search.rank) | (search.high - search.low <= 1)
+    return (search.below_low == search.rank) | (search.low == search.last)
 
 
 @triton.jit
@@ -43,14 +43,16 @@ def num_wanted(search):
 @triton.jit
 def propose(search, turn):
     """The next pivot. Random keys are nearly evenly spread, so interpolation homes in within about
-    five turns; a bisection every other turn after that bounds their number for any keys. (Every
-    pivot is correct: rounding here cannot change a result.)"""
-    width = search.high - search.low
-    keys = (search.below_high - search.below_low).to(tl.float32)
+    four turns; a bisection every other turn after the eighth bounds their number for any keys.
+    (Every pivot is right: rounding here cannot change a result.)"""
+    most = search.last - search.low
+    keys = (search.below_end - search.below_low).to(tl.float32)
     share = (num_wanted(search).to(tl.float32) + 0.5) / (keys + 1)
     share = tl.where((turn < 8) | (turn % 2 == 0), share, 0.5)
-    offset = tl.minimum(tl.maximum((width.to(tl.float32) * share).to(tl.int64), 1), width - 1)
-    offset = tl.where(search.rank == search.below_high, width - 1, offset)
+    # The largest float below 2**32, which no conversion leaves undefined.
+    offset = tl.minimum(most.to(tl.float32) * share, 4294967040.0).to(tl.uint32)
+    offset = tl.minimum(tl.maximum(offset, 1), most)
+    offset = tl.where(search.rank == search.below_end, most, offset)
     return tl.where(is_done(search), search.low, search.low + offset)
 
 
@@ -63,7 +65,7 @@ def learn(search, pivot, below):
     return PivotSearch(
         rank=search.rank,
         low=tl.where(up, pivot, search.low),
-        high=tl.where(down, pivot, search.high),
+        last=tl.where(down, pivot - 1, search.last),
         below_low=tl.where(up, below, search.below_low),
-        below_high=tl.where(down, below, search.below_high),
+        below_end=tl.where(down, below, search.below_end),
     )

@@ -12,14 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nar_kernels.ops.arguments import UnmaskArgs
+from nar_kernels.ops.kernels.float_math import exp_of_negative, gumbel, log_of_positive
 from nar_kernels.ops.kernels.launcher import Launcher
 from nar_kernels.ops.kernels.random import random_words
 from nar_kernels.spec.philox import Stream
 
 _DECODE_NOISE = tl.constexpr(int(Stream.DECODE_NOISE))
 _LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
-_LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts
-_LN2_LOW = tl.constexpr(-2.12194440e-4)
 
 # Columns per block, at most.
 MAX_BLOCK = 1024
@@ -48,55 +47,6 @@ class TopK(NamedTuple):
     shift: tl.tensor  # of a key, which leaves as many bits as the prefix has
     prefix: tl.tensor
     last_tie: tl.tensor  # column
-
-
-@triton.jit
-def _exp_of_negative(x):
-    shifted = x * 1.44269504 + 12582912.0  # 1.5 * 2**23: leaves the integer in the low bits
-    n = shifted - 12582912.0
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    p = r * 1.9875691500e-4 + 1.3981999507e-3
-    p = (p * r + 8.3334519073e-3) * r + 4.1665795894e-2
-    p = (p * r + 1.6666665459e-1) * r + 5.0000001201e-1
-    p = p * (r * r) + r + 1.0
-    power = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
-    return tl.where(x < -87.0, 0.0, p * power.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _log_of_parts(exponent, f):
-    y = (f * 7.0376836292e-2 - 1.1514610310e-1) * f + 1.1676998740e-1
-    y = (y * f - 1.2420140846e-1) * f + 1.4249322787e-1
-    y = (y * f - 1.6668057665e-1) * f + 2.0000714765e-1
-    y = (y * f - 2.4999993993e-1) * f + 3.3333331174e-1
-    y = y * f * (f * f) + exponent * _LN2_LOW - 0.5 * (f * f)
-    return f + y + exponent * _LN2_HIGH
-
-
-@triton.jit
-def _parts(x):
-    """A positive x as 2**exponent * (1 + f), for ``_log_of_parts``."""
-    bits = x.to(tl.int32, bitcast=True)
-    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
-    is_low = mantissa < 0.707106781
-    exponent = ((bits >> 23) - 126 - is_low.to(tl.int32)).to(tl.float32)
-    return exponent, tl.where(is_low, mantissa + mantissa, mantissa) - 1.0
-
-
-@triton.jit
-def _log_of_positive(x):
-    exponent, f = _parts(x)
-    return _log_of_parts(exponent, f)
-
-
-@triton.jit
-def _gumbel(words):
-    u = ((words & 0x3FFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
-    rest = (((words ^ 0xFFFFFFFF) >> 1).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
-    exponent, f = _parts(rest)
-    is_small = words < 1 << 30
-    log = _log_of_parts(tl.where(is_small, 0.0, exponent), tl.where(is_small, -u, f))
-    return -_log_of_positive(-log)
 
 
 @triton.jit
@@ -224,14 +174,28 @@ def _find_top_k(row, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _score_bound(from_largest, words, inverse_temperature):
+    """No score is above. Noise is at most -log(u); scores and this are rounded, more where they are
+    large."""
+    u = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
+    return from_largest * (inverse_temperature * 0.999999) + (1e-3 - 0.6931472 * tl.log2(u))
+
+
+@triton.jit
+def _better(best, best_column, score, column):
+    is_better = score > best
+    return tl.where(is_better, score, best), tl.where(is_better, column, best_column)
+
+
+@triton.jit
 def _confidence(total, gap_units, num_largest, second, CONFIDENCE: tl.constexpr):
     """Negative entropy or margin, from the sums of each lane."""
     if CONFIDENCE == "entropy":
         gap = tl.div_rn(_from_units(tl.sum(gap_units)), total)
-        sure = -(_log_of_positive(total) + gap)
+        sure = -(log_of_positive(total) + gap)
     else:
         gap = tl.where(tl.sum(num_largest) > 1, 0.0, tl.max(second))
-        sure = tl.div_rn(1.0 - _exp_of_negative(gap), total)
+        sure = tl.div_rn(1.0 - exp_of_negative(gap), total)
     return sure
 
 
@@ -274,6 +238,7 @@ def unmask_kernel(
     # Per lane: the best score and the sums over every BLOCK-th column.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_column = tl.zeros([BLOCK], tl.int32)
+    to_beat = tl.full((), float("-inf"), tl.float32)
     exp_units = tl.zeros([BLOCK], tl.int64)
     gap_units = tl.zeros([BLOCK], tl.int64)
     num_largest = tl.zeros([BLOCK], tl.int32)
@@ -281,20 +246,22 @@ def unmask_kernel(
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
         from_largest = _load_kept(row, column, top) - largest
-        score = from_largest
-        if has_noise:
-            words = random_words(seed, _DECODE_NOISE, slot, first, BLOCK)
-            score = from_largest * inverse_temperature + _gumbel(words)
-        is_better = score > best
-        best = tl.where(is_better, score, best)
-        best_column = tl.where(is_better, column, best_column)
-        exp = _exp_of_negative(from_largest)
+        exp = exp_of_negative(from_largest)
         exp_units += _units(exp)
         if CONFIDENCE == "entropy":
             gap_units += _units(exp * tl.minimum(-from_largest, 87.0))
         if CONFIDENCE == "margin":
             num_largest += (from_largest == 0.0).to(tl.int32)
             second = tl.maximum(second, tl.where(from_largest < 0.0, from_largest, float("-inf")))
+        if has_noise:
+            words = random_words(seed, _DECODE_NOISE, slot, first, BLOCK)
+            # Noise is made only of blocks that may have the largest score.
+            if tl.max(_score_bound(from_largest, words, inverse_temperature)) >= to_beat:
+                score = from_largest * inverse_temperature + gumbel(words)
+                best, best_column = _better(best, best_column, score, column)
+                to_beat = tl.max(best)
+        else:
+            best, best_column = _better(best, best_column, from_largest, column)
 
     token = tl.min(tl.where(best == tl.max(best), best_column, 0x7FFFFFFF)).to(tl.int64)
     token = tl.where(allows_none, fallback, token)
@@ -302,7 +269,7 @@ def unmask_kernel(
     total = _from_units(tl.sum(exp_units))
     tl.store(tokens + index, token)
     logit = _load_kept(row, token, top)
-    tl.store(log_prob + index, (logit - largest) - _log_of_positive(total))
+    tl.store(log_prob + index, (logit - largest) - log_of_positive(total))
     if CONFIDENCE != "probability":
         sure = _confidence(total, gap_units, num_largest, second, CONFIDENCE)
         tl.store(confidence + index, tl.where(allows_none, float("-inf"), sure))

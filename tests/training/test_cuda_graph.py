@@ -1,0 +1,385 @@
+"""The step that a CUDA graph captures: the same as any other, with shapes that do not depend on
+data, and nothing in it that waits for the device."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nar_kernels.errors import InvalidTokenError
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.training import checkpoint, cuda_graph
+from nar_kernels.training import train as train_module
+from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.cuda_graph import StepGraph
+from nar_kernels.training.optim import learning_rate
+from nar_kernels.training.train import Run, train
+from tests.helpers.pretend_gpu import DEVICE, PretendGpu, pretend_gpu
+from tests.helpers.runs import same, small
+
+pytest.importorskip("x_transformers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer runs the step of --cuda-graph on a CPU, which has no graphs."""
+    monkeypatch.setattr(train_module, "check_cuda_graph", lambda config, device: None)
+
+
+def run_steps(run: Run, steps: int) -> tuple[list[float], list[Tensor]]:
+    """Losses, and the weights in the end."""
+    for step, batch in zip(range(steps), run.batches(), strict=False):
+        run.step(batch, step)
+    losses, _, _ = run.metrics.flush(stop=False)
+    return losses, [p.detach().clone() for p in run.model.parameters()]
+
+
+# ---- the same steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "mean"},
+        {"loss": "nelbo", "accumulate": 3, "ema": 0.9},
+        {"loss": "mean", "accumulate": 2, "draw": "bernoulli"},
+    ],
+    ids=str,
+)
+def test_equals_the_ordinary_step(sentences, tmp_path, options):
+    config = small(sentences, tmp_path, dropout=0.1, **options)
+    ordinary, static = Run(config, CPU), Run(replace(config, cuda_graph=True), CPU)
+    losses, weights = run_steps(ordinary, 8)
+    got_losses, got = run_steps(static, 8)
+    assert got_losses == pytest.approx(losses, rel=1e-4)
+    for x, y in zip(got, weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    assert static.loader.step == ordinary.loader.step == 8
+    if static.ema is not None and ordinary.ema is not None:
+        for name, average in static.ema.state_dict().items():
+            torch.testing.assert_close(
+                average, ordinary.ema.state_dict()[name], rtol=1e-3, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("loss", ["mean", "nelbo"])
+def test_equals_it_bit_for_bit(sentences, tmp_path, loss, accumulate, rows_of_a_chunk, monkeypatch):
+    """Where products do not differ by their number of rows, and the learning rate has 32 bits."""
+    rows_of_a_chunk(1, 257)
+
+    def rounded(step: int, config: TrainConfig) -> float:
+        return float(np.float32(learning_rate(step, config)))
+
+    monkeypatch.setattr(train_module, "learning_rate", rounded)
+    config = small(sentences, tmp_path, loss=loss, accumulate=accumulate, dropout=0.1)
+    losses, weights = run_steps(Run(config, CPU), 5)
+    got_losses, got = run_steps(Run(replace(config, cuda_graph=True), CPU), 5)
+    assert got_losses == pytest.approx(losses, rel=1e-6)
+    assert same(got, weights)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.seconds
+def test_resumes_bit_for_bit(sentences, tmp_path, anywhere):
+    config = small(
+        sentences, tmp_path / "whole", cuda_graph=True, steps=8, eval_every=4, save_every=4, ema=0.9
+    )
+    train(config)
+    half = replace(config, out=str(tmp_path / "half"))
+    run = Run(half, CPU)
+    run.begin()
+    step = run.step
+
+    def killed(batch: None, number: int) -> None:
+        if number == 5:
+            raise Killed
+        step(batch, number)
+
+    run.step = killed  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed):
+        run.fit()
+    train(replace(half, resume=True))
+    whole, resumed = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "half"))
+    for name in ("model", "ema", "optimizer", "loader"):
+        assert same(whole[name], resumed[name]), name
+    assert same(whole["log"]["losses"], resumed["log"]["losses"])
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("first", [False, True])
+def test_resumes_with_and_without(sentences, tmp_path, anywhere, first):
+    """A checkpoint does not say how its steps were launched."""
+    config = small(sentences, tmp_path, steps=4, save_every=2, eval_every=4, cuda_graph=first)
+    train(config)
+    groups = checkpoint.load(tmp_path / "last.pt")["optimizer"]["param_groups"]
+    assert all(type(g["lr"]) is float and g["capturable"] is False for g in groups)
+    other = replace(config, cuda_graph=not first, resume=True, steps=6)
+    run = Run(other, CPU)
+    run.restore(tmp_path / "last.pt", checkpoint.read(tmp_path / "last.pt"))
+    is_tensor = [isinstance(g["lr"], Tensor) for g in run.optimizer.param_groups]
+    assert is_tensor == [not first] * 2
+    train(other)
+    assert checkpoint.load(tmp_path / "last.pt")["loader"]["step"] == 6
+
+
+# ---- nothing waits
+
+
+@contextlib.contextmanager
+def run_on_a_gpu(config: TrainConfig) -> Iterator[tuple[Run, PretendGpu]]:
+    """A run on a GPU that is not there, after two steps, and what has waited since."""
+    with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graph, "capture_stream", lambda device: None)
+        run = Run(config, DEVICE)
+        assert next(run.model.parameters()).is_cuda and run.loader.corpus_memory == "device"
+        for step in range(2):
+            run.step(None, step)
+        gpu.waits.clear()
+        yield run, gpu
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "mean"},
+        {"loss": "nelbo", "accumulate": 3, "ema": 0.9},
+        {"draw": "bernoulli", "accumulate": 2},
+    ],
+    ids=str,
+)
+def test_a_step_waits_for_nothing(sentences, tmp_path, options):
+    config = small(sentences, tmp_path, cuda_graph=True, **options)
+    with run_on_a_gpu(config) as (run, gpu):
+        for step in range(2, 5):
+            run.step(None, step)
+        assert gpu.waits == []
+        losses, norms, _ = run.metrics.flush(stop=False)
+        assert gpu.waits == ["Tensor.cpu"]
+        weights = [p.detach().inner for p in run.model.parameters()]
+    expected = Run(replace(config, cuda_graph=False), CPU)
+    of_cpu, weights_of_cpu = run_steps(expected, 5)
+    assert losses == pytest.approx(of_cpu, rel=1e-4)
+    for x, y in zip(weights, weights_of_cpu, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def item_of_the_loss(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    loss, norm = Run.update(run, batch)
+    float(loss)
+    return loss, norm
+
+
+def number_of_rows(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    len(batch.masked_rows)
+    return Run.update(run, batch)
+
+
+def rows_by_nonzero(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    batch.masked_indices.nonzero()
+    return Run.update(run, batch)
+
+
+def a_bool_index(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    batch.labels[batch.masked_indices]
+    return Run.update(run, batch)
+
+
+def some_samples(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    batch[[0, 1]]
+    return Run.update(run, batch)
+
+
+def a_check(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    batch.raise_if_invalid()
+    return Run.update(run, batch)
+
+
+def a_copy_to_the_host(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    loss, norm = Run.update(run, batch)
+    norm.cpu()
+    return loss, norm
+
+
+def a_copy_from_the_host(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    torch.tensor([1.0], device=batch.times.device)
+    return Run.update(run, batch)
+
+
+def ordinary_rows(run: Run, batch: Corrupted) -> tuple[Tensor, ...]:
+    config = run.config
+    run.config = replace(config, cuda_graph=False)
+    results = Run.update(run, batch)
+    run.config = config
+    return results
+
+
+MISTAKES = {
+    item_of_the_loss: "aten._local_scalar_dense",
+    number_of_rows: "aten._local_scalar_dense",
+    rows_by_nonzero: "aten.nonzero",
+    a_bool_index: "aten.index",
+    some_samples: "aten.nonzero",
+    a_check: "Tensor.tolist",
+    a_copy_to_the_host: "Tensor.cpu",
+    a_copy_from_the_host: "aten._to_copy",
+    ordinary_rows: "aten._local_scalar_dense",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda f: f.__name__)
+def test_a_step_that_waits_is_noticed(sentences, tmp_path, mistake):
+    with run_on_a_gpu(small(sentences, tmp_path, cuda_graph=True)) as (run, gpu):
+        assert run.graph is not None
+        run.graph._update = lambda batch: mistake(run, batch)
+        run.step(None, 2)
+        assert {*gpu.waits} == {MISTAKES[mistake]}
+
+
+def test_invalid_ids_are_reported_with_the_next_flush(sentences, tmp_path):
+    """Also if the steps after the first such batch had none."""
+    config = small(sentences, tmp_path, cuda_graph=True)
+    with run_on_a_gpu(config) as (run, gpu):
+        clean = run.loader._tokens
+        run.loader._tokens = torch.full_like(clean, 300, dtype=torch.int64)
+        run.step(None, 2)
+        run.loader._tokens = clean
+        run.step(None, 3)
+        assert gpu.waits == []
+        with pytest.raises(InvalidTokenError, match=r"token id 300 at offset \d+ of .*fox.txt"):
+            run.flush()
+
+
+# ---- the capture
+
+
+class Recorded:
+    """In place of what PyTorch has for streams and graphs; notes what happens, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        recorded = self
+
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                recorded.events.append("wait")
+
+        class Graph:
+            def replay(self) -> None:
+                recorded.events.append("replay")
+
+        @contextlib.contextmanager
+        def stream(stream: Any) -> Iterator[None]:
+            recorded.events.append("on the side")
+            yield
+            recorded.events.append("back")
+
+        @contextlib.contextmanager
+        def capture(graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert isinstance(graph, Graph) and isinstance(stream, Stream)
+            recorded.events.append("capture")
+            yield
+            recorded.events.append("captured")
+
+        monkeypatch.setattr(cuda_graph, "capture_stream", lambda device: Stream())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+def test_warm_up_capture_and_replay(sentences, tmp_path, monkeypatch):
+    """Each step is launched once: the steps of the warm-up are not repeated, and the capture itself
+    computes nothing."""
+    loader = Run(small(sentences, tmp_path), CPU).loader
+    recorded = Recorded(monkeypatch)
+    updates: list[int] = []
+
+    def update(batch: Corrupted) -> tuple[Tensor, ...]:
+        updates.append(loader.step - 1)
+        recorded.events.append("update")
+        return (batch.times.sum(),)
+
+    graph = StepGraph(update, loader)
+    aside = ["wait", "on the side", "update", "back", "wait"]
+    for step in range(3):
+        graph(step, 0.5)
+        assert recorded.events == aside
+        recorded.events.clear()
+    first = graph(3, 0.5)
+    assert recorded.events == ["capture", "update", "captured", "replay"]
+    recorded.events.clear()
+    for step in (4, 5):
+        again = graph(step, 0.25)
+        assert again is first  # their memory is what the graph writes
+    assert recorded.events == ["replay", "replay"] and updates == [0, 1, 2, 3]
+    # What the graph reads.
+    assert graph._step.item() == 5 and graph.rate.item() == 0.25 and loader.step == 6
+
+
+def test_data_parallelism_takes_a_longer_warm_up(sentences, tmp_path, monkeypatch):
+    loader = Run(small(sentences, tmp_path), CPU).loader
+    recorded = Recorded(monkeypatch)
+    monkeypatch.setattr(cuda_graph.distributed, "world_size", lambda: 2)
+    graph = StepGraph(lambda batch: (batch.times,), loader)
+    for step in range(11):
+        graph(step, 0.5)
+        assert "capture" not in recorded.events
+    graph(11, 0.5)
+    assert recorded.events.count("capture") == 1
+
+
+# ---- what it refuses
+
+
+def test_a_cpu_has_no_graphs(sentences, tmp_path):
+    config = small(sentences, tmp_path / "run", cuda_graph=True)
+    with pytest.raises(ValueError, match="--cuda-graph captures .* this run is on the cpu: leave"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_that_kernels_cannot_read(sentences, tmp_path):
+    with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+        patch.setattr("nar_kernels.data.staging._free_host_bytes", lambda: 0)
+        patch.setattr("nar_kernels.data.loader.Stager", lambda *args: None)
+        config = small(sentences, tmp_path, cuda_graph=True)
+        with pytest.raises(
+            ValueError, match="needs the corpus where kernels read it, and .*fox.txt"
+        ):
+            Run(config, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cuda_graph": True, "shard": True}, "--cuda-graph and --shard exclude each other"),
+        ({"cuda_graph": True, "checkpoint_activations": True}, "and --checkpoint-activations ex"),
+        (
+            {"cuda_graph": True, "compile": True, "compile_mode": "reduce-overhead"},
+            "--cuda-graph and --compile-mode reduce-overhead exclude each other: there are no",
+        ),
+        ({"compile_mode": "reduce-overhead"}, "--compile-mode reduce-overhead needs --compile"),
+        (
+            {"compile": True, "compile_mode": "reduce-overhead", "accumulate": 2},
+            "accumulate is 2: use --cuda-graph instead",
+        ),
+        ({"compile_mode": "fast"}, "compile_mode is 'fast': it must be one of default, reduce"),
+    ],
+)
+def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig("digits", **options)
