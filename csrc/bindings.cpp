@@ -2,6 +2,8 @@
 // checked dtypes, devices, shapes and contiguity (nar_kernels/ops/).
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -14,6 +16,7 @@
 #include "rng/permutation_cpu.h"
 #include "runtime/cpu_features.h"
 #include "select/key_bounds.h"
+#include "unmask/unmask.h"
 
 namespace py = pybind11;
 using nar::pointer;

@@ -167,39 +167,4 @@ inline UnmaskArgs unpack_unmask(const pybind11::tuple& arguments, const pybind11
   return a;
 }
 
-inline ConfidenceType confidence_type(const std::string& name) {
-  if (name == "probability") return ConfidenceType::kProbability;
-  if (name == "margin") return ConfidenceType::kMargin;
-  if (name == "entropy") return ConfidenceType::kEntropy;
-  throw std::invalid_argument("unknown confidence " + name);
-}
-
-// From UnmaskArgs of nar_kernels/ops/arguments.py, and the tensors of Unmasked. `forbidden` holds
-// the ids.
-inline UnmaskArgs unpack_unmask(const pybind11::tuple& arguments, const pybind11::tuple& outputs, int logit_type,
-                              std::vector<int64_t>* forbidden) {
-  UnmaskArgs a;
-  Unpacker next(arguments, 9);
-  const Matrix<const void> logits = next.matrix<const void>();
-  a.logits = logits.data;
-  a.logit_type = static_cast<LogitType>(logit_type);
-  a.rows = logits.rows, a.vocabulary = logits.columns, a.stride = logits.stride;
-  a.noise_slots = next.address<const int64_t>();
-  a.given = next.address<const int64_t>();
-  *forbidden = next.as<std::vector<int64_t>>();
-  a.forbidden = forbidden->data();
-  a.num_forbidden = static_cast<int64_t>(forbidden->size());
-  a.fallback = next.integer();
-  a.seed = static_cast<uint64_t>(next.integer());
-  a.top_k = next.integer();
-  a.inverse_temperature = next.as<float>();
-  a.confidence_type = confidence_type(next.as<std::string>());
-
-  Unpacker next_output(outputs, 3);
-  a.tokens = next_output.address<int64_t>();
-  a.log_prob = next_output.address<float>();
-  a.confidence = next_output.address<float>();  // null if it is empty
-  return a;
-}
-
 }  // namespace nar

@@ -5,7 +5,7 @@
 
 namespace nar {
 
-enum class LogitType { kFloat32, kBfloat16, kFloat16 };  // float16: of unmask_cuda only
+enum class LogitType { kFloat32, kBfloat16 };
 
 struct NllArgs {
   // [rows, vocabulary], a row every `stride`; overwritten by the gradient if `gradient`.

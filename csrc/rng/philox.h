@@ -46,22 +46,31 @@ struct RoundKeys {
   }
 };
 
+// Both halves of a product.
+NAR_HOST_DEVICE inline uint32_t multiply(uint32_t a, uint32_t b, uint32_t* high) {
+#ifdef __CUDA_ARCH__
+  *high = __umulhi(a, b);  // of a 64-bit product nvcc adds the upper halves of a and b, too: 0
+  return a * b;
+#else
+  const uint64_t product = uint64_t{a} * b;
+  *high = static_cast<uint32_t>(product >> 32);
+  return static_cast<uint32_t>(product);
+#endif
+}
+
 NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, const RoundKeys& keys) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1];
   uint32_t c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.low[round];
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.high[round];
-    c3 = static_cast<uint32_t>(p0);
+    uint32_t high0, high1;
+    const uint32_t low0 = multiply(kPhiloxM0, c0, &high0);
+    const uint32_t low1 = multiply(kPhiloxM1, c2, &high1);
+    c0 = high1 ^ c1 ^ keys.low[round];
+    c1 = low1;
+    c2 = high0 ^ c3 ^ keys.high[round];
+    c3 = low0;
   }
   return {{c0, c1, c2, c3}};
-}
-
-NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, uint64_t seed) {
-  return philox4x32(counter, philox_keys(seed));
 }
 
 // The four words at positions 4 * block .. 4 * block + 3 of a sample.
@@ -74,12 +83,6 @@ NAR_HOST_DEVICE inline Words4 random_block(const RoundKeys& keys, uint32_t strea
 NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint64_t sample,
                                            uint32_t block) {
   return random_block(RoundKeys(seed), stream, sample, block);
-}
-
-NAR_HOST_DEVICE inline Words4 random_block(const PhiloxKeys& keys, uint32_t stream, uint64_t sample,
-                                           uint32_t block) {
-  return philox4x32(
-      {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, keys);
 }
 
 NAR_HOST_DEVICE inline uint32_t random_word(uint64_t seed, uint32_t stream, uint64_t sample,

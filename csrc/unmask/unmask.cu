@@ -1,280 +1,235 @@
-// `unmask` on the GPU: a block of threads a row, which it reads from memory once.
-#include <algorithm>
+// `unmask` on the GPU in one launch, a block a row or, for short rows, a warp. The row is read once
+// and held in shared memory, as far as it fits.
+#include <cuda_runtime.h>
 
-#include "rng/philox.h"
+#include <algorithm>
+#include <type_traits>
+
 #include "runtime/cuda_check.h"
-#include "unmask/gpu/terms.h"
+#include "unmask/gpu/row.h"
+#include "unmask/gpu/sample.h"
+#include "unmask/gpu/sums.h"
 #include "unmask/gpu/top_k.h"
 #include "unmask/unmask_cuda.h"
+
+// Memory of the block whose size is told at the launch. (Tests define this for the CPU.)
+#ifndef NAR_DYNAMIC_SHARED
+#define NAR_DYNAMIC_SHARED(Type, name)      \
+  extern __shared__ uint4 dynamic_shared[]; \
+  Type* name = reinterpret_cast<Type*>(dynamic_shared)
+#endif
 
 namespace nar {
 namespace {
 
-// What a thread, and then the block, finds in its columns.
-struct Found {
-  uint64_t exp = 0, exp_times_gap = 0;  // sums in units
-  uint32_t num_largest = 0;
-  float second = -INFINITY;  // the largest difference from the largest logit, below 0
-  float score = -INFINITY;
-  int token = INT32_MAX;
+constexpr unsigned kRowsPerBlock = 4;  // of those that take a single warp
 
-  __device__ void offer(float other, int column) {
-    if (other > score || (other == score && column < token)) score = other, token = column;
-  }
-};
-
-struct Sampler {
-  const UnmaskKernelArgs& a;
-  const RoundKeys keys;
-  const uint64_t slot;
-  const float largest;
-  const bool has_noise;
-
-  // Adds a column by its logit less the largest.
-  __device__ void add_sums(float from_largest, Found* found) const {
-    const float e = exp_of_negative(from_largest);
-    found->exp += units(e);
-    if (a.confidence_type == ConfidenceType::kEntropy) {
-      found->exp_times_gap += units(e * fminf(-from_largest, 87.0f));
-    }
-    if (a.confidence_type == ConfidenceType::kMargin) {
-      found->num_largest += from_largest == 0.0f;
-      if (from_largest < 0.0f) found->second = fmaxf(found->second, from_largest);
-    }
-  }
-
-  __device__ float score(float from_largest, uint32_t word) const {
-    return has_noise ? from_largest * a.inverse_temperature + gumbel(word) : from_largest;
-  }
-
-  // Whether the score may be `best` or more.
-  __device__ bool may_win(float from_largest, uint32_t word, float best) const {
-    constexpr float kSlack =
-        1e-6f;  // scores are rounded, and so is this: more where they are large
-    return from_largest * (a.inverse_temperature * (1 - kSlack)) + gumbel_bound(word) >= best;
-  }
-
-  __device__ Words4 words(int block) const {
-    return random_block(keys, kDecodeNoise, slot, static_cast<uint32_t>(block));
-  }
-};
-
-// The score to beat: of any warp, as far as it has been told.
-__device__ float best_so_far(const Block& block) {
-  return *const_cast<volatile float*>(&block.memory.best);
-}
-
-__device__ void tell(Block& block, float score) {  // as a maximum of bits
-  if (score > best_so_far(block)) {
-    if (score >= 0.0f) {
-      atomicMax(reinterpret_cast<int*>(&block.memory.best), __float_as_int(score));
-    } else {
-      atomicMin(reinterpret_cast<unsigned*>(&block.memory.best), bits_of_float(score));
-    }
-  }
-}
-
-// A first score to beat: that of a column with the largest logit, by the thread that has it.
-template <typename T>
-__device__ __attribute__((noinline)) void tell_first(const Row<T>& row, Block& block,
-                                                     const Sampler& sampler) {
-  for (int i = block.thread; i < row.num_vectors(); i += block.num_threads) {
-    const Vector<T> vector = row.vector(i);
-    for (int j = 0; j < Row<T>::kSize; ++j) {
-      if (Row<T>::difference(vector[j], sampler.largest) != 0.0f) continue;
-      const int column = i * Row<T>::kSize + j;
-      return tell(block, sampler.score(0.0f, sampler.words(column / 4).word[column % 4]));
-    }
-  }
-}
-
-// All columns of the row. Noise is made exactly only for those that a cheap bound does not rule
-// out.
-template <typename T>
-__device__ Found sample_all(const Row<T>& row, Block& block, const Sampler& sampler,
-                            const TermTable* terms) {
-  constexpr int kSize = Row<T>::kSize;
-  const auto from_largest = [&](float logit) { return Row<T>::difference(logit, sampler.largest); };
-  Found found;
-  const int rounds = (row.num_vectors() + block.num_threads - 1) / block.num_threads;
-  for (int round = 0; round < rounds; ++round) {
-    const int i = round * block.num_threads + block.thread;
-    Vector<T> x;
-    if (i < row.num_vectors()) {
-      x = row.vector(i);
-    } else {
-      x.fill(T::kNever);
-    }
-    if (T::kTabulates && terms) {
-      if constexpr (T::kTabulates) found.exp += terms->sum(x, sampler.largest);
-    } else {
+// The column of the first of the largest logits.
+template <typename Row>
+__device__ uint32_t find_first_largest(const Row& row, const typename Row::Warps& team,
+                                       float largest, float largest_of_lane) {
+  using L = typename Row::L;
+  if (__any_sync(kAllLanes, largest_of_lane == largest)) {
+    for (uint32_t i = 0;; ++i) {
+      const Chunk c = row.chunk(i, row.column(i));
+      const bool has_it = clean(L::largest(c)) == largest;
+      const uint32_t lanes = __ballot_sync(kAllLanes, has_it);
+      if (!lanes) continue;
+      if (static_cast<int>(team.lane) == __ffs(lanes) - 1) {
+        int item = L::kItems;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) sampler.add_sums(from_largest(x[j]), &found);
+        for (int j = L::kItems - 1; j >= 0; --j) item = clean(L::item(c, j)) == largest ? j : item;
+        atomicMin(&team.memory->first_largest, row.column(i) + item);
+      }
+      break;
     }
-    if (!sampler.has_noise) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) found.offer(from_largest(x[j]), i * kSize + j);
-      continue;
-    }
-    uint32_t word[kSize];
-#pragma unroll
-    for (int j = 0; j < kSize; j += 4) {
-      const Words4 words = sampler.words((i * kSize + j) / 4);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) word[j + k] = words.word[k];
-    }
-    float highest = x[0];
-    uint32_t lowest = word[0];
-#pragma unroll
-    for (int j = 1; j < kSize; ++j) highest = fmaxf(highest, x[j]), lowest = min(lowest, word[j]);
-    const float best = best_so_far(block);
-    if (!__any_sync(kAllLanes, sampler.may_win(from_largest(highest), lowest, best))) continue;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float one = from_largest(x[j]);
-      if (!__any_sync(kAllLanes, sampler.may_win(one, word[j], best))) continue;
-      found.offer(sampler.score(one, word[j]), i * kSize + j);
-    }
-    tell(block, found.score);
   }
-  return found;
+  team.sync();
+  return team.memory->first_largest;
 }
 
-// Those that a filter keeps: few.
-template <typename Columns>
-__device__ Found sample_kept(const Columns& columns, const Sampler& sampler, const TopK& top) {
-  Found found;
-  columns.each([&](float x, int column) {
-    if (!top.keeps(key_of(x), column)) return;
-    const float from_largest = x - sampler.largest;
-    sampler.add_sums(from_largest, &found);
-    const uint32_t word = sampler.has_noise ? sampler.words(column / 4).word[column % 4] : 0;
-    found.offer(sampler.score(from_largest, word), column);
-  });
-  return found;
+// exp of the gap between the largest and the second-largest logit.
+template <typename Row>
+__device__ float exp_of_second(const Row& row, typename Row::Warps& team, bool selects,
+                               const Filter<typename Row::L>& filter, float largest) {
+  using L = typename Row::L;
+  float second = -INFINITY;
+  uint32_t ties = 0;
+  for (uint32_t i = 0; i < row.num_tiles(); ++i) {
+    Chunk c = row.chunk(i, row.column(i));
+    if (selects) c = filter.kept(row.column(i), c);
+#pragma unroll
+    for (int j = 0; j < L::kItems; ++j) {
+      const float x = clean(L::item(c, j));
+      if (x < largest) second = fmaxf(second, x);
+      ties += x == largest;
+    }
+  }
+  second = from_ordered(team.largest(ordered(second)));
+  if (team.sum(ties) > 1) return 1;
+  return exp_of_negative(second - largest);
 }
 
-// Of all threads.
-__device__ Found combined(Found found, Block& block, ConfidenceType type) {
-  found.exp = block.sum(found.exp);
-  if (type == ConfidenceType::kEntropy) found.exp_times_gap = block.sum(found.exp_times_gap);
-  if (type == ConfidenceType::kMargin) {
-    found.num_largest = static_cast<uint32_t>(block.sum(found.num_largest));
-    found.second = from_ordered(static_cast<uint32_t>(block.largest(ordered(found.second))));
+template <typename T, Way kWay>
+__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kWay>& team) {
+  using L = Logits<T>;
+  const UnmaskArgs& a = p.args;
+  Chunk* held = reinterpret_cast<Chunk*>(reinterpret_cast<unsigned char*>(team.memory + 1) +
+                                         (p.has_table ? ExpTable::kBytes : 0));
+  Row<T, kWay> row(p, r, team, held);
+  const float largest_of_lane = row.load();
+  const float largest = from_ordered(team.largest(ordered(largest_of_lane)));
+  const int64_t given = a.given ? a.given[r] : -1;
+  if (largest == -INFINITY) {
+    if (team.thread() != 0) return;
+    a.tokens[r] = given >= 0 ? given : a.fallback;
+    a.log_prob[r] = -INFINITY;
+    if (a.confidence) a.confidence[r] = -INFINITY;
+    return;
   }
-  // Of equal scores, -0 and 0 too, the first column.
-  const uint64_t best = block.largest(uint64_t{ordered(found.score + 0.0f)} << 32 |
-                                      ~static_cast<uint32_t>(found.token));
-  found.score = from_ordered(static_cast<uint32_t>(best >> 32));
-  found.token = static_cast<int>(~static_cast<uint32_t>(best));
-  return found;
-}
 
-__device__ float confidence(const Found& found, float total, ConfidenceType type) {
-  if (type == ConfidenceType::kEntropy) {
-    return -(log_of_positive(total) + from_units(found.exp_times_gap) / total);
-  }
-  const float gap = found.num_largest > 1 ? 0.0f : found.second;
-  return (1.0f - exp_of_negative(gap)) / total;
-}
-
-template <typename T, bool kSelects>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
-    unmask_kernel(const __grid_constant__ UnmaskKernelArgs a, bool holds) {
-  NAR_DYNAMIC_SHARED(Vector<T>, held);
-  __shared__ BlockMemory memory;
-  Block block(memory);
-  const int64_t index = blockIdx.x;
-  const Row<T> row(a, index, holds ? held : nullptr);
-
-  float thread_largest = -INFINITY;
-  for (int i = block.thread; i < row.num_vectors(); i += block.num_threads) {
-    thread_largest = fmaxf(thread_largest, row.read(i));
-  }
-  if (block.thread == 0) memory.best = -INFINITY;
-  float largest = from_ordered(static_cast<uint32_t>(block.largest(ordered(thread_largest))));
-  const bool allows_none = largest == -INFINITY;
-  if (allows_none) largest = 0.0f;  // -inf - -inf would be NaN
-  __syncthreads();                  // the score to beat is there
-
-  const int64_t given = a.given ? a.given[index] : -1;
-  const Sampler sampler = {a, RoundKeys(a.seed), static_cast<uint64_t>(a.noise_slots[index]),
-                           largest, given < 0 && a.inverse_temperature > 0};
-  Found found;
-  TopK top;
-  if constexpr (kSelects) {
-    __shared__ Candidates candidates;
+  // Infinity stands for the largest float, which is no bfloat16.
+  constexpr bool kCanHaveTable = std::is_same_v<T, __nv_bfloat16> && kWay != Way::kWarp;
+  const bool has_table = kCanHaveTable && p.has_table && largest < kLargestFloat;
+  ExpTable table = {reinterpret_cast<uint32_t*>(team.memory + 1) + ExpTable::kSize, 0};
+  if (has_table) table.build(team, largest);
+  const bool selects = a.top_k < a.vocabulary;
+  TopK top = {};
+  if (selects) {
     const uint32_t k = static_cast<uint32_t>(a.top_k);
-    int count = Candidates::kMost + 1;
-    uint32_t reached = 0;
-    if (k <= static_cast<uint32_t>(block.num_threads)) {
-      reached = likely_key(block, thread_largest, k);
-      count = collect(row, block, reached, candidates);
+    top = TopKSearch<Row<T, kWay>>(row, team, largest, k).find();
+  }
+  uint32_t column = find_first_largest(row, team, largest, largest_of_lane);
+  Sampler<L> sampler(p, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
+  const bool samples = given < 0 && a.inverse_temperature > 0;
+  float reach = 26.0f;  // exp(-26) 26 is less than half a unit
+  if (samples) {
+    if (team.thread() == 0) sampler.start(column);
+    team.sync();
+    reach = fmaxf(reach, sampler.reach());
+  }
+
+  const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
+  const Filter<L> filter(top, team.memory);
+  Sums sums;
+  const auto take = [&](auto add_to_sums) {
+    uint32_t at = row.column(0);
+    for (uint32_t i = 0; i < row.num_tiles(); ++i, at += row.kTile) {
+      Chunk c = row.chunk(i, at);
+      if (selects) c = filter.kept(at, c);
+      const float gap = L::largest(c) - largest;
+      if (selects && !__any_sync(kAllLanes, gap >= -reach)) continue;
+      add_to_sums(c, at);
+      if (samples) sampler.add(c, at, gap, team.lane);
     }
-    if (count <= Candidates::kMost) {
-      const FewColumns few = {candidates, block, count};
-      top = find_top_k(few, block, k);
-      top.key = max(top.key, reached);  // columns that are no candidates are below that
-      found = sample_kept(few, sampler, top);
-    } else {
-      const AllColumns<T> all = {row, block};
-      top = find_top_k(all, block, k);
-      found = sample_kept(all, sampler, top);
-    }
-  } else {
-    if (sampler.has_noise && thread_largest == largest) tell_first(row, block, sampler);
-    const TermTable* terms = nullptr;
-    if constexpr (T::kTabulates) {
-      __shared__ TermTable table;
-      if (a.confidence_type == ConfidenceType::kProbability &&
-          a.vocabulary >= 2 * TermTable::kEntries) {
-        table.fill(block, largest);
-        terms = &table;
+  };
+  if constexpr (kCanHaveTable) {
+    if (has_table) take([&](const Chunk& c, uint32_t at) { sums.add(table, c, row, at, largest); });
+  }
+  if (!has_table) {
+    take([&](const Chunk& c, uint32_t) { sums.template add<L>(c, largest, with_gap); });
+  }
+  const float sum = from_units(team.sum(sums.exp));
+  const float log_of_sum = log_of_positive(sum);
+  if (samples) column = sampler.best_column(team);
+
+  float logit = -INFINITY;
+  int64_t token = column;
+  if (given >= 0) {
+    token = given, column = static_cast<uint32_t>(given);
+    if (given < a.vocabulary && !row.forbids(column)) {
+      logit = row.at(column);
+      const uint32_t key = L::key(logit);
+      if (selects && (key < top.key || (key == top.key && column > top.last_tie))) {
+        logit = -INFINITY;
       }
     }
-    __syncthreads();
-    found = sample_all(row, block, sampler, terms);
+  } else {
+    logit = row.at(column);
   }
-  found = combined(found, block, a.confidence_type);
-  if (block.thread != 0) return;
+  float confidence = 0;
+  if (with_gap) {
+    confidence = -(log_of_sum + from_units(team.sum(sums.exp_times_gap)) / sum);
+  } else if (a.confidence) {
+    confidence = (1.0f - exp_of_second(row, team, selects, filter, largest)) / sum;
+  }
+  if (team.thread() != 0) return;
+  a.tokens[r] = token;
+  a.log_prob[r] = (logit - largest) - log_of_sum;
+  if (a.confidence) a.confidence[r] = confidence;
+}
 
-  const int64_t token = given >= 0 ? given : allows_none ? a.fallback : found.token;
-  const float total = from_units(found.exp);
-  float logit = row.logit(token);
-  if (kSelects && !top.keeps(key_of(logit), static_cast<int>(token))) logit = -INFINITY;
-  a.tokens[index] = token;
-  a.log_prob[index] = allows_none ? -INFINITY : (logit - largest) - log_of_positive(total);
-  if (a.confidence) {
-    a.confidence[index] = allows_none ? -INFINITY : confidence(found, total, a.confidence_type);
+template <typename T, Way kWay>
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
+    unmask_kernel(const __grid_constant__ UnmaskLaunch p) {
+  int64_t r = blockIdx.x;
+  NAR_DYNAMIC_SHARED(unsigned char, shared);
+  if (kWay == Way::kWarp) {
+    r = r * kRowsPerBlock + threadIdx.y;
+    shared += threadIdx.y * p.bytes;
   }
+  if (r >= p.args.rows) return;  // a warp on its own
+  Team<kWay> team = {reinterpret_cast<RowMemory*>(shared), threadIdx.x / kWarp,
+                     threadIdx.x % kWarp};
+  if (team.warp == 0) {
+    team.memory->is_unusual[team.lane] = 0;
+    team.memory->first_largest = kNoColumn;
+  }
+  team.sync();
+  unmask_row<T, kWay>(p, r, team);
+}
+
+// How many warps take a row.
+struct Shape {
+  void (*kernel)(UnmaskLaunch);
+  unsigned warps, rows_per_block;
+};
+
+int64_t attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
 
 template <typename T>
-void launch(const UnmaskKernelArgs& a, int device, cudaStream_t stream) {
-  const int64_t vectors = (a.vocabulary + Vector<T>::kSize - 1) / Vector<T>::kSize;
-  // A few vectors a thread.
-  int threads = kWarp;
-  while (threads < kMaxWarps * kWarp && threads * 8 < vectors) threads *= 2;
-  auto* kernel = a.top_k < a.vocabulary ? unmask_kernel<T, true> : unmask_kernel<T, false>;
+Shape launch_shape(int device, UnmaskLaunch* p) {
+  constexpr int64_t kTilesOfWarp = 4;
+  constexpr int64_t kWorthTable = 8192;  // logits
+  constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp;
+  const UnmaskArgs& a = p->args;
+  const int64_t tiles = (a.vocabulary + Row<T, Way::kBlock>::kTile - 1) / Row<T, Way::kBlock>::kTile;
+  const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
+  p->has_table =
+      std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
+  p->held_tiles = static_cast<uint32_t>(tiles);
+  const int64_t fixed = sizeof(RowMemory) + (p->has_table ? ExpTable::kBytes : 0);
+  p->bytes = static_cast<uint32_t>(fixed + tiles * kTileBytes);
+  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, Way::kWarp>, 1, kRowsPerBlock};
 
-  int most = 0;
-  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "cudaDeviceGetAttribute");
-  const int64_t bytes = vectors * static_cast<int64_t>(sizeof(Vector<T>));
-  constexpr int64_t kOther =
-      sizeof(BlockMemory) + std::max(sizeof(Candidates), sizeof(TermTable)) + 1024;
-  const bool holds = bytes + kOther <= most;
-  if (holds) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)),
-               "cudaFuncSetAttribute");
+  const int64_t warps = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
+  const int64_t most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t half = attribute_of(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+                       attribute_of(device, cudaDevAttrReservedSharedMemoryPerBlock);
+  if (fixed + tiles * kTileBytes <= std::min(half, most)) {  // two rows a multiprocessor
+    const unsigned enough = static_cast<unsigned>(std::min<int64_t>(warps, kMaxWarps / 2));
+    return {unmask_kernel<T, Way::kBlock>, enough, 1};
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(a.rows));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = holds ? static_cast<size_t>(bytes) : 0;
-  config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, a, holds), "the launch of unmask_kernel");
+  const int64_t held = std::clamp<int64_t>((most - fixed) / kTileBytes, 0, tiles);
+  p->held_tiles = static_cast<uint32_t>(held);
+  p->bytes = static_cast<uint32_t>(fixed + held * kTileBytes);
+  if (held == tiles) return {unmask_kernel<T, Way::kBlock>, kMaxWarps, 1};
+  return {unmask_kernel<T, Way::kPart>, kMaxWarps, 1};
+}
+
+Shape launch_shape(GpuLogitType type, int device, UnmaskLaunch* p) {
+  switch (type) {
+    case GpuLogitType::kFloat32:
+      return launch_shape<float>(device, p);
+    case GpuLogitType::kBfloat16:
+      return launch_shape<__nv_bfloat16>(device, p);
+    default:
+      return launch_shape<__half>(device, p);
+  }
 }
 
 }  // namespace
@@ -283,25 +238,22 @@ void unmask_cuda(const UnmaskArgs& args, GpuLogitType type, const int64_t* more_
                  int device, cudaStream_t stream) {
   check_cuda(cudaSetDevice(device), "cudaSetDevice");
   if (args.rows == 0) return;
-  UnmaskKernelArgs a = {};
-  a.logits = args.logits, a.rows = args.rows, a.vocabulary = args.vocabulary;
-  a.stride = args.stride;
-  a.noise_slots = args.noise_slots, a.given = args.given;
-  a.num_forbidden = static_cast<int>(args.num_forbidden);
-  for (int i = 0; i < std::min(a.num_forbidden, kForbiddenArguments); ++i) {
-    a.forbidden[i] = static_cast<int>(args.forbidden[i]);
+  UnmaskLaunch p = {args, RoundKeys(args.seed), {}, more_forbidden, 0, 0, false};
+  p.args.forbidden = nullptr;  // on the host
+  for (int64_t f = 0; f < std::min<int64_t>(args.num_forbidden, kForbiddenArguments); ++f) {
+    p.forbidden[f] = static_cast<int32_t>(args.forbidden[f]);
   }
-  a.more_forbidden = more_forbidden;
-  a.fallback = args.fallback, a.seed = args.seed;
-  a.top_k = std::min(args.top_k, args.vocabulary);
-  a.inverse_temperature = args.inverse_temperature;
-  a.confidence_type = args.confidence_type;
-  a.tokens = args.tokens, a.log_prob = args.log_prob, a.confidence = args.confidence;
-  switch (type) {
-    case GpuLogitType::kFloat32: return launch<Float32>(a, device, stream);
-    case GpuLogitType::kBfloat16: return launch<Bfloat16>(a, device, stream);
-    case GpuLogitType::kFloat16: return launch<Float16>(a, device, stream);
-  }
+  const Shape shape = launch_shape(type, device, &p);
+  cudaLaunchConfig_t config = {};
+  config.gridDim =
+      dim3(static_cast<unsigned>((args.rows + shape.rows_per_block - 1) / shape.rows_per_block));
+  config.blockDim = dim3(shape.warps * kWarp, shape.rows_per_block);
+  config.dynamicSmemBytes = size_t{shape.rows_per_block} * p.bytes;
+  config.stream = stream;
+  check_cuda(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(config.dynamicSmemBytes)),
+             "cudaFuncSetAttribute");
+  check_cuda(cudaLaunchKernelEx(&config, shape.kernel, p), "the launch of unmask_kernel");
 }
 
 }  // namespace nar

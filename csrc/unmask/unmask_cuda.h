@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "rng/philox.h"
 #include "unmask/unmask.h"
 
 namespace nar {
@@ -14,22 +15,15 @@ enum class GpuLogitType { kFloat32, kBfloat16, kFloat16 };
 // So many forbidden ids are arguments of the kernel; more lie in the device's memory.
 constexpr int kForbiddenArguments = 64;
 
-struct UnmaskKernelArgs {
-  const void* logits;  // [rows, vocabulary], a row every `stride`
-  int64_t rows, vocabulary, stride;
-  const int64_t* noise_slots;
-  const int64_t* given;
-  int forbidden[kForbiddenArguments];  // ascending
+// What a kernel is given.
+struct UnmaskLaunch {
+  UnmaskArgs args;
+  RoundKeys keys;
+  int32_t forbidden[kForbiddenArguments];  // ascending
   const int64_t* more_forbidden;
-  int num_forbidden;
-  int64_t fallback;
-  uint64_t seed;
-  int64_t top_k;
-  float inverse_temperature;
-  ConfidenceType confidence_type;
-  int64_t* tokens;
-  float* log_prob;
-  float* confidence;
+  uint32_t held_tiles;  // of a row, in shared memory
+  uint32_t bytes;       // of shared memory for a row
+  bool has_table;       // of exponentials
 };
 
 // Queues all rows on a stream of the device. Addresses are the device's, but for those of

@@ -86,20 +86,6 @@ def on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
     return launch(*args)
 
 
-def _public_raw_stream(device: int) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-# The private one is faster, and is missing where PyTorch has no CUDA.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
-
-
-def launch_place(device: torch.device) -> tuple[int, int]:
-    """The device and the stream that a kernel of the CUDA extension is queued on: those of a GPU,
-    or zeros where tests run it on the CPU."""
-    return (device.index, _raw_stream(device.index)) if device.type == "cuda" else (0, 0)
-
-
 def host_address(tensor: Tensor) -> int:
     """The address of a CPU tensor.
 

@@ -16,7 +16,6 @@ from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.dispatch import (
     LOGIT_CODE,
     check_on_host,
-    launch_place,
     needs_dispatcher,
     on_device,
     raw_stream,
@@ -31,9 +30,6 @@ CONFIDENCES = get_args(Confidence)
 UNMASK_BACKENDS = ("reference", "cpp", "triton", "cuda")
 # In the order of csrc/unmask/unmask_cuda.h.
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# As numbered in csrc/nll/nll.h.
-_CUDA_LOGIT_CODE = {**LOGIT_CODE, torch.float16: 2}
 
 # Noise spans 26: at this temperature it decides only between logits less than 3e-5 apart.
 MIN_TEMPERATURE = 1e-6

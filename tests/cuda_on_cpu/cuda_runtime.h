@@ -18,7 +18,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -32,11 +31,11 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ thread_local  // a block never leaves its OS thread
+#define __shared__ static thread_local  // a block never leaves its OS thread
 
 // Where a kernel asks for the memory whose size its launch tells.
 #define NAR_DYNAMIC_SHARED(Type, name) \
-  Type* const name = reinterpret_cast<Type*>(cuda_on_cpu::dynamic_shared.data())
+  Type* name = reinterpret_cast<Type*>(cuda_on_cpu::dynamic_shared.data())
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -47,17 +46,7 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-// Most of the memory that a block may ask for at its launch, and what comes behind it.
-constexpr size_t kMostShared = 227 << 10, kBehindShared = 1 << 10;
-namespace nar {
-inline thread_local uint4 dynamic_shared[(kMostShared + kBehindShared) / sizeof(uint4)];
-}
 
 namespace cuda_on_cpu {
 
@@ -89,7 +78,7 @@ struct Block {
 };
 
 inline thread_local Block block;
-inline thread_local std::vector<uint4> dynamic_shared;
+inline thread_local std::vector<unsigned char> dynamic_shared;
 // The order of warps and lanes. 0: ascending, 1: descending, else shuffled by this seed.
 inline std::atomic<unsigned> schedule{0};
 inline std::atomic<int> num_processors{132};      // that the device says it has
@@ -209,19 +198,6 @@ inline void put_in_order(std::vector<int>* order, std::mt19937* generator) {
   if (schedule > 1) std::shuffle(order->begin(), order->end(), *generator);
 }
 
-// Before a block its memory holds garbage: NaN, as floats of any size.
-constexpr unsigned char kGarbage = 0xFF;
-
-inline void check_behind_shared(size_t bytes) {
-  const unsigned char* shared = reinterpret_cast<unsigned char*>(nar::dynamic_shared);
-  for (size_t i = bytes; i < sizeof nar::dynamic_shared; ++i) {
-    if (shared[i] == kGarbage) continue;
-    throw std::runtime_error("block " + std::to_string(blockIdx.x) + " wrote to byte " +
-                             std::to_string(i) + " of " + std::to_string(bytes) +
-                             " in shared memory");
-  }
-}
-
 // A warp runs as far as it can before the next one does: so the first is ahead of the others by all
 // that barriers allow.
 inline void run_block() {
@@ -248,19 +224,34 @@ inline void run_block() {
 }
 
 // Blocks begin in the order of their index: later ones may wait for what earlier ones publish.
+// Shared memory holds garbage before a block: NaN, as floats of any size. Nothing may be written
+// behind it.
+constexpr unsigned char kGarbage = 0xFF;
+constexpr size_t kBehindShared = 1 << 10;
+
+inline void fill_shared(size_t bytes) { dynamic_shared.assign(bytes + kBehindShared, kGarbage); }
+
+inline void check_behind_shared(size_t bytes) {
+  for (size_t i = bytes; i < dynamic_shared.size(); ++i) {
+    if (dynamic_shared[i] == kGarbage) continue;
+    throw std::runtime_error("block " + std::to_string(blockIdx.x) + " wrote to byte " +
+                             std::to_string(i) + " of " + std::to_string(bytes) +
+                             " in shared memory");
+  }
+}
+
 inline void run_grid(dim3 grid, dim3 size, size_t shared, const std::function<void()>& kernel) {
   std::atomic<unsigned> next{0};
   std::mutex mutex;
   std::string error;
   auto work = [&] {
-    dynamic_shared.assign((shared + sizeof(uint4) - 1) / sizeof(uint4), {});
     for (unsigned index; (index = next++) < grid.x;) {
       blockIdx = dim3(index), blockDim = size, gridDim = grid;
       block.kernel = &kernel;
-      std::memset(nar::dynamic_shared, kGarbage, sizeof nar::dynamic_shared);
       try {
+        fill_shared(shared);
         run_block();
-        check_behind_shared(shared_bytes);
+        check_behind_shared(shared);
       } catch (const std::exception& failure) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (error.empty()) error = failure.what();
@@ -343,14 +334,6 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits) {
       cuda_on_cpu::exchange("__shfl_xor_sync", mask, cuda_on_cpu::to_bits(value))[from]);
 }
 
-template <typename T>
-T __shfl_up_sync(uint32_t mask, T value, unsigned distance) {
-  const uint64_t* given =
-      cuda_on_cpu::exchange("__shfl_up_sync", mask, cuda_on_cpu::to_bits(value));
-  const unsigned lane = cuda_on_cpu::lane();
-  return cuda_on_cpu::from_bits<T>(given[lane < distance ? lane : lane - distance]);
-}
-
 inline uint32_t __ballot_sync(uint32_t mask, bool value) {
   const uint64_t* given = cuda_on_cpu::exchange("__ballot_sync", mask, value);
   uint32_t bits = 0;
@@ -378,7 +361,14 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
-inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-22f); }  // not exact
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline int __dp2a_lo(int a, int b, int c) {
+  return static_cast<int16_t>(a & 0xFFFF) * static_cast<int8_t>(b & 0xFF) +
+         (a >> 16) * static_cast<int8_t>(b >> 8 & 0xFF) + c;
+}
 inline unsigned __float2uint_rz(float x) {  // saturates
   return x >= 0x1p32f ? 0xFFFFFFFF : x > 0 ? static_cast<unsigned>(x) : 0;
 }
@@ -405,6 +395,12 @@ T atomic_choose(T* at, T value, Choose choose) {
 inline int atomicMax(int* at, int value) {
   return atomic_choose(at, value, [](int a, int b) { return std::max(a, b); });
 }
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  return atomic_choose(at, value, [](unsigned a, unsigned b) { return std::max(a, b); });
+}
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+  return __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST);
+}
 inline unsigned atomicMin(unsigned* at, unsigned value) {
   return atomic_choose(at, value, [](unsigned a, unsigned b) { return std::min(a, b); });
 }
@@ -423,12 +419,7 @@ inline Word64 atomicCAS(Word64* at, Word64 expected, Word64 value) {
 
 // ---- the host's side
 
-enum cudaError_t {
-  cudaSuccess,
-  cudaErrorInvalidValue,
-  cudaErrorInvalidConfiguration,
-  cudaErrorNoKernelImageForDevice
-};
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorNoKernelImageForDevice };
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -443,10 +434,27 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaError";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock
+};
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::num_processors
-                                                       : cuda_on_cpu::shared_bytes;
+  constexpr int kReserved = 1 << 10;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_on_cpu::num_processors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = cuda_on_cpu::shared_bytes;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = cuda_on_cpu::shared_bytes + kReserved;
+      break;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = kReserved;
+  }
   return cudaSuccess;
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -457,35 +465,6 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   std::memset(at, value, bytes);
-  return cudaSuccess;
-}
-
-enum cudaDeviceAttr {
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-  cudaDevAttrReservedSharedMemoryPerBlock
-};
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const int limit = static_cast<int>(cuda_on_cpu::shared_limit), reserved = 1 << 10;
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin       ? limit
-           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? limit + reserved
-                                                                      : reserved;
-  return cudaSuccess;
-}
-
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-namespace cuda_on_cpu {
-// What kernels may ask for beyond the 48 KiB of any.
-inline std::mutex limits_mutex;
-inline std::map<const void*, size_t> dynamic_limits;
-}  // namespace cuda_on_cpu
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > cuda_on_cpu::shared_limit) {
-    return cudaErrorInvalidValue;
-  }
-  const std::lock_guard<std::mutex> lock(cuda_on_cpu::limits_mutex);
-  cuda_on_cpu::dynamic_limits[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 

@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr size_t kSharedOfTests = 64;
-
 // The sum of a block's thread numbers, in every thread, through shared memory.
 __global__ void sum_kernel(uint32_t* sums, bool with_barrier) {
   __shared__ uint32_t of_warps[2];
@@ -25,16 +23,17 @@ __global__ void divergent_kernel(bool in_a_barrier) {
   }
 }
 
-// Writes a word behind as many as it is launched with.
-__global__ void overrun_kernel(unsigned words) {
-  if (threadIdx.x == 0) nar::dynamic_shared[words / 4].x = 1;
+// Writes a word behind as many as it is launched with, or before.
+__global__ void overrun_kernel(unsigned word) {
+  NAR_DYNAMIC_SHARED(uint32_t, shared);
+  if (threadIdx.x == 0) shared[word] = 1;
 }
 
 template <typename... Arguments>
 const char* launch(unsigned blocks, void (*kernel)(Arguments...), Arguments... arguments) {
   static std::string error;
   cudaLaunchConfig_t config = {};
-  config.dynamicSmemBytes = kSharedOfTests;
+  config.dynamicSmemBytes = 64;
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(64);
   try {
@@ -51,12 +50,12 @@ const char* launch(unsigned blocks, void (*kernel)(Arguments...), Arguments... a
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void set_schedule(unsigned seed) { cuda_on_cpu::schedule = seed; }
-EXPORT void set_shared_limit(size_t bytes) { cuda_on_cpu::shared_limit = bytes; }
 EXPORT const char* run_sum(unsigned blocks, uint32_t* sums, bool with_barrier) {
   return launch(blocks, sum_kernel, sums, with_barrier);
 }
 EXPORT const char* run_divergent(bool in_a_barrier) {
   return launch(1, divergent_kernel, in_a_barrier);
 }
+EXPORT const char* run_overrun(unsigned word) { return launch(1, overrun_kernel, word); }
 EXPORT void set_num_processors(int count) { cuda_on_cpu::num_processors = count; }
 EXPORT void set_shared_bytes(int bytes) { cuda_on_cpu::shared_bytes = bytes; }

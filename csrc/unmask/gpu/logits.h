@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "runtime/float_math_cuda.h"
+#include "unmask/gpu/float_math.h"
 
 namespace nar {
 namespace {

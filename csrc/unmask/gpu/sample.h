@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "rng/philox.h"
-#include "unmask/row_cuda.h"
+#include "unmask/gpu/row.h"
 
 namespace nar {
 namespace {

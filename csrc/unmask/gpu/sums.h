@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "unmask/row_cuda.h"
+#include "unmask/gpu/row.h"
 
 namespace nar {
 namespace {
