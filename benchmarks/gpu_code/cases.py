@@ -308,52 +308,101 @@ def noise_made(vocabulary: int, threads: int, size: int, num_rows: int = 20) -> 
     return vectors / (num_rows * rounds * warps), columns / (num_rows * rounds * warps * size)
 
 
-def _cuda_unmask(name: str, kind: str, size: int, vocabulary: int, threads: int) -> CudaCase:
-    """Without a filter, with one forbidden id, at temperature 1, with the row held on the chip."""
-    rounds = vocabulary / (threads * size)
-    vectors, columns = noise_made(vocabulary, threads, size)
+class UnmaskTrips(NamedTuple):
+    """How often a warp of ``unmask`` in CUDA C++ comes to what depends on the data, for each of its
+    tiles: ``offers`` of noise that may win, ``made`` rounds in which noise is made, ``low`` logits
+    that the table of exponentials leaves out."""
+
+    offers: float
+    made: float
+    low: float
+
+
+def unmask_trips(vocabulary: int, warps: int, size: int, num_rows: int = 20) -> UnmaskTrips:
+    """For logits of standard deviation 3 at temperature 1, if all warps go on at one pace and learn
+    of a score with their next tile."""
+    rng = np.random.default_rng(0)
+    rounds = -(-vocabulary // (warps * 32 * size))
+    tiles = offers = made = low = 0
+    for _ in range(num_rows):
+        logits = np.full(rounds * warps * 32 * size, -np.inf)
+        logits[:vocabulary] = 3 * rng.standard_normal(vocabulary)
+        largest = logits.max()
+        least = max(largest, 21.5 - largest) * 2 ** (-1760 / 128)
+        low += (np.abs(logits) < least).reshape(-1, 32 * size).any(1).sum()
+        u = rng.random(len(logits))
+        shape = rounds, warps, 32, size
+        gap, u = (logits - largest).reshape(shape), u.reshape(shape)
+        best = (gap - np.log(-np.log1p(-u))).flat[logits.argmax()]
+        for gaps, us in zip(gap, u, strict=True):  # [warps, 32, size]
+            tiles += warps
+            may_win = gaps.max(2) - np.log(us.min(2)) > best
+            offers += may_win.any(1).sum()
+            made += (gaps - np.log(us) > best).sum(2).max(1).sum()
+            best = max(best, (gaps - np.log(-np.log1p(-us))).max())
+    return UnmaskTrips(offers / tiles, made / tiles, low / tiles)
+
+
+def _cuda_unmask(
+    name: str, type_: str, size: int, vocabulary: int, warps: int, top_k: int | None = None
+) -> CudaCase:
+    """With one forbidden id, at temperature 1, of a row that shared memory holds; the filter keeps
+    a share of ids that needs three passes of the search, the last of which finds the ties."""
+    tiles = vocabulary / (32 * size * warps)  # of a warp
+    trips = unmask_trips(vocabulary, warps, size)
 
     def unmask_cu(*headers: str) -> Region:
         return Region("unmask/unmask.cu", headers)
 
-    def row_h(*headers: str) -> Region:
-        return Region("unmask/gpu/row.h", headers)
+    def gpu(file: str, *headers: str) -> Region:
+        return Region(f"unmask/gpu/{file}.h", headers)
 
+    one_warp, has_table, search = 1 / warps, "nv_bfloat16" in type_, 3
     rare = [
-        unmask_cu("Found sample_all(", "if (!sampler.has_noise)"),
-        unmask_cu("void add_sums(", "ConfidenceType::kEntropy"),
-        unmask_cu("void add_sums(", "ConfidenceType::kMargin"),
-        unmask_cu("void tell_first("),
-        row_h("__device__ void set("),
-        row_h("Vector<T> from_memory(", "} else {"),
-        row_h("bool is_forbidden("),
-        Region("unmask/gpu/terms.h", ("uint64_t sum_of_others(",)),
+        gpu("row", "float load()", "load_by<4>"),
+        gpu("row", "float load()", "load_by<sizeof(T)>"),
+        gpu("row", "bool forbids("),
+        gpu("sums", "if (with_gap)"),
+        unmask_cu("float exp_of_second("),
+        unmask_cu("void unmask_row(", "if (largest == -INFINITY)"),
+        unmask_cu("void unmask_row(", "if (given >= 0)"),
+        unmask_cu("void unmask_row(", "if (with_gap)"),
+        unmask_cu("void unmask_row(", "} else if (a.confidence)"),
+        gpu("sums", "void build(") if not has_table else unmask_cu("if (!has_table)"),
     ]
-    each_vector = "for (int i = block.thread"
-    weights = [
-        *[Weight(0, region) for region in rare],
-        Weight(0, row_h("Vector<T> from_memory("), unmask_cu("Found sample_all(")),  # it is held
-        Weight(rounds, unmask_cu("__global__ void", each_vector)),
-        Weight(rounds, unmask_cu("Found sample_all(", "for (int round = 0")),
-        Weight(
-            vectors,
-            unmask_cu("Found sample_all(", "if (!__any_sync(kAllLanes, sampler.may_win(one"),
-        ),
-        Weight(vectors, unmask_cu("Found sample_all(", "const float one =")),
-        Weight(columns, unmask_cu("Found sample_all(", "found.offer(sampler.score(one")),
-        Weight(vectors, unmask_cu("Found sample_all(", "tell(block, found.score)")),
+    filters = [
+        unmask_cu("void unmask_row(", "if (selects) {"),
+        unmask_cu("const auto take =", "if (selects) c ="),
+        unmask_cu("const auto take =", "if (selects &&"),
     ]
-    if kind == "8Bfloat16":  # whose terms come from a table
-        table = Region("unmask/gpu/terms.h", ("void fill(", "for (int i"))
-        weights += [
-            Weight(3074 / threads, table),
-            Weight(0, unmask_cu("Found sample_all(", "sampler.add_sums(")),
-        ]
-    work = Work("logit", vocabulary, threads // 32, 16 / size, weights)
+    weights = [Weight(0, region) for region in (rare if top_k else [*rare, *filters])] + [
+        Weight(tiles / 4, gpu("row", "float load_by(", "for (uint32_t todo = here & ~marked")),
+        Weight(one_warp, gpu("row", "float load_by(", "for (uint32_t todo = here & marked")),
+        Weight(1760 / (32 * warps), gpu("sums", "void build(", "for (int i = static_cast")),
+        Weight(trips.low, gpu("sums", "void add_some_low(")),
+        Weight(one_warp, gpu("sample", "void start(")),
+        Weight(one_warp, unmask_cu("uint32_t find_first_largest(", "if (__any_sync")),
+        Weight(tiles / 2, unmask_cu("uint32_t find_first_largest(", "for (uint32_t i = 0")),
+        Weight(tiles, unmask_cu("const auto take =", "for (uint32_t i = 0")),
+        Weight(trips.offers, gpu("sample", "void offer(")),
+        Weight(trips.made / trips.offers, gpu("sample", "void offer(", "do {")),
+        Weight(search, gpu("top_k", "TopK find()", "for (uint32_t turn = 0")),
+        Weight(0, gpu("top_k", "TopK find()", "if (!knows_ties)")),
+        # Seven copies: of four tiles, of two and of one.
+        Weight(tiles / 7, gpu("top_k", "uint32_t count(", "for (; i < end")),
+        Weight(2 * one_warp, gpu("top_k", "bool propose_from_sample(", "if (team_.warp < 2)")),
+        # Four bits at a time.
+        Weight(17 / 4, gpu("top_k", "uint32_t sampled_key(", "for (uint32_t bit")),
+        Weight(one_warp, gpu("top_k", "void find_tie(")),
+        Weight(tiles / 2, gpu("top_k", "void find_tie(", "for (uint32_t i = 0")),
+        Weight(2 / tiles, gpu("top_k", "void find_tie(", "uint32_t up_to = mine")),
+    ]
+    work = Work("logit", vocabulary, warps, 16 / size, weights)
+    kept = f", k {top_k}" if top_k else ""
     return CudaCase(
-        f"unmask, {name}, V {vocabulary}",
+        f"unmask, {name}, V {vocabulary}{kept}",
         "unmask/unmask.cu",
-        f"unmask_kernelINS0_{kind}ELb0E",
+        f"unmask_kernelI{type_}LNS0_3WayE1E",  # a block holds a row
         work,
     )
 
@@ -483,6 +532,9 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_corrupt("exact", 1, 1024, "exact", 1),
         _cuda_corrupt("exact", 0, 65536, "exact", 1),
         _cuda_corrupt("exact, BERT", 0, 65536, "exact", 3),
-        _cuda_unmask("bf16", "8Bfloat16", 8, 50304, 512),
-        _cuda_unmask("fp32", "7Float32", 4, 50304, 512),
+        _cuda_unmask("bf16", "13__nv_bfloat16", 8, 50304, 12),
+        _cuda_unmask("bf16", "13__nv_bfloat16", 8, 50304, 12, top_k=15092),
+        _cuda_unmask("fp16", "6__half", 8, 50304, 12),
+        _cuda_unmask("fp32", "f", 4, 50304, 24),
+        _cuda_unmask("fp32", "f", 4, 50304, 24, top_k=15092),
     ]

@@ -197,10 +197,10 @@ Shape launch_shape(int device, UnmaskLaunch* p) {
   constexpr int64_t kWorthTable = 8192;  // logits
   constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp;
   const UnmaskArgs& a = p->args;
-  const int64_t tiles = (a.vocabulary + Row<T, Way::kBlock>::kTile - 1) / Row<T, Way::kBlock>::kTile;
+  const int64_t tiles =
+      (a.vocabulary + Row<T, Way::kBlock>::kTile - 1) / Row<T, Way::kBlock>::kTile;
   const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
-  p->has_table =
-      std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
+  p->has_table = std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
   p->held_tiles = static_cast<uint32_t>(tiles);
   const int64_t fixed = sizeof(RowMemory) + (p->has_table ? ExpTable::kBytes : 0);
   p->bytes = static_cast<uint32_t>(fixed + tiles * kTileBytes);
@@ -223,12 +223,9 @@ Shape launch_shape(int device, UnmaskLaunch* p) {
 
 Shape launch_shape(GpuLogitType type, int device, UnmaskLaunch* p) {
   switch (type) {
-    case GpuLogitType::kFloat32:
-      return launch_shape<float>(device, p);
-    case GpuLogitType::kBfloat16:
-      return launch_shape<__nv_bfloat16>(device, p);
-    default:
-      return launch_shape<__half>(device, p);
+    case GpuLogitType::kFloat32: return launch_shape<float>(device, p);
+    case GpuLogitType::kBfloat16: return launch_shape<__nv_bfloat16>(device, p);
+    default: return launch_shape<__half>(device, p);
   }
 }
 

@@ -443,17 +443,12 @@ enum cudaDeviceAttr {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   constexpr int kReserved = 1 << 10;
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = cuda_on_cpu::num_processors;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = cuda_on_cpu::shared_bytes;
-      break;
+    case cudaDevAttrMultiProcessorCount: *value = cuda_on_cpu::num_processors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_on_cpu::shared_bytes; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = cuda_on_cpu::shared_bytes + kReserved;
       break;
-    case cudaDevAttrReservedSharedMemoryPerBlock:
-      *value = kReserved;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = kReserved;
   }
   return cudaSuccess;
 }

@@ -1,5 +1,5 @@
-// What cuda_bf16.h and cuda_fp16.h have in common: two numbers of 16 bits in a word, compared, counted
-// and picked at once. Of a type with `float value() const` and `static from(float)`.
+// What cuda_bf16.h and cuda_fp16.h have in common: two numbers of 16 bits in a word, compared,
+// counted and picked at once. Of a type with `float value() const` and `static from(float)`.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// The logits of a lane, 16 bytes of a row, and what a GPU does with all of them at once. Types of 16
-// bits are compared and counted two to an instruction.
+// The logits of a lane, 16 bytes of a row, and what a GPU does with all of them at once. Types of
+// 16 bits are compared and counted two to an instruction.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,9 +17,7 @@ namespace {
 constexpr float kLargestFloat = 3.40282347e38f;
 
 // NaN becomes -inf, +inf the largest float, and -0 becomes 0.
-__device__ inline float clean(float x) {
-  return fminf(fmaxf(x, -INFINITY), kLargestFloat) + 0.0f;
-}
+__device__ inline float clean(float x) { return fminf(fmaxf(x, -INFINITY), kLargestFloat) + 0.0f; }
 
 struct alignas(16) Chunk {
   uint32_t word[4];
@@ -99,8 +97,8 @@ struct Logits {
   }
   // NaN if all are.
   static __device__ float largest(const Chunk& c) {
-    const Two most = __hmax2(__hmax2(two(c.word[0]), two(c.word[1])),
-                             __hmax2(two(c.word[2]), two(c.word[3])));
+    const Two most =
+        __hmax2(__hmax2(two(c.word[0]), two(c.word[1])), __hmax2(two(c.word[2]), two(c.word[3])));
     const uint32_t bits = bits_as<uint32_t>(most);
     return fmaxf(Type::widened(bits & 0xFFFF), Type::widened(bits >> 16));
   }
@@ -181,9 +179,7 @@ struct Logits<float> {
   struct Pivot {
     float value;
   };
-  static __device__ Pivot pivot(uint32_t key) {
-    return {bits_as<float>(bits_of_key(key, kSign))};
-  }
+  static __device__ Pivot pivot(uint32_t key) { return {bits_as<float>(bits_of_key(key, kSign))}; }
 
   struct Tally {
     static constexpr uint32_t kMost = 1u << 30;

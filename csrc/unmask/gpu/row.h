@@ -30,11 +30,11 @@ struct alignas(16) RowMemory {
   uint64_t of_warps[2][kMaxWarps];
   // A bit for each tile, modulo 1024: it has a forbidden id, or reaches over the end of the row.
   uint32_t is_unusual[32];
-  uint32_t pivots[2];          // keys, from a sample
-  uint32_t first_largest;      // column
-  uint32_t last_tie;           // column
-  uint32_t best;               // the best score so far: see Sampler
-  Chunk last_kept;             // the chunk with last_tie, without what is not kept
+  uint32_t pivots[2];      // keys, from a sample
+  uint32_t first_largest;  // column
+  uint32_t last_tie;       // column
+  uint32_t best;           // the best score so far: see Sampler
+  Chunk last_kept;         // the chunk with last_tie, without what is not kept
 };
 
 // How a row is taken: by a warp or by a block, which hold it in shared memory, or by a block that
@@ -110,9 +110,9 @@ struct Team {
   }
 };
 
-// A warp takes tiles of a chunk a lane: about as many as any other warp, side by side. If it holds a
-// part, that is the first ones; the others are read again from global memory, the cache at best, in
-// every pass.
+// A warp takes tiles of a chunk a lane: about as many as any other warp, side by side. If it holds
+// a part, that is the first ones; the others are read again from global memory, the cache at best,
+// in every pass.
 template <typename T, Way kWay>
 class Row {
  public:
@@ -148,8 +148,8 @@ class Row {
   // The first column of the lane's chunk of a tile.
   __device__ uint32_t column(uint32_t i) const { return (first_ + i) * kTile + lane_ * L::kItems; }
 
-  // The one pass over global memory: fills the memory that is shared, and returns the largest of the
-  // lane's logits.
+  // The one pass over global memory: fills the memory that is shared, and returns the largest of
+  // the lane's logits.
   __device__ float load() {
     const uint32_t address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_));
     if (address % 16 == 0) return load_by<16>();
@@ -189,8 +189,8 @@ class Row {
   }
 
   __device__ uint32_t forbidden(uint32_t f) const {
-    return static_cast<uint32_t>(f < kForbiddenArguments ? p_.forbidden[f]
-                                                      : p_.more_forbidden[f - kForbiddenArguments]);
+    return static_cast<uint32_t>(
+        f < kForbiddenArguments ? p_.forbidden[f] : p_.more_forbidden[f - kForbiddenArguments]);
   }
 
   __device__ void mark(uint32_t tile) const {

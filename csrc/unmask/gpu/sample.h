@@ -45,7 +45,19 @@ class Sampler {
     for (int j = 1; j < L::kItems; ++j) least = min(least, words[j]);
 
     const float bound = bits_as<float>(*static_cast<volatile uint32_t*>(&memory_->best));
-    if (!__any_sync(kAllLanes, at_most(gap, least) > bound)) return;
+    if (__any_sync(kAllLanes, at_most(gap, least) > bound)) offer(c, column, words, bound, lane);
+  }
+
+  template <typename Team>
+  __device__ uint32_t best_column(Team& team) const {
+    const uint64_t ranked = uint64_t{ordered(best_)} << 32 | ~best_column_;
+    return ~static_cast<uint32_t>(team.largest(ranked));
+  }
+
+ private:
+  // Makes the noise of the logits that the bound does not rule out one by one.
+  __device__ void offer(const Chunk& c, uint32_t column, const uint32_t* words, float bound,
+                        uint32_t lane) {
     uint32_t open = 0;
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
@@ -71,17 +83,10 @@ class Sampler {
     if (lane == 0) atomicMax(&memory_->best, best);
   }
 
-  template <typename Team>
-  __device__ uint32_t best_column(Team& team) const {
-    const uint64_t ranked = uint64_t{ordered(best_)} << 32 | ~best_column_;
-    return ~static_cast<uint32_t>(team.largest(ranked));
-  }
-
- private:
   static constexpr float kMostNoise = 23.0f;
   static constexpr float kSlack = 1e-3f;  // for rounding errors
-  // Scores of the largest logit, and so the best, are above -kLift: so far up, the bits of those that
-  // count are integers in the same order.
+  // Scores of the largest logit, and so the best, are above -kLift: so far up, the bits of those
+  // that count are integers in the same order.
   static constexpr float kLift = 4;
 
   static __device__ uint32_t lifted(float score) { return bits_as<uint32_t>(score + kLift); }

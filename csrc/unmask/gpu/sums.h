@@ -34,9 +34,15 @@ struct ExpTable {
 
   __device__ uint32_t lowest() const { return top - kSize + 1; }
 
+  // At an offset in bytes from the middle.
+  __device__ uint32_t entry(int at) const {
+    return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const unsigned char*>(middle) + at);
+  }
+
   template <typename Team>
   __device__ void build(const Team& team, float largest) {
     top = (bits_as<uint32_t>(fmaxf(largest, kReach - largest)) >> 16) + 2;
+#pragma unroll 1
     for (int i = static_cast<int>(team.thread()); i < static_cast<int>(kSize);
          i += static_cast<int>(team.num_threads())) {
       const float magnitude = bits_as<float>((lowest() + i) << 16);
@@ -73,10 +79,11 @@ struct Sums {
         terms[j] = units(e[j]);
       }
       add<kAtOnce>(terms, &exp);
-      if (!with_gap) continue;
+      if (with_gap) {
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) terms[j] = units(e[j] * fminf(-gap[j], 87.0f));
-      add<kAtOnce>(terms, &exp_times_gap);
+        for (int j = 0; j < kAtOnce; ++j) terms[j] = units(e[j] * fminf(-gap[j], 87.0f));
+        add<kAtOnce>(terms, &exp_times_gap);
+      }
     }
   }
 
@@ -87,8 +94,6 @@ struct Sums {
     using L = Logits<__nv_bfloat16>;
     constexpr uint32_t kSigns = 0x80008000;
     const uint32_t least = kSigns | table.top * 0x10001u, lowest = table.lowest() * 0x10001u;
-    const unsigned char* middle = reinterpret_cast<const unsigned char*>(table.middle);
-    const auto entry = [&](int at) { return *reinterpret_cast<const uint32_t*>(middle + at); };
     int at[L::kItems];  // offsets in bytes: one instruction makes each
     uint32_t reached[L::kItems / 2];
 #pragma unroll
@@ -104,18 +109,22 @@ struct Sums {
       at[2 * i + 1] = __dp2a_lo(both, sizeof(uint32_t) << 8, 0);
     }
     const uint32_t all = reached[0] & reached[1] & reached[2] & reached[3] & kSigns;
-    if (!__any_sync(kAllLanes, all != kSigns)) {
-      uint32_t terms[L::kItems];
+    if (__any_sync(kAllLanes, all != kSigns))
+      return add_some_low(table, at, reached, row, column, largest);
+    uint32_t terms[L::kItems];
 #pragma unroll
-      for (int j = 0; j < L::kItems; ++j) terms[j] = entry(at[j]);
-      add<L::kItems>(terms, &exp);
-      return;
-    }
+    for (int j = 0; j < L::kItems; ++j) terms[j] = table.entry(at[j]);
+    add<L::kItems>(terms, &exp);
+  }
+
+  template <typename Row>
+  __device__ void add_some_low(const ExpTable& table, const int* at, const uint32_t* reached,
+                               const Row& row, uint32_t column, float largest) {
     uint32_t low = 0;
 #pragma unroll
-    for (int j = 0; j < L::kItems; ++j) {
+    for (int j = 0; j < Row::L::kItems; ++j) {
       if (reached[j / 2] >> (j % 2 ? 31 : 15) & 1) {
-        exp += entry(at[j]);
+        exp += table.entry(at[j]);
       } else {
         low |= 1u << j;
       }

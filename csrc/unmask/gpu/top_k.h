@@ -24,8 +24,8 @@ struct Bracket {
     }
   }
 
-  // Around where the k-th would be if keys were spread evenly; every third time thirds, which bounds
-  // the number of passes. (Any pivots are correct: rounding here cannot change a result.)
+  // Around where the k-th would be if keys were spread evenly; every third time thirds, which
+  // bounds the number of passes. (Any pivots are correct: rounding here cannot change a result.)
   __device__ void propose(uint32_t turn, uint32_t* pivots) const {
     const uint32_t width = high - low;
     uint32_t below = width / 3, step = width / 3;
@@ -83,8 +83,8 @@ class TopKSearch {
   static constexpr int kSamples = 512, kOfLane = kSamples / kWarp;
   static constexpr uint32_t kWorthSampling = 4096;  // logits
 
-  // How many logits reach each of two pivots. Returns how many of the warp's are between the two, and
-  // where the counts of all warps are.
+  // How many logits reach each of two pivots. Returns how many of the warp's are between the two,
+  // and where the counts of all warps are.
   __device__ uint32_t count(const uint32_t* pivots, uint32_t* reach, const uint64_t** of_warps) {
     const typename L::Pivot p = L::pivot(pivots[0]), q = L::pivot(pivots[1]);
     reach[0] = reach[1] = 0;
@@ -151,8 +151,8 @@ class TopKSearch {
 
   // Of the logits with the k-th largest one's key, the column of the `wanted`-th.
   __device__ uint32_t last_tie(uint32_t wanted, uint32_t of_warp, const uint64_t* of_warps) const {
-    const uint32_t before = __reduce_add_sync(
-        kAllLanes, team_.lane < team_.warp ? between(of_warps[team_.lane]) : 0);
+    const uint32_t before =
+        __reduce_add_sync(kAllLanes, team_.lane < team_.warp ? between(of_warps[team_.lane]) : 0);
     if (before < wanted && wanted <= before + of_warp) find_tie(wanted - before);
     team_.sync();
     return team_.memory->last_tie;
