@@ -353,7 +353,7 @@ def test_a_step_on_the_device_needs_a_corpus_that_the_kernel_reads(tmp_path):
 # ---- unmask, generate
 
 
-@pytest.mark.triton
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "dtype, vocabulary",
     [
@@ -362,10 +362,11 @@ def test_a_step_on_the_device_needs_a_corpus_that_the_kernel_reads(tmp_path):
         (torch.float32, 50258),
         (torch.bfloat16, 50258),
         (torch.bfloat16, 50304),
+        (torch.bfloat16, 128_256),
     ],
     ids=name_of,
 )
-def test_unmask_equals_that_of_the_cpu(dtype, vocabulary):
+def test_unmask_equals_that_of_the_cpu(dtype, vocabulary, backend):
     logits = (4 * torch.randn(64, vocabulary)).to(dtype)
     slots = torch.arange(64) * 2**33
     for top_k, confidence in (
@@ -375,7 +376,8 @@ def test_unmask_equals_that_of_the_cpu(dtype, vocabulary):
         (vocabulary // 3, "probability"),
     ):
         options = dict(mask_id=3, seed=1, top_k=top_k, confidence=confidence, temperature=0.7)
-        got = nar_kernels.unmask(logits.cuda(), noise_slots=slots.cuda(), **options)
+        moved = dict(noise_slots=slots.cuda(), backend=backend)
+        got = nar_kernels.unmask(logits.cuda(), **moved, **options)
         expected = nar_kernels.unmask(logits, noise_slots=slots, **options)
         for ours, theirs in zip(got, expected, strict=True):
             assert torch.equal(ours.cpu(), theirs)

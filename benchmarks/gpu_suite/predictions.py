@@ -20,7 +20,9 @@ KERNELS = {
     ),
     r"corrupt, triton: \d+ tokens, L 1024, exact": "Triton: corrupt, windows, exact",
     r"unmask, cuda: V 50304, bfloat16, filter none": "CUDA: unmask, bf16, V 50304",
+    r"unmask, cuda: V 50304, bfloat16, filter 0.3 V": "CUDA: unmask, bf16, V 50304, k 15092",
     r"unmask, cuda: V 50304, float32, filter none": "CUDA: unmask, fp32, V 50304",
+    r"unmask, cuda: V 50304, float32, filter 0.3 V": "CUDA: unmask, fp32, V 50304, k 15092",
 }
 
 
