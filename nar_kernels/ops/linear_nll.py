@@ -36,8 +36,6 @@ def losses(
         backend: of the softmax.
     """
     nothing = (False, False, False)
-    if _is_traced(shard):
-        return _traced_losses(hidden, weight, bias, labels, None, backend, nothing)[0]
     return _losses_and_gradients(hidden, weight, bias, labels, None, backend, shard, nothing)[0]
 
 
@@ -50,8 +48,6 @@ def losses_by_row(
     shard: VocabularyShard | None,
 ) -> Tensor:
     """:func:`losses`, differentiable."""
-    if _is_traced(shard):
-        return _TracedPerRow.apply(hidden, weight, bias, labels, backend)
     return _PerRow.apply(hidden, weight, bias, labels, backend, shard)
 
 
@@ -66,13 +62,7 @@ def weighted_sum(
 ) -> Tensor:
     """``sum(row_weight * losses)``, differentiable but in ``row_weight``. Labels outside the
     vocabulary are ignored where the weight is 0."""
-    if _is_traced(shard):
-        return _TracedSum.apply(hidden, weight, bias, labels, row_weight, backend)
     return _WeightedSum.apply(hidden, weight, bias, labels, row_weight, backend, shard)
-
-
-def _is_traced(shard: VocabularyShard | None) -> bool:
-    return torch.compiler.is_compiling() and shard is None
 
 
 def _losses_and_gradients(
@@ -91,6 +81,8 @@ def _losses_and_gradients(
     GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32. With a ``shard``,
     ``weight`` and ``bias`` are this rank's part of the head.
     """
+    if torch.compiler.is_compiling() and shard is None:
+        return _as_an_operator(hidden, weight, bias, labels, row_weight, backend, wanted)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -228,7 +220,7 @@ _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 register("linear_nll", LinearNllArgs, _FOUR, _launch_linear_nll, _linear_nll_fake)
 
 
-def _traced_losses(
+def _as_an_operator(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -237,60 +229,9 @@ def _traced_losses(
     backend: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Gradients]:
-    """:func:`_losses_and_gradients` of a whole head, as an operator."""
     arguments = LinearNllArgs(hidden, weight, bias, labels, row_weight, *wanted)
     nll, *found = torch.ops.nar_kernels.linear_nll.default(*arguments, backend)
     of_hidden, of_weight, of_bias = (
         g if is_wanted else None for g, is_wanted in zip(found, wanted, strict=True)
     )
     return nll, (of_hidden, of_weight, of_bias)
-
-
-class _TracedSum(torch.autograd.Function):
-    """:class:`_WeightedSum` for torch.compile, which keeps its gradients as it sees fit."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        row_weight: Tensor,
-        backend: str,
-    ) -> Tensor:
-        wanted = ctx.needs_input_grad[:3]
-        nll, gradients = _traced_losses(hidden, weight, bias, labels, row_weight, backend, wanted)
-        ctx.save_for_backward(hidden, weight, bias, *gradients)
-        return (row_weight * nll).sum()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        of_hidden, of_weight, of_bias = (None if g is None else g * upstream for g in gradients)
-        return *_typed((of_hidden, of_weight, of_bias), inputs), None, None, None
-
-
-class _TracedPerRow(torch.autograd.Function):
-    """:class:`_PerRow` for torch.compile."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.backend = backend
-        none = (False, False, False)
-        return _traced_losses(hidden, weight, bias, labels, None, backend, none)[0]
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        wanted, row_weight = ctx.needs_input_grad[:3], upstream.contiguous()
-        _, gradients = _traced_losses(hidden, weight, bias, labels, row_weight, ctx.backend, wanted)
-        return *_typed(gradients, (hidden, weight, bias)), None, None

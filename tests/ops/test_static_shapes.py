@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 import nar_kernels
 from nar_kernels import Corrupted, MaskingConfig, masked_nll
@@ -344,6 +345,26 @@ def test_one_graph_from_ids_to_gradients(backend, reduction):
                     torch.testing.assert_close(x, y)
             with torch.no_grad():
                 torch.testing.assert_close(compiled(*tensors, seed), total(*tensors, seed))
+
+
+@pytest.mark.seconds
+def test_compiled_gradients_are_not_computed_twice():
+    """They are those that the forward pass made."""
+    counts = []
+
+    def count(graph, _):
+        counts.append(sum("linear_nll" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    batch = corrupted_batch()
+    tensors = [x.requires_grad_() for x in random_inputs(batch, dtype=torch.float32)]
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    compiled = torch.compile(lambda h, w, b: static_nll(h, w, batch, bias=b), backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of dynamo
+        compiled(*tensors).backward()
+    assert counts == [1, 0]
 
 
 def test_opcheck():
