@@ -126,6 +126,15 @@ def test_unmask(tmp_path):
     assert "| unmask | auto | bfloat16 | none | 1 |" in output
 
 
+def test_nll(tmp_path):
+    figures, output = run("bench_nll.py", tmp_path)
+    assert [row["who"] for row in figures["rows"]] == 2 * ["nll_", "F.cross_entropy"]
+    for row in figures["rows"]:
+        assert row["ns_per_logit"] > 0 and 0 < row["share_of_copy"] < 1
+        assert (row["times_ours"] == 1) == (row["who"] == "nll_")
+    assert "| V 33, bfloat16, bias, no gradient | 4 | nll_ |" in output
+
+
 def test_choose(tmp_path):
     figures, output = run("bench_choose.py", tmp_path)
     (setting,) = figures["settings"]

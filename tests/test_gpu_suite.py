@@ -1,6 +1,7 @@
 """`benchmarks.gpu_suite`: its machinery, with steps that pass, fail, hang and are killed; a walk
 through all of its real steps without a GPU; and the table at the end."""
 
+import importlib
 import json
 import os
 import shutil
@@ -715,13 +716,17 @@ def test_what_ran_where_and_what_did_not(tmp_path, monkeypatch):
     assert "1 of 1 steps; tests: 1 passed, 1 failed" in row
 
 
-def test_predictions_stand_beside_figures():
+def test_predictions_stand_beside_figures(monkeypatch):
     corrupt = "corrupt, cuda: 67108864 tokens, L 1024, exact"
     for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         assert predictions.prediction(corrupt, gpu).endswith(" %")
     assert predictions.prediction(corrupt, "NVIDIA B200") == ""
     assert predictions.prediction("unmask, cuda: V 50258, float32, filter 50", "NVIDIA H100") == ""
     assert {*predictions.KERNELS.values()} <= {*predictions.rows()}
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench_nll = importlib.import_module("bench_nll")
+    for setting in bench_nll.CUDA:
+        assert predictions.prediction(f"nll: {setting}", "NVIDIA H200").endswith(" %")
     row = {"backend": "cuda", "what": "67108864 tokens, L 1024, exact", "share_of_copy": 0.5}
     row["gigabytes_per_second"] = 1500.0
     record = record_of("NVIDIA H100 80GB HBM3", "2027-01-01", bench_corrupt_cuda="passed")
@@ -762,6 +767,8 @@ def test_dry_run(tmp_path):
         assert "collected" in results["steps"][step]["reason"]  # something was selected
     for line in (
         "| unmask, auto: V 33, float32, filter none |",
+        "| nll: V 33, bfloat16, bias, no gradient |",
+        "| choose, B 2, L 16, random |",
         "| train_step, V 33, ours: whole step |",
     ):
         assert line in result.stdout

@@ -19,6 +19,18 @@ KERNELS = {
         "CUDA: corrupt, step, bernoulli, L 1024, 8 tiles a warp"
     ),
     r"corrupt, triton: \d+ tokens, L 1024, exact": "Triton: corrupt, windows, exact",
+    **{
+        f"nll: V {what}": f"Triton: nll, {name}"
+        for what, name in (
+            ("50258, bfloat16", "bf16, V 50258"),
+            ("50258, float32, bias", "fp32, V 50258, bias"),
+            ("50304, bfloat16, bias", "bf16, V 50304, bias"),
+            ("128256, bfloat16", "bf16, V 128256"),
+            ("257, bfloat16", "bf16, V 257"),
+            ("50258, bfloat16, no gradient", "bf16, V 50258, no gradient"),
+        )
+    },
+    r"unmask, triton: V 50304, bfloat16, filter none": "Triton: unmask, bf16, V 50304",
     r"unmask, cuda: V 50304, bfloat16, filter none": "CUDA: unmask, bf16, V 50304",
     r"unmask, cuda: V 50304, bfloat16, filter 0.3 V": "CUDA: unmask, bf16, V 50304, k 15092",
     r"unmask, cuda: V 50304, float32, filter none": "CUDA: unmask, fp32, V 50304",

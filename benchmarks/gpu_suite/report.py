@@ -5,6 +5,7 @@
 prints the summary of a results folder.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,27 @@ def masked_nll(record: dict) -> Iterator[Row]:
                 yield Row(what, mine, "MB", against, theirs, theirs / mine)
 
 
+def nll(record: dict) -> Iterator[Row]:
+    copy = record["copy_gigabytes_per_second"]
+    for row in record["rows"]:
+        what = f"nll: {row['what']}"
+        if row["who"] == "nll_":
+            figure, ours = row["gigabytes_per_second"], row["ns_per_logit"]
+            yield Row(what, figure, "GB/s", "copy", copy, row["share_of_copy"])
+        else:
+            theirs, ratio = row["ns_per_logit"], row["times_ours"]
+            yield Row(what, ours, "ns a logit", row["who"], theirs, ratio)
+
+
+def choose(record: dict) -> Iterator[Row]:
+    for setting in record["settings"]:
+        of_strategy = itertools.groupby(setting["rows"], key=lambda row: row["strategy"])
+        for strategy, (ours, *others) in of_strategy:
+            what = f"choose, B {setting['batch']}, L {setting['length']}, {strategy}"
+            for row in others:
+                yield Row(what, ours["us"], "us", row["who"], row["us"], row["us"] / ours["us"])
+
+
 def unmask(record: dict) -> Iterator[Row]:
     for setting in record["settings"]:
         copy = setting["copy_gigabytes_per_second"]
@@ -112,7 +134,9 @@ READERS = {
     "bench_corrupt_cuda": corrupt,
     "bench_corrupt_triton": corrupt,
     "bench_masked_nll": masked_nll,
+    "bench_nll": nll,
     "bench_unmask": unmask,
+    "bench_choose": choose,
     "bench_train_step": lambda record: calls("train_step", record),
     "bench_generate": lambda record: calls("generate", record),
 }
@@ -179,7 +203,10 @@ def summary(results: dict) -> list[str]:
         lines += [f"  FAILED {test}" for test, of in tests.items() if of["outcome"] == "failed"]
     missed = [name for name, state, *_ in steps if state not in (PASSED, SKIPPED)]
     lines += [f"not passed: {', '.join(missed) or 'none'}", ""]
-    figures = [(*row, prediction(row.what, gpu)) for row in rows(results["figures"])]
+    figures = [
+        (*row, prediction(row.what, gpu) if row.against == "copy" else "")
+        for row in rows(results["figures"])
+    ]
     if figures:
         lines += markdown(HEAD, figures)
     return [*lines, *skipped_peers(results["figures"])]

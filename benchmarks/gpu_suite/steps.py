@@ -180,6 +180,7 @@ def first_half(dry: list[str]) -> list[Step]:
         *(sanitizer("memcheck", kernel, dry) for kernel in SANITIZED),
         *(sanitizer("racecheck", kernel, dry) for kernel in SANITIZED),
         benchmark("bench_unmask", "speed of unmask", "bench_unmask", *on_gpu, timeout=90),
+        benchmark("bench_nll", "speed of the loss of logits", "bench_nll", *on_gpu, timeout=60),
         benchmark(
             "bench_masked_nll", "speed of masked_nll", "bench_masked_nll", *on_gpu, timeout=150
         ),
@@ -213,6 +214,7 @@ def second_half(dry: list[str]) -> list[Step]:
             *("--backend", "triton", *dry),
             timeout=100,
         ),
+        benchmark("bench_choose", "speed of choose", "bench_choose", *on_gpu, timeout=60),
         tests("tests_large", "more than 2**31 positions", "large", dry, timeout=90),
         *(sanitizer("synccheck", kernel, dry) for kernel in SANITIZED),
         *(sanitizer("initcheck", kernel, dry) for kernel in ("corrupt", "unmask")),
