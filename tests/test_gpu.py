@@ -437,6 +437,25 @@ def test_nan_is_found_in_the_end(strategy):
         model.generate(4, strategy=strategy, seed=0)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_generate_with_a_net_in_cuda_graphs(guidance_scale):
+    """A graph overwrites the outputs of its last call."""
+
+    def generate(mode):
+        torch.manual_seed(0)
+        embedding, head = torch.nn.Embedding(300, 32), torch.nn.Linear(32, 300)
+        net = torch.nn.Sequential(embedding, torch.nn.Linear(32, 32), head).cuda()
+        adapted = nar_kernels.NetAdapter(net, num_tokens=300, max_seq_len=16, head=head)
+        compiled = torch.compile(adapted, mode=mode)
+        model = nar_kernels.NonAutoregressiveWrapper(compiled, mask_id=299)
+        options = dict(prompt=[[1, 2], [3]], steps=6, guidance_scale=guidance_scale)
+        return [model.generate(seed=seed, **options) for seed in range(3)]
+
+    for graphed, expected in zip(generate("reduce-overhead"), generate("default"), strict=True):
+        assert torch.equal(graphed, expected)
+
+
 # ---- training
 
 

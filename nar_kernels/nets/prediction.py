@@ -124,20 +124,25 @@ class Prediction(NamedTuple):
         """Logits ``[C, V]`` at ``rows``, indices into the flat ``[B * L]``, in chunks, in order.
 
         Without gradients; a chunk is valid until the next. ``memory`` is the buffer for the logits
-        of a linear head.
+        of a linear head. ``output`` is read at once: a CUDA graph overwrites it in its next call.
         """
         picked = self.output.reshape(-1, self.output.shape[-1]).index_select(0, rows)
-        head = self.head
-        if head is None:
-            yield picked
-        elif isinstance(head, LinearHead):
-            scaled = picked * head.scale if head.scale != 1 else picked
-            yield from inferred_logits(scaled, head.weight, head.bias, memory or LogitsMemory())
-        else:
-            width = head(picked[:1]).shape[-1]
-            size = chunk_size(len(rows), width, rows.device, TRAINING_LIMITS)
-            for some in picked.split(size):
-                yield head(some)
+        return _logits(self.head, picked, memory or LogitsMemory())
+
+
+@torch.no_grad()
+def _logits(head: Head | None, picked: Tensor, memory: LogitsMemory) -> Iterator[Tensor]:
+    """Of ``picked`` outputs of the net ``[R, D]``, or ``[R, V]`` without a head."""
+    if head is None:
+        yield picked
+    elif isinstance(head, LinearHead):
+        scaled = picked * head.scale if head.scale != 1 else picked
+        yield from inferred_logits(scaled, head.weight, head.bias, memory)
+    else:
+        width = head(picked[:1]).shape[-1]
+        size = chunk_size(len(picked), width, picked.device, TRAINING_LIMITS)
+        for some in picked.split(size):
+            yield head(some)
 
 
 # x-transformers' arguments for the head itself, or for what comes after it: no split.

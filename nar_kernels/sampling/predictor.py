@@ -132,15 +132,17 @@ class Predictor:
                 embeddings = embeddings.expand(len(ids), -1, -1)
             kwargs = {**kwargs, **self._condition(embeddings)}
         prediction = self._predict(ids, kwargs)
+        chunks = prediction.logits_at(rows, self._memory[0])
         if self._condition is not None:
             self._embeddings = prediction.embeddings
         if guidance is None:
-            yield from prediction.logits_at(rows, self._memory[0])
+            yield from chunks
             return
+        if self._embeddings is not None:  # those of a CUDA graph do not outlive the second call
+            self._embeddings = self._embeddings.clone()
         if guidance.unconditional is None:
             ids = ids.where(guidance.prompt_masked < 0, guidance.prompt_masked)
         unguided = self._predict(ids, {**kwargs, **(guidance.unconditional or {})})
-        chunks = prediction.logits_at(rows, self._memory[0])
         unguided_chunks = unguided.logits_at(rows, self._memory[1])
         for conditional, unconditional in zip(chunks, unguided_chunks, strict=True):
             yield unconditional + guidance.scale * (conditional - unconditional)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from x_transformers import Encoder, TransformerWrapper
 
 from nar_kernels import NetAdapter, NonAutoregressiveWrapper
@@ -348,6 +349,24 @@ def test_guidance_by_the_prompt():
     assert (with_prompt[:, :3] == torch.tensor([1, 2, 3])).all()
     assert (without[:, :3] == MASK_ID).all()
     assert torch.equal(with_prompt[:, 3:], without[:, 3:])
+
+
+@pytest.mark.parametrize("self_cond", [False, True])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_nets_that_overwrite_their_outputs(guidance_scale, self_cond):
+    """As CUDA graphs do, such as those of ``torch.compile(mode="reduce-overhead")``."""
+    model = make_model(self_cond=self_cond)
+    options = dict(prompt=[[1, 2], [3]], steps=4, seed=2, guidance_scale=guidance_scale)
+    expected = model.generate(**options)
+    forward, outputs = model.net.forward, {}
+
+    def overwrite(*args, **kwargs):
+        new = forward(*args, **kwargs)
+        return tree_map(lambda x: outputs.setdefault(x.shape, x.clone()).copy_(x), new)
+
+    model.net.forward = overwrite
+    assert torch.equal(model.generate(**options), expected)
+    assert len(outputs) == 1 + self_cond  # and hidden states
 
 
 def test_guidance_by_nothing():
