@@ -72,12 +72,13 @@ void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_typ
   nar::corrupt_cpu(args, num_threads);
 }
 
-void count_masked(int64_t batch, int64_t seq_len, int64_t first_sample, int64_t global_batch,
-                  bool exact, bool stratified, int64_t seed, int64_t ratio_table, int64_t counts,
-                  int num_threads) {
+void count_masked(int64_t batch, int64_t seq_len, int64_t sample_ids, int64_t first_sample,
+                  int64_t global_batch, bool exact, bool stratified, int64_t seed,
+                  int64_t ratio_table, int64_t counts, int num_threads) {
   nar::CorruptArgs args = {};
   args.windows.batch = batch, args.windows.seq_len = seq_len;
-  args.first_sample = first_sample, args.global_batch = global_batch;
+  args.sample_ids = pointer<const int64_t>(sample_ids), args.first_sample = first_sample;
+  args.global_batch = global_batch;
   args.exact = exact, args.stratified = stratified;
   args.seed = static_cast<uint64_t>(seed);
   args.ratio_table = pointer<const uint32_t>(ratio_table);

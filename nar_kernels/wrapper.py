@@ -237,7 +237,7 @@ class NonAutoregressiveWrapper(nn.Module):
         Args:
             x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. On a
                 GPU, where looking at clean ids is a sync, an invalid one is reported by the next
-                call, or :meth:`raise_if_invalid`.
+                call, or :meth:`raise_if_invalid`; in a CUDA graph it is not.
             only_train_generator: skip the critic.
             only_train_critic: the generator runs without gradients, and its loss is None.
             generator_sample_temperature: of the ids sampled for the critic. Default: uniform in
@@ -291,7 +291,9 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Losses:
         reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
         needs_counts = with_critic or normalizer is None
-        counts = self._all_reduce_counts(corrupted, reduction) if needs_counts else None
+        counts = (
+            self._all_reduce_counts(corrupted, reduction, with_critic) if needs_counts else None
+        )
         with nullcontext() if with_generator else no_grad():
             prediction = self._predict(corrupted.input_ids, seed, kwargs)
         mean_counts = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
@@ -322,15 +324,16 @@ class NonAutoregressiveWrapper(nn.Module):
         return Losses(loss + critic_loss * self.critic_loss_weight, loss, critic_loss)
 
     def _all_reduce_counts(
-        self, corrupted: Corrupted, reduction: Reduction
+        self, corrupted: Corrupted, reduction: Reduction, with_critic: bool
     ) -> distributed.SumOverRanks | None:
         """Starts the all-reduce of the counts by which the losses of generator and critic are
         divided, to overlap with the net; None if ranks do not share them."""
         together = self.average_tokens_across_devices and distributed.world_size() > 1
         if not (together and self.training and torch.is_grad_enabled()):
             return None
-        counts = num_counted(corrupted, reduction), _has_clean_id(corrupted).sum()
-        return distributed.SumOverRanks(torch.stack(counts).double())
+        counted = num_counted(corrupted, reduction)
+        num_clean = _has_clean_id(corrupted).sum() if with_critic else torch.zeros_like(counted)
+        return distributed.SumOverRanks(torch.stack([counted, num_clean]).double())
 
     def _corrupted(
         self,
@@ -374,16 +377,25 @@ class NonAutoregressiveWrapper(nn.Module):
                 maskable=maskable,
                 backend=self.backend,
             )
-        if not ids.is_cuda or torch.compiler.is_compiling():
+        if not ids.is_cuda:
             corrupted.raise_if_invalid()
         # Batches that come corrupted are checked by the loader that made them, or by the caller of
-        # `corrupt`; nobody can look at one of a CUDA graph.
-        elif not isinstance(x, Corrupted) and not torch.cuda.is_current_stream_capturing():
-            size, length = ids.shape
-            where = partial(place_in_batch, length)
-            check = partial(check_record, batch_size=size, masking=self.masking, where=where)
-            self._deferred_check.defer(corrupted, check)
+        # `corrupt`.
+        elif not isinstance(x, Corrupted):
+            self._check_later(corrupted)
         return corrupted
+
+    @torch.compiler.disable
+    def _check_later(self, corrupted: Corrupted) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return  # nobody looks at a batch of a CUDA graph
+        size, length = corrupted.input_ids.shape
+
+        def where(offset: int) -> str:
+            return f"{place_in_batch(length, offset)} of the batch before this call"
+
+        check = partial(check_record, batch_size=size, masking=self.masking, where=where)
+        self._deferred_check.defer(corrupted, check)
 
     def raise_if_invalid(self) -> None:
         """Synchronises with the last batch of clean ids on a GPU, and raises its
@@ -433,9 +445,12 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> Tensor:
         """Binary cross-entropy of the critic on sampled ids being wrong: mean over the positions
         whose clean id is known (label not set to -100)."""
-        # Padding repeats rows, which draw the same ids again.
-        rows = corrupted.padded_rows()[0] if static_shapes else corrupted.masked_rows
-        rows, clean = rows.to(torch.int64), corrupted.clean_ids
+        clean, is_padding = corrupted.clean_ids.to(torch.int64), None
+        if static_shapes:
+            rows, is_padding = corrupted.padded_rows()
+        else:
+            rows = corrupted.masked_rows
+        rows = rows.to(torch.int64)
         rank, world_size = distributed.rank(), distributed.world_size()
         # Slot 0 is the self-conditioning coin's.
         noise = noise_generator(seed, Stream.CRITIC_NOISE, slot=1)
@@ -450,7 +465,10 @@ class NonAutoregressiveWrapper(nn.Module):
                 seed=noise.initial_seed(),
                 temperature=temperature,
             ).tokens
-            generated = clean.flatten().index_copy(0, rows, sampled).view_as(clean)
+            if is_padding is not None:  # its ids go behind the end
+                rows = rows.masked_fill(is_padding, clean.numel())
+            flat = torch.cat([clean.flatten(), clean.new_zeros(1)])
+            generated = flat.index_copy_(0, rows, sampled)[:-1].view_as(clean)
         has_clean_id = _has_clean_id(corrupted)
         total = F.binary_cross_entropy_with_logits(
             self._critic_scores(generated),
@@ -668,8 +686,8 @@ def _sequence_numbers(first: int | None, batch: int) -> range:
     start, stride = distributed.rank(), distributed.world_size()
     if first is not None:
         start, stride = as_int("first_sequence", first), 1
-    if start < 0:
-        raise ValueError(f"first_sequence is {start}: it must be at least 0")
+    if not 0 <= start < 1 << 32:  # noise slots are 64-bit: this times steps and positions
+        raise ValueError(f"first_sequence is {start}: it must be in [0, 2**32)")
     return range(start, start + batch * stride, stride)
 
 

@@ -38,6 +38,20 @@ def test_critic_labels_are_what_was_sampled_wrongly():
     torch.testing.assert_close(losses.critic_loss, expected)
 
 
+@pytest.mark.parametrize("num_maskable", [0, 1, 10])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_what_a_critic_judges_with_static_shapes(dtype, num_maskable):
+    """Padding of the masked rows changes nothing, nor does the type of ids."""
+    critic = Recorder(num_outputs=1)
+    model = make_model(Recorder(), token_critic=critic)
+    maskable = (torch.arange(10) < num_maskable).expand(6, 10)
+    batch = corrupt(clean_batch(), model.masking, seed=0, maskable=maskable, ids_dtype=dtype)
+    losses = [model(batch, seed=3, static_shapes=s).critic_loss for s in (False, True)]
+    assert torch.equal(*critic.inputs) and torch.equal(*losses)
+    assert critic.inputs[0].dtype == torch.int64
+    assert not ((critic.inputs[0] != clean_batch()) & ~batch.masked_indices).any()
+
+
 def test_a_perfect_critic_has_no_loss():
     """Possible only if the labels agree with what the critic sees: not so in the original."""
 

@@ -97,7 +97,7 @@ class Prediction(NamedTuple):
             rows, labels = masked_labels(corrupted, static_shapes)
             logits = output.reshape(-1, output.shape[-1]).index_select(0, rows)
             nll = logits_nll(logits, labels, self.is_log_prob)
-            return reduce_nll(nll, corrupted, reduction, normalizer, static_shapes)
+            return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
         if isinstance(head, LinearHead):
             return masked_nll(
                 output if head.scale == 1 else output * head.scale,

@@ -13,13 +13,8 @@ from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
-from nar_kernels.ops.dispatch import (
-    host_address,
-    needs_dispatcher,
-    on_device,
-    raw_stream,
-    register,
-)
+from nar_kernels.ops.dispatch import needs_dispatcher, on_device, raw_stream, register
+from nar_kernels.ops.host_counts import count_on_host, num_strata
 from nar_kernels.ops.masking import NUM_INVALID, MaskingConfig
 from nar_kernels.ops.reference import corrupt_ref
 from nar_kernels.ops.tokens import DTYPE_CODE, check_ids, check_token_dtype
@@ -88,8 +83,8 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
     return scalar
 
 
-# Places of labels, masked_indices and the row buffer among the outputs.
-_OPTIONAL = (1, 2, 7)
+# Places of labels, masked_indices and the row buffer among the outputs, and in Wanted.
+_OPTIONAL = {1: 1, 2: 2, 7: 3}
 
 
 class Wanted(NamedTuple):
@@ -105,11 +100,13 @@ class Wanted(NamedTuple):
         """
         Raises:
             ValueError: an unknown output, or another dtype than int64 and int32.
+            TypeError: ``outputs`` is no collection of names.
         """
-        unknown = [name for name in outputs if name not in OUTPUTS]
-        if unknown or isinstance(outputs, str):
-            names = ", ".join(map(repr, OUTPUTS))
-            raise ValueError(f"outputs is {outputs!r}: it must be some of {names}, in a tuple")
+        names = ", ".join(map(repr, OUTPUTS))
+        if isinstance(outputs, str) or not isinstance(outputs, Collection):
+            raise TypeError(f"outputs is {outputs!r}: it must be a tuple of any of {names}")
+        if any(name not in OUTPUTS for name in outputs):
+            raise ValueError(f"outputs is {outputs!r}: it must be a tuple of any of {names}")
         if ids_dtype not in (torch.int64, torch.int32):
             raise ValueError(f"ids_dtype is {ids_dtype}: it must be torch.int64 or torch.int32")
         return cls(ids_dtype == torch.int32, *(name in outputs for name in OUTPUTS))
@@ -161,7 +158,9 @@ def corrupt(
             is left out is None. :func:`masked_nll` needs the first and the last.
         ids_dtype: of ``input_ids``, ``labels`` and ``masked_rows``. int32 halves what is written;
             embeddings and indices may be int32, targets of ``F.cross_entropy`` may not.
-        out: a batch of the same shape, dtype and outputs, whose memory the result takes over.
+        out: a batch of the same shape, dtype and outputs, whose memory the result takes over: it
+            and its parts then show the new values. ``backward`` of what was computed from it must
+            be done: it raises afterwards, as after any change in place.
         source: what errors call the flat corpus, such as its path.
         backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
 
@@ -189,8 +188,10 @@ def corrupt(
     slots: range | None = range(batch)
     if isinstance(sample_ids, range):
         slots = sample_ids
-        if slots.step < 1:
-            raise ValueError(f"sample_ids is {slots}: the step of a range must be at least 1")
+        if slots.step < 1 or slots.start < 0 or slots.stop > 1 << 63:
+            raise ValueError(
+                f"sample_ids is {slots}: a range must be in [0, 2**63), with a step of at least 1"
+            )
         sample_ids = torch.arange(slots.start, slots.stop, slots.step, device=device)
     elif sample_ids is not None:
         slots, sample_ids = None, check_ids("sample_ids", sample_ids, device)
@@ -335,34 +336,20 @@ def _corrupt(
         raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
     memory = None if out is None else _memory_of(out, arguments, device)
     outputs: list[Tensor | None] = [*run_corrupt(arguments, backend, memory)]
-    for i, is_wanted in zip(_OPTIONAL, wanted[1:], strict=True):
-        if not is_wanted:
+    for i, is_wanted in _OPTIONAL.items():
+        if not wanted[is_wanted]:
             outputs[i] = None
-    counts = _count_slots(arguments, masking, slots) if device.type == "cuda" else None
-    strata = _num_strata(masking, slots, global_batch)
+    counts = None
+    if device.type == "cuda" and wanted.masked_rows:
+        counts = count_on_host(arguments, masking, slots)
+    strata = num_strata(masking, slots, global_batch)
     return Corrupted(*outputs, masking, counts, strata)  # type: ignore[call-arg, arg-type]
-
-
-def _num_strata(masking: MaskingConfig, slots: range | None, global_batch: int) -> int:
-    """How many strata of time there are, if each sample has one of its own; else 0. ``slots`` of
-    the samples, up to whole steps, if known."""
-    if not slots or not masking.stratified:
-        return 0
-    return global_batch if slots[0] // global_batch == slots[-1] // global_batch else 0
-
-
-def _count_slots(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -> Tensor | None:
-    """:func:`count_on_host`, also of slots with gaps."""
-    if slots and a.sample_ids is not None:
-        span = slots[-1] - slots[0] + 1
-        a = a._replace(sample_ids=None, first_sample=slots[0], batch=span)
-        counts = count_on_host(a, masking)
-        return None if counts is None else counts[:: slots.step]
-    return count_on_host(a, masking)
 
 
 def _memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
     """The tensors of a batch, if it can take the outputs of ``a``: kernels trust their sizes."""
+    if not isinstance(batch, Corrupted):
+        raise TypeError(f"out is a {type(batch).__name__}: it must be a batch of `corrupt`")
     tensors = (
         batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
         batch.num_masked, batch.num_maskable, batch.row_buffer,
@@ -383,29 +370,6 @@ def _memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[
                 f"[{rows}, {a.seq_len}] and {ids} on {device}, made with the same outputs"
             )
     return memory
-
-
-def count_on_host(a: CorruptArgs, masking: MaskingConfig) -> Tensor | None:
-    """int64 ``[B]`` on the CPU: how many positions each row masks, without a sync; None where that
-    depends on device memory."""
-    on_device = (a.sample_ids, a.step, a.maskable, a.never_mask, a.seed_tensor)
-    known = all(tensor is None for tensor in on_device)
-    if not known or cpp is None or torch.compiler.is_compiling():
-        return None
-    counts = torch.empty(a.batch, dtype=torch.int64, device="cpu")
-    cpp.count_masked(
-        a.batch,
-        a.seq_len,
-        a.first_sample,
-        a.global_batch,
-        a.exact,
-        a.stratified,
-        a.seed,
-        host_address(masking.table.ratio),
-        host_address(counts),
-        torch.get_num_threads(),
-    )
-    return counts
 
 
 def _empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
@@ -482,7 +446,10 @@ _CORRUPT = {
 
 
 def _launch_corrupt(a: CorruptArgs, backend: str, memory: Memory = None) -> tuple[Tensor, ...]:
-    return on_device(a.ratio_table, _CORRUPT[backend], a, memory)
+    outputs = on_device(a.ratio_table, _CORRUPT[backend], a, memory)
+    if memory is not None:  # kernels write to addresses, of which autograd does not know
+        torch.autograd.graph.increment_version(memory)
+    return outputs
 
 
 def _corrupt_fake(a: CorruptArgs, backend: str) -> tuple[Tensor, ...]:

@@ -155,7 +155,8 @@ class Corrupted:
 
     @property
     def masked_rows(self) -> Tensor:
-        """``[R]``: the masked positions as ascending indices into the flat ``[B * L]``.
+        """``[R]``: the masked positions as ascending indices into the flat ``[B * L]``, of the
+        dtype of ``input_ids``.
 
         Synchronises with the device, unless R is known on the host: with the C++ extension, for
         batches with nothing excluded whose seed, slots and step are numbers.
@@ -178,7 +179,8 @@ class Corrupted:
         reads, and its gradient writes, what is needed anyway, and none of them often.
 
         Raises:
-            ValueError: (on the CPU) more rows are masked than that, so the batch has been changed.
+            ValueError: more rows are masked than that, so the batch has been changed. A GPU, whose
+                counts are not read, leaves the last ones out.
         """
         self.need("masked_rows")
         num_masked, capacity = self.num_masked.sum(), self.row_capacity
@@ -189,9 +191,7 @@ class Corrupted:
                 "what describes them"
             )
         place = torch.arange(capacity, device=num_masked.device)
-        # The buffer of a part may be empty.
-        buffer = self.row_buffer if len(self.row_buffer) else num_masked.new_zeros(1)
-        rows = buffer.index_select(0, place % num_masked.clamp(min=1))
+        rows = self._buffered(place % num_masked.clamp(min=1))
         return rows.masked_fill(num_masked == 0, 0), place >= num_masked
 
     @property
@@ -267,12 +267,18 @@ class Corrupted:
         return self.host_counts is not None or on_host
 
     def _rows_from(self, start: int, capacity: int) -> Tensor:
-        """int64 ``[capacity]``: the ``row_buffer`` of the samples from ``start`` on, at most
-        ``capacity`` rows; without a sync."""
+        """``[capacity]``: the ``row_buffer`` of the samples from ``start`` on, at most ``capacity``
+        rows; without a sync."""
         device, length = self.row_buffer.device, self.input_ids.shape[1]
         place = self.num_masked[:start].sum() + torch.arange(capacity, device=device)
-        rows = self.row_buffer.index_select(0, place.clamp(max=max(len(self.row_buffer) - 1, 0)))
-        return rows - start * length
+        return self._buffered(place) - start * length
+
+    def _buffered(self, place: Tensor) -> Tensor:
+        """Of ``row_buffer``, the last one behind its end: it may be short, or empty."""
+        last = len(self.row_buffer) - 1
+        if last < 0:
+            return self.row_buffer.new_zeros(len(place))
+        return self.row_buffer.index_select(0, place.clamp(max=last))
 
     def _select(self, index: slice | Tensor) -> "Corrupted":
         """Selects samples; ``row_buffer`` is still that of the whole batch."""

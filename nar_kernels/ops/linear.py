@@ -74,9 +74,10 @@ _ENOUGH_LOGITS = 1 << 20
 # Beside the logits of a chunk, autograd keeps several tensors of their size.
 TRAINING_LIMITS = {"cpu": ChunkLimits(1 << 24, 512), "cuda": ChunkLimits(1 << 27, 4096)}
 
-# Logits alone, which become their own gradient: 2 GiB in bfloat16. Each chunk reads and writes the
-# gradient of the head once more, 8 bytes a weight, for 6 operations a weight and row: at 16384 rows
-# that is a fortieth of the time of its three GEMMs on an H100, and at 4096 rows a tenth.
+# Logits alone, which become their own gradient: 2 GiB in bfloat16, 4 in float32. Each chunk reads
+# and writes the gradient of the head once more, 8 bytes a weight, for 6 operations a weight and
+# row: at 16384 rows that is a fortieth of the time of its three GEMMs on an H100, and at 4096 rows
+# a tenth.
 NLL_LIMITS = {"cpu": ChunkLimits(1 << 24, 512), "cuda": ChunkLimits(1 << 30, 16384)}
 
 # No more logits than this part of the bytes of a GPU: in bfloat16, a 32nd of its memory.
@@ -92,11 +93,17 @@ INFERENCE_LIMITS = {"cpu": ChunkLimits(1 << 24, 256), "cuda": ChunkLimits(1 << 2
 
 
 def chunk_size(
-    num_rows: int, vocabulary: int, device: torch.device, limits: dict[str, ChunkLimits]
+    num_rows: int,
+    vocabulary: int,
+    device: torch.device,
+    limits: dict[str, ChunkLimits],
+    *,
+    same_on_ranks: bool = False,
 ) -> int:
-    """Rows of a chunk, at least 1: equal parts, within the limits and the memory of a GPU."""
+    """Rows of a chunk, at least 1: equal parts, within the limits and the memory of a GPU, unless
+    ranks whose GPUs may differ need the ``same``."""
     most_logits, enough_rows = limits.get(device.type, limits["cuda"])
-    if device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda" and torch.cuda.is_available() and not same_on_ranks:
         memory = torch.cuda.get_device_properties(device).total_memory
         most_logits = min(most_logits, memory // _BYTES_PER_LOGIT)
     enough = max(enough_rows, _ENOUGH_LOGITS // vocabulary)
@@ -148,9 +155,8 @@ _HAS_FLOAT32_SUMS = torch.version.cuda is not None and TorchVersion(torch.__vers
 
 def _gemm_adds_in_float32(device: torch.device) -> bool:
     """Whether a GEMM of narrow matrices can add to a float32 one, which saves a pass over a narrow
-    product and its rounding. Not under torch.compile: Inductor does not know it
-    (pytorch/pytorch#163880)."""
-    return _HAS_FLOAT32_SUMS and device.type == "cuda" and not torch.compiler.is_compiling()
+    product and its rounding."""
+    return _HAS_FLOAT32_SUMS and device.type == "cuda"
 
 
 class LogitsMemory:

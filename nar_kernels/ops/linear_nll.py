@@ -81,7 +81,7 @@ def _losses_and_gradients(
     GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32. With a ``shard``,
     ``weight`` and ``bias`` are this rank's part of the head.
     """
-    if torch.compiler.is_compiling() and shard is None:
+    if torch.compiler.is_compiling():  # with a shard, masked_nll is not compiled
         return _as_an_operator(hidden, weight, bias, labels, row_weight, backend, wanted)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -92,9 +92,11 @@ def _losses_and_gradients(
     of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(wide).contiguous()
-    # The same on all ranks, which wait for each other at every chunk.
+    # Ranks wait for each other at every chunk.
     width = len(weight) if shard is None else rows_of_a_shard(shard.vocabulary, shard.num_ranks)
-    size = chunk_size(len(hidden), width, hidden.device, NLL_LIMITS)
+    size = chunk_size(
+        len(hidden), width, hidden.device, NLL_LIMITS, same_on_ranks=shard is not None
+    )
     for logits, part in linear_chunks(hidden, weight, size, backend):
         counts = None if row_weight is None else row_weight[part]
         a = NllArgs(logits, labels[part], bias, counts, any(wanted))

@@ -66,8 +66,8 @@ def masked_nll(
             sync.
         static_shapes: pad the masked rows to C, ``corrupted.row_capacity``, so that shapes do not
             depend on data: the host never waits for the device, and a CUDA graph can capture this.
-            Padding adds exactly 0 to the loss and to every gradient. ``"none"`` gives ``[C]``, with
-            0 at padding.
+            Padding adds exactly 0 to the loss and, if hidden states are finite, to every gradient.
+            ``"none"`` gives ``[C]``, with 0 at padding.
         backend: of the softmax: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``. GEMMs are
             PyTorch's, except float32 logits of a large head with ``"cpp"``.
 
@@ -81,6 +81,17 @@ def masked_nll(
         ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
             weights of a schedule that gives no bound.
     """
+    if torch.compiler.is_compiling() and is_dtensor(weight):
+        return _uncompiled_masked_nll(
+            hidden,
+            weight,
+            corrupted,
+            bias=bias,
+            reduction=reduction,
+            normalizer=normalizer,
+            static_shapes=static_shapes,
+            backend=backend,
+        )
     _check(hidden, corrupted, reduction, normalizer, static_shapes)
     _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, product_dtype(hidden, weight)
@@ -93,9 +104,8 @@ def masked_nll(
         # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
             nll = losses(picked, weight, bias, labels, backend, shard)
-            return reduce_nll(
-                _zero(nll, is_ignored), corrupted, reduction, normalizer, static_shapes
-            )
+            nll = _zero(nll, is_ignored)
+            return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
         if reduction == "none":
             nll = losses_by_row(picked, weight, bias, labels, backend, shard)
             return _zero(nll, is_ignored)
@@ -107,6 +117,10 @@ def masked_nll(
             counted = _count(corrupted, reduction, num_ignored - num_padding)
             normalizer = counted.clamp(min=1)
         return _normalized(total, normalizer)
+
+
+# For heads that are DTensors: Dynamo traces neither them nor what ranks exchange.
+_uncompiled_masked_nll = torch.compiler.disable(masked_nll)
 
 
 def head_nll(
@@ -146,7 +160,8 @@ def head_nll(
         checkpoint(chunk_nll, some, of_them, use_reentrant=False)
         for some, of_them in zip(picked.split(size), labels.split(size), strict=True)
     ]
-    return reduce_nll(torch.cat(parts), corrupted, reduction, normalizer, static_shapes)
+    nll = torch.cat(parts)
+    return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
 
 
 def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
@@ -158,17 +173,17 @@ def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Ten
 
 def reduce_nll(
     nll: Tensor,
+    rows: Tensor,
     corrupted: Corrupted,
     reduction: Reduction,
     normalizer: float | Tensor | None = None,
     static_shapes: bool = False,
 ) -> Tensor:
     """The losses of the masked rows ``[R]`` or, with 0 at padding, ``[C]``, reduced as
-    :func:`masked_nll` does."""
+    :func:`masked_nll` does; the rows are those of :func:`masked_labels`."""
     if reduction == "none":
         return nll
     _check_reduction(corrupted, reduction, normalizer, static_shapes)
-    rows = corrupted.padded_rows()[0] if static_shapes else corrupted.masked_rows
     total = (_row_weight(corrupted, rows, reduction) * nll).sum()
     return _normalized(total, count(corrupted, reduction) if normalizer is None else normalizer)
 
@@ -190,9 +205,12 @@ def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
 def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
     """int64 scalar on the device: how many positions are maskable (``"nelbo"``) or masked, without
     those whose label was set to -100."""
-    corrupted.need("labels", "masked_indices")
-    is_ignored = corrupted.masked_indices & (corrupted.labels == IGNORE_INDEX)
-    return _count(corrupted, reduction, is_ignored.sum())
+    corrupted.need("labels")
+    is_ignored = corrupted.labels == IGNORE_INDEX
+    if corrupted.masked_indices is not None:
+        return _count(corrupted, reduction, (is_ignored & corrupted.masked_indices).sum())
+    num_unmasked = corrupted.labels.numel() - corrupted.num_masked.sum()  # -100, too
+    return _count(corrupted, reduction, is_ignored.sum() - num_unmasked)
 
 
 def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor) -> Tensor:
@@ -203,6 +221,7 @@ def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor
 def masked_labels(corrupted: Corrupted, static_shapes: bool = False) -> tuple[Tensor, Tensor]:
     """``masked_rows`` and the labels there, ``[R]`` both; with ``static_shapes`` padded to
     ``[C]``, with the label -100. Labels are int64."""
+    corrupted.need("labels", "masked_rows")
     labels = corrupted.labels.reshape(-1)
     if not static_shapes:
         rows = corrupted.masked_rows
@@ -237,12 +256,17 @@ def _check(
     normalizer: float | Tensor | None,
     static_shapes: bool = False,
 ) -> None:
+    if not isinstance(corrupted, Corrupted):
+        raise TypeError(f"corrupted is {_kind(corrupted)}: it must be a batch of `corrupt`")
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden is {_kind(hidden)}: it must be a tensor [B, L, D]")
     _check_reduction(corrupted, reduction, normalizer, static_shapes)
     corrupted.need("labels", "masked_rows")
     labels, shape = corrupted.labels, tuple(corrupted.input_ids.shape)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != shape:
-        what = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"labels are {what}: they must be integers {list(shape)}, or -100")
+        raise ValueError(
+            f"labels are {_kind(labels)}: they must be integers {list(shape)}, or -100"
+        )
     if hidden.dim() != 3 or hidden.shape[:2] != shape:
         raise ValueError(
             f"hidden has shape {list(hidden.shape)}: it must be [{shape[0]}, {shape[1]}, D], the "
@@ -252,6 +276,13 @@ def _check(
         raise ValueError(
             f"corrupted is on {corrupted.labels.device}, but hidden on {hidden.device}"
         )
+
+
+def _kind(value: object) -> str:
+    """For errors."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _check_reduction(
@@ -273,6 +304,8 @@ def _check_reduction(
         raise ValueError("normalizer was given, but reduction 'none' divides by nothing")
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
         raise ValueError(f"normalizer has shape {list(normalizer.shape)}: it must be one number")
+    if not isinstance(normalizer, Tensor | float | int):
+        raise TypeError(f"normalizer is {_kind(normalizer)}: it must be one number")
     on_device = isinstance(normalizer, Tensor) and not normalizer.is_cpu  # reading it would sync
     if not on_device and not 0 < float(normalizer) < math.inf:
         raise ValueError(
@@ -296,6 +329,9 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: 
         raise ValueError(
             "hidden is a DTensor: pass the whole tensor on every rank, as hidden.full_tensor() is"
         )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and bias is None):
+            raise TypeError(f"{name} is {_kind(tensor)}: it must be a tensor")
     widths = head_widths(corrupted.masking)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2] or weight.shape[0] not in widths:
         valid = " or ".join(f"[{width}, {hidden.shape[2]}]" for width in sorted(widths))

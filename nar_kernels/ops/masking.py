@@ -99,6 +99,10 @@ class MaskingConfig:
     # For each of _NUM_PARTS equal parts of time, the largest ratio from its start on, in units of
     # 2**-32.
     ratio_bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # Results of _stratified_capacity, which take 100 us.
+    _capacities: dict[tuple[int, int, int], int] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "mask_id"):
@@ -168,11 +172,27 @@ class MaskingConfig:
         A sample of an exact draw has at most ``max(ceil(m L), 1)``, with m the largest ratio of its
         stratum; without strata that is the largest of all, mostly 1. A Bernoulli draw may mask
         everything.
+
+        Raises:
+            ValueError: fewer strata than samples.
         """
+        if num_strata != 0 and num_strata < batch_size:
+            raise ValueError(
+                f"num_strata is {num_strata}: it must be at least the {batch_size} samples, which "
+                "have one each, or 0"
+            )
         if not self.exact:
             return batch_size * seq_len
         if not num_strata:
             return batch_size * self._largest_count(0, seq_len)
+        key = batch_size, seq_len, num_strata
+        if torch.compiler.is_compiling():
+            return self._stratified_capacity(*key)
+        if key not in self._capacities:
+            self._capacities[key] = self._stratified_capacity(*key)
+        return self._capacities[key]
+
+    def _stratified_capacity(self, batch_size: int, seq_len: int, num_strata: int) -> int:
         rows = first = 0  # strata, from that of the largest ratios
         while first < batch_size:
             part = first * _NUM_PARTS // num_strata

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nar_kernels.ops.arguments import NllArgs
+from nar_kernels.ops.linear import LogitsMemory
 from nar_kernels.ops.nll import run_nll
 
 
@@ -40,8 +41,9 @@ def rows_of_a_shard(vocabulary: int, num_ranks: int) -> int:
 
 
 def is_dtensor(value: object) -> bool:
-    # Not isinstance: importing it takes a second.
-    return hasattr(value, "full_tensor")
+    # By name: importing the type takes a second. (To torch.compile, attributes of one look like
+    # those of a tensor.)
+    return type(value).__name__ == "DTensor"
 
 
 def local_head(
@@ -86,14 +88,13 @@ def shard_nll(a: NllArgs, backend: str, shard: VocabularyShard) -> Tensor:
     of the whole vocabulary; labels, weights and losses are the same on all ranks.
 
     The softmax of a rank is that of its own logits times its share of the probability. Differences
-    of logits come first, as in the kernels: they may be far from 0.
+    of logits come first, as in the kernels: they may be far from 0. So does that of the label's
+    gradient, ``probability - 1``, before it is rounded.
     """
-    logits, wide = a.logits, torch.promote_types(a.logits.dtype, torch.float32)
-    if a.bias is not None:
-        logits.add_(a.bias)
+    logits = a.logits
     column, is_here = _columns(a.labels - shard.first, logits.shape[1])
-    at_label = _at(logits, column, wide).masked_fill(~is_here, -torch.inf)
-    gathered = shard.gather(torch.stack([*_largest_and_log_sum(logits, backend, wide), at_label]))
+    at_label = _at(a, column).masked_fill(~is_here, -torch.inf)
+    gathered = shard.gather(torch.stack([*_large_and_log_sum(a, backend), at_label]))
     maxima, log_sums, at_labels = gathered.unbind(1)  # [N, C] each
     largest, at_label = maxima.amax(0), at_labels.amax(0)
     # Ranks that have nothing but -inf have no share; -inf - -inf would be NaN.
@@ -107,9 +108,10 @@ def shard_nll(a: NllArgs, backend: str, shard: VocabularyShard) -> Tensor:
     if a.gradient and logits.shape[1] > 0:
         share = (log_sums[shard.rank] - log_sum).exp().masked_fill(ignored, 0)
         nowhere = torch.full_like(a.labels, -1)
-        run_nll(NllArgs(logits, nowhere, None, scale * share, True), backend)
-        minus_one_hot = -scale.masked_fill(~is_here, 0).to(logits.dtype)
-        logits.scatter_add_(1, column[:, None], minus_one_hot[:, None])
+        run_nll(NllArgs(logits, nowhere, a.bias, scale * share, True), backend)
+        of_label = (scale * torch.expm1(-nll)).to(logits.dtype)[:, None]
+        others = logits.gather(1, column[:, None])
+        logits.scatter_(1, column[:, None], of_label.where(is_here[:, None], others))
     return nll.masked_fill(ignored, 0)
 
 
@@ -119,17 +121,29 @@ def _columns(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return labels.where(is_inside, 0), is_inside
 
 
-def _at(logits: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
-    if logits.shape[1] == 0:
-        return torch.zeros(len(logits), dtype=dtype, device=logits.device)
-    return logits.gather(1, column[:, None])[:, 0].to(dtype)
+def _at(a: NllArgs, column: Tensor) -> Tensor:
+    """The logit of each row in a column, bias included, at least in float32."""
+    wide = torch.promote_types(a.logits.dtype, torch.float32)
+    if a.logits.shape[1] == 0:
+        return torch.zeros(len(a.logits), dtype=wide, device=a.logits.device)
+    logits = a.logits.gather(1, column[:, None])[:, 0].to(wide)
+    return logits if a.bias is None else logits + a.bias.index_select(0, column)
 
 
-def _largest_and_log_sum(logits: Tensor, backend: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row, and the logarithm of the sum of ``exp(logit - largest)``."""
+def _large_and_log_sum(a: NllArgs, backend: str) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, up to rounding, and the logarithm of the sum of
+    ``exp(logit - it)``."""
+    logits = a.logits
     if logits.shape[1] == 0:
-        nothing = torch.full((len(logits),), -torch.inf, dtype=dtype, device=logits.device)
+        nothing = torch.full_like(_at(a, a.labels), -torch.inf)
         return nothing, nothing
-    largest, column = logits.max(1)
-    # The loss of the largest one. Without bias and gradient, logits are left alone.
-    return largest.to(dtype), run_nll(NllArgs(logits, column, None, None, False), backend)
+    if a.bias is not None:
+        # The kernel needs memory of its own for logits with a bias, and does not keep them.
+        logits = LogitsMemory().rows(len(logits), logits.shape[1], logits)
+        torch.add(a.logits, a.bias, out=logits)
+    column = logits.argmax(1)
+    large = _at(a, column)
+    if a.bias is not None:
+        logits.copy_(a.logits)
+    # The loss of that column.
+    return large, run_nll(NllArgs(logits, column, a.bias, None, False), backend)

@@ -164,6 +164,9 @@ def vocabulary_cases() -> dict:
         cases["triton"] = 258, torch.float32, {"backend": "triton"}, ""
     cases["far from 0"] = 12, torch.float32, {"reduction": "none"}, "far"
     cases["bfloat16"] = 258, narrow, {}, ""
+    cases["confident"] = 12, narrow, {"reduction": "none"}, "confident"
+    cases["confident, half"] = 12, torch.float16, {}, "confident"
+    cases["compiled"] = 258, torch.float32, {}, "compiled"
     cases["autocast"] = 258, torch.float32, {}, "autocast"
     return cases
 
@@ -190,6 +193,10 @@ def vocabulary_case(name: str, distribute) -> list[torch.Tensor]:
         bias[2] = torch.inf
     if special == "far":  # whole numbers, which float32 has exactly
         hidden, weight, bias = (1000 * hidden).round(), weight.round(), 0 * bias
+    if special == "confident":  # gaps to the label's logit of up to 12
+        weight = torch.nn.functional.normalize(weight, dim=1)
+        at_label = weight[batch.labels.clamp(0, len(weight) - 1)]
+        hidden = torch.linspace(5, 12, 9)[:, None].to(dtype) * at_label
     if special == "ignored":
         batch.labels[1] = -100
     limits = linear.NLL_LIMITS["cpu"]
@@ -205,7 +212,10 @@ def vocabulary_case(name: str, distribute) -> list[torch.Tensor]:
     enabled = special != "no_grad"
     with torch.set_grad_enabled(enabled), torch.autocast("cpu", enabled=special == "autocast"):
         given = None if special == "no bias" else bias
-        loss = masked_nll(hidden, weight, batch, bias=given, **options)
+        function = masked_nll
+        if special == "compiled":
+            function = torch.compile(masked_nll, backend="eager")
+        loss = function(hidden, weight, batch, bias=given, **options)
     linear.NLL_LIMITS["cpu"] = limits
     if not enabled:
         return [loss]

@@ -15,7 +15,8 @@ from nar_kernels.ops import corrupt as corrupt_module
 from nar_kernels.ops import reference
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.corrupt import corrupt_step, count_on_host, run_corrupt
+from nar_kernels.ops.corrupt import corrupt_step, run_corrupt
+from nar_kernels.ops.host_counts import count_on_host
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import permute_rounds
 from nar_kernels.ops.tokens import DTYPE_CODE
@@ -699,14 +700,22 @@ def test_counts_on_the_host(times, schedule, draw, simd_level):
         slots = torch.arange(first, first + batch)
         got = corrupt(tokens, masking, seed=-3, sample_ids=slots, global_batch=global_batch)
         a = arguments(tokens, masking, seed=-3, first_sample=first, global_batch=global_batch)
-        assert torch.equal(count_on_host(a, masking), got.num_masked)
+        assert torch.equal(count_on_host(a, masking, range(first, first + batch)), got.num_masked)
+        # Those of a rank, with gaps.
+        slots = range(first, first + 3 * batch, 3)
+        args = dict(seed=-3, global_batch=global_batch, sample_ids=torch.tensor([*slots]).long())
+        got = corrupt(tokens, masking, **args)
+        a = arguments(tokens, masking, **args)
+        assert torch.equal(count_on_host(a, masking, slots), got.num_masked)
 
 
 def test_what_the_host_cannot_know():
     masking = MaskingConfig(9, 8)
     tokens = clean_batch(masking, 4, 12)
-    for name in ("sample_ids", "step", "maskable", "never_mask", "seed_tensor"):
-        assert count_on_host(arguments(tokens, masking)._replace(**{name: 1}), masking) is None
+    a = arguments(tokens, masking)
+    assert count_on_host(a, masking, None) is None
+    for name in ("step", "maskable", "never_mask", "seed_tensor"):
+        assert count_on_host(a._replace(**{name: 1}), masking, range(4)) is None
 
 
 def test_counts_of_the_host_are_used():
@@ -720,6 +729,19 @@ def test_counts_of_the_host_are_used():
 
 
 # ---- inside torch
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_of_a_batch_whose_memory_was_taken_over(backend):
+    """The ids that autograd keeps of it have other values by then."""
+    masking = MaskingConfig(20, 19)
+    tokens = clean_batch(masking, 6, 32).to(device_of(backend))
+    table = torch.randn(20, 4, device=tokens.device, requires_grad=True)
+    batch = nar_kernels.corrupt(tokens, masking, seed=1, backend=backend)
+    total = torch.nn.functional.embedding(batch.input_ids, table).sum()
+    nar_kernels.corrupt(tokens, masking, seed=2, out=batch, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_opcheck():

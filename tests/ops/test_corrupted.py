@@ -20,7 +20,7 @@ from nar_kernels import corrupt
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
-from nar_kernels.ops.masked_nll import masked_nll
+from nar_kernels.ops.masked_nll import head_nll, masked_nll, num_counted
 from nar_kernels.ops.masking import MaskingConfig
 
 MASKING = MaskingConfig(37, 36, never_mask_ids=(5,), random_token_prob=0.2, no_replace_prob=0.2)
@@ -353,8 +353,7 @@ def make_part(
 ) -> Corrupted:
     ids = torch.randint(0, 19, (6, 32), generator=torch.Generator().manual_seed(3))
     masking = MaskingConfig(20, 19)
-    outputs = outputs if isinstance(outputs, str) else tuple(outputs)
-    return corrupt(ids, masking, seed=seed, outputs=outputs, ids_dtype=ids_dtype, out=out)
+    return corrupt(ids, masking, seed=seed, outputs=tuple(outputs), ids_dtype=ids_dtype, out=out)
 
 
 FIELD_OF = {"labels": "labels", "masked_indices": "masked_indices", "masked_rows": "row_buffer"}
@@ -420,7 +419,43 @@ def test_a_batch_takes_over_the_memory_of_another(
             assert getattr(new, field).data_ptr() == getattr(old, field).data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_rows_of_parts_of_an_empty_buffer(dtype: torch.dtype) -> None:
+    """As of a batch without masked rows that was pickled."""
+    maskable = torch.zeros(2, 3, dtype=torch.bool)
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    batch = corrupt(ids, MASKING, seed=1, maskable=maskable, ids_dtype=dtype)
+    batch = pickle.loads(pickle.dumps(batch))
+    assert len(batch.row_buffer) == 0
+    assert batch._rows_from(0, 4).dtype == batch.padded_rows()[0].dtype == dtype
+    assert batch.padded_rows()[1].all()
+
+
+LOSSES: dict[str, Callable[[Corrupted, Tensor, Tensor], Tensor]] = {
+    "linear": lambda batch, hidden, weight: masked_nll(hidden, weight, batch),
+    "static": lambda batch, hidden, weight: masked_nll(hidden, weight, batch, static_shapes=True),
+    "any head": lambda batch, hidden, weight: head_nll(hidden, lambda x: x @ weight.T, batch),
+    "count": lambda batch, hidden, weight: 1.0 * num_counted(batch, "mean"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_what_the_loss_needs(loss: Callable[..., Tensor]) -> None:
+    hidden, weight = torch.randn(6, 32, 4), torch.randn(20, 4)
+    whole, part = make_part(), make_part(("labels", "masked_rows"))
+    for batch in (whole, part):
+        batch.labels[2] = -100
+    for needs_grad in (False, True):
+        hidden.requires_grad_(needs_grad)
+        assert torch.equal(loss(part, hidden, weight), loss(whole, hidden, weight))
+    without = make_part(("masked_indices", "masked_rows"))
+    with pytest.raises(ValueError, match="the batch has no labels, which this needs"):
+        loss(without, hidden, weight)
+
+
 def test_a_batch_that_cannot_be_taken_over() -> None:
+    with pytest.raises(TypeError, match="out is a Tensor: it must be a batch of `corrupt`"):
+        make_part(out=torch.zeros(6, 32))  # type: ignore[arg-type]
     message = r"out is Corrupted.*: it must be a whole batch of shape \[6, 32\] and torch.int64"
     relabelled = replace(make_part(), labels=make_part().labels.int())
     others = make_part(("labels",)), make_part(ids_dtype=torch.int32), make_part()[:3], relabelled
@@ -430,9 +465,11 @@ def test_a_batch_that_cannot_be_taken_over() -> None:
 
 
 def test_unknown_outputs_and_dtypes() -> None:
-    with pytest.raises(ValueError, match=r"outputs is \('rows',\): it must be some of 'labels'"):
+    with pytest.raises(ValueError, match=r"outputs is \('rows',\): it must be a tuple of any of"):
         make_part(("rows",))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="outputs is 'labels': it must be some of"):
-        make_part("labels")  # type: ignore[arg-type]
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    for outputs in ("labels", None, iter(("labels",))):
+        with pytest.raises(TypeError, match="outputs is .*: it must be a tuple of any of 'labels'"):
+            corrupt(ids, MASKING, seed=1, outputs=outputs)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ids_dtype is torch.int16: it must be torch.int64 or"):
         make_part(ids_dtype=torch.int16)

@@ -136,7 +136,8 @@ def test_reduce_nll(reduction, normalizer):
     args = dict(reduction=reduction, normalizer=normalizer)
 
     def reduced(*args, **kwargs):
-        return loss.reduce_nll(cross_entropy(*args, reduction="none"), corrupted, **kwargs)
+        nll = cross_entropy(*args, reduction="none")
+        return loss.reduce_nll(nll, corrupted.masked_rows, corrupted, **kwargs)
 
     tensors = random_inputs(corrupted)[:2]
     got = results(reduced, tensors, corrupted, **args)

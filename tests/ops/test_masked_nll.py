@@ -714,7 +714,8 @@ def test_a_normalizer_is_positive(normalizer):
     with pytest.raises(ValueError, match=r"normalizer is .*: it must be positive"):
         masked_nll(*random_inputs(batch)[:2], batch, normalizer=normalizer)
     with pytest.raises(ValueError, match=r"normalizer is .*: it must be positive"):
-        loss.reduce_nll(torch.ones(len(batch.masked_rows)), batch, "mean", normalizer)
+        rows = batch.masked_rows
+        loss.reduce_nll(torch.ones(len(rows)), rows, batch, "mean", normalizer)
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int16, "strides"])

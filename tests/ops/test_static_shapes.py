@@ -85,6 +85,9 @@ def test_capacity_of_other_draws():
     exact = MaskingConfig(9, 8, schedule=lambda t: 0 * t + 0.1)
     assert exact.row_capacity(4, 10) == 4 and exact.row_capacity(4, 11) == 8
     assert MaskingConfig(9, 8).row_capacity(64, 1024, num_strata=64) == 65 * 1024 // 2
+    for strata in (-1, 3):
+        with pytest.raises(ValueError, match=f"num_strata is {strata}: it must be at least the 4"):
+            exact.row_capacity(4, 10, num_strata=strata)
 
 
 def halves_of_steps(masking):
@@ -142,8 +145,9 @@ def test_a_range_of_slots():
         assert (got.num_strata, expected.num_strata) == (12, 0)
     with pytest.raises(ValueError, match="there are 4 windows but 3 sample_ids"):
         nar_kernels.corrupt(tokens, masking, seed=0, sample_ids=range(3))
-    with pytest.raises(ValueError, match="step of a range must be at least 1"):
-        nar_kernels.corrupt(tokens, masking, seed=0, sample_ids=range(4, 0, -1))
+    for slots in (range(4, 0, -1), range(-4, 0), range(2**63 - 2, 2**63 + 2)):
+        with pytest.raises(ValueError, match=r"a range must be in \[0, 2\*\*63\), with a step of"):
+            nar_kernels.corrupt(tokens, masking, seed=0, sample_ids=slots)
 
 
 # ---- padded rows

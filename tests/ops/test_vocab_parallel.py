@@ -10,6 +10,7 @@ pytestmark = [
     pytest.mark.seconds,
     # In Triton's interpreter, of what a GPU computes in silence.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo
 ]
 
 
