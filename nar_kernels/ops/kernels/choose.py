@@ -127,7 +127,7 @@ def choose_kernel(
         kept_up_to = num_kept + tl.cumsum(is_kept.to(tl.int32), 0)
         row = tl.load(of.rows + i, mask=i < number, other=0)
         tl.store(kept_here + (kept_up_to - 1), row, mask=is_kept)
-        tl.store(left_here + (i - kept_up_to), row, mask=(i < number) & ~is_kept)
+        tl.store(left_here + (i - kept_up_to), row, mask=(i < number) & (is_kept == 0))
         num_tied += tl.sum(is_tied.to(tl.int32))
         num_kept += tl.sum(is_kept.to(tl.int32))
 
