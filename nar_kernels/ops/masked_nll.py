@@ -22,6 +22,7 @@ from nar_kernels.ops.vocab_parallel import is_dtensor, local_head
 from nar_kernels.spec.schedules import NUM_TIMES
 
 Reduction = Literal["nelbo", "mean", "none"]
+REDUCTIONS = get_args(Reduction)
 
 _BACKENDS = tuple(NLL_DTYPES)
 
@@ -291,7 +292,7 @@ def _check_reduction(
     normalizer: float | Tensor | None,
     static_shapes: bool,
 ) -> None:
-    if reduction not in get_args(Reduction):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
     if reduction == "nelbo" and not corrupted.masking.is_bound:
         # Whether they are is read from the device: never with static shapes there.

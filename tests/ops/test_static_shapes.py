@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch.torch_version import TorchVersion
 
 import nar_kernels
 from nar_kernels import Corrupted, MaskingConfig, masked_nll
@@ -309,6 +310,9 @@ def test_under_autocast():
 
 # ---- torch.compile
 
+# Dynamo of 2.6 does not know dataclasses.replace.
+TRACES_PARTS = TorchVersion(torch.__version__) >= "2.7"
+
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -324,6 +328,8 @@ def test_one_graph_from_ids_to_gradients(backend, reduction):
         batch = nar_kernels.corrupt(tokens, masking, seed=seed)
         args = dict(bias=bias, reduction=reduction)
         yield static_nll(hidden, weight, batch, **args)
+        if not TRACES_PARTS:
+            return
         for part_of, part in zip(hidden.split(2), batch.microbatches(2), strict=True):
             yield static_nll(part_of, weight, part, **args)
 
