@@ -68,8 +68,8 @@ def compare(length: int, tokens: int, repeats: int) -> dict[str, float]:
     )
     cold = {"keep + random, cold": lambda: ours(same), "training, cold": for_training}
     for name, fn in cold.items():
-        in_turns = median_ns({name: fn, "": lambda: peer(windows)}, repeats * TIMED, warm_up=0)
-        ns[name] = in_turns[name]
+        pair = {name: fn, f"x-transformers beside {name}": lambda: peer(windows)}
+        ns |= median_ns(pair, repeats * TIMED, warm_up=0)
     return {name: of_call / (batch * length) for name, of_call in ns.items()}
 
 
@@ -104,7 +104,7 @@ def main() -> None:
                         "gigabytes_per_second": bytes_per_token / ns["corrupt exact"],
                         "times_x_transformers": ns["x-transformers"] / ours,
                         "times_x_transformers_cold": {
-                            name: ns["x-transformers"] / ns[name]
+                            name: ns[f"x-transformers beside {name}"] / ns[name]
                             for name in ("keep + random, cold", "training, cold")
                         },
                         "times_plain_bernoulli": ns["torch.rand < t"] / ns["corrupt exact"],
