@@ -26,6 +26,7 @@ from nar_kernels.nets.modes import ModeLocks, no_grad
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted, check_record, place_in_batch
+from nar_kernels.ops.dispatch import outside_graphs
 from nar_kernels.ops.masked_nll import Reduction, num_counted
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
@@ -382,10 +383,9 @@ class NonAutoregressiveWrapper(nn.Module):
         # Batches that come corrupted are checked by the loader that made them, or by the caller of
         # `corrupt`.
         elif not isinstance(x, Corrupted):
-            self._check_later(corrupted)
+            outside_graphs(self._check_later)(corrupted)
         return corrupted
 
-    @torch.compiler.disable
     def _check_later(self, corrupted: Corrupted) -> None:
         if torch.cuda.is_current_stream_capturing():
             return  # nobody looks at a batch of a CUDA graph

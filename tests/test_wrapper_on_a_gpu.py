@@ -59,6 +59,22 @@ def test_positions_that_may_be_masked(ranks):
         assert waits[1] == [] and {*waits[2]} == {"aten._local_scalar_dense"}
 
 
+def test_torch_compile_defers_the_check_too(monkeypatch):
+    with pretend_gpu() as gpu:
+        model = make_model().to(DEVICE)
+        bad = clean_batch()
+        bad[2, 3] = MASK_ID
+        bad = bad.to(DEVICE)
+        model(clean_batch().to(DEVICE), seed=0)
+        gpu.waits.clear()
+        with monkeypatch.context() as tracing:
+            tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+            model(bad, seed=0, static_shapes=True)
+        assert gpu.waits == ["Event.synchronize"]
+        with pytest.raises(InvalidTokenError, match="of the batch before this call"):
+            model.raise_if_invalid()
+
+
 def test_an_invalid_id_is_reported_by_the_next_call():
     with pretend_gpu():
         model = make_model().to(DEVICE)

@@ -77,6 +77,12 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     return False
 
 
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which torch.compile runs between its graphs. Not a decorator: that would import
+    Dynamo, which takes seconds."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
 def on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
     """Runs ``launch(*args)`` with the device of ``tensor`` current."""
     device = tensor.device

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.dispatch import outside_graphs
 from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, product_dtype
 from nar_kernels.ops.linear_nll import losses, losses_by_row, weighted_sum
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
@@ -83,7 +84,8 @@ def masked_nll(
             weights of a schedule that gives no bound.
     """
     if torch.compiler.is_compiling() and is_dtensor(weight):
-        return _uncompiled_masked_nll(
+        # Dynamo traces neither these tensors nor what ranks exchange.
+        return outside_graphs(masked_nll)(
             hidden,
             weight,
             corrupted,
@@ -118,10 +120,6 @@ def masked_nll(
             counted = _count(corrupted, reduction, num_ignored - num_padding)
             normalizer = counted.clamp(min=1)
         return _normalized(total, normalizer)
-
-
-# For heads that are DTensors: Dynamo traces neither them nor what ranks exchange.
-_uncompiled_masked_nll = torch.compiler.disable(masked_nll)
 
 
 def head_nll(
