@@ -40,13 +40,15 @@ class StepGraph:
     others: nothing is computed twice, or undone. Between calls the host may read and write the
     memory that the step works on, in place: evaluate, save, exchange weights for their average.
 
-    On a CPU, calls just run: the same code, without the graph.
+    Without a stream, as on a CPU, calls just run: the same code, without the graph.
 
     Args:
         update: from a batch to results. It must wait for nothing, and compute from what is in
             device memory: the learning rate from ``rate``. Without memory of its own, such as
             gradients, from one call to the next.
         loader: of the batches. On a GPU its corpus must be where kernels read it.
+        stream: from :func:`capture_stream`: of the warm-up and the capture. A data-parallel model
+            must have been made on it.
 
     Attributes:
         rate: float32 scalar on the device, the learning rate.
@@ -56,7 +58,10 @@ class StepGraph:
     """
 
     def __init__(
-        self, update: Callable[[Corrupted], tuple[Tensor, ...]], loader: MaskedLoader
+        self,
+        update: Callable[[Corrupted], tuple[Tensor, ...]],
+        loader: MaskedLoader,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         device = loader.device
         if device.type == "cuda" and loader.corpus_memory == "mapped":
@@ -70,7 +75,7 @@ class StepGraph:
         self.rate = torch.zeros((), dtype=torch.float32, device=device)
         self._first_invalid: Tensor | None = None
         self._warm_up = _WARM_UP if distributed.world_size() == 1 else _WARM_UP_DDP
-        self._stream = capture_stream(device)
+        self._stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[Tensor, ...] = ()
 
@@ -100,6 +105,18 @@ class StepGraph:
                 self._results = self._run()
             self._graph.replay()
         return self._results
+
+    def release(self) -> None:
+        """Frees the graph and its memory; the last results are gone. The next call would capture
+        again.
+
+        Call it before the process group is destroyed: NCCL waits until no graph holds a collective
+        of it. Going out of scope is not enough, since ``update`` is usually a method of what owns
+        this object: a cycle.
+        """
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph, self._results = None, ()
 
     def _run(self) -> tuple[Tensor, ...]:
         # The C++ kernel for CPUs takes the step from the host.

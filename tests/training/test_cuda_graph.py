@@ -2,6 +2,7 @@
 data, and nothing in it that waits for the device."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.training import checkpoint, cuda_graph
+from nar_kernels.training import checkpoint, cuda_graph, parallel
 from nar_kernels.training import train as train_module
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.cuda_graph import StepGraph
@@ -142,7 +143,7 @@ def test_resumes_with_and_without(sentences, tmp_path, anywhere, first):
 def run_on_a_gpu(config: TrainConfig) -> Iterator[tuple[Run, PretendGpu]]:
     """A run on a GPU that is not there, after two steps, and what has waited since."""
     with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_graph, "capture_stream", lambda device: None)
+        patch.setattr(train_module, "capture_stream", lambda device: None)
         run = Run(config, DEVICE)
         assert next(run.model.parameters()).is_cuda and run.loader.corpus_memory == "device"
         for step in range(2):
@@ -273,31 +274,48 @@ class Recorded:
         recorded = self
 
         class Stream:
-            def wait_stream(self, other: Any) -> None:
-                recorded.events.append("wait")
+            def __init__(self, name: str) -> None:
+                self.name, self.device = name, DEVICE
+
+            def wait_stream(self, other: "Stream") -> None:
+                recorded.events.append(f"{self.name} waits for {other.name}")
 
         class Graph:
             def replay(self) -> None:
-                recorded.events.append("replay")
+                recorded.events.append(f"replay on {recorded.current.name}")
+
+            def reset(self) -> None:
+                recorded.events.append("reset")
 
         @contextlib.contextmanager
-        def stream(stream: Any) -> Iterator[None]:
-            recorded.events.append("on the side")
+        def stream(stream: Stream) -> Iterator[None]:
+            before, recorded.current = recorded.current, stream
             yield
-            recorded.events.append("back")
+            recorded.current = before
 
         @contextlib.contextmanager
-        def capture(graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-            assert isinstance(graph, Graph) and isinstance(stream, Stream)
-            recorded.events.append("capture")
+        def capture(graph: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            assert isinstance(graph, Graph)
+            recorded.events.append(f"capture, {capture_error_mode}")
+            before, recorded.current = recorded.current, stream
             yield
+            recorded.current = before
             recorded.events.append("captured")
 
-        monkeypatch.setattr(cuda_graph, "capture_stream", lambda device: Stream())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+        self.current, self.aside = Stream("default"), Stream("aside")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.aside)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: recorded.current)
         monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(train_module, "capture_stream", lambda device: self.aside)
+
+
+def test_the_stream_of_a_capture(monkeypatch):
+    recorded = Recorded(monkeypatch)
+    assert cuda_graph.capture_stream(DEVICE) is recorded.aside
+    assert cuda_graph.capture_stream(CPU) is None
 
 
 def test_warm_up_capture_and_replay(sentences, tmp_path, monkeypatch):
@@ -309,36 +327,118 @@ def test_warm_up_capture_and_replay(sentences, tmp_path, monkeypatch):
 
     def update(batch: Corrupted) -> tuple[Tensor, ...]:
         updates.append(loader.step - 1)
-        recorded.events.append("update")
+        recorded.events.append(f"update {recorded.current.name}")
         return (batch.times.sum(),)
 
-    graph = StepGraph(update, loader)
-    aside = ["wait", "on the side", "update", "back", "wait"]
+    graph = StepGraph(update, loader, recorded.aside)
     for step in range(3):
         graph(step, 0.5)
-        assert recorded.events == aside
+        assert recorded.events == [
+            "aside waits for default", "update aside", "default waits for aside"
+        ]  # fmt: skip
         recorded.events.clear()
     first = graph(3, 0.5)
-    assert recorded.events == ["capture", "update", "captured", "replay"]
+    # Other threads, such as those of NCCL, may not be errors.
+    assert recorded.events == [
+        "capture, thread_local", "update aside", "captured", "replay on default"
+    ]  # fmt: skip
     recorded.events.clear()
     for step in (4, 5):
         again = graph(step, 0.25)
         assert again is first  # their memory is what the graph writes
-    assert recorded.events == ["replay", "replay"] and updates == [0, 1, 2, 3]
+    assert recorded.events == ["replay on default"] * 2 and updates == [0, 1, 2, 3]
     # What the graph reads.
     assert graph._step.item() == 5 and graph.rate.item() == 0.25 and loader.step == 6
+
+    recorded.events.clear()
+    results = weakref.ref(first[0])
+    del first, again
+    graph.release()
+    assert recorded.events == ["reset"] and results() is None
+    graph.release()  # there is nothing left
+    graph(6, 0.5)
+    assert recorded.events.count("reset") == 1
+    assert recorded.events[1:] == [
+        "capture, thread_local", "update aside", "captured", "replay on default"
+    ]  # fmt: skip
 
 
 def test_data_parallelism_takes_a_longer_warm_up(sentences, tmp_path, monkeypatch):
     loader = Run(small(sentences, tmp_path), CPU).loader
     recorded = Recorded(monkeypatch)
     monkeypatch.setattr(cuda_graph.distributed, "world_size", lambda: 2)
-    graph = StepGraph(lambda batch: (batch.times,), loader)
+    graph = StepGraph(lambda batch: (batch.times,), loader, recorded.aside)
     for step in range(11):
         graph(step, 0.5)
-        assert "capture" not in recorded.events
+        assert "captured" not in recorded.events
     graph(11, 0.5)
-    assert recorded.events.count("capture") == 1
+    assert recorded.events.count("captured") == 1
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_gradients_are_accumulated_on_the_stream_of_the_capture(
+    sentences, tmp_path, monkeypatch, is_captured
+):
+    """The one on which DistributedDataParallel is made."""
+    recorded = Recorded(monkeypatch)
+    made_on: list[Any] = []
+
+    class Replicated(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module, **options: Any) -> None:
+            super().__init__()
+            made_on.append(recorded.current)
+
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "DistributedDataParallel", Replicated)
+    default = recorded.current
+    run = Run(small(sentences, tmp_path, cuda_graph=is_captured), CPU)
+    assert isinstance(run.trained, Replicated) and recorded.current is default
+    if run.graph is None:
+        assert made_on == [default]
+    else:
+        assert made_on == [run.graph._stream] == [recorded.aside]
+
+
+def test_the_optimiser_reads_what_the_graph_is_told(sentences, tmp_path):
+    for captured in (False, True):
+        run = Run(small(sentences, tmp_path, cuda_graph=captured), CPU)
+        groups = run.optimizer.param_groups
+        assert [g["capturable"] for g in groups] == [captured] * 2
+        if run.graph is not None:
+            assert all(g["lr"] is run.graph.rate for g in groups)
+
+
+@pytest.fixture
+def process_group(monkeypatch, anywhere) -> Recorded:
+    """One that the trainer makes and destroys, and the graphs of its run."""
+    recorded = Recorded(monkeypatch)
+    monkeypatch.setattr(parallel, "is_launched", lambda: True)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(
+        parallel.dist, "destroy_process_group", lambda: recorded.events.append("destroy")
+    )
+    return recorded
+
+
+@pytest.mark.seconds
+def test_the_graph_is_gone_before_the_process_group(sentences, tmp_path, process_group):
+    """Which waits for every graph that holds one of its collectives."""
+    train(small(sentences, tmp_path, cuda_graph=True, steps=6))
+    events = [e for e in process_group.events if "waits for" not in e]
+    assert events == [
+        "capture, thread_local", "captured", *["replay on default"] * 3, "reset", "destroy"
+    ]  # fmt: skip
+
+
+@pytest.mark.seconds
+def test_the_graph_is_gone_after_an_error(sentences, tmp_path, process_group, monkeypatch):
+    def fail(self: Run) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Run, "finish", fail)
+    with pytest.raises(OSError, match="no space left"):
+        train(small(sentences, tmp_path, cuda_graph=True, steps=6))
+    assert process_group.events[-1] == "reset"
 
 
 # ---- what it refuses
