@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.staging import corpus_limits, free_memory
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.training.config import TrainConfig
 
@@ -24,7 +25,29 @@ def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
     if config.cuda_graph and device.type != "cuda":
         raise ValueError(
             f"--cuda-graph captures the kernels of a GPU, and this run is on the {device.type}: "
-            "leave it out, or use --device cuda on a machine that has one"
+            "use --device cuda on a machine that has one, or --no-cuda-graph"
+        )
+
+
+def _check_loader(loader: MaskedLoader) -> None:
+    """Raises ValueError for a loader on a GPU whose batches cannot be captured."""
+    if loader.device.type != "cuda":
+        return
+    if loader.backend == "reference":
+        raise ValueError(
+            "--cuda-graph needs a kernel that makes batches, and neither Triton nor the CUDA "
+            "extension of nar_kernels is here: install one (`nar-kernels doctor` says how), or use "
+            "--no-cuda-graph"
+        )
+    if loader.corpus_memory == "mapped":
+        corpus = loader.dataset.corpus
+        on_device, on_host = corpus_limits(*free_memory(loader.device, loader.world_size))
+        raise ValueError(
+            "--cuda-graph needs the corpus in memory that kernels read, and corpus_memory is "
+            f"'mapped' for {corpus.name}: its {corpus.tokens.nbytes} bytes are more than an eighth "
+            f"of the free GPU memory, {on_device}, and either more than a quarter of the host's "
+            f"for each process, {on_host}, or the system has refused to pin them (there is a "
+            "warning, then); free memory, or use --no-cuda-graph"
         )
 
 
@@ -54,7 +77,7 @@ class StepGraph:
         rate: float32 scalar on the device, the learning rate.
 
     Raises:
-        ValueError: the corpus is neither in device nor in pinned memory.
+        ValueError: the corpus is neither in device nor in pinned memory, or no kernel reads it.
     """
 
     def __init__(
@@ -64,12 +87,7 @@ class StepGraph:
         stream: torch.cuda.Stream | None,
     ) -> None:
         device = loader.device
-        if device.type == "cuda" and loader.corpus_memory == "mapped":
-            raise ValueError(
-                "--cuda-graph needs the corpus where kernels read it, and "
-                f"{loader.dataset.corpus.name} is larger than an eighth of the free GPU memory and "
-                "a quarter of the host's: leave it out"
-            )
+        _check_loader(loader)
         self._update, self._loader = update, loader
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self.rate = torch.zeros((), dtype=torch.float32, device=device)

@@ -144,6 +144,7 @@ def run_on_a_gpu(config: TrainConfig) -> Iterator[tuple[Run, PretendGpu]]:
     """A run on a GPU that is not there, after two steps, and what has waited since."""
     with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "capture_stream", lambda device: None)
+        patch.setattr("nar_kernels.data.loader.resolve_backend", lambda backend, device: "triton")
         run = Run(config, DEVICE)
         assert next(run.model.parameters()).is_cuda and run.loader.corpus_memory == "device"
         for step in range(2):
@@ -446,21 +447,41 @@ def test_the_graph_is_gone_after_an_error(sentences, tmp_path, process_group, mo
 
 def test_a_cpu_has_no_graphs(sentences, tmp_path):
     config = small(sentences, tmp_path / "run", cuda_graph=True)
-    with pytest.raises(ValueError, match="--cuda-graph captures .* this run is on the cpu: leave"):
+    with pytest.raises(
+        ValueError, match="this run is on the cpu: use --device cuda .* or --no-cuda-graph"
+    ):
         train(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_corpus_that_kernels_cannot_read(sentences, tmp_path):
     with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-        patch.setattr("nar_kernels.data.staging._free_host_bytes", lambda: 0)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 800))
+        patch.setattr("nar_kernels.data.staging._free_host_bytes", lambda: 801)
         patch.setattr("nar_kernels.data.loader.Stager", lambda *args: None)
+        patch.setattr("nar_kernels.data.loader.resolve_backend", lambda backend, device: "triton")
+        patch.setattr(train_module, "capture_stream", lambda device: None)
         config = small(sentences, tmp_path, cuda_graph=True)
-        with pytest.raises(
-            ValueError, match="needs the corpus where kernels read it, and .*fox.txt"
-        ):
+        message = (
+            rf"corpus_memory is 'mapped' for .*fox.txt: its {sentences.stat().st_size} bytes are "
+            "more than .* GPU memory, 100, and either .* for each process, 200, or the system has "
+            "refused to pin them .*--no-cuda-graph"
+        )
+        with pytest.raises(ValueError, match=message):
             Run(config, DEVICE)
+
+
+def test_a_gpu_without_kernels(sentences, tmp_path):
+    with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "nar_kernels.ops.backends._present",
+            {"reference": True, "cpp": True} | dict.fromkeys(("triton", "cuda"), False),
+        )
+        patch.setattr(train_module, "capture_stream", lambda device: None)
+        Run(small(sentences, tmp_path), DEVICE)
+        message = "neither Triton nor the CUDA extension .*doctor.* or use --no-cuda-graph"
+        with pytest.raises(ValueError, match=message):
+            Run(small(sentences, tmp_path, cuda_graph=True), DEVICE)
 
 
 @pytest.mark.parametrize(
