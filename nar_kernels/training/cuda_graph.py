@@ -13,20 +13,10 @@ from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.staging import corpus_limits, free_memory
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.training.config import TrainConfig
 
 # Steps before the capture, in which kernels are compiled and the optimiser gets its state.
 # DistributedDataParallel measures the first ten by events, which a capture does not allow.
 _WARM_UP, _WARM_UP_DDP = 3, 11
-
-
-def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
-    """Raises ValueError for a run with ``cuda_graph`` on another device than a GPU."""
-    if config.cuda_graph and device.type != "cuda":
-        raise ValueError(
-            f"--cuda-graph captures the kernels of a GPU, and this run is on the {device.type}: "
-            "use --device cuda on a machine that has one, or --no-cuda-graph"
-        )
 
 
 def _check_loader(loader: MaskedLoader) -> None:

@@ -73,12 +73,12 @@ def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -
     if world_size() == 1:
         raise ValueError(
             "--shard shards the weights over processes, and there is one: start several with "
-            "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or leave it out"
+            "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or use --no-shard"
         )
     if device.type == "cpu" and not SHARDS_ON_CPU:
         raise ValueError(
             f"PyTorch {torch.__version__} shards weights over GPUs only, and this is the CPU: "
-            "install a later one, or leave out --shard"
+            "install a later one, or use --no-shard"
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

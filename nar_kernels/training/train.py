@@ -29,7 +29,7 @@ from nar_kernels.spec.philox import Stream, derived_seed
 from nar_kernels.training import checkpoint, parallel
 from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
-from nar_kernels.training.cuda_graph import StepGraph, capture_stream, check_cuda_graph
+from nar_kernels.training.cuda_graph import StepGraph, capture_stream
 from nar_kernels.training.ema import Ema
 from nar_kernels.training.interrupt import Interrupted, interruptible, raise_on_signals
 from nar_kernels.training.lock import FolderLock
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         saved = checkpoint.read(last) if config.resume else None
         if saved is not None:
             config.refuse_to_continue(saved["config"], saved["loader"]["step"])
-        check_cuda_graph(config, device)
+        config.check_device(device.type)
         run = Run(config, device)
         # No rank writes before all have checked. A new folder is created once all else is valid.
         distributed.barrier()

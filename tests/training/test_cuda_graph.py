@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer runs the step of --cuda-graph on a CPU, which has no graphs."""
-    monkeypatch.setattr(train_module, "check_cuda_graph", lambda config, device: None)
+    monkeypatch.setattr(TrainConfig, "check_device", lambda config, device: None)
 
 
 def run_steps(run: Run, steps: int) -> tuple[list[float], list[Tensor]]:
@@ -445,11 +445,21 @@ def test_the_graph_is_gone_after_an_error(sentences, tmp_path, process_group, mo
 # ---- what it refuses
 
 
-def test_a_cpu_has_no_graphs(sentences, tmp_path):
-    config = small(sentences, tmp_path / "run", cuda_graph=True)
-    with pytest.raises(
-        ValueError, match="this run is on the cpu: use --device cuda .* or --no-cuda-graph"
-    ):
+REDUCED = {"compile": True, "compile_mode": "reduce-overhead"}
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "without"),
+    [
+        ({"cuda_graph": True}, "--cuda-graph", "--no-cuda-graph"),
+        (REDUCED, "--compile-mode reduce-overhead", "--compile-mode default"),
+    ],
+    ids=["cuda_graph", "compile_mode"],
+)
+def test_a_cpu_has_no_graphs(sentences, tmp_path, options, name, without):
+    config = small(sentences, tmp_path / "run", **options)
+    message = f"^{name} captures .* this run is on the cpu: use --device cuda .*, or {without}$"
+    with pytest.raises(ValueError, match=message):
         train(config)
     assert not (tmp_path / "run").exists()
 
@@ -487,20 +497,47 @@ def test_a_gpu_without_kernels(sentences, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cuda_graph": True, "shard": True}, "--cuda-graph and --shard exclude each other"),
-        ({"cuda_graph": True, "checkpoint_activations": True}, "and --checkpoint-activations ex"),
         (
-            {"cuda_graph": True, "compile": True, "compile_mode": "reduce-overhead"},
-            "--cuda-graph and --compile-mode reduce-overhead exclude each other: there are no",
+            {"cuda_graph": True, "shard": True},
+            "--cuda-graph and --shard exclude each other: FSDP2 .*; use --no-cuda-graph, or "
+            "--no-shard$",
         ),
-        ({"compile_mode": "reduce-overhead"}, "--compile-mode reduce-overhead needs --compile"),
         (
-            {"compile": True, "compile_mode": "reduce-overhead", "accumulate": 2},
-            "accumulate is 2: use --cuda-graph instead",
+            {"cuda_graph": True, "checkpoint_activations": True},
+            "--cuda-graph and --checkpoint-activations exclude each other: recomputing a block "
+            ".*; use --no-cuda-graph, or --no-checkpoint-activations$",
         ),
+        (
+            {"cuda_graph": True, **REDUCED},
+            "--cuda-graph and --compile-mode reduce-overhead exclude each other: there are no "
+            ".*; use --no-cuda-graph, or --compile-mode default$",
+        ),
+        (
+            {**REDUCED, "shard": True},
+            "--compile-mode reduce-overhead and --shard exclude .*; use --compile-mode default, "
+            "or --no-shard$",
+        ),
+        (
+            {**REDUCED, "checkpoint_activations": True},
+            "reduce-overhead and --checkpoint-activations exclude .*, or --no-checkpoint-act",
+        ),
+        (
+            {"compile_mode": "reduce-overhead"},
+            "--compile-mode reduce-overhead needs --compile: add it, or use --compile-mode default",
+        ),
+        ({**REDUCED, "accumulate": 2}, "accumulate is 2: use --cuda-graph instead"),
         ({"compile_mode": "fast"}, "compile_mode is 'fast': it must be one of default, reduce"),
     ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig("digits", **options)
+
+
+def test_options_that_do_not() -> None:
+    for options in (
+        {"cuda_graph": True, "compile": True},
+        REDUCED,
+        {"shard": True, "compile": True},
+    ):
+        TrainConfig("digits", checkpoint_activations="shard" in options, **options)
