@@ -21,7 +21,7 @@ from nar_kernels.training.cuda_graph import StepGraph
 from nar_kernels.training.optim import learning_rate
 from nar_kernels.training.train import Run, train
 from tests.helpers.pretend_gpu import DEVICE, PretendGpu, pretend_gpu
-from tests.helpers.runs import same, small
+from tests.helpers.runs import killed_in_step, same, small
 
 pytest.importorskip("x_transformers")
 
@@ -89,10 +89,6 @@ def test_equals_it_bit_for_bit(sentences, tmp_path, loss, accumulate, rows_of_a_
     assert same(got, weights)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.seconds
 def test_resumes_bit_for_bit(sentences, tmp_path, anywhere):
     config = small(
@@ -100,18 +96,7 @@ def test_resumes_bit_for_bit(sentences, tmp_path, anywhere):
     )
     train(config)
     half = replace(config, out=str(tmp_path / "half"))
-    run = Run(half, CPU)
-    run.begin()
-    step = run.step
-
-    def killed(batch: None, number: int) -> None:
-        if number == 5:
-            raise Killed
-        step(batch, number)
-
-    run.step = killed  # type: ignore[method-assign, assignment]
-    with pytest.raises(Killed):
-        run.fit()
+    killed_in_step(5, half, CPU)
     train(replace(half, resume=True))
     whole, resumed = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "half"))
     for name in ("model", "ema", "optimizer", "loader"):
