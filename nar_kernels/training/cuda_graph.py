@@ -1,7 +1,8 @@
 """A training step in one CUDA graph: its windows and masks, forward, backward and optimiser.
 
 Launching the kernels of a small net takes the host longer than the device takes to run them. With a
-graph the host writes two numbers, the step and the learning rate, and launches once.
+graph the host writes two numbers, the step and the learning rate, and launches once; what the
+trainer does around that (dropout's seed, metrics, the moving average) are a few launches more.
 """
 
 from collections.abc import Callable
