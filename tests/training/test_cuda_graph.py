@@ -289,7 +289,7 @@ class Recorded:
             recorded.events.append("captured")
 
         self.current, self.aside = Stream("default"), Stream("aside")
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.aside)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"new on {device}"))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: recorded.current)
         monkeypatch.setattr(torch.cuda, "stream", stream)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -299,8 +299,9 @@ class Recorded:
 
 
 def test_the_stream_of_a_capture(monkeypatch):
-    recorded = Recorded(monkeypatch)
-    assert cuda_graph.capture_stream(DEVICE) is recorded.aside
+    Recorded(monkeypatch)
+    stream = cuda_graph.capture_stream(DEVICE)
+    assert stream is not None and stream.name == "new on cuda:0"  # type: ignore[attr-defined]
     assert cuda_graph.capture_stream(CPU) is None
 
 
