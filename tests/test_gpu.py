@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from nar_kernels.data.pinned import _forget_last_error, _register, pin_exactly
 from nar_kernels.sampling.strategies import Candidates, Counts, StepNoise, UnmaskingPolicy
 from tests.helpers.batches import assert_same, clean_batch
 from tests.helpers.devices import no_waiting
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.gpu
 BACKENDS = [
@@ -542,6 +545,24 @@ def test_a_graph_goes_on_after_a_resume(tmp_path):
     torch.testing.assert_close(losses, expected, rtol=5e-3, atol=0)
     for name, value in whole["model"].items():
         torch.testing.assert_close(resumed["model"][name], value, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_graph_over_two_gpus(tmp_path):
+    """It holds collectives; the run is that of one GPU, and it ends."""
+    from nar_kernels.training import checkpoint
+
+    pytest.importorskip("x_transformers")
+    options = "--data digits --steps 16 --warmup 2 --eval-every 16 --device cuda --quiet".split()
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    losses = []
+    for name, launcher, more in (("one", [], []), ("two", torchrun, ["--cuda-graph"])):
+        command = [sys.executable, *launcher, "-m", "nar_kernels.cli", "train", *options, *more]
+        out = tmp_path / name
+        subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True, timeout=300)
+        losses.append(checkpoint.load(out / "last.pt")["log"]["losses"])
+    assert len(losses[0]) == 16
+    torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=0)
 
 
 def test_static_shapes_wait_for_nothing(tmp_path):
