@@ -148,7 +148,7 @@ def first_half(dry: list[str]) -> list[Step]:
     return [
         tests(
             "smoke",
-            "streams, CUDA graphs and memory kinds with corrupt in CUDA C++",
+            "streams, CUDA graphs and memory kinds with corrupt and unmask in CUDA C++",
             "gpu and cuda and not large",
             dry,
             timeout=100,
@@ -163,7 +163,7 @@ def first_half(dry: list[str]) -> list[Step]:
         ),
         tests(
             "tests_cuda",
-            "corrupt in CUDA C++; host synchronisation; loaders, the loss, training steps",
+            "corrupt and unmask in CUDA C++; host synchronisation; loaders, loss, training steps",
             "(cuda or gpu) and not (gpu and cuda) and not triton and not large",
             dry,
             timeout=150,

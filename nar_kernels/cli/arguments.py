@@ -16,7 +16,8 @@ def add_options(
     exclude: tuple[str, ...] = (),
 ) -> None:
     """Adds an option for each dataclass field that has ``help`` in its metadata. Options that are
-    not given are absent from the parsed namespace.
+    not given are absent from the parsed namespace. A switch has a ``--no-`` form, since its default
+    may be that of a run that is resumed, unless the field names another ``action``.
 
     Args:
         presets: for the help text: other defaults, by data set.
@@ -30,7 +31,7 @@ def add_options(
         if f.default is dataclasses.MISSING:
             pass
         elif isinstance(f.default, bool):
-            keywords["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+            keywords.setdefault("action", argparse.BooleanOptionalAction)
         else:
             keywords.setdefault("type", type(f.default))
             help_text += _defaults(f, presets or {})

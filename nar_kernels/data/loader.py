@@ -3,6 +3,7 @@
 Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 """
 
+import copy
 import warnings
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -102,7 +103,8 @@ class MaskedLoader:
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
         outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
         reuse_batch: each batch takes over the memory of the one before, which saves a training loop
-            on the CPU allocations and cache: keep no batch, nor a view of one.
+            on the CPU allocations and cache. Keep no batch, nor a view of one; call ``backward``
+            before the next batch is made (autograd raises if it was made before).
 
     Attributes:
         step: the step that iteration yields next.
@@ -285,7 +287,7 @@ class MaskedLoader:
             backend=self.backend,
         )
         if self.reuse_batch:
-            self._last_batch = corrupted
+            self._last_batch = copy.copy(corrupted)  # the other's attributes are the user's
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))

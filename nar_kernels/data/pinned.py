@@ -30,6 +30,10 @@ def pin_exactly(tokens: Tensor, device: torch.device) -> Tensor:
     The memory is registered with CUDA, so ``is_pinned()`` holds, until the last tensor that uses it
     is released; that waits for the device, whose kernels may be reading.
 
+    Kernels read it at the host's address. That is right on devices with CUDA's attribute
+    CanUseHostPointerForRegisteredMem, as discrete GPUs under Linux have it; PyTorch has no way to
+    ask. On others, such as some integrated GPUs, use ``corpus_memory="device"`` or ``"mapped"``.
+
     Raises:
         PinnedMemoryError: there is no memory, or CUDA cannot pin it.
     """

@@ -27,17 +27,28 @@ def _free_host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def corpus_limits(free_on_device: int, free_on_host: int) -> tuple[int, int]:
+    """The largest corpora, in bytes, that ``"auto"`` puts into device and into pinned memory."""
+    return int(free_on_device * _DEVICE_FRACTION), int(free_on_host * _HOST_FRACTION)
+
+
 def choose_memory(num_bytes: int, free_on_device: int, free_on_host: int) -> CorpusMemory:
     """Where ``"auto"`` puts a corpus of ``num_bytes``."""
-    if num_bytes <= free_on_device * _DEVICE_FRACTION:
+    on_device, on_host = corpus_limits(free_on_device, free_on_host)
+    if num_bytes <= on_device:
         return "device"
-    return "pinned" if num_bytes <= free_on_host * _HOST_FRACTION else "mapped"
+    return "pinned" if num_bytes <= on_host else "mapped"
+
+
+def free_memory(device: torch.device, world_size: int) -> tuple[int, int]:
+    """Free bytes of the device, and a rank's part of those of the host."""
+    free_on_device, _ = torch.cuda.mem_get_info(device)
+    return free_on_device, _free_host_bytes() // world_size
 
 
 def choose_memory_here(tokens: Tensor, device: torch.device, world_size: int) -> CorpusMemory:
     """:func:`choose_memory` with the free memory of this machine."""
-    free_on_device, _ = torch.cuda.mem_get_info(device)
-    return choose_memory(tokens.nbytes, free_on_device, _free_host_bytes() // world_size)
+    return choose_memory(tokens.nbytes, *free_memory(device, world_size))
 
 
 class Stager:

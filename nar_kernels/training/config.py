@@ -127,14 +127,14 @@ class TrainConfig:
     compile: bool = option(False, "compile the net with torch.compile, which takes a minute")
     compile_mode: str = option(
         "default",
-        "of --compile: reduce-overhead also captures the net, without the rest of the step, in "
-        "CUDA graphs",
+        "of --compile: reduce-overhead, on a GPU, also captures the net, without the rest of the "
+        "step, in CUDA graphs",
         choices=("default", "reduce-overhead"),
     )
     cuda_graph: bool = option(
         False,
-        "capture a step, from its windows to AdamW, in one CUDA graph, which the host launches at "
-        "once: for nets whose kernels run no longer than it takes to launch them",
+        "on a GPU, capture a step, from its windows to AdamW, in one CUDA graph, which the host "
+        "launches at once: for nets whose kernels run no longer than it takes to launch them",
     )
     checkpoint_activations: bool = option(
         False, "activation checkpointing: recompute each block in the backward pass, to save memory"
@@ -145,9 +145,12 @@ class TrainConfig:
         "Checkpoints are sharded, too: each process writes its shard to a folder beside them, and "
         "any number of processes can resume",
     )
-    resume: bool = option(False, "continue the run in --out; its options are the defaults")
-    overwrite: bool = option(False, "start over if --out holds a run")
-    quiet: bool = option(False, "print nothing but errors")
+    # Of one call, so never defaults of another.
+    resume: bool = option(
+        False, "continue the run in --out; its options are the defaults", action="store_true"
+    )
+    overwrite: bool = option(False, "start over if --out holds a run", action="store_true")
+    quiet: bool = option(False, "print nothing but errors", action="store_true")
 
     @classmethod
     def for_data(cls, data: str | os.PathLike[str], **options: Any) -> "TrainConfig":
@@ -208,23 +211,49 @@ class TrainConfig:
         self._check_graphs()
 
     def _check_graphs(self) -> None:
+        mode, default = f"--compile-mode {self.compile_mode}", "--compile-mode default"
         if self.compile_mode != "default":
             if not self.compile:
-                raise ValueError(f"--compile-mode {self.compile_mode} needs --compile")
+                raise ValueError(f"{mode} needs --compile: add it, or use {default}")
             if self.accumulate > 1:
                 raise ValueError(
-                    f"--compile-mode {self.compile_mode} keeps gradients in memory that the next "
-                    f"microbatch overwrites, and accumulate is {self.accumulate}: use --cuda-graph "
-                    "instead, or accumulate 1"
+                    f"{mode} keeps gradients in memory that the next microbatch overwrites, and "
+                    f"accumulate is {self.accumulate}: use --cuda-graph instead, or accumulate 1"
                 )
-        mode = f"--compile-mode {self.compile_mode}"
-        for name, is_given, why in (
-            ("--shard", self.shard, "FSDP2 gathers weights as it goes"),
-            ("--checkpoint-activations", self.checkpoint_activations, "it reads the dropout state"),
-            (mode, self.compile_mode != "default", "there are no graphs inside of a graph"),
+        without = self._graphs()
+        for name in ("shard", "checkpoint_activations"):
+            if getattr(self, name):
+                without[option_of(name)] = option_of(f"no_{name}")
+        gathers = "FSDP2 gathers weights into other memory in each step, and a graph reads the same"
+        draws = "recomputing a block reads and sets the state of dropout, which a graph cannot"
+        for one, other, why in (
+            ("--cuda-graph", mode, "there are no graphs inside of a graph"),
+            ("--cuda-graph", "--shard", gathers),
+            ("--cuda-graph", "--checkpoint-activations", draws),
+            (mode, "--shard", gathers),
+            (mode, "--checkpoint-activations", draws),
         ):
-            if self.cuda_graph and is_given:
-                raise ValueError(f"--cuda-graph and {name} exclude each other: {why}")
+            if one in without and other in without:
+                raise ValueError(
+                    f"{one} and {other} exclude each other: {why}; use {without[one]}, or "
+                    f"{without[other]}"
+                )
+
+    def _graphs(self) -> dict[str, str]:
+        """The options given that capture CUDA graphs, and how to go without each."""
+        graphs = {"--cuda-graph": "--no-cuda-graph"} if self.cuda_graph else {}
+        if self.compile_mode != "default":
+            graphs[f"--compile-mode {self.compile_mode}"] = "--compile-mode default"
+        return graphs
+
+    def check_device(self, device: str) -> None:
+        """Raises ValueError for options that capture CUDA graphs on another type of device."""
+        for name, without in self._graphs().items():
+            if device != "cuda":
+                raise ValueError(
+                    f"{name} captures the kernels of a GPU, and this run is on the {device}: use "
+                    f"--device cuda on a machine that has one, or {without}"
+                )
 
     @property
     def folder(self) -> Path:

@@ -97,11 +97,17 @@ def checkpoint_activations(model: NonAutoregressiveWrapper) -> None:
 
 
 def prepare(
-    model: NonAutoregressiveWrapper, config: TrainConfig, device: torch.device
+    model: NonAutoregressiveWrapper,
+    config: TrainConfig,
+    device: torch.device,
+    stream: torch.cuda.Stream | None = None,
 ) -> nn.Module:
     """Prepares ``model`` for training, in place: activation checkpointing, ``torch.compile`` and
     sharding as in ``config``, and the move to ``device``. Returns the module to call in training,
-    which synchronises gradients over ranks."""
+    which synchronises gradients over ranks.
+
+    ``stream``: as in :func:`parallel.replicate`.
+    """
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.compile:
@@ -111,7 +117,7 @@ def prepare(
     if config.shard:
         parallel.shard(model, blocks(model), device)  # never all of it on one device
         return model
-    return parallel.replicate(model.to(device), for_capture=config.cuda_graph)
+    return parallel.replicate(model.to(device), stream)
 
 
 # Options that must match to load weights, and fields of SequenceSpec that must, too.

@@ -37,12 +37,13 @@ def init_distributed(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def replicate(model: nn.Module, for_capture: bool = False) -> nn.Module:
+def replicate(model: nn.Module, stream: torch.cuda.Stream | None = None) -> nn.Module:
     """``model`` in DistributedDataParallel, which averages gradients over ranks; ``model`` itself
     with one rank.
 
     Args:
-        for_capture: by a CUDA graph.
+        stream: where a CUDA graph captures the backward pass, if one does: gradients are
+            accumulated on the stream that DistributedDataParallel is made on.
     """
     if world_size() == 1:
         return model
@@ -51,14 +52,12 @@ def replicate(model: nn.Module, for_capture: bool = False) -> nn.Module:
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-    device = next(model.parameters()).device
-    if not for_capture or device.type != "cuda":
+    if stream is None:
         return DistributedDataParallel(model, **options)
-    # Gradients are added up on the stream where it is made: a capture cannot use the default one.
-    torch.cuda.synchronize(device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    torch.cuda.synchronize(stream.device)
+    with torch.cuda.stream(stream):
         parallel = DistributedDataParallel(model, **options)
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(stream.device)
     return parallel
 
 
@@ -74,12 +73,12 @@ def shard(model: Any, blocks: Sequence[list[nn.Module]], device: torch.device) -
     if world_size() == 1:
         raise ValueError(
             "--shard shards the weights over processes, and there is one: start several with "
-            "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or leave it out"
+            "torchrun --nproc-per-node 8 -m nar_kernels.cli train ..., or use --no-shard"
         )
     if device.type == "cpu" and not SHARDS_ON_CPU:
         raise ValueError(
             f"PyTorch {torch.__version__} shards weights over GPUs only, and this is the CPU: "
-            "install a later one, or leave out --shard"
+            "install a later one, or use --no-shard"
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -29,7 +29,7 @@ from nar_kernels.spec.philox import Stream, derived_seed
 from nar_kernels.training import checkpoint, parallel
 from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
-from nar_kernels.training.cuda_graph import StepGraph, check_cuda_graph
+from nar_kernels.training.cuda_graph import StepGraph, capture_stream
 from nar_kernels.training.ema import Ema
 from nar_kernels.training.interrupt import Interrupted, interruptible, raise_on_signals
 from nar_kernels.training.lock import FolderLock
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         saved = checkpoint.read(last) if config.resume else None
         if saved is not None:
             config.refuse_to_continue(saved["config"], saved["loader"]["step"])
-        check_cuda_graph(config, device)
+        config.check_device(device.type)
         run = Run(config, device)
         # No rank writes before all have checked. A new folder is created once all else is valid.
         distributed.barrier()
@@ -117,8 +117,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             run.restore(last, saved)
         else:
             run.begin()
-        run.fit()
-        return run.finish()
+        try:
+            run.fit()
+            return run.finish()
+        finally:
+            run.release()
 
 
 def check_overwrite(config: TrainConfig) -> None:
@@ -160,7 +163,8 @@ class Run:
         self.model = build_model(config, self.data.spec)
         if config.init is not None and not config.resume:
             init_from_checkpoint(self.model, config.init, config, self.data.spec)
-        self.trained = prepare(self.model, config, device)
+        stream = capture_stream(device) if config.cuda_graph else None
+        self.trained = prepare(self.model, config, device, stream)
         self.ema = Ema(self.model, config.ema) if config.ema else None
         self.loader = MaskedLoader(
             self.data.train,
@@ -171,7 +175,7 @@ class Run:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        self.graph = StepGraph(self.update, self.loader) if config.cuda_graph else None
+        self.graph = StepGraph(self.update, self.loader, stream) if config.cuda_graph else None
         rate = None if self.graph is None else self.graph.rate
         self.optimizer = adamw(self.model, config, rate)
         self.noise_seed = derived_seed(config.seed, Stream.GENERATOR_SEED)
@@ -316,6 +320,11 @@ class Run:
             write_results(config, data, self.log, self.baselines, report, ids)
         self.progress.say(summary(report))
         return report
+
+    def release(self) -> None:
+        """Frees what must not outlive the process group."""
+        if self.graph is not None:
+            self.graph.release()
 
     def check_finite(self, what: str, value: float, steps: int) -> None:
         if not math.isfinite(value):

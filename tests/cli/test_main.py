@@ -1,5 +1,6 @@
 """The command line: what it prints, and its exit status."""
 
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,8 @@ from nar_kernels.cli.main import _in_options, main
 from nar_kernels.cli.train import NAMES
 from nar_kernels.options import option_of
 from nar_kernels.sampling.config import SamplingConfig
-from nar_kernels.training.config import TrainConfig
+from nar_kernels.training import checkpoint
+from nar_kernels.training.config import FREE_ON_RESUME, TrainConfig
 from nar_kernels.training.interrupt import SIGNALS, Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +107,49 @@ def test_resume_takes_its_options_from_the_run(text_run, capsys):
     assert "--lr was 0.001 and is 0.5" in fails(
         capsys, "train", "--resume", "--out", text_run, "--lr", "0.5"
     )
+
+
+SWITCHES = [
+    name
+    for name in sorted(FREE_ON_RESUME)
+    if isinstance(getattr(TrainConfig("digits"), name), bool)
+]
+
+
+@pytest.mark.parametrize("name", sorted({*SWITCHES} - {"resume", "overwrite", "quiet"}))
+def test_a_switch_of_a_run_is_undone_on_resume(text_run, monkeypatch, name):
+    """It may change, and what a run was started with is its default."""
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr("nar_kernels.cli.train.train", configs.append)
+    saved = checkpoint.read(text_run / "last.pt")
+    saved["config"][name] = True
+    monkeypatch.setattr("nar_kernels.cli.train.checkpoint.read", lambda path: saved)
+    resume = ["train", "--resume", "--out", str(text_run)]
+    assert main(resume) == 0 and main([*resume, option_of(f"no_{name}")]) == 0
+    assert [getattr(config, name) for config in configs] == [True, False]
+
+
+def test_what_was_said_of_one_call_is_no_default_of_the_next(text_run, monkeypatch):
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr("nar_kernels.cli.train.train", configs.append)
+    saved = checkpoint.read(text_run / "last.pt")
+    saved["config"] |= {"quiet": True, "overwrite": True}
+    monkeypatch.setattr("nar_kernels.cli.train.checkpoint.read", lambda path: saved)
+    assert main(["train", "--resume", "--out", str(text_run)]) == 0
+    assert configs[0].resume and not configs[0].quiet and not configs[0].overwrite
+
+
+def test_a_graph_is_given_up_on_resume(text_run, capsys, tmp_path):
+    """On a machine without a GPU; the error says how."""
+    out = tmp_path / "run"
+    shutil.copytree(text_run, out)
+    state = checkpoint.load(out / "last.pt")
+    state["config"]["cuda_graph"] = True
+    checkpoint.save(out / "last.pt", state)
+    resume = "train", "--resume", "--out", out, "--steps", 4
+    assert fails(capsys, *resume).endswith("or --no-cuda-graph\n")
+    assert main([*map(str, resume), "--no-cuda-graph"]) == 0
+    assert checkpoint.load(out / "last.pt")["loader"]["step"] == 4
 
 
 def test_mistakes_in_train(capsys, tmp_path, text_run):
@@ -470,12 +515,12 @@ def test_generate_does_not_write_over_what_it_reads(digits_run, capsys, tmp_path
         (tmp_path / name).write_bytes(weights)
         (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    for checkpoint, option, path in (
+    for source, option, path in (
         ("checkpoint", "--out", "./checkpoint"),
         (tmp_path / "checkpoint", "--out", "link to checkpoint"),
         ("page.html", "--html", tmp_path / "page.html"),
     ):
-        error = fails(capsys, "generate", "--checkpoint", checkpoint, option, path)
+        error = fails(capsys, "generate", "--checkpoint", source, option, path)
         assert f"{option} and --checkpoint are both" in error
     np.save("ids.npy", np.zeros((3, 64), dtype=np.int64))
     options = "--checkpoint", "checkpoint", "--prompt", "ids.npy"

@@ -469,3 +469,29 @@ def test_a_loader_writes_what_is_asked_for_into_the_memory_of_the_last_batch() -
     again = pickle.loads(pickle.dumps(loader)).batch(3)
     assert torch.equal(again.input_ids, second.input_ids)
     assert again.input_ids.data_ptr() != second.input_ids.data_ptr()
+
+
+def test_what_a_user_sets_on_a_batch_is_not_taken_over() -> None:
+    whole = MaskedLoader(make_dataset(), MASKING, 4)
+    loader = MaskedLoader(make_dataset(), MASKING, 4, reuse_batch=True)
+    batch = loader.batch(0)
+    batch.labels = batch.labels[:2].clone()
+    batch.masked_indices = None  # type: ignore[assignment]
+    assert_same(loader.batch(1), whole.batch(1))
+
+
+def test_a_gradient_of_a_batch_that_is_gone_is_refused() -> None:
+    """Its ids would be those of the next batch."""
+    whole = MaskedLoader(make_dataset(), MASKING, 4)
+    loader = MaskedLoader(make_dataset(), MASKING, 4, reuse_batch=True)
+    embedding = torch.nn.Embedding(V, 3)
+    for _, batch in zip(range(3), loader, strict=False):
+        embedding(batch.input_ids).sum().backward()
+    seen = torch.cat([whole.batch(step).input_ids.flatten() for step in range(3)])
+    assert embedding.weight.grad is not None
+    assert torch.equal(embedding.weight.grad[:, 0].long(), seen.bincount(minlength=V))
+
+    loss = embedding(next(loader).input_ids).sum()
+    next(loader)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

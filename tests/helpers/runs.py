@@ -15,6 +15,7 @@ from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.training import checkpoint
 from nar_kernels.training.config import TrainConfig
+from nar_kernels.training.train import Run
 
 SPEC = SequenceSpec(num_tokens=257, seq_len=16, render="bytes", image_shape=None)
 
@@ -29,6 +30,27 @@ def small(data: Path, out: Path, **options: Any) -> TrainConfig:
         **{"quiet": True, "device": "cpu", "precision": "fp32"},
     }
     return TrainConfig(**{**settings, **options})
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_in_step(number: int, config: TrainConfig, device: torch.device) -> None:
+    """Leaves what a run leaves that is killed in a step: its last checkpoint."""
+    run = Run(config, device)
+    run.begin()
+    step = run.step
+
+    def killed(batch: Corrupted | None, here: int) -> None:
+        if here == number:
+            raise Killed
+        step(batch, here)
+
+    run.step = killed  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        run.fit()
+    run.release()
 
 
 def same(a: Any, b: Any) -> bool:

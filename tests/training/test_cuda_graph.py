@@ -2,6 +2,7 @@
 data, and nothing in it that waits for the device."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.training import checkpoint, cuda_graph
+from nar_kernels.training import checkpoint, cuda_graph, parallel
 from nar_kernels.training import train as train_module
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.cuda_graph import StepGraph
 from nar_kernels.training.optim import learning_rate
 from nar_kernels.training.train import Run, train
 from tests.helpers.pretend_gpu import DEVICE, PretendGpu, pretend_gpu
-from tests.helpers.runs import same, small
+from tests.helpers.runs import killed_in_step, same, small
 
 pytest.importorskip("x_transformers")
 
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer runs the step of --cuda-graph on a CPU, which has no graphs."""
-    monkeypatch.setattr(train_module, "check_cuda_graph", lambda config, device: None)
+    monkeypatch.setattr(TrainConfig, "check_device", lambda config, device: None)
 
 
 def run_steps(run: Run, steps: int) -> tuple[list[float], list[Tensor]]:
@@ -88,10 +89,6 @@ def test_equals_it_bit_for_bit(sentences, tmp_path, loss, accumulate, rows_of_a_
     assert same(got, weights)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.seconds
 def test_resumes_bit_for_bit(sentences, tmp_path, anywhere):
     config = small(
@@ -99,18 +96,7 @@ def test_resumes_bit_for_bit(sentences, tmp_path, anywhere):
     )
     train(config)
     half = replace(config, out=str(tmp_path / "half"))
-    run = Run(half, CPU)
-    run.begin()
-    step = run.step
-
-    def killed(batch: None, number: int) -> None:
-        if number == 5:
-            raise Killed
-        step(batch, number)
-
-    run.step = killed  # type: ignore[method-assign, assignment]
-    with pytest.raises(Killed):
-        run.fit()
+    killed_in_step(5, half, CPU)
     train(replace(half, resume=True))
     whole, resumed = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "half"))
     for name in ("model", "ema", "optimizer", "loader"):
@@ -142,7 +128,8 @@ def test_resumes_with_and_without(sentences, tmp_path, anywhere, first):
 def run_on_a_gpu(config: TrainConfig) -> Iterator[tuple[Run, PretendGpu]]:
     """A run on a GPU that is not there, after two steps, and what has waited since."""
     with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_graph, "capture_stream", lambda device: None)
+        patch.setattr(train_module, "capture_stream", lambda device: None)
+        patch.setattr("nar_kernels.data.loader.resolve_backend", lambda backend, device: "triton")
         run = Run(config, DEVICE)
         assert next(run.model.parameters()).is_cuda and run.loader.corpus_memory == "device"
         for step in range(2):
@@ -273,31 +260,49 @@ class Recorded:
         recorded = self
 
         class Stream:
-            def wait_stream(self, other: Any) -> None:
-                recorded.events.append("wait")
+            def __init__(self, name: str) -> None:
+                self.name, self.device = name, DEVICE
+
+            def wait_stream(self, other: "Stream") -> None:
+                recorded.events.append(f"{self.name} waits for {other.name}")
 
         class Graph:
             def replay(self) -> None:
-                recorded.events.append("replay")
+                recorded.events.append(f"replay on {recorded.current.name}")
+
+            def reset(self) -> None:
+                recorded.events.append("reset")
 
         @contextlib.contextmanager
-        def stream(stream: Any) -> Iterator[None]:
-            recorded.events.append("on the side")
+        def stream(stream: Stream) -> Iterator[None]:
+            before, recorded.current = recorded.current, stream
             yield
-            recorded.events.append("back")
+            recorded.current = before
 
         @contextlib.contextmanager
-        def capture(graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-            assert isinstance(graph, Graph) and isinstance(stream, Stream)
-            recorded.events.append("capture")
+        def capture(graph: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            assert isinstance(graph, Graph)
+            recorded.events.append(f"capture, {capture_error_mode}")
+            before, recorded.current = recorded.current, stream
             yield
+            recorded.current = before
             recorded.events.append("captured")
 
-        monkeypatch.setattr(cuda_graph, "capture_stream", lambda device: Stream())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+        self.current, self.aside = Stream("default"), Stream("aside")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"new on {device}"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: recorded.current)
         monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(train_module, "capture_stream", lambda device: self.aside)
+
+
+def test_the_stream_of_a_capture(monkeypatch):
+    Recorded(monkeypatch)
+    stream = cuda_graph.capture_stream(DEVICE)
+    assert stream is not None and stream.name == "new on cuda:0"  # type: ignore[attr-defined]
+    assert cuda_graph.capture_stream(CPU) is None
 
 
 def test_warm_up_capture_and_replay(sentences, tmp_path, monkeypatch):
@@ -309,77 +314,216 @@ def test_warm_up_capture_and_replay(sentences, tmp_path, monkeypatch):
 
     def update(batch: Corrupted) -> tuple[Tensor, ...]:
         updates.append(loader.step - 1)
-        recorded.events.append("update")
+        recorded.events.append(f"update {recorded.current.name}")
         return (batch.times.sum(),)
 
-    graph = StepGraph(update, loader)
-    aside = ["wait", "on the side", "update", "back", "wait"]
+    graph = StepGraph(update, loader, recorded.aside)
     for step in range(3):
         graph(step, 0.5)
-        assert recorded.events == aside
+        assert recorded.events == [
+            "aside waits for default", "update aside", "default waits for aside"
+        ]  # fmt: skip
         recorded.events.clear()
     first = graph(3, 0.5)
-    assert recorded.events == ["capture", "update", "captured", "replay"]
+    # Other threads, such as those of NCCL, may not be errors.
+    assert recorded.events == [
+        "capture, thread_local", "update aside", "captured", "replay on default"
+    ]  # fmt: skip
     recorded.events.clear()
     for step in (4, 5):
         again = graph(step, 0.25)
         assert again is first  # their memory is what the graph writes
-    assert recorded.events == ["replay", "replay"] and updates == [0, 1, 2, 3]
+    assert recorded.events == ["replay on default"] * 2 and updates == [0, 1, 2, 3]
     # What the graph reads.
     assert graph._step.item() == 5 and graph.rate.item() == 0.25 and loader.step == 6
+
+    recorded.events.clear()
+    results = weakref.ref(first[0])
+    del first, again
+    graph.release()
+    assert recorded.events == ["reset"] and results() is None
+    graph.release()  # there is nothing left
+    graph(6, 0.5)
+    assert recorded.events.count("reset") == 1
+    assert recorded.events[1:] == [
+        "capture, thread_local", "update aside", "captured", "replay on default"
+    ]  # fmt: skip
 
 
 def test_data_parallelism_takes_a_longer_warm_up(sentences, tmp_path, monkeypatch):
     loader = Run(small(sentences, tmp_path), CPU).loader
     recorded = Recorded(monkeypatch)
     monkeypatch.setattr(cuda_graph.distributed, "world_size", lambda: 2)
-    graph = StepGraph(lambda batch: (batch.times,), loader)
+    graph = StepGraph(lambda batch: (batch.times,), loader, recorded.aside)
     for step in range(11):
         graph(step, 0.5)
-        assert "capture" not in recorded.events
+        assert "captured" not in recorded.events
     graph(11, 0.5)
-    assert recorded.events.count("capture") == 1
+    assert recorded.events.count("captured") == 1
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_gradients_are_accumulated_on_the_stream_of_the_capture(
+    sentences, tmp_path, monkeypatch, is_captured
+):
+    """The one on which DistributedDataParallel is made."""
+    recorded = Recorded(monkeypatch)
+    made_on: list[Any] = []
+
+    class Replicated(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module, **options: Any) -> None:
+            super().__init__()
+            made_on.append(recorded.current)
+
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "DistributedDataParallel", Replicated)
+    default = recorded.current
+    run = Run(small(sentences, tmp_path, cuda_graph=is_captured), CPU)
+    assert isinstance(run.trained, Replicated) and recorded.current is default
+    if run.graph is None:
+        assert made_on == [default]
+    else:
+        assert made_on == [run.graph._stream] == [recorded.aside]
+
+
+def test_the_optimiser_reads_what_the_graph_is_told(sentences, tmp_path):
+    for captured in (False, True):
+        run = Run(small(sentences, tmp_path, cuda_graph=captured), CPU)
+        groups = run.optimizer.param_groups
+        assert [g["capturable"] for g in groups] == [captured] * 2
+        if run.graph is not None:
+            assert all(g["lr"] is run.graph.rate for g in groups)
+
+
+@pytest.fixture
+def process_group(monkeypatch, anywhere) -> Recorded:
+    """One that the trainer makes and destroys, and the graphs of its run."""
+    recorded = Recorded(monkeypatch)
+    monkeypatch.setattr(parallel, "is_launched", lambda: True)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(
+        parallel.dist, "destroy_process_group", lambda: recorded.events.append("destroy")
+    )
+    return recorded
+
+
+@pytest.mark.seconds
+def test_the_graph_is_gone_before_the_process_group(sentences, tmp_path, process_group):
+    """Which waits for every graph that holds one of its collectives."""
+    train(small(sentences, tmp_path, cuda_graph=True, steps=6))
+    events = [e for e in process_group.events if "waits for" not in e]
+    assert events == [
+        "capture, thread_local", "captured", *["replay on default"] * 3, "reset", "destroy"
+    ]  # fmt: skip
+
+
+@pytest.mark.seconds
+def test_the_graph_is_gone_after_an_error(sentences, tmp_path, process_group, monkeypatch):
+    def fail(self: Run) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Run, "finish", fail)
+    with pytest.raises(OSError, match="no space left"):
+        train(small(sentences, tmp_path, cuda_graph=True, steps=6))
+    assert process_group.events[-1] == "reset"
 
 
 # ---- what it refuses
 
 
-def test_a_cpu_has_no_graphs(sentences, tmp_path):
-    config = small(sentences, tmp_path / "run", cuda_graph=True)
-    with pytest.raises(ValueError, match="--cuda-graph captures .* this run is on the cpu: leave"):
+REDUCED = {"compile": True, "compile_mode": "reduce-overhead"}
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "without"),
+    [
+        ({"cuda_graph": True}, "--cuda-graph", "--no-cuda-graph"),
+        (REDUCED, "--compile-mode reduce-overhead", "--compile-mode default"),
+    ],
+    ids=["cuda_graph", "compile_mode"],
+)
+def test_a_cpu_has_no_graphs(sentences, tmp_path, options, name, without):
+    config = small(sentences, tmp_path / "run", **options)
+    message = f"^{name} captures .* this run is on the cpu: use --device cuda .*, or {without}$"
+    with pytest.raises(ValueError, match=message):
         train(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_corpus_that_kernels_cannot_read(sentences, tmp_path):
     with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-        patch.setattr("nar_kernels.data.staging._free_host_bytes", lambda: 0)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 800))
+        patch.setattr("nar_kernels.data.staging._free_host_bytes", lambda: 801)
         patch.setattr("nar_kernels.data.loader.Stager", lambda *args: None)
+        patch.setattr("nar_kernels.data.loader.resolve_backend", lambda backend, device: "triton")
+        patch.setattr(train_module, "capture_stream", lambda device: None)
         config = small(sentences, tmp_path, cuda_graph=True)
-        with pytest.raises(
-            ValueError, match="needs the corpus where kernels read it, and .*fox.txt"
-        ):
+        message = (
+            rf"corpus_memory is 'mapped' for .*fox.txt: its {sentences.stat().st_size} bytes are "
+            "more than .* GPU memory, 100, and either .* for each process, 200, or the system has "
+            "refused to pin them .*--no-cuda-graph"
+        )
+        with pytest.raises(ValueError, match=message):
             Run(config, DEVICE)
+
+
+def test_a_gpu_without_kernels(sentences, tmp_path):
+    with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "nar_kernels.ops.backends._present",
+            {"reference": True, "cpp": True} | dict.fromkeys(("triton", "cuda"), False),
+        )
+        patch.setattr(train_module, "capture_stream", lambda device: None)
+        Run(small(sentences, tmp_path), DEVICE)
+        message = "neither Triton nor the CUDA extension .*doctor.* or use --no-cuda-graph"
+        with pytest.raises(ValueError, match=message):
+            Run(small(sentences, tmp_path, cuda_graph=True), DEVICE)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cuda_graph": True, "shard": True}, "--cuda-graph and --shard exclude each other"),
-        ({"cuda_graph": True, "checkpoint_activations": True}, "and --checkpoint-activations ex"),
         (
-            {"cuda_graph": True, "compile": True, "compile_mode": "reduce-overhead"},
-            "--cuda-graph and --compile-mode reduce-overhead exclude each other: there are no",
+            {"cuda_graph": True, "shard": True},
+            "--cuda-graph and --shard exclude each other: FSDP2 .*; use --no-cuda-graph, or "
+            "--no-shard$",
         ),
-        ({"compile_mode": "reduce-overhead"}, "--compile-mode reduce-overhead needs --compile"),
         (
-            {"compile": True, "compile_mode": "reduce-overhead", "accumulate": 2},
-            "accumulate is 2: use --cuda-graph instead",
+            {"cuda_graph": True, "checkpoint_activations": True},
+            "--cuda-graph and --checkpoint-activations exclude each other: recomputing a block "
+            ".*; use --no-cuda-graph, or --no-checkpoint-activations$",
         ),
+        (
+            {"cuda_graph": True, **REDUCED},
+            "--cuda-graph and --compile-mode reduce-overhead exclude each other: there are no "
+            ".*; use --no-cuda-graph, or --compile-mode default$",
+        ),
+        (
+            {**REDUCED, "shard": True},
+            "--compile-mode reduce-overhead and --shard exclude .*; use --compile-mode default, "
+            "or --no-shard$",
+        ),
+        (
+            {**REDUCED, "checkpoint_activations": True},
+            "reduce-overhead and --checkpoint-activations exclude .*, or --no-checkpoint-act",
+        ),
+        (
+            {"compile_mode": "reduce-overhead"},
+            "--compile-mode reduce-overhead needs --compile: add it, or use --compile-mode default",
+        ),
+        ({**REDUCED, "accumulate": 2}, "accumulate is 2: use --cuda-graph instead"),
         ({"compile_mode": "fast"}, "compile_mode is 'fast': it must be one of default, reduce"),
     ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig("digits", **options)
+
+
+def test_options_that_do_not() -> None:
+    for options in (
+        {"cuda_graph": True, "compile": True},
+        REDUCED,
+        {"shard": True, "compile": True},
+    ):
+        TrainConfig("digits", checkpoint_activations="shard" in options, **options)

@@ -30,6 +30,7 @@ from nar_kernels.training.model import build_model, load_model
 from nar_kernels.training.step import loss_and_gradient
 from nar_kernels.training.train import Run, train
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import killed_in_step
 
 pytest.importorskip("x_transformers")
 pytestmark = [
@@ -78,24 +79,9 @@ def gradients(folder: Path, loss: str, accumulate: int) -> tuple[Tensor, list[Te
     return value, [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
 
 
-class Killed(Exception):
-    pass
-
-
 def half_a_run(config: TrainConfig) -> None:
     """Leaves what a run leaves that is killed in step 7, after it has saved step 6."""
-    run = Run(config, CPU)
-    run.begin()
-    step = run.step
-
-    def killed(batch: Corrupted, number: int) -> None:
-        if number == 7:
-            raise Killed
-        step(batch, number)
-
-    run.step = killed  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        run.fit()
+    killed_in_step(7, config, CPU)
 
 
 def as_a_rank(rank: int, folder: Path) -> None:
