@@ -102,11 +102,11 @@ class Wanted(NamedTuple):
             ValueError: an unknown output, or another dtype than int64 and int32.
             TypeError: ``outputs`` is no collection of names.
         """
-        names = ", ".join(map(repr, OUTPUTS))
-        if isinstance(outputs, str) or not isinstance(outputs, Collection):
-            raise TypeError(f"outputs is {outputs!r}: it must be a tuple of any of {names}")
-        if any(name not in OUTPUTS for name in outputs):
-            raise ValueError(f"outputs is {outputs!r}: it must be a tuple of any of {names}")
+        is_known = isinstance(outputs, tuple | list | set | frozenset)
+        if not is_known or not all(name in OUTPUTS for name in outputs):
+            names = ", ".join(map(repr, OUTPUTS))
+            error = ValueError if is_known else TypeError
+            raise error(f"outputs is {outputs!r}: it must be a tuple of any of {names}")
         if ids_dtype not in (torch.int64, torch.int32):
             raise ValueError(f"ids_dtype is {ids_dtype}: it must be torch.int64 or torch.int32")
         return cls(ids_dtype == torch.int32, *(name in outputs for name in OUTPUTS))
