@@ -60,7 +60,13 @@ def torn_reads(ttgir: str) -> int:
 def expected(work: Work | None, instructions: list[sass.Instruction]) -> dict:
     """What a unit of work costs."""
     if work is None:
-        return {"unit": "", "per unit": "", "spilled per unit": "", "bytes per unit": "", "overlaps": ""}
+        return {
+            "unit": "",
+            "per unit": "",
+            "spilled per unit": "",
+            "bytes per unit": "",
+            "overlaps": "",
+        }
     sass.check(instructions, work.weights)
     lanes = 32 * work.warps / work.units
     issued = sass.issued(instructions, work.weights)

@@ -6,13 +6,16 @@ weights of all regions of the sources that they lie in, such as the expected tri
 for what runs rarely. Copies of unrolled loops count one by one.
 
 Compilers move instructions: out of a loop, or past a branch that becomes a predicate. But those of
-a basic block all run equally often, so all count as most of them do: the median.
+a basic block all run equally often, so all count as most of them do: the median; or, where the
+block is a loop of its own, as the jump back does. And what lies outside the machine code's loop has
+no share in its trips.
 
 Refused is what would make a count wrong without a sign: a loop of the machine code that no weight
 is for, weights that overlap without one lying in the other, or that weigh both a function and the
 line that calls it, and a weight for no instruction.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -121,13 +124,20 @@ class Weight(NamedTuple):
     given, only where they are inlined there.
 
     A condition runs at least once. On a line that is a condition and what it decides on, what is
-    inlined is the latter. ``is_optional``: the kernel may have no such instructions.
+    inlined is the latter.
+
+    Attributes:
+        is_optional: the kernel may have no such instructions.
+        outside: how often those run that are not in the machine code's loop, where there is one:
+            once if they were moved out of it, another number if they are copies for the last turns
+            of an unrolled loop.
     """
 
     factor: float
     region: Region
     within: Region | None = None
     is_optional: bool = False
+    outside: float = 1.0
 
 
 def functions(disassembly: str) -> dict[str, list[Instruction]]:
@@ -174,26 +184,53 @@ def functions(disassembly: str) -> dict[str, list[Instruction]]:
 
 def issued(instructions: Sequence[Instruction], weights: list[Weight]) -> list[float]:
     """How often each warp is expected to issue each instruction."""
+    loops = _loops(instructions, weights)
     of_block: dict[int, list[float]] = {}
+    result = {}
     for instruction in instructions:
-        of_block.setdefault(instruction.block, []).append(weight_of(instruction, weights))
-    median = {block: sorted(found)[len(found) // 2] for block, found in of_block.items()}
-    return [median[instruction.block] for instruction in instructions]
+        weight = _weight_of(instruction, weights, loops)
+        of_block.setdefault(instruction.block, []).append(weight)
+        if instruction.back_to == instruction.block:  # a loop of one block
+            result[instruction.block] = weight
+    for block, found in of_block.items():
+        result.setdefault(block, sorted(found)[len(found) // 2])
+    return [result[instruction.block] for instruction in instructions]
 
 
-def weight_of(instruction: Instruction, weights: list[Weight]) -> float:
+# The blocks of the machine code's loops, by the weight that is for them and the calls by which they
+# are where they are.
+_Loops = dict[tuple[Weight, tuple[Line, ...]], list[range]]
+
+
+def _loops(instructions: Sequence[Instruction], weights: list[Weight]) -> _Loops:
+    loops: _Loops = {}
+    for instruction in instructions:
+        if instruction.back_to is None:
+            continue
+        at = _line_of_loop(instruction.lines)
+        for weight in weights:
+            frame = _frame_of(instruction.lines, weight)
+            if frame is not None and at is not None and _is_for_loop(weight, *at):
+                blocks = range(instruction.back_to, instruction.block + 1)
+                loops.setdefault((weight, instruction.lines[frame + 1 :]), []).append(blocks)
+    return loops
+
+
+def _weight_of(instruction: Instruction, weights: list[Weight], loops: _Loops) -> float:
     """By its lines alone."""
-    result = 1.0
-    for weight in weights:
-        result *= _factor(instruction.lines, weight)
-    return result
+    return math.prod(_factor(instruction, weight, loops) for weight in weights)
 
 
-def _factor(lines: tuple[Line, ...], weight: Weight) -> float:
-    frame = _frame_of(lines, weight)
+def _factor(instruction: Instruction, weight: Weight, loops: _Loops) -> float:
+    frame = _frame_of(instruction.lines, weight)
     if frame is None:
         return 1.0
-    path, number = lines[frame]
+    blocks = loops.get((weight, instruction.lines[frame + 1 :]))
+    if weight.factor and blocks and not any(instruction.block in some for some in blocks):
+        return weight.outside
+    if instruction.back_to is not None:  # once a turn
+        return weight.factor
+    path, number = instruction.lines[frame]
     header, all_lines = _header_of(weight.region, path), _lines_of(weight.region, path)
     is_condition = number in header and (len(header) < len(all_lines) or frame == 0)
     return max(weight.factor, 1.0) if is_condition else weight.factor
@@ -260,18 +297,30 @@ def _check_pair(lines: tuple[Line, ...], a: Weight, b: Weight) -> None:
 
 def _check_loop(lines: tuple[Line, ...], found: list[Weight]) -> None:
     """``lines``: of a jump back."""
-    for path, number in lines:
-        if not path.startswith("/") or "/cuda" in path and "/include/" in path:
-            continue  # an intrinsic of the condition
+    at = _line_of_loop(lines)
+    if at is not None and not any(_is_for_loop(weight, *at) for weight in found):
+        path, number = at
         text = _source(path)[number - 1].strip()
-        if not (_LOOP.match(text) or text.startswith("} while")):
-            return  # out of code that was moved behind the end
-        for weight in found:
-            if path.endswith(f"/{weight.region.file}") and weight.region.is_loop(path):
-                of_loop = weight.region.lines(path)
-                if number in weight.region.header(path) or number == of_loop.stop - 1:
-                    return
         raise WeightError(f"no weight is for the loop at {path}:{number}: {text}")
+
+
+def _line_of_loop(lines: tuple[Line, ...]) -> Line | None:
+    """Of a jump back: the loop's condition; None where it is out of code behind the end."""
+    for path, number in lines:
+        if path.startswith("/") and not ("/cuda" in path and "/include/" in path):
+            text = _source(path)[number - 1]
+            is_loop = _LOOP.match(text) or text.strip().startswith("} while")
+            return (path, number) if is_loop else None
+        # Else an intrinsic of the condition.
+    return None
+
+
+def _is_for_loop(weight: Weight, path: str, number: int) -> bool:
+    """Whether a weight is for the loop whose condition is here."""
+    region = weight.region
+    if not path.endswith(f"/{region.file}") or not region.is_loop(path):
+        return False
+    return number in _header_of(region, path) or number == _lines_of(region, path).stop - 1
 
 
 def _holds(outer: range, inner: range) -> bool:

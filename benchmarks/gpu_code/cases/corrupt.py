@@ -42,9 +42,9 @@ def _weights_of_leader(rows: int, warps: int, draws: str, is_step: bool) -> list
         parts = {"for (uint32_t todo": 1, "for (uint32_t block": 2 if ranks else 1}
         parts |= {"if (!is_exact)": 0 if ranks else 1, "for (uint32_t rest": ranks}
         weights = [Weight(n, slots_h(permute, part), within) for part, n in parts.items()]
-        # 8 steps of the warp, by seven copies: of four steps, of two and of one.
+        # 8 steps of the warp, four a turn; none is left for the copies behind the loop.
         counting = slots_h(permute, "for (uint32_t rest", "for (uint32_t i = lane")
-        weights.append(Weight(256 / 32 / 7, counting, within))
+        weights.append(Weight(256 / 32 / 4, counting, within, outside=0))
         return [*weights, Weight(walks, feistel, within)]
 
     if is_step:
@@ -56,7 +56,9 @@ def _weights_of_leader(rows: int, warps: int, draws: str, is_step: bool) -> list
     else:
         weights.append(Weight(0, corrupt_cu(lead, "if (counts_are_known(a)) {")))
         weights.append(Weight(1, corrupt_cu(lead, "for (int i = 0; i < a.shape.warps_per_row")))
-    weights.append(Weight(LOOK_BACKS, look_back_h("uint64_t masked_in_blocks_before(", "for (int6")))
+    weights.append(
+        Weight(LOOK_BACKS, look_back_h("uint64_t masked_in_blocks_before(", "for (int6"))
+    )
     weights.append(Weight(0, look_back_h("if (missing > up_to) {")))
     return [*weights, Weight(1 / warps, corrupt_cu(lead))]
 
@@ -117,9 +119,6 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
         f"corrupt_kernelILi{held}ELi{ranks}E",
         Work("token", length * rows, warps, BYTES, weights),
     )
-
-
-
 
 
 def cuda_cases() -> list[CudaCase]:

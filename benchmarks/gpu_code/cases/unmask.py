@@ -1,5 +1,5 @@
-"""`unmask`: rows of logits as those of `bench_unmask`, the last id forbidden, without confidences or
-given tokens where anything is counted."""
+"""`unmask`: rows of logits as those of `bench_unmask`, with the last id forbidden; without
+confidences or given tokens where anything is counted."""
 
 import torch
 
@@ -106,8 +106,8 @@ def _weights_of_search(dtype: torch.dtype, top_k: int, warps: int, tiles: float)
         Weight(tiles / 2, top_k_h(tie, "for (uint32_t i = 0")),
         Weight(2 / tiles, top_k_h(tie, "for (uint32_t i = 0", "if (all < wanted)", rest=True)),
         Weight(1, top_k_h("uint32_t count(", "for (uint32_t i = 0")),
-        # Seven copies: of four tiles, of two and of one.
-        Weight(tiles / 7, top_k_h("uint32_t count(", "for (; i < end")),
+        # Four tiles a turn, and copies of two and of one for those that are left.
+        Weight(tiles // 4, top_k_h("uint32_t count(", "for (; i < end"), outside=tiles % 4 / 3),
         Weight(2 / warps, top_k_h("bool propose_from_sample(", "if (team_.warp < 2)")),
         # Four bits at a time.
         Weight(17 / 4, top_k_h("uint32_t sampled_key(", "for (uint32_t bit")),
