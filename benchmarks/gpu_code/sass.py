@@ -129,15 +129,15 @@ class Weight(NamedTuple):
     Attributes:
         is_optional: the kernel may have no such instructions.
         outside: how often those run that are not in the machine code's loop, where there is one:
-            once if they were moved out of it, another number if they are copies for the last turns
-            of an unrolled loop.
+            by default once, since they were moved out of it, unless the loop never runs; another
+            number if they are copies for its first or last turns.
     """
 
     factor: float
     region: Region
     within: Region | None = None
     is_optional: bool = False
-    outside: float = 1.0
+    outside: float | None = None
 
 
 def functions(disassembly: str) -> dict[str, list[Instruction]]:
@@ -226,8 +226,8 @@ def _factor(instruction: Instruction, weight: Weight, loops: _Loops) -> float:
     if frame is None:
         return 1.0
     blocks = loops.get((weight, instruction.lines[frame + 1 :]))
-    if weight.factor and blocks and not any(instruction.block in some for some in blocks):
-        return weight.outside
+    if blocks and not any(instruction.block in some for some in blocks):
+        return float(weight.factor > 0) if weight.outside is None else weight.outside
     if instruction.back_to is not None:  # once a turn
         return weight.factor
     path, number = instruction.lines[frame]

@@ -45,7 +45,9 @@ def _weights_of_leader(rows: int, warps: int, draws: str, is_step: bool) -> list
         # 8 steps of the warp, four a turn; none is left for the copies behind the loop.
         counting = slots_h(permute, "for (uint32_t rest", "for (uint32_t i = lane")
         weights.append(Weight(256 / 32 / 4, counting, within, outside=0))
-        return [*weights, Weight(walks, feistel, within)]
+        # The first walk is a copy ahead of the loop.
+        again, first = max(walks - 1, 0), min(walks, 1)
+        return [*weights, Weight(again, feistel, within, outside=first)]
 
     if is_step:
         weights = [*of_permutation(WALKS, order), *of_permutation(0, time, ranks=rows)]
