@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 from measure import (
+    LOGIT_STD,
+    TEMPERATURE,
     begin,
     copy_bytes_per_second,
     make_parser,
@@ -51,8 +53,8 @@ def x_transformers_draw(logits: Tensor) -> None:
 
     logits = logits[None]
     filtered = original.top_k(logits, 0.7)
-    (filtered / 0.5).softmax(dim=-1)
-    ids = original.gumbel_sample(filtered, temperature=0.5)
+    (filtered / TEMPERATURE).softmax(dim=-1)
+    ids = original.gumbel_sample(filtered, temperature=TEMPERATURE)
     (1 - filtered.softmax(dim=-1)).gather(2, ids[..., None])
 
 
@@ -60,9 +62,9 @@ def draws(
     num_tokens: int, num_rows: int, device: str, threads: list[int], with_peer: bool
 ) -> dict[Case, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
-    made = 2 * torch.randn(num_rows, num_tokens, generator=generator)
+    made = LOGIT_STD * torch.randn(num_rows, num_tokens, generator=generator)
     slots = torch.arange(num_rows, device=device)
-    options = dict(mask_id=num_tokens - 1, seed=0, noise_slots=slots, temperature=0.5)
+    options = dict(mask_id=num_tokens - 1, seed=0, noise_slots=slots, temperature=TEMPERATURE)
 
     def on(number: int, fn: Callable[[], object]) -> Callable[[], None]:
         def call() -> None:

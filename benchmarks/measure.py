@@ -20,6 +20,9 @@ import torch
 from nar_kernels.ops.backends import cpp
 from nar_kernels.show import pictures
 
+# Of bench_unmask, and of what `benchmarks.gpu_code` predicts for it.
+LOGIT_STD, TEMPERATURE = 2.0, 0.5
+
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")

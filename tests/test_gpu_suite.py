@@ -2,6 +2,7 @@
 through all of its real steps without a GPU; and the table at the end."""
 
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -722,6 +723,9 @@ def test_predictions_stand_beside_figures(monkeypatch):
         assert predictions.prediction(corrupt, gpu).endswith(" %")
     assert predictions.prediction(corrupt, "NVIDIA B200") == ""
     assert predictions.prediction("unmask, cuda: V 50258, float32, filter 50", "NVIDIA H100") == ""
+    for backend, filter_ in itertools.product(("cuda", "triton"), ("none", "0.3 V", "50")):
+        unmask = f"unmask, {backend}: V 50304, float32, filter {filter_}"
+        assert predictions.prediction(unmask, "NVIDIA H100").endswith(" %")
     assert {*predictions.KERNELS.values()} <= {*predictions.rows()}
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench_nll = importlib.import_module("bench_nll")

@@ -6,9 +6,9 @@ token or logit costs. Needs no GPU.
 Triton kernels are compiled here for each architecture, CUDA kernels where there is nvcc.
 
 `per unit` is the number of instructions that are issued for a token or logit, times the lanes of
-their warps: from the machine code, each instruction weighted by how often its lines of the source
-are expected to run (`sass.py`; the weights are in `cases.py`). `spilled per unit` of them access
-local memory.
+their warps: from the machine code, each basic block weighted by how often its lines of the source
+are expected to run (`sass.py`; the weights are in `cases`, trips that depend on the data from
+simulations). `spilled per unit` of them access local memory.
 
 `H100`, `H200`: how fast the kernel can be, as a share of the speed of a copy of as many bytes, if
 instructions are issued at 55 % of the peak rate, or at all of it. A prediction, not a measurement:
@@ -43,10 +43,14 @@ def shares_of_copy(row: dict) -> dict[str, str]:
             shares[gpu] = ""
             continue
         copy = row["bytes per unit"] / copied
-        issue = row["per unit"] / INSTRUCTIONS_PER_SECOND
-        low, high = (min(copy / (issue / rate), 1) for rate in ISSUE_RATES)
+        low, high = (share_of_copy(row, copy, rate) for rate in ISSUE_RATES)
         shares[gpu] = f"{100 * low:.0f}-{100 * high:.0f} %" if low < 1 else "100 %"
     return shares
+
+
+def share_of_copy(row: dict, copy: float, rate: float) -> float:
+    issue = row["per unit"] / (INSTRUCTIONS_PER_SECOND * rate)
+    return copy / (max(copy, issue) if row["overlaps"] else copy + issue)
 
 
 def table(architectures: list[int]) -> list[dict]:

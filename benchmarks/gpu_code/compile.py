@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.gpu_code import sass
-from benchmarks.gpu_code.cases import CudaCase, TritonCase, Work
+from benchmarks.gpu_code.cases.case import CudaCase, TritonCase, Work
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -60,15 +60,34 @@ def torn_reads(ttgir: str) -> int:
 def expected(work: Work | None, instructions: list[sass.Instruction]) -> dict:
     """What a unit of work costs."""
     if work is None:
-        return {"unit": "", "per unit": "", "spilled per unit": "", "bytes per unit": ""}
+        return {
+            "unit": "",
+            "per unit": "",
+            "spilled per unit": "",
+            "bytes per unit": "",
+            "overlaps": "",
+        }
+    sass.check(instructions, work.weights)
     lanes = 32 * work.warps / work.units
-    spilled = [i for i in instructions if i.opcode in ("LDL", "STL")]
+    issued = sass.issued(instructions, work.weights)
+    spilled = [n for i, n in zip(instructions, issued, strict=True) if i.opcode in ("LDL", "STL")]
     return {
         "unit": work.unit,
-        "per unit": round(lanes * sass.issued(instructions, work.weights), 1),
-        "spilled per unit": round(lanes * sass.issued(spilled, work.weights), 2),
+        "per unit": round(lanes * sum(issued), 1),
+        "spilled per unit": round(lanes * sum(spilled), 2),
         "bytes per unit": work.bytes,
+        "overlaps": work.overlaps,
     }
+
+
+def launch_bounds(disassembly: str) -> dict[str, int]:
+    """The most threads of a block for which each kernel is compiled, by symbol."""
+    sections = re.split(r"^\t\.section\t\.nv\.info\.([^,]+),.*$", disassembly, flags=re.MULTILINE)
+    bounds = {}
+    for symbol, text in zip(sections[1::2], sections[2::2], strict=True):
+        attribute = re.search(r"EIATTR_MAX_THREADS\n(?:.*\n){5}.*\.word\t0x(\w+)", text)
+        bounds[symbol] = int(attribute[1], 16)
+    return bounds
 
 
 def triton_row(case: TritonCase, architecture: int) -> dict:
@@ -104,9 +123,9 @@ def triton_row(case: TritonCase, architecture: int) -> dict:
 
 
 @cache
-def _compiled(source: str, architecture: int) -> tuple[dict, dict, dict]:
-    """Resources, machine code and instructions of each kernel of a source, by symbol. Compiled as
-    ``setup.py`` does, with line numbers, which change no instruction."""
+def _compiled(source: str, architecture: int) -> tuple[dict, dict, dict, dict]:
+    """Resources, launch bounds, machine code and instructions of each kernel of a source, by
+    symbol. Compiled as ``setup.py`` does, with line numbers, which change no instruction."""
     flags = runpy.run_path(os.fspath(ROOT / "setup.py"))["NVCC_FLAGS"].split()
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernels.cubin")
@@ -115,21 +134,23 @@ def _compiled(source: str, architecture: int) -> tuple[dict, dict, dict]:
         subprocess.run(command, cwd=ROOT, check=True)
         reports = run_tool("cuobjdump", "-res-usage", cubin).split("Function ")[1:]
         disassembly = run_tool("nvdisasm", "-c", "-gi", cubin)
+        bounds = launch_bounds(run_tool("nvdisasm", cubin))
     texts = re.split(r"^//-+ \.text\.(\S+) -+$", disassembly, flags=re.MULTILINE)
     return (
         {report.partition(":")[0]: resources(report) for report in reports},
+        bounds,
         dict(zip(texts[1::2], texts[2::2], strict=True)),
         sass.functions(disassembly),
     )
 
 
 def cuda_row(case: CudaCase, architecture: int) -> dict:
-    used, texts, instructions = _compiled(case.source, architecture)
+    used, bounds, texts, instructions = _compiled(case.source, architecture)
     (symbol,) = (symbol for symbol in instructions if case.symbol in symbol)
     return {
         "kernel": f"CUDA: {case.name}",
         "sm": architecture,
-        "threads": 32 * (case.work.warps if case.work else 0),
+        "threads": bounds[symbol],
         **used[symbol],
         **count(texts[symbol]),
         "torn reads": 0,  # look-back by one warp, one word per lane

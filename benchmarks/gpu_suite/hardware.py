@@ -117,8 +117,17 @@ PREDICTIONS = """
 
 From the machine code of sm_90 (`python -m benchmarks.gpu_code`): the instructions that a token or
 logit costs, and how fast that lets a kernel be, as a share of the speed of a copy of as many bytes,
-if instructions are issued at 55 % of the peak rate, or at all of it. Not measured. A run of the
-suite prints them beside its figures.
+if instructions are issued at 55 % of the peak rate, or at all of it. Not measured.
+
+Each basic block of a kernel counts as often as its lines of the source are expected to run. How
+often that is where it depends on the data comes from simulations: of the searches for order
+statistics, and of rows of logits as `bench_unmask` makes them. A guess is that a block looks back
+twice on what others have published. Latencies and caches are left out. A block of `unmask` with
+float32 rows of V 50304 fills the shared memory of a multiprocessor: its copy and its instructions
+add up, where those of several blocks overlap.
+
+A run of the suite prints a prediction beside each figure that it compares with a copy and that is
+of one of these kernels: `corrupt` of windows, `nll`, and `unmask` with V 50304.
 """
 
 

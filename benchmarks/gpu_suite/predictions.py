@@ -9,16 +9,27 @@ TABLE = Path(__file__).parent.parent / "gpu_code/sm90.json"
 
 # Figures of the report, by a pattern of their names, and the kernel that they are of.
 KERNELS = {
-    r"corrupt, cuda: \d+ tokens, L 1024, exact": (
-        "CUDA: corrupt, step, exact, L 1024, 8 tiles a warp"
-    ),
-    r"corrupt, cuda: \d+ tokens, L 1024, exact, keep \+ random": (
-        "CUDA: corrupt, step, exact, BERT, L 1024, 8 tiles a warp"
-    ),
-    r"corrupt, cuda: \d+ tokens, L 1024, bernoulli": (
-        "CUDA: corrupt, step, bernoulli, L 1024, 8 tiles a warp"
-    ),
-    r"corrupt, triton: \d+ tokens, L 1024, exact": "Triton: corrupt, windows, exact",
+    # Large batches of given windows.
+    **{
+        rf"corrupt, {backend}: \d+ tokens, L {length}, {draws}": f"{kernel}: corrupt, {name}"
+        for backend, kernel, length, draws, name in (
+            ("cuda", "CUDA", 256, "exact", "windows, exact, L 256, 4 tiles a warp"),
+            ("cuda", "CUDA", 1024, "exact", "windows, exact, L 1024, 8 tiles a warp"),
+            (
+                *("cuda", "CUDA", 1024, r"exact, keep \+ random"),
+                "windows, exact, BERT, L 1024, 8 tiles a warp",
+            ),
+            ("cuda", "CUDA", 1024, "bernoulli", "windows, bernoulli, L 1024, 8 tiles a warp"),
+            ("cuda", "CUDA", 4096, "exact", "windows, exact, L 4096, 8 tiles a warp"),
+            ("cuda", "CUDA", 32768, "exact", "windows, exact, L 32768, long rows"),
+            ("triton", "Triton", 256, "exact", "windows, exact, L 256"),
+            ("triton", "Triton", 1024, "exact", "windows, exact"),
+            ("triton", "Triton", 1024, r"exact, keep \+ random", "windows, exact, BERT"),
+            ("triton", "Triton", 1024, "bernoulli", "windows, bernoulli"),
+            ("triton", "Triton", 4096, "exact", "windows, exact, L 4096"),
+            ("triton", "Triton", 32768, "exact", "windows, exact, L 32768"),
+        )
+    },
     **{
         f"nll: V {what}": f"Triton: nll, {name}"
         for what, name in (
@@ -30,11 +41,15 @@ KERNELS = {
             ("50258, bfloat16, no gradient", "bf16, V 50258, no gradient"),
         )
     },
-    r"unmask, triton: V 50304, bfloat16, filter none": "Triton: unmask, bf16, V 50304",
-    r"unmask, cuda: V 50304, bfloat16, filter none": "CUDA: unmask, bf16, V 50304",
-    r"unmask, cuda: V 50304, bfloat16, filter 0.3 V": "CUDA: unmask, bf16, V 50304, k 15092",
-    r"unmask, cuda: V 50304, float32, filter none": "CUDA: unmask, fp32, V 50304",
-    r"unmask, cuda: V 50304, float32, filter 0.3 V": "CUDA: unmask, fp32, V 50304, k 15092",
+    # Rows of 50258 logits begin at any address: not counted.
+    **{
+        f"unmask, {backend.lower()}: V 50304, {dtype}, filter {filter_}": (
+            f"{backend}: unmask, {short}, V 50304{kept}"
+        )
+        for backend in ("CUDA", "Triton")
+        for dtype, short in (("bfloat16", "bf16"), ("float32", "fp32"))
+        for filter_, kept in (("none", ""), ("0.3 V", ", k 15092"), ("50", ", k 50"))
+    },
 }
 
 

@@ -1,0 +1,205 @@
+"""`unmask`: rows of logits as those of `bench_unmask`, with the last id forbidden; without
+confidences or given tokens where anything is counted."""
+
+import torch
+
+from benchmarks.gpu_code.cases import logits
+from benchmarks.gpu_code.cases.case import CudaCase, TritonCase, Work, constant, regions_of
+from benchmarks.gpu_code.sass import Weight
+from nar_kernels.ops.kernels import unmask
+
+V = 50304
+FEW, MANY = 50, -(-3 * V // 10)  # as bench_unmask filters
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+
+# ---- CUDA
+
+
+def _cuda_case(name: str, type_: str, dtype: torch.dtype, top_k: int = V) -> CudaCase:
+    """A block holds a row."""
+    most_warps = constant("unmask/gpu/row.h", "kMaxWarps")
+    # Float32 rows fill the shared memory of a multiprocessor, of the others there are two.
+    has_half = dtype != torch.float32
+    warps = most_warps // 2 if has_half else most_warps
+    size = 16 // BYTES[dtype]
+    table_size = constant("unmask/gpu/sums.h", "kSize")
+    trips = logits.trips(V, warps, size, dtype, top_k, table_size)
+    num_tiles = -(-V // (32 * size))
+    tiles = num_tiles / warps  # of a warp
+    row_h, sums_h = regions_of("unmask/gpu/row.h"), regions_of("unmask/gpu/sums.h")
+    sample_h, unmask_cu = regions_of("unmask/gpu/sample.h"), regions_of("unmask/unmask.cu")
+    main, take = "void unmask_row(", ("const auto take =", "for (uint32_t i")
+    one_warp, has_table = 1 / warps, dtype == torch.bfloat16
+
+    never = [
+        row_h("float load()", "load_by<4>"),
+        row_h("float load()", "load_by<sizeof(T)>"),
+        unmask_cu("float exp_of_second("),
+        unmask_cu(main, "if (largest == -INFINITY)"),
+        unmask_cu(main, "if (given >= 0)"),
+        unmask_cu(main, "if (with_gap)"),
+        unmask_cu(main, "} else if (a.confidence)"),
+    ]
+    weights = [Weight(0, region) for region in never]
+    if has_table:
+        low_rounds = trips.low_rounds / trips.low if trips.low else 0
+        weights += [
+            Weight(0, unmask_cu(main, "if (!has_table) {")),
+            Weight(table_size / (32 * warps), sums_h("void build(", "for (int i = static_cast")),
+            Weight(trips.low, sums_h("void add_some_low(")),
+            Weight(low_rounds, sums_h("void add_some_low(", "for (; low; low &=")),
+        ]
+    else:
+        weights.append(Weight(0, sums_h("if (with_gap)")))
+
+    # Four tiles a turn, of which the last may have fewer.
+    shares = [num_tiles * (w + 1) // warps - num_tiles * w // warps for w in range(warps)]
+    turns = sum(-(-share // 4) for share in shares) / warps
+    load, usual = "float load_by(", "for (uint32_t todo = here & ~marked"
+    marked = "for (uint32_t todo = here & marked"
+    for_forbidden = "for (uint32_t f = "
+    weights += [
+        Weight(one_warp, row_h("__device__ Row(", for_forbidden)),
+        Weight(1, row_h(load, "for (uint32_t first = 0")),
+        Weight(turns, row_h(load, usual)),
+        Weight(tiles / (4 * turns), row_h(load, usual, "c[t] = read<kBytes>")),
+        Weight(tiles / (4 * turns), row_h(load, usual, "take(i + t, c[t])")),
+        Weight(one_warp, row_h(load, marked)),
+        Weight(1, row_h("Chunk read_unusual(", for_forbidden)),
+        Weight(one_warp, unmask_cu("uint32_t find_first_largest(", "if (__any_sync")),
+        Weight(tiles / 2, unmask_cu("uint32_t find_first_largest(", "for (uint32_t i = 0")),
+        Weight(one_warp, sample_h("void start(")),
+        Weight(tiles, unmask_cu(*take)),
+        Weight(trips.offers, sample_h("void offer(")),
+        Weight(trips.made / trips.offers, sample_h("void offer(", "do {")),
+        Weight(one_warp, unmask_cu(main, "  a.tokens[r] = token;")),
+        Weight(one_warp, unmask_cu(main, "  a.log_prob[r] = (logit")),
+    ]
+    if top_k < V:
+        weights.append(Weight(trips.taken, unmask_cu(*take, "if (selects &&", rest=True)))
+        weights += _weights_of_search(dtype, top_k, warps, tiles)
+    else:
+        weights += [
+            Weight(0, unmask_cu(main, "if (selects) {")),
+            Weight(0, unmask_cu(*take, "if (selects) c =")),
+        ]
+    kept = f", k {top_k}" if top_k < V else ""
+    return CudaCase(
+        f"unmask, {name}, V {V}{kept}",
+        "unmask/unmask.cu",
+        f"unmask_kernelI{type_}LNS0_3WayE1E",
+        Work("logit", V, warps, BYTES[dtype], weights, overlaps=has_half),
+    )
+
+
+def _weights_of_search(dtype: torch.dtype, top_k: int, warps: int, tiles: float) -> list[Weight]:
+    top_k_h = regions_of("unmask/gpu/top_k.h")
+    search = logits.mean_search(V, dtype, top_k)
+    find, tie = "TopK find()", "void find_tie("
+    again = 1 - 1 / search.passes  # the first pivots are from a sample
+    return [
+        Weight(search.passes, top_k_h(find, "for (uint32_t turn = 0")),
+        Weight(again, top_k_h(find, "if (!has_pivots) bracket_.propose")),
+        Weight(search.counts_ties, top_k_h(find, "if (!knows_ties)")),
+        Weight(search.breaks_tie, top_k_h("uint32_t last_tie(uint32_t wanted")),
+        Weight(1 / warps, top_k_h(tie)),
+        Weight(tiles / 2, top_k_h(tie, "for (uint32_t i = 0")),
+        Weight(2 / tiles, top_k_h(tie, "for (uint32_t i = 0", "if (all < wanted)", rest=True)),
+        Weight(1, top_k_h("uint32_t count(", "for (uint32_t i = 0")),
+        # Four tiles a turn, and copies of two and of one for those that are left.
+        Weight(tiles // 4, top_k_h("uint32_t count(", "for (; i < end"), outside=tiles % 4 / 3),
+        Weight(2 / warps, top_k_h("bool propose_from_sample(", "if (team_.warp < 2)")),
+        # Four bits at a time.
+        Weight(17 / 4, top_k_h("uint32_t sampled_key(", "for (uint32_t bit")),
+    ]
+
+
+def cuda_cases() -> list[CudaCase]:
+    bf16 = "bf16", "13__nv_bfloat16", torch.bfloat16
+    fp32 = "fp32", "f", torch.float32
+    return [
+        _cuda_case(*bf16),
+        _cuda_case(*bf16, MANY),
+        _cuda_case(*bf16, FEW),
+        _cuda_case("fp16", "6__half", torch.float16),
+        _cuda_case(*fp32),
+        _cuda_case(*fp32, MANY),
+        _cuda_case(*fp32, FEW),
+    ]
+
+
+# ---- Triton
+
+BOTH = "stride", "vocabulary"
+# Name, types of the logits and of optional pointers, V, k, confidence, and the scalar arguments
+# that are multiples of 16.
+CASES: list[tuple[str, dict[str, str], int, int, str, tuple[str, ...]]] = [
+    ("bf16, V 50304", {"logits": "*bf16"}, V, V, "probability", BOTH),
+    (f"bf16, V 50304, k {MANY}", {"logits": "*bf16"}, V, MANY, "probability", BOTH),
+    (f"bf16, V 50304, k {FEW}", {"logits": "*bf16"}, V, FEW, "probability", BOTH),
+    ("fp32, V 50304", {"logits": "*fp32"}, V, V, "probability", BOTH),
+    (f"fp32, V 50304, k {MANY}", {"logits": "*fp32"}, V, MANY, "probability", BOTH),
+    (f"fp32, V 50304, k {FEW}", {"logits": "*fp32"}, V, FEW, "probability", BOTH),
+    (
+        "fp32, V 50304, k, given, entropy",
+        {"logits": "*fp32", "given": "*i64", "others": "*i64", "confidence": "*fp32"},
+        *(V, FEW, "entropy", BOTH),
+    ),
+    ("bf16, V 50258 at any address, k", {"logits": "*bf16"}, 50258, FEW, "probability", ()),
+]
+TYPES = {
+    "tokens": "*i64",
+    "log_prob": "*fp32",
+    "noise_slots": "*i64",
+    "vocabulary": "i32",
+    "stride": "i32",
+    "forbidden0": "i32",
+    "forbidden1": "i32",
+    "num_others": "i32",
+    "fallback": "i32",
+    "seed": "i64",
+    "top_k": "i32",
+    "inverse_temperature": "fp32",
+}
+COUNTED = 15  # blocks, by counts of 4 bits
+
+
+def _triton_work(options: dict, type_: str, vocabulary: int, top_k: int) -> Work:
+    """A program is a row, which all passes but the first find in a cache."""
+    dtype = {"*bf16": torch.bfloat16, "*fp32": torch.float32}[type_]
+    unmask_py = regions_of("kernels/unmask.py")
+    block = options["BLOCK"]
+    blocks = -(-vocabulary // block)
+    made = logits.made_blocks(vocabulary, dtype, top_k, block)
+    each_block = "def unmask_kernel(", "for first in range(0, vocabulary"
+    weights = [
+        Weight(blocks, unmask_py("def _largest_logit(", "for first in range(0, row.vocabulary")),
+        Weight(blocks, unmask_py(*each_block)),
+        Weight(made, unmask_py(*each_block, "if tl.max(_score_bound")),
+        Weight(0, unmask_py(*each_block, "else:")),
+    ]
+    if options["SELECTS"]:
+        digits, tie_blocks = logits.radix_select(vocabulary, dtype, top_k, block)
+        groups = -(-blocks // COUNTED)
+        group = "def _count_digits(", "for start in range(0, row.vocabulary"
+        look = "def _last_tie(", "while wanted > 0"
+        has_it = 1 / tie_blocks if tie_blocks else 0
+        weights += [
+            Weight(digits, unmask_py("def _find_top_k(", "while (shift > LAST_SHIFT)")),
+            Weight(groups, unmask_py(*group)),
+            Weight(blocks / groups, unmask_py(*group, "for first in range(start")),
+            Weight(tie_blocks, unmask_py(*look)),
+            Weight(min(has_it, 1), unmask_py(*look, "if number >= wanted")),
+        ]
+    return Work("logit", vocabulary, options["num_warps"], BYTES[dtype], weights)
+
+
+def triton_cases() -> list[TritonCase]:
+    cases = []
+    for name, given, vocabulary, top_k, confidence, aligned in CASES:
+        options = unmask.launch_options(vocabulary, top_k, confidence)
+        is_counted = aligned and confidence == "probability"
+        work = _triton_work(options, given["logits"], vocabulary, top_k) if is_counted else None
+        types, kernel = TYPES | given, unmask.unmask_kernel
+        cases.append(TritonCase(f"unmask, {name}", kernel, types, options, aligned, work))
+    return cases
