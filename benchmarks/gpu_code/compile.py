@@ -110,6 +110,8 @@ def triton_row(case: TritonCase, architecture: int) -> dict:
         report = run_tool("cuobjdump", "-res-usage", file.name)
         disassembly = run_tool("nvdisasm", "-c", "-gi", file.name)
     (instructions,) = sass.functions(disassembly).values()
+    # Triton 3.6 does not tell where functions were inlined, without which nothing can be counted.
+    knows_calls = any(len(instruction.lines) > 1 for instruction in instructions)
     return {
         "kernel": f"Triton: {case.name}",
         "sm": architecture,
@@ -118,7 +120,7 @@ def triton_row(case: TritonCase, architecture: int) -> dict:
         "shared": compiled.metadata.shared,
         **count(disassembly),
         "torn reads": torn_reads(compiled.asm["ttgir"]),
-        **expected(case.work, instructions),
+        **expected(case.work if knows_calls else None, instructions),
     }
 
 
