@@ -7,6 +7,7 @@
 #include "corrupt/gpu/slots.h"
 #include "corrupt/gpu/write.h"
 #include "runtime/cuda_check.h"
+#include "runtime/shared_memory.h"
 
 namespace nar {
 namespace {
@@ -97,7 +98,7 @@ __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, Bloc
 template <int kHeld, int kRanks>
 __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp)
     corrupt_kernel(const __grid_constant__ KernelArgs a) {
-  __shared__ BlockMemory memory;
+  NAR_SHARED(BlockMemory, memory);
   Team team(memory, a.shape);
   if (team.row == a.shape.rows) return lead_block(a, memory);
 

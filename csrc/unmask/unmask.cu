@@ -6,18 +6,12 @@
 #include <type_traits>
 
 #include "runtime/cuda_check.h"
+#include "runtime/shared_memory.h"
 #include "unmask/gpu/row.h"
 #include "unmask/gpu/sample.h"
 #include "unmask/gpu/sums.h"
 #include "unmask/gpu/top_k.h"
 #include "unmask/unmask_cuda.h"
-
-// Memory of the block whose size is told at the launch. (Tests define this for the CPU.)
-#ifndef NAR_DYNAMIC_SHARED
-#define NAR_DYNAMIC_SHARED(Type, name)      \
-  extern __shared__ uint4 dynamic_shared[]; \
-  Type* name = reinterpret_cast<Type*>(dynamic_shared)
-#endif
 
 namespace nar {
 namespace {
@@ -247,8 +241,9 @@ void unmask_cuda(const UnmaskArgs& args, GpuLogitType type, const int64_t* more_
   config.blockDim = dim3(shape.warps * kWarp, shape.rows_per_block);
   config.dynamicSmemBytes = size_t{shape.rows_per_block} * p.bytes;
   config.stream = stream;
-  check_cuda(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(config.dynamicSmemBytes)),
+  // Always the most that there is: another thread may be about to launch the same kernel with more.
+  const int most = static_cast<int>(attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  check_cuda(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "cudaFuncSetAttribute");
   check_cuda(cudaLaunchKernelEx(&config, shape.kernel, p), "the launch of unmask_kernel");
 }

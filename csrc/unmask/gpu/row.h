@@ -33,7 +33,7 @@ struct alignas(16) RowMemory {
   uint32_t pivots[2];      // keys, from a sample
   uint32_t first_largest;  // column
   uint32_t last_tie;       // column
-  uint32_t best;           // the best score so far: see Sampler
+  uint32_t start, best;    // the first score and the best so far: see Sampler
   Chunk last_kept;         // the chunk with last_tie, without what is not kept
 };
 
