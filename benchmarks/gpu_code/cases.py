@@ -530,6 +530,8 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_corrupt("bernoulli", 8, 1024, "bernoulli", 1),
         _cuda_corrupt("exact", 4, 1024, "exact", 1),
         _cuda_corrupt("exact", 1, 1024, "exact", 1),
+        _cuda_corrupt("exact", 12, 16384, "exact", 1),
+        _cuda_corrupt("exact, BERT", 12, 16384, "exact", 3),
         _cuda_corrupt("exact", 0, 65536, "exact", 1),
         _cuda_corrupt("exact, BERT", 0, 65536, "exact", 3),
         _cuda_unmask("bf16", "13__nv_bfloat16", 8, 50304, 12),

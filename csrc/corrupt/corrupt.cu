@@ -146,6 +146,7 @@ Division divide(int64_t batch, int64_t seq_len, int64_t warps_to_fill) {
     const bool is_better = held == 0 || (tiles > held && fills(more));
     if (fits(more) && is_better) held = more;
   }
+  if (held == 0 && fits(kMostTiles)) held = kMostTiles;
   if (held == 0) return {{1, kMaxWarps}, 0};
   const int warps = static_cast<int>(warps_of(held));
   return {{warps == 1 && fills(held) ? kMaxRows : 1, warps}, held};
@@ -169,7 +170,8 @@ Kernel kernel_of(int held) {
     case 0: return corrupt_kernel<0, kRanks>;
     case 1: return corrupt_kernel<1, kRanks>;
     case kFewTiles: return corrupt_kernel<kFewTiles, kRanks>;
-    default: return corrupt_kernel<kManyTiles, kRanks>;
+    case kManyTiles: return corrupt_kernel<kManyTiles, kRanks>;
+    default: return corrupt_kernel<kMostTiles, kRanks>;
   }
 }
 

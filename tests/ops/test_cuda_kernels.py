@@ -30,9 +30,9 @@ def library():
 
 
 # The shape of a batch of 9 depends on the processors of the device: warps with one tile, with up to
-# four, with up to eight; several rows a block; several warps a row; none held.
+# four, eight or twelve; several rows a block; several warps a row; none held.
 SHAPES = [
-    *((length, 132) for length in (100, 500, 1500, 3000, 9000, 17000)),
+    *((length, 132) for length in (100, 500, 1500, 3000, 9000, 16000, 17000)),
     *((length, 1) for length in (300, 2000)),
     *((length, 0) for length in (128, 250, 512, 1000, 4100)),
 ]
@@ -87,6 +87,19 @@ def test_rows_that_do_not_fit_into_shared_memory(library, dtype, kilobytes):
     for logits in (whole, whole[:, 1:], whole[:, 5:15_005]):
         assert_unmasks_as_the_reference(logits, top_k=4000, forbidden_ids=(0, 9000, 14_999))
         assert_unmasks_as_the_reference(logits, given=torch.tensor([5, -1, 14_000]))
+
+
+@emulated
+@pytest.mark.parametrize("kilobytes", [20, 227])
+def test_ranges_of_forbidden_ids(library, kilobytes):
+    """Whole tiles of them, and more than are arguments of the kernel."""
+    library.set_shared_bytes(kilobytes << 10)
+    forbidden_ids = (0, *range(700, 1500), 8001, 8999)
+    logits = torch.randn(4, 9001, dtype=torch.bfloat16)
+    logits[0] = logits[0].sort(descending=True).values
+    logits[1, 700:1500] += 8
+    for given in (None, torch.tensor([699, 700, 8000, 8001])):
+        assert_unmasks_as_the_reference(logits, top_k=900, forbidden_ids=forbidden_ids, given=given)
 
 
 @emulated

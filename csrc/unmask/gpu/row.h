@@ -124,6 +124,7 @@ class Row {
       : p_(p),
         from_(static_cast<const T*>(p.args.logits) + index * p.args.stride),
         vocabulary_(static_cast<uint32_t>(p.args.vocabulary)),
+        num_forbidden_(static_cast<uint32_t>(p.args.num_forbidden)),
         memory_(team.memory),
         lane_(team.lane) {
     const uint32_t num_tiles = (vocabulary_ + kTile - 1) / kTile;
@@ -136,7 +137,7 @@ class Row {
       held_ = held + (static_cast<int>(first_held) - static_cast<int>(first_)) * kWarp;
     }
     if (team.thread() == 0 && vocabulary_ % kTile != 0) mark(num_tiles - 1);
-    for (uint32_t f = team.thread(); f < p.args.num_forbidden; f += team.num_threads()) {
+    for (uint32_t f = team.thread(); f < num_forbidden_; f += team.num_threads()) {
       mark(forbidden(f) / kTile);
     }
     team.sync();
@@ -171,10 +172,8 @@ class Row {
   __device__ float at(uint32_t column) const { return clean(static_cast<float>(from_[column])); }
 
   __device__ bool forbids(uint32_t column) const {
-    for (uint32_t f = 0; f < p_.args.num_forbidden; ++f) {
-      if (forbidden(f) == column) return true;
-    }
-    return false;
+    const uint32_t f = first_forbidden_from(column);
+    return f < num_forbidden_ && forbidden(f) == column;
   }
 
  private:
@@ -191,6 +190,20 @@ class Row {
   __device__ uint32_t forbidden(uint32_t f) const {
     return static_cast<uint32_t>(
         f < kForbiddenArguments ? p_.forbidden[f] : p_.more_forbidden[f - kForbiddenArguments]);
+  }
+
+  // The number of the first forbidden id that is not below a column.
+  __device__ uint32_t first_forbidden_from(uint32_t column) const {
+    uint32_t first = 0, end = num_forbidden_;
+    while (first < end) {
+      const uint32_t middle = (first + end) / 2;
+      if (forbidden(middle) < column) {
+        first = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return first;
   }
 
   __device__ void mark(uint32_t tile) const {
@@ -223,9 +236,10 @@ class Row {
     for (int j = 0; j < L::kItems; ++j) {
       if (first + j < vocabulary_) allowed |= 1u << j;
     }
-    for (uint32_t f = 0; f < p_.args.num_forbidden; ++f) {
+    for (uint32_t f = first_forbidden_from(first); f < num_forbidden_; ++f) {
       const uint32_t item = forbidden(f) - first;
-      if (item < L::kItems) allowed &= ~(1u << item);
+      if (item >= L::kItems) break;
+      allowed &= ~(1u << item);
     }
     Chunk c = L::nothing();
 #pragma unroll
@@ -237,7 +251,7 @@ class Row {
 
   template <int kBytes>
   __device__ float load_by() {
-    constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 16 ? 4 : 1;  // loads in flight
+    constexpr uint32_t kGroup = 32, kAtOnce = 4;  // loads in flight
     Chunk most = L::nothing();
     const auto take = [&](uint32_t i, const Chunk& c) {
       if (kWay != Way::kPart || i < num_held_) *held(column(i)) = c;
@@ -271,7 +285,7 @@ class Row {
 
   const UnmaskLaunch& p_;
   const T* const from_;
-  const uint32_t vocabulary_;
+  const uint32_t vocabulary_, num_forbidden_;
   RowMemory* const memory_;
   const uint32_t lane_;
   Chunk* held_;  // as if all tiles of the row were
