@@ -1,5 +1,6 @@
 """The kernels that are compiled and counted, and how often parts of them are expected to run."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -346,8 +347,9 @@ def unmask_trips(vocabulary: int, warps: int, size: int, num_rows: int = 20) -> 
 def _cuda_unmask(
     name: str, type_: str, size: int, vocabulary: int, warps: int, top_k: int | None = None
 ) -> CudaCase:
-    """With one forbidden id, at temperature 1, of a row that shared memory holds; the filter keeps
-    a share of ids that needs three passes of the search, the last of which finds the ties."""
+    """With one forbidden id, at temperature 1, of a row that shared memory holds. The search for
+    the k-th counts, and lists some 128 logits, as often as for rows of standard deviation 3 on
+    average."""
     tiles = vocabulary / (32 * size * warps)  # of a warp
     trips = unmask_trips(vocabulary, warps, size)
 
@@ -357,7 +359,9 @@ def _cuda_unmask(
     def gpu(file: str, *headers: str) -> Region:
         return Region(f"unmask/gpu/{file}.h", headers)
 
-    one_warp, has_table, search = 1 / warps, "nv_bfloat16" in type_, 3
+    one_warp, has_table, listed = 1 / warps, "nv_bfloat16" in type_, 128
+    counts, lists = (4.6, 0) if has_table else (3.3, 1.5)
+    turns = counts + lists
     rare = [
         gpu("row", "float load()", "load_by<4>"),
         gpu("row", "float load()", "load_by<sizeof(T)>"),
@@ -386,16 +390,27 @@ def _cuda_unmask(
         Weight(tiles, unmask_cu("const auto take =", "for (uint32_t i = 0")),
         Weight(trips.offers, gpu("sample", "void offer(")),
         Weight(trips.made / trips.offers, gpu("sample", "void offer(", "do {")),
-        Weight(search, gpu("top_k", "TopK find()", "for (uint32_t turn = 0")),
-        Weight(0, gpu("top_k", "TopK find()", "if (!knows_ties)")),
+        Weight(turns, gpu("top_k", "TopK find()", "for (uint32_t turn = 0")),
+        Weight(counts / turns, gpu("top_k", "void count(")),
         # Seven copies: of four tiles, of two and of one.
-        Weight(tiles / 7, gpu("top_k", "uint32_t count(", "for (; i < end")),
-        Weight(2 * one_warp, gpu("top_k", "bool propose_from_sample(", "if (team_.warp < 2)")),
+        Weight(tiles / 7, gpu("top_k", "void count(", "for (; i < end")),
+        Weight(1 / turns, gpu("top_k", "void propose_around(")),
+        Weight(1 / turns, gpu("top_k", "void propose_from_row(")),
+        Weight(2 * one_warp, gpu("top_k", "void propose_from_sample(", "for (uint32_t j = team_")),
         # Four bits at a time.
-        Weight(17 / 4, gpu("top_k", "uint32_t sampled_key(", "for (uint32_t bit")),
-        Weight(one_warp, gpu("top_k", "void find_tie(")),
-        Weight(tiles / 2, gpu("top_k", "void find_tie(", "for (uint32_t i = 0")),
-        Weight(2 / tiles, gpu("top_k", "void find_tie(", "uint32_t up_to = mine")),
+        Weight(16 / 4, gpu("top_k", "uint32_t sampled_key(", "for (uint32_t bit")),
+        Weight(lists / turns, gpu("top_k", "uint32_t list()")),
+        Weight(tiles, gpu("top_k", "uint32_t list()", "for (uint32_t i = 0")),
+        Weight(1 - math.exp(-listed / (tiles * warps)), gpu("top_k", "bool enlist(")),
+        Weight(1 / turns, gpu("top_k", "TopK last_of_list(")),
+        Weight(listed / 32 / warps, gpu("top_k", "TopK last_of_list(", "for (uint32_t t = team_")),
+        # Four at a time.
+        Weight(listed / 4, gpu("top_k", "TopK last_of_list(", "for (uint32_t i = 0")),
+        Weight(one_warp, gpu("top_k", "TopK up_to(")),
+        *(
+            Weight(0, gpu("top_k", rare))
+            for rare in ("void propose_thirds(", "void propose_from_list(", "uint32_t last_tie()")
+        ),
     ]
     work = Work("logit", vocabulary, warps, 16 / size, weights)
     kept = f", k {top_k}" if top_k else ""

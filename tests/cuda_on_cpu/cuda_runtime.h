@@ -400,6 +400,7 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-22f); }  // not exact
+inline float __logf(float x) { return std::log(x) * (1 + 0x1p-20f); }         // nor is this
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
 }

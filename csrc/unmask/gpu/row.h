@@ -31,6 +31,7 @@ struct alignas(16) RowMemory {
   // A bit for each tile, modulo 1024: it has a forbidden id, or reaches over the end of the row.
   uint32_t is_unusual[32];
   uint32_t pivots[2];      // keys, from a sample
+  uint32_t num_listed;     // see TopKSearch
   uint32_t first_largest;  // column
   uint32_t last_tie;       // column
   uint32_t start, best;    // the first score and the best so far: see Sampler
@@ -80,12 +81,14 @@ struct Team {
     return largest_of_lanes(lane < num_warps() ? of_warps[lane] : 0);
   }
 
-  // Of two counts; what each warp gave of them is left at `of_warps`.
-  __device__ void sum(uint32_t* counts, const uint64_t** of_warps) {
+  __device__ const uint64_t* last_exchange() const { return memory->of_warps[turn]; }
+
+  // Of two counts.
+  __device__ void sum(uint32_t* counts) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) counts[j] = __reduce_add_sync(kAllLanes, counts[j]);
-    *of_warps = exchange(uint64_t{counts[1]} << 32 | counts[0]);
-    const uint64_t both = lane < num_warps() ? (*of_warps)[lane] : 0;
+    const uint64_t* of_warps = exchange(uint64_t{counts[1]} << 32 | counts[0]);
+    const uint64_t both = lane < num_warps() ? of_warps[lane] : 0;
     counts[0] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both));
     counts[1] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both >> 32));
   }
@@ -251,7 +254,7 @@ class Row {
 
   template <int kBytes>
   __device__ float load_by() {
-    constexpr uint32_t kGroup = 32, kAtOnce = 4;  // loads in flight
+    constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 2 ? 2 : 4;  // loads in flight
     Chunk most = L::nothing();
     const auto take = [&](uint32_t i, const Chunk& c) {
       if (kWay != Way::kPart || i < num_held_) *held(column(i)) = c;
