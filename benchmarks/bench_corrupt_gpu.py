@@ -45,7 +45,7 @@ from nar_kernels import Corrupted, MaskedLoader, MaskingConfig, TokenDataset, ba
 DEVICE = "cpu" if DRY_RUN else "cuda"
 NUM_TOKENS, MASK_ID = 8193, 8192
 LARGE = 1 << 7 if DRY_RUN else 1 << 26  # tokens a batch
-LENGTHS = (64,) if DRY_RUN else (256, 1024, 4096, 32768)
+LENGTHS = (64,) if DRY_RUN else (256, 1024, 4096, 16384, 32768)
 SMALL = (1, 32) if DRY_RUN else (64, 1024)
 COPY_BYTES = 1 << 20 if DRY_RUN else 1 << 32
 REPEATS = 1 if DRY_RUN else 20

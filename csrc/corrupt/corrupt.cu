@@ -7,6 +7,7 @@
 #include "corrupt/gpu/slots.h"
 #include "corrupt/gpu/write.h"
 #include "runtime/cuda_check.h"
+#include "runtime/shared_memory.h"
 
 namespace nar {
 namespace {
@@ -97,7 +98,7 @@ __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, Bloc
 template <int kHeld, int kRanks>
 __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp)
     corrupt_kernel(const __grid_constant__ KernelArgs a) {
-  __shared__ BlockMemory memory;
+  NAR_SHARED(BlockMemory, memory);
   Team team(memory, a.shape);
   if (team.row == a.shape.rows) return lead_block(a, memory);
 
@@ -145,6 +146,7 @@ Division divide(int64_t batch, int64_t seq_len, int64_t warps_to_fill) {
     const bool is_better = held == 0 || (tiles > held && fills(more));
     if (fits(more) && is_better) held = more;
   }
+  if (held == 0 && fits(kMostTiles)) held = kMostTiles;
   if (held == 0) return {{1, kMaxWarps}, 0};
   const int warps = static_cast<int>(warps_of(held));
   return {{warps == 1 && fills(held) ? kMaxRows : 1, warps}, held};
@@ -168,7 +170,8 @@ Kernel kernel_of(int held) {
     case 0: return corrupt_kernel<0, kRanks>;
     case 1: return corrupt_kernel<1, kRanks>;
     case kFewTiles: return corrupt_kernel<kFewTiles, kRanks>;
-    default: return corrupt_kernel<kManyTiles, kRanks>;
+    case kManyTiles: return corrupt_kernel<kManyTiles, kRanks>;
+    default: return corrupt_kernel<kMostTiles, kRanks>;
   }
 }
 

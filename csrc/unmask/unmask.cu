@@ -6,18 +6,12 @@
 #include <type_traits>
 
 #include "runtime/cuda_check.h"
+#include "runtime/shared_memory.h"
 #include "unmask/gpu/row.h"
 #include "unmask/gpu/sample.h"
 #include "unmask/gpu/sums.h"
 #include "unmask/gpu/top_k.h"
 #include "unmask/unmask_cuda.h"
-
-// Memory of the block whose size is told at the launch. (Tests define this for the CPU.)
-#ifndef NAR_DYNAMIC_SHARED
-#define NAR_DYNAMIC_SHARED(Type, name)      \
-  extern __shared__ uint4 dynamic_shared[]; \
-  Type* name = reinterpret_cast<Type*>(dynamic_shared)
-#endif
 
 namespace nar {
 namespace {
@@ -70,37 +64,41 @@ __device__ float exp_of_second(const Row& row, typename Row::Warps& team, bool s
   return exp_of_negative(second - largest);
 }
 
+// -1: the token is drawn.
+__device__ int64_t given_token(const UnmaskArgs& a, int64_t r) { return a.given ? a.given[r] : -1; }
+
 template <typename T, Way kWay>
 __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kWay>& team) {
   using L = Logits<T>;
   const UnmaskArgs& a = p.args;
-  Chunk* held = reinterpret_cast<Chunk*>(reinterpret_cast<unsigned char*>(team.memory + 1) +
-                                         (p.has_table ? ExpTable::kBytes : 0));
+  unsigned char* scratch = reinterpret_cast<unsigned char*>(team.memory + 1);
+  Chunk* held = reinterpret_cast<Chunk*>(scratch + p.scratch);
   Row<T, kWay> row(p, r, team, held);
   const float largest_of_lane = row.load();
   const float largest = from_ordered(team.largest(ordered(largest_of_lane)));
-  const int64_t given = a.given ? a.given[r] : -1;
   if (largest == -INFINITY) {
     if (team.thread() != 0) return;
+    const int64_t given = given_token(a, r);
     a.tokens[r] = given >= 0 ? given : a.fallback;
     a.log_prob[r] = -INFINITY;
     if (a.confidence) a.confidence[r] = -INFINITY;
     return;
   }
 
-  // Infinity stands for the largest float, which is no bfloat16.
-  constexpr bool kCanHaveTable = std::is_same_v<T, __nv_bfloat16> && kWay != Way::kWarp;
-  const bool has_table = kCanHaveTable && p.has_table && largest < kLargestFloat;
-  ExpTable table = {reinterpret_cast<uint32_t*>(team.memory + 1) + ExpTable::kSize, 0};
-  if (has_table) table.build(team, largest);
   const bool selects = a.top_k < a.vocabulary;
   TopK top = {};
   if (selects) {
     const uint32_t k = static_cast<uint32_t>(a.top_k);
     top = TopKSearch<Row<T, kWay>>(row, team, largest, k).find();
   }
+  // Infinity stands for the largest float, which is no bfloat16.
+  constexpr bool kCanHaveTable = std::is_same_v<T, __nv_bfloat16> && kWay != Way::kWarp;
+  const bool has_table = kCanHaveTable && p.has_table && largest < kLargestFloat;
+  ExpTable table = {reinterpret_cast<uint32_t*>(scratch) + ExpTable::kSize, 0};
+  if (has_table) table.build(team, largest);
   uint32_t column = find_first_largest(row, team, largest, largest_of_lane);
   Sampler<L> sampler(p, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
+  const int64_t given = given_token(a, r);
   const bool samples = given < 0 && a.inverse_temperature > 0;
   float reach = 26.0f;  // exp(-26) 26 is less than half a unit
   if (samples) {
@@ -174,6 +172,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   if (team.warp == 0) {
     team.memory->is_unusual[team.lane] = 0;
     team.memory->first_largest = kNoColumn;
+    team.memory->num_listed = 0;
   }
   team.sync();
   unmask_row<T, kWay>(p, r, team);
@@ -202,7 +201,9 @@ Shape launch_shape(int device, UnmaskLaunch* p) {
   const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
   p->has_table = std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
   p->held_tiles = static_cast<uint32_t>(tiles);
-  const int64_t fixed = sizeof(RowMemory) + (p->has_table ? ExpTable::kBytes : 0);
+  p->scratch =
+      std::max(p->has_table ? ExpTable::kBytes : 0, a.top_k < a.vocabulary ? LogitList::kBytes : 0);
+  const int64_t fixed = sizeof(RowMemory) + p->scratch;
   p->bytes = static_cast<uint32_t>(fixed + tiles * kTileBytes);
   if (tiles <= kTilesOfWarp) return {unmask_kernel<T, Way::kWarp>, 1, kRowsPerBlock};
 
@@ -235,7 +236,7 @@ void unmask_cuda(const UnmaskArgs& args, GpuLogitType type, const int64_t* more_
                  int device, cudaStream_t stream) {
   check_cuda(cudaSetDevice(device), "cudaSetDevice");
   if (args.rows == 0) return;
-  UnmaskLaunch p = {args, RoundKeys(args.seed), {}, more_forbidden, 0, 0, false};
+  UnmaskLaunch p = {args, RoundKeys(args.seed), {}, more_forbidden, 0, 0, 0, false};
   p.args.forbidden = nullptr;  // on the host
   for (int64_t f = 0; f < std::min<int64_t>(args.num_forbidden, kForbiddenArguments); ++f) {
     p.forbidden[f] = static_cast<int32_t>(args.forbidden[f]);
@@ -247,8 +248,9 @@ void unmask_cuda(const UnmaskArgs& args, GpuLogitType type, const int64_t* more_
   config.blockDim = dim3(shape.warps * kWarp, shape.rows_per_block);
   config.dynamicSmemBytes = size_t{shape.rows_per_block} * p.bytes;
   config.stream = stream;
-  check_cuda(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(config.dynamicSmemBytes)),
+  // Always the most that there is: another thread may be about to launch the same kernel with more.
+  const int most = static_cast<int>(attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  check_cuda(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "cudaFuncSetAttribute");
   check_cuda(cudaLaunchKernelEx(&config, shape.kernel, p), "the launch of unmask_kernel");
 }

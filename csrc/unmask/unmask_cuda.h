@@ -22,6 +22,7 @@ struct UnmaskLaunch {
   int32_t forbidden[kForbiddenArguments];  // ascending
   const int64_t* more_forbidden;
   uint32_t held_tiles;  // of a row, in shared memory
+  uint32_t scratch;     // bytes, for the search and then for the table
   uint32_t bytes;       // of shared memory for a row
   bool has_table;       // of exponentials
 };

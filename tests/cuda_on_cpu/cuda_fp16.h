@@ -1,6 +1,7 @@
 // In place of CUDA's own header: what the kernels of csrc use of float16.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
@@ -17,20 +18,26 @@ struct __half {
     return bits & 0x8000 ? -magnitude : magnitude;
   }
   operator float() const { return value(); }
+  // Rounded toward 0.
+  static __half truncated(float x) {
+    const unsigned sign = std::signbit(x) ? 0x8000 : 0;
+    if (std::isnan(x)) return {0x7FFF};
+    if (std::isinf(x)) return {static_cast<uint16_t>(sign | 0x7C00)};
+    const float magnitude = std::min(std::fabs(x), 65504.0f);
+    int exponent;
+    std::frexp(magnitude, &exponent);
+    exponent = std::max(exponent + 14, 1);  // biased; 1 also of subnormal numbers
+    const unsigned whole = static_cast<unsigned>(std::ldexp(magnitude, 25 - exponent));
+    return {static_cast<uint16_t>(sign + (whole < 1024 ? whole : (exponent << 10) + whole - 1024))};
+  }
   // Of numbers that float16 has: no kernel may ask for others.
   static __half from(float x) {
-    const unsigned sign = std::signbit(x) ? 0x8000 : 0;
-    if (std::isinf(x)) return {static_cast<uint16_t>(sign | 0x7C00)};
-    int exponent;
-    std::frexp(x, &exponent);
-    exponent = std::max(exponent + 14, 1);  // biased; 1 also of subnormal numbers
-    const float mantissa = std::ldexp(std::fabs(x), 25 - exponent);
-    if (!(mantissa < 2048) || mantissa != std::floor(mantissa) || exponent > 30) std::abort();
-    const unsigned whole = static_cast<unsigned>(mantissa);
-    return {static_cast<uint16_t>(sign + (whole < 1024 ? whole : (exponent << 10) + whole - 1024))};
+    const __half same = truncated(x);
+    if (same.value() != x) std::abort();
+    return same;
   }
 };
 using __half2 = cuda_on_cpu::Two<__half>;
 
 inline float __half2float(__half x) { return x.value(); }
-inline __half __float2half(float x) { return __half::from(x); }
+inline __half __float2half_rz(float x) { return __half::truncated(x); }

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -31,9 +32,11 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static thread_local  // a block never leaves its OS thread
 
-// Where a kernel asks for the memory whose size its launch tells.
+// In place of those of csrc/runtime/shared_memory.h: a block never leaves its OS thread.
+#define NAR_SHARED(Type, name)   \
+  static thread_local Type name; \
+  cuda_on_cpu::fill_once(&name, sizeof name)
 #define NAR_DYNAMIC_SHARED(Type, name) \
   Type* name = reinterpret_cast<Type*>(cuda_on_cpu::dynamic_shared.data())
 
@@ -74,6 +77,7 @@ struct Block {
   // What lanes give to a collective, twice, since a fast lane may be at the next one already.
   std::vector<uint64_t> given[2];
   std::vector<int> turn;
+  std::vector<void*> filled;  // with garbage: see fill_once
   const std::function<void()>* kernel;
 };
 
@@ -83,6 +87,32 @@ inline thread_local std::vector<unsigned char> dynamic_shared;
 inline std::atomic<unsigned> schedule{0};
 inline std::atomic<int> num_processors{132};      // that the device says it has
 inline std::atomic<int> shared_bytes{227 << 10};  // so many, too
+
+// How much dynamic shared memory the launches of a kernel may ask for: an attribute of the kernel,
+// whichever thread launches it. One that a thread lowers, another may rely on.
+class MostShared {
+ public:
+  void set(void (*kernel)(), int bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int& most = of_[kernel];
+    if (bytes < most)
+      throw std::runtime_error("a launch by another thread may rely on more memory");
+    most = bytes;
+  }
+  int of(void (*kernel)()) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return of_.count(kernel) ? of_[kernel] : 48 << 10;
+  }
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    of_.clear();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<void (*)(), int> of_;
+};
+inline MostShared most_shared;
 
 inline void leave(State state) {
   Fiber* fiber = block.current;
@@ -111,6 +141,7 @@ inline void prepare_block() {
   for (auto& given : block.given) given.assign(count, 0);
   block.turn.assign(count, 0);
   block.error.clear();
+  block.filled.clear();
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = *block.fibers[i];
     fiber.state = State::kRunnable;
@@ -223,11 +254,17 @@ inline void run_block() {
   }
 }
 
-// Blocks begin in the order of their index: later ones may wait for what earlier ones publish.
 // Shared memory holds garbage before a block: NaN, as floats of any size. Nothing may be written
 // behind it.
 constexpr unsigned char kGarbage = 0xFF;
 constexpr size_t kBehindShared = 1 << 10;
+
+// By the first thread of a block that comes to its memory.
+inline void fill_once(void* memory, size_t bytes) {
+  if (std::find(block.filled.begin(), block.filled.end(), memory) != block.filled.end()) return;
+  std::memset(memory, kGarbage, bytes);
+  block.filled.push_back(memory);
+}
 
 inline void fill_shared(size_t bytes) { dynamic_shared.assign(bytes + kBehindShared, kGarbage); }
 
@@ -240,6 +277,7 @@ inline void check_behind_shared(size_t bytes) {
   }
 }
 
+// Blocks begin in the order of their index: later ones may wait for what earlier ones publish.
 inline void run_grid(dim3 grid, dim3 size, size_t shared, const std::function<void()>& kernel) {
   std::atomic<unsigned> next{0};
   std::mutex mutex;
@@ -362,6 +400,7 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-22f); }  // not exact
+inline float __logf(float x) { return std::log(x) * (1 + 0x1p-20f); }         // nor is this
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
 }
@@ -375,12 +414,6 @@ inline unsigned __float2uint_rz(float x) {  // saturates
 using std::max;
 using std::min;
 
-inline float __log2f(float x) { return std::log2(x); }
-inline int __float_as_int(float x) { return cuda_on_cpu::from_bits<int>(cuda_on_cpu::to_bits(x)); }
-inline float __int_as_float(int x) {
-  return cuda_on_cpu::from_bits<float>(cuda_on_cpu::to_bits(x));
-}
-
 inline unsigned atomicAdd(unsigned* at, unsigned value) {
   return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
 }
@@ -391,9 +424,6 @@ T atomic_choose(T* at, T value, Choose choose) {
                                       __ATOMIC_SEQ_CST)) {
   }
   return old;
-}
-inline int atomicMax(int* at, int value) {
-  return atomic_choose(at, value, [](int a, int b) { return std::max(a, b); });
 }
 inline unsigned atomicMax(unsigned* at, unsigned value) {
   return atomic_choose(at, value, [](unsigned a, unsigned b) { return std::max(a, b); });
@@ -419,7 +449,12 @@ inline Word64 atomicCAS(Word64* at, Word64 expected, Word64 value) {
 
 // ---- the host's side
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorNoKernelImageForDevice };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorNoKernelImageForDevice
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -431,7 +466,9 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaError";
+  return error == cudaErrorInvalidValue           ? "cudaErrorInvalidValue"
+         : error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
+                                                  : "cudaError";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
 enum cudaDeviceAttr {
@@ -454,8 +491,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return bytes <= cuda_on_cpu::shared_bytes ? cudaSuccess : cudaErrorInvalidConfiguration;
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > cuda_on_cpu::shared_bytes) return cudaErrorInvalidValue;
+  cuda_on_cpu::most_shared.set(reinterpret_cast<void (*)()>(kernel), bytes);
+  return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
@@ -470,6 +509,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (grid.x == 0 || size.x % 32 != 0 || size.x * size.y == 0 || size.x * size.y > 1024) {
     return cudaErrorInvalidConfiguration;
   }
+  const int most = cuda_on_cpu::most_shared.of(reinterpret_cast<void (*)()>(kernel));
+  if (config->dynamicSmemBytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   cuda_on_cpu::run_grid(grid, size, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

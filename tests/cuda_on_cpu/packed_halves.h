@@ -24,15 +24,6 @@ T larger(T a, T b) {
   if (std::isnan(b.value()) || a.value() > b.value()) return a;
   return b.value() > a.value() || std::signbit(a.value()) ? b : a;
 }
-template <typename T>
-T negative(T a) {
-  return T{static_cast<uint16_t>(a.bits ^ 0x8000)};
-}
-template <typename T>
-T smaller(T a, T b) {
-  const T result = larger(negative(a), negative(b));
-  return std::isnan(result.value()) ? result : negative(result);
-}
 
 template <typename T, typename F>
 uint32_t mask(Two<T> a, Two<T> b, F holds) {
@@ -45,14 +36,6 @@ uint32_t mask(Two<T> a, Two<T> b, F holds) {
 template <typename T>
 cuda_on_cpu::Two<T> __hmax2(cuda_on_cpu::Two<T> a, cuda_on_cpu::Two<T> b) {
   return cuda_on_cpu::each(a, b, cuda_on_cpu::larger<T>);
-}
-template <typename T>
-cuda_on_cpu::Two<T> __hmin2(cuda_on_cpu::Two<T> a, cuda_on_cpu::Two<T> b) {
-  return cuda_on_cpu::each(a, b, cuda_on_cpu::smaller<T>);
-}
-template <typename T>
-cuda_on_cpu::Two<T> __habs2(cuda_on_cpu::Two<T> a) {
-  return {T{static_cast<uint16_t>(a.x.bits & 0x7FFF)}, T{static_cast<uint16_t>(a.y.bits & 0x7FFF)}};
 }
 template <typename T>
 cuda_on_cpu::Two<T> __hadd2(cuda_on_cpu::Two<T> a, cuda_on_cpu::Two<T> b) {

@@ -1,11 +1,14 @@
 // What only tests ask of the emulation, by ctypes: its schedule, and kernels with known faults.
+#include "corrupt/gpu/tiles.h"
 #include "cuda_runtime.h"
 
 namespace {
 
+using Pair = uint32_t[2];
+
 // The sum of a block's thread numbers, in every thread, through shared memory.
 __global__ void sum_kernel(uint32_t* sums, bool with_barrier) {
-  __shared__ uint32_t of_warps[2];
+  NAR_SHARED(Pair, of_warps);
   const uint32_t sum = __reduce_add_sync(0xFFFFFFFF, threadIdx.x);
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum;
   if (with_barrier) __syncthreads();
@@ -27,6 +30,14 @@ __global__ void divergent_kernel(bool in_a_barrier) {
 __global__ void overrun_kernel(unsigned word) {
   NAR_DYNAMIC_SHARED(uint32_t, shared);
   if (threadIdx.x == 0) shared[word] = 1;
+}
+
+// What shared memory holds before anything is written to it. Then a 0 is.
+__global__ void uninitialised_kernel(uint32_t* seen) {
+  NAR_SHARED(uint32_t, word);
+  if (threadIdx.x == 0) seen[blockIdx.x] = word;
+  __syncthreads();
+  word = 0;
 }
 
 template <typename... Arguments>
@@ -57,5 +68,18 @@ EXPORT const char* run_divergent(bool in_a_barrier) {
   return launch(1, divergent_kernel, in_a_barrier);
 }
 EXPORT const char* run_overrun(unsigned word) { return launch(1, overrun_kernel, word); }
+EXPORT const char* run_uninitialised(unsigned blocks, uint32_t* seen) {
+  return launch(blocks, uninitialised_kernel, seen);
+}
+// How many tiles of `corrupt` a row has, and whether it fills the last.
+EXPORT void tiles_of_row(int32_t length, int32_t* count, bool* is_last_whole) {
+  const nar::Row row = {0, 0, 0, 0, length};
+  *count = nar::num_tiles(row);
+  *is_last_whole = nar::is_whole(row, *count - 1);
+}
 EXPORT void set_num_processors(int count) { cuda_on_cpu::num_processors = count; }
-EXPORT void set_shared_bytes(int bytes) { cuda_on_cpu::shared_bytes = bytes; }
+// As if it were another device: no kernel has asked it for more memory yet.
+EXPORT void set_shared_bytes(int bytes) {
+  cuda_on_cpu::shared_bytes = bytes;
+  cuda_on_cpu::most_shared.forget();
+}

@@ -21,8 +21,8 @@ SCHEDULES = [0, 1, 2, 3]
 @pytest.fixture
 def library():
     library = ctypes.CDLL(str(cuda_on_cpu.LIBRARY))
-    for function in (library.run_sum, library.run_divergent, library.run_overrun):
-        function.restype = ctypes.c_char_p
+    for name in ("sum", "divergent", "overrun", "uninitialised"):
+        getattr(library, f"run_{name}").restype = ctypes.c_char_p
     yield library
     library.set_schedule(0)
     library.set_num_processors(132)
@@ -30,9 +30,9 @@ def library():
 
 
 # The shape of a batch of 9 depends on the processors of the device: warps with one tile, with up to
-# four, with up to eight; several rows a block; several warps a row; none held.
+# four, eight or twelve; several rows a block; several warps a row; none held.
 SHAPES = [
-    *((length, 132) for length in (100, 500, 1500, 3000, 9000, 17000)),
+    *((length, 132) for length in (100, 500, 1500, 3000, 9000, 16000, 17000)),
     *((length, 1) for length in (300, 2000)),
     *((length, 0) for length in (128, 250, 512, 1000, 4100)),
 ]
@@ -90,6 +90,19 @@ def test_rows_that_do_not_fit_into_shared_memory(library, dtype, kilobytes):
 
 
 @emulated
+@pytest.mark.parametrize("kilobytes", [20, 227])
+def test_ranges_of_forbidden_ids(library, kilobytes):
+    """Whole tiles of them, and more than are arguments of the kernel."""
+    library.set_shared_bytes(kilobytes << 10)
+    forbidden_ids = (0, *range(700, 1500), 8001, 8999)
+    logits = torch.randn(4, 9001, dtype=torch.bfloat16)
+    logits[0] = logits[0].sort(descending=True).values
+    logits[1, 700:1500] += 8
+    for given in (None, torch.tensor([699, 700, 8000, 8001])):
+        assert_unmasks_as_the_reference(logits, top_k=900, forbidden_ids=forbidden_ids, given=given)
+
+
+@emulated
 def test_logits_next_to_zero(library):
     """Of bfloat16: those that the table of exponentials leaves out."""
     for scale in (1e-2, 1e-6, 1e-30, 0):
@@ -99,6 +112,34 @@ def test_logits_next_to_zero(library):
         got = unmask(logits, mask_id=3, seed=7, noise_slots=torch.arange(2), backend="cuda")
         expected = unmask(logits, mask_id=3, seed=7, noise_slots=torch.arange(2), backend="cpp")
         assert torch.equal(got.log_prob, expected.log_prob)
+
+
+@emulated
+@pytest.mark.parametrize("extreme", ["max", "min"])
+def test_the_largest_bfloat16_beside_nan(extreme):
+    """The table of exponentials ends there; what is above are NaNs."""
+    extreme = getattr(torch.finfo(torch.bfloat16), extreme)
+    logits = torch.full((2, 9000), -torch.inf, dtype=torch.bfloat16)
+    logits[:, 10:500] = min(extreme, -3e38)
+    logits[:, 77] = extreme
+    logits[1, 1000:1100] = torch.nan
+    for top_k in (None, 100):
+        assert_unmasks_as_the_reference(logits, top_k=top_k)
+
+
+@emulated
+def test_a_launch_leaves_no_less_memory_to_those_of_other_threads(library):
+    """Of the same kernel, for rows of another size."""
+    for vocabulary in (50_000, 9000, 50_000):
+        assert_unmasks_as_the_reference(torch.randn(1, vocabulary), temperature=0.7)
+
+
+@emulated
+@pytest.mark.parametrize("length", [1, 128, 129, 2**31 - 129, 2**31 - 128, 2**31 - 1])
+def test_tiles_of_a_row_of_any_length(library, length):
+    count, is_last_whole = ctypes.c_int32(), ctypes.c_bool()
+    library.tiles_of_row(length, ctypes.byref(count), ctypes.byref(is_last_whole))
+    assert (count.value, is_last_whole.value) == (-(-length // 128), length % 128 == 0)
 
 
 @pytest.mark.cuda
@@ -136,3 +177,11 @@ def test_divergence_is_an_error(library):
 def test_a_write_behind_shared_memory_is_an_error(library):
     assert library.run_overrun(15) is None
     assert library.run_overrun(16) == b"block 0 wrote to byte 64 of 64 in shared memory"
+
+
+@emulated
+def test_memory_that_a_block_has_not_written_is_garbage(library):
+    """Also where another block has been."""
+    seen = (ctypes.c_uint32 * 20)()
+    assert library.run_uninitialised(20, seen) is None
+    assert {*seen} == {0xFFFFFFFF}

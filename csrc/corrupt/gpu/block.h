@@ -18,12 +18,14 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 constexpr int kMaxRows = 7;
 
 // Tiles that a warp holds in registers. The more, the fewer instructions for each and the fewer
-// warps.
-constexpr int kFewTiles = 4, kManyTiles = 8;
+// warps. The most only of rows that fit no other way, such as those of 16384 positions.
+constexpr int kFewTiles = 4, kManyTiles = 8, kMostTiles = 12;
 
 // Warps of a block that work on rows, at most: what the registers of each allow.
 constexpr int kMaxWarps = 16;
-constexpr int max_warps(int held) { return held == kManyTiles ? 15 : kMaxWarps; }
+constexpr int max_warps(int held) {
+  return held == kMostTiles ? 11 : held == kManyTiles ? 15 : kMaxWarps;
+}
 
 struct Shape {
   int rows, warps_per_row;  // several rows only of one warp each

@@ -25,8 +25,13 @@ __device__ inline int32_t position_of(int32_t tile, int lane, int item) {
   return tile * kTile + 2 * lane + (item & 2) * kWarp + (item & 1);
 }
 
+// The length may be up to the largest int32: what is added to it is unsigned.
+__device__ inline int32_t num_tiles(const Row& row) {
+  return static_cast<int32_t>((static_cast<uint32_t>(row.length) + kTile - 1) / kTile);
+}
+
 __device__ inline bool is_whole(const Row& row, int32_t tile) {
-  return (tile + 1) * kTile <= row.length;
+  return (static_cast<uint32_t>(tile) + 1) * kTile <= static_cast<uint32_t>(row.length);
 }
 
 // Round keys that stay in registers: the compiler would rather make them again for every tile.
@@ -222,10 +227,10 @@ class Tiles {
   // Makes the keys, for which the window need not be known.
   __device__ Tiles(const KernelArgs& a, const Row& row, const Team& team)
       : a_(a), row_(row), lane_(team.lane), round_keys_(held_round_keys(row.seed)) {
-    const int32_t num_tiles = (row.length + kTile - 1) / kTile;
-    const int32_t share = (num_tiles + team.num_warps - 1) / team.num_warps;
-    first_ = min(team.warp * share, num_tiles);
-    end_ = min(first_ + share, num_tiles);
+    const int32_t all = num_tiles(row);
+    const int32_t share = (all + team.num_warps - 1) / team.num_warps;
+    first_ = min(team.warp * share, all);
+    end_ = min(first_ + share, all);
 #pragma unroll
     for (int t = 0; t < kHeld; ++t) {
       if (is_mine(t)) keys_[t] = make_keys(round_keys_, row, first_ + t, lane_);

@@ -42,8 +42,9 @@ struct NarrowType<__nv_bfloat16> {
   static __device__ float widened(uint32_t bits) { return bits_as<float>(bits << 16); }
   // Of a float that has such a value, or is the largest float, which stands for infinity.
   static __device__ uint32_t narrowed(float x) {
-    return x == kLargestFloat ? kInfinity : bits_as<uint32_t>(x) >> 16;
+    return x == kLargestFloat ? kInfinity : truncated(x);
   }
+  static __device__ uint32_t truncated(float x) { return bits_as<uint32_t>(x) >> 16; }
 };
 template <>
 struct NarrowType<__half> {
@@ -53,8 +54,9 @@ struct NarrowType<__half> {
     return __half2float(bits_as<__half>(static_cast<uint16_t>(bits)));
   }
   static __device__ uint32_t narrowed(float x) {
-    return x == kLargestFloat ? kInfinity : bits_as<uint16_t>(__float2half(x));
+    return x == kLargestFloat ? kInfinity : truncated(x);
   }
+  static __device__ uint32_t truncated(float x) { return bits_as<uint16_t>(__float2half_rz(x)); }
 };
 
 // Logits of a type of 16 bits. They stay as they are: NaN is ignored wherever it matters, and
@@ -106,12 +108,29 @@ struct Logits {
   static __device__ uint32_t key(float cleaned) {
     return key_of_bits(Type::narrowed(cleaned), kSign);
   }
+  // Of a logit of a chunk; of NaN one that no other has.
+  static __device__ uint32_t key_at(const Chunk& c, int j) {
+    return key_of_bits(j % 2 ? c.word[j / 2] >> 16 : c.word[j / 2] & 0xFFFF, kSign);
+  }
+  // Of any float, that of a neighbour.
+  static __device__ uint32_t key_near(float x) { return key_of_bits(Type::truncated(x), kSign); }
+  static __device__ float value(uint32_t key) { return Type::widened(bits_of_key(key, kSign)); }
 
   // What logits are compared with, a key in each half.
   struct Pivot {
     uint32_t word;
   };
   static __device__ Pivot pivot(uint32_t key) { return {bits_of_key(key, kSign) * 0x10001u}; }
+
+  // Whether any reaches the first but not the second.
+  static __device__ bool any_between(const Chunk& c, Pivot p, Pivot q) {
+    uint32_t any = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      any |= __hge2_mask(two(c.word[i]), two(p.word)) & ~__hge2_mask(two(c.word[i]), two(q.word));
+    }
+    return any != 0;
+  }
 
   // How many of all chunks reach a pivot; of up to kMost chunks, counted in Two.
   struct Tally {
@@ -175,11 +194,21 @@ struct Logits<float> {
   static __device__ uint32_t key(float cleaned) {
     return key_of_bits(bits_as<uint32_t>(cleaned), kSign);
   }
+  static __device__ uint32_t key_at(const Chunk& c, int j) { return key_of_bits(c.word[j], kSign); }
+  static __device__ uint32_t key_near(float x) { return key(x); }
+  static __device__ float value(uint32_t key) { return bits_as<float>(bits_of_key(key, kSign)); }
 
   struct Pivot {
     float value;
   };
-  static __device__ Pivot pivot(uint32_t key) { return {bits_as<float>(bits_of_key(key, kSign))}; }
+  static __device__ Pivot pivot(uint32_t key) { return {value(key)}; }
+
+  static __device__ bool any_between(const Chunk& c, Pivot p, Pivot q) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) any |= item(c, i) >= p.value && !(item(c, i) >= q.value);
+    return any;
+  }
 
   struct Tally {
     static constexpr uint32_t kMost = 1u << 30;

@@ -31,9 +31,10 @@ struct alignas(16) RowMemory {
   // A bit for each tile, modulo 1024: it has a forbidden id, or reaches over the end of the row.
   uint32_t is_unusual[32];
   uint32_t pivots[2];      // keys, from a sample
+  uint32_t num_listed;     // see TopKSearch
   uint32_t first_largest;  // column
   uint32_t last_tie;       // column
-  uint32_t best;           // the best score so far: see Sampler
+  uint32_t start, best;    // the first score and the best so far: see Sampler
   Chunk last_kept;         // the chunk with last_tie, without what is not kept
 };
 
@@ -80,12 +81,14 @@ struct Team {
     return largest_of_lanes(lane < num_warps() ? of_warps[lane] : 0);
   }
 
-  // Of two counts; what each warp gave of them is left at `of_warps`.
-  __device__ void sum(uint32_t* counts, const uint64_t** of_warps) {
+  __device__ const uint64_t* last_exchange() const { return memory->of_warps[turn]; }
+
+  // Of two counts.
+  __device__ void sum(uint32_t* counts) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) counts[j] = __reduce_add_sync(kAllLanes, counts[j]);
-    *of_warps = exchange(uint64_t{counts[1]} << 32 | counts[0]);
-    const uint64_t both = lane < num_warps() ? (*of_warps)[lane] : 0;
+    const uint64_t* of_warps = exchange(uint64_t{counts[1]} << 32 | counts[0]);
+    const uint64_t both = lane < num_warps() ? of_warps[lane] : 0;
     counts[0] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both));
     counts[1] = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(both >> 32));
   }
@@ -124,6 +127,7 @@ class Row {
       : p_(p),
         from_(static_cast<const T*>(p.args.logits) + index * p.args.stride),
         vocabulary_(static_cast<uint32_t>(p.args.vocabulary)),
+        num_forbidden_(static_cast<uint32_t>(p.args.num_forbidden)),
         memory_(team.memory),
         lane_(team.lane) {
     const uint32_t num_tiles = (vocabulary_ + kTile - 1) / kTile;
@@ -136,7 +140,7 @@ class Row {
       held_ = held + (static_cast<int>(first_held) - static_cast<int>(first_)) * kWarp;
     }
     if (team.thread() == 0 && vocabulary_ % kTile != 0) mark(num_tiles - 1);
-    for (uint32_t f = team.thread(); f < p.args.num_forbidden; f += team.num_threads()) {
+    for (uint32_t f = team.thread(); f < num_forbidden_; f += team.num_threads()) {
       mark(forbidden(f) / kTile);
     }
     team.sync();
@@ -171,10 +175,8 @@ class Row {
   __device__ float at(uint32_t column) const { return clean(static_cast<float>(from_[column])); }
 
   __device__ bool forbids(uint32_t column) const {
-    for (uint32_t f = 0; f < p_.args.num_forbidden; ++f) {
-      if (forbidden(f) == column) return true;
-    }
-    return false;
+    const uint32_t f = first_forbidden_from(column);
+    return f < num_forbidden_ && forbidden(f) == column;
   }
 
  private:
@@ -191,6 +193,20 @@ class Row {
   __device__ uint32_t forbidden(uint32_t f) const {
     return static_cast<uint32_t>(
         f < kForbiddenArguments ? p_.forbidden[f] : p_.more_forbidden[f - kForbiddenArguments]);
+  }
+
+  // The number of the first forbidden id that is not below a column.
+  __device__ uint32_t first_forbidden_from(uint32_t column) const {
+    uint32_t first = 0, end = num_forbidden_;
+    while (first < end) {
+      const uint32_t middle = (first + end) / 2;
+      if (forbidden(middle) < column) {
+        first = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return first;
   }
 
   __device__ void mark(uint32_t tile) const {
@@ -223,9 +239,10 @@ class Row {
     for (int j = 0; j < L::kItems; ++j) {
       if (first + j < vocabulary_) allowed |= 1u << j;
     }
-    for (uint32_t f = 0; f < p_.args.num_forbidden; ++f) {
+    for (uint32_t f = first_forbidden_from(first); f < num_forbidden_; ++f) {
       const uint32_t item = forbidden(f) - first;
-      if (item < L::kItems) allowed &= ~(1u << item);
+      if (item >= L::kItems) break;
+      allowed &= ~(1u << item);
     }
     Chunk c = L::nothing();
 #pragma unroll
@@ -237,7 +254,7 @@ class Row {
 
   template <int kBytes>
   __device__ float load_by() {
-    constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 16 ? 4 : 1;  // loads in flight
+    constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 2 ? 2 : 4;  // loads in flight
     Chunk most = L::nothing();
     const auto take = [&](uint32_t i, const Chunk& c) {
       if (kWay != Way::kPart || i < num_held_) *held(column(i)) = c;
@@ -271,7 +288,7 @@ class Row {
 
   const UnmaskLaunch& p_;
   const T* const from_;
-  const uint32_t vocabulary_;
+  const uint32_t vocabulary_, num_forbidden_;
   RowMemory* const memory_;
   const uint32_t lane_;
   Chunk* held_;  // as if all tiles of the row were

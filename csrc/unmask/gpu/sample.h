@@ -23,12 +23,13 @@ class Sampler {
     const uint32_t even = column & 2 ? four.word[2] : four.word[0];
     const uint32_t odd = column & 2 ? four.word[3] : four.word[1];
     const uint32_t word = column & 1 ? odd : even;
-    memory_->best = lifted(gumbel(word));
+    memory_->start = memory_->best = lifted(gumbel(word));
   }
 
-  // How far below the largest a logit can still win.
+  // How far below the largest a logit can still win. (Other warps may have changed the best by
+  // now.)
   __device__ float reach() const {
-    return (kLift + kMostNoise - bits_as<float>(memory_->best)) / scale();
+    return (kLift + kMostNoise - bits_as<float>(memory_->start)) / scale();
   }
 
   // `gap`: how far the largest of the chunk is from that of the row.
@@ -44,6 +45,7 @@ class Sampler {
 #pragma unroll
     for (int j = 1; j < L::kItems; ++j) least = min(least, words[j]);
 
+    // A relaxed atomic load, which other warps may outrun: any bound is correct.
     const float bound = bits_as<float>(*static_cast<volatile uint32_t*>(&memory_->best));
     if (__any_sync(kAllLanes, at_most(gap, least) > bound)) offer(c, column, words, bound, lane);
   }

@@ -30,7 +30,7 @@ struct ExpTable {
   static constexpr float kReach = 21.5f;
 
   uint32_t* middle;  // entries of positive logits begin here; those of negative ones end here
-  uint32_t top;      // bits of the last magnitude, whose entries are 0
+  uint32_t top;      // bits of the last magnitude, at most those of infinity
 
   __device__ uint32_t lowest() const { return top - kSize + 1; }
 
@@ -41,7 +41,8 @@ struct ExpTable {
 
   template <typename Team>
   __device__ void build(const Team& team, float largest) {
-    top = (bits_as<uint32_t>(fmaxf(largest, kReach - largest)) >> 16) + 2;
+    const uint32_t most = bits_as<uint32_t>(fmaxf(largest, kReach - largest)) >> 16;
+    top = min(most + 2, NarrowType<__nv_bfloat16>::kInfinity);  // above is NaN
 #pragma unroll 1
     for (int i = static_cast<int>(team.thread()); i < static_cast<int>(kSize);
          i += static_cast<int>(team.num_threads())) {

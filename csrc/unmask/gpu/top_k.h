@@ -11,10 +11,13 @@ namespace nar {
 namespace {
 
 // The keys in [low, high) of what may be the k-th largest, and how many logits reach either end.
+// Any pivots are correct: rounding here cannot change a result.
 struct Bracket {
-  uint32_t k, low, high, reach_low, reach_high;
+  uint32_t k, num_logits, low, high, reach_low, reach_high;
 
   __device__ bool is_done() const { return reach_low == k || high - low == 1; }
+  __device__ uint32_t size() const { return reach_low - reach_high; }
+  __device__ uint32_t wanted() const { return k - reach_high; }  // of those in the bracket
 
   __device__ void learn(uint32_t pivot, uint32_t reach) {
     if (reach >= k) {
@@ -24,27 +27,51 @@ struct Bracket {
     }
   }
 
-  // Around where the k-th would be if keys were spread evenly; every third time thirds, which
-  // bounds the number of passes. (Any pivots are correct: rounding here cannot change a result.)
-  __device__ void propose(uint32_t turn, uint32_t* pivots) const {
-    const uint32_t width = high - low;
-    uint32_t below = width / 3, step = width / 3;
-    if (turn % 3 != 2) {
-      const float share = __fdividef(static_cast<float>(reach_low - k) + 0.5f,
-                                     static_cast<float>(reach_low - reach_high));
-      step = width / 8;
-      below = static_cast<uint32_t>(static_cast<float>(width) * share);
-      below -= min(below, step / 2);
-    }
-    below = min(max(below, 1u), width - 1);
-    pivots[0] = low + below;
-    pivots[1] = low + min(below + max(step, 1u), width - 1);
+  // Different ones, where there are.
+  __device__ void propose(uint32_t first, uint32_t second, uint32_t* pivots) const {
+    pivots[0] = min(max(first, low + 1), high - 1);
+    pivots[1] = min(max(second, pivots[0] + 1), high - 1);
+  }
+
+  __device__ void propose_thirds(uint32_t* pivots) const {
+    const uint32_t third = (high - low + 1) / 3;
+    propose(low + third, high - third, pivots);
+  }
+
+  // Around where the k-th is if the log-odds of the share that reaches a logit are a straight line,
+  // as they nearly are in the tails, too: as far as the number of logits up to there is uncertain.
+  template <typename L>
+  __device__ void propose_around(uint32_t* pivots) const {
+    const float count = static_cast<float>(size()), above = static_cast<float>(wanted()) - 0.5f;
+    const float spread = 2 * sqrtf(above * (1 - __fdividef(above, count))) + count / 128 + 0.5f;
+    const float rank = static_cast<float>(reach_high) + above;
+    propose(key_of_rank<L>(rank + spread), key_of_rank<L>(rank - spread), pivots);
+  }
+
+  template <typename L>
+  __device__ uint32_t key_of_rank(float rank) const {
+    const float least = static_cast<float>(reach_high), most = static_cast<float>(reach_low);
+    const float of_low = log_odds(most);
+    const float share =
+        __fdividef(log_odds(fminf(fmaxf(rank, least), most)) - of_low, log_odds(least) - of_low);
+    const float first = L::value(low);
+    return L::key_near(first + (L::value(high) - first) * share);
+  }
+
+  __device__ float log_odds(float reach) const {
+    return __logf(__fdividef(reach + 0.5f, static_cast<float>(num_logits) - reach + 0.5f));
   }
 };
 
 // Which logits are kept: those whose key is larger, and, up to a column, those that have it.
 struct TopK {
   uint32_t key, last_tie;
+};
+
+// Listed of a bracket: (key, ~column), in the order of which the k-th largest is one.
+struct LogitList {
+  static constexpr uint32_t kMost = 256;
+  static constexpr uint32_t kBytes = kMost * sizeof(uint64_t);
 };
 
 template <typename Row>
@@ -55,37 +82,48 @@ class TopKSearch {
   __device__ TopKSearch(const Row& row, typename Row::Warps& team, float largest, uint32_t k)
       : row_(row),
         team_(team),
-        bracket_{k, L::kKeyOfMinusInfinity, L::key(largest) + 1, row.vocabulary(), 0} {}
+        listed_(reinterpret_cast<uint64_t*>(team.memory + 1)),
+        bracket_{k, row.vocabulary(), L::kKeyOfMinusInfinity, L::key(largest) + 1, row.vocabulary(),
+                 0} {}
 
+  // A sample of the row brackets the k-th largest, interpolation brackets it again, and the few
+  // logits that are left are listed. Where they are many, such as ties, those that fit into the
+  // list are a sample of exact keys; thirds in every fourth turn bound the number of passes.
   __device__ TopK find() {
-    uint32_t pivots[2], reach[2], of_warp = 0;
-    const uint64_t* of_warps = nullptr;
-    bool knows_ties = false, has_pivots = propose_from_sample(pivots);
-    for (uint32_t turn = 0; !bracket_.is_done(); ++turn) {
-      if (!has_pivots) bracket_.propose(turn, pivots);
-      has_pivots = false;
-      of_warp = count(pivots, reach, &of_warps);
+    bool knows_ties = false;
+    for (uint32_t turn = 0;; ++turn) {
+      uint32_t pivots[2] = {bracket_.low, bracket_.low + 1};
+      if (bracket_.is_done()) {
+        const bool all = bracket_.wanted() == bracket_.size();
+        if (all || bracket_.low == L::kKeyOfMinusInfinity) return {bracket_.low, kNoColumn};
+        if (knows_ties) return up_to({bracket_.low, last_tie()});
+      } else if (turn == 0 && row_.vocabulary() >= kWorthSampling) {
+        propose_from_row(pivots);
+      } else if (turn % 4 == 3 || bracket_.high - bracket_.low <= kFewKeys) {
+        bracket_.propose_thirds(pivots);
+      } else if (bracket_.size() <= LogitList::kMost || turn % 4 == 2 ||
+                 (turn == 0 && bracket_.low == L::kKeyOfMinusInfinity)) {
+        const uint32_t listed = list();
+        if (listed <= LogitList::kMost) return last_of_list(listed);
+        propose_from_list(pivots);
+      } else {
+        bracket_.template propose_around<L>(pivots);
+      }
+      uint32_t reach[2];
+      count(pivots, reach);
 #pragma unroll
       for (int j = 0; j < 2; ++j) bracket_.learn(pivots[j], reach[j]);
       knows_ties = pivots[0] == bracket_.low && pivots[1] == bracket_.high;
     }
-    const uint32_t ties = bracket_.reach_low - bracket_.reach_high;
-    const uint32_t wanted = bracket_.k - bracket_.reach_high;
-    if (wanted == ties || bracket_.low == L::kKeyOfMinusInfinity) return {bracket_.low, kNoColumn};
-    if (!knows_ties) {
-      pivots[0] = bracket_.low, pivots[1] = bracket_.low + 1;
-      of_warp = count(pivots, reach, &of_warps);
-    }
-    return {bracket_.low, last_tie(wanted, of_warp, of_warps)};
   }
 
  private:
-  static constexpr int kSamples = 512, kOfLane = kSamples / kWarp;
+  static constexpr int kSamples = 256;
   static constexpr uint32_t kWorthSampling = 4096;  // logits
+  static constexpr uint32_t kFewKeys = 9;           // two passes find one, and how many ties it has
 
-  // How many logits reach each of two pivots. Returns how many of the warp's are between the two,
-  // and where the counts of all warps are.
-  __device__ uint32_t count(const uint32_t* pivots, uint32_t* reach, const uint64_t** of_warps) {
+  // How many logits reach each of two pivots.
+  __device__ void count(const uint32_t* pivots, uint32_t* reach) {
     const typename L::Pivot p = L::pivot(pivots[0]), q = L::pivot(pivots[1]);
     reach[0] = reach[1] = 0;
     for (uint32_t i = 0; i < row_.num_tiles();) {
@@ -99,58 +137,133 @@ class TopKSearch {
       }
       reach[0] += a.total(), reach[1] += b.total();
     }
-    team_.sum(reach, of_warps);
-    return between((*of_warps)[team_.warp]);
+    team_.sum(reach);
   }
 
   static __device__ uint32_t between(uint64_t of_warp) {
     return static_cast<uint32_t>(of_warp) - static_cast<uint32_t>(of_warp >> 32);
   }
 
-  // Pivots that bracket the k-th with high probability; two warps look for one each.
-  __device__ bool propose_from_sample(uint32_t* pivots) {
-    if (row_.vocabulary() < kWorthSampling || team_.num_warps() == 1) return false;
-    if (team_.warp < 2) {
-      const float share =
-          static_cast<float>(bracket_.k) / static_cast<float>(row_.vocabulary()) * kSamples;
-      const float spread = 2.5f * sqrtf(share * (1 - share / kSamples)) + 1;
-      const float rank = team_.warp == 0 ? ceilf(share + spread) : floorf(share - spread);
-      const uint32_t key = sampled_key(rank);
-      if (team_.lane == 0) team_.memory->pivots[team_.warp] = key;
+  // Lists the logits of the bracket but for -inf, up to as many as fit; returns how many there are,
+  // or, if they do not fit, some number above.
+  __device__ uint32_t list() {
+    const uint32_t low = max(bracket_.low, L::kKeyOfMinusInfinity + 1);
+    const typename L::Pivot p = L::pivot(low), q = L::pivot(bracket_.high);
+#pragma unroll 1
+    for (uint32_t i = 0; i < row_.num_tiles(); ++i) {
+      const uint32_t column = row_.column(i);
+      const Chunk c = row_.chunk(i, column);
+      if (__any_sync(kAllLanes, L::any_between(c, p, q)) && !enlist(c, column, low)) break;
     }
     team_.sync();
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      pivots[j] = min(max(team_.memory->pivots[j], bracket_.low + 1), bracket_.high - 1);
-    }
-    return true;
+    return team_.memory->num_listed;
   }
 
-  // The key of about the rank-th largest of a sample, of its upper half of bits.
-  __device__ uint32_t sampled_key(float rank) const {
-    if (rank < 1) return bracket_.high - 1;
-    if (rank > kSamples) return bracket_.low + 1;
-    const uint32_t stride = row_.vocabulary() / kSamples;
-    constexpr int kShift = L::kSign > 0x10000 ? 16 : 0;
-    uint32_t keys[kOfLane];
+  // The logits of a chunk whose keys are in [low, high). Returns whether those of the warp fit.
+  __device__ bool enlist(const Chunk& c, uint32_t column, uint32_t low) const {
+    typename L::Tally a, b;
+    a.add(c, L::pivot(low)), b.add(c, L::pivot(bracket_.high));
+    const uint32_t mine = a.total() - b.total();
+    uint32_t at = mine ? atomicAdd(&team_.memory->num_listed, mine) : 0;
+    const bool fits = at + mine <= LogitList::kMost;
 #pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      keys[j] = L::key(row_.at((j * kWarp + team_.lane) * stride)) >> kShift;
+    for (int j = 0; j < L::kItems; ++j) {
+      const uint32_t key = L::key_at(c, j);
+      if (key < low || key >= bracket_.high || at >= LogitList::kMost) continue;
+      listed_[at++] = uint64_t{key} << 32 | static_cast<uint32_t>(~(column + j));
     }
+    return __all_sync(kAllLanes, fits);
+  }
+
+  // Where all are listed: the last that is kept.
+  __device__ TopK last_of_list(uint32_t count) {
+    const uint32_t wanted = bracket_.wanted();
+    if (wanted > count) return {L::kKeyOfMinusInfinity, kNoColumn};
+#pragma unroll 1
+    for (uint32_t t = team_.thread(); t < count; t += team_.num_threads()) {
+      const uint64_t mine = listed_[t];
+      uint32_t larger = 0;
+#pragma unroll 4
+      for (uint32_t i = 0; i < count; ++i) larger += listed_[i] > mine;
+      if (larger + 1 != wanted) continue;
+      team_.memory->pivots[0] = static_cast<uint32_t>(mine >> 32);
+      team_.memory->last_tie = ~static_cast<uint32_t>(mine);
+    }
+    team_.sync();
+    return up_to({team_.memory->pivots[0], team_.memory->last_tie});
+  }
+
+  // The lane that has the last tie stores its chunk without what is not kept.
+  __device__ TopK up_to(TopK top) const {
+    const uint32_t ahead = top.last_tie - row_.column(0), i = ahead / Row::kTile;
+    const uint32_t item = ahead % Row::kTile;
+    if (i >= row_.num_tiles() || item >= L::kItems) return top;
+    const Chunk c = row_.chunk(i, row_.column(i));
+    Chunk last = L::kept(c, L::pivot(top.key));
+#pragma unroll
+    for (int j = 1; j < L::kItems; ++j) {
+      const bool is_tie = L::key_at(c, j) == top.key;
+      if (is_tie && static_cast<uint32_t>(j) > item) L::set(&last, j, L::minus_infinity());
+    }
+    team_.memory->last_kept = last;
+    return top;
+  }
+
+  // Of a few logits, and the upper half of the bits of their keys.
+  __device__ void propose_from_row(uint32_t* pivots) {
+    constexpr int kShift = L::kSign > 0x10000 ? 16 : 0;
+    const uint32_t stride = row_.vocabulary() / kSamples;
+    propose_from_sample<kSamples, kShift>(
+        static_cast<float>(bracket_.k) / static_cast<float>(row_.vocabulary()),
+        [&](uint32_t i) { return L::key(row_.at(i * stride)); }, pivots);
+  }
+
+  __device__ void propose_from_list(uint32_t* pivots) {
+    propose_from_sample<LogitList::kMost, 0>(
+        static_cast<float>(bracket_.wanted()) / static_cast<float>(bracket_.size()),
+        [&](uint32_t i) { return static_cast<uint32_t>(listed_[i] >> 32); }, pivots);
+    if (team_.thread() == 0) team_.memory->num_listed = 0;
+  }
+
+  // Pivots that bracket with high probability what a share of the bracket reaches; two warps look
+  // for one each.
+  template <int kCount, int kShift, typename KeyOf>
+  __device__ void propose_from_sample(float share, KeyOf key_of, uint32_t* pivots) {
+    const float rank = share * kCount, spread = 2.5f * sqrtf(rank * (1 - share)) + 1;
+    for (uint32_t j = team_.warp; j < 2; j += team_.num_warps()) {
+      const float wanted = j == 0 ? ceilf(rank + spread) : floorf(rank - spread);
+      const uint32_t key = wanted < 1 ? bracket_.high - 1
+                           : wanted > kCount
+                               ? bracket_.low + 1
+                               : sampled_key<kCount, kShift>(static_cast<uint32_t>(wanted), key_of);
+      if (team_.lane == 0) team_.memory->pivots[j] = key;
+    }
+    team_.sync();
+    bracket_.propose(team_.memory->pivots[0], team_.memory->pivots[1], pivots);
+  }
+
+  // The rank-th largest key of a sample, without its lowest bits.
+  template <int kCount, int kShift, typename KeyOf>
+  __device__ uint32_t sampled_key(uint32_t rank, KeyOf key_of) const {
+    uint32_t keys[kCount / kWarp];
+#pragma unroll
+    for (int j = 0; j < kCount / kWarp; ++j) keys[j] = key_of(j * kWarp + team_.lane) >> kShift;
     uint32_t found = 0;
-    for (uint32_t bit = 0x10000; bit > 0; bit >>= 1) {
+    for (uint32_t bit = L::kSign >> kShift; bit > 0; bit >>= 1) {
       const uint32_t higher = found + bit;
       uint32_t reach = 0;
 #pragma unroll
-      for (int j = 0; j < kOfLane; ++j) reach += keys[j] >= higher;
-      reach = __reduce_add_sync(kAllLanes, reach);
-      if (reach >= static_cast<uint32_t>(rank)) found = higher;
+      for (uint32_t key : keys) reach += key >= higher;
+      if (__reduce_add_sync(kAllLanes, reach) >= rank) found = higher;
     }
     return found << kShift;
   }
 
-  // Of the logits with the k-th largest one's key, the column of the `wanted`-th.
-  __device__ uint32_t last_tie(uint32_t wanted, uint32_t of_warp, const uint64_t* of_warps) const {
+  // Of the logits with the k-th largest one's key, which are those between the last pivots, the
+  // column of the last that is wanted.
+  __device__ uint32_t last_tie() const {
+    const uint64_t* of_warps = team_.last_exchange();
+    const uint32_t wanted = bracket_.wanted(), of_warp = between(of_warps[team_.warp]);
     const uint32_t before =
         __reduce_add_sync(kAllLanes, team_.lane < team_.warp ? between(of_warps[team_.lane]) : 0);
     if (before < wanted && wanted <= before + of_warp) find_tie(wanted - before);
@@ -180,17 +293,11 @@ class TopKSearch {
       }
       if (up_to - mine < wanted && wanted <= up_to) {
         uint32_t left = wanted - (up_to - mine);
-        Chunk last = L::kept(c, p);
 #pragma unroll
         for (int j = 0; j < L::kItems; ++j) {
-          if (L::key(clean(L::item(c, j))) != bracket_.low) continue;
-          if (left == 0) {
-            L::set(&last, j, L::minus_infinity());
-          } else if (--left == 0) {
-            team_.memory->last_tie = row_.column(i) + j;
-          }
+          if (L::key_at(c, j) != bracket_.low) continue;
+          if (--left == 0) team_.memory->last_tie = row_.column(i) + j;
         }
-        team_.memory->last_kept = last;
       }
       return;
     }
@@ -198,6 +305,7 @@ class TopKSearch {
 
   const Row& row_;
   typename Row::Warps& team_;
+  uint64_t* const listed_;  // in the scratch memory of the row
   Bracket bracket_;
 };
 
