@@ -21,6 +21,7 @@ KERNELS = {
             ),
             ("cuda", "CUDA", 1024, "bernoulli", "windows, bernoulli, L 1024, 8 tiles a warp"),
             ("cuda", "CUDA", 4096, "exact", "windows, exact, L 4096, 8 tiles a warp"),
+            ("cuda", "CUDA", 16384, "exact", "windows, exact, L 16384, 12 tiles a warp"),
             ("cuda", "CUDA", 32768, "exact", "windows, exact, L 32768, long rows"),
             ("triton", "Triton", 256, "exact", "windows, exact, L 256"),
             ("triton", "Triton", 1024, "exact", "windows, exact"),

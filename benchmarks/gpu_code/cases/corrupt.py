@@ -137,6 +137,7 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_case("windows, exact, BERT", 8, 1024, "exact", 3),
         _cuda_case("windows, bernoulli", 8, 1024, "bernoulli", 1),
         _cuda_case("windows, exact", 8, 4096, "exact", 1),
+        _cuda_case("windows, exact", 12, 16384, "exact", 1),
         _cuda_case("windows, exact", 0, 32768, "exact", 1),
     ]
 

@@ -1,10 +1,13 @@
 """`unmask`: rows of logits as those of `bench_unmask`, with the last id forbidden; without
 confidences or given tokens where anything is counted."""
 
+import math
+
 import torch
 
 from benchmarks.gpu_code.cases import logits
 from benchmarks.gpu_code.cases.case import CudaCase, TritonCase, Work, constant, regions_of
+from benchmarks.gpu_code.cases.search import mean_search
 from benchmarks.gpu_code.sass import Weight
 from nar_kernels.ops.kernels import unmask
 
@@ -65,6 +68,7 @@ def _cuda_case(name: str, type_: str, dtype: torch.dtype, top_k: int = V) -> Cud
         Weight(tiles / (4 * turns), row_h(load, usual, "c[t] = read<kBytes>")),
         Weight(tiles / (4 * turns), row_h(load, usual, "take(i + t, c[t])")),
         Weight(one_warp, row_h(load, marked)),
+        Weight(1, row_h("uint32_t first_forbidden_from(", "while (first < end)")),
         Weight(1, row_h("Chunk read_unusual(", for_forbidden)),
         Weight(one_warp, unmask_cu("uint32_t find_first_largest(", "if (__any_sync")),
         Weight(tiles / 2, unmask_cu("uint32_t find_first_largest(", "for (uint32_t i = 0")),
@@ -94,23 +98,41 @@ def _cuda_case(name: str, type_: str, dtype: torch.dtype, top_k: int = V) -> Cud
 
 def _weights_of_search(dtype: torch.dtype, top_k: int, warps: int, tiles: float) -> list[Weight]:
     top_k_h = regions_of("unmask/gpu/top_k.h")
-    search = logits.mean_search(V, dtype, top_k)
-    find, tie = "TopK find()", "void find_tie("
-    again = 1 - 1 / search.passes  # the first pivots are from a sample
+    search = mean_search(V, dtype, top_k)
+    find, tie, listed = "TopK find()", "void find_tie(", "TopK last_of_list("
+    turns = search.counts + 1  # of which the last ends it
+    # Of the tiles of a row, those with a logit that is listed; none where nothing ever is.
+    with_listed = -math.expm1(-search.listed / (tiles * warps))
+    by_step = {
+        "void count(": search.counts,
+        "void propose_from_row(": search.from_row,
+        "void propose_thirds(": search.thirds,
+        "void propose_around(": search.around,
+        "void propose_from_list(": search.from_list,
+        "uint32_t list()": search.lists,
+        listed: search.ends_by_list,
+    }
     return [
-        Weight(search.passes, top_k_h(find, "for (uint32_t turn = 0")),
-        Weight(again, top_k_h(find, "if (!has_pivots) bracket_.propose")),
-        Weight(search.counts_ties, top_k_h(find, "if (!knows_ties)")),
-        Weight(search.breaks_tie, top_k_h("uint32_t last_tie(uint32_t wanted")),
+        Weight(turns, top_k_h(find, "for (uint32_t turn = 0")),
+        *(Weight(times / turns, top_k_h(step)) for step, times in by_step.items()),
+        Weight(search.ends_by_tie / turns, top_k_h(find, "if (knows_ties)")),
         Weight(1 / warps, top_k_h(tie)),
         Weight(tiles / 2, top_k_h(tie, "for (uint32_t i = 0")),
         Weight(2 / tiles, top_k_h(tie, "for (uint32_t i = 0", "if (all < wanted)", rest=True)),
-        Weight(1, top_k_h("uint32_t count(", "for (uint32_t i = 0")),
+        Weight(1, top_k_h("void count(", "for (uint32_t i = 0")),
         # Four tiles a turn, and copies of two and of one for those that are left.
-        Weight(tiles // 4, top_k_h("uint32_t count(", "for (; i < end"), outside=tiles % 4 / 3),
-        Weight(2 / warps, top_k_h("bool propose_from_sample(", "if (team_.warp < 2)")),
+        Weight(tiles // 4, top_k_h("void count(", "for (; i < end"), outside=tiles % 4 / 3),
+        Weight(2 / warps, top_k_h("void propose_from_sample(", "for (uint32_t j = team_")),
         # Four bits at a time.
-        Weight(17 / 4, top_k_h("uint32_t sampled_key(", "for (uint32_t bit")),
+        Weight(16 / 4, top_k_h("uint32_t sampled_key(", "for (uint32_t bit")),
+        Weight(tiles, top_k_h("uint32_t list()", "for (uint32_t i = 0")),
+        Weight(with_listed, top_k_h("bool enlist(")),
+        Weight(search.listed / 32 / warps, top_k_h(listed, "for (uint32_t t = team_")),
+        # Four at a time.
+        Weight(
+            search.listed / 4, top_k_h(listed, "for (uint32_t t = team_", "for (uint32_t i = 0")
+        ),
+        Weight(1 / warps, top_k_h("TopK up_to(", "if (i >= row_.num_tiles()", rest=True)),
     ]
 
 
