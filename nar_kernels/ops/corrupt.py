@@ -86,6 +86,8 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
 # Places of labels, masked_indices and the row buffer among the outputs, and in Wanted.
 _OPTIONAL = {1: 1, 2: 2, 7: 3}
 
+_COLLECTIONS = tuple, list, set, frozenset
+
 
 class Wanted(NamedTuple):
     """What a batch is made of: the last fields of :class:`CorruptArgs`."""
@@ -102,7 +104,7 @@ class Wanted(NamedTuple):
             ValueError: an unknown output, or another dtype than int64 and int32.
             TypeError: ``outputs`` is no collection of names.
         """
-        is_known = isinstance(outputs, tuple | list | set | frozenset)
+        is_known = isinstance(outputs, _COLLECTIONS)
         if not is_known or not all(name in OUTPUTS for name in outputs):
             names = ", ".join(map(repr, OUTPUTS))
             error = ValueError if is_known else TypeError

@@ -25,6 +25,8 @@ from nar_kernels.spec.schedules import NUM_TIMES
 Reduction = Literal["nelbo", "mean", "none"]
 REDUCTIONS = get_args(Reduction)
 
+_NUMBERS = Tensor, float, int  # Dynamo of PyTorch 2.6 knows no unions of types
+
 _BACKENDS = tuple(NLL_DTYPES)
 
 
@@ -303,7 +305,7 @@ def _check_reduction(
         raise ValueError("normalizer was given, but reduction 'none' divides by nothing")
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
         raise ValueError(f"normalizer has shape {list(normalizer.shape)}: it must be one number")
-    if not isinstance(normalizer, Tensor | float | int):
+    if not isinstance(normalizer, _NUMBERS):
         raise TypeError(f"normalizer is {_kind(normalizer)}: it must be one number")
     on_device = isinstance(normalizer, Tensor) and not normalizer.is_cpu  # reading it would sync
     if not on_device and not 0 < float(normalizer) < math.inf:
