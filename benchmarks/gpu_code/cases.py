@@ -360,7 +360,7 @@ def _cuda_unmask(
         return Region(f"unmask/gpu/{file}.h", headers)
 
     one_warp, has_table, listed = 1 / warps, "nv_bfloat16" in type_, 128
-    counts, lists = (4.6, 0) if has_table else (3.3, 1.5)
+    counts, lists = (4.2, 0) if has_table else (2.1, 1)
     turns = counts + lists
     rare = [
         gpu("row", "float load()", "load_by<4>"),
@@ -394,15 +394,13 @@ def _cuda_unmask(
         Weight(counts / turns, gpu("top_k", "void count(")),
         # Seven copies: of four tiles, of two and of one.
         Weight(tiles / 7, gpu("top_k", "void count(", "for (; i < end")),
-        Weight(1 / turns, gpu("top_k", "void propose_around(")),
+        Weight(2 / turns, gpu("top_k", "void propose_around(")),
         Weight(1 / turns, gpu("top_k", "void propose_from_row(")),
         Weight(2 * one_warp, gpu("top_k", "void propose_from_sample(", "for (uint32_t j = team_")),
-        # Four bits at a time.
-        Weight(16 / 4, gpu("top_k", "uint32_t sampled_key(", "for (uint32_t bit")),
         Weight(lists / turns, gpu("top_k", "uint32_t list()")),
         Weight(tiles, gpu("top_k", "uint32_t list()", "for (uint32_t i = 0")),
         Weight(1 - math.exp(-listed / (tiles * warps)), gpu("top_k", "bool enlist(")),
-        Weight(1 / turns, gpu("top_k", "TopK last_of_list(")),
+        Weight(lists / turns, gpu("top_k", "TopK last_of_list(")),
         Weight(listed / 32 / warps, gpu("top_k", "TopK last_of_list(", "for (uint32_t t = team_")),
         # Four at a time.
         Weight(listed / 4, gpu("top_k", "TopK last_of_list(", "for (uint32_t i = 0")),
