@@ -98,8 +98,7 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kWay>& team) {
   if (has_table) table.build(team, largest);
   uint32_t column = find_first_largest(row, team, largest, largest_of_lane);
   Sampler<L> sampler(p, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
-  const int64_t given = given_token(a, r);
-  const bool samples = given < 0 && a.inverse_temperature > 0;
+  const bool samples = given_token(a, r) < 0 && a.inverse_temperature > 0;
   float reach = 26.0f;  // exp(-26) 26 is less than half a unit
   if (samples) {
     if (team.thread() == 0) sampler.start(column);
@@ -131,6 +130,7 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kWay>& team) {
   const float log_of_sum = log_of_positive(sum);
   if (samples) column = sampler.best_column(team);
 
+  const int64_t given = given_token(a, r);
   float logit = -INFINITY;
   int64_t token = column;
   if (given >= 0) {

@@ -187,7 +187,22 @@ def test_a_sample_of_the_row_that_misleads(sampled, simd_level):
 @pytest.mark.seconds
 @pytest.mark.parametrize("sampled", [10.0, -10.0, -torch.inf])
 def test_a_sample_of_the_row_that_misleads_cuda(sampled):
-    misled_by_samples("cuda", 512, sampled)
+    misled_by_samples("cuda", 256, sampled)
+
+
+@pytest.mark.cuda
+@pytest.mark.seconds
+@pytest.mark.parametrize("top_k", [3, 1500, 4500])
+def test_searches_that_list_what_is_left_cuda(top_k):
+    """Few logits next to the k-th, thousands of equal ones that overflow the list, and -inf."""
+    rows = 3 * torch.randn(5, 5000)
+    rows[1] = rows[1].bfloat16().float() - 8
+    rows[2] = rows[2].round()
+    rows[3, ::2] = -torch.inf
+    rows[4, 1::2] = torch.nan
+    for dtype in DTYPES:
+        args = dict(top_k=top_k, forbidden_ids=(0, 16, 17), confidence="margin")
+        assert_equals_reference(rows.to(dtype), backend="cuda", **args)
 
 
 @pytest.mark.cpp

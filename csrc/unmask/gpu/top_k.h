@@ -41,11 +41,13 @@ struct Bracket {
   // Around where the k-th is if the log-odds of the share that reaches a logit are a straight line,
   // as they nearly are in the tails, too: as far as the number of logits up to there is uncertain.
   template <typename L>
-  __device__ void propose_around(uint32_t* pivots) const {
+  __device__ void propose_around(uint32_t lane, uint32_t* pivots) const {
     const float count = static_cast<float>(size()), above = static_cast<float>(wanted()) - 0.5f;
-    const float spread = 2 * sqrtf(above * (1 - __fdividef(above, count))) + count / 128 + 0.5f;
+    const float spread = 1.5f * sqrtf(above * (1 - __fdividef(above, count))) + count / 256 + 0.5f;
     const float rank = static_cast<float>(reach_high) + above;
-    propose(key_of_rank<L>(rank + spread), key_of_rank<L>(rank - spread), pivots);
+    // Each pivot by half of the lanes.
+    const uint32_t key = key_of_rank<L>(rank + (lane % 2 ? -spread : spread));
+    propose(__shfl_sync(kAllLanes, key, 0), __shfl_sync(kAllLanes, key, 1), pivots);
   }
 
   template <typename L>
@@ -88,7 +90,7 @@ class TopKSearch {
 
   // A sample of the row brackets the k-th largest, interpolation brackets it again, and the few
   // logits that are left are listed. Where they are many, such as ties, those that fit into the
-  // list are a sample of exact keys; thirds in every fourth turn bound the number of passes.
+  // list are a sample of exact keys; thirds in every sixth turn bound the number of passes.
   __device__ TopK find() {
     bool knows_ties = false;
     for (uint32_t turn = 0;; ++turn) {
@@ -99,15 +101,15 @@ class TopKSearch {
         if (knows_ties) return up_to({bracket_.low, last_tie()});
       } else if (turn == 0 && row_.vocabulary() >= kWorthSampling) {
         propose_from_row(pivots);
-      } else if (turn % 4 == 3 || bracket_.high - bracket_.low <= kFewKeys) {
+      } else if (turn % 6 == 5 || bracket_.high - bracket_.low <= kFewKeys) {
         bracket_.propose_thirds(pivots);
-      } else if (bracket_.size() <= LogitList::kMost || turn % 4 == 2 ||
+      } else if (bracket_.size() <= LogitList::kMost || turn % 6 == 3 ||
                  (turn == 0 && bracket_.low == L::kKeyOfMinusInfinity)) {
         const uint32_t listed = list();
         if (listed <= LogitList::kMost) return last_of_list(listed);
         propose_from_list(pivots);
       } else {
-        bracket_.template propose_around<L>(pivots);
+        bracket_.template propose_around<L>(team_.lane, pivots);
       }
       uint32_t reach[2];
       count(pivots, reach);
