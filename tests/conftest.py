@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     emulated = cuda_on_cpu.load()
     if emulated is not None:
         sys.modules["nar_kernels._cuda"] = emulated
+TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET")
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
@@ -37,6 +38,8 @@ if importlib.util.find_spec("hypothesis"):
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items):
     """Tests are marked with what they need; where it is missing they skip, and say why."""
+    # A test file that imports what changes this would make tests of Triton skip.
+    assert os.environ.get("TRITON_INTERPRET") == TRITON_INTERPRET
     from nar_kernels import backends
 
     missing = {name: reason for name, reason in backends().items() if reason != "available"}

@@ -21,11 +21,16 @@ element and may see different values.
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
-from benchmarks.gpu_code.cases import cuda_cases, triton_cases
-from benchmarks.gpu_code.compile import cuda_row, triton_row
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: compile, do not interpret
+# What Triton has in its cache may name the lines of another checkout.
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+
+from benchmarks.gpu_code.cases import cuda_cases, triton_cases  # noqa: E402
+from benchmarks.gpu_code.compile import cuda_row, triton_row  # noqa: E402
 
 ARCHITECTURES = [80, 90, 100]
 

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 }
 
 // How many warps take a row.
-struct Shape {
+struct Division {
   void (*kernel)(UnmaskLaunch);
   unsigned warps, rows_per_block;
 };
@@ -191,7 +191,7 @@ int64_t attribute_of(int device, cudaDeviceAttr attribute) {
 }
 
 template <typename T>
-Shape launch_shape(int device, UnmaskLaunch* p) {
+Division divide(int device, UnmaskLaunch* p) {
   constexpr int64_t kTilesOfWarp = 4;
   constexpr int64_t kWorthTable = 8192;  // logits
   constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp;
@@ -222,11 +222,11 @@ Shape launch_shape(int device, UnmaskLaunch* p) {
   return {unmask_kernel<T, Way::kPart>, kMaxWarps, 1};
 }
 
-Shape launch_shape(GpuLogitType type, int device, UnmaskLaunch* p) {
+Division divide(GpuLogitType type, int device, UnmaskLaunch* p) {
   switch (type) {
-    case GpuLogitType::kFloat32: return launch_shape<float>(device, p);
-    case GpuLogitType::kBfloat16: return launch_shape<__nv_bfloat16>(device, p);
-    default: return launch_shape<__half>(device, p);
+    case GpuLogitType::kFloat32: return divide<float>(device, p);
+    case GpuLogitType::kBfloat16: return divide<__nv_bfloat16>(device, p);
+    default: return divide<__half>(device, p);
   }
 }
 
@@ -241,18 +241,19 @@ void unmask_cuda(const UnmaskArgs& args, GpuLogitType type, const int64_t* more_
   for (int64_t f = 0; f < std::min<int64_t>(args.num_forbidden, kForbiddenArguments); ++f) {
     p.forbidden[f] = static_cast<int32_t>(args.forbidden[f]);
   }
-  const Shape shape = launch_shape(type, device, &p);
+  const Division division = divide(type, device, &p);
   cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(static_cast<unsigned>((args.rows + shape.rows_per_block - 1) / shape.rows_per_block));
-  config.blockDim = dim3(shape.warps * kWarp, shape.rows_per_block);
-  config.dynamicSmemBytes = size_t{shape.rows_per_block} * p.bytes;
+  config.gridDim = dim3(
+      static_cast<unsigned>((args.rows + division.rows_per_block - 1) / division.rows_per_block));
+  config.blockDim = dim3(division.warps * kWarp, division.rows_per_block);
+  config.dynamicSmemBytes = size_t{division.rows_per_block} * p.bytes;
   config.stream = stream;
   // Always the most that there is: another thread may be about to launch the same kernel with more.
   const int most = static_cast<int>(attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  check_cuda(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-             "cudaFuncSetAttribute");
-  check_cuda(cudaLaunchKernelEx(&config, shape.kernel, p), "the launch of unmask_kernel");
+  check_cuda(
+      cudaFuncSetAttribute(division.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+      "cudaFuncSetAttribute");
+  check_cuda(cudaLaunchKernelEx(&config, division.kernel, p), "the launch of unmask_kernel");
 }
 
 }  // namespace nar

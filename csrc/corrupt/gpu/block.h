@@ -8,13 +8,12 @@
 
 #include "corrupt/corrupt.h"
 #include "rng/permutation.h"
+#include "runtime/warp.h"
 #include "select/order_statistic.h"
 
 namespace nar {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 constexpr int kMaxRows = 7;
 
 // Tiles that a warp holds in registers. The more, the fewer instructions for each and the fewer

@@ -5,14 +5,13 @@
 
 #include <type_traits>
 
+#include "runtime/warp.h"
 #include "unmask/gpu/logits.h"
 #include "unmask/unmask_cuda.h"
 
 namespace nar {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 constexpr int kMaxWarps = 24;
 constexpr uint32_t kNoColumn = 0xFFFFFFFF;
 
