@@ -99,36 +99,36 @@ RowOutput<Id> outputs_of(const CorruptArgs& a, int64_t b, const RowScratch& scra
           a.masked_indices ? a.masked_indices + at : scratch.masked};
 }
 
+// Returns where the masks of the row are.
 template <typename Id>
-void corrupt_row_of(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
-                    InvalidTokens* invalid) {
-  const int64_t length = a.windows.seq_len;
-  const uint64_t sample = a.sample(b);
+const uint8_t* write_outputs(const CorruptArgs& a, int64_t b, const RowScratch& scratch,
+                             const RowBounds& bounds, const uint8_t* can_mask) {
+  const RowOutput<Id> out = outputs_of<Id>(a, b, scratch);
+  if (is_tied(bounds.keep) || is_tied(bounds.replace) || is_tied(bounds.mask)) {
+    write_tied_row(a, bounds, a.sample(b), scratch.keys, scratch.clean, can_mask, out);
+  } else {
+    write_row(bounds.keep >> 32, bounds.mask >> 32, a.windows.seq_len, a.windows.mask_id,
+              scratch.keys, scratch.clean, out);
+    if (bounds.replace != bounds.keep) {
+      randomise_row(a, bounds, a.sample(b), scratch.keys, out.input_ids);
+    }
+  }
+  return out.masked;
+}
 
+void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
+                 InvalidTokens* invalid) {
+  const int64_t length = a.windows.seq_len;
   load_row(a.windows, b, scratch.clean, invalid);
-  fill_words(scratch.keys, length, a.seed, kMaskKey, sample);
+  fill_words(scratch.keys, length, a.seed, kMaskKey, a.sample(b));
   const bool all_maskable = !a.maskable && !a.never_mask;
   const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
   const int64_t n =
       all_maskable ? length : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);
   const RowBounds bounds = row_bounds(a, b, t16, scratch, can_mask, n);
-
-  const RowOutput<Id> out = outputs_of<Id>(a, b, scratch);
-  if (is_tied(bounds.keep) || is_tied(bounds.replace) || is_tied(bounds.mask)) {
-    write_tied_row(a, bounds, sample, scratch.keys, scratch.clean, can_mask, out);
-  } else {
-    write_row(bounds.keep >> 32, bounds.mask >> 32, length, a.windows.mask_id, scratch.keys,
-              scratch.clean, out);
-    if (bounds.replace != bounds.keep) {
-      randomise_row(a, bounds, sample, scratch.keys, out.input_ids);
-    }
-  }
-  write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(out.masked, length));
-}
-
-void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
-                 InvalidTokens* invalid) {
-  (a.narrow ? corrupt_row_of<int32_t> : corrupt_row_of<int64_t>)(a, b, t16, scratch, invalid);
+  const auto write = a.narrow ? write_outputs<int32_t> : write_outputs<int64_t>;
+  const uint8_t* masked = write(a, b, scratch, bounds, can_mask);
+  write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(masked, length));
 }
 
 int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {

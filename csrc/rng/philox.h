@@ -35,14 +35,30 @@ struct Words4 {
   uint32_t word[4];
 };
 
+// The keys of all rounds, for many blocks.
 struct RoundKeys {
   uint32_t low[10], high[10];
+
+  NAR_HOST_DEVICE uint32_t low_of(int round) const { return low[round]; }
+  NAR_HOST_DEVICE uint32_t high_of(int round) const { return high[round]; }
 
   NAR_HOST_DEVICE explicit RoundKeys(uint64_t seed) {
     for (int round = 0; round < 10; ++round) {
       low[round] = static_cast<uint32_t>(seed) + round * kPhiloxW0;
       high[round] = static_cast<uint32_t>(seed >> 32) + round * kPhiloxW1;
     }
+  }
+};
+
+// Made in each round, for a single block.
+struct SeedKeys {
+  uint64_t seed;
+
+  NAR_HOST_DEVICE uint32_t low_of(int round) const {
+    return static_cast<uint32_t>(seed) + round * kPhiloxW0;
+  }
+  NAR_HOST_DEVICE uint32_t high_of(int round) const {
+    return static_cast<uint32_t>(seed >> 32) + round * kPhiloxW1;
   }
 };
 
@@ -58,31 +74,33 @@ NAR_HOST_DEVICE inline uint32_t multiply(uint32_t a, uint32_t b, uint32_t* high)
 #endif
 }
 
-NAR_HOST_DEVICE inline Words4 philox4x32(Words4 counter, const RoundKeys& keys) {
+template <typename Keys>
+NAR_HOST_DEVICE Words4 philox4x32(Words4 counter, const Keys& keys) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1];
   uint32_t c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < 10; ++round) {
     uint32_t high0, high1;
     const uint32_t low0 = multiply(kPhiloxM0, c0, &high0);
     const uint32_t low1 = multiply(kPhiloxM1, c2, &high1);
-    c0 = high1 ^ c1 ^ keys.low[round];
+    c0 = high1 ^ c1 ^ keys.low_of(round);
     c1 = low1;
-    c2 = high0 ^ c3 ^ keys.high[round];
+    c2 = high0 ^ c3 ^ keys.high_of(round);
     c3 = low0;
   }
   return {{c0, c1, c2, c3}};
 }
 
 // The four words at positions 4 * block .. 4 * block + 3 of a sample.
-NAR_HOST_DEVICE inline Words4 random_block(const RoundKeys& keys, uint32_t stream, uint64_t sample,
-                                           uint32_t block) {
+template <typename Keys>
+NAR_HOST_DEVICE Words4 random_block(const Keys& keys, uint32_t stream, uint64_t sample,
+                                    uint32_t block) {
   return philox4x32(
       {{block, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32), stream}}, keys);
 }
 
 NAR_HOST_DEVICE inline Words4 random_block(uint64_t seed, uint32_t stream, uint64_t sample,
                                            uint32_t block) {
-  return random_block(RoundKeys(seed), stream, sample, block);
+  return random_block(SeedKeys{seed}, stream, sample, block);
 }
 
 NAR_HOST_DEVICE inline uint32_t random_word(uint64_t seed, uint32_t stream, uint64_t sample,

@@ -43,18 +43,25 @@ inline int64_t count_set(const uint8_t* bytes, int64_t n) {
 }
 
 #if defined(__AVX512F__)
-// The 8 numbers from `at` on whose bits are set.
-inline void store_set(int64_t* out, int64_t at, uint32_t bits, uint32_t count) {
-  const __m512i step = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i index = _mm512_add_epi64(step, _mm512_set1_epi64(at));
-  _mm512_mask_storeu_epi64(out, static_cast<__mmask8>((1u << count) - 1),
-                           _mm512_maskz_compress_epi64(static_cast<__mmask8>(bits), index));
+// 8 numbers from `at` on, of the type of the output.
+inline __m512i eight_from(int64_t at, const int64_t*) {
+  return _mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(at));
 }
-inline void store_set(int32_t* out, int64_t at, uint32_t bits, uint32_t count) {
+inline __m256i eight_from(int64_t at, const int32_t*) {
   const __m256i step = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i index = _mm256_add_epi32(step, _mm256_set1_epi32(static_cast<int>(at)));
+  return _mm256_add_epi32(step, _mm256_set1_epi32(static_cast<int>(at)));
+}
+inline __m512i next_eight(__m512i eight) { return _mm512_add_epi64(eight, _mm512_set1_epi64(8)); }
+inline __m256i next_eight(__m256i eight) { return _mm256_add_epi32(eight, _mm256_set1_epi32(8)); }
+
+// Those whose bits are set.
+inline void store_set(int64_t* out, __m512i eight, uint32_t bits, uint32_t count) {
+  _mm512_mask_storeu_epi64(out, static_cast<__mmask8>((1u << count) - 1),
+                           _mm512_maskz_compress_epi64(static_cast<__mmask8>(bits), eight));
+}
+inline void store_set(int32_t* out, __m256i eight, uint32_t bits, uint32_t count) {
   _mm256_mask_storeu_epi32(out, static_cast<__mmask8>((1u << count) - 1),
-                           _mm256_maskz_compress_epi32(static_cast<__mmask8>(bits), index));
+                           _mm256_maskz_compress_epi32(static_cast<__mmask8>(bits), eight));
 }
 #elif defined(__AVX2__)
 // The 8 numbers from `at` on whose bits are set; what is behind them in `out` changes, too.
@@ -88,10 +95,12 @@ int64_t set_positions(const uint8_t* __restrict flags, int64_t n, int64_t first,
   for (; i + 64 <= n; i += 64) {
     const __m512i bytes = _mm512_loadu_si512(flags + i);
     uint64_t bits = _mm512_test_epi8_mask(bytes, bytes);
-    for (int64_t at = first + i; at < first + i + 64; at += 8, bits >>= 8) {
+    auto eight = eight_from(first + i, out);
+    for (int group = 0; group < 8; ++group, bits >>= 8) {
       const uint32_t here = bits & 0xFF, count = static_cast<uint32_t>(_mm_popcnt_u32(here));
-      store_set(out, at, here, count);
+      store_set(out, eight, here, count);
       out += count;
+      eight = next_eight(eight);
     }
   }
 #elif defined(__AVX2__)

@@ -3,7 +3,7 @@
 Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,6 +104,8 @@ class Wanted(NamedTuple):
             ValueError: an unknown output, or another dtype than int64 and int32.
             TypeError: ``outputs`` is no collection of names.
         """
+        if outputs is OUTPUTS and ids_dtype is torch.int64:  # saves 2 us
+            return EVERYTHING
         is_known = isinstance(outputs, _COLLECTIONS)
         if not is_known or not all(name in OUTPUTS for name in outputs):
             names = ", ".join(map(repr, OUTPUTS))
@@ -337,10 +339,12 @@ def _corrupt(
     if backend == "reference" and tokens.device != device:
         raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
     memory = None if out is None else _memory_of(out, arguments, device)
-    outputs: list[Tensor | None] = [*run_corrupt(arguments, backend, memory)]
-    for i, is_wanted in _OPTIONAL.items():
-        if not wanted[is_wanted]:
-            outputs[i] = None
+    outputs: Sequence[Tensor | None] = run_corrupt(arguments, backend, memory)
+    if not all(wanted[1:]):
+        outputs = [*outputs]
+        for i, is_wanted in _OPTIONAL.items():
+            if not wanted[is_wanted]:
+                outputs[i] = None
     counts = None
     if device.type == "cuda" and wanted.masked_rows:
         counts = count_on_host(arguments, masking, slots)
