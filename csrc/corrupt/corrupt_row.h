@@ -126,8 +126,8 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
   const int64_t n =
       all_maskable ? length : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);
   const RowBounds bounds = row_bounds(a, b, t16, scratch, can_mask, n);
-  const auto write = a.narrow ? write_outputs<int32_t> : write_outputs<int64_t>;
-  const uint8_t* masked = write(a, b, scratch, bounds, can_mask);
+  const uint8_t* masked = a.narrow ? write_outputs<int32_t>(a, b, scratch, bounds, can_mask)
+                                   : write_outputs<int64_t>(a, b, scratch, bounds, can_mask);
   write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(masked, length));
 }
 

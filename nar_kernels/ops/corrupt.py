@@ -340,7 +340,7 @@ def _corrupt(
         raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
     memory = None if out is None else _memory_of(out, arguments, device)
     outputs: Sequence[Tensor | None] = run_corrupt(arguments, backend, memory)
-    if not all(wanted[1:]):
+    if wanted is not EVERYTHING:
         outputs = [*outputs]
         for i, is_wanted in _OPTIONAL.items():
             if not wanted[is_wanted]:
@@ -380,17 +380,15 @@ def _memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[
 
 def _empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
     """In the order of Corrupted, without ``invalid``; what is not wanted is empty."""
-    # Sizes one by one, and empty_like: they save 5 us in all.
+    # Sizes one by one, empty_like and new_empty: they save 5 us in all.
     batch, seq_len = a.batch, a.seq_len
     dtype = torch.int32 if a.narrow else torch.int64
     ids = torch.empty(batch, seq_len, dtype=dtype, device=device)
     labels = torch.empty_like(ids) if a.labels else ids.new_empty(0)
-    masked = torch.empty(
-        (batch, seq_len) if a.masked_indices else 0, dtype=torch.bool, device=device
-    )
+    masked = torch.empty_like(ids if a.masked_indices else ids.new_empty(0), dtype=torch.bool)
     times = torch.empty(batch, dtype=torch.float32, device=device)
     counts = torch.empty(batch, dtype=torch.int64, device=device)
-    row_buffer = torch.empty(batch * seq_len if a.masked_rows else 0, dtype=dtype, device=device)
+    row_buffer = ids.new_empty(batch * seq_len if a.masked_rows else 0)
     weight, num_maskable = map(torch.empty_like, (times, counts))
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 

@@ -85,9 +85,8 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_device(tensor: Tensor, launch: Callable[..., Any], *args: Any) -> Any:
     """Runs ``launch(*args)`` with the device of ``tensor`` current."""
-    device = tensor.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
             return launch(*args)
     return launch(*args)
 
