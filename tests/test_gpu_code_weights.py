@@ -1,11 +1,14 @@
 """How `benchmarks.gpu_code` weighs instructions: by their lines and basic blocks, and which weights
 it refuses."""
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton", minversion="3.3")  # whose compiler the tool knows
 
 from benchmarks.gpu_code.cases.order_statistic import num_passes  # noqa: E402
+from benchmarks.gpu_code.cases.search import search  # noqa: E402
 from benchmarks.gpu_code.sass import (  # noqa: E402
     Instruction,
     Region,
@@ -162,3 +165,41 @@ def test_blocks_of_a_disassembly():
 
 def test_passes_of_a_search():
     assert num_passes(64, 1) < num_passes(64, 3) < 9
+
+
+def _distributions(count):
+    """What logits may look like, and what is hard to interpolate or to sample."""
+    rng = np.random.default_rng(0)
+    normal, uniform, place = rng.standard_normal(count), rng.random(count), np.arange(count)
+    return {
+        "normal": 3 * normal,
+        "uniform": uniform,
+        "exponential": -np.log(1 - uniform),
+        "cauchy": rng.standard_cauchy(count),
+        "lognormal": np.exp(3 * normal),
+        "two peaks": normal + np.where(uniform < 0.5, 100, -100),
+        "one far above": np.where(place == count // 3, 3e4, normal),
+        "constant": np.full(count, 2.5),
+        "two values": np.where(uniform < 0.3, 1.0, -1.0),
+        "few values": np.round(2 * normal),
+        "half of them ties": np.where(uniform < 0.5, 0.5, normal),
+        "ascending": np.sort(normal),
+        "descending": np.sort(normal)[::-1].copy(),
+        "periodic": np.sin(2 * np.pi * place / (count // 256)),  # samples are all the same
+        "mostly -inf": np.where(uniform < 0.01, normal, -np.inf),
+        "tiny": 1e-4 * normal,
+        "huge": 1e4 * normal,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_search_for_the_kth_largest_logit_takes_few_passes(dtype):
+    count = 50304
+    passes = {}
+    for name, logits in _distributions(count).items():
+        x = torch.from_numpy(logits.clip(-np.inf, 6e4)).to(dtype)
+        for k in (1, 2, 50, 1000, count // 3, count - 1):
+            found = search(x, k)
+            passes[name, k] = found.counts + found.lists
+    assert max(passes.values()) <= 13, passes
+    assert max(n for (name, _), n in passes.items() if name == "normal") <= 6

@@ -73,14 +73,20 @@ __device__ Row row_of(const KernelArgs& a, const Team& team) {
   return row;
 }
 
+// The same, once the slots are there.
+__device__ Row row_with_window(const KernelArgs& a, const Team& team) {
+  Row row = row_of(a, team);
+  row.start = team.memory.start[team.row];
+  return row;
+}
+
 // Rows that are rare, with tied bounds or outputs that cannot be stored in pairs. Functions of
 // their own, which keep the code of all other rows short.
 template <int kRanks>
 __device__ __attribute__((noinline)) uint32_t count_ranked(const KernelArgs& a, BlockMemory& memory,
                                                            RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  Row row = row_of(a, team);
-  row.start = memory.start[team.row];
+  const Row row = row_with_window(a, team);
   const RankedTiles<kRanks> tiles(a, row, team, bounds);
   return count_below(tiles, tiles.bounds().pivot(0));
 }
@@ -89,8 +95,7 @@ template <int kRanks>
 __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, BlockMemory& memory,
                                                        RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  Row row = row_of(a, team);
-  row.start = memory.start[team.row];
+  const Row row = row_with_window(a, team);
   const RankedTiles<kRanks> tiles(a, row, team, bounds);
   write_row<false>(a, row, team, tiles, tiles.bounds());
 }

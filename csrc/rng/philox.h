@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define NAR_HOST_DEVICE __host__ __device__
-#else
-#define NAR_HOST_DEVICE
-#endif
+#include "runtime/host_device.h"
 
 namespace nar {
 

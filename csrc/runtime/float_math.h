@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "runtime/log_of_parts.h"
+
 namespace nar {
 
 // Compiled once per instruction set (see levels/kernels.h). The vectors are those of the GNU
@@ -55,8 +57,6 @@ inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 #endif
 
-constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts
-
 // exp(x) for x <= 0, to 2 ulp; 0 below -87, where float32 underflows. NaN stays NaN. Interleaves
 // several vectors: each is one long dependency chain, and out-of-order windows are too short to
 // overlap whole chains.
@@ -92,21 +92,6 @@ inline Floats exp_of_negative(Floats x) {
 
 // Enough vectors to hide the latency of exp.
 constexpr int kManyVectors = 4, kManyFloats = kManyVectors * kFloats;
-
-// log(2**exponent * (1 + f)), f in [sqrt(1/2) - 1, sqrt(2) - 1]. Cephes.
-inline Floats log_of_parts(Floats exponent, Floats f) {
-  Floats y = spread(7.0376836292e-2f);
-  y = y * f - 1.1514610310e-1f;
-  y = y * f + 1.1676998740e-1f;
-  y = y * f - 1.2420140846e-1f;
-  y = y * f + 1.4249322787e-1f;
-  y = y * f - 1.6668057665e-1f;
-  y = y * f + 2.0000714765e-1f;
-  y = y * f - 2.4999993993e-1f;
-  y = y * f + 3.3333331174e-1f;
-  y = y * f * (f * f) + exponent * kLn2Low - 0.5f * (f * f);
-  return f + y + exponent * kLn2High;
-}
 
 // log(x) of a normal x > 0.
 inline Floats log_of_positive(Floats x) {

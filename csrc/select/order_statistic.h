@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "rng/philox.h"
+#include "runtime/host_device.h"
 
 namespace nar {
 

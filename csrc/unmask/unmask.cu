@@ -42,140 +42,143 @@ __device__ uint32_t find_first_largest(const Row& row, const typename Row::Warps
   return team.memory->first_largest;
 }
 
+// Calls take(chunk, column, gap) for the chunks of a warp, without what is not kept. `gap` is that
+// of the largest logit; chunks that keep nothing down to the lowest gap are passed over.
+template <typename Row, typename Take>
+__device__ void each_kept(const Row& row, const Filter<typename Row::L>* filter, float largest,
+                          float lowest_gap, Take take) {
+  uint32_t column = row.column(0);
+  for (uint32_t i = 0; i < row.num_tiles(); ++i, column += Row::kTile) {
+    Chunk c = row.chunk(i, column);
+    if (filter) c = filter->kept(column, c);
+    const float gap = Row::L::largest(c) - largest;
+    if (filter && !__any_sync(kAllLanes, gap >= lowest_gap)) continue;
+    take(c, column, gap);
+  }
+}
+
 // exp of the gap between the largest and the second-largest logit.
 template <typename Row>
-__device__ float exp_of_second(const Row& row, typename Row::Warps& team, bool selects,
-                               const Filter<typename Row::L>& filter, float largest) {
+__device__ float exp_of_second(const Row& row, typename Row::Warps& team,
+                               const Filter<typename Row::L>* filter, float largest) {
   using L = typename Row::L;
   float second = -INFINITY;
   uint32_t ties = 0;
-  for (uint32_t i = 0; i < row.num_tiles(); ++i) {
-    Chunk c = row.chunk(i, row.column(i));
-    if (selects) c = filter.kept(row.column(i), c);
+  each_kept(row, filter, largest, -INFINITY, [&](const Chunk& c, uint32_t, float) {
 #pragma unroll
     for (int j = 0; j < L::kItems; ++j) {
       const float x = clean(L::item(c, j));
       if (x < largest) second = fmaxf(second, x);
       ties += x == largest;
     }
-  }
-  second = from_ordered(team.largest(ordered(second)));
+  });
+  second = team.largest(second);
   if (team.sum(ties) > 1) return 1;
   return exp_of_negative(second - largest);
 }
 
-// -1: the token is drawn.
-__device__ int64_t given_token(const UnmaskArgs& a, int64_t r) { return a.given ? a.given[r] : -1; }
+// The logit of any id; -inf unless it is kept.
+template <typename Row>
+__device__ float kept_logit(const Row& row, const TopK& top, int64_t id) {
+  if (id >= row.vocabulary()) return -INFINITY;
+  const uint32_t column = static_cast<uint32_t>(id);
+  if (row.forbids(column)) return -INFINITY;
+  const float logit = row.at(column);
+  return top.keeps(Row::L::key(logit), column) ? logit : -INFINITY;
+}
 
-template <typename T, Way kWay>
-__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kWay>& team) {
+__device__ void write(const UnmaskArgs& a, int64_t r, int64_t token, float log_prob,
+                      float confidence) {
+  a.tokens[r] = token;
+  a.log_prob[r] = log_prob;
+  if (a.confidence) a.confidence[r] = confidence;
+}
+
+template <typename T, Mapping kMapping>
+__device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kMapping>& team) {
   using L = Logits<T>;
+  using RowOfT = Row<T, kMapping>;
   const UnmaskArgs& a = p.args;
   unsigned char* scratch = reinterpret_cast<unsigned char*>(team.memory + 1);
-  Chunk* held = reinterpret_cast<Chunk*>(scratch + p.scratch);
-  Row<T, kWay> row(p, r, team, held);
+  RowOfT row(p, r, team, reinterpret_cast<Chunk*>(scratch + p.scratch));
   const float largest_of_lane = row.load();
-  const float largest = from_ordered(team.largest(ordered(largest_of_lane)));
+  const float largest = team.largest(largest_of_lane);
+  const int64_t given = a.given ? a.given[r] : -1;  // -1: the token is drawn
   if (largest == -INFINITY) {
-    if (team.thread() != 0) return;
-    const int64_t given = given_token(a, r);
-    a.tokens[r] = given >= 0 ? given : a.fallback;
-    a.log_prob[r] = -INFINITY;
-    if (a.confidence) a.confidence[r] = -INFINITY;
+    if (team.thread() == 0) write(a, r, given >= 0 ? given : a.fallback, -INFINITY, -INFINITY);
     return;
   }
 
-  const bool selects = a.top_k < a.vocabulary;
   TopK top = {};
+  const bool selects = a.top_k < a.vocabulary;
   if (selects) {
-    const uint32_t k = static_cast<uint32_t>(a.top_k);
-    top = TopKSearch<Row<T, kWay>>(row, team, largest, k).find();
+    top = TopKSearch<RowOfT>(row, team, largest, static_cast<uint32_t>(a.top_k)).find();
   }
+  const Filter<L> filter_of_top(top, team.memory);
+  const Filter<L>* filter = selects ? &filter_of_top : nullptr;
   // Infinity stands for the largest float, which is no bfloat16.
-  constexpr bool kCanHaveTable = std::is_same_v<T, __nv_bfloat16> && kWay != Way::kWarp;
+  constexpr bool kCanHaveTable = std::is_same_v<T, __nv_bfloat16> && kMapping != Mapping::kWarp;
   const bool has_table = kCanHaveTable && p.has_table && largest < kLargestFloat;
   ExpTable table = {reinterpret_cast<uint32_t*>(scratch) + ExpTable::kSize, 0};
   if (has_table) table.build(team, largest);
   uint32_t column = find_first_largest(row, team, largest, largest_of_lane);
   Sampler<L> sampler(p, static_cast<uint64_t>(a.noise_slots[r]), largest, team.memory);
-  const bool samples = given_token(a, r) < 0 && a.inverse_temperature > 0;
-  float reach = 26.0f;  // exp(-26) 26 is less than half a unit
+  const bool samples = given < 0 && a.inverse_temperature > 0;
+  float lowest_gap = -26.0f;  // exp(-26) * 26 is less than half a unit of the sums
   if (samples) {
     if (team.thread() == 0) sampler.start(column);
     team.sync();
-    reach = fmaxf(reach, sampler.reach());
+    lowest_gap = fminf(lowest_gap, sampler.lowest_gap());
   }
 
-  const bool with_gap = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
-  const Filter<L> filter(top, team.memory);
+  const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
   Sums sums;
-  const auto take = [&](auto add_to_sums) {
-    uint32_t at = row.column(0);
-    for (uint32_t i = 0; i < row.num_tiles(); ++i, at += row.kTile) {
-      Chunk c = row.chunk(i, at);
-      if (selects) c = filter.kept(at, c);
-      const float gap = L::largest(c) - largest;
-      if (selects && !__any_sync(kAllLanes, gap >= -reach)) continue;
+  const auto pass = [&](auto add_to_sums) {
+    each_kept(row, filter, largest, lowest_gap, [&](const Chunk& c, uint32_t at, float gap) {
       add_to_sums(c, at);
       if (samples) sampler.add(c, at, gap, team.lane);
-    }
+    });
   };
   if constexpr (kCanHaveTable) {
-    if (has_table) take([&](const Chunk& c, uint32_t at) { sums.add(table, c, row, at, largest); });
+    if (has_table) pass([&](const Chunk& c, uint32_t at) { sums.add(table, c, row, at, largest); });
   }
   if (!has_table) {
-    take([&](const Chunk& c, uint32_t) { sums.template add<L>(c, largest, with_gap); });
+    pass([&](const Chunk& c, uint32_t) { sums.template add<L>(c, largest, is_entropy); });
   }
   const float sum = from_units(team.sum(sums.exp));
   const float log_of_sum = log_of_positive(sum);
   if (samples) column = sampler.best_column(team);
 
-  const int64_t given = given_token(a, r);
-  float logit = -INFINITY;
-  int64_t token = column;
-  if (given >= 0) {
-    token = given, column = static_cast<uint32_t>(given);
-    if (given < a.vocabulary && !row.forbids(column)) {
-      logit = row.at(column);
-      const uint32_t key = L::key(logit);
-      if (selects && (key < top.key || (key == top.key && column > top.last_tie))) {
-        logit = -INFINITY;
-      }
-    }
-  } else {
-    logit = row.at(column);
-  }
   float confidence = 0;
-  if (with_gap) {
+  if (is_entropy) {
     confidence = -(log_of_sum + from_units(team.sum(sums.exp_times_gap)) / sum);
   } else if (a.confidence) {
-    confidence = (1.0f - exp_of_second(row, team, selects, filter, largest)) / sum;
+    confidence = (1.0f - exp_of_second(row, team, filter, largest)) / sum;
   }
   if (team.thread() != 0) return;
-  a.tokens[r] = token;
-  a.log_prob[r] = (logit - largest) - log_of_sum;
-  if (a.confidence) a.confidence[r] = confidence;
+  const float logit = given < 0 ? row.at(column) : kept_logit(row, top, given);
+  write(a, r, given < 0 ? column : given, (logit - largest) - log_of_sum, confidence);
 }
 
-template <typename T, Way kWay>
+template <typename T, Mapping kMapping>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     unmask_kernel(const __grid_constant__ UnmaskLaunch p) {
   int64_t r = blockIdx.x;
   NAR_DYNAMIC_SHARED(unsigned char, shared);
-  if (kWay == Way::kWarp) {
+  if (kMapping == Mapping::kWarp) {
     r = r * kRowsPerBlock + threadIdx.y;
     shared += threadIdx.y * p.bytes;
   }
   if (r >= p.args.rows) return;  // a warp on its own
-  Team<kWay> team = {reinterpret_cast<RowMemory*>(shared), threadIdx.x / kWarp,
-                     threadIdx.x % kWarp};
+  Team<kMapping> team = {reinterpret_cast<RowMemory*>(shared), threadIdx.x / kWarp,
+                         threadIdx.x % kWarp};
   if (team.warp == 0) {
     team.memory->is_unusual[team.lane] = 0;
     team.memory->first_largest = kNoColumn;
     team.memory->num_listed = 0;
   }
   team.sync();
-  unmask_row<T, kWay>(p, r, team);
+  unmask_row<T, kMapping>(p, r, team);
 }
 
 // How many warps take a row.
@@ -197,7 +200,7 @@ Division divide(int device, UnmaskLaunch* p) {
   constexpr int64_t kTileBytes = sizeof(Chunk) * kWarp;
   const UnmaskArgs& a = p->args;
   const int64_t tiles =
-      (a.vocabulary + Row<T, Way::kBlock>::kTile - 1) / Row<T, Way::kBlock>::kTile;
+      (a.vocabulary + Row<T, Mapping::kBlock>::kTile - 1) / Row<T, Mapping::kBlock>::kTile;
   const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
   p->has_table = std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
   p->held_tiles = static_cast<uint32_t>(tiles);
@@ -205,7 +208,7 @@ Division divide(int device, UnmaskLaunch* p) {
       std::max(p->has_table ? ExpTable::kBytes : 0, a.top_k < a.vocabulary ? LogitList::kBytes : 0);
   const int64_t fixed = sizeof(RowMemory) + p->scratch;
   p->bytes = static_cast<uint32_t>(fixed + tiles * kTileBytes);
-  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, Way::kWarp>, 1, kRowsPerBlock};
+  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, Mapping::kWarp>, 1, kRowsPerBlock};
 
   const int64_t warps = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
   const int64_t most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -213,13 +216,13 @@ Division divide(int device, UnmaskLaunch* p) {
                        attribute_of(device, cudaDevAttrReservedSharedMemoryPerBlock);
   if (fixed + tiles * kTileBytes <= std::min(half, most)) {  // two rows a multiprocessor
     const unsigned enough = static_cast<unsigned>(std::min<int64_t>(warps, kMaxWarps / 2));
-    return {unmask_kernel<T, Way::kBlock>, enough, 1};
+    return {unmask_kernel<T, Mapping::kBlock>, enough, 1};
   }
   const int64_t held = std::clamp<int64_t>((most - fixed) / kTileBytes, 0, tiles);
   p->held_tiles = static_cast<uint32_t>(held);
   p->bytes = static_cast<uint32_t>(fixed + held * kTileBytes);
-  if (held == tiles) return {unmask_kernel<T, Way::kBlock>, kMaxWarps, 1};
-  return {unmask_kernel<T, Way::kPart>, kMaxWarps, 1};
+  if (held == tiles) return {unmask_kernel<T, Mapping::kBlock>, kMaxWarps, 1};
+  return {unmask_kernel<T, Mapping::kPart>, kMaxWarps, 1};
 }
 
 Division divide(GpuLogitType type, int device, UnmaskLaunch* p) {

@@ -116,11 +116,11 @@ class LinearNllArgs(NamedTuple):
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     labels: Tensor  # int64 [R]
-    row_weight: Tensor | None  # [R]; None for 1
+    row_weight: Tensor | None = None  # [R]; None for 1
     # Which gradients are wanted; the others are empty.
-    of_hidden: bool
-    of_weight: bool
-    of_bias: bool
+    of_hidden: bool = False
+    of_weight: bool = False
+    of_bias: bool = False
 
 
 class UnmaskArgs(NamedTuple):

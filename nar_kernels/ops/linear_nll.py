@@ -3,7 +3,6 @@
 Shapes: R rows, V vocabulary (rows of the head), D width.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,88 +18,57 @@ from nar_kernels.ops.vocab_parallel import VocabularyShard, rows_of_a_shard, sha
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 
-def losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    backend: str,
-    shard: VocabularyShard | None,
-) -> Tensor:
-    """The loss of each row ``[R]``, without gradients.
+def losses(a: LinearNllArgs, backend: str, shard: VocabularyShard | None) -> Tensor:
+    """The loss of each row ``[R]``, without gradients; NaN where a label is outside the vocabulary.
 
     Args:
-        hidden: ``[R, D]``.
-        weight, bias: ``[V, D]`` and ``[V]``; with a ``shard`` this rank's part of them.
-        labels: int64 ``[R]``; the loss of one outside the vocabulary is NaN.
+        a: with a ``shard``, its ``weight`` and ``bias`` are this rank's part of the head.
         backend: of the softmax.
     """
-    nothing = (False, False, False)
-    return _losses_and_gradients(hidden, weight, bias, labels, None, backend, shard, nothing)[0]
+    return _losses_and_gradients(a, backend, shard)[0]
 
 
-def losses_by_row(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    backend: str,
-    shard: VocabularyShard | None,
-) -> Tensor:
+def losses_by_row(a: LinearNllArgs, backend: str, shard: VocabularyShard | None) -> Tensor:
     """:func:`losses`, differentiable."""
-    return _PerRow.apply(hidden, weight, bias, labels, backend, shard)
+    return _PerRow.apply(*a[:5], backend, shard)
 
 
-def weighted_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_weight: Tensor,
-    backend: str,
-    shard: VocabularyShard | None,
-) -> Tensor:
+def weighted_sum(a: LinearNllArgs, backend: str, shard: VocabularyShard | None) -> Tensor:
     """``sum(row_weight * losses)``, differentiable but in ``row_weight``. Labels outside the
     vocabulary are ignored where the weight is 0."""
-    return _WeightedSum.apply(hidden, weight, bias, labels, row_weight, backend, shard)
+    return _WeightedSum.apply(*a[:5], backend, shard)
 
 
 def _losses_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_weight: Tensor | None,
-    backend: str,
-    shard: VocabularyShard | None,
-    wanted: Sequence[bool],
+    a: LinearNllArgs, backend: str, shard: VocabularyShard | None
 ) -> tuple[Tensor, Gradients]:
-    """The loss of each row, unweighted, and the gradients of ``sum(row_weight * loss)`` with
-    respect to those of ``hidden``, ``weight`` and ``bias`` that are ``wanted``.
+    """The loss of each row, unweighted, and the gradients of ``sum(row_weight * loss)`` that are
+    wanted.
 
-    GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32. With a ``shard``,
-    ``weight`` and ``bias`` are this rank's part of the head.
+    GEMMs are in the dtype of ``hidden``; sums over rows are at least in float32.
     """
     if torch.compiler.is_compiling():  # with a shard, masked_nll is not compiled
-        return _as_an_operator(hidden, weight, bias, labels, row_weight, backend, wanted)
+        return _as_an_operator(a, backend)
+    hidden = a.hidden
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_hidden = torch.empty_like(hidden) if a.of_hidden else None
     # The first chunk, if any, overwrites it.
     new = torch.empty_like if len(hidden) else torch.zeros_like
-    of_weight = new(weight, dtype=wide) if wanted[1] else None
-    of_bias = torch.zeros(len(weight), dtype=wide, device=hidden.device) if wanted[2] else None
-    weight = weight.to(hidden.dtype)
-    bias = None if bias is None else bias.to(wide).contiguous()
+    of_weight = new(a.weight, dtype=wide) if a.of_weight else None
+    of_bias = torch.zeros(len(a.weight), dtype=wide, device=hidden.device) if a.of_bias else None
+    weight = a.weight.to(hidden.dtype)
+    bias = None if a.bias is None else a.bias.to(wide).contiguous()
     # Ranks wait for each other at every chunk.
     width = len(weight) if shard is None else rows_of_a_shard(shard.vocabulary, shard.num_ranks)
     size = chunk_size(
         len(hidden), width, hidden.device, NLL_LIMITS, same_on_ranks=shard is not None
     )
+    wanted = a.of_hidden or a.of_weight or a.of_bias
     for logits, part in linear_chunks(hidden, weight, size, backend):
-        counts = None if row_weight is None else row_weight[part]
-        a = NllArgs(logits, labels[part], bias, counts, any(wanted))
-        nll[part] = run_nll(a, backend) if shard is None else shard_nll(a, backend, shard)
+        row_weight = None if a.row_weight is None else a.row_weight[part]
+        chunk = NllArgs(logits, a.labels[part], bias, row_weight, wanted)
+        nll[part] = run_nll(chunk, backend) if shard is None else shard_nll(chunk, backend, shard)
         if of_hidden is not None:
             torch.mm(logits, weight, out=of_hidden[part])
         if of_weight is not None:
@@ -112,57 +80,28 @@ def _losses_and_gradients(
     return nll, (of_hidden, of_weight, of_bias)
 
 
-def _typed(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
-    """Gradients in the dtypes of their inputs."""
-    of_hidden, of_weight, of_bias = (
-        None if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(gradients, inputs, strict=True)
-    )
-    return of_hidden, of_weight, of_bias
-
-
 class _WeightedSum(torch.autograd.Function):
     """``sum(row_weight * nll)``, with its gradients made in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        row_weight: Tensor,
-        backend: str,
-        shard: VocabularyShard | None,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels, row_weight)
-        ctx.backend, ctx.shard = backend, shard
-        nll, ctx.gradients = _losses_and_gradients(
-            hidden, weight, bias, labels, row_weight, backend, shard, ctx.needs_input_grad[:3]
-        )
-        return (row_weight * nll).sum()
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        a = _keep_inputs(ctx, inputs)
+        assert a.row_weight is not None
+        nll, ctx.gradients = _losses_and_gradients(a, ctx.backend, ctx.shard)
+        return (a.row_weight * nll).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, row_weight = ctx.saved_tensors
+        a = _kept_inputs(ctx)
         # Moved and scaled in place: a retained graph recomputes them in its next backward pass.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, gradients = _losses_and_gradients(
-                hidden,
-                weight,
-                bias,
-                labels,
-                row_weight,
-                ctx.backend,
-                ctx.shard,
-                ctx.needs_input_grad[:3],
-            )
+            _, gradients = _losses_and_gradients(a, ctx.backend, ctx.shard)
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(upstream)
-        return *_typed(gradients, (hidden, weight, bias)), None, None, None, None
+        return _for_inputs(gradients, a)
 
 
 class _PerRow(torch.autograd.Function):
@@ -170,35 +109,38 @@ class _PerRow(torch.autograd.Function):
     gradients are computed there."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        backend: str,
-        shard: VocabularyShard | None,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.backend, ctx.shard = backend, shard
-        none = (False, False, False)
-        return _losses_and_gradients(hidden, weight, bias, labels, None, backend, shard, none)[0]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        a = _keep_inputs(ctx, inputs)
+        return losses(LinearNllArgs(*a[:5]), ctx.backend, ctx.shard)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        _, gradients = _losses_and_gradients(
-            hidden,
-            weight,
-            bias,
-            labels,
-            upstream.contiguous(),
-            ctx.backend,
-            ctx.shard,
-            ctx.needs_input_grad[:3],
-        )
-        return *_typed(gradients, (hidden, weight, bias)), None, None, None
+        a = _kept_inputs(ctx)
+        weighted = LinearNllArgs(*a[:4], upstream.contiguous(), *a[5:])
+        _, gradients = _losses_and_gradients(weighted, ctx.backend, ctx.shard)
+        return _for_inputs(gradients, a)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> LinearNllArgs:
+    """The arguments that both functions get, in the context for their backward pass."""
+    ctx.save_for_backward(*inputs[:5])
+    ctx.backend, ctx.shard = inputs[5:]
+    return LinearNllArgs(*inputs[:5], *ctx.needs_input_grad[:3])
+
+
+def _kept_inputs(ctx: Any) -> LinearNllArgs:
+    return LinearNllArgs(*ctx.saved_tensors, *ctx.needs_input_grad[:3])
+
+
+def _for_inputs(gradients: Gradients, a: LinearNllArgs) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns: gradients in the dtypes of their inputs, and for the other
+    inputs None."""
+    typed = (
+        None if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(gradients, a[:3], strict=True)
+    )
+    return *typed, None, None, None, None
 
 
 # torch.compile cannot trace the chunks, whose products go to memory with gaps, and need not: for it
@@ -206,7 +148,7 @@ class _PerRow(torch.autograd.Function):
 
 
 def _launch_linear_nll(a: LinearNllArgs, backend: str) -> tuple[Tensor, ...]:
-    nll, gradients = _losses_and_gradients(*a[:5], backend, None, a[5:])
+    nll, gradients = _losses_and_gradients(a, backend, None)
     return nll, *(a.hidden.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -222,18 +164,9 @@ _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 register("linear_nll", LinearNllArgs, _FOUR, _launch_linear_nll, _linear_nll_fake)
 
 
-def _as_an_operator(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_weight: Tensor | None,
-    backend: str,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Gradients]:
-    arguments = LinearNllArgs(hidden, weight, bias, labels, row_weight, *wanted)
-    nll, *found = torch.ops.nar_kernels.linear_nll.default(*arguments, backend)
+def _as_an_operator(a: LinearNllArgs, backend: str) -> tuple[Tensor, Gradients]:
+    nll, *found = torch.ops.nar_kernels.linear_nll.default(*a, backend)
     of_hidden, of_weight, of_bias = (
-        g if is_wanted else None for g, is_wanted in zip(found, wanted, strict=True)
+        g if is_wanted else None for g, is_wanted in zip(found, a[5:], strict=True)
     )
     return nll, (of_hidden, of_weight, of_bias)

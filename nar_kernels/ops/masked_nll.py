@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nar_kernels.ops.arguments import LinearNllArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.dispatch import outside_graphs
@@ -105,17 +106,17 @@ def masked_nll(
     rows, labels = masked_labels(corrupted, static_shapes)
     is_ignored = _ignored(labels, static_shapes)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
+    inputs = LinearNllArgs(picked, weight, bias, labels)
     with torch.autocast(device.type, enabled=False):
         # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
-            nll = losses(picked, weight, bias, labels, backend, shard)
-            nll = _zero(nll, is_ignored)
+            nll = _zero(losses(inputs, backend, shard), is_ignored)
             return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
         if reduction == "none":
-            nll = losses_by_row(picked, weight, bias, labels, backend, shard)
-            return _zero(nll, is_ignored)
+            return _zero(losses_by_row(inputs, backend, shard), is_ignored)
         row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
-        total = weighted_sum(picked, weight, bias, labels, row_weight, backend, shard)
+        weighted = LinearNllArgs(*inputs[:4], row_weight)
+        total = weighted_sum(weighted, backend, shard)
         if normalizer is None:
             num_ignored = 0 if is_ignored is None else is_ignored.sum()
             num_padding = len(rows) - corrupted.num_masked.sum() if static_shapes else 0

@@ -74,7 +74,7 @@ SIZES = {"i1": 1, "i32": 4, "fp32": 4, "i64": 8}
 
 from nar_kernels import MaskingConfig  # noqa: E402
 from nar_kernels.ops.arguments import ChooseArgs, NllArgs, UnmaskArgs  # noqa: E402
-from nar_kernels.ops.corrupt import _empty_outputs  # noqa: E402
+from nar_kernels.ops.corrupt_launch import empty_outputs  # noqa: E402
 from nar_kernels.ops.kernels import choose, corrupt, nll, unmask  # noqa: E402
 from nar_kernels.ops.kernels.launcher import Launcher  # noqa: E402
 from tests.helpers.batches import arguments  # noqa: E402
@@ -95,7 +95,7 @@ def corrupt_call(
     )
     if maskable:
         a = a._replace(maskable=torch.ones(batch, length, dtype=torch.bool))
-    outputs = _empty_outputs(a, tokens.device)
+    outputs = empty_outputs(a, tokens.device)
     workspace = torch.zeros(corrupt.workspace_size(batch), dtype=torch.int64)
     return partial(corrupt.corrupt_triton, (*outputs, workspace), a)
 

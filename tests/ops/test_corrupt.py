@@ -11,11 +11,11 @@ import torch
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig, backends
-from nar_kernels.ops import corrupt as corrupt_module
-from nar_kernels.ops import reference
+from nar_kernels.ops import corrupt_launch, reference
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.corrupt import corrupt_step, run_corrupt
+from nar_kernels.ops.corrupt import corrupt_step
+from nar_kernels.ops.corrupt_launch import run_corrupt
 from nar_kernels.ops.host_counts import count_on_host
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import permute_rounds
@@ -53,7 +53,7 @@ GUARD = 64  # elements: a multiple of any alignment
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
     """What a kernel forgets to write shows, and what it writes beside its outputs."""
-    original = corrupt_module._empty_outputs
+    original = corrupt_launch.empty_outputs
     guarded = []
 
     def poisoned(*args):
@@ -65,7 +65,7 @@ def poisoned_outputs(monkeypatch):
             outputs.append(memory[GUARD : GUARD + like.numel()].view(like.shape))
         return tuple(outputs)
 
-    monkeypatch.setattr(corrupt_module, "_empty_outputs", poisoned)
+    monkeypatch.setattr(corrupt_launch, "empty_outputs", poisoned)
     yield
     assert guarded
     for memory in guarded:

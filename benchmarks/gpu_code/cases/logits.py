@@ -34,7 +34,7 @@ def kept_of(keys: np.ndarray, k: int) -> np.ndarray:
 
 # ---- what a warp comes to with its tiles, in CUDA C++
 
-TABLE_REACH = 21.5  # ExpTable::kReach
+TABLE_MOST_GAP = 21.5  # ExpTable::kMostGap
 MOST_NOISE = 23.0  # Sampler::kMostNoise
 SLACK = 1e-3  # Sampler::kSlack
 
@@ -78,8 +78,8 @@ def trips(
         u = (word + 0.5) * 2.0**-32
         score = (x - largest) / TEMPERATURE - np.log(-np.log1p(-u))
         best = float(score[x.argmax()])
-        reach = max(26.0, (MOST_NOISE - best) * TEMPERATURE)
-        least = max(largest, TABLE_REACH - largest) * 2.0 ** (-table_size / 128)
+        lowest_gap = min(-26.0, (best - MOST_NOISE) * TEMPERATURE)
+        least = max(largest, TABLE_MOST_GAP - largest) * 2.0 ** (-table_size / 128)
         shape = rounds, warps, 32, size
         gap = (x - largest).reshape(shape)
         of_round = (a.reshape(shape) for a in (np.abs(x) < least, _bound_on_noise(word), score))
@@ -88,7 +88,7 @@ def trips(
             of_lane = gaps.max(2) / TEMPERATURE + noise.max(2) > best
             open_ = (gaps / TEMPERATURE + noise > best).sum(2)
             total += [
-                (gaps.max(2) >= -reach).any(1).sum(),
+                (gaps.max(2) >= lowest_gap).any(1).sum(),
                 of_lane.any(1).sum(),
                 open_.max(1).sum(),
                 lanes_low.any(1).sum(),

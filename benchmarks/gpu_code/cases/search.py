@@ -7,9 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_code.cases.case import constant
 from benchmarks.gpu_code.cases.logits import INFINITY, NUM_ROWS, SIGN, keys_of, random_logits
 
-SAMPLES, WORTH_SAMPLING, FEW_KEYS, MOST_LISTED = 256, 4096, 9, 256
+_TOP_K_H = "unmask/gpu/top_k.h"
+SAMPLES = constant(_TOP_K_H, "kSamples")
+WORTH_SAMPLING = constant(_TOP_K_H, "kWorthSampling")
+FEW_KEYS = constant(_TOP_K_H, "kFewKeys")
+MOST_LISTED = constant(_TOP_K_H, "kMost")
 
 
 class Search(NamedTuple):

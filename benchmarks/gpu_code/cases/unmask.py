@@ -31,16 +31,16 @@ def _cuda_case(name: str, type_: str, dtype: torch.dtype, top_k: int = V) -> Cud
     tiles = num_tiles / warps  # of a warp
     row_h, sums_h = regions_of("unmask/gpu/row.h"), regions_of("unmask/gpu/sums.h")
     sample_h, unmask_cu = regions_of("unmask/gpu/sample.h"), regions_of("unmask/unmask.cu")
-    main, take = "void unmask_row(", ("const auto take =", "for (uint32_t i")
+    main, each = "void unmask_row(", ("void each_kept(", "for (uint32_t i")
     one_warp, has_table = 1 / warps, dtype == torch.bfloat16
 
     never = [
         row_h("float load()", "load_by<4>"),
         row_h("float load()", "load_by<sizeof(T)>"),
         unmask_cu("float exp_of_second("),
+        unmask_cu("float kept_logit("),
         unmask_cu(main, "if (largest == -INFINITY)"),
-        unmask_cu(main, "if (given >= 0)"),
-        unmask_cu(main, "if (with_gap)"),
+        unmask_cu(main, "if (is_entropy)"),
         unmask_cu(main, "} else if (a.confidence)"),
     ]
     weights = [Weight(0, region) for region in never]
@@ -73,25 +73,24 @@ def _cuda_case(name: str, type_: str, dtype: torch.dtype, top_k: int = V) -> Cud
         Weight(one_warp, unmask_cu("uint32_t find_first_largest(", "if (__any_sync")),
         Weight(tiles / 2, unmask_cu("uint32_t find_first_largest(", "for (uint32_t i = 0")),
         Weight(one_warp, sample_h("void start(")),
-        Weight(tiles, unmask_cu(*take)),
+        Weight(tiles, unmask_cu(*each)),
         Weight(trips.offers, sample_h("void offer(")),
         Weight(trips.made / trips.offers, sample_h("void offer(", "do {")),
-        Weight(one_warp, unmask_cu(main, "  a.tokens[r] = token;")),
-        Weight(one_warp, unmask_cu(main, "  a.log_prob[r] = (logit")),
+        Weight(one_warp, unmask_cu(main, "if (team.thread() != 0) return;", rest=True)),
     ]
     if top_k < V:
-        weights.append(Weight(trips.taken, unmask_cu(*take, "if (selects &&", rest=True)))
+        weights.append(Weight(trips.taken, unmask_cu(*each, "if (filter &&", rest=True)))
         weights += _weights_of_search(dtype, top_k, warps, tiles)
     else:
         weights += [
             Weight(0, unmask_cu(main, "if (selects) {")),
-            Weight(0, unmask_cu(*take, "if (selects) c =")),
+            Weight(0, unmask_cu(*each, "if (filter) c =")),
         ]
     kept = f", k {top_k}" if top_k < V else ""
     return CudaCase(
         f"unmask, {name}, V {V}{kept}",
         "unmask/unmask.cu",
-        f"unmask_kernelI{type_}LNS0_3WayE1E",
+        f"unmask_kernelI{type_}LNS0_7MappingE1E",
         Work("logit", V, warps, BYTES[dtype], weights, overlaps=has_half),
     )
 

@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "runtime/log_of_parts.h"
+
 namespace nar {
 namespace {
-
-constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts
 
 template <typename To, typename From>
 __device__ To bits_as(From from) {
@@ -37,20 +37,6 @@ __device__ inline float exp_of_small_negative(float x) {
 // exp(x) for x <= 0; 0 below -87.
 __device__ inline float exp_of_negative(float x) {
   return x < -87.0f ? 0.0f : exp_of_small_negative(x);
-}
-
-// log(2**exponent * (1 + f)), f in [sqrt(1/2) - 1, sqrt(2) - 1]. Cephes.
-__device__ inline float log_of_parts(float exponent, float f) {
-  float y = 7.0376836292e-2f * f - 1.1514610310e-1f;
-  y = y * f + 1.1676998740e-1f;
-  y = y * f - 1.2420140846e-1f;
-  y = y * f + 1.4249322787e-1f;
-  y = y * f - 1.6668057665e-1f;
-  y = y * f + 2.0000714765e-1f;
-  y = y * f - 2.4999993993e-1f;
-  y = y * f + 3.3333331174e-1f;
-  y = y * f * (f * f) + exponent * kLn2Low - 0.5f * (f * f);
-  return f + y + exponent * kLn2High;
 }
 
 // A normal x > 0 as 2**exponent * (1 + f), for log_of_parts.

@@ -15,15 +15,6 @@ namespace {
 constexpr int kMaxWarps = 24;
 constexpr uint32_t kNoColumn = 0xFFFFFFFF;
 
-// An order-preserving map of floats to integers; -0 is below 0.
-__device__ inline uint32_t ordered(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
-}
-__device__ inline float from_ordered(uint32_t order) {
-  return bits_as<float>(order & 0x80000000 ? order & 0x7FFFFFFF : ~order);
-}
-
 // Shared by the warps of a row.
 struct alignas(16) RowMemory {
   uint64_t of_warps[2][kMaxWarps];
@@ -39,21 +30,23 @@ struct alignas(16) RowMemory {
 
 // How a row is taken: by a warp or by a block, which hold it in shared memory, or by a block that
 // holds a part of it.
-enum class Way { kWarp, kBlock, kPart };
+enum class Mapping { kWarp, kBlock, kPart };
 
 // The warps of a row.
-template <Way kWay>
+template <Mapping kMapping>
 struct Team {
   RowMemory* memory;
   uint32_t warp, lane;
   uint32_t turn = 0;
 
-  __device__ uint32_t num_warps() const { return kWay == Way::kWarp ? 1 : blockDim.x / kWarp; }
+  __device__ uint32_t num_warps() const {
+    return kMapping == Mapping::kWarp ? 1 : blockDim.x / kWarp;
+  }
   __device__ uint32_t thread() const { return warp * kWarp + lane; }
   __device__ uint32_t num_threads() const { return num_warps() * kWarp; }
 
   __device__ void sync() const {
-    if (kWay == Way::kWarp) {
+    if (kMapping == Mapping::kWarp) {
       __syncwarp();
     } else {
       __syncthreads();
@@ -74,6 +67,9 @@ struct Team {
     return __reduce_max_sync(kAllLanes,
                              lane < num_warps() ? static_cast<uint32_t>(of_warps[lane]) : 0);
   }
+
+  // -0 counts as 0.
+  __device__ float largest(float x) { return Logits<float>::value(largest(Logits<float>::key(x))); }
 
   __device__ uint64_t largest(uint64_t x) {
     const uint64_t* of_warps = exchange(largest_of_lanes(x));
@@ -115,11 +111,11 @@ struct Team {
 // A warp takes tiles of a chunk a lane: about as many as any other warp, side by side. If it holds
 // a part, that is the first ones; the others are read again from global memory, the cache at best,
 // in every pass.
-template <typename T, Way kWay>
+template <typename T, Mapping kMapping>
 class Row {
  public:
   using L = Logits<T>;
-  using Warps = Team<kWay>;
+  using Warps = Team<kMapping>;
   static constexpr uint32_t kTile = kWarp * L::kItems;
 
   __device__ Row(const UnmaskLaunch& p, int64_t index, const Warps& team, Chunk* held)
@@ -133,7 +129,7 @@ class Row {
     first_ = share(num_tiles, team.warp, team.num_warps());
     num_tiles_ = share(num_tiles, team.warp + 1, team.num_warps()) - first_;
     held_ = held;
-    if (kWay == Way::kPart) {
+    if (kMapping == Mapping::kPart) {
       const uint32_t first_held = share(p.held_tiles, team.warp, team.num_warps());
       num_held_ = share(p.held_tiles, team.warp + 1, team.num_warps()) - first_held;
       held_ = held + (static_cast<int>(first_held) - static_cast<int>(first_)) * kWarp;
@@ -162,7 +158,7 @@ class Row {
 
   // The lane's chunk of a tile, `column` its first column.
   __device__ Chunk chunk(uint32_t i, uint32_t column) const {
-    if (kWay != Way::kPart || i < num_held_) return *held(column);
+    if (kMapping != Mapping::kPart || i < num_held_) return *held(column);
     const uint32_t tile = first_ + i;
     if (memory_->is_unusual[tile / 32 % 32] >> tile % 32 & 1) return read_unusual(column);
     const uint32_t address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_));
@@ -256,7 +252,7 @@ class Row {
     constexpr uint32_t kGroup = 32, kAtOnce = kBytes == 2 ? 2 : 4;  // loads in flight
     Chunk most = L::nothing();
     const auto take = [&](uint32_t i, const Chunk& c) {
-      if (kWay != Way::kPart || i < num_held_) *held(column(i)) = c;
+      if (kMapping != Mapping::kPart || i < num_held_) *held(column(i)) = c;
       most = L::larger(most, c);
     };
     for (uint32_t first = 0; first < num_tiles_; first += kGroup) {

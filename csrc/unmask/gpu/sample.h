@@ -26,10 +26,10 @@ class Sampler {
     memory_->start = memory_->best = lifted(gumbel(word));
   }
 
-  // How far below the largest a logit can still win. (Other warps may have changed the best by
+  // The lowest `logit - largest` that can still win. (Other warps may have changed the best by
   // now.)
-  __device__ float reach() const {
-    return (kLift + kMostNoise - bits_as<float>(memory_->start)) / scale();
+  __device__ float lowest_gap() const {
+    return (bits_as<float>(memory_->start) - (kLift + kMostNoise)) / scale();
   }
 
   // `gap`: how far the largest of the chunk is from that of the row.
@@ -52,7 +52,7 @@ class Sampler {
 
   template <typename Team>
   __device__ uint32_t best_column(Team& team) const {
-    const uint64_t ranked = uint64_t{ordered(best_)} << 32 | ~best_column_;
+    const uint64_t ranked = uint64_t{Logits<float>::key(best_)} << 32 | ~best_column_;
     return ~static_cast<uint32_t>(team.largest(ranked));
   }
 

@@ -27,7 +27,7 @@ struct ExpTable {
   static constexpr uint32_t kSize = 1760;
   static constexpr uint32_t kBytes = 2 * kSize * sizeof(uint32_t);
   // Where |d| is larger, exp(d) is less than half a unit.
-  static constexpr float kReach = 21.5f;
+  static constexpr float kMostGap = 21.5f;
 
   uint32_t* middle;  // entries of positive logits begin here; those of negative ones end here
   uint32_t top;      // bits of the last magnitude, at most those of infinity
@@ -41,7 +41,7 @@ struct ExpTable {
 
   template <typename Team>
   __device__ void build(const Team& team, float largest) {
-    const uint32_t most = bits_as<uint32_t>(fmaxf(largest, kReach - largest)) >> 16;
+    const uint32_t most = bits_as<uint32_t>(fmaxf(largest, kMostGap - largest)) >> 16;
     top = min(most + 2, NarrowType<__nv_bfloat16>::kInfinity);  // above is NaN
 #pragma unroll 1
     for (int i = static_cast<int>(team.thread()); i < static_cast<int>(kSize);

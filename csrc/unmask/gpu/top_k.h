@@ -65,9 +65,14 @@ struct Bracket {
   }
 };
 
-// Which logits are kept: those whose key is larger, and, up to a column, those that have it.
+// Which logits are kept: those whose key is larger, and, up to a column, those that have it. With
+// zeros, all are.
 struct TopK {
   uint32_t key, last_tie;
+
+  __device__ bool keeps(uint32_t its_key, uint32_t column) const {
+    return its_key > key || (its_key == key && column <= last_tie);
+  }
 };
 
 // Listed of a bracket: (key, ~column), in the order of which the k-th largest is one.
