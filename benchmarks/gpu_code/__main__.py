@@ -1,7 +1,7 @@
 """Static analysis of the compiled GPU kernels: registers, instructions, and how many of those a
 token or logit costs. Needs no GPU.
 
-    python -m benchmarks.gpu_code [--architectures 90] [--json FILE]
+    python -m benchmarks.gpu_code [--architectures 90] [--languages triton] [--json FILE]
 
 Triton kernels are compiled here for each architecture, CUDA kernels where there is nvcc.
 
@@ -33,6 +33,7 @@ from benchmarks.gpu_code.cases import cuda_cases, triton_cases  # noqa: E402
 from benchmarks.gpu_code.compile import cuda_row, triton_row  # noqa: E402
 
 ARCHITECTURES = [80, 90, 100]
+LANGUAGES = ["triton", "cuda"]
 
 # 132 processors of 128 lanes at 1.755 GHz.
 INSTRUCTIONS_PER_SECOND = 29.6e12
@@ -58,9 +59,11 @@ def share_of_copy(row: dict, copy: float, rate: float) -> float:
     return copy / (max(copy, issue) if row["overlaps"] else copy + issue)
 
 
-def table(architectures: list[int]) -> list[dict]:
-    rows = [triton_row(case, sm) for case in triton_cases() for sm in architectures]
-    if shutil.which("nvcc"):
+def table(architectures: list[int], languages: list[str]) -> list[dict]:
+    rows = []
+    if "triton" in languages:
+        rows += [triton_row(case, sm) for case in triton_cases() for sm in architectures]
+    if "cuda" in languages:
         rows += [cuda_row(case, sm) for case in cuda_cases() for sm in architectures]
     return [row | shares_of_copy(row) for row in rows]
 
@@ -74,11 +77,14 @@ def main() -> None:
     parser.add_argument(
         "--architectures", type=int, nargs="+", default=ARCHITECTURES, help="80, 90, ..."
     )
+    parser.add_argument("--languages", choices=LANGUAGES, nargs="+", default=LANGUAGES)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    if not shutil.which("nvcc"):
+    languages = arguments.languages
+    if "cuda" in languages and not shutil.which("nvcc"):
         print("nvcc is not on PATH: no CUDA kernels below")
-    rows = table(arguments.architectures)
+        languages = ["triton"]
+    rows = table(arguments.architectures, languages)
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:

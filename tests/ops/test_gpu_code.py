@@ -38,43 +38,52 @@ def environment_with(triton):
 
 
 SLOW = pytest.mark.slow
-TABLES = [
-    pytest.param(("installed", 90), id="sm_90"),
-    pytest.param(("installed", 80), id="sm_80", marks=SLOW),
-    pytest.param(("installed", 100), id="sm_100", marks=SLOW),
-    pytest.param(("3.6.0", 90), id="sm_90-triton-3.6.0", marks=SLOW),
-]
 
 
-@pytest.fixture(scope="module", params=TABLES)
-def rows(request, tmp_path_factory):
-    """The table for one architecture, which takes half a minute."""
-    triton, architecture = request.param
-    out = tmp_path_factory.mktemp("gpu_code") / "rows.json"
+@pytest.mark.parametrize(
+    ("triton", "architecture"),
+    [
+        pytest.param("installed", 90, id="sm_90"),
+        pytest.param("installed", 80, id="sm_80", marks=SLOW),
+        pytest.param("installed", 100, id="sm_100", marks=SLOW),
+        pytest.param("3.6.0", 90, id="sm_90-triton-3.6.0", marks=SLOW),
+    ],
+)
+def test_table(triton, architecture, tmp_path):
+    """One test for all of a table, which takes two minutes to make."""
+    languages = ["triton"]
+    if triton == "installed" and shutil.which("nvcc"):
+        languages.append("cuda")
+    out = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.gpu_code", "--json", out]
-    command += ["--architectures", str(architecture)]
+    command += ["--architectures", str(architecture), "--languages", *languages]
     environment = environment_with(triton)
     subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
-    table = json.loads(out.read_text())
-    assert {row["sm"] for row in table} == {architecture}
-    return table
+    rows = json.loads(out.read_text())
+
+    assert {row["sm"] for row in rows} == {architecture}
+    assert {row["kernel"].partition(":")[0].lower() for row in rows} == {*languages}
+    is_of_constraints = triton == "installed" and importlib.metadata.version("triton")[:3] == "3.9"
+    check_next_to_nothing_spills(rows, 0 if is_of_constraints else 32)
+    check_blocks_fit_into_the_register_file(rows)
+    check_no_two_threads_read_what_another_block_publishes(rows)
+    check_main_loads_and_stores_move_16_bytes(rows)
+    if is_of_constraints and architecture == 90:
+        check_instructions_are_those_of_the_committed_table(rows)
 
 
-def test_next_to_nothing_spills(rows, request):
-    """Nothing with the Triton of the constraints; with another one, some words of two variants.
+def check_next_to_nothing_spills(rows, most):
+    """Of Triton's at most so many bytes: with other versions some words of two variants.
 
     CUDA's rare functions save registers to memory; what counts there is how often that runs.
     """
-    installed = importlib.metadata.version("triton")
-    is_other = request.node.callspec.params["rows"][0] != "installed"
-    most = 32 if is_other or not installed.startswith("3.9.") else 0
     triton_rows = [row for row in rows if row["kernel"].startswith("Triton")]
     assert [row for row in triton_rows if row["spill"] > most] == []
     counted = [row for row in rows if row["unit"]]
     assert [row for row in counted if row["spilled per unit"] > 0.03 * row["per unit"]] == []
 
 
-def test_a_block_fits_into_the_register_file(rows):
+def check_blocks_fit_into_the_register_file(rows):
     """The largest block that may be launched; registers are given out eight at a time."""
     for row in rows:
         assert -(-row["registers"] // 8) * 8 * row["threads"] <= 65536, row
@@ -82,12 +91,9 @@ def test_a_block_fits_into_the_register_file(rows):
     assert not threads or {*threads} >= {544}  # 16 warps that work, and the one that leads
 
 
-def test_instructions_are_those_of_the_committed_table(rows, request):
+def check_instructions_are_those_of_the_committed_table(rows):
     """A change that costs or saves instructions shows: `python -m benchmarks.gpu_code
     --architectures 90 --json benchmarks/gpu_code/sm90.json`."""
-    installed = importlib.metadata.version("triton")
-    if request.node.callspec.params["rows"] != ("installed", 90) or installed[:3] != "3.9":
-        pytest.skip("the table is that of sm_90 and Triton 3.9")
     committed = {row["kernel"]: row for row in json.loads(COUNTS.read_text())}
     counted = {row["kernel"]: row for row in rows if row["unit"]}
     for kernel, row in counted.items():
@@ -96,12 +102,12 @@ def test_instructions_are_those_of_the_committed_table(rows, request):
     assert {*committed} == {row["kernel"] for row in rows} or not cuda_is_there
 
 
-def test_no_two_threads_read_what_another_block_publishes(rows):
+def check_no_two_threads_read_what_another_block_publishes(rows):
     """They could see different values of one word."""
     assert [row for row in rows if row["torn reads"] != 0] == []
 
 
-def test_main_loads_and_stores_move_16_bytes(rows):
+def check_main_loads_and_stores_move_16_bytes(rows):
     for row in rows:
         narrow = any(
             name in row["kernel"] for name in ("step", "windows", "at any address", "choose")
@@ -109,11 +115,6 @@ def test_main_loads_and_stores_move_16_bytes(rows):
         assert row["16-byte loads"] > 0 or narrow, row
         stores_little = any(name in row["kernel"] for name in ("no gradient", "unmask", "choose"))
         assert row["16-byte stores"] > 0 or stores_little, row
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_both_languages_are_in_the_table(rows):
-    assert {row["kernel"].partition(":")[0] for row in rows} == {"Triton", "CUDA"}
 
 
 LAUNCH = """
