@@ -30,13 +30,13 @@ def losses(a: LinearNllArgs, backend: str, shard: VocabularyShard | None) -> Ten
 
 def losses_by_row(a: LinearNllArgs, backend: str, shard: VocabularyShard | None) -> Tensor:
     """:func:`losses`, differentiable."""
-    return _PerRow.apply(*a[:5], backend, shard)
+    return _PerRow.apply(*a, backend, shard)
 
 
 def weighted_sum(a: LinearNllArgs, backend: str, shard: VocabularyShard | None) -> Tensor:
     """``sum(row_weight * losses)``, differentiable but in ``row_weight``. Labels outside the
     vocabulary are ignored where the weight is 0."""
-    return _WeightedSum.apply(*a[:5], backend, shard)
+    return _WeightedSum.apply(*a, backend, shard)
 
 
 def _losses_and_gradients(
@@ -85,7 +85,8 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        a = _keep_inputs(ctx, inputs)
+        _keep_inputs(ctx, inputs)
+        a = LinearNllArgs(*inputs[:5], *ctx.needs_input_grad[:3])
         assert a.row_weight is not None
         nll, ctx.gradients = _losses_and_gradients(a, ctx.backend, ctx.shard)
         return (a.row_weight * nll).sum()
@@ -93,7 +94,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        a = _kept_inputs(ctx)
+        a = LinearNllArgs(*ctx.saved_tensors, *ctx.needs_input_grad[:3])
         # Moved and scaled in place: a retained graph recomputes them in its next backward pass.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -110,27 +111,26 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        a = _keep_inputs(ctx, inputs)
-        return losses(LinearNllArgs(*a[:5]), ctx.backend, ctx.shard)
+        _keep_inputs(ctx, inputs)
+        return losses(LinearNllArgs(*inputs[:5]), ctx.backend, ctx.shard)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        a = _kept_inputs(ctx)
-        weighted = LinearNllArgs(*a[:4], upstream.contiguous(), *a[5:])
-        _, gradients = _losses_and_gradients(weighted, ctx.backend, ctx.shard)
+        hidden, weight, bias, labels, _ = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        a = LinearNllArgs(hidden, weight, bias, labels, upstream.contiguous(), *wanted)
+        _, gradients = _losses_and_gradients(a, ctx.backend, ctx.shard)
         return _for_inputs(gradients, a)
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> LinearNllArgs:
-    """The arguments that both functions get, in the context for their backward pass."""
+# Inputs are plain tuples here and in masked_nll: Dynamo of PyTorch 2.6 cannot slice a named one.
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """What both functions get (LinearNllArgs, backend, shard), for the backward pass."""
     ctx.save_for_backward(*inputs[:5])
-    ctx.backend, ctx.shard = inputs[5:]
-    return LinearNllArgs(*inputs[:5], *ctx.needs_input_grad[:3])
-
-
-def _kept_inputs(ctx: Any) -> LinearNllArgs:
-    return LinearNllArgs(*ctx.saved_tensors, *ctx.needs_input_grad[:3])
+    ctx.backend, ctx.shard = inputs[8:]
 
 
 def _for_inputs(gradients: Gradients, a: LinearNllArgs) -> tuple[Tensor | None, ...]:
@@ -138,9 +138,9 @@ def _for_inputs(gradients: Gradients, a: LinearNllArgs) -> tuple[Tensor | None, 
     inputs None."""
     typed = (
         None if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(gradients, a[:3], strict=True)
+        for g, x in zip(gradients, (a.hidden, a.weight, a.bias), strict=True)
     )
-    return *typed, None, None, None, None
+    return *typed, *[None] * 7
 
 
 # torch.compile cannot trace the chunks, whose products go to memory with gaps, and need not: for it
@@ -166,7 +166,8 @@ register("linear_nll", LinearNllArgs, _FOUR, _launch_linear_nll, _linear_nll_fak
 
 def _as_an_operator(a: LinearNllArgs, backend: str) -> tuple[Tensor, Gradients]:
     nll, *found = torch.ops.nar_kernels.linear_nll.default(*a, backend)
+    wanted = a.of_hidden, a.of_weight, a.of_bias
     of_hidden, of_weight, of_bias = (
-        g if is_wanted else None for g, is_wanted in zip(found, a[5:], strict=True)
+        g if is_wanted else None for g, is_wanted in zip(found, wanted, strict=True)
     )
     return nll, (of_hidden, of_weight, of_bias)

@@ -106,17 +106,16 @@ def masked_nll(
     rows, labels = masked_labels(corrupted, static_shapes)
     is_ignored = _ignored(labels, static_shapes)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
-    inputs = LinearNllArgs(picked, weight, bias, labels)
+    inputs = picked, weight, bias, labels
     with torch.autocast(device.type, enabled=False):
         # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
-            nll = _zero(losses(inputs, backend, shard), is_ignored)
+            nll = _zero(losses(LinearNllArgs(*inputs), backend, shard), is_ignored)
             return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
         if reduction == "none":
-            return _zero(losses_by_row(inputs, backend, shard), is_ignored)
+            return _zero(losses_by_row(LinearNllArgs(*inputs), backend, shard), is_ignored)
         row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
-        weighted = LinearNllArgs(*inputs[:4], row_weight)
-        total = weighted_sum(weighted, backend, shard)
+        total = weighted_sum(LinearNllArgs(*inputs, row_weight), backend, shard)
         if normalizer is None:
             num_ignored = 0 if is_ignored is None else is_ignored.sum()
             num_padding = len(rows) - corrupted.num_masked.sum() if static_shapes else 0
