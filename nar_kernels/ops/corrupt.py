@@ -71,6 +71,25 @@ def _check_maskable(maskable: object, shape: tuple[int, int], device: torch.devi
     return maskable.contiguous()
 
 
+def _check_slots(
+    sample_ids: Tensor | range, batch: int, device: torch.device
+) -> tuple[range | None, Tensor]:
+    """Sample slots, as a range if they are given as one, and as a tensor."""
+    slots = None
+    if isinstance(sample_ids, range):
+        slots = sample_ids
+        if slots.step < 1 or slots.start < 0 or slots.stop > 1 << 63:
+            raise ValueError(
+                f"sample_ids is {slots}: a range must be in [0, 2**63), with a step of at least 1"
+            )
+        sample_ids = torch.arange(slots.start, slots.stop, slots.step, device=device)
+    else:
+        sample_ids = check_ids("sample_ids", sample_ids, device)
+    if sample_ids.shape[0] != batch:
+        raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
+    return slots, sample_ids
+
+
 def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
     if scalar.dtype != torch.int64 or scalar.numel() != 1:
         raise ValueError(
@@ -189,17 +208,8 @@ def corrupt(
         raise ValueError(f"seq_len is {seq_len}: it must be in [1, 2**31)")
     device = tokens.device if starts is None else starts.device
     slots: range | None = range(batch)
-    if isinstance(sample_ids, range):
-        slots = sample_ids
-        if slots.step < 1 or slots.start < 0 or slots.stop > 1 << 63:
-            raise ValueError(
-                f"sample_ids is {slots}: a range must be in [0, 2**63), with a step of at least 1"
-            )
-        sample_ids = torch.arange(slots.start, slots.stop, slots.step, device=device)
-    elif sample_ids is not None:
-        slots, sample_ids = None, check_ids("sample_ids", sample_ids, device)
-    if sample_ids is not None and sample_ids.shape[0] != batch:
-        raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
+    if sample_ids is not None:
+        slots, sample_ids = _check_slots(sample_ids, batch, device)
     global_batch = max(batch, 1) if global_batch is None else as_int("global_batch", global_batch)
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")

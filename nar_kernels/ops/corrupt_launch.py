@@ -42,16 +42,16 @@ def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[T
 
 def empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
     """In the order of Corrupted, without ``invalid``; what is not wanted is empty."""
-    # Sizes one by one, empty_like and new_empty: they save 5 us in all.
+    # Sizes one by one, empty_like and new_empty: they save 6 us in all.
     batch, seq_len = a.batch, a.seq_len
     dtype = torch.int32 if a.narrow else torch.int64
     ids = torch.empty(batch, seq_len, dtype=dtype, device=device)
     labels = torch.empty_like(ids) if a.labels else ids.new_empty(0)
     masked = torch.empty_like(ids if a.masked_indices else ids.new_empty(0), dtype=torch.bool)
-    times = torch.empty(batch, dtype=torch.float32, device=device)
-    counts = torch.empty(batch, dtype=torch.int64, device=device)
+    times = ids.new_empty(batch, dtype=torch.float32)
+    counts = ids.new_empty(batch, dtype=torch.int64)
     row_buffer = ids.new_empty(batch * seq_len if a.masked_rows else 0)
-    weight, num_maskable = map(torch.empty_like, (times, counts))
+    weight, num_maskable = torch.empty_like(times), torch.empty_like(counts)
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
 
@@ -71,8 +71,8 @@ def _corrupt_ref(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
 
 def _corrupt_cpp(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     assert cpp is not None
-    invalid = torch.empty(NUM_INVALID, dtype=torch.int64, device="cpu")
-    outputs = (*(memory or empty_outputs(a, invalid.device)), invalid)
+    tensors = memory or empty_outputs(a, a.ratio_table.device)
+    outputs = (*tensors, tensors[0].new_empty(NUM_INVALID, dtype=torch.int64))
     token_type, num_tokens = DTYPE_CODE[a.tokens.dtype], a.tokens.numel()
     cpp.corrupt(a, outputs, token_type, num_tokens, torch.get_num_threads())
     return outputs
