@@ -44,7 +44,8 @@ _COUNT_BITS = tl.constexpr((1 << 60) - 1)
 # Rows up to this length stay in registers. In longer ones every pass makes the keys again, which
 # costs less than to store and read them.
 MAX_TILE = 4096
-LONG_ROW_TILE = 1024
+# Long rows come in small batches: many warps each, to fill a GPU.
+LONG_ROW_TILE, LONG_ROW_WARPS = 1024, 8
 
 
 # What the steps of a row hand to each other. Made by keyword: Triton's cache of compiled kernels
@@ -508,9 +509,8 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
     fits = a.seq_len <= MAX_TILE
     tile = max(triton.next_power_of_2(a.seq_len), 64) if fits else LONG_ROW_TILE
-    # What a row does once, each of its warps does. But long rows come in small batches, which need
-    # more warps each to fill a GPU.
-    num_warps = max(tile // (512 if fits else 128), 1)
+    # What a row does once, each of its warps does: 16 positions a thread.
+    num_warps = max(tile // 512, 1) if fits else LONG_ROW_WARPS
     return {
         "ORDERED": a.num_windows > 0,
         "SHUFFLE": a.shuffle and a.num_windows > 0,
