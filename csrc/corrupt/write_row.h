@@ -64,11 +64,13 @@ void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
                         _mm256_and_si256(bytes, _mm256_set1_epi8(1)));
   }
 #endif
+  // Bits instead of conditions, of which compilers make branches.
   for (; i < length; ++i) {
-    const bool is_masked = keys[i] < mask;
-    out.input_ids[i] = is_masked & (keys[i] >= keep) ? mask_id : clean[i];
-    out.labels[i] = is_masked ? clean[i] : kIgnore;
-    out.masked[i] = is_masked;
+    const int32_t masked = -static_cast<int32_t>(keys[i] < mask);
+    const int32_t hidden = masked & -static_cast<int32_t>(keys[i] >= keep);
+    out.input_ids[i] = (mask_id & hidden) | (clean[i] & ~hidden);
+    out.labels[i] = (clean[i] & masked) | (kIgnore & ~masked);
+    out.masked[i] = masked & 1;
   }
 }
 
