@@ -23,18 +23,38 @@ using nar::pointer;
 
 namespace {
 
-void windows(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t starts,
-             int64_t batch, int64_t seq_len, int64_t num_tokens, int64_t mask_id, int64_t out,
-             int64_t record) {
-  const nar::Windows w = {pointer<const void>(tokens),
-                          static_cast<nar::TokenType>(token_type),
-                          num_corpus_tokens,
-                          pointer<const int64_t>(starts),
-                          batch,
-                          seq_len,
-                          num_tokens,
-                          mask_id};
+// A table of runs at an address, or none.
+nar::Windows windows_of(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
+                        int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len) {
+  nar::Windows w = {};
+  w.tokens = pointer<const void>(tokens);
+  w.token_type = static_cast<nar::TokenType>(token_type);
+  w.num_corpus_tokens = num_corpus_tokens;
+  if (num_runs) {
+    const int64_t* begins = pointer<const int64_t>(runs);
+    w.runs = {num_runs, begins, begins + num_runs + 1};
+    w.num_corpus_tokens = begins[num_runs];
+  }
+  w.starts = pointer<const int64_t>(starts);
+  w.batch = batch, w.seq_len = seq_len;
+  return w;
+}
+
+void windows(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
+             int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len, int64_t num_tokens,
+             int64_t mask_id, int64_t out, int64_t record) {
+  nar::Windows w =
+      windows_of(tokens, token_type, num_corpus_tokens, runs, num_runs, starts, batch, seq_len);
+  w.num_tokens = num_tokens, w.mask_id = mask_id;
   nar::write_record(nar::copy_windows(w, pointer<int64_t>(out)), pointer<int64_t>(record));
+}
+
+void gather(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
+            int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len, int64_t out,
+            int num_threads) {
+  const nar::Windows w =
+      windows_of(tokens, token_type, num_corpus_tokens, runs, num_runs, starts, batch, seq_len);
+  nar::gather_windows(w, pointer<void>(out), num_threads);
 }
 
 void permute(int64_t index, int64_t count, int64_t n, int64_t seed, int stream, int64_t round,
@@ -65,8 +85,9 @@ void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_typ
       nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
   check_memory({args.ratio_table, args.weight_table, args.invalid});
   if (args.windows.batch > 0) {
-    check_memory({args.windows.tokens, args.input_ids, args.times, args.loss_weight,
-                  args.num_masked, args.num_maskable});
+    check_memory(
+        {args.input_ids, args.times, args.loss_weight, args.num_masked, args.num_maskable});
+    if (!args.windows.runs.count) check_memory({args.windows.tokens});
   }
   const py::gil_scoped_release release;
   nar::corrupt_cpu(args, num_threads);
@@ -194,6 +215,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("linear", &linear);
   m.def("has_linear", &nar::has_linear);
   m.def("windows", &windows, release_gil());
+  m.def("gather", &gather, release_gil());
   m.def("permute", &permute, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });
   m.def("simd_level", [] { return static_cast<int>(nar::simd_level()); });

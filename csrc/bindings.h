@@ -54,6 +54,14 @@ class Unpacker {
             as_integer(item.attr("stride")(0))};
   }
 
+  // Of a tensor [2, count + 1], or none for None.
+  Runs runs() {
+    const pybind11::handle item = PyTuple_GET_ITEM(items_.ptr(), index_);
+    if (item.is_none()) return ++index_, Runs{};
+    const Matrix<const int64_t> table = matrix<const int64_t>();
+    return {table.columns - 1, table.data, table.data + table.stride};
+  }
+
   template <typename T>
   T as() {
     return next().cast<T>();
@@ -84,10 +92,12 @@ class Unpacker {
 inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
                                   int token_type, int64_t num_corpus_tokens) {
   CorruptArgs a;
-  Unpacker next(arguments, 29);
+  Unpacker next(arguments, 30);
   a.windows.tokens = next.address<const void>();
+  a.windows.runs = next.runs();
   a.windows.token_type = static_cast<TokenType>(token_type);
-  a.windows.num_corpus_tokens = num_corpus_tokens;
+  const Runs& runs = a.windows.runs;
+  a.windows.num_corpus_tokens = runs.count ? runs.begins[runs.count] : num_corpus_tokens;
   a.windows.starts = next.address<const int64_t>();
   a.windows.batch = next.integer();
   a.windows.seq_len = next.integer();

@@ -6,6 +6,7 @@ from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.errors import (
     BackendUnavailableError,
+    CorpusChangedError,
     CorpusFormatError,
     InvalidLogitsError,
     InvalidTokenError,
@@ -28,6 +29,7 @@ from nar_kernels.wrapper import NonAutoregressiveWrapper
 __all__ = [
     "BackendUnavailableError",
     "Corpus",
+    "CorpusChangedError",
     "CorpusFormatError",
     "Corrupted",
     "DecodeState",

@@ -42,6 +42,10 @@ class CorpusFormatError(ValueError):
     """A corpus file or array cannot be read as one stream of integer token ids."""
 
 
+class CorpusChangedError(RuntimeError):
+    """A file of a corpus was changed, replaced or removed while the corpus was in use."""
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend that was requested by name cannot run here."""
 

@@ -46,11 +46,9 @@ def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: s
     Masks depend only on the window's index in ``windows`` and the draw.
     """
     return corrupt(
-        dataset.corpus.tokens,
+        dataset.windows(windows.repeat_interleave(draws)[part]),
         MaskingConfig(dataset.num_tokens, dataset.mask_id),
         seed=_EVALUATION_SEED,
-        starts=dataset.starts(windows).repeat_interleave(draws)[part],
-        seq_len=dataset.seq_len,
         sample_ids=torch.arange(len(windows) * draws, device="cpu")[part],
         global_batch=draws,
     )

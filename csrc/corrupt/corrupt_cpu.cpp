@@ -65,7 +65,9 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   constexpr int64_t kAlign = 64;
   const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;
   const int64_t of_labels = a.labels ? 0 : padded * (a.narrow ? 4 : 8);
-  const int64_t bytes = padded * (2 * sizeof(uint32_t) + sizeof(int16_t) + 2) + of_labels;
+  const int64_t of_window = a.windows.runs.count ? padded * size_of(a.windows.token_type) : 0;
+  const int64_t bytes =
+      padded * (2 * sizeof(uint32_t) + sizeof(int16_t) + 2) + of_labels + of_window;
   std::unique_ptr<uint8_t[]> memory(new uint8_t[num_threads * bytes + kAlign]);
   uint8_t* aligned =
       memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
@@ -95,8 +97,9 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
     int32_t* clean = reinterpret_cast<int32_t*>(keys + padded);
     int16_t* upper = reinterpret_cast<int16_t*>(clean + padded);
     uint8_t* can_mask = reinterpret_cast<uint8_t*>(upper + padded);
+    uint8_t* labels = can_mask + 2 * padded;
     const RowScratch scratch = {
-        keys, clean, upper, can_mask, can_mask + padded, can_mask + 2 * padded};
+        keys, clean, upper, can_mask, can_mask + padded, labels, labels + of_labels};
     const int64_t end = std::min((c + 1) * chunk, batch);
     for (int64_t b = c * chunk; b < end; ++b) {
       k.corrupt_row(a, b, t16[b], scratch, &invalid[worker]);

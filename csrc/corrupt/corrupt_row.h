@@ -119,7 +119,7 @@ const uint8_t* write_outputs(const CorruptArgs& a, int64_t b, const RowScratch& 
 void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
                  InvalidTokens* invalid) {
   const int64_t length = a.windows.seq_len;
-  load_row(a.windows, b, scratch.clean, invalid);
+  load_row(a.windows, b, scratch.clean, scratch.window, invalid);
   fill_words(scratch.keys, length, a.seed, kMaskKey, a.sample(b));
   const bool all_maskable = !a.maskable && !a.never_mask;
   const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;

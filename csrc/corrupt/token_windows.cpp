@@ -1,9 +1,37 @@
 #include "corrupt/token_windows.h"
 
+#include <algorithm>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "runtime/parallel_for.h"
+
 namespace nar {
+namespace {
+
+// The run that holds a token.
+int64_t run_of(const Runs& runs, int64_t token) {
+  return std::upper_bound(runs.begins, runs.begins + runs.count + 1, token) - runs.begins - 1;
+}
+
+const char* address_in(const Runs& runs, int64_t run, int64_t token, int64_t itemsize) {
+  return reinterpret_cast<const char*>(static_cast<uintptr_t>(runs.addresses[run])) +
+         (token - runs.begins[run]) * itemsize;
+}
+
+void copy_from_runs(const Runs& runs, int64_t run, int64_t start, int64_t length, int64_t itemsize,
+                    char* out) {
+  for (const int64_t end = start + length; start < end; ++run) {
+    const int64_t stop = std::min(runs.begins[run + 1], end);
+    std::memcpy(out, address_in(runs, run, start, itemsize), (stop - start) * itemsize);
+    out += (stop - start) * itemsize;
+    start = stop;
+  }
+}
+
+}  // namespace
 
 void write_record(const InvalidTokens& found, int64_t* record) {
   record[0] = found.count;
@@ -21,11 +49,44 @@ void check_windows(const Windows& w) {
   }
 }
 
+const void* locate_window(const Windows& w, int64_t b, void* scratch) {
+  const int64_t start = w.start(b), itemsize = size_of(w.token_type);
+  if (!w.runs.count) return static_cast<const char*>(w.tokens) + start * itemsize;
+  const int64_t run = run_of(w.runs, start);
+  if (start + w.seq_len <= w.runs.begins[run + 1]) {
+    const char* window = address_in(w.runs, run, start, itemsize);
+    if (reinterpret_cast<uintptr_t>(window) % itemsize == 0) return window;
+  }
+  copy_from_runs(w.runs, run, start, w.seq_len, itemsize, static_cast<char*>(scratch));
+  return scratch;
+}
+
 InvalidTokens copy_windows(const Windows& w, int64_t* out) {
   check_windows(w);
+  const std::unique_ptr<int64_t[]> scratch(new int64_t[w.runs.count ? w.seq_len : 0]);
   InvalidTokens invalid;
-  for (int64_t b = 0; b < w.batch; ++b) load_row(w, b, out + b * w.seq_len, &invalid);
+  for (int64_t b = 0; b < w.batch; ++b) {
+    load_row(w, b, out + b * w.seq_len, scratch.get(), &invalid);
+  }
   return invalid;
+}
+
+void gather_windows(const Windows& w, void* out, int num_threads) {
+  check_windows(w);
+  constexpr int64_t kBytesPerChunk = 1 << 15;
+  const int64_t itemsize = size_of(w.token_type), row = w.seq_len * itemsize;
+  const int64_t chunk = std::max<int64_t>(kBytesPerChunk / std::max<int64_t>(row, 1), 1);
+  const auto copy = [&](int64_t b) {
+    char* to = static_cast<char*>(out) + b * row;
+    if (w.runs.count) {
+      copy_from_runs(w.runs, run_of(w.runs, w.start(b)), w.start(b), w.seq_len, itemsize, to);
+    } else {
+      std::memcpy(to, static_cast<const char*>(w.tokens) + w.start(b) * itemsize, row);
+    }
+  };
+  parallel_for((w.batch + chunk - 1) / chunk, num_threads, [&](int64_t c, int) {
+    for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, w.batch); ++b) copy(b);
+  });
 }
 
 }  // namespace nar

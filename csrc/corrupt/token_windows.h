@@ -10,8 +10,30 @@ namespace nar {
 // The order is that of TOKEN_DTYPES in nar_kernels/ops/tokens.py.
 enum class TokenType { kUint8, kInt8, kUint16, kInt16, kUint32, kInt32, kInt64 };
 
+inline int64_t size_of(TokenType type) {
+  switch (type) {
+    case TokenType::kUint8:
+    case TokenType::kInt8: return 1;
+    case TokenType::kUint16:
+    case TokenType::kInt16: return 2;
+    case TokenType::kUint32:
+    case TokenType::kInt32: return 4;
+    case TokenType::kInt64: break;
+  }
+  return 8;
+}
+
+// A corpus that lies in several places of host memory, such as the maps of many files. Run r has
+// the tokens from begins[r] to begins[r + 1]; it may be empty, and need not be aligned.
+struct Runs {
+  int64_t count;             // 0: the corpus lies in one place
+  const int64_t* begins;     // [count + 1]
+  const int64_t* addresses;  // [count]
+};
+
 struct Windows {
-  const void* tokens;  // [num_corpus_tokens]
+  const void* tokens;  // [num_corpus_tokens], if there are no runs
+  Runs runs;
   TokenType token_type;
   int64_t num_corpus_tokens;
   const int64_t* starts;  // [batch], or null: one window after the other
@@ -43,23 +65,29 @@ void write_record(const InvalidTokens& found, int64_t* record);
 // Throws std::out_of_range for a window outside the corpus.
 void check_windows(const Windows& windows);
 
+// Where the tokens of window b are, aligned. Gathered in scratch [seq_len] if they are not so.
+const void* locate_window(const Windows& windows, int64_t b, void* scratch);
+
 // The windows as int64 [batch, seq_len], bad ids replaced.
 InvalidTokens copy_windows(const Windows& windows, int64_t* out);
+
+// The windows as they are, [batch, seq_len] of the corpus's type.
+void gather_windows(const Windows& windows, void* out, int num_threads);
 
 // Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
-// Calls visit with the corpus as a pointer of its own type.
+// Calls visit with tokens as a pointer of their type.
 template <typename Visit>
-NAR_HOST_DEVICE void visit_tokens(const Windows& w, const Visit& visit) {
-  switch (w.token_type) {
-    case TokenType::kUint8: return visit(static_cast<const uint8_t*>(w.tokens));
-    case TokenType::kInt8: return visit(static_cast<const int8_t*>(w.tokens));
-    case TokenType::kUint16: return visit(static_cast<const uint16_t*>(w.tokens));
-    case TokenType::kInt16: return visit(static_cast<const int16_t*>(w.tokens));
-    case TokenType::kUint32: return visit(static_cast<const uint32_t*>(w.tokens));
-    case TokenType::kInt32: return visit(static_cast<const int32_t*>(w.tokens));
-    case TokenType::kInt64: return visit(static_cast<const int64_t*>(w.tokens));
+NAR_HOST_DEVICE void visit_tokens(const void* tokens, TokenType type, const Visit& visit) {
+  switch (type) {
+    case TokenType::kUint8: return visit(static_cast<const uint8_t*>(tokens));
+    case TokenType::kInt8: return visit(static_cast<const int8_t*>(tokens));
+    case TokenType::kUint16: return visit(static_cast<const uint16_t*>(tokens));
+    case TokenType::kInt16: return visit(static_cast<const int16_t*>(tokens));
+    case TokenType::kUint32: return visit(static_cast<const uint32_t*>(tokens));
+    case TokenType::kInt32: return visit(static_cast<const int32_t*>(tokens));
+    case TokenType::kInt64: return visit(static_cast<const int64_t*>(tokens));
   }
 }
 
@@ -100,10 +128,10 @@ InvalidTokens replace_invalid(const Windows& w, int64_t b, const Token* window, 
   return found;
 }
 
+// Scratch: as of locate_window.
 template <typename Id>
-void load_row(const Windows& w, int64_t b, Id* clean, InvalidTokens* invalid) {
-  visit_tokens(w, [&](const auto* tokens) {
-    const auto* window = tokens + w.start(b);
+void load_row(const Windows& w, int64_t b, Id* clean, void* scratch, InvalidTokens* invalid) {
+  visit_tokens(locate_window(w, b, scratch), w.token_type, [&](const auto* window) {
     if (load_window(w, window, clean)) invalid->merge(replace_invalid(w, b, window, clean));
   });
 }

@@ -111,16 +111,21 @@ class TokenDataset(Dataset[Tensor]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """Batched fetch for DataLoader: int64 ``[L]`` windows, rows of one ``[B, L]`` tensor."""
-        rows = windows(
-            self.corpus.tokens,
+        return list(self.windows(indices))
+
+    def windows(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """int64 ``[B, L]``: the windows with these indices."""
+        stream = self.corpus.stream
+        return windows(
+            stream.flat,
             self.starts(indices),
             self.seq_len,
+            runs=stream.runs,
             num_tokens=self.num_tokens,
             mask_id=self.mask_id,
             validate=self.validate,
             source=self.corpus.name,
         )
-        return list(rows)
 
     def split(self, num_held_out: int) -> tuple["TokenDataset", "TokenDataset"]:
         """``(train, held_out)``: the last ``num_held_out`` windows are kept for evaluation.
@@ -153,12 +158,11 @@ class TokenDataset(Dataset[Tensor]):
         Raises:
             InvalidTokenError: with the lowest offset of a bad id, and how many there are.
         """
-        tokens = self.corpus.tokens.numpy()
         end = self.phase + (len(self) - 1) * self.stride + self.seq_len
         count, offset = 0, -1
         start = self.phase
         while start < end:
-            part = tokens[start : min(start + _SCAN_CHUNK, end)]
+            part = self.corpus.read(start, min(start + _SCAN_CHUNK, end)).numpy()
             low, high = part.min(), part.max()
             # If mask_id is the last id, as usual, only chunks with bad ids are searched for it.
             has_mask = low <= self.mask_id <= high and self.mask_id in part
@@ -176,7 +180,7 @@ class TokenDataset(Dataset[Tensor]):
         if count:
             raise InvalidTokenError.at(
                 f"offset {offset} of {self.corpus.name}",
-                token_id=int(tokens[offset]),
+                token_id=int(self.corpus.read(offset, offset + 1)),
                 offset=offset,
                 count=count,
                 num_tokens=self.num_tokens,

@@ -164,30 +164,33 @@ class MaskedLoader:
             raise ValueError(
                 f"corpus_memory is {memory!r}: it must be 'auto', 'device', 'pinned' or 'mapped'"
             )
-        self._tokens = self.dataset.corpus.tokens.contiguous()
+        stream = self.dataset.corpus.stream
+        self._tokens, self._runs = stream.flat, stream.runs
         self._stager: Stager | None = None
         if self._compute_device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
             return
         is_asked_for = memory != "auto"
         if memory == "auto":
-            memory = choose_memory_here(self._tokens, self._compute_device, self.world_size)
+            memory = choose_memory_here(stream.nbytes, self._compute_device, self.world_size)
             if memory == "pinned" and self.backend == "reference":
                 memory = "mapped"  # which has no kernel that reads pinned memory
         if memory == "pinned":
             try:
-                self._tokens = pin_exactly(self._tokens, self._compute_device)
+                self._tokens = pin_exactly(stream, self._compute_device)
             except PinnedMemoryError as error:
                 if is_asked_for:
                     raise
                 warnings.warn(f"{error}; corpus_memory is 'mapped' now", stacklevel=3)
                 memory = "mapped"
         self.corpus_memory = memory
+        self._runs = None
         if memory == "device":
-            self._tokens = self._tokens.to(self._compute_device)
+            memory_there = torch.empty(len(stream), dtype=stream.dtype, device=self._compute_device)
+            self._tokens = stream.copy_to(memory_there)
         elif memory == "mapped":
             self._stager = Stager(
-                self._tokens,
+                stream,
                 self._window_starts,
                 self.batch_size,
                 self.dataset.seq_len,
@@ -198,7 +201,7 @@ class MaskedLoader:
         state = self.__dict__.copy()
         # Device memory, threads and events are recreated in the copy. A pending check stays with
         # this loader.
-        for name in ("_tokens", "_stager", "_deferred_check"):
+        for name in ("_tokens", "_runs", "_stager", "_deferred_check"):
             del state[name]
         state["_last_batch"] = None
         return state
@@ -282,6 +285,7 @@ class MaskedLoader:
             seq_len=self.dataset.seq_len,
             seed=self.seed,
             device=self._compute_device,
+            runs=self._runs,
             wanted=self._wanted,
             out=self._last_batch,
             backend=self.backend,

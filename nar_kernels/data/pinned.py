@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nar_kernels.data.stream import Stream
 from nar_kernels.errors import PinnedMemoryError
 
 # cudaHostRegisterPortable: for all devices; cudaHostRegisterMapped: kernels may read it.
@@ -23,9 +24,9 @@ def pinned_bytes(num_bytes: int) -> int:
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def pin_exactly(tokens: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor ``[T]``, at least one element, in pinned memory that kernels of a CUDA
-    device can read.
+def pin_exactly(stream: Stream, device: torch.device) -> Tensor:
+    """A copy of a stream ``[T]``, at least one id, in pinned memory that kernels of a CUDA device
+    can read.
 
     The memory is registered with CUDA, so ``is_pinned()`` holds, until the last tensor that uses it
     is released; that waits for the device, whose kernels may be reading.
@@ -37,16 +38,16 @@ def pin_exactly(tokens: Tensor, device: torch.device) -> Tensor:
     Raises:
         PinnedMemoryError: there is no memory, or CUDA cannot pin it.
     """
-    size = pinned_bytes(tokens.nbytes)
+    size = pinned_bytes(stream.nbytes)
     try:
         memory = _whole_pages(size)
     except MemoryError as error:
         raise _cannot_pin(size, str(error)) from error
     _register(memory, device)
-    pinned = torch.from_numpy(memory)[: tokens.nbytes].view(tokens.dtype)
+    pinned = torch.from_numpy(memory)[: stream.nbytes].view(stream.dtype)
     if not pinned.is_pinned():
         raise _cannot_pin(size, "registered memory is not pinned on this system")
-    return pinned.copy_(tokens)
+    return stream.copy_to(pinned)
 
 
 def _whole_pages(size: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nar_kernels.data.stream import Stream
 from nar_kernels.ops.corrupted import Corrupted
 
 CorpusMemory = Literal["device", "pinned", "mapped"]
@@ -46,9 +47,9 @@ def free_memory(device: torch.device, world_size: int) -> tuple[int, int]:
     return free_on_device, _free_host_bytes() // world_size
 
 
-def choose_memory_here(tokens: Tensor, device: torch.device, world_size: int) -> CorpusMemory:
+def choose_memory_here(num_bytes: int, device: torch.device, world_size: int) -> CorpusMemory:
     """:func:`choose_memory` with the free memory of this machine."""
-    return choose_memory(tokens.nbytes, *free_memory(device, world_size))
+    return choose_memory(num_bytes, *free_memory(device, world_size))
 
 
 class Stager:
@@ -60,7 +61,7 @@ class Stager:
     64 windows of 1,000 uint16, 128,000 to 131,072.)
 
     Args:
-        tokens: the corpus ``[T]``, on the CPU.
+        stream: the corpus.
         starts_of: from a step to the offsets of its windows, int64 ``[B]``.
         batch_size, seq_len: B and L.
         device: of the windows.
@@ -68,24 +69,24 @@ class Stager:
 
     def __init__(
         self,
-        tokens: Tensor,
+        stream: Stream,
         starts_of: Callable[[int], Tensor],
         batch_size: int,
         seq_len: int,
         device: torch.device,
     ) -> None:
-        self._tokens, self._starts_of = tokens.numpy(), starts_of
+        self._stream, self._starts_of = stream, starts_of
         self._on_gpu = device.type == "cuda"
         self._device, self._seq_len = device, seq_len
         self._staging = [
             torch.empty(
-                (batch_size, seq_len), dtype=tokens.dtype, device="cpu", pin_memory=self._on_gpu
+                (batch_size, seq_len), dtype=stream.dtype, device="cpu", pin_memory=self._on_gpu
             )
             for _ in range(2)
         ]
         self._buffer_index = 0
         self._copied: list[torch.cuda.Event | None] = [None, None]
-        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
+        self._copies = torch.cuda.Stream(device) if self._on_gpu else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nar_kernels.Stager")
         self._prefetched: tuple[int, Future[Tensor]] | None = None
 
@@ -99,9 +100,9 @@ class Stager:
             self.prefetch(step)
         assert self._prefetched is not None
         windows, self._prefetched = self._prefetched[1].result(), None
-        if self._stream is not None:
+        if self._copies is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
+            current.wait_stream(self._copies)
             windows.record_stream(current)
         return windows
 
@@ -110,14 +111,12 @@ class Stager:
         staging, copied = self._staging[self._buffer_index], self._copied[self._buffer_index]
         if copied is not None:
             copied.synchronize()
-        rows = staging.numpy()
-        for row, start in zip(rows, self._starts_of(step).tolist(), strict=True):
-            row[:] = self._tokens[start : start + self._seq_len]
-        if self._stream is None:
+        self._stream.windows(self._starts_of(step), self._seq_len, staging)
+        if self._copies is None:
             return staging.clone()
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._copies):
             windows = staging.to(self._device, non_blocking=True)
-            self._copied[self._buffer_index] = self._stream.record_event()
+            self._copied[self._buffer_index] = self._copies.record_event()
         return windows
 
 

@@ -48,7 +48,10 @@ class CorruptArgs(NamedTuple):
     one after the other.
     """
 
-    tokens: Tensor  # the corpus, any integer type
+    tokens: Tensor  # the corpus, any integer type; empty if it lies in runs
+    # int64 [2, P + 1], in place of tokens on the CPU: how many tokens come before each run, and its
+    # address in memory, which need not be aligned; last the number of all tokens, and nothing.
+    runs: Tensor | None
     starts: Tensor | None  # int64 [B]
     batch: int
     seq_len: int

@@ -249,6 +249,8 @@ def corrupt_step(
     seq_len: int,
     seed: int | Tensor,
     device: torch.device,
+    runs: Tensor | None = None,
+    starts: Tensor | None = None,
     wanted: Wanted = EVERYTHING,
     out: Corrupted | None = None,
     backend: str = "auto",
@@ -257,8 +259,10 @@ def corrupt_step(
 
     Args:
         tokens: contiguous, on ``device`` or in pinned memory: the corpus ``[T]``, or, if there is
-            no ``order``, the windows ``[B, L]``.
+            neither ``order`` nor ``starts``, the windows ``[B, L]``.
         order: which windows the slots hold.
+        runs: as in :class:`CorruptArgs`, on the CPU.
+        starts: int64 ``[B]``, instead of ``order``: where the windows begin.
         step: at least 0; or an int64 tensor of one element on ``device``, which the kernel reads.
         batch_size, rank, global_batch: slots are ``step * global_batch + rank * batch_size + j``
             for j in [0, ``batch_size``).
@@ -276,6 +280,8 @@ def corrupt_step(
         device,
         backend,
         tokens=tokens,
+        runs=runs,
+        starts=starts,
         batch=batch_size,
         seq_len=seq_len,
         first_sample=first_sample,
@@ -301,6 +307,7 @@ def _corrupt(
     wanted: Wanted,
     out: Corrupted | None,
     slots: range | None,
+    runs: Tensor | None = None,
     starts: Tensor | None = None,
     sample_ids: Tensor | None = None,
     first_sample: int = 0,
@@ -322,6 +329,7 @@ def _corrupt(
         )
     arguments = CorruptArgs(
         tokens,
+        runs,
         starts,
         batch,
         seq_len,

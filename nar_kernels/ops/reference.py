@@ -3,6 +3,9 @@
 Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens, R rows of logits.
 """
 
+import bisect
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -34,26 +37,57 @@ def draw_times(seed: int, sample_ids: Tensor, global_batch: int, stratified: boo
     return ((stratum << 16) + (word >> 16)) // global_batch
 
 
-def _gather(tokens: Tensor, starts: Tensor, seq_len: int) -> Tensor:
-    """int64 ``[B, L]``: ``seq_len`` tokens of the flat corpus from each start."""
-    outside = (starts < 0) | (starts > len(tokens) - seq_len)
+def gather_ref(tokens: Tensor, runs: Tensor | None, starts: Tensor, seq_len: int) -> Tensor:
+    """``[B, L]``: ``seq_len`` tokens of the corpus from each start."""
+    length = len(tokens) if runs is None else int(runs[0, -1])
+    outside = (starts < 0) | (starts > length - seq_len)
     if outside.any():
         raise IndexError(
             f"window start {starts[outside][0].item()} with seq_len {seq_len} reaches outside the "
-            f"corpus of {len(tokens)} tokens"
+            f"corpus of {length} tokens"
         )
+    if runs is not None:
+        begins, addresses = runs.tolist()
+        windows = [_read_runs(begins, addresses, tokens.dtype, s, seq_len) for s in starts.tolist()]
+        return torch.stack(windows) if windows else tokens.new_empty(0, seq_len)
     # Indexing is not implemented for unsigned 16 and 32 bits, so those go through signed ones.
-    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32}.get(tokens.dtype)
-    raw = tokens if signed is None else tokens.view(signed)
-    window = raw[starts[:, None] + torch.arange(seq_len, device=tokens.device)].to(torch.int64)
-    return window if signed is None else window & ((1 << 8 * tokens.itemsize) - 1)
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32}.get(tokens.dtype, tokens.dtype)
+    places = starts[:, None] + torch.arange(seq_len, device=tokens.device)
+    return tokens.view(signed)[places].view(tokens.dtype)
+
+
+def _read_runs(
+    begins: list[int], addresses: list[int], dtype: torch.dtype, start: int, length: int
+) -> Tensor:
+    """``[length]``: tokens that may lie in several runs."""
+    content, run, end = bytearray(), bisect.bisect_right(begins, start) - 1, start + length
+    while start < end:
+        stop = min(begins[run + 1], end)
+        address = addresses[run] + (start - begins[run]) * dtype.itemsize
+        content += ctypes.string_at(address, (stop - start) * dtype.itemsize)
+        start, run = stop, run + 1
+    return torch.frombuffer(content, dtype=dtype)
+
+
+def _as_int64(ids: Tensor) -> Tensor:
+    """Whose conversion PyTorch lacks for unsigned types."""
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32}.get(ids.dtype)
+    if signed is None:
+        return ids.to(torch.int64)
+    return ids.view(signed).to(torch.int64) & ((1 << 8 * ids.itemsize) - 1)
 
 
 def windows_ref(
-    tokens: Tensor, starts: Tensor, seq_len: int, num_tokens: int, mask_id: int
+    tokens: Tensor,
+    runs: Tensor | None,
+    starts: Tensor,
+    seq_len: int,
+    num_tokens: int,
+    mask_id: int,
 ) -> tuple[Tensor, Tensor]:
-    """Windows with bad ids replaced by a valid one, and the record {count, offset, id} of them."""
-    windows = _gather(tokens, starts, seq_len)
+    """int64 ``[B, L]``: windows, with bad ids replaced by a valid one; and the record {count,
+    offset, id} of those."""
+    windows = _as_int64(gather_ref(tokens, runs, starts, seq_len))
     bad = (windows < 0) | (windows >= num_tokens) | (windows == mask_id)
     record = torch.zeros(3, dtype=torch.int64, device=windows.device)
     if bad.any():
@@ -105,7 +139,9 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     if (sample_ids < 0).any():
         raise ValueError(f"sample id {int(sample_ids.min())} is negative: slots count from 0")
     starts = starts_ref(a, seed, sample_ids)
-    clean, invalid = windows_ref(a.tokens.flatten(), starts, a.seq_len, a.num_tokens, a.mask_id)
+    clean, invalid = windows_ref(
+        a.tokens.flatten(), a.runs, starts, a.seq_len, a.num_tokens, a.mask_id
+    )
 
     can_mask = _can_mask(a, clean)
     num_maskable = can_mask.sum(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.backends import cpp, resolve_backend
 from nar_kernels.ops.dispatch import host_address
-from nar_kernels.ops.reference import windows_ref
+from nar_kernels.ops.reference import gather_ref, windows_ref
 from nar_kernels.ops.tokens import DTYPE_CODE, check_ids, check_token_dtype
 from nar_kernels.spec.philox import Stream, signed_seed
 from nar_kernels.spec.philox import permute as permute_ref
@@ -23,6 +23,7 @@ def windows(
     starts: Tensor,
     seq_len: int,
     *,
+    runs: Tensor | None = None,
     num_tokens: int,
     mask_id: int,
     validate: bool = True,
@@ -32,7 +33,7 @@ def windows(
     """Clean windows of a flat corpus, checked against the vocabulary.
 
     Args:
-        tokens: ``[T]``, any integer dtype of :data:`TOKEN_DTYPES`.
+        tokens, runs: as in :class:`~nar_kernels.ops.arguments.CorruptArgs`.
         starts: int64 ``[B]`` in [0, T - L].
         seq_len: L, at least 1.
         num_tokens, mask_id: valid ids are [0, ``num_tokens``) without ``mask_id``.
@@ -51,7 +52,7 @@ def windows(
     starts = check_ids("starts", starts, tokens.device)
     is_cpp = resolve_backend(backend, tokens.device, _ON_CPU) == "cpp"
     read = _windows_cpp if is_cpp else windows_ref
-    out, record = read(tokens, starts, seq_len, num_tokens, mask_id)
+    out, record = read(tokens, runs, starts, seq_len, num_tokens, mask_id)
     count, offset, token_id = record.tolist()
     if count and validate:
         raise InvalidTokenError.at(
@@ -66,25 +67,56 @@ def windows(
 
 
 def _windows_cpp(
-    tokens: Tensor, starts: Tensor, seq_len: int, num_tokens: int, mask_id: int
+    tokens: Tensor,
+    runs: Tensor | None,
+    starts: Tensor,
+    seq_len: int,
+    num_tokens: int,
+    mask_id: int,
 ) -> tuple[Tensor, Tensor]:
     """As ``windows_ref``."""
     assert cpp is not None
-    tokens = tokens.contiguous()
     out = torch.empty((starts.shape[0], seq_len), dtype=torch.int64, device="cpu")
     record = torch.empty(3, dtype=torch.int64, device="cpu")
-    cpp.windows(
-        host_address(tokens),
-        DTYPE_CODE[tokens.dtype],
-        tokens.numel(),
-        host_address(starts),
-        *out.shape,
-        num_tokens,
-        mask_id,
-        host_address(out),
-        host_address(record),
-    )
+    source = _source(tokens.contiguous(), runs, starts)
+    cpp.windows(*source, *out.shape, num_tokens, mask_id, host_address(out), host_address(record))
     return out, record
+
+
+def _source(tokens: Tensor, runs: Tensor | None, starts: Tensor) -> tuple[int, ...]:
+    """A corpus and the starts of windows, as the C++ extension takes them."""
+    where = (host_address(tokens), DTYPE_CODE[tokens.dtype], tokens.numel())
+    lies = (0, 0) if runs is None else (host_address(runs), runs.shape[1] - 1)
+    return *where, *lies, host_address(starts)
+
+
+def gather(
+    tokens: Tensor,
+    runs: Tensor | None,
+    starts: Tensor,
+    seq_len: int,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Copies windows of a corpus, not checked, to ``[B, L]`` in its own dtype.
+
+    Args:
+        tokens, runs, starts, seq_len: as in :func:`windows`.
+        out: where to, contiguous.
+
+    Raises:
+        IndexError: a window reaches outside the corpus.
+    """
+    starts = check_ids("starts", starts, tokens.device)
+    if resolve_backend(backend, tokens.device, _ON_CPU) == "reference":
+        copied = gather_ref(tokens, runs, starts, seq_len)
+        return copied if out is None else out.copy_(copied)
+    assert cpp is not None
+    if out is None:
+        out = torch.empty((starts.shape[0], seq_len), dtype=tokens.dtype, device="cpu")
+    source = _source(tokens.contiguous(), runs, starts)
+    cpp.gather(*source, *out.shape, host_address(out), torch.get_num_threads())
+    return out
 
 
 def permute(

@@ -35,7 +35,7 @@ def _check_loader(loader: MaskedLoader) -> None:
         on_device, on_host = corpus_limits(*free_memory(loader.device, loader.world_size))
         raise ValueError(
             "--cuda-graph needs the corpus in memory that kernels read, and corpus_memory is "
-            f"'mapped' for {corpus.name}: its {corpus.tokens.nbytes} bytes are more than an eighth "
+            f"'mapped' for {corpus.name}: its {corpus.nbytes} bytes are more than an eighth "
             f"of the free GPU memory, {on_device}, and either more than a quarter of the host's "
             f"for each process, {on_host}, or the system has refused to pin them (there is a "
             "warning, then); free memory, or use --no-cuda-graph"

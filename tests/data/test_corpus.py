@@ -174,13 +174,6 @@ def test_a_part_of_an_array_travels_alone() -> None:
         assert values(pickle.loads(pickled)) == part.tolist()
 
 
-def test_a_pickle_of_an_earlier_version() -> None:
-    """It holds a tensor."""
-    old = copy.copy(Corpus(np.arange(9)))
-    old.__setstate__({"_layout": None, "name": "array", "tokens": torch.arange(9)})
-    assert values(old) == list(range(9))
-
-
 def test_copies_share_the_tokens(tmp_path: Path) -> None:
     path = write(tmp_path / "a.bin", IDS)
     for corpus in (Corpus(np.arange(9)), Corpus(path, dtype="uint16")):
@@ -252,7 +245,9 @@ def test_arrays_that_are_no_stream_of_ids(case: str) -> None:
 
 @pytest.mark.parametrize("source", [[1, 2, 3], None, b"abc", np.uint16(3)])
 def test_other_types(source: Any) -> None:
-    with pytest.raises(TypeError, match="a path, a numpy array or a torch tensor, not "):
+    with pytest.raises(
+        TypeError, match="a path, a list of paths, a numpy array or a torch tensor, not "
+    ):
         Corpus(source)
 
 
@@ -478,8 +473,9 @@ def test_missing_file(tmp_path: Path) -> None:
         Corpus(tmp_path / "missing.bin", dtype="uint16")
 
 
-def test_directory(tmp_path: Path) -> None:
-    with pytest.raises(CorpusFormatError, match=f"{re.escape(str(tmp_path))} is a directory: pass"):
+def test_a_folder_without_corpora(tmp_path: Path) -> None:
+    write(tmp_path / "notes.txt", b"some text")
+    with pytest.raises(CorpusFormatError, match=f"{re.escape(str(tmp_path))} is a folder without"):
         Corpus(tmp_path)
 
 

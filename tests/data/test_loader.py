@@ -389,7 +389,9 @@ def test_a_copy_of_a_loader_has_a_step_of_its_own(
 def test_what_belongs_to_a_device_stays_here() -> None:
     """Threads, buffers, events: those of a GPU, on the CPU."""
     loader = MaskedLoader(make_dataset(), MASKING, 4)
-    loader._stager = Stager(loader._tokens, loader._window_starts, 4, 7, torch.device("cpu"))
+    loader._stager = Stager(
+        loader.dataset.corpus.stream, loader._window_starts, 4, 7, torch.device("cpu")
+    )
     loader._stager.prefetch(0)
     loader._deferred_check._pending = torch.Event(), lambda record: None
     for arrived in (pickle.loads(pickle.dumps(loader)), copy.deepcopy(loader)):
@@ -452,7 +454,9 @@ def test_the_default_device_changes_nothing() -> None:
         loader = pickle.loads(pickle.dumps(MaskedLoader(again, MASKING, 4, seed=3)))
         loader.load_state_dict(loader.state_dict() | {"step": 40})
         assert loader.sample_ids(40).tolist() == [160, 161, 162, 163]
-        stager = Stager(loader._tokens, loader._window_starts, 4, 7, torch.device("cpu"))
+        stager = Stager(
+            loader.dataset.corpus.stream, loader._window_starts, 4, 7, torch.device("cpu")
+        )
         assert torch.equal(stager.windows(40).to(torch.int64), expected.clean_ids)
 
 

@@ -1,21 +1,87 @@
 """The layout of a corpus file, and the checks that all formats share."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import DTypeLike
 
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.ops.tokens import TOKEN_DTYPES
 
 
-class Layout(NamedTuple):
-    """Location of the tokens in a file."""
+class ReadOptions(NamedTuple):
+    """What a user may say about a source that does not say it itself."""
 
+    dtype: DTypeLike | torch.dtype | None = None  # of raw files
+    column: str | None = None  # of tables: Arrow, Parquet, MDS
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the ids of one file are: runs of them, which follow each other in the stream.
+
+    Attributes:
+        format: name of the format, such as ``"npy"``.
+        path: absolute.
+        dtype: of the ids, one of :data:`TOKEN_DTYPES`.
+        offsets: int64 ``[P]``, bytes of the file before each run; need not be aligned.
+        lengths: int64 ``[P]``, tokens of each run, at least 0.
+        size: bytes of the file, as it was when this was read.
+        document_ends: returns int64 ``[D]``, ascending, how many tokens of the file precede the end
+            of each document; the last is the number of all. Picklable. None: the format does not
+            say.
+        loss_mask: as many uint8, 1 where a token counts in a loss, and 0 elsewhere; or None.
+    """
+
+    format: str
     path: str
     dtype: str
-    offset: int  # bytes before the first token
-    length: int  # tokens
+    offsets: np.ndarray
+    lengths: np.ndarray
+    size: int
+    document_ends: Callable[[], np.ndarray] | None = None
+    loss_mask: "Layout | None" = None
+
+    @classmethod
+    def of_one_run(
+        cls, format: str, path: Path, dtype: str, offset: int, length: int, **more: Any
+    ) -> "Layout":
+        """The layout of a file whose ids are all in one place."""
+        return cls(
+            format,
+            str(path.absolute()),
+            dtype,
+            np.array([offset], np.int64),
+            np.array([length], np.int64),
+            os.stat(path).st_size,
+            **more,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def malformed(
+    path: str | os.PathLike[str], field: str, found: object, expected: object
+) -> Exception:
+    """The error for a field of a file that is not what it must be."""
+    return CorpusFormatError(f"{os.fspath(path)}: {field} is {found}, but must be {expected}")
+
+
+def check_dtype_is_not_given(path: Path, options: ReadOptions, what: str) -> None:
+    """Raises CorpusFormatError if the user gave a dtype for a file that says it itself; ``what`` is
+    such as ``"a .npy file, whose header says uint16"``."""
+    if options.dtype is not None:
+        raise CorpusFormatError(
+            f"dtype={options.dtype!r} was given, but {path} is {what}: dtype= is for raw binary "
+            "files; leave it out"
+        )
 
 
 def check_array(name: str, shape: Sequence[int], dtype: np.dtype, expression: str) -> None:

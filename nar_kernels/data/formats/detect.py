@@ -1,33 +1,134 @@
-"""Format detection.
+"""Which format a source has: files, folders, lists and globs of them, to layouts.
 
-A new format is a module in this folder whose function returns a :class:`Layout`, and a branch here.
+A new format is a module in this folder and a row in :data:`FILE_FORMATS` or :data:`FOLDER_FORMATS`.
 """
 
+import glob
+import json
 import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from numpy.lib import format as npy
-from numpy.typing import DTypeLike
-
-from nar_kernels.data.formats.base import Layout
-from nar_kernels.data.formats.npy import npy_layout
+from nar_kernels.data.formats.base import Layout, ReadOptions
+from nar_kernels.data.formats.npy import is_npy, npy_layout
 from nar_kernels.data.formats.raw import raw_layout
 from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, reject_unsupported_formats
 from nar_kernels.errors import CorpusFormatError
 
+PathSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-def read_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:
-    """Detects the format of a file, and locates its tokens."""
+
+class FileFormat(NamedTuple):
+    """A format of one file, and those beside it. ``recognises`` sees the path and the first bytes:
+    by content, since some projects name raw files .npy, and .npy files .bin."""
+
+    recognises: Callable[[Path, bytes], bool]
+    read: Callable[[Path, ReadOptions], Layout]
+
+
+class FolderFormat(NamedTuple):
+    """A format of a folder, which says itself what its files are."""
+
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, ReadOptions], list[Layout]]
+
+
+# The first that recognises a file reads it. What none does is raw, unless it looks like something
+# that is not read.
+FILE_FORMATS: tuple[FileFormat, ...] = (FileFormat(is_npy, npy_layout),)
+FOLDER_FORMATS: tuple[FolderFormat, ...] = ()
+
+# Of files in a folder that says nothing of its own; others, such as indices, are left alone.
+_SUFFIXES = (".npy", ".bin", ".ds", ".mds", ".arrow", ".parquet")
+
+_LIST = (
+    'a .json file must be {"files": ["a.bin", "b.bin"], "dtype": "uint16"}, dtype for raw files '
+    "only; to read it as text, pass dtype='uint8'"
+)
+
+
+def read_layouts(source: PathSource, options: ReadOptions) -> list[Layout]:
+    """The files of a source, in order, at least one, all of one dtype.
+
+    Args:
+        source: a file; a folder; a glob, such as ``"shards/*.bin"``; a JSON file
+            ``{"files": [...], "dtype": "uint16"}`` that lists such, relative to its own folder
+            (dtype for raw files only); or a list of all that.
+
+    Raises:
+        CorpusFormatError: a file is malformed, or nothing that is read.
+        FileNotFoundError: no such file.
+    """
+    if isinstance(source, str | os.PathLike):
+        layouts = _of_path(os.fspath(source), options)
+    else:
+        layouts = [layout for part in source for layout in _of_path(os.fspath(part), options)]
+        if not layouts:
+            raise CorpusFormatError("the list of files is empty: a corpus has at least one")
+    for layout in layouts[1:]:
+        if layout.dtype != layouts[0].dtype:
+            raise CorpusFormatError(
+                f"{layout.path} holds {layout.dtype} and {layouts[0].path} {layouts[0].dtype}: the "
+                "files of one corpus have one dtype; write them again, or mix two corpora"
+            )
+    return layouts
+
+
+def _of_path(name: str, options: ReadOptions) -> list[Layout]:
+    path = Path(name)
     if path.is_dir():
-        raise CorpusFormatError(f"{path} is a directory: pass one .npy or raw binary file")
+        return _of_folder(path, options)
+    if not path.exists() and (matches := glob.glob(name, recursive=True)):
+        paths = sorted(map(Path, matches), key=_natural)
+        return [layout for path in paths for layout in _of_path(str(path), options)]
+    if path.suffix == ".json" and options.dtype is None:
+        return _of_list(path, options)
+    return [_of_file(path, options)]
+
+
+def _of_folder(folder: Path, options: ReadOptions) -> list[Layout]:
+    for format in FOLDER_FORMATS:
+        if format.recognises(folder):
+            return format.read(folder, options)
+    files = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
+    if not files:
+        raise CorpusFormatError(
+            f"{folder} is a folder without files that end in {', '.join(_SUFFIXES)}: name the files"
+        )
+    return [_of_file(path, options) for path in sorted(files, key=_natural)]
+
+
+def _of_list(path: Path, options: ReadOptions) -> list[Layout]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorpusFormatError(f"{path} is not JSON ({error}): {_LIST}") from error
+    names = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise CorpusFormatError(f"{path} does not list files: {_LIST}")
+    if nested := [name for name in names if name.endswith(".json")]:
+        raise CorpusFormatError(f"{path} names another list, {nested[0]}: name its files instead")
+    options = options._replace(dtype=content.get("dtype"))
+    return [layout for n in names for layout in _of_path(os.path.join(path.parent, n), options)]
+
+
+def _of_file(path: Path, options: ReadOptions) -> Layout:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-        if not head:
-            raise CorpusFormatError(f"{path} is empty: a corpus has at least one token")
-        # By content: some projects name raw files .npy, and .npy files .bin.
-        if head.startswith(npy.MAGIC_PREFIX):
-            return npy_layout(path, file, dtype)
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL_BYTES, 0))
-        reject_unsupported_formats(path, head, file.read())
-    return raw_layout(path, dtype)
+        tail = file.read()
+    if not head:
+        raise CorpusFormatError(f"{path} is empty: a corpus has at least one token")
+    for format in FILE_FORMATS:
+        if format.recognises(path, head):
+            return format.read(path, options)
+    reject_unsupported_formats(path, head, tail)
+    return raw_layout(path, options)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A sort key by which shard-9 comes before shard-10."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from nar_kernels.data.formats.base import Layout
+from nar_kernels.data.formats.base import Layout, ReadOptions
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.ops.tokens import TOKEN_DTYPES
 
 
-def raw_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:
+def raw_layout(path: Path, options: ReadOptions) -> Layout:
+    dtype = options.dtype
     sidecar = path.with_name(path.name + ".json")
     declared = _sidecar_dtype(sidecar) if sidecar.exists() else None
     given = None if dtype is None else _dtype_name(dtype, f"{path} was given dtype=")
@@ -35,7 +36,7 @@ def raw_layout(path: Path, dtype: DTypeLike | torch.dtype | None) -> Layout:
             f"{path} has {size} bytes, not a whole number of {name} tokens of {itemsize} bytes: "
             "the dtype is wrong, or the file is truncated"
         )
-    return Layout(str(path.absolute()), name, 0, size // itemsize)
+    return Layout.of_one_run("raw", path, name, 0, size // itemsize)
 
 
 def _sidecar_dtype(sidecar: Path) -> str:
