@@ -333,6 +333,11 @@ class MaskedLoader:
         else:
             self._check(self.step, record)  # offsets into the corpus: the step is not needed
 
+    def __getitem__(self, step: int) -> Corrupted:
+        """``batch(step)``: the loader is a map-style dataset of batches, by which workers make them
+        ahead: ``DataLoader(loader, batch_size=None, sampler=range(1000), num_workers=2)``."""
+        return self.batch(step)
+
     def __iter__(self) -> Iterator[Corrupted]:
         return self
 
