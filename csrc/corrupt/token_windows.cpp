@@ -9,9 +9,7 @@
 #include "runtime/parallel_for.h"
 
 namespace nar {
-namespace {
 
-// The run that holds a token.
 int64_t run_of(const Runs& runs, int64_t token) {
   return std::upper_bound(runs.begins, runs.begins + runs.count + 1, token) - runs.begins - 1;
 }
@@ -20,6 +18,8 @@ const char* address_in(const Runs& runs, int64_t run, int64_t token, int64_t ite
   return reinterpret_cast<const char*>(static_cast<uintptr_t>(runs.addresses[run])) +
          (token - runs.begins[run]) * itemsize;
 }
+
+namespace {
 
 void copy_from_runs(const Runs& runs, int64_t run, int64_t start, int64_t length, int64_t itemsize,
                     char* out) {

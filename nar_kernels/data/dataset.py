@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus, Source
+from nar_kernels.data.scan import CorpusScan, find_bad, known_scan, scan
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.masking import check_vocabulary
+from nar_kernels.ops.scan import Covered
 from nar_kernels.ops.windows import windows
-
-_SCAN_CHUNK = 1 << 18  # tokens; its temporaries fit in cache
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -153,36 +153,41 @@ class TokenDataset(Dataset[Tensor]):
         return train, held_out
 
     def validate_all(self) -> None:
-        """Checks every token that a window covers, each once, in a single pass over the corpus.
+        """Checks every token that a window covers, on all threads of PyTorch.
+
+        What a corpus in files holds is remembered in a cache folder (docs/data.md), so that it is
+        read once, unless it has bad ids.
 
         Raises:
             InvalidTokenError: with the lowest offset of a bad id, and how many there are.
         """
         end = self.phase + (len(self) - 1) * self.stride + self.seq_len
-        count, offset = 0, -1
-        start = self.phase
-        while start < end:
-            part = self.corpus.read(start, min(start + _SCAN_CHUNK, end)).numpy()
-            low, high = part.min(), part.max()
-            # If mask_id is the last id, as usual, only chunks with bad ids are searched for it.
-            has_mask = low <= self.mask_id <= high and self.mask_id in part
-            if low < 0 or high >= self.num_tokens or has_mask:
-                bad = (part < 0) | (part >= self.num_tokens) | (part == self.mask_id)
-                offsets = start + bad.nonzero()[0]
-                offsets = offsets[(offsets - self.phase) % self.stride < self.seq_len]
-                if len(offsets) and not count:
-                    offset = int(offsets[0])
-                count += len(offsets)
-            start += len(part)
-            # Ended in a gap between windows: skip to the next window.
-            if (beyond := (start - self.phase) % self.stride) >= self.seq_len:
-                start += self.stride - beyond
-        if count:
+        known = self._known_scan(end)
+        if known is not None and known.is_valid(self.num_tokens, self.mask_id):
+            return
+        # The bad ids may be where no window is.
+        bad = find_bad(
+            self.corpus,
+            num_tokens=self.num_tokens,
+            mask_id=self.mask_id,
+            start=self.phase,
+            stop=end,
+            covered=Covered(self.phase, self.stride, self.seq_len),
+        )
+        if bad.count:
+            offset = bad.offsets[0]
             raise InvalidTokenError.at(
                 f"offset {offset} of {self.corpus.name}",
                 token_id=int(self.corpus.read(offset, offset + 1)),
                 offset=offset,
-                count=count,
+                count=bad.count,
                 num_tokens=self.num_tokens,
                 mask_id=self.mask_id,
             )
+
+    def _known_scan(self, end: int) -> CorpusScan | None:
+        """A scan of the corpus that is remembered, or is made now and will be."""
+        if self.corpus.stream.layouts and end - self.phase > len(self.corpus) // 2:
+            # If mask_id is the last id, as usual, the greatest id says whether it occurs.
+            return scan(self.corpus, histogram=self.mask_id < self.num_tokens - 1)
+        return known_scan(self.corpus)

@@ -34,17 +34,19 @@ class Stream:
             ids lie in one aligned run.
         flat: ``[T]``, that run; otherwise empty, of the same dtype.
         layouts: of the files; empty for an array.
+        signatures: of the files as they were opened: size, time of the last write, inode.
     """
 
     dtype: torch.dtype
     runs: Tensor | None
     flat: Tensor
     layouts: Sequence[Layout]
+    signatures: Sequence[tuple[int, int, int]]
 
     def __init__(self, source: Sequence[Layout] | Tensor) -> None:
         self._files: list[mmap.mmap] = []
         if isinstance(source, Tensor):
-            self.layouts, self.dtype = (), source.dtype
+            self.layouts, self.signatures, self.dtype = (), (), source.dtype
             self.flat, self.runs, self._length = source, None, len(source)
             return
         self.layouts, self.dtype = source, TOKEN_DTYPES[source[0].dtype]
@@ -56,7 +58,7 @@ class Stream:
         for layout in self.layouts:
             self._files.append(_memory_map(layout))
             bases.append(torch.frombuffer(self._files[-1], dtype=torch.uint8).data_ptr())
-        self._signatures = [_signature(layout.path) for layout in self.layouts]
+        self.signatures = [_signature(layout.path) for layout in self.layouts]
         lengths = np.concatenate([layout.lengths for layout in self.layouts])
         self._length = int(lengths.sum())
         offset = int(self.layouts[0].offsets[0]) if len(lengths) == 1 else 0
@@ -110,7 +112,7 @@ class Stream:
     def check_unchanged(self, layouts: slice = slice(None)) -> None:
         """Raises CorpusChangedError if a file is not what it was when it was opened: smaller,
         larger, written to, replaced or gone."""
-        for layout, was in zip(self.layouts[layouts], self._signatures[layouts], strict=True):
+        for layout, was in zip(self.layouts[layouts], self.signatures[layouts], strict=True):
             try:
                 now = _signature(layout.path)
             except OSError as error:
