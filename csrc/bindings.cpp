@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,7 @@
 #include "nll/nll.h"
 #include "rng/permutation_cpu.h"
 #include "runtime/cpu_features.h"
+#include "scan/scan.h"
 #include "select/key_bounds.h"
 #include "unmask/unmask.h"
 
@@ -24,17 +26,19 @@ using nar::pointer;
 namespace {
 
 // A table of runs at an address, or none.
+nar::Runs runs_of(int64_t runs, int64_t num_runs) {
+  if (!num_runs) return {};
+  const int64_t* begins = pointer<const int64_t>(runs);
+  return {num_runs, begins, begins + num_runs + 1};
+}
+
 nar::Windows windows_of(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
                         int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len) {
   nar::Windows w = {};
   w.tokens = pointer<const void>(tokens);
   w.token_type = static_cast<nar::TokenType>(token_type);
-  w.num_corpus_tokens = num_corpus_tokens;
-  if (num_runs) {
-    const int64_t* begins = pointer<const int64_t>(runs);
-    w.runs = {num_runs, begins, begins + num_runs + 1};
-    w.num_corpus_tokens = begins[num_runs];
-  }
+  w.runs = runs_of(runs, num_runs);
+  w.num_corpus_tokens = num_runs ? w.runs.begins[num_runs] : num_corpus_tokens;
   w.starts = pointer<const int64_t>(starts);
   w.batch = batch, w.seq_len = seq_len;
   return w;
@@ -55,6 +59,24 @@ void gather(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t r
   const nar::Windows w =
       windows_of(tokens, token_type, num_corpus_tokens, runs, num_runs, starts, batch, seq_len);
   nar::gather_windows(w, pointer<void>(out), num_threads);
+}
+
+// Returns {least, greatest, outside, masked, uncounted, places found}.
+std::array<int64_t, 6> scan(int64_t tokens, int token_type, int64_t runs, int64_t num_runs,
+                            int64_t start, int64_t stop, int64_t phase, int64_t stride,
+                            int64_t seq_len, int64_t highest, int64_t mask_id, int64_t num_bins,
+                            int64_t counts, int64_t max_places, int64_t places, int num_threads) {
+  nar::ScanArgs a = {};
+  a.tokens = pointer<const void>(tokens);
+  a.runs = runs_of(runs, num_runs);
+  a.token_type = static_cast<nar::TokenType>(token_type);
+  a.start = start, a.stop = stop;
+  a.phase = phase, a.stride = stride, a.seq_len = seq_len;
+  a.highest = highest, a.mask_id = mask_id;
+  a.num_bins = num_bins, a.counts = pointer<int64_t>(counts);
+  a.max_places = max_places, a.places = pointer<int64_t>(places);
+  const nar::Scanned s = nar::scan_cpu(a, num_threads);
+  return {s.least, s.greatest, s.outside, s.masked, s.uncounted, s.num_places};
 }
 
 void permute(int64_t index, int64_t count, int64_t n, int64_t seed, int stream, int64_t round,
@@ -224,6 +246,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("gather", &gather, release_gil());
   m.def("read_ahead", &read_ahead, release_gil());
   m.def("permute", &permute, release_gil());
+  m.def("scan", &scan, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });
   m.def("simd_level", [] { return static_cast<int>(nar::simd_level()); });
   m.def("key_bounds", &key_bounds);

@@ -72,6 +72,12 @@ def simd_level(request):
     cpp.limit_simd(best)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests leave nothing in the user's, and find nothing there."""
+    os.environ["NAR_KERNELS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For files whose tensors are tiny: more threads only wait for each other."""

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nar_kernels"
 # Lowest first: folders, and modules that are in none. Each imports from the rows above its own,
 # not from its neighbours; the files of a folder may import each other, but not in a circle.
 LAYERS = [
-    ["checks", "distributed", "errors", "extras", "files", "losses"],
+    ["cache", "checks", "distributed", "errors", "extras", "files", "losses"],
     ["options"],
     ["spec"],
     ["ops"],

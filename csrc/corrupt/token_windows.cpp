@@ -16,9 +16,7 @@
 #include "runtime/parallel_for.h"
 
 namespace nar {
-namespace {
 
-// The run that holds a token.
 int64_t run_of(const Runs& runs, int64_t token) {
   return std::upper_bound(runs.begins, runs.begins + runs.count + 1, token) - runs.begins - 1;
 }
@@ -27,6 +25,8 @@ const char* address_in(const Runs& runs, int64_t run, int64_t token, int64_t ite
   return reinterpret_cast<const char*>(static_cast<uintptr_t>(runs.addresses[run])) +
          (token - runs.begins[run]) * itemsize;
 }
+
+namespace {
 
 // Calls visit(address, tokens) with each part of a window, from first to last.
 template <typename Visit>

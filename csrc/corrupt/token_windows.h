@@ -31,6 +31,10 @@ struct Runs {
   const int64_t* addresses;  // [count]
 };
 
+// The run that holds a token, and where the token is in it.
+int64_t run_of(const Runs& runs, int64_t token);
+const char* address_in(const Runs& runs, int64_t run, int64_t token, int64_t itemsize);
+
 struct Windows {
   const void* tokens;  // [num_corpus_tokens], if there are no runs
   Runs runs;

@@ -5,6 +5,7 @@
 #include "levels/kernels.h"
 #include "linear/linear_panel.h"
 #include "nll/nll_row.h"
+#include "scan/scan_block.h"
 #include "unmask/unmask_row.h"
 
 namespace nar {
@@ -14,6 +15,7 @@ constexpr Kernels kAvx512Kernels = {
     nll_row,
     unmask_row,
     choose_row,
+    scan_block,
     {kPanelRows, pack, multiply},
 };
 

@@ -4,6 +4,7 @@
 #include "corrupt/slots.h"
 #include "levels/kernels.h"
 #include "nll/nll_row.h"
+#include "scan/scan_block.h"
 #include "unmask/unmask_row.h"
 
 namespace nar {
@@ -13,6 +14,7 @@ constexpr Kernels kGenericKernels = {
     nll_row,
     unmask_row,
     choose_row,
+    scan_block,
     {},  // linear needs fused multiply-adds
 };
 

@@ -9,6 +9,7 @@
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
 #include "nll/nll.h"
+#include "scan/scan.h"
 #include "unmask/unmask.h"
 
 namespace nar {
@@ -18,6 +19,7 @@ struct Kernels {
   NllRow nll_row;
   UnmaskRow unmask_row;
   ChooseRow choose_row;
+  ScanBlock scan_block;
   LinearKernel linear;  // null without fused multiply-adds
 };
 

@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus, Source
 from nar_kernels.data.documents import document_ids
+from nar_kernels.data.scan import CorpusScan, find_bad, known_scan, scan
 from nar_kernels.data.window_table import WindowTable
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.masking import check_vocabulary
+from nar_kernels.ops.scan import EVERYTHING, Covered
 from nar_kernels.ops.windows import windows
 
-_SCAN_CHUNK = 1 << 18  # tokens; its temporaries fit in cache
+_MOST_PLACES = 1 << 20  # of bad ids, looked for at once
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -216,31 +218,36 @@ class TokenDataset(Dataset[Tensor]):
         return train, held_out
 
     def validate_all(self) -> None:
-        """Checks every token that a window covers, each once, in a single pass over the corpus.
+        """Checks every token that a window covers, on all threads of PyTorch.
+
+        What a corpus in files holds is remembered in a cache folder (docs/data.md), so that it is
+        read once, unless it has bad ids.
 
         Raises:
             InvalidTokenError: with the lowest offset of a bad id, and how many there are.
         """
-        end = self.phase + (len(self) - 1) * self.stride + self.seq_len
-        count, offset = 0, -1
-        start = self.phase
-        while start < end:
-            part = self.corpus.read(start, min(start + _SCAN_CHUNK, end)).numpy()
-            low, high = part.min(), part.max()
-            # If mask_id is the last id, as usual, only chunks with bad ids are searched for it.
-            has_mask = low <= self.mask_id <= high and self.mask_id in part
-            if low < 0 or high >= self.num_tokens or has_mask:
-                bad = (part < 0) | (part >= self.num_tokens) | (part == self.mask_id)
-                offsets = start + bad.nonzero()[0]
-                offsets = offsets[(offsets - self.phase) % self.stride < self.seq_len]
-                if len(offsets) and not count:
-                    offset = int(offsets[0])
-                count += len(offsets)
-            start += len(part)
-            # Ended in a gap between windows: skip to the next window.
-            if (beyond := (start - self.phase) % self.stride) >= self.seq_len:
-                start += self.stride - beyond
+        start, end = self.phase, int(self.starts([-1])) + self.seq_len
+        known = self._known_scan(end - start)
+        if known is not None and known.is_valid(self.num_tokens, self.mask_id):
+            return
+        # The bad ids may be where no window is.
+        covered = Covered(start, self.stride, self.seq_len) if self.is_regular else EVERYTHING
+        bad = find_bad(
+            self.corpus,
+            num_tokens=self.num_tokens,
+            mask_id=self.mask_id,
+            start=start,
+            stop=end,
+            covered=covered,
+            max_places=1 if self.is_regular else _MOST_PLACES,
+        )
+        offsets, count = bad.offsets, bad.count
+        if count and not self.is_regular:
+            views = (self._first, self._first + len(self) - 1)
+            offsets = self._table.covered(np.array(offsets), self.seq_len, *views).tolist()
+            count = len(offsets)
         if count:
+            offset = offsets[0]
             raise InvalidTokenError.at(
                 self.corpus.where(offset),
                 token_id=int(self.corpus.read(offset, offset + 1)),
@@ -249,6 +256,14 @@ class TokenDataset(Dataset[Tensor]):
                 num_tokens=self.num_tokens,
                 mask_id=self.mask_id,
             )
+
+    def _known_scan(self, length: int) -> CorpusScan | None:
+        """A scan of the corpus that is remembered; or, if windows span most of it, is made now and
+        will be."""
+        if self.corpus.stream.files is not None and length > len(self.corpus) // 2:
+            # If mask_id is the last id, as usual, the greatest id says whether it occurs.
+            return scan(self.corpus, histogram=self.mask_id < self.num_tokens - 1)
+        return known_scan(self.corpus)
 
 
 def _vocabulary(corpus: Corpus, num_tokens: int | None, mask_id: int | None) -> tuple[int, int]:

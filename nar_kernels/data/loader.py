@@ -343,7 +343,7 @@ class MaskedLoader:
 
     def __next__(self) -> Corrupted:
         if self._begins_epoch():
-            self._residency.check_unchanged()
+            self.dataset.corpus.stream.check_unchanged()
         batch = self.batch(self.step)
         self.step += 1
         if self._stager is not None:

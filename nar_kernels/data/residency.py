@@ -63,15 +63,6 @@ class Residency:
         if batch % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
             self._stream.release_memory()
 
-    def check_unchanged(self) -> None:
-        """Looks at all files.
-
-        Raises:
-            CorpusChangedError: one is not what it was.
-        """
-        for part in self._stream.parts:
-            part.check_unchanged()
-
 
 def _major_faults() -> int:
     """Page faults of this process that had to wait for a disk."""

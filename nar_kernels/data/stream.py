@@ -28,13 +28,14 @@ class MappedFile:
 
     Attributes:
         addresses, lengths: int64 ``[P]``, where each run of ids is in memory, and how many it has.
+        signature: size, time of the last write and inode of the file as it was opened.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout, self.lengths = layout, layout.lengths
         self.dtype = TOKEN_DTYPES[layout.dtype]
         self.map = _memory_map(layout)
-        self._signature = _signature(layout.path)
+        self.signature = _signature(layout.path)
         base = torch.frombuffer(self.map, dtype=torch.uint8).data_ptr()
         self.addresses = base + layout.offsets
 
@@ -52,7 +53,7 @@ class MappedFile:
     def check_unchanged(self) -> None:
         """Raises CorpusChangedError if the file is not what it was when it was opened: smaller,
         larger, written to, replaced or gone."""
-        path, was = self.layout.path, self._signature
+        path, was = self.layout.path, self.signature
         try:
             now = _signature(path)
         except OSError as error:
@@ -152,6 +153,17 @@ class TokenStream:
     @property
     def nbytes(self) -> int:
         return len(self) * self.dtype.itemsize
+
+    @property
+    def files(self) -> list[MappedFile] | None:
+        """The files of all ids; None if some are in arrays, which may change unseen."""
+        files = [part for part in self.parts if isinstance(part, MappedFile)]
+        return files if len(files) == len(self.parts) else None
+
+    def check_unchanged(self) -> None:
+        """Raises CorpusChangedError if a file is not what it was when it was opened."""
+        for part in self.parts:
+            part.check_unchanged()
 
     def windows(self, starts: Tensor, seq_len: int, out: Tensor | None = None) -> Tensor:
         """Copies windows: ``[B, L]`` in the stream's dtype.

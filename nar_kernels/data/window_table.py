@@ -53,6 +53,15 @@ class WindowTable:
         before, after = self._before[segment : segment + 2].tolist()
         return min(before + -(-(offset - int(self.begins[segment])) // self.stride), after)
 
+    def covered(self, offsets: np.ndarray, seq_len: int, first: int, last: int) -> np.ndarray:
+        """Those of the offsets of the stream that windows ``first`` to ``last`` cover."""
+        segment = np.searchsorted(self.begins, offsets, "right") - 1
+        last_of_segment = self._before[segment + 1] - 1
+        number = self._before[segment] + (offsets - self.begins[segment]) // self.stride
+        number = np.minimum(number, last_of_segment).clip(first, last)
+        starts = self.starts(torch.from_numpy(number)).numpy()
+        return offsets[(starts <= offsets) & (offsets < starts + seq_len)]
+
     @cached_property
     def digest(self) -> str | None:
         """SHA-256 of the segments, in hex; None for a regular table, which is its numbers."""

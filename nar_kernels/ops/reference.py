@@ -16,6 +16,7 @@ from nar_kernels.spec.philox import Stream, permute, words
 from nar_kernels.spec.schedules import NUM_TIMES
 
 _U32 = 0xFFFFFFFF
+_SCAN_CHUNK = 1 << 20  # ids
 
 
 def permute_rounds(seed: int, stream: Stream, rounds: Tensor, index: Tensor, n: int) -> Tensor:
@@ -96,6 +97,41 @@ def windows_ref(
         record[0], record[1] = bad.sum(), offset
         record[2] = windows[offsets == offset][0]
     return torch.where(bad, int(mask_id == 0), windows), record
+
+
+def scan_ref(
+    tokens: Tensor,
+    runs: Tensor | None,
+    start: int,
+    stop: int,
+    phase: int,
+    stride: int,
+    seq_len: int,
+    highest: int,
+    mask_id: int,
+    counts: Tensor | None,
+    max_places: int,
+) -> tuple[int, int, int, int, int, list[int]]:
+    """As :class:`~nar_kernels.ops.scan.Scanned`; counts of ids are added to ``counts``."""
+    least, greatest, outside, masked, uncounted = (1 << 63) - 1, -1 << 63, 0, 0, 0
+    places: list[int] = []
+    for first in range(start, stop, _SCAN_CHUNK):
+        offsets = torch.arange(first, min(first + _SCAN_CHUNK, stop), device="cpu")
+        ids = _as_int64(gather_ref(tokens, runs, offsets[:1], len(offsets))[0])
+        covered = (offsets - phase) % stride < seq_len
+        ids, offsets = ids[covered], offsets[covered]
+        if not len(ids):
+            continue
+        least, greatest = min(least, int(ids.min())), max(greatest, int(ids.max()))
+        is_outside, is_masked = (ids < 0) | (ids > highest), (ids == mask_id) & (mask_id >= 0)
+        outside += int(is_outside.sum())
+        masked += int(is_masked.sum())
+        places += offsets[is_outside | is_masked][: max_places - len(places)].tolist()
+        if counts is not None:
+            counted = ids[(ids >= 0) & (ids < len(counts))]
+            uncounted += len(ids) - len(counted)
+            counts += torch.bincount(counted, minlength=len(counts))
+    return least, greatest, outside, masked, uncounted, places
 
 
 def _shares(

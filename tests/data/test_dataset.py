@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nar_kernels.data import dataset as dataset_module
+from nar_kernels.data import scan as scan_module
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
@@ -187,30 +187,51 @@ def all_bad(dataset: TokenDataset) -> list[int]:
     tokens = dataset.corpus.tokens.tolist()
     starts = dataset.starts(torch.arange(len(dataset))).tolist()
     covered = sorted({s + i for s in starts for i in range(dataset.seq_len)})
-    return [i for i in covered if not 0 <= tokens[i] < V or tokens[i] == MASK_ID]
+    good = {*range(dataset.num_tokens)} - {dataset.mask_id}
+    return [i for i in covered if tokens[i] not in good]
+
+
+def assert_validated(dataset: TokenDataset) -> None:
+    bad = all_bad(dataset)
+    if not bad:
+        return dataset.validate_all()
+    with pytest.raises(InvalidTokenError, match=f"at offset {bad[0]} of ") as caught:
+        dataset.validate_all()
+    error = caught.value
+    assert (error.offset, error.count) == (bad[0], len(bad))
+    assert error.token_id == dataset.corpus.tokens[bad[0]]
+
+
+COVERED = [(7, 7), (7, 3), (7, 9), (1, 1), (3, 50), (90, 1)]
+BAD = {0: -1, 8: V, 49: MASK_ID, 51: 1 << 40, 52: INT64_MIN, 120: -1, 199: -1}
 
 
 @pytest.mark.parametrize("scanned", [1, 5, 64, 1 << 18])
-@pytest.mark.parametrize(("seq_len", "stride"), [(7, 7), (7, 3), (7, 9), (1, 1), (3, 50), (90, 1)])
+@pytest.mark.parametrize(("seq_len", "stride"), COVERED)
 def test_validate_all(
     monkeypatch: pytest.MonkeyPatch, seq_len: int, stride: int, scanned: int
 ) -> None:
     """Each token that a window covers, once; neither gaps nor tails."""
-    monkeypatch.setattr(dataset_module, "_SCAN_CHUNK", scanned)
+    monkeypatch.setattr(scan_module, "_PORTION_BYTES", 8 * scanned)
     tokens = np.arange(200)
     make_dataset(tokens, seq_len, stride=stride).validate_all()
-    tokens[[0, 8, 49, 51, 52, 120, 199]] = [-1, V, MASK_ID, 1 << 40, INT64_MIN, -1, -1]
+    tokens[[*BAD]] = [*BAD.values()]
     whole = make_dataset(tokens, seq_len, stride=stride, validate=False)
     for dataset in (whole, *whole.split(2)):
-        bad = all_bad(dataset)
-        if not bad:
-            dataset.validate_all()
-            continue
-        with pytest.raises(InvalidTokenError, match=f"at offset {bad[0]} of array") as caught:
-            dataset.validate_all()
-        error = caught.value
-        assert (error.offset, error.count) == (bad[0], len(bad))
-        assert error.token_id == tokens[bad[0]]
+        assert_validated(dataset)
+
+
+@pytest.mark.parametrize("mask_id", [MASK_ID, 120])
+@pytest.mark.parametrize(("seq_len", "stride"), COVERED)
+def test_validate_all_of_files(tmp_path: Path, seq_len: int, stride: int, mask_id: int) -> None:
+    """What is remembered of a file is of all its tokens, so it may not say where bad ones are."""
+    for bad in ([], [199], [0], [8, 51], [120]):
+        tokens = np.arange(200)
+        tokens[bad] = [BAD[place] for place in bad]
+        np.save(tmp_path / "a.npy", tokens)
+        whole = make_dataset(tmp_path / "a.npy", seq_len, stride=stride, mask_id=mask_id)
+        for dataset in (*whole.split(2), whole) * 2:
+            assert_validated(dataset)
 
 
 @pytest.mark.parametrize("dtype", TOKEN_DTYPES)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nar_kernels import Corpus, MaskedLoader, MaskingConfig, Mixture, TokenDataset
 from nar_kernels.data.mixture import even_schedule, shares_of
 from nar_kernels.data.window_table import WindowTable
-from nar_kernels.errors import CorpusFormatError
+from nar_kernels.errors import CorpusFormatError, InvalidTokenError
 from nar_kernels.spec.philox import Stream, derived_seed, permute, words
 
 V, MASK_ID, EOS = 1001, 1000, 999
@@ -200,6 +200,38 @@ def test_windows_within_documents(lengths: list[int], seq_len: int, stride: int)
             train, late = dataset.split(held_out)
             assert (len(train), len(late)) == (num_train, held_out)
             assert late[0].tolist() == [ids[i] for i in expected[-held_out]]
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=9),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.sets(st.integers(0, 40), max_size=6),
+)
+def test_all_windows_within_documents_are_validated(
+    lengths: list[int], seq_len: int, stride: int, bad: set[int]
+) -> None:
+    corpus = corpus_of_documents(lengths)
+    corpus.document_ends  # noqa: B018 : before the ids are spoilt
+    ids = corpus.tokens
+    for place in bad:
+        if place < len(ids):
+            ids[place] = V
+    make: dict[str, Any] = {"num_tokens": V, "mask_id": MASK_ID, "stride": stride}
+    try:
+        whole = TokenDataset(corpus, seq_len, within_documents=True, **make)
+        views = [whole, *whole.split(1)]
+    except ValueError:  # no window, or only one
+        return
+    for dataset in views:
+        starts = dataset.starts(torch.arange(len(dataset))).tolist()
+        covered = {s + i for s in starts for i in range(seq_len)} & bad
+        if not covered:
+            dataset.validate_all()
+            continue
+        with pytest.raises(InvalidTokenError) as caught:
+            dataset.validate_all()
+        assert (caught.value.offset, caught.value.count) == (min(covered), len(covered))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 9), st.data())

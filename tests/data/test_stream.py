@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from nar_kernels import Corpus, MaskedLoader, MaskingConfig, TokenDataset
 from nar_kernels.data.formats.base import Layout
-from nar_kernels.data.residency import Residency
 from nar_kernels.data.stream import TokenStream
 from nar_kernels.errors import CorpusChangedError, CorpusFormatError, InvalidTokenError
 from nar_kernels.ops.tokens import TOKEN_DTYPES
@@ -190,7 +189,7 @@ def test_a_file_that_changes(tmp_path: Path, change: str) -> None:
     with pytest.raises(CorpusChangedError, match=rf"a\.bin .*{message}"):
         next(loader)
     with pytest.raises(CorpusChangedError):
-        Residency(loader.dataset.corpus.stream).check_unchanged()
+        loader.dataset.corpus.stream.check_unchanged()
     if change != "is gone":
         assert Corpus(path, dtype="uint8").read(0, 1).tolist() == [0]  # opened again, it is fine
 
