@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 
 _GAP = re.compile(r"\[MASK(?::(\d+))?\]")
 

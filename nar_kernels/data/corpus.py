@@ -65,6 +65,7 @@ class Corpus:
     name: str
     stream: TokenStream
     loss_mask: TokenStream | None
+    manifest: Any
     _layouts: Sequence[Layout]
     _joined: "Sequence[Corpus]"
 
@@ -77,7 +78,7 @@ class Corpus:
         eos_id: int | None = None,
     ) -> None:
         self.eos_id = None if eos_id is None else as_int("eos_id", eos_id)
-        self.loss_mask = None
+        self.loss_mask, self.manifest = None, None
         self._layouts, self._joined = (), ()
         if isinstance(source, np.ndarray | Tensor):
             if dtype is not None:
@@ -117,7 +118,7 @@ class Corpus:
         corpus = cls.__new__(cls)
         corpus.name = " and ".join(c.name for c in corpora)
         corpus.stream = TokenStream.joined([c.stream for c in corpora])
-        corpus.loss_mask, corpus.eos_id = None, None
+        corpus.loss_mask, corpus.manifest, corpus.eos_id = None, None, None
         corpus._layouts = ()
         masks = [c.loss_mask for c in corpora if c.loss_mask is not None]
         if len(masks) == len(corpora):

@@ -217,6 +217,15 @@ class TokenDataset(Dataset[Tensor]):
         held_out._first = self._first + len(self) - num_held_out
         return train, held_out
 
+    def at(self, corpus: Corpus, starts: Tensor) -> "TokenDataset":
+        """Windows like these, of another corpus, that begin at ``starts`` ``[N]``, ascending."""
+        other = copy.copy(self)
+        other.corpus = corpus
+        begins = starts.numpy()
+        other._table = WindowTable(begins, np.full_like(begins, self.seq_len), self.seq_len, 1)
+        other._first, other._num_windows = 0, len(other._table)
+        return other
+
     def validate_all(self) -> None:
         """Checks every token that a window covers, on all threads of PyTorch.
 

@@ -68,6 +68,16 @@ class Mixture:
         """Windows of all datasets."""
         return sum(len(dataset) for dataset in self.datasets)
 
+    def windows(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """int64 ``[B, L]``: windows of the sample slots with these numbers, in order."""
+        slots = torch.as_tensor(indices, device="cpu")
+        sources, numbers = self.assign(slots)
+        out = torch.empty(len(slots), self.seq_len, dtype=torch.int64, device="cpu")
+        for source in sources.unique().tolist():
+            here, dataset = sources == source, self.datasets[source]
+            out[here] = dataset.windows(numbers[here] % len(dataset))
+        return out
+
     @cached_property
     def _period(self) -> tuple[Tensor, Tensor, Tensor]:
         """int64: the source of each of the first Q slots ``[Q]``; how many slots before it the same

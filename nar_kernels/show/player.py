@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.sampling.decode import DecodeState
 
 # A cost is -log p quantised to 0.01 nat, which keeps p to a relative error of 0.5 %. The maximum

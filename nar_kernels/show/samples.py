@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.files import atomic_write
 from nar_kernels.show.pictures import images
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import TextIO
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show.samples import shade
 

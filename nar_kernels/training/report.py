@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.data.sources import Data, SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.sources import Data
 from nar_kernels.distributed import world_size
 from nar_kernels.extras import version
 from nar_kernels.sampling.config import SamplingConfig
