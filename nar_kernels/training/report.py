@@ -151,7 +151,7 @@ def make_report(
 def _samples_name(spec: SequenceSpec) -> str:
     if spec.image_shape is not None:
         return "filmstrip.png"
-    return "samples.txt" if spec.render == "bytes" else "samples.npy"
+    return "samples.txt" if spec.render in ("bytes", "text") else "samples.npy"
 
 
 def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> Tensor:
