@@ -17,6 +17,8 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.data.formats.base import ReadOptions, check_array, check_stream
 from nar_kernels.data.formats.detect import PathSource, read_layouts
+from nar_kernels.data.formats.prepared import manifest_of
+from nar_kernels.data.manifest import Manifest
 from nar_kernels.data.stream import Stream, as_tensor
 from nar_kernels.errors import CorpusFormatError
 
@@ -54,6 +56,7 @@ class Corpus:
     Attributes:
         stream: the :class:`~nar_kernels.data.stream.Stream` of ids.
         loss_mask: a stream of as many uint8, 1 where a token counts in a loss, or None.
+        manifest: of a folder that ``nar-kernels prepare`` wrote; else None.
         name: the path as given (the first one of a list), or ``"array"`` or ``"tensor"``.
 
     Raises:
@@ -64,6 +67,7 @@ class Corpus:
 
     stream: Stream
     loss_mask: Stream | None
+    manifest: Manifest | None
     name: str
 
     def __init__(
@@ -76,6 +80,7 @@ class Corpus:
     ) -> None:
         self.eos_id = None if eos_id is None else as_int("eos_id", eos_id)
         self.loss_mask = None
+        self.manifest = manifest_of(source)
         if isinstance(source, np.ndarray | Tensor):
             if dtype is not None:
                 raise CorpusFormatError(
