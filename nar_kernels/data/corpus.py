@@ -17,6 +17,8 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.data.formats.base import Layout, ReadOptions, check_array, check_stream
 from nar_kernels.data.formats.detect import PathSource, read_layouts
+from nar_kernels.data.formats.prepared import manifest_of
+from nar_kernels.data.manifest import Manifest
 from nar_kernels.data.stream import TokenStream, as_tensor
 from nar_kernels.errors import CorpusFormatError
 
@@ -54,6 +56,7 @@ class Corpus:
     Attributes:
         stream: the :class:`~nar_kernels.data.stream.TokenStream` of ids.
         loss_mask: a stream of as many uint8, 1 where a token counts in a loss, or None.
+        manifest: of a folder that ``nar-kernels prepare`` wrote; else None.
         name: the path as given (the first one of a list), or ``"array"`` or ``"tensor"``.
 
     Raises:
@@ -65,7 +68,7 @@ class Corpus:
     name: str
     stream: TokenStream
     loss_mask: TokenStream | None
-    manifest: Any
+    manifest: Manifest | None
     _layouts: Sequence[Layout]
     _joined: "Sequence[Corpus]"
 
@@ -78,7 +81,7 @@ class Corpus:
         eos_id: int | None = None,
     ) -> None:
         self.eos_id = None if eos_id is None else as_int("eos_id", eos_id)
-        self.loss_mask, self.manifest = None, None
+        self.loss_mask, self.manifest = None, manifest_of(source)
         self._layouts, self._joined = (), ()
         if isinstance(source, np.ndarray | Tensor):
             if dtype is not None:
