@@ -57,4 +57,4 @@ def remember(corpus: Corpus, what: str, **arrays: np.ndarray) -> None:
 def _file(corpus: Corpus, what: str) -> Path:
     files = [signature[:2] for signature in corpus.stream.signatures]
     key = json.dumps([_VERSION, what, corpus.digest, files])
-    return cache_folder() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    return cache_folder() / "scans" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
