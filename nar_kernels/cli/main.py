@@ -1,4 +1,4 @@
-"""``nar-kernels prepare | train | generate | doctor``."""
+"""``nar-kernels prepare | inspect | train | generate | doctor``."""
 
 import argparse
 import re
@@ -6,8 +6,8 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from nar_kernels.cli import doctor, generate, prepare, train
-from nar_kernels.errors import BackendUnavailableError
+from nar_kernels.cli import doctor, generate, inspect, prepare, train
+from nar_kernels.errors import BackendUnavailableError, CorpusChangedError
 from nar_kernels.extras import version
 from nar_kernels.training.interrupt import Interrupted
 from nar_kernels.training.train import DivergedError
@@ -17,21 +17,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: runs a subcommand.
 
     Returns:
-        Exit status: 0; 1 if training diverged; 2 for user errors (a one-line message); 128 plus the
-        signal number after a signal, as in shells: 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0; 1 if training diverged, or ``inspect`` found bad ids; 2 for user errors (a
+        one-line message); 128 plus the signal number after a signal, as in shells: 130 after
+        Ctrl-C, 143 after SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except KeyboardInterrupt as error:
         return 128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT)
     except DivergedError as error:
         print(f"nar-kernels: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError, BackendUnavailableError) as error:
+    except (ValueError, OSError, ImportError, BackendUnavailableError, CorpusChangedError) as error:
         print(f"nar-kernels: {_in_options(str(error), arguments.names)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _in_options(message: str, names: Mapping[str, str]) -> str:
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("nar-kernels") or "unknown")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (prepare, train, generate, doctor):
+    for command in (prepare, inspect, train, generate, doctor):
         name = command.__name__.rpartition(".")[2]
         command.add_to(commands.add_parser(name, help=command.HELP))
     return parser

@@ -13,13 +13,17 @@ from nar_kernels.data.remembered import recall, remember
 
 @dataclass(frozen=True, eq=False)
 class DocumentLengths:
-    """Attributes:
-    lengths: int64 ``[U]``, tokens, ascending.
-    counts: int64 ``[U]``, at least 1: how many documents have each length.
+    """Lengths are in tokens, the one that ends a document included.
+
+    Attributes:
+        lengths: int64 ``[U]``, ascending.
+        counts: int64 ``[U]``, at least 1: how many documents have each length.
+        num_empty: documents without a token, or with none but their end.
     """
 
     lengths: np.ndarray
     counts: np.ndarray
+    num_empty: int
 
     @property
     def num_documents(self) -> int:
@@ -35,7 +39,7 @@ class DocumentLengths:
         return int(self.counts[self.lengths >= length].sum())
 
     def quantile(self, share: float) -> int:
-        """The shortest length such that this share of the documents, in [0, 1], is no longer."""
+        """The least length such that this share of the documents, in [0, 1], is no longer."""
         ranks = np.cumsum(self.counts)
         return int(self.lengths[np.searchsorted(ranks, share * ranks[-1])])
 
@@ -49,14 +53,35 @@ def document_lengths(corpus: Corpus) -> DocumentLengths | None:
         CorpusFormatError: the index of the documents is not right.
         CorpusChangedError: a file has changed since it was opened.
     """
-    what = None if corpus.eos_id is None else f"documents that end with {corpus.eos_id}"
-    if what is not None and (known := recall(corpus, what)) is not None:
-        return DocumentLengths(known["lengths"], known["counts"])
+    if corpus.eos_id is None:
+        ends = corpus.document_ends
+        return None if ends is None else _lengths(ends, 0)
+    what = f"documents that end with {corpus.eos_id}"
+    known = recall(corpus, what)
+    if known is not None:
+        return DocumentLengths(known["lengths"], known["counts"], int(known["num_empty"]))
     ends = corpus.document_ends
-    if ends is None:
-        return None
-    found = DocumentLengths(*np.unique(np.diff(ends, prepend=0), return_counts=True))
-    if what is not None:
-        corpus.stream.release_memory()
-        remember(corpus, what, lengths=found.lengths, counts=found.counts)
+    assert ends is not None
+    last_id = int(corpus.read(len(corpus) - 1, len(corpus)))
+    found = _lengths(ends, 1, last_is_ended=last_id == corpus.eos_id)
+    corpus.stream.release_memory()
+    remember(
+        corpus,
+        what,
+        lengths=found.lengths,
+        counts=found.counts,
+        num_empty=np.array(found.num_empty),
+    )
     return found
+
+
+def _lengths(ends: np.ndarray, of_an_end: int, last_is_ended: bool = True) -> DocumentLengths:
+    """Args:
+    ends: as :attr:`Corpus.document_ends`.
+    of_an_end: tokens of a document that is empty.
+    last_is_ended: whether the last document has its end.
+    """
+    lengths = np.diff(ends, prepend=0)
+    is_empty = lengths == of_an_end
+    is_empty[-1] &= last_is_ended
+    return DocumentLengths(*np.unique(lengths, return_counts=True), int(is_empty.sum()))

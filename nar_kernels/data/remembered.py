@@ -57,4 +57,4 @@ def remember(corpus: Corpus, what: str, **arrays: np.ndarray) -> None:
 def _file(corpus: Corpus, what: str) -> Path:
     files = [file.signature[:2] for file in corpus.stream.files or ()]
     key = json.dumps([_VERSION, what, corpus.digest, files])
-    return cache_folder() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    return cache_folder() / "scans" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"

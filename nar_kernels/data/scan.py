@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.remembered import recall, remember
@@ -130,20 +129,25 @@ def find_bad(
     stop = len(corpus) if stop is None else stop
     outside = masked = 0
     offsets: list[int] = []
-    looked_for = {"num_tokens": num_tokens, "mask_id": mask_id, "max_places": max_places}
-    for found in _portions(corpus, start, stop, covered=covered, **looked_for):
+    for found in _portions(
+        corpus,
+        start,
+        stop,
+        covered=covered,
+        num_tokens=num_tokens,
+        mask_id=mask_id,
+        max_places=max_places,
+    ):
         outside, masked = outside + found.outside, masked + found.masked
         offsets += found.places
     return BadIds(outside, masked, offsets[:max_places])
 
 
-def _portions(
-    corpus: Corpus, start: int, stop: int, *, counts: Tensor | None = None, **looked_for: Any
-) -> Iterator[Scanned]:
+def _portions(corpus: Corpus, start: int, stop: int, **looked_for: Any) -> Iterator[Scanned]:
     portion = max(_PORTION_BYTES // corpus.dtype.itemsize, 1)
     stream = corpus.stream
     for first in range(start, stop, portion):
         last = min(first + portion, stop)
-        yield ops.scan(stream.flat, stream.runs, first, last, counts=counts, **looked_for)
+        yield ops.scan(stream.flat, stream.runs, first, last, **looked_for)
         if stop - start > portion:
             stream.release_memory()

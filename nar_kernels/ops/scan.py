@@ -82,11 +82,11 @@ def scan(
     highest = torch.iinfo(torch.int64).max if num_tokens is None else num_tokens - 1
     mask_id = -1 if mask_id is None else mask_id
     if resolve_backend(backend, tokens.device, _ON_CPU) == "reference":
-        looked_for = highest, mask_id, counts, max_places
-        return Scanned(*scan_ref(tokens, runs, start, stop, *covered, *looked_for))
+        found = scan_ref(tokens, runs, start, stop, *covered, highest, mask_id, counts, max_places)
+        return Scanned(*found)
     assert cpp is not None
     places = torch.empty(max_places, dtype=torch.int64, device="cpu")
-    *figures, num_places = cpp.scan(
+    least, greatest, outside, masked, uncounted, num_places = cpp.scan(
         host_address(tokens.contiguous()),
         DTYPE_CODE[tokens.dtype],
         *((0, 0) if runs is None else (host_address(runs), runs.shape[1] - 1)),
@@ -100,4 +100,5 @@ def scan(
         host_address(places),
         torch.get_num_threads(),
     )
-    return Scanned(*figures, places[:num_places].tolist())
+    located = places[:num_places].tolist()
+    return Scanned(least, greatest, outside, masked, uncounted, located)

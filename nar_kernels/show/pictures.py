@@ -1,4 +1,4 @@
-"""PNG plots of a run: the loss curve, image grids, and filmstrips of decoding steps.
+"""PNG plots: the loss curve of a run, image grids, filmstrips of decoding steps; a corpus.
 
 Shapes: H height and W width of an image in tokens.
 """
@@ -17,6 +17,7 @@ from nar_kernels.files import atomic_write
 _PIXELS = 6  # per token, along each axis
 _GAP = 8  # pixels between images
 _DPI = 100
+_LENGTH_BINS = 40
 _PAPER, _INK, _FAINT, _TABLE = "#ffffff", "#1d2733", "#66717e", "#e4e8ed"
 _TRAIN, _HELD_OUT = "#9db4d0", "#d1495b"
 _MASKED = "#f6b957"  # distinct from every grey level
@@ -90,6 +91,52 @@ def loss_curve(
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncol=2, fontsize=9)
     _write(figure, path)
+
+
+def corpus(
+    path: Path,
+    *,
+    id_counts: np.ndarray,
+    lengths: np.ndarray,
+    length_counts: np.ndarray,
+    title: str,
+) -> None:
+    """How often ids occur, by rank, and how long documents are, if there are any.
+
+    Args:
+        id_counts: how often each id occurs.
+        lengths, length_counts: how many documents have which length; empty if there are none.
+    """
+    figure = _figure(9.6, 4)
+    figure.text(0.1, 0.92, title, color=_INK, fontsize=12)
+    right = 0.97 if len(lengths) == 0 else 0.48
+    axes = _plain_axes(figure, (0.1, 0.15, right - 0.1, 0.68))
+    frequency = np.sort(id_counts[id_counts > 0])[::-1] / id_counts.sum()
+    marker = "o" if len(frequency) == 1 else None
+    axes.loglog(np.arange(len(frequency)) + 1, frequency, color=_HELD_OUT, marker=marker)
+    axes.set_xlabel("rank of the id", color=_INK)
+    axes.set_ylabel("share of all tokens", color=_INK)
+    if len(lengths):
+        axes = _plain_axes(figure, (0.59, 0.15, 0.38, 0.68))
+        # Bins of a constant ratio, between whole numbers, so that none of them must be empty.
+        longest = max(int(lengths[-1]), 1)
+        edges = np.unique(np.geomspace(1, longest + 1, _LENGTH_BINS + 1).round()) - 0.5
+        shown = np.maximum(lengths, 1)  # an empty document has no place on this axis
+        axes.hist(shown, edges, weights=length_counts, color=_TRAIN)
+        axes.set_xscale("log")
+        axes.set_xlabel("length of the document, tokens", color=_INK)
+        axes.set_ylabel("documents", color=_INK)
+    _write(figure, path)
+
+
+def _plain_axes(figure: Any, place: tuple[float, float, float, float]) -> Any:
+    axes = figure.add_axes(place)
+    axes.grid(color="#e6e9ed", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return axes
 
 
 def images(

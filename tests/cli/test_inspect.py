@@ -1,0 +1,328 @@
+"""`nar-kernels inspect`: what it prints of a corpus, and its exit status."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nar_kernels.cli.main import main
+from nar_kernels.data import scan as scan_module
+from nar_kernels.show.inspection import _bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = b"to be, or not to be: " * 40
+
+
+def inspect(*argv: object, status: int = 0) -> None:
+    assert main(["inspect", *map(str, argv)]) == status
+
+
+@pytest.fixture
+def facts(capsys: pytest.CaptureFixture[str]):
+    """What `--json` prints: one line."""
+
+    def of(*argv: object, status: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        inspect(*argv, "--json", status=status)
+        out, err = capsys.readouterr()
+        assert out.count("\n") == 1 and err == ""
+        return json.loads(out)
+
+    return of
+
+
+@pytest.fixture
+def rows(capsys: pytest.CaptureFixture[str]):
+    """The lines of a terminal, by their labels."""
+
+    def of(*argv: object, status: int = 0) -> dict[str, list[str]]:
+        capsys.readouterr()
+        inspect(*argv, status=status)
+        out, err = capsys.readouterr()
+        assert err == "" and max(map(len, out.splitlines())) <= 100
+        found: dict[str, list[str]] = {}
+        label = ""
+        for line in out.splitlines()[1:]:
+            assert line.startswith("  ") and line == line.rstrip()
+            label = line[2:18].strip() or label
+            found.setdefault(label, []).append(line[18:])
+        return found
+
+    return of
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Ten ids in three files."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    np.save(folder / "shard-1.npy", np.array([1, 2, 0], "uint16"))
+    np.save(folder / "shard-2.npy", np.array([9, 2, 2, 2], "uint16"))
+    np.save(folder / "shard-10.npy", np.array([0, 0, 5], "uint16"))
+    return folder
+
+
+def test_text(tmp_path: Path, rows) -> None:
+    (tmp_path / "play.txt").write_bytes(TEXT)
+    assert rows(tmp_path / "play.txt", "--dtype", "uint8") == {
+        "format": ["raw, uint8"],
+        "files": ["840 bytes"],
+        "tokens": ["840"],
+        "documents": ["unknown: --eos-id says which id ends them"],
+        "windows": ["3 of 256 tokens; the last 72 tokens are in none"],
+        "ids": ["32 to 116, 9 different ones"],
+        "vocabulary": [
+            "117 at least; with a mask token --num-tokens 118",
+            "(more, if the tokenizer has ids that do not occur here)",
+        ],
+        "bad ids": ["none"],
+        "most frequent": [
+            " 32  240  28.57%  ' '",
+            "111  160  19.05%  'o'",
+            "116  120  14.29%  't'",
+            " 98   80   9.52%  'b'",
+            "101   80   9.52%  'e'",
+            " 44   40   4.76%  ','",
+            " 58   40   4.76%  ':'",
+            "110   40   4.76%  'n'",
+        ],
+        "first window": [
+            "'to be, or not to be: to be, or not to be: to be, or not to be: to be, or not to",
+            "be: to be, or not to be: to be, or not to be: to be, or not to be: to be, or not",
+            "to be: to be, or not to be: to be, or not to be: to be, or not to be: to be, ...",
+        ],
+    }
+
+
+def test_json_has_all(shards: Path, facts) -> None:
+    found = facts(shards, "--eos-id", 0, "--seq-len", 3)
+    paths = [str(shards / f"shard-{i}.npy") for i in (1, 2, 10)]
+    assert found == {
+        "source": str(shards),
+        "format": "npy",
+        "dtype": "uint16",
+        "files": {
+            "count": 3,
+            "bytes": 3 * 128 + 20,
+            "first": [
+                {"path": path, "bytes": 128 + 2 * n, "tokens": n}
+                for path, n in zip(paths, (3, 4, 3), strict=True)
+            ],
+        },
+        "tokens": 10,
+        "has_loss_mask": False,
+        "documents": {
+            "count": 4,
+            "empty": 1,
+            "eos_id": 0,
+            "mean_length": 2.5,
+            "length_percentiles": {"0": 1, "5": 1, "25": 1, "50": 1, "75": 3, "95": 5, "100": 5},
+            "that_hold_a_window": 2,
+        },
+        "ids": {
+            "min": 0,
+            "max": 9,
+            "distinct": 5,
+            "most_frequent": [
+                {"id": 2, "count": 4, "share": 0.4, "text": None},
+                {"id": 0, "count": 3, "share": 0.3, "text": None},
+                {"id": 1, "count": 1, "share": 0.1, "text": None},
+                {"id": 5, "count": 1, "share": 0.1, "text": None},
+                {"id": 9, "count": 1, "share": 0.1, "text": None},
+            ],
+        },
+        "vocabulary": {"num_tokens": 11, "mask_id": 10, "is_given": False, "least": 10},
+        "bad_ids": {"count": 0, "outside": 0, "masked": 0, "first": []},
+        "windows": {"seq_len": 3, "count": 3, "tokens_of_the_tail": 1},
+        "first_window": {"ids": [1, 2, 0], "text": None},
+    }
+
+
+def test_documents_and_files(shards: Path, rows) -> None:
+    found = rows(shards, "--eos-id", 0, "--seq-len", 3)
+    assert found["files"] == [
+        "3, 404 bytes",
+        "shard-1.npy   3 tokens",
+        "shard-2.npy   4 tokens",
+        "shard-10.npy  3 tokens",
+    ]
+    assert found["documents"] == [
+        "4 that end with id 0, 1 of them empty",
+        "median 1 tokens, nine of ten from 1 to 5, longest 5",
+    ]
+    assert found["windows"][1] == "2 documents hold a whole one"
+
+
+def test_many_files(tmp_path: Path, rows, facts) -> None:
+    for i in range(12):
+        np.save(tmp_path / f"{i}.npy", np.array([i, 1], "uint8"))
+    assert rows(tmp_path)["files"][-2:] == ["4.npy  2 tokens", "and 7 more"]
+    found = facts(tmp_path / "3.npy", tmp_path / "1.npy")
+    assert found["first_window"]["ids"] == [3, 1, 1, 1]
+
+
+def test_bad_ids(shards: Path, rows, facts) -> None:
+    options = (shards, "--num-tokens", 6, "--mask-id", 2)
+    for _ in range(2):  # the second time they are remembered
+        assert rows(*options, status=1)["bad ids"] == [
+            "1 outside [0, 6), 4 equal to mask_id 2",
+            "2  at offset 1  shard-1.npy, 1",
+            "9  at offset 3  shard-2.npy, 0",
+            "2  at offset 4  shard-2.npy, 1",
+            "2  at offset 5  shard-2.npy, 2",
+            "2  at offset 6  shard-2.npy, 3",
+        ]
+    found = facts(*options, status=1)["bad_ids"]
+    assert (found["count"], found["outside"], found["masked"]) == (5, 1, 4)
+    file = str(shards / "shard-2.npy")
+    assert found["first"][1] == {"offset": 3, "id": 9, "file": file, "offset_in_file": 0}
+    # As in `train`, the last id is that of the mask.
+    assert facts(shards, "--num-tokens", 10, status=1)["bad_ids"]["masked"] == 1
+    assert facts(shards, "--num-tokens", 11)["bad_ids"]["count"] == 0
+    assert rows(shards, "--num-tokens", 11)["vocabulary"] == ["--num-tokens 11, mask_id 10"]
+
+
+def test_more_bad_ids_than_are_shown(tmp_path: Path, rows) -> None:
+    np.save(tmp_path / "a.npy", np.arange(2000))
+    lines = rows(tmp_path / "a.npy", "--num-tokens", 900, status=1)["bad ids"]
+    assert lines == [
+        "1,100 outside [0, 900), 1 equal to mask_id 899",
+        "899  at offset 899",
+        "900  at offset 900",
+        "901  at offset 901",
+        "902  at offset 902",
+        "903  at offset 903",
+        "and 1,096 more",
+    ]
+
+
+def test_negative_ids_are_bad_in_every_vocabulary(tmp_path: Path, rows, facts) -> None:
+    np.save(tmp_path / "a.npy", np.array([3, -100, 1 << 40, -100]))
+    found = facts(tmp_path / "a.npy", status=1)
+    assert found["bad_ids"]["outside"] == 3
+    assert found["vocabulary"]["num_tokens"] == (1 << 31) - 1
+    assert found["ids"] == {
+        "min": -100,
+        "max": 1 << 40,
+        "distinct": None,
+        "most_frequent": [{"id": 3, "count": 1, "share": 0.25, "text": None}],
+    }
+    assert rows(tmp_path / "a.npy", status=1)["ids"] == ["-100 to 1,099,511,627,776"]
+    np.save(tmp_path / "b.npy", np.array([-2, -1]))
+    lines = rows(tmp_path / "b.npy", status=1)
+    assert "most frequent" not in lines and lines["bad ids"][0] == "2 outside [0, 2)"
+
+
+def test_a_mask_id_without_a_vocabulary(shards: Path, facts) -> None:
+    assert facts(shards, "--mask-id", 4)["vocabulary"]["num_tokens"] == 10
+    assert facts(shards, "--mask-id", 20)["vocabulary"]["num_tokens"] == 21
+    assert facts(shards, "--mask-id", 5, status=1)["bad_ids"]["masked"] == 1
+
+
+def test_a_corpus_shorter_than_a_window(tmp_path: Path, facts) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, 2]))
+    found = facts(tmp_path / "a.npy")
+    assert found["windows"] == {"seq_len": 256, "count": 0, "tokens_of_the_tail": 2}
+    assert found["first_window"]["ids"] == [1, 2]
+
+
+def test_bytes_that_are_no_text(tmp_path: Path, facts, rows) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(range(20)))
+    assert facts(tmp_path / "a.bin", "--dtype", "uint8")["first_window"]["text"] is None
+    assert rows(tmp_path / "a.bin", "--dtype", "uint8")["first window"] == [
+        " ".join(map(str, range(20)))
+    ]
+    (tmp_path / "b.bin").write_bytes("é\x1b[31m".encode())
+    assert facts(tmp_path / "b.bin", "--dtype", "uint8")["first_window"]["text"] is None
+    (tmp_path / "c.bin").write_bytes("é\nè".encode()[:-1])
+    assert facts(tmp_path / "c.bin", "--dtype", "uint8")["first_window"]["text"] == "é\n\ufffd"
+
+
+def test_the_second_time_nothing_is_read(
+    shards: Path, rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (shards, "--eos-id", "0", "--num-tokens", "6")
+    first = rows(*options, status=1)
+
+    def read(*args: object, **kwargs: object) -> None:
+        raise AssertionError("it is read again")
+
+    monkeypatch.setattr(scan_module, "_portions", read)
+    monkeypatch.setattr("nar_kernels.data.corpus.Corpus._ends_by_eos", read)
+    assert rows(*options, status=1) == first
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_picture(shards: Path, tmp_path: Path, rows, documents: bool) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "ids.png"
+    rows(shards, *(["--eos-id", 0] if documents else []), "--picture", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_one_id(tmp_path: Path, rows) -> None:
+    pytest.importorskip("matplotlib")
+    np.save(tmp_path / "a.npy", np.zeros(5, "uint8"))
+    rows(tmp_path / "a.npy", "--eos-id", 0, "--picture", tmp_path / "ids.png")
+    np.save(tmp_path / "a.npy", np.full(5, -1))
+    rows(tmp_path / "a.npy", "--picture", tmp_path / "none.png", status=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["missing.npy"], r"missing\.npy"),
+        (["raw.bin"], r"raw\.bin does not say what dtype its tokens have: .*--dtype"),
+        (["raw.bin", "--dtype", "float32"], "--dtype"),
+        (["a.npy", "--dtype", "uint16"], r"--dtype='?uint16'? was given|--dtype uint16 was given"),
+        (["a.npy", "raw.bin"], r"raw\.bin"),
+        (["a.npy", "--seq-len", "0"], "--seq-len is 0: it must be at least 1"),
+        (["a.npy", "--num-tokens", "1"], r"--num-tokens is 1: it must be in \[2, 2\*\*31\)"),
+        (["a.npy", "--num-tokens", "9", "--mask-id", "9"], r"--mask-id 9 is not in \[0"),
+        (["a.npy", "--mask-id", "-1"], r"--mask-id is -1: it must be in \[0, 2\*\*31 - 1\)"),
+        (["a.npy", "--picture", "x.jpg"], r"--picture is x\.jpg: it must be a \.png file"),
+        (["a.npy", "--picture", "nowhere/x.png"], "there is no folder nowhere"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.arange(9, dtype="uint16"))
+    Path("raw.bin").write_bytes(bytes(10))
+    inspect(*options, status=2)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("nar-kernels: ") and err.count("\n") == 1
+    assert re.search(message, err)
+
+
+def test_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["a.npy", "--nothing"], ["a.npy", "--seq-len", "long"]):
+        with pytest.raises(SystemExit) as stopped:
+            inspect(*options)
+        assert stopped.value.code == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 KB"),
+        (999_499, "999 KB"),
+        (999_500, "1 MB"),
+        (2_345_678_901, "2.35 GB"),
+        (10**16, "10 PB"),
+    ],
+)
+def test_sizes(count: int, shown: str) -> None:
+    assert _bytes(count) == shown
