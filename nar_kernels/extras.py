@@ -9,6 +9,7 @@ from typing import Any
 EXTRAS = {
     "train": ("x-transformers>=2.31", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
     "triton": ("triton>=3.2",),
+    "arrow": ("pyarrow",),
 }
 
 
@@ -17,8 +18,8 @@ def install_command(extra: str) -> str:
     return f"pip install {shlex.join(EXTRAS[extra])}"
 
 
-def import_extra(module: str) -> Any:
-    """Imports an optional module of the ``train`` extra.
+def import_extra(module: str, extra: str = "train") -> Any:
+    """Imports an optional module, one of an extra.
 
     Raises:
         ImportError: not installed; the message gives the pip command.
@@ -27,7 +28,7 @@ def import_extra(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{error.name} is not installed: run `{install_command('train')}`"
+            f"{error.name} is not installed: run `{install_command(extra)}`"
         ) from error
 
 

@@ -163,7 +163,8 @@ class Corpus:
             if (
                 not len(ends)
                 or ends[-1] != layout.num_tokens
-                or (np.diff(ends, prepend=0) < 0).any()
+                or ends[0] < 0
+                or (ends[1:] < ends[:-1]).any()
             ):
                 raise CorpusFormatError(
                     f"the documents of {layout.path} do not divide its {layout.num_tokens} tokens: "
