@@ -75,7 +75,9 @@ def _read_metadata(path: Path) -> tuple[int | None, int | None]:
     """Bytes of a token, and the number of tokens; None where it does not say."""
     with path.open("rb") as file:
         lines = file.read(_MAX_METADATA).decode(errors="replace").splitlines()
-    _, divider, size = lines[0].rpartition("|") if lines else ("", "", "")
+    if not lines:
+        raise malformed(path, "content", "empty", "'tokenizer|token size' and the number of tokens")
+    _, divider, size = lines[0].rpartition("|")  # without a size in old versions
     if divider and size not in map(str, _BY_SIZE):
         raise malformed(path, "token size", repr(size), "2 or 4")
     count = lines[1] if len(lines) > 1 else None
