@@ -125,7 +125,11 @@ def mds_array(ids: np.ndarray, dtype: bool, shape: bool) -> bytes:
     return head + ids.tobytes()
 
 
-def mds_shard(columns: dict[str, tuple[str, int | None]], samples: Sequence[Sequence[bytes]]):
+def mds_shard(
+    columns: dict[str, tuple[str, int | None]],
+    samples: Sequence[Sequence[bytes]],
+    size_limit: int = 1 << 26,
+) -> tuple[bytes, dict[str, Any]]:
     """Content of a shard, and its entry in the index. Columns: encoding, and size if it is fixed;
     samples: their cells."""
     config = {
@@ -135,7 +139,7 @@ def mds_shard(columns: dict[str, tuple[str, int | None]], samples: Sequence[Sequ
         "compression": None,
         "format": "mds",
         "hashes": [],
-        "size_limit": 1 << 26,
+        "size_limit": size_limit,
         "version": 2,
     }
     text = json.dumps(config, sort_keys=True).encode()

@@ -39,6 +39,6 @@ def llmc_layout(path: Path, options: ReadOptions) -> Layout:
         raise malformed(path, "version", version, f"{expected_version}, with magic number {magic}")
     num_tokens, rest = divmod(size - _HEADER_BYTES, np.dtype(dtype).itemsize)
     if rest or count != num_tokens % (1 << 32):
-        found = f"{count}, of {dtype} after {_HEADER_BYTES} bytes,"
+        found = f"{count}, of {dtype} after {_HEADER_BYTES} bytes"
         raise malformed(path, "number of tokens", found, f"what its {size} bytes hold")
     return Layout.of_one_run("llm.c", path, dtype, _HEADER_BYTES, num_tokens)
