@@ -160,6 +160,11 @@ class TokenStream:
         files = [part for part in self.parts if isinstance(part, MappedFile)]
         return files if len(files) == len(self.parts) else None
 
+    @property
+    def layouts(self) -> list[Layout]:
+        """Of the files among the parts."""
+        return [part.layout for part in self.parts if isinstance(part, MappedFile)]
+
     def check_unchanged(self) -> None:
         """Raises CorpusChangedError if a file is not what it was when it was opened."""
         for part in self.parts:

@@ -164,8 +164,10 @@ def test_mistakes_in_train(capsys, tmp_path, text_run):
     assert "ema is 1.5" in fails(capsys, "train", "--data", "digits", "--ema", 1.5)
     out = "--out", tmp_path / "shards"
     assert "torchrun" in fails(capsys, "train", "--data", "digits", "--shard", *out)
-    np.save(tmp_path / "ids.npy", np.zeros(1000, dtype=np.int32))
-    assert "give --num-tokens" in fails(capsys, "train", "--data", tmp_path / "ids.npy")
+    np.save(tmp_path / "ids.npy", np.full(1000, 300, dtype=np.int32))
+    assert "token id 300 at offset 0 of" in fails(
+        capsys, "train", "--data", tmp_path / "ids.npy", "--num-tokens", 300
+    )
     (tmp_path / "short.txt").write_bytes(b"short")
     assert "less than one window" in fails(capsys, "train", "--data", tmp_path / "short.txt")
     with pytest.raises(SystemExit) as stopped:
