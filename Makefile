@@ -93,12 +93,12 @@ endif
 
 # After the build, whose output pip would hide: it finds everything compiled.
 .venv/installed: pyproject.toml constraints.txt | .venv/built
-	@$(PIP_INSTALL) --no-build-isolation -e '.[train]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[train,prepare]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@echo "Installing the development packages into .venv"
-	@$(PIP_INSTALL) --no-build-isolation -e '.[train,test,dev]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[train,prepare,test,dev]'
 	@touch $@
 
 .venv/bin/python:

@@ -94,6 +94,12 @@ void permute(int64_t index, int64_t count, int64_t n, int64_t seed, int stream, 
   permutation.apply(pointer<int64_t>(out), count);
 }
 
+void read_ahead(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
+                int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len) {
+  nar::read_ahead(
+      windows_of(tokens, token_type, num_corpus_tokens, runs, num_runs, starts, batch, seq_len));
+}
+
 // A tensor without memory, such as one on the device "meta", is never written to.
 void check_memory(std::initializer_list<const void*> addresses) {
   for (const void* address : addresses) {
@@ -238,6 +244,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("has_linear", &nar::has_linear);
   m.def("windows", &windows, release_gil());
   m.def("gather", &gather, release_gil());
+  m.def("read_ahead", &read_ahead, release_gil());
   m.def("permute", &permute, release_gil());
   m.def("scan", &scan, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });

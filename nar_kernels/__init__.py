@@ -4,6 +4,7 @@ from nar_kernels import train
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.mixture import Mixture
 from nar_kernels.errors import (
     BackendUnavailableError,
     CorpusChangedError,
@@ -38,6 +39,7 @@ __all__ = [
     "Losses",
     "MaskedLoader",
     "MaskingConfig",
+    "Mixture",
     "NetAdapter",
     "NonAutoregressiveWrapper",
     "PinnedMemoryError",

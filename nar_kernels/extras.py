@@ -8,6 +8,7 @@ from typing import Any
 # Mirrors pyproject.toml: an uninstalled source tree has no metadata to query.
 EXTRAS = {
     "train": ("x-transformers>=2.31", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
+    "prepare": ("tokenizers", "tqdm", "fsspec"),
     "triton": ("triton>=3.2",),
 }
 
@@ -17,8 +18,9 @@ def install_command(extra: str) -> str:
     return f"pip install {shlex.join(EXTRAS[extra])}"
 
 
-def import_extra(module: str) -> Any:
-    """Imports an optional module of the ``train`` extra.
+def import_extra(module: str, extra: str | None = "train") -> Any:
+    """Imports an optional module of an extra, or, with None, one that few uses need and no extra
+    has: a package of the same name.
 
     Raises:
         ImportError: not installed; the message gives the pip command.
@@ -26,9 +28,8 @@ def import_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error.name} is not installed: run `{install_command('train')}`"
-        ) from error
+        command = install_command(extra) if extra else f"pip install {module.partition('.')[0]}"
+        raise ImportError(f"{error.name} is not installed: run `{command}`") from error
 
 
 def version(package: str) -> str | None:

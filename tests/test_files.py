@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nar_kernels import files
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.show import pictures, samples
 from nar_kernels.training import checkpoint, lock
 from nar_kernels.training.lock import FolderInUseError, FolderLock

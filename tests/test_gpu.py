@@ -20,7 +20,7 @@ from nar_kernels import (
     TokenDataset,
 )
 from nar_kernels.data.pinned import _forget_last_error, _register, pin_exactly
-from nar_kernels.data.stream import Stream
+from nar_kernels.data.stream import TokenStream
 from nar_kernels.sampling.strategies import Candidates, Counts, StepNoise, UnmaskingPolicy
 from tests.helpers.batches import assert_same, clean_batch
 from tests.helpers.devices import no_waiting
@@ -139,7 +139,7 @@ def test_a_pinned_corpus(dtype, backend):
 def test_an_exactly_pinned_corpus_is_unpinned_with_its_last_view():
     device, masking = torch.device("cuda", 0), MaskingConfig(120, 119)
     tokens = clean_batch(masking, 1, 3 * 2**20 + 5, torch.uint8)[0]
-    pinned = pin_exactly(Stream(tokens), device)
+    pinned = pin_exactly(TokenStream.of_array(tokens), device)
     assert pinned.is_pinned() and torch.equal(pinned, tokens)
     args = dict(seed=3, seq_len=333)
     starts = torch.tensor([0, 77, len(tokens) - 333])
@@ -156,7 +156,7 @@ def test_an_exactly_pinned_corpus_is_unpinned_with_its_last_view():
 def test_a_corpus_that_cannot_be_pinned():
     """The error is ours, and PyTorch does not find it later."""
     device = torch.device("cuda", 0)
-    pinned = pin_exactly(Stream(torch.zeros(5000, dtype=torch.int64)), device)
+    pinned = pin_exactly(TokenStream.of_array(torch.zeros(5000, dtype=torch.int64)), device)
     with pytest.raises(PinnedMemoryError, match="cannot be pinned for the GPU, 40000 bytes"):
         _register(pinned.numpy().view(np.uint8), device)  # a second time
     assert torch.ones(3, device=device).sum() == 3

@@ -1,10 +1,17 @@
 #include "corrupt/token_windows.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "runtime/parallel_for.h"
 
@@ -21,14 +28,28 @@ const char* address_in(const Runs& runs, int64_t run, int64_t token, int64_t ite
 
 namespace {
 
-void copy_from_runs(const Runs& runs, int64_t run, int64_t start, int64_t length, int64_t itemsize,
-                    char* out) {
-  for (const int64_t end = start + length; start < end; ++run) {
-    const int64_t stop = std::min(runs.begins[run + 1], end);
-    std::memcpy(out, address_in(runs, run, start, itemsize), (stop - start) * itemsize);
-    out += (stop - start) * itemsize;
+// Calls visit(address, tokens) with each part of a window, from first to last.
+template <typename Visit>
+void visit_parts(const Windows& w, int64_t start, const Visit& visit) {
+  const int64_t itemsize = size_of(w.token_type);
+  if (!w.runs.count) {
+    return visit(static_cast<const char*>(w.tokens) + start * itemsize, w.seq_len);
+  }
+  int64_t run = run_of(w.runs, start);
+  for (const int64_t end = start + w.seq_len; start < end; ++run) {
+    const int64_t stop = std::min(w.runs.begins[run + 1], end);
+    visit(address_in(w.runs, run, start, itemsize), stop - start);
     start = stop;
   }
+}
+
+void copy_window(const Windows& w, int64_t b, void* out) {
+  const int64_t itemsize = size_of(w.token_type);
+  char* to = static_cast<char*>(out);
+  visit_parts(w, w.start(b), [&](const char* from, int64_t length) {
+    std::memcpy(to, from, length * itemsize);
+    to += length * itemsize;
+  });
 }
 
 }  // namespace
@@ -57,7 +78,7 @@ const void* locate_window(const Windows& w, int64_t b, void* scratch) {
     const char* window = address_in(w.runs, run, start, itemsize);
     if (reinterpret_cast<uintptr_t>(window) % itemsize == 0) return window;
   }
-  copy_from_runs(w.runs, run, start, w.seq_len, itemsize, static_cast<char*>(scratch));
+  copy_window(w, b, scratch);
   return scratch;
 }
 
@@ -74,19 +95,33 @@ InvalidTokens copy_windows(const Windows& w, int64_t* out) {
 void gather_windows(const Windows& w, void* out, int num_threads) {
   check_windows(w);
   constexpr int64_t kBytesPerChunk = 1 << 15;
-  const int64_t itemsize = size_of(w.token_type), row = w.seq_len * itemsize;
+  const int64_t row = w.seq_len * size_of(w.token_type);
   const int64_t chunk = std::max<int64_t>(kBytesPerChunk / std::max<int64_t>(row, 1), 1);
-  const auto copy = [&](int64_t b) {
-    char* to = static_cast<char*>(out) + b * row;
-    if (w.runs.count) {
-      copy_from_runs(w.runs, run_of(w.runs, w.start(b)), w.start(b), w.seq_len, itemsize, to);
-    } else {
-      std::memcpy(to, static_cast<const char*>(w.tokens) + w.start(b) * itemsize, row);
-    }
-  };
   parallel_for((w.batch + chunk - 1) / chunk, num_threads, [&](int64_t c, int) {
-    for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, w.batch); ++b) copy(b);
+    for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, w.batch); ++b) {
+      copy_window(w, b, static_cast<char*>(out) + b * row);
+    }
   });
+}
+
+void read_ahead(const Windows& w) {
+#if defined(__unix__) || defined(__APPLE__)
+  check_windows(w);
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  std::vector<std::pair<uintptr_t, uintptr_t>> ranges;  // of pages, from first to last
+  for (int64_t b = 0; b < w.batch; ++b) {
+    visit_parts(w, w.start(b), [&](const char* from, int64_t length) {
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+      const uintptr_t end = begin + length * size_of(w.token_type);
+      ranges.emplace_back(begin / page * page, (end + page - 1) / page * page);
+    });
+  }
+  std::sort(ranges.begin(), ranges.end());
+  // A hint: what the system makes of it does not matter here.
+  for (const auto& [begin, end] : ranges) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
+  }
+#endif
 }
 
 }  // namespace nar

@@ -78,6 +78,9 @@ InvalidTokens copy_windows(const Windows& windows, int64_t* out);
 // The windows as they are, [batch, seq_len] of the corpus's type.
 void gather_windows(const Windows& windows, void* out, int num_threads);
 
+// Asks the system to read the pages of the windows from their files, in the order of addresses.
+void read_ahead(const Windows& windows);
+
 // Compiled once per instruction set (see levels/kernels.h).
 namespace {
 

@@ -12,7 +12,7 @@ from typing import get_args
 from nar_kernels.checks import check_seed
 from nar_kernels.cli import prompts
 from nar_kernels.cli.arguments import add_options
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.files import check_writable
 from nar_kernels.options import option_of
 from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres

@@ -1,4 +1,4 @@
-"""``nar-kernels train | generate | inspect | doctor``."""
+"""``nar-kernels prepare | inspect | train | generate | doctor``."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from nar_kernels.cli import doctor, generate, inspect, train
+from nar_kernels.cli import doctor, generate, inspect, prepare, train
 from nar_kernels.errors import BackendUnavailableError, CorpusChangedError
 from nar_kernels.extras import version
 from nar_kernels.training.interrupt import Interrupted
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("nar-kernels") or "unknown")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (train, generate, inspect, doctor):
+    for command in (prepare, inspect, train, generate, doctor):
         name = command.__name__.rpartition(".")[2]
         command.add_to(commands.add_parser(name, help=command.HELP))
     return parser

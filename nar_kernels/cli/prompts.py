@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.show.pieces import pieces_of
 
 _GAP = re.compile(r"\[MASK(?::(\d+))?\]")
 
@@ -16,8 +17,8 @@ def from_text(text: str, spec: SequenceSpec, *, gaps: bool) -> Tensor:
     """int64 ``[n]`` or ``[B, n]``: the ids of a prompt, with ``mask_id`` in its gaps.
 
     Args:
-        text: for a byte-level model, the text; for others, whitespace-separated ids. Or the name
-            of a ``.npy`` file of ids, where negative ids are gaps.
+        text: for a model of text, the text; for others, whitespace-separated ids. Or the name of
+            a ``.npy`` file of ids, where negative ids are gaps.
         gaps: whether ``[MASK]`` in the text stands for one id to fill, and ``[MASK:12]`` for
             twelve.
 
@@ -83,6 +84,8 @@ def _check_fits(id_: int, spec: SequenceSpec) -> None:
 def _ids(text: str, spec: SequenceSpec) -> list[int]:
     if spec.render == "bytes":
         return list(text.encode(errors="surrogateescape"))  # raw bytes of invalid UTF-8
+    if spec.render == "text":
+        return pieces_of(spec).ids(text)
     try:
         return [int(word) for word in text.split()]
     except ValueError:

@@ -15,9 +15,11 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.data.formats.base import ReadOptions, check_array, check_stream
+from nar_kernels.data.formats.base import Layout, ReadOptions, check_array, check_stream
 from nar_kernels.data.formats.detect import PathSource, read_layouts
-from nar_kernels.data.stream import Stream, as_tensor
+from nar_kernels.data.formats.prepared import manifest_of
+from nar_kernels.data.manifest import Manifest
+from nar_kernels.data.stream import TokenStream, as_tensor
 from nar_kernels.errors import CorpusFormatError
 
 Source = PathSource | np.ndarray | Tensor
@@ -52,8 +54,9 @@ class Corpus:
     checked.
 
     Attributes:
-        stream: the :class:`~nar_kernels.data.stream.Stream` of ids.
+        stream: the :class:`~nar_kernels.data.stream.TokenStream` of ids.
         loss_mask: a stream of as many uint8, 1 where a token counts in a loss, or None.
+        manifest: of a folder that ``nar-kernels prepare`` wrote; else None.
         name: the path as given (the first one of a list), or ``"array"`` or ``"tensor"``.
 
     Raises:
@@ -62,9 +65,12 @@ class Corpus:
         TypeError: the source is neither paths, an array nor a tensor.
     """
 
-    stream: Stream
-    loss_mask: Stream | None
     name: str
+    stream: TokenStream
+    loss_mask: TokenStream | None
+    manifest: Manifest | None
+    _layouts: Sequence[Layout]
+    _joined: "Sequence[Corpus]"
 
     def __init__(
         self,
@@ -75,7 +81,8 @@ class Corpus:
         eos_id: int | None = None,
     ) -> None:
         self.eos_id = None if eos_id is None else as_int("eos_id", eos_id)
-        self.loss_mask = None
+        self.loss_mask, self.manifest = None, manifest_of(source)
+        self._layouts, self._joined = (), ()
         if isinstance(source, np.ndarray | Tensor):
             if dtype is not None:
                 raise CorpusFormatError(
@@ -83,7 +90,7 @@ class Corpus:
                     "binary files; leave it out"
                 )
             self.name = "tensor" if isinstance(source, Tensor) else "array"
-            self.stream = Stream(_checked(source))
+            self.stream = TokenStream.of_array(_checked(source))
             return
         if not _is_paths(source):
             raise TypeError(
@@ -91,17 +98,36 @@ class Corpus:
                 f"{type(source).__name__}"
             )
         self.name = _name(source)
-        layouts = read_layouts(source, ReadOptions(dtype, column))
-        self.stream = Stream(layouts)
-        masks = [layout.loss_mask for layout in layouts]
-        if any(mask is not None for mask in masks):
-            for layout in layouts:
-                if layout.loss_mask is None:
-                    raise CorpusFormatError(
-                        f"{layout.path} has no loss mask, but other files of {self.name} do: give "
-                        "it one, or remove theirs"
-                    )
-            self.loss_mask = Stream([mask for mask in masks if mask is not None])
+        self._layouts = read_layouts(source, ReadOptions(dtype, column))
+        self.stream = TokenStream.of_files(self._layouts)
+        self.loss_mask = _loss_mask(self._layouts, self.name)
+
+    @classmethod
+    def joined(cls, corpora: "Sequence[Corpus]") -> "Corpus":
+        """Several corpora of one dtype, one after the other, in the same memory.
+
+        Raises:
+            CorpusFormatError: they have different dtypes.
+        """
+        first = corpora[0]
+        for other in corpora[1:]:
+            if other.dtype != first.dtype:
+                raise CorpusFormatError(
+                    f"{other.name} holds {other.dtype} and {first.name} {first.dtype}: corpora "
+                    "that are used together have one dtype; write one of them again"
+                )
+        if len(corpora) == 1:
+            return first
+        corpus = cls.__new__(cls)
+        corpus.name = " and ".join(c.name for c in corpora)
+        corpus.stream = TokenStream.joined([c.stream for c in corpora])
+        corpus.loss_mask, corpus.manifest, corpus.eos_id = None, None, None
+        corpus._layouts = ()
+        masks = [c.loss_mask for c in corpora if c.loss_mask is not None]
+        if len(masks) == len(corpora):
+            corpus.loss_mask = TokenStream.joined(masks)
+        corpus._joined = tuple(corpora)
+        return corpus
 
     def __len__(self) -> int:
         """T, the number of tokens."""
@@ -144,6 +170,11 @@ class Corpus:
             )
         return self.stream.read(start, stop)
 
+    def where(self, offset: int) -> str:
+        """What errors call an offset, such as ``"offset 7 of a.bin"``: of several files, the one
+        that it lies in."""
+        return self.stream.where(offset, self.name)
+
     @cached_property
     def document_ends(self) -> np.ndarray | None:
         """int64 ``[D]``, ascending: how many tokens precede the end of each document; the last is
@@ -154,24 +185,19 @@ class Corpus:
         """
         if self.eos_id is not None:
             return self._ends_by_eos(self.eos_id)
-        parts: list[np.ndarray] = []
-        before = 0
-        for layout in self.stream.layouts:
-            if layout.document_ends is None:
-                return None
-            ends = layout.document_ends()
-            if (
-                not len(ends)
-                or ends[-1] != layout.num_tokens
-                or (np.diff(ends, prepend=0) < 0).any()
-            ):
-                raise CorpusFormatError(
-                    f"the documents of {layout.path} do not divide its {layout.num_tokens} tokens: "
-                    "their ends must ascend to that; write its index again"
-                )
-            parts.append(ends + before if before else ends)
-            before += layout.num_tokens
-        return None if not parts else parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._joined:
+            parts = [(corpus.document_ends, len(corpus)) for corpus in self._joined]
+        else:
+            parts = [(_ends_of_file(layout), layout.num_tokens) for layout in self._layouts]
+        before = np.cumsum([0, *(length for _, length in parts)])
+        shifted = [
+            ends + start if start else ends
+            for (ends, _), start in zip(parts, before.tolist(), strict=False)
+            if ends is not None
+        ]
+        if not parts or len(shifted) < len(parts):
+            return None
+        return shifted[0] if len(shifted) == 1 else np.concatenate(shifted)
 
     def _ends_by_eos(self, eos_id: int) -> np.ndarray:
         parts = []
@@ -218,6 +244,29 @@ def _name(source: PathSource) -> str:
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     return os.fspath(source[0]) if source else "an empty list"
+
+
+def _ends_of_file(layout: Layout) -> np.ndarray | None:
+    if layout.document_ends is None:
+        return None
+    ends, length = layout.document_ends(), layout.num_tokens
+    if not len(ends) or ends[-1] != length or (np.diff(ends, prepend=0) < 0).any():
+        raise CorpusFormatError(
+            f"the documents of {layout.path} do not divide its {length} tokens: their ends must "
+            "ascend to that; write its index again"
+        )
+    return ends
+
+
+def _loss_mask(layouts: Sequence[Layout], name: str) -> TokenStream | None:
+    masks = [layout.loss_mask for layout in layouts if layout.loss_mask is not None]
+    if masks and len(masks) < len(layouts):
+        without = next(layout for layout in layouts if layout.loss_mask is None)
+        raise CorpusFormatError(
+            f"{without.path} has no loss mask, but other files of {name} do: give it one, or "
+            "remove theirs"
+        )
+    return TokenStream.of_files(masks) if masks else None
 
 
 def _checked(source: np.ndarray | Tensor) -> Tensor:

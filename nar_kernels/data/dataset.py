@@ -8,6 +8,7 @@ import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
 
+import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
@@ -15,11 +16,15 @@ from torch.utils.data import Dataset
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus, Source
+from nar_kernels.data.documents import document_ids
 from nar_kernels.data.scan import CorpusScan, find_bad, known_scan, scan
+from nar_kernels.data.window_table import WindowTable
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.masking import check_vocabulary
-from nar_kernels.ops.scan import Covered
+from nar_kernels.ops.scan import EVERYTHING, Covered
 from nar_kernels.ops.windows import windows
+
+_MOST_PLACES = 1 << 20  # of bad ids, looked for at once
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -27,61 +32,108 @@ class TokenDataset(Dataset[Tensor]):
 
     Window ``i`` is ``tokens[i * stride : i * stride + seq_len]`` as int64 ``[L]``. There are
     ``N = (T - seq_len) // stride + 1`` of them, none padded; a tail too short for one is dropped.
+    They cross from one file or document into the next, unless ``within_documents`` is true: then
+    this holds for each document, and shorter ones are left out.
 
     Args:
-        source: a path, an array or a tensor: see :class:`~nar_kernels.data.corpus.Corpus`.
+        source: a path, several, an array or a tensor: see
+            :class:`~nar_kernels.data.corpus.Corpus`. Or a ``Corpus``.
         seq_len: L, at least 1.
-        num_tokens: V, the number of embedding rows, in [2, 2**31).
-        mask_id: the mask token, in [0, V). Clean data must not contain it.
+        num_tokens: V, the number of embedding rows, in [2, 2**31). Default: what the manifest of a
+            prepared corpus says.
+        mask_id: the mask token, in [0, V). Clean data must not contain it. Default: as above.
         stride: tokens from one window's start to the next, at least 1. Default: ``seq_len``.
-        dtype: dtype of the ids in a raw file, such as ``"uint16"``. See ``Corpus``.
+        within_documents: no window reaches beyond a document.
+        dtype, column, eos_id: as of ``Corpus``.
         validate: check every fetched window. If false, invalid ids are replaced by 0 (1 if
             ``mask_id`` is 0), so that embedding lookups stay in bounds.
 
     Attributes:
         corpus: the :class:`Corpus`.
-        phase: corpus offset of window 0: 0, except for windows held out by ``split``.
 
     Raises:
         CorpusFormatError, FileNotFoundError: the corpus cannot be read.
-        ValueError: an argument is out of range, or the corpus is shorter than a window.
+        ValueError: an argument is out of range or missing, or there is no window.
         InvalidTokenError: (on fetching) a token id is outside [0, V), or is ``mask_id``.
         IndexError: (on fetching) an index is outside [-N, N).
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Corpus,
         seq_len: int,
         *,
-        num_tokens: int,
-        mask_id: int,
+        num_tokens: int | None = None,
+        mask_id: int | None = None,
         stride: int | None = None,
+        within_documents: bool = False,
         dtype: DTypeLike | torch.dtype | None = None,
+        column: str | None = None,
+        eos_id: int | None = None,
         validate: bool = True,
     ) -> None:
-        num_tokens, mask_id = as_int("num_tokens", num_tokens), as_int("mask_id", mask_id)
-        check_vocabulary(num_tokens, mask_id)
         seq_len = as_int("seq_len", seq_len)
         stride = seq_len if stride is None else as_int("stride", stride)
         for name, value in (("seq_len", seq_len), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        self.corpus = Corpus(source, dtype=dtype)
-        if len(self.corpus) < seq_len:
-            raise ValueError(
-                f"{self.corpus.name} has {len(self.corpus)} tokens, less than one window of "
-                f"seq_len {seq_len}"
-            )
+        if num_tokens is not None and mask_id is not None:  # before anything is opened
+            check_vocabulary(as_int("num_tokens", num_tokens), as_int("mask_id", mask_id))
+        if isinstance(source, Corpus):
+            if (dtype, column, eos_id) != (None, None, None):
+                raise ValueError("dtype, column and eos_id belong to the Corpus that was given")
+            self.corpus = source
+        else:
+            self.corpus = Corpus(source, dtype=dtype, column=column, eos_id=eos_id)
+        self.num_tokens, self.mask_id = _vocabulary(self.corpus, num_tokens, mask_id)
         self.seq_len, self.stride = seq_len, stride
-        self.num_tokens, self.mask_id = num_tokens, mask_id
+        self.within_documents = bool(within_documents)
         self.validate = validate
-        self.phase = 0
-        self._num_windows = (len(self.corpus) - seq_len) // stride + 1
+        self._table = self._make_table()
+        self._first, self._num_windows = 0, len(self._table)
+
+    def _make_table(self) -> WindowTable:
+        corpus, total = self.corpus, len(self.corpus)
+        if total < self.seq_len:
+            raise ValueError(
+                f"{corpus.name} has {total} tokens, less than one window of seq_len {self.seq_len}"
+            )
+        begins, lengths = np.array([0]), np.array([total])
+        if self.within_documents:
+            ends = corpus.document_ends
+            if ends is None:
+                raise ValueError(
+                    f"within_documents is true, but {corpus.name} does not say where its documents "
+                    "end: give eos_id, the id that ends each, or leave it out"
+                )
+            lengths = np.diff(ends, prepend=0)
+            begins = ends - lengths
+        table = WindowTable(begins, lengths, self.seq_len, self.stride)
+        if not len(table):
+            raise ValueError(
+                f"the longest of {len(lengths)} documents of {corpus.name} has {lengths.max()} "
+                f"tokens, less than one window of seq_len {self.seq_len}"
+            )
+        return table
 
     def __len__(self) -> int:
         """N, the number of windows."""
         return self._num_windows
+
+    @property
+    def phase(self) -> int:
+        """Corpus offset of window 0: 0, except of windows that ``split`` held out."""
+        return int(self.starts([0]))
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether window i begins at ``phase + i * stride``."""
+        return self._table.is_regular
+
+    @property
+    def table_digest(self) -> str | None:
+        """Fingerprint of where windows begin, where ``phase`` and ``stride`` do not say it."""
+        return self._table.digest
 
     def starts(self, indices: Tensor | Sequence[int]) -> Tensor:
         """int64 ``[B]``: corpus offsets of the windows with these indices; on the device of
@@ -103,7 +155,7 @@ class TokenDataset(Dataset[Tensor]):
             raise IndexError(
                 f"window index {index[outside][0].item()} is outside [-{len(self)}, {len(self)})"
             )
-        return self.phase + index.remainder(len(self)) * self.stride
+        return self._table.starts(self._first + index.remainder(len(self)))
 
     def __getitem__(self, index: SupportsIndex) -> Tensor:
         """int64 ``[L]``: one window."""
@@ -124,23 +176,36 @@ class TokenDataset(Dataset[Tensor]):
             num_tokens=self.num_tokens,
             mask_id=self.mask_id,
             validate=self.validate,
-            source=self.corpus.name,
+            where=self.corpus.where,
         )
+
+    def document_ids(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """int64 ``[B, L]``: which document of the corpus each token of these windows is in, counted
+        from 0; such as for attention that does not cross from one into another.
+
+        Raises:
+            ValueError: the corpus does not say where documents end.
+        """
+        return document_ids(self.corpus, self.starts(indices), self.seq_len)
 
     def split(self, num_held_out: int) -> tuple["TokenDataset", "TokenDataset"]:
         """``(train, held_out)``: the last ``num_held_out`` windows are kept for evaluation.
 
         The two share the corpus but no token. If windows overlap (``stride < seq_len``), those that
         reach into the first held-out window belong to neither; so
-        ``len(train) == N - num_held_out - (ceil(seq_len / stride) - 1)``.
+        ``len(train) == N - num_held_out - (ceil(seq_len / stride) - 1)`` (or more within documents,
+        where fewer overlap).
 
         Raises:
             ValueError: either side would be empty.
         """
         num_held_out = as_int("num_held_out", num_held_out)
-        dropped = -(-self.seq_len // self.stride) - 1
-        num_train = len(self) - num_held_out - dropped
-        if num_held_out < 1 or num_train < 1:
+        num_train = 0
+        if 1 <= num_held_out < len(self):
+            boundary = int(self.starts([len(self) - num_held_out]))
+            num_train = self._table.num_before(boundary - self.seq_len + 1) - self._first
+        if num_train < 1:
+            dropped = -(-self.seq_len // self.stride) - 1
             raise ValueError(
                 f"num_held_out is {num_held_out}: of {len(self)} windows, at least 1 must be held "
                 f"out and at least {dropped + 1} not, so that one training window shares no token "
@@ -149,8 +214,17 @@ class TokenDataset(Dataset[Tensor]):
         train, held_out = copy.copy(self), copy.copy(self)
         train._num_windows = num_train
         held_out._num_windows = num_held_out
-        held_out.phase = self.phase + (len(self) - num_held_out) * self.stride
+        held_out._first = self._first + len(self) - num_held_out
         return train, held_out
+
+    def at(self, corpus: Corpus, starts: Tensor) -> "TokenDataset":
+        """Windows like these, of another corpus, that begin at ``starts`` ``[N]``, ascending."""
+        other = copy.copy(self)
+        other.corpus = corpus
+        begins = starts.numpy()
+        other._table = WindowTable(begins, np.full_like(begins, self.seq_len), self.seq_len, 1)
+        other._first, other._num_windows = 0, len(other._table)
+        return other
 
     def validate_all(self) -> None:
         """Checks every token that a window covers, on all threads of PyTorch.
@@ -161,33 +235,58 @@ class TokenDataset(Dataset[Tensor]):
         Raises:
             InvalidTokenError: with the lowest offset of a bad id, and how many there are.
         """
-        end = self.phase + (len(self) - 1) * self.stride + self.seq_len
-        known = self._known_scan(end)
+        start, end = self.phase, int(self.starts([-1])) + self.seq_len
+        known = self._known_scan(end - start)
         if known is not None and known.is_valid(self.num_tokens, self.mask_id):
             return
         # The bad ids may be where no window is.
+        covered = Covered(start, self.stride, self.seq_len) if self.is_regular else EVERYTHING
         bad = find_bad(
             self.corpus,
             num_tokens=self.num_tokens,
             mask_id=self.mask_id,
-            start=self.phase,
+            start=start,
             stop=end,
-            covered=Covered(self.phase, self.stride, self.seq_len),
+            covered=covered,
+            max_places=1 if self.is_regular else _MOST_PLACES,
         )
-        if bad.count:
-            offset = bad.offsets[0]
+        offsets, count = bad.offsets, bad.count
+        if count and not self.is_regular:
+            views = (self._first, self._first + len(self) - 1)
+            offsets = self._table.covered(np.array(offsets), self.seq_len, *views).tolist()
+            count = len(offsets)
+        if count:
+            offset = offsets[0]
             raise InvalidTokenError.at(
-                f"offset {offset} of {self.corpus.name}",
+                self.corpus.where(offset),
                 token_id=int(self.corpus.read(offset, offset + 1)),
                 offset=offset,
-                count=bad.count,
+                count=count,
                 num_tokens=self.num_tokens,
                 mask_id=self.mask_id,
             )
 
-    def _known_scan(self, end: int) -> CorpusScan | None:
-        """A scan of the corpus that is remembered, or is made now and will be."""
-        if self.corpus.stream.layouts and end - self.phase > len(self.corpus) // 2:
+    def _known_scan(self, length: int) -> CorpusScan | None:
+        """A scan of the corpus that is remembered; or, if windows span most of it, is made now and
+        will be."""
+        if self.corpus.stream.files is not None and length > len(self.corpus) // 2:
             # If mask_id is the last id, as usual, the greatest id says whether it occurs.
             return scan(self.corpus, histogram=self.mask_id < self.num_tokens - 1)
         return known_scan(self.corpus)
+
+
+def _vocabulary(corpus: Corpus, num_tokens: int | None, mask_id: int | None) -> tuple[int, int]:
+    """``num_tokens`` and ``mask_id`` as given, or those of the manifest."""
+    manifest = getattr(corpus, "manifest", None)
+    if manifest is not None:
+        num_tokens = manifest.num_tokens if num_tokens is None else num_tokens
+        mask_id = manifest.mask_id if mask_id is None else mask_id
+    if num_tokens is None or mask_id is None:
+        missing = "num_tokens" if num_tokens is None else "mask_id"
+        raise ValueError(
+            f"{corpus.name} does not say what its vocabulary is: give {missing} (num_tokens counts "
+            "the ids of its tokenizer and the mask token, which is mask_id)"
+        )
+    num_tokens, mask_id = as_int("num_tokens", num_tokens), as_int("mask_id", mask_id)
+    check_vocabulary(num_tokens, mask_id)
+    return num_tokens, mask_id

@@ -3,7 +3,6 @@
 Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 """
 
-import copy
 import warnings
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -14,17 +13,21 @@ from torch import Tensor
 
 from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device
+from nar_kernels.data.batch_memory import BatchMemory
 from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.documents import document_ids
+from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
+from nar_kernels.data.mixture import Mixture
+from nar_kernels.data.order import EpochOrder, MixtureOrder
 from nar_kernels.data.pinned import pin_exactly
+from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
 from nar_kernels.errors import PinnedMemoryError
-from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import Wanted, corrupt_step
+from nar_kernels.ops.corrupt_launch import output_kinds
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.masking import MaskingConfig
-from nar_kernels.ops.windows import permute
-from nar_kernels.spec.philox import Stream
 
 
 def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -53,6 +56,14 @@ def _check_step(step: int) -> int:
     return step
 
 
+def _order_of(
+    dataset: TokenDataset | Mixture, seed: int, shuffle: bool, shift: bool
+) -> EpochOrder | MixtureOrder:
+    if isinstance(dataset, Mixture):
+        return MixtureOrder(dataset, seed, shuffle, shift)
+    return EpochOrder(dataset, seed, shuffle, shift)
+
+
 class MaskedLoader:
     """An infinite stream of corrupted batches, with random access by step.
 
@@ -61,6 +72,8 @@ class MaskedLoader:
     ``g % N`` of epoch ``g // N``. Each epoch visits every window once, in an order of its own; a
     batch may straddle epochs. All noise is a function of ``(seed, g)`` and of G. So windows and
     masks depend neither on ``world_size`` (for equal G), nor on where a run was resumed.
+
+    Of a :class:`~nar_kernels.data.mixture.Mixture`, slot g holds the next window of its source.
 
     Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches
     (``range`` first, or ``zip`` takes one more batch and drops it). For frameworks that need it,
@@ -90,7 +103,7 @@ class MaskedLoader:
     needs ``static_shapes``.
 
     Args:
-        dataset: the windows.
+        dataset: the windows, a ``TokenDataset``; or a ``Mixture`` of several.
         masking: how to mask; ``num_tokens`` and ``mask_id`` must match the dataset.
         batch_size: B, sequences per optimiser step on this rank. For gradient accumulation, split
             batches with :meth:`Corrupted.microbatches`.
@@ -99,12 +112,11 @@ class MaskedLoader:
         rank, world_size: this process among those that share the global batch; both or neither.
             Default: of the ``torch.distributed`` process group if initialised by now, else 0, 1.
         shuffle: if false, slot g is window ``g % N``.
+        shift_epochs: the windows of each epoch begin up to ``stride - 1`` tokens later, so that
+            they are not always cut at the same places. N is one less then.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
         outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
-        reuse_batch: each batch takes over the memory of the one before, which saves a training loop
-            on the CPU allocations and cache. Keep no batch, nor a view of one; call ``backward``
-            before the next batch is made (autograd raises if it was made before).
 
     Attributes:
         step: the step that iteration yields next.
@@ -118,7 +130,7 @@ class MaskedLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | Mixture,
         masking: MaskingConfig,
         batch_size: int,
         *,
@@ -127,11 +139,11 @@ class MaskedLoader:
         rank: int | None = None,
         world_size: int | None = None,
         shuffle: bool = True,
+        shift_epochs: bool = False,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
         outputs: Collection[Output] = OUTPUTS,
         ids_dtype: torch.dtype = torch.int64,
-        reuse_batch: bool = False,
     ) -> None:
         batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
@@ -152,10 +164,8 @@ class MaskedLoader:
         self._compute_device = self.device if self.device.type == "cuda" else torch.device("cpu")
         self.backend = resolve_backend(backend, self._compute_device)
         self._wanted = Wanted.of(outputs, ids_dtype)
-        self.reuse_batch = bool(reuse_batch)
-        self._last_batch: Corrupted | None = None
         self.step = 0
-        self._order = WindowOrder(len(dataset), dataset.phase, dataset.stride, self.shuffle)
+        self._order = _order_of(dataset, self.seed, self.shuffle, bool(shift_epochs))
         self._deferred_check = DeferredCheck()
         self._place_corpus(corpus_memory)
 
@@ -167,8 +177,13 @@ class MaskedLoader:
         stream = self.dataset.corpus.stream
         self._tokens, self._runs = stream.flat, stream.runs
         self._stager: Stager | None = None
+        self._memory: BatchMemory | None = None
+        self._residency = Residency(stream)
         if self._compute_device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
+            self._memory = BatchMemory(
+                output_kinds(self.batch_size, self.dataset.seq_len, *self._wanted)
+            )
             return
         is_asked_for = memory != "auto"
         if memory == "auto":
@@ -201,9 +216,8 @@ class MaskedLoader:
         state = self.__dict__.copy()
         # Device memory, threads and events are recreated in the copy. A pending check stays with
         # this loader.
-        for name in ("_tokens", "_runs", "_stager", "_deferred_check"):
+        for name in ("_tokens", "_runs", "_stager", "_deferred_check", "_memory", "_residency"):
             del state[name]
-        state["_last_batch"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -214,7 +228,7 @@ class MaskedLoader:
 
     def __len__(self) -> int:
         """Whole steps in an epoch, ``max(N // G, 1)``. Iteration does not stop there."""
-        return max(len(self.dataset) // self.global_batch, 1)
+        return max(self._order.num_windows // self.global_batch, 1)
 
     @property
     def global_batch(self) -> int:
@@ -227,26 +241,22 @@ class MaskedLoader:
         return torch.arange(first, first + self.batch_size, device="cpu")
 
     def window_indices(self, step: int) -> Tensor:
-        """int64 ``[B]`` in [0, N): dataset indices of the windows in ``step`` on this rank."""
-        slots, num_windows = self.sample_ids(step), len(self.dataset)
-        epochs, position = slots // num_windows, slots % num_windows
-        if not self.shuffle:
-            return position
-        order = torch.empty_like(position)
-        for epoch in epochs.unique().tolist():
-            here = epochs == epoch
-            order[here] = permute(
-                position[here],
-                num_windows,
-                seed=self.seed,
-                stream=Stream.WINDOW_ORDER,
-                round=epoch,
-            )
-        return order
+        """int64 ``[B]``: dataset indices of the windows in ``step`` on this rank; of a mixture,
+        each of the dataset that it comes from."""
+        return self._order.indices(self.sample_ids(step))
+
+    def document_ids(self, step: int) -> Tensor:
+        """int64 ``[B, L]``, on the CPU: which document of the corpus each token of the batch of
+        ``step`` is in, counted from 0; such as for attention that does not cross documents.
+
+        Raises:
+            ValueError: the corpus does not say where documents end.
+        """
+        return document_ids(self.dataset.corpus, self._window_starts(step), self.dataset.seq_len)
 
     def _window_starts(self, step: int) -> Tensor:
         """int64 ``[B]``: corpus offsets of the windows of a step."""
-        return self.dataset.starts(self.window_indices(step))
+        return self._order.starts(self.sample_ids(step))
 
     def batch(self, step: int | Tensor) -> Corrupted:
         """The batch of any step: a function of ``(seed, step)``; neither reads nor advances
@@ -262,22 +272,25 @@ class MaskedLoader:
             ValueError: ``step`` is negative, or a tensor while the kernel cannot read the corpus.
         """
         self._deferred_check.run()
-        tokens = self._tokens
+        tokens, starts, order = self._tokens, None, self._order.in_kernel
         if isinstance(step, Tensor):
-            if self._compute_device.type == "cpu" or self._stager is not None:
+            if self._compute_device.type == "cpu" or self._stager is not None or order is None:
                 raise ValueError(
                     "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
-                    f"'pinned' does the kernel find the windows; here it is {self.device} and "
-                    f"{self.corpus_memory!r}, so pass an int"
+                    "'pinned', and windows at equal distances of one dataset, does the kernel find "
+                    f"the windows; here it is {self.device} and {self.corpus_memory!r}, so pass an "
+                    "int"
                 )
         else:
             step = _check_step(step)
             if self._stager is not None:
-                tokens = self._stager.windows(step)
+                tokens, order = self._stager.windows(step), None
+            elif order is None:
+                starts = self._window_starts(step).to(self._compute_device)
         corrupted = corrupt_step(
             tokens,
             self.masking,
-            self._order if self._stager is None else None,
+            order,
             step=step,
             batch_size=self.batch_size,
             rank=self.rank,
@@ -286,12 +299,11 @@ class MaskedLoader:
             seed=self.seed,
             device=self._compute_device,
             runs=self._runs,
+            starts=starts,
             wanted=self._wanted,
-            out=self._last_batch,
+            memory=None if self._memory is None else self._memory.tensors(),
             backend=self.backend,
         )
-        if self.reuse_batch:
-            self._last_batch = copy.copy(corrupted)  # the other's attributes are the user's
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))
@@ -306,7 +318,7 @@ class MaskedLoader:
             if self._stager is not None:  # an offset in the batch, not in the corpus
                 row, column = divmod(offset, self.dataset.seq_len)
                 offset = int(self._window_starts(step)[row]) + column
-            return f"offset {offset} of {self.dataset.corpus.name}"
+            return self.dataset.corpus.where(offset)
 
         check_record(record, self.batch_size, self.masking, where)
 
@@ -321,15 +333,28 @@ class MaskedLoader:
         else:
             self._check(self.step, record)  # offsets into the corpus: the step is not needed
 
+    def __getitem__(self, step: int) -> Corrupted:
+        """``batch(step)``: the loader is a map-style dataset of batches, by which workers make them
+        ahead: ``DataLoader(loader, batch_size=None, sampler=range(1000), num_workers=2)``."""
+        return self.batch(step)
+
     def __iter__(self) -> Iterator[Corrupted]:
         return self
 
     def __next__(self) -> Corrupted:
+        if self._begins_epoch():
+            self.dataset.corpus.stream.check_unchanged()
         batch = self.batch(self.step)
         self.step += 1
         if self._stager is not None:
             self._stager.prefetch(self.step)
+        if self.corpus_memory == "mapped":
+            self._residency.tend(lambda: self._window_starts(self.step), self.dataset.seq_len)
         return batch
+
+    def _begins_epoch(self) -> bool:
+        first, n = self.step * self.global_batch, self._order.num_windows
+        return first % n < self.global_batch
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from: the next step, and everything that must not change until then.
@@ -338,29 +363,13 @@ class MaskedLoader:
         iteration has yielded batch s, ``"step"`` is s + 1.
         """
         return {
+            "version": VERSION,
             "step": _check_step(self.step),
             "seed": self.seed,
             "global_batch": self.global_batch,
             "shuffle": self.shuffle,
-            "corpus_digest": self.dataset.corpus.digest,
-            "seq_len": self.dataset.seq_len,
-            "stride": self.dataset.stride,
-            "phase": self.dataset.phase,
-            "num_windows": len(self.dataset),
-            **self._masking_state(),
-        }
-
-    def _masking_state(self) -> dict[str, Any]:
-        masking = self.masking
-        shares = ("no_replace_prob", "random_token_prob", "corruption_prob")
-        return {
-            "num_tokens": int(masking.num_tokens),
-            "mask_id": int(masking.mask_id),
-            "schedule_digest": masking.schedule_digest,
-            "draw": str(masking.draw),
-            "times": str(masking.times),
-            "never_mask_ids": sorted({int(i) for i in masking.never_mask_ids}),
-            **{name: float(getattr(masking, name)) for name in shares},
+            **self._order.state(),
+            **masking_state(self.masking),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -372,20 +381,7 @@ class MaskedLoader:
             ValueError: the state has another seed, corpus, shuffle, window layout, global batch or
                 masking, so that this loader would not continue the same sequence of batches.
         """
-        for name, ours in self.state_dict().items():
-            if name not in state_dict:
-                if name in self._masking_state():  # absent from states of earlier versions
-                    continue
-                raise ValueError(f"the state has no {name!r}: it is not one of a MaskedLoader")
-            theirs = state_dict[name]
-            if name == "step" or ours == theirs:
-                continue
-            names = {"corpus_digest": self.dataset.corpus.name}
-            names["schedule_digest"] = repr(self.masking.schedule)
-            where = f" of {names[name]}" if name in names else ""
-            what = "batch_size * world_size" if name == "global_batch" else name
-            raise ValueError(
-                f"cannot continue: {what} is {theirs} in the state, but {ours}{where} here; make "
-                "the loader with the arguments it had when the state was taken"
-            )
+        if "step" not in state_dict:
+            raise ValueError("the state has no 'step': it is not one of a MaskedLoader")
+        check_continues(self.state_dict(), state_dict, self.masking, self._order.corpus_names())
         self.step = _check_step(state_dict["step"])

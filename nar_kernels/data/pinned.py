@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.data.stream import Stream
+from nar_kernels.data.stream import TokenStream
 from nar_kernels.errors import PinnedMemoryError
 
 # cudaHostRegisterPortable: for all devices; cudaHostRegisterMapped: kernels may read it.
@@ -24,7 +24,7 @@ def pinned_bytes(num_bytes: int) -> int:
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def pin_exactly(stream: Stream, device: torch.device) -> Tensor:
+def pin_exactly(stream: TokenStream, device: torch.device) -> Tensor:
     """A copy of a stream ``[T]``, at least one id, in pinned memory that kernels of a CUDA device
     can read.
 

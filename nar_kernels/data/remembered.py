@@ -23,7 +23,7 @@ def recall(corpus: Corpus, what: str) -> Arrays | None:
     The same: their ids have the same digest, which is a sample, and the files the same sizes and
     times of the last write. They may have moved. Nothing is known of arrays, which may change.
     """
-    if not corpus.stream.layouts:
+    if corpus.stream.files is None:
         return None
     try:
         with np.load(_file(corpus, what), allow_pickle=False) as arrays:
@@ -39,7 +39,7 @@ def remember(corpus: Corpus, what: str, **arrays: np.ndarray) -> None:
     Raises:
         CorpusChangedError: a file has changed since it was opened.
     """
-    if not corpus.stream.layouts:
+    if corpus.stream.files is None:
         return
     corpus.stream.check_unchanged()
     try:
@@ -55,6 +55,6 @@ def remember(corpus: Corpus, what: str, **arrays: np.ndarray) -> None:
 
 
 def _file(corpus: Corpus, what: str) -> Path:
-    files = [signature[:2] for signature in corpus.stream.signatures]
+    files = [file.signature[:2] for file in corpus.stream.files or ()]
     key = json.dumps([_VERSION, what, corpus.digest, files])
     return cache_folder() / "scans" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"

@@ -1,56 +1,32 @@
-"""Data for ``--data``: built-in data sets, which need no download, and files.
+"""Data for ``--data``: windows to train on and windows held out, of one source or a mixture.
 
 Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 """
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.data.corpus import Source
+from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.dataset import TokenDataset
-from nar_kernels.data.scan import known_scan
+from nar_kernels.data.mixture import Mixture
+from nar_kernels.data.opened import BUILT_IN, Opened, open_source
+from nar_kernels.data.scan import known_scan, scan
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.distributed import on_first_rank
-from nar_kernels.extras import import_extra
+from nar_kernels.errors import CorpusFormatError
 
-BUILT_IN = ("digits", "text")
-
-_NUM_BYTES = 256
 _DEFAULT_SEQ_LEN = 256
 _MAX_HELD_OUT = 256
 # Bytes; half a minute from a disk that reads 1 GB/s, and some minutes from a slow one. The other
 # ranks wait meanwhile, ten minutes at most.
 _MAX_VALIDATED = 32 << 30
-
-# scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
-_DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
-
-Render = Literal["image", "bytes", "ids"]
-
-
-class SequenceSpec(NamedTuple):
-    """What a net and the rendering of samples need to know of the data.
-
-    Attributes:
-        num_tokens: V, the mask token included, whose id is the last.
-        seq_len: L.
-        render: what a sequence is: an image of ``image_shape``, bytes of text, or plain ids.
-        image_shape: (height, width) of an image, whose ids rise from background to ink; else None.
-    """
-
-    num_tokens: int
-    seq_len: int
-    render: Render
-    image_shape: tuple[int, int] | None
-
-    @property
-    def mask_id(self) -> int:
-        return self.num_tokens - 1
 
 
 class Data(NamedTuple):
@@ -59,14 +35,14 @@ class Data(NamedTuple):
     Attributes:
         name: as the user gave it.
         spec: what a window is.
-        train: the training windows; they may overlap each other.
-        held_out: windows at the end, which share no token with ``train``.
+        train: the training windows; they may overlap each other. Of several sources, a mixture.
+        held_out: windows at the end of each source, which share no token with ``train``.
         held_out_windows: int64, indices of windows in ``held_out`` that do not overlap.
     """
 
     name: str
     spec: SequenceSpec
-    train: TokenDataset
+    train: TokenDataset | Mixture
     held_out: TokenDataset
     held_out_windows: Tensor
 
@@ -83,45 +59,51 @@ class Data(NamedTuple):
         on_first_rank(self._validate)
 
     def _validate(self) -> None:
-        corpus = self.train.corpus
-        if corpus.nbytes <= _MAX_VALIDATED or known_scan(corpus) is not None:
-            for dataset in (self.train, self.held_out):
+        sources = self.train.datasets if isinstance(self.train, Mixture) else (self.train,)
+        for dataset in (*sources, self.held_out):
+            corpus = dataset.corpus
+            if corpus.nbytes <= _MAX_VALIDATED or known_scan(corpus) is not None:
                 dataset.validate_all()
 
 
-class _Opened(NamedTuple):
-    """A source before it is cut into windows; ``fixed`` holds the options that it determines."""
+class _Source(NamedTuple):
+    """One of a mixture, or the only one."""
 
-    source: Source
-    render: Render
-    fixed: dict[str, int | str]
+    name: str
+    weight: float = 1.0
     dtype: str | None = None
-    num_held_out: int | None = None
-    image_shape: tuple[int, int] | None = None
+    column: str | None = None
 
 
 def open_data(
     name: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    column: str | None = None,
+    eos_id: int | None = None,
     num_tokens: int | None = None,
     seq_len: int | None = None,
     stride: int | None = None,
+    within_documents: bool = False,
     num_held_out: int | None = None,
     folder: Path | None = None,
 ) -> Data:
-    """Opens a built-in data set or a file, and splits off its last windows for evaluation.
+    """Opens a built-in data set, a corpus or a mixture of several, and splits off its last windows
+    for evaluation.
 
     Args:
-        name: ``"digits"``, ``"text"``, or a path: ``.npy`` and ``.bin`` hold token ids, any other
-            file is read as bytes. (``./digits`` is a file with that name.)
-        dtype: dtype of the ids in a raw file, such as ``"uint16"``. Any file is token ids then.
+        name: ``"digits"``, ``"text"``, or a path. Files and folders of token ids are recognised;
+            any other file is read as bytes. (``./digits`` is a file with that name.) A JSON file
+            ``{"mixture": [{"data": "a.bin", "weight": 0.7, "dtype": "uint16"}, ...]}`` names
+            several sources, relative to its own folder.
+        dtype, column, eos_id: as of :class:`Corpus`. A file with a ``dtype`` holds token ids.
         num_tokens: V, for token ids: the vocabulary of the data plus one for the mask token, which
-            gets the last id. Fixed for all other data.
-        seq_len: L. Default: 64 for ``digits``, else 256.
+            gets the last id. Fixed for data that says it. Default: two more than the greatest id.
+        seq_len: L. Default: that of the images; else 256.
         stride: tokens from one training window to the next; divides L. Default: L.
+        within_documents: no window reaches beyond a document.
         num_held_out: non-overlapping windows held out at the end. Default: 180 for ``digits``, else
-            a tenth of all, at most 256.
+            a tenth of all, at most 256. Of a mixture: by weight.
         folder: where else to look for a relative path.
 
     Raises:
@@ -132,105 +114,151 @@ def open_data(
     options: dict[str, Any] = {"num_tokens": num_tokens, "seq_len": seq_len, "stride": stride}
     for option, value in options.items():
         options[option] = None if value is None else as_int(option, value)
-    options["dtype"] = dtype
-    built_in = {"digits": _open_digits, "text": _open_text}.get(name)
-    opened = _open_file(_find_file(name, folder), dtype) if built_in is None else built_in()
-    for option, value in opened.fixed.items():
-        if options[option] not in (None, value):
-            raise ValueError(
-                f"{option} is {options[option]}, but that of {name} is always {value}: leave it out"
-            )
-        options[option] = value
-    if options["num_tokens"] is None:
-        raise ValueError(
-            f"{name} holds token ids of an unknown vocabulary: give num_tokens, the vocabulary of "
-            "its tokenizer plus one for the mask token (GPT-2: --num-tokens 50258)"
-        )
-    seq_len = _DEFAULT_SEQ_LEN if options["seq_len"] is None else options["seq_len"]
     num_held_out = None if num_held_out is None else as_int("num_held_out", num_held_out)
-    return _split(name, opened, options["num_tokens"], seq_len, options["stride"], num_held_out)
+    sources = _read_mixture(name, folder) or [_Source(name, 1.0, dtype, column)]
+    opened = [
+        open_source(
+            source.name,
+            dtype=source.dtype or dtype,
+            column=source.column or column,
+            eos_id=eos_id,
+            folder=folder,
+        )
+        for source in sources
+    ]
+    _check_alike([source.name for source in sources], opened)
+    for source, one in zip(sources, opened, strict=True):
+        for option, value in one.fixed.items():
+            if options[option] not in (None, value):
+                raise ValueError(
+                    f"{option} is {options[option]}, but that of {source.name} is always {value}: "
+                    "leave it out"
+                )
+            options[option] = value
+    if options["num_tokens"] is None:
+        options["num_tokens"] = _least_vocabulary([one.corpus for one in opened])
+    spec = _spec_of(opened, options["num_tokens"], options["seq_len"] or _DEFAULT_SEQ_LEN)
+    stride = _check_stride(spec.seq_len, options["stride"])
+    datasets = [
+        TokenDataset(
+            one.corpus,
+            spec.seq_len,
+            num_tokens=spec.num_tokens,
+            mask_id=spec.mask_id,
+            stride=stride,
+            within_documents=within_documents,
+        )
+        for one in opened
+    ]
+    if len(datasets) == 1:
+        split = _split(datasets[0], num_held_out, opened[0].num_held_out)
+        return Data(name, spec, *split)
+    return Data(name, spec, *_split_mixture(datasets, [s.weight for s in sources], num_held_out))
 
 
-def _split(
-    name: str,
-    opened: _Opened,
-    num_tokens: int,
-    seq_len: int,
-    stride: int | None,
-    num_held_out: int | None,
-) -> Data:
+def _read_mixture(name: str, folder: Path | None) -> list[_Source] | None:
+    """The sources that a JSON file names, if it is one that does."""
+    path = Path(name)
+    if path.suffix != ".json":
+        return None
+    if folder is not None and not path.exists():
+        path = folder / path
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or "mixture" not in content:
+        return None
+    entries, sources = content["mixture"], []
+    how = f'{path} must be like {{"mixture": [{{"data": "a.bin", "weight": 0.7}}, ...]}}'
+    if not isinstance(entries, list) or not entries:
+        raise CorpusFormatError(f"mixture is {entries!r}: {how}")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
+            raise CorpusFormatError(f"mixture[{i}] is {entry!r}: {how}")
+        if unknown := sorted(set(entry) - {"data", "weight", "dtype", "column"}):
+            raise CorpusFormatError(f"mixture[{i}] has {unknown[0]!r}: {how}")
+        data = entry["data"] if entry["data"] in BUILT_IN else str(path.parent / entry["data"])
+        weight = entry.get("weight", 1)
+        if not isinstance(weight, int | float):
+            raise CorpusFormatError(f"mixture[{i}] has the weight {weight!r}: {how}")
+        sources.append(_Source(data, weight, entry.get("dtype"), entry.get("column")))
+    return sources
+
+
+def _least_vocabulary(corpora: Sequence[Corpus]) -> int:
+    """One more than the greatest id, and one for the mask token."""
+
+    def greatest() -> int:
+        return max(scan(corpus, histogram=False).max_id for corpus in corpora)
+
+    on_first_rank(greatest)  # the others recall it
+    return greatest() + 2
+
+
+def _check_alike(names: Sequence[str], opened: Sequence[Opened]) -> None:
+    first = opened[0]
+    for name, other in zip(names[1:], opened[1:], strict=True):
+        for field in ("render", "image_shape", "own_mask_id", "tokenizer"):
+            if getattr(other, field) != getattr(first, field):
+                raise ValueError(
+                    f"{name} and {names[0]} differ in their {field}: the sources of a mixture hold "
+                    "the same kind of sequences, of one tokenizer"
+                )
+
+
+def _spec_of(opened: Sequence[Opened], num_tokens: int, seq_len: int) -> SequenceSpec:
+    first = opened[0]
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}: it must be at least 1")
+    return SequenceSpec(
+        num_tokens, seq_len, first.render, first.image_shape, first.own_mask_id, first.tokenizer
+    )
+
+
+def _check_stride(seq_len: int, stride: int | None) -> int:
     stride = seq_len if stride is None else stride
     if stride < 1 or seq_len % stride:
         raise ValueError(f"stride is {stride}: it must divide seq_len, which is {seq_len}")
-    windows = TokenDataset(
-        opened.source,
-        seq_len,
-        num_tokens=num_tokens,
-        mask_id=num_tokens - 1,
-        stride=stride,
-        dtype=opened.dtype,
-    )
+    return stride
+
+
+def _split(
+    windows: TokenDataset, num_held_out: int | None, default: int | None
+) -> tuple[TokenDataset, TokenDataset, Tensor]:
     # Training windows may overlap; held-out ones are this many apart, so that they do not.
-    apart = seq_len // stride
+    apart = windows.seq_len // windows.stride
     if num_held_out is None:
         a_tenth = max(len(windows) // apart // 10, 1)
-        num_held_out = opened.num_held_out or min(a_tenth, _MAX_HELD_OUT)
+        num_held_out = default or min(a_tenth, _MAX_HELD_OUT)
     # At least one training window must remain.
     most = (len(windows) - 1) // apart
     if most < 1:
         raise ValueError(
-            f"{name} has {len(windows.corpus)} tokens: too few for two windows of seq_len "
-            f"{seq_len}, one to train on and one held out; give more data, or a shorter seq_len"
+            f"{windows.corpus.name} has {len(windows.corpus)} tokens: too few for two windows of "
+            f"seq_len {windows.seq_len}, one to train on and one held out; give more data, or a "
+            "shorter seq_len"
         )
     if not 1 <= num_held_out <= most:
         raise ValueError(
             f"num_held_out is {num_held_out}: it must be in [1, {most}], so that one window of "
-            f"{name} that shares no token with them remains to train on"
+            f"{windows.corpus.name} that shares no token with them remains to train on"
         )
     train, held_out = windows.split((num_held_out - 1) * apart + 1)
-    spec = SequenceSpec(num_tokens, seq_len, opened.render, opened.image_shape)
-    return Data(name, spec, train, held_out, torch.arange(0, len(held_out), apart, device="cpu"))
+    return train, held_out, torch.arange(0, len(held_out), apart, device="cpu")
 
 
-def _open_digits() -> _Opened:
-    images = import_extra("sklearn.datasets").load_digits().images.astype(np.uint8)
-    assert images.shape[1:] == _DIGITS_SHAPE
-    size = _DIGITS_SHAPE[0] * _DIGITS_SHAPE[1]
-    return _Opened(
-        images.reshape(-1),
-        "image",
-        {"dtype": "uint8", "num_tokens": _DIGITS_LEVELS + 1, "seq_len": size, "stride": size},
-        num_held_out=_DIGITS_HELD_OUT,
-        image_shape=_DIGITS_SHAPE,
-    )
-
-
-def _open_text() -> _Opened:
-    """English prose in the standard library: the language reference that ``help()`` shows."""
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    fixed: dict[str, int | str] = {"dtype": "uint8", "num_tokens": _NUM_BYTES + 1}
-    return _Opened(np.frombuffer(text.encode(), dtype=np.uint8), "bytes", fixed)
-
-
-def _find_file(name: str, folder: Path | None) -> Path:
-    """The path of a file in the current directory or in ``folder``."""
-    places = [Path(name)]
-    if folder is not None and not places[0].is_absolute():
-        places.append(folder / name)
-    for place in places:
-        if place.exists():
-            return place
-    looked = f" (looked for {' and '.join(str(place.absolute()) for place in places)})"
-    raise FileNotFoundError(
-        f"there is no file {name}{looked}, and the built-in data sets are {' and '.join(BUILT_IN)}"
-    )
-
-
-def _open_file(path: Path, dtype: str | None) -> _Opened:
-    if dtype is not None or path.suffix in (".npy", ".bin"):
-        return _Opened(path, "ids", {}, dtype=dtype)
-    return _Opened(path, "bytes", {"num_tokens": _NUM_BYTES + 1}, dtype="uint8")
+def _split_mixture(
+    datasets: Sequence[TokenDataset], weights: Sequence[float], num_held_out: int | None
+) -> tuple[Mixture, TokenDataset, Tensor]:
+    whole = Mixture(datasets, weights)
+    parts: list[TokenDataset] = []
+    starts: list[Tensor] = []
+    for dataset, share, offset in zip(datasets, whole.shares, whole.offsets, strict=True):
+        of_this = None if num_held_out is None else max(round(num_held_out * share), 1)
+        train, held_out, chosen = _split(dataset, of_this, None)
+        parts.append(train)
+        starts.append(held_out.starts(chosen) + offset)
+    mixture = Mixture(parts, weights)
+    held_out = datasets[0].at(mixture.corpus, torch.cat(starts))
+    return mixture, held_out, torch.arange(len(held_out), device="cpu")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nar_kernels.data.stream import Stream
+from nar_kernels.data.stream import TokenStream
 from nar_kernels.ops.corrupted import Corrupted
 
 CorpusMemory = Literal["device", "pinned", "mapped"]
@@ -69,7 +69,7 @@ class Stager:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: TokenStream,
         starts_of: Callable[[int], Tensor],
         batch_size: int,
         seq_len: int,

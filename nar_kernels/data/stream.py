@@ -1,8 +1,9 @@
-"""Memory-mapped runs of ids as one stream: :class:`Stream`.
+"""Memory-mapped runs of ids as one stream: :class:`TokenStream`.
 
 Shapes: B windows, L ids of each, T ids in all, P runs.
 """
 
+import itertools
 import mmap
 import os
 import sys
@@ -22,68 +23,147 @@ from nar_kernels.ops.windows import gather
 _COPY_CHUNK = 1 << 24  # ids
 
 
-class Stream:
-    """Ids of any number of files, memory-mapped, or of one array, as one flat stream.
-
-    Maps are copy-on-write: nothing that is written here reaches a file.
+class MappedFile:
+    """A file in memory, copy-on-write: nothing that is written there reaches the file.
 
     Attributes:
+        addresses, lengths: int64 ``[P]``, where each run of ids is in memory, and how many it has.
+        signature: size, time of the last write and inode of the file as it was opened.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.lengths = layout, layout.lengths
+        self.dtype = TOKEN_DTYPES[layout.dtype]
+        self.map = _memory_map(layout)
+        self.signature = _signature(layout.path)
+        base = torch.frombuffer(self.map, dtype=torch.uint8).data_ptr()
+        self.addresses = base + layout.offsets
+
+    @property
+    def name(self) -> str:
+        return self.layout.path
+
+    def whole(self) -> Tensor | None:
+        """``[T]``, if all ids are in one place that is aligned."""
+        if len(self.lengths) != 1 or self.addresses[0] % self.dtype.itemsize:
+            return None
+        offset, count = int(self.layout.offsets[0]), int(self.lengths[0])
+        return torch.frombuffer(self.map, dtype=self.dtype, count=count, offset=offset)
+
+    def check_unchanged(self) -> None:
+        """Raises CorpusChangedError if the file is not what it was when it was opened: smaller,
+        larger, written to, replaced or gone."""
+        path, was = self.layout.path, self.signature
+        try:
+            now = _signature(path)
+        except OSError as error:
+            raise CorpusChangedError(
+                f"{path} cannot be read any more ({error.strerror}): a corpus must stay where it "
+                "is while it is in use"
+            ) from error
+        if now == was:
+            return
+        what = f"it has {now[0]} bytes now, and had {was[0]}"
+        if now[0] == was[0]:
+            what = "it was written to, or replaced"
+        raise CorpusChangedError(
+            f"{path} changed while it was in use: {what}; write new data to a new file, and start "
+            "again"
+        )
+
+    def release_memory(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedFile, (self.layout,)  # mapped again
+
+
+class ArrayInMemory:
+    """A contiguous tensor of ids, in the place of a :class:`MappedFile`."""
+
+    name = "array"
+
+    def __init__(self, ids: Tensor) -> None:
+        self._ids, self.dtype = ids, ids.dtype
+        self.addresses, self.lengths = np.array([ids.data_ptr()]), np.array([len(ids)])
+
+    def whole(self) -> Tensor:
+        return self._ids
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def release_memory(self) -> None:
+        pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A tensor would be pickled with its whole storage, and torch cannot unpickle uint16.
+        return _array_in_memory, (self._ids.numpy(),)
+
+
+def _array_in_memory(array: np.ndarray) -> ArrayInMemory:
+    return ArrayInMemory(as_tensor(array))
+
+
+class TokenStream:
+    """Ids of any number of files and arrays as one flat stream.
+
+    Attributes:
+        parts: the files and arrays.
         dtype: of the ids.
         runs: int64 ``[2, P + 1]``: how many ids come before each run, and the address of the run in
             memory, which need not be aligned. The last column has T, and no address. None if all
             ids lie in one aligned run.
         flat: ``[T]``, that run; otherwise empty, of the same dtype.
-        layouts: of the files; empty for an array.
-        signatures: of the files as they were opened: size, time of the last write, inode.
     """
 
-    dtype: torch.dtype
-    runs: Tensor | None
-    flat: Tensor
-    layouts: Sequence[Layout]
-    signatures: Sequence[tuple[int, int, int]]
+    def __init__(self, parts: Sequence[MappedFile | ArrayInMemory]) -> None:
+        self.parts, self.dtype = tuple(parts), parts[0].dtype
+        self._part_begins = np.cumsum([0, *(int(part.lengths.sum()) for part in parts)])
+        whole = parts[0].whole() if len(parts) == 1 else None
+        self.flat = torch.empty(0, dtype=self.dtype, device="cpu") if whole is None else whole
+        self.runs = None if whole is not None else self._table()
 
-    def __init__(self, source: Sequence[Layout] | Tensor) -> None:
-        self._files: list[mmap.mmap] = []
-        if isinstance(source, Tensor):
-            self.layouts, self.signatures, self.dtype = (), (), source.dtype
-            self.flat, self.runs, self._length = source, None, len(source)
-            return
-        self.layouts, self.dtype = source, TOKEN_DTYPES[source[0].dtype]
-        self._map()
+    @classmethod
+    def of_files(cls, layouts: Sequence[Layout]) -> "TokenStream":
+        return cls([MappedFile(layout) for layout in layouts])
 
-    def _map(self) -> None:
-        itemsize = self.dtype.itemsize
-        bases = []
-        for layout in self.layouts:
-            self._files.append(_memory_map(layout))
-            bases.append(torch.frombuffer(self._files[-1], dtype=torch.uint8).data_ptr())
-        self.signatures = [_signature(layout.path) for layout in self.layouts]
-        lengths = np.concatenate([layout.lengths for layout in self.layouts])
-        self._length = int(lengths.sum())
-        offset = int(self.layouts[0].offsets[0]) if len(lengths) == 1 else 0
-        if len(lengths) == 1 and offset % itemsize == 0:
-            self.runs = None
-            self.flat = torch.frombuffer(
-                self._files[0], dtype=self.dtype, count=self._length, offset=offset
-            )
-            return
-        self.flat = torch.empty(0, dtype=self.dtype, device="cpu")
+    @classmethod
+    def of_array(cls, ids: Tensor) -> "TokenStream":
+        """Of a contiguous tensor ``[T]``."""
+        return cls([ArrayInMemory(ids)])
+
+    @classmethod
+    def joined(cls, streams: "Sequence[TokenStream]") -> "TokenStream":
+        """One after the other, of one dtype, in the same memory."""
+        return cls(list(itertools.chain.from_iterable(stream.parts for stream in streams)))
+
+    def _table(self) -> Tensor:
+        lengths = np.concatenate([part.lengths for part in self.parts])
         runs = np.zeros((2, len(lengths) + 1), np.int64)
         np.cumsum(lengths, out=runs[0, 1:])
-        addresses = [
-            base + layout.offsets for base, layout in zip(bases, self.layouts, strict=True)
-        ]
-        runs[1, :-1] = np.concatenate(addresses)
-        self.runs = torch.from_numpy(runs)
+        runs[1, :-1] = np.concatenate([part.addresses for part in self.parts])
+        return torch.from_numpy(runs)
 
     def __len__(self) -> int:
         """T."""
-        return self._length
+        return int(self._part_begins[-1])
 
     @property
     def nbytes(self) -> int:
-        return self._length * self.dtype.itemsize
+        return len(self) * self.dtype.itemsize
+
+    @property
+    def files(self) -> list[MappedFile] | None:
+        """The files of all ids; None if some are in arrays, which may change unseen."""
+        files = [part for part in self.parts if isinstance(part, MappedFile)]
+        return files if len(files) == len(self.parts) else None
+
+    def check_unchanged(self) -> None:
+        """Raises CorpusChangedError if a file is not what it was when it was opened."""
+        for part in self.parts:
+            part.check_unchanged()
 
     def windows(self, starts: Tensor, seq_len: int, out: Tensor | None = None) -> Tensor:
         """Copies windows: ``[B, L]`` in the stream's dtype.
@@ -109,44 +189,24 @@ class Stream:
             out[start:stop].copy_(self.read(start, stop))
         return out
 
-    def check_unchanged(self, layouts: slice = slice(None)) -> None:
-        """Raises CorpusChangedError if a file is not what it was when it was opened: smaller,
-        larger, written to, replaced or gone."""
-        for layout, was in zip(self.layouts[layouts], self.signatures[layouts], strict=True):
-            try:
-                now = _signature(layout.path)
-            except OSError as error:
-                raise CorpusChangedError(
-                    f"{layout.path} cannot be read any more ({error.strerror}): a corpus must stay "
-                    "where it is while it is in use"
-                ) from error
-            if now == was:
-                continue
-            what = f"it has {now[0]} bytes now, and had {was[0]}"
-            if now[0] == was[0]:
-                what = "it was written to, or replaced"
-            raise CorpusChangedError(
-                f"{layout.path} changed while it was in use: {what}; write new data to a new file, "
-                "and start again"
-            )
+    def where(self, offset: int, name: str) -> str:
+        """What errors call an offset of this stream, which has this name: of several files, the
+        one that it lies in."""
+        if len(self.parts) > 1:
+            number = int(np.searchsorted(self._part_begins, offset, "right")) - 1
+            offset, name = offset - int(self._part_begins[number]), self.parts[number].name
+        return f"offset {offset} of {name}"
 
     def release_memory(self) -> None:
-        """Returns the pages of the maps that were read to the system, which keeps what it likes of
+        """Returns the pages of files that were read to the system, which keeps what it likes of
         them in its cache: they no longer count as memory of this process."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for file in self._files:
-                file.madvise(mmap.MADV_DONTNEED)
+        for part in self.parts:
+            part.release_memory()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A tensor would be pickled with its whole storage, and torch cannot unpickle uint16.
-        array = None if self.layouts else self.flat.numpy()
-        return {"layouts": self.layouts, "array": array}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStream, (self.parts,)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        array = state["array"]
-        self.__init__(state["layouts"] if array is None else as_tensor(array))  # type: ignore[misc]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenStream":
         return self
 
 
@@ -164,8 +224,8 @@ def _memory_map(layout: Layout) -> mmap.mmap:
         size = os.fstat(file.fileno()).st_size
         if size != layout.size:
             raise CorpusChangedError(
-                f"{layout.path} changed while it was opened: it has {size} bytes now, and had "
-                f"{layout.size}"
+                f"{layout.path} changed since it was opened: it has {size} bytes now, and had "
+                f"{layout.size}; open it again"
             )
         if sys.platform != "linux":
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)

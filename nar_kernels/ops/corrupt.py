@@ -12,7 +12,7 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt_launch import memory_of, run_corrupt
+from nar_kernels.ops.corrupt_launch import Memory, memory_of, run_corrupt
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
 from nar_kernels.ops.host_counts import count_on_host, num_strata
 from nar_kernels.ops.masking import MaskingConfig
@@ -252,7 +252,7 @@ def corrupt_step(
     runs: Tensor | None = None,
     starts: Tensor | None = None,
     wanted: Wanted = EVERYTHING,
-    out: Corrupted | None = None,
+    memory: Memory = None,
     backend: str = "auto",
 ) -> Corrupted:
     """``corrupt`` for one rank's part of a step: the kernel computes slots and windows itself.
@@ -266,6 +266,7 @@ def corrupt_step(
         step: at least 0; or an int64 tensor of one element on ``device``, which the kernel reads.
         batch_size, rank, global_batch: slots are ``step * global_batch + rank * batch_size + j``
             for j in [0, ``batch_size``).
+        memory: of the result, as :func:`output_kinds` says; None: new.
 
     Raises nothing for invalid data: the result records it.
     """
@@ -289,7 +290,7 @@ def corrupt_step(
         step=step_tensor,
         global_batch=global_batch,
         wanted=wanted,
-        out=out,
+        memory=memory,
         **({} if order is None else order._asdict()),
     )
 
@@ -305,7 +306,8 @@ def _corrupt(
     seq_len: int,
     global_batch: int,
     wanted: Wanted,
-    out: Corrupted | None,
+    out: Corrupted | None = None,
+    memory: Memory = None,
     slots: range | None,
     runs: Tensor | None = None,
     starts: Tensor | None = None,
@@ -355,7 +357,8 @@ def _corrupt(
     backend = resolve_backend(backend, device)
     if backend == "reference" and tokens.device != device:
         raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
-    memory = None if out is None else memory_of(out, arguments, device)
+    if out is not None:
+        memory = memory_of(out, arguments, device)
     outputs: Sequence[Tensor | None] = run_corrupt(arguments, backend, memory)
     if wanted is not EVERYTHING:
         outputs = [*outputs]

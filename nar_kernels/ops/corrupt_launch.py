@@ -1,5 +1,7 @@
 """The tensors of ``corrupt``: their memory, and the kernel of each backend that fills them."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,25 @@ from nar_kernels.ops.tokens import DTYPE_CODE
 Memory = tuple[Tensor, ...] | None  # of the outputs, to be written again
 
 
+def output_kinds(
+    batch: int, seq_len: int, narrow: bool, labels: bool, masked_indices: bool, masked_rows: bool
+) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+    """Dtype and shape of the tensors of :class:`Corrupted`, without ``invalid``; what is not wanted
+    is empty."""
+    ids, nothing = torch.int32 if narrow else torch.int64, (0,)
+    whole, rows = (batch, seq_len), (batch,)
+    return (
+        (ids, whole),
+        (ids, whole if labels else nothing),
+        (torch.bool, whole if masked_indices else nothing),
+        (torch.float32, rows),
+        (torch.float32, rows),
+        (torch.int64, rows),
+        (torch.int64, rows),
+        (ids, (batch * seq_len,) if masked_rows else nothing),
+    )
+
+
 def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
     """The tensors of a batch, if it can take the outputs of ``a``: kernels trust their sizes."""
     if not isinstance(batch, Corrupted):
@@ -22,20 +43,19 @@ def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[T
         batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
         batch.num_masked, batch.num_maskable, batch.row_buffer,
     )  # fmt: skip
-    size, rows = a.batch * a.seq_len, a.batch
-    ids = torch.int32 if a.narrow else torch.int64
-    kinds = (
-        (ids, size), (ids, size * a.labels), (torch.bool, size * a.masked_indices),
-        (torch.float32, rows), (torch.float32, rows), (torch.int64, rows), (torch.int64, rows),
-        (ids, size * a.masked_rows),
-    )  # fmt: skip
+    kinds = output_kinds(a.batch, a.seq_len, a.narrow, a.labels, a.masked_indices, a.masked_rows)
     memory = tuple(batch.input_ids.new_empty(0) if x is None else x for x in tensors)
-    for x, tensor, (dtype, numel) in zip(tensors, memory, kinds, strict=True):
-        fits = tensor.numel() == numel and tensor.is_contiguous() and tensor.device == device
+    for x, tensor, (dtype, shape) in zip(tensors, memory, kinds, strict=True):
+        fits = (
+            tensor.numel() == math.prod(shape)
+            and tensor.is_contiguous()
+            and tensor.device == device
+        )
         if not fits or (x is not None and x.dtype != dtype):
             raise ValueError(
                 f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
-                f"[{rows}, {a.seq_len}] and {ids} on {device}, made with the same outputs"
+                f"[{a.batch}, {a.seq_len}] and {kinds[0][0]} on {device}, made with the "
+                "same outputs"
             )
     return memory
 

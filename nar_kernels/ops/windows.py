@@ -3,6 +3,8 @@
 Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def windows(
     num_tokens: int,
     mask_id: int,
     validate: bool = True,
-    source: str = "tokens",
+    where: Callable[[int], str] = "offset {} of tokens".format,
     backend: str = "auto",
 ) -> Tensor:
     """Clean windows of a flat corpus, checked against the vocabulary.
@@ -39,7 +41,7 @@ def windows(
         num_tokens, mask_id: valid ids are [0, ``num_tokens``) without ``mask_id``.
         validate: raise on bad ids; otherwise they are replaced by a valid one (0, or 1 if
             ``mask_id`` is 0).
-        source: what errors call the corpus.
+        where: what errors call an offset of the corpus.
 
     Returns:
         int64 ``[B, L]``.
@@ -56,7 +58,7 @@ def windows(
     count, offset, token_id = record.tolist()
     if count and validate:
         raise InvalidTokenError.at(
-            f"offset {offset} of {source}",
+            where(offset),
             token_id=token_id,
             offset=offset,
             count=count,
@@ -117,6 +119,18 @@ def gather(
     source = _source(tokens.contiguous(), runs, starts)
     cpp.gather(*source, *out.shape, host_address(out), torch.get_num_threads())
     return out
+
+
+def read_ahead(tokens: Tensor, runs: Tensor | None, starts: Tensor, seq_len: int) -> None:
+    """Asks the system to read the pages of these windows of a memory-mapped corpus, in the order in
+    which they lie, and returns at once. Does nothing without the C++ extension, which says how.
+
+    Args:
+        tokens, runs, starts, seq_len: as in :func:`windows`.
+    """
+    if cpp is not None:
+        starts = check_ids("starts", starts, tokens.device)
+        cpp.read_ahead(*_source(tokens, runs, starts), starts.shape[0], seq_len)
 
 
 def permute(

@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.show.pieces import pieces_of
 
 # A cost is -log p quantised to 0.01 nat, which keeps p to a relative error of 0.5 %. The maximum
 # stands for all negligible probabilities, also 0.
@@ -49,7 +50,7 @@ def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> st
         raise ValueError(
             f"the sequences have {length} positions: images of {spec.image_shape} do not fit"
         )
-    data = {
+    data: dict[str, Any] = {
         "render": spec.render,
         "image_shape": spec.image_shape,
         "mask_id": spec.mask_id,
@@ -57,6 +58,9 @@ def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> st
         "seq_len": length,
         "changes": list(_changes(states, spec.mask_id)),
     }
+    if spec.render == "text":
+        seen = {id_ for state in states for id_ in state.ids.unique().tolist()} - {spec.mask_id}
+        data["pieces"] = {id_: pieces_of(spec).piece(id_) for id_ in sorted(seen)}
     facts = (
         f"{_count(num_sequences, 'sequence')} of {_count(length, 'position')}, "
         f"filled in {_count(len(states) - 1, 'step')}"

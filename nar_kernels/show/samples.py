@@ -4,15 +4,17 @@ Shapes: N samples, L sequence length.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.files import atomic_write
 from nar_kernels.show.pictures import images
+from nar_kernels.show.pieces import pieces_of
 
 _SUFFIXES = (".npy", ".png", ".txt", "")
 _SHADES = " .:-=+*#%@"
@@ -24,10 +26,14 @@ def text(ids: Tensor, spec: SequenceSpec) -> str:
     if spec.image_shape is not None:
         pages = [_ascii_image(sample.view(spec.image_shape), spec.mask_id) for sample in ids]
         return "\n\n".join(pages) + "\n"
-    if spec.render == "bytes":
-        pages = [bytes(sample.tolist()).decode(errors="replace") for sample in ids]
-        return f"\n{'-' * 72}\n".join(pages) + "\n"
+    if spec.render in ("bytes", "text"):
+        of_sample = pieces_of(spec).text if spec.render == "text" else _text_of_bytes
+        return f"\n{'-' * 72}\n".join(map(of_sample, ids.tolist())) + "\n"
     return "".join(" ".join(map(str, sample)) + "\n" for sample in ids.tolist())
+
+
+def _text_of_bytes(ids: Sequence[int]) -> str:
+    return bytes(ids).decode(errors="replace")
 
 
 def _ascii_image(image: Tensor, levels: int) -> str:

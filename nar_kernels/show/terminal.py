@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterable
 from typing import TextIO
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.show.pieces import pieces_of
 from nar_kernels.show.samples import shade
 
 _MASK = "░"
+_WIDTH = 72
 # (upper bound of the probability, 256-colour code): from red (improbable) to plain text.
 _DOUBTFUL = ((0.2, 203), (0.5, 215), (0.8, 229))
 
@@ -35,13 +37,32 @@ def watch(states: Iterable[DecodeState], spec: SequenceSpec, out: TextIO) -> Dec
 def _frame(state: DecodeState, spec: SequenceSpec) -> list[str]:
     share = state.masked[0].float().mean().item()
     lines = [f"step {state.step} of {state.num_steps}, {share:.0%} masked"]
+    if spec.render == "text":
+        return lines + _flowing(state, spec)
     cells = [_cell(state, i, spec) for i in range(spec.seq_len)]
     if spec.image_shape is not None:
         width = spec.image_shape[1]
         return lines + ["".join(cells[i : i + width]) for i in range(0, spec.seq_len, width)]
     between = "" if spec.render == "bytes" else " "
-    columns = max(72 // (len(between) + (1 if spec.render == "bytes" else 6)), 1)
+    columns = max(_WIDTH // (len(between) + (1 if spec.render == "bytes" else 6)), 1)
     return lines + [between.join(cells[i : i + columns]) for i in range(0, spec.seq_len, columns)]
+
+
+def _flowing(state: DecodeState, spec: SequenceSpec) -> list[str]:
+    """Lines of text, whose tokens have different widths."""
+    lines, room, piece_of = [""], _WIDTH, pieces_of(spec).piece
+    for id_, is_masked, log_prob in zip(
+        state.ids[0].tolist(), state.masked[0].tolist(), state.log_prob[0].tolist(), strict=True
+    ):
+        piece = _MASK * 2 if is_masked else piece_of(id_)
+        for i, part in enumerate(piece.split("\n")):
+            part = "".join(c if c.isprintable() else " " for c in part)
+            if i or len(part) > room:
+                lines.append("")
+                room = _WIDTH
+            lines[-1] += part if is_masked else _coloured(part, log_prob)
+            room -= len(part)
+    return lines
 
 
 def _cell(state: DecodeState, i: int, spec: SequenceSpec) -> str:
@@ -55,8 +76,11 @@ def _cell(state: DecodeState, i: int, spec: SequenceSpec) -> str:
         text = _MASK if is_masked else character if character.isprintable() else " "
     else:
         text = _MASK * 6 if is_masked else f"{id_:6d}"
-    if is_masked:
-        return text
-    probability = math.exp(min(float(state.log_prob[0, i]), 0))
+    return text if is_masked else _coloured(text, float(state.log_prob[0, i]))
+
+
+def _coloured(text: str, log_prob: float) -> str:
+    """By how probable it was when it was sampled."""
+    probability = math.exp(min(log_prob, 0))
     colour = next((code for bound, code in _DOUBTFUL if probability < bound), None)
     return text if colour is None else f"\x1b[38;5;{colour}m{text}\x1b[0m"

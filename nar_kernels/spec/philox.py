@@ -40,6 +40,7 @@ class Stream(IntEnum):
     DECODE_NOISE = 7
     CRITIC_NOISE = 8
     GENERATOR_SEED = 9
+    WINDOW_PHASE = 10
 
 
 def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:

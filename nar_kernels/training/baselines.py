@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.mixture import Mixture
 
 _TOKENS_COUNTED = 1 << 22
 
@@ -21,7 +22,7 @@ class Baseline(NamedTuple):
 
 
 def baselines(
-    train: TokenDataset, held_out: TokenDataset, windows: Tensor, *, per_position: bool
+    train: TokenDataset | Mixture, held_out: TokenDataset, windows: Tensor, *, per_position: bool
 ) -> dict[str, Baseline]:
     """Unigram baselines: token frequencies over all positions, or at each position.
 
@@ -63,7 +64,7 @@ def baselines(
     return known
 
 
-def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor:
+def _count(dataset: TokenDataset | Mixture, windows: Tensor, per_position: bool) -> Tensor:
     """float64 ``[L or 1, V - 1]``: counts of ids but ``mask_id``, at each position or pooled."""
     most = max(_TOKENS_COUNTED // dataset.seq_len, 1)
     most = min(len(windows), most)
@@ -72,7 +73,7 @@ def _count(dataset: TokenDataset, windows: Tensor, per_position: bool) -> Tensor
     rows = dataset.seq_len if per_position else 1
     counts = torch.zeros(rows, dataset.num_tokens, dtype=torch.float64, device="cpu")
     for some in chosen.split(1024):
-        ids = torch.stack(dataset.__getitems__(some.tolist()))
+        ids = dataset.windows(some)
         ids = ids.T if per_position else ids.view(1, -1)
         counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float64))
     is_clean = torch.arange(dataset.num_tokens, device="cpu") != dataset.mask_id

@@ -27,8 +27,9 @@ class TrainConfig:
 
     data: str | os.PathLike[str] = option(
         MISSING,
-        "digits, text, or a file: .npy and .bin hold token ids, others bytes. With --resume, the "
-        "new path of a file that has moved; its contents must be the same",
+        "digits, text, a folder that `nar-kernels prepare` wrote, or files of token ids in any "
+        "format of docs/data.md; other files are bytes. With --resume, the new path of data that "
+        "has moved; its contents must be the same",
         type=str,
     )
     out: str | os.PathLike[str] | None = option(
@@ -42,11 +43,18 @@ class TrainConfig:
     )
 
     dtype: str | None = option(None, "dtype of the ids in a raw file, such as uint16", type=str)
+    column: str | None = option(
+        None, "of a table (Arrow, Parquet, MDS), the column with the ids", type=str
+    )
+    eos_id: int | None = option(
+        None, "the id that ends each document, for data that does not say where they end", type=int
+    )
     num_tokens: int | None = option(
         None,
         "for token ids: vocabulary size including the mask token, which gets the last id (GPT-2: "
         "50258)",
         type=int,
+        otherwise="what the data says, or two more than its greatest id",
     )
     seq_len: int | None = option(
         None, "tokens per window (context length)", type=int, otherwise="256, digits 64"
@@ -56,6 +64,10 @@ class TrainConfig:
         "tokens between the starts of training windows; divides seq-len",
         type=int,
         otherwise="seq-len",
+    )
+    within_documents: bool = option(False, "no window reaches beyond a document")
+    shift_epochs: bool = option(
+        False, "the windows of each epoch begin up to a stride later than those of the last"
     )
     held_out: int | None = option(
         None,
@@ -298,7 +310,7 @@ _AT_LEAST_ONE = (
 # have moved or changed format: its digest must match.
 FREE_ON_RESUME = frozenset(
     (
-        *("data", "dtype", "out", "steps"),
+        *("data", "dtype", "column", "out", "steps"),
         *("device", "threads", "accumulate", "eval_every", "save_every"),
         *("compile", "compile_mode", "cuda_graph", "checkpoint_activations", "shard"),
         *("resume", "overwrite", "quiet"),

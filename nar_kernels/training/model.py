@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.extras import import_extra
 from nar_kernels.ops.backends import multiplies_in
 from nar_kernels.options import option_of

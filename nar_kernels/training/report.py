@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.data.sources import Data, SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.sources import Data
 from nar_kernels.distributed import world_size
 from nar_kernels.extras import version
 from nar_kernels.sampling.config import SamplingConfig
@@ -150,7 +151,7 @@ def make_report(
 def _samples_name(spec: SequenceSpec) -> str:
     if spec.image_shape is not None:
         return "filmstrip.png"
-    return "samples.txt" if spec.render == "bytes" else "samples.npy"
+    return "samples.txt" if spec.render in ("bytes", "text") else "samples.npy"
 
 
 def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> Tensor:

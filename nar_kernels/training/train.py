@@ -148,9 +148,12 @@ class Run:
         self.data = open_data(
             config.data,
             dtype=config.dtype,
+            column=config.column,
+            eos_id=config.eos_id,
             num_tokens=config.num_tokens,
             seq_len=config.seq_len,
             stride=config.stride,
+            within_documents=config.within_documents,
             num_held_out=config.held_out,
             folder=config.folder if config.resume else None,
         )
@@ -174,6 +177,7 @@ class Run:
             device=device,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            shift_epochs=config.shift_epochs,
         )
         self.graph = StepGraph(self.update, self.loader, stream) if config.cuda_graph else None
         rate = None if self.graph is None else self.graph.rate
@@ -382,14 +386,17 @@ class Run:
 
     def check_corpus(self, state: dict[str, Any]) -> None:
         """Raises ValueError unless the data, wherever it is, is what ``state`` was trained on."""
-        ours, theirs = self.loader.state_dict(), state["loader"]
-        if ours["corpus_digest"] != theirs["corpus_digest"]:
+        ours, theirs = (
+            [s["corpus_digest"] for s in loader.get("sources", [loader])]
+            for loader in (self.loader.state_dict(), state["loader"])
+        )
+        if ours != theirs:
             was, now = state["config"]["data"], self.config.data
+            digests = [", ".join(digest[:12] for digest in of) for of in (theirs, ours)]
             raise ValueError(
                 f"cannot resume {self.config.folder}: --data was {was} and is {now} now, which "
-                f"holds other tokens (corpus_digest {theirs['corpus_digest'][:12]} and "
-                f"{ours['corpus_digest'][:12]}); give what the run was trained on, or start "
-                "another run with another --out"
+                f"holds other tokens (corpus_digest {digests[0]} and {digests[1]}); give what the "
+                "run was trained on, or start another run with another --out"
             )
 
     def ema_weights(self) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from nar_kernels import MaskedLoader, MaskingConfig, PinnedMemoryError, TokenDat
 from nar_kernels.data import loader as loader_module
 from nar_kernels.data import pinned as pinned_module
 from nar_kernels.data.pinned import pin_exactly, pinned_bytes
-from nar_kernels.data.stream import Stream
+from nar_kernels.data.stream import TokenStream
 
 DEVICE = torch.device("cuda", 0)
 PAGE = mmap.PAGESIZE
@@ -90,14 +90,14 @@ def test_whole_pages_and_no_more():
 @pytest.mark.parametrize("number", [1, PAGE, PAGE + 3])
 def test_a_copy_in_registered_memory(runtime, dtype, number):
     tokens = (torch.arange(number) % 100).to(dtype)
-    pinned = pin_exactly(Stream(tokens), DEVICE)
+    pinned = pin_exactly(TokenStream.of_array(tokens), DEVICE)
     assert pinned.dtype == dtype and torch.equal(pinned.long(), tokens.long())
     assert runtime.registered == {pinned.data_ptr(): pinned_bytes(tokens.nbytes)}
     assert pinned.is_pinned() and pinned.is_contiguous() and not tokens.is_pinned()
 
 
 def test_released_with_the_last_view_after_the_device_is_done(runtime):
-    pinned = pin_exactly(Stream(torch.arange(1000)), DEVICE)
+    pinned = pin_exactly(TokenStream.of_array(torch.arange(1000)), DEVICE)
     view = pinned[10:20]
     del pinned
     assert runtime.log == ["register"] and view.is_pinned()
@@ -114,7 +114,7 @@ def test_a_failure_says_how_much_and_what_to_do(runtime, monkeypatch):
         r"corpus_memory='mapped', which leaves it where it is, or 'device' if"
     )
     with pytest.raises(PinnedMemoryError, match=message):
-        pin_exactly(Stream(torch.zeros(100_000, dtype=torch.int64)), DEVICE)
+        pin_exactly(TokenStream.of_array(torch.zeros(100_000, dtype=torch.int64)), DEVICE)
     gc.collect()
     assert runtime.log == ["register", "forget"]  # and nothing is unregistered
 
@@ -124,7 +124,7 @@ def test_a_limit_that_is_not_the_reason_is_not_mentioned(runtime, monkeypatch, l
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     runtime.result = 801
     with pytest.raises(PinnedMemoryError, match=r"out of memory \(801\); use corpus_memory"):
-        pin_exactly(Stream(torch.zeros(10)), DEVICE)
+        pin_exactly(TokenStream.of_array(torch.zeros(10)), DEVICE)
 
 
 def test_no_memory_at_all(runtime, monkeypatch):
@@ -133,7 +133,7 @@ def test_no_memory_at_all(runtime, monkeypatch):
 
     monkeypatch.setattr(pinned_module.np, "empty", empty)
     with pytest.raises(PinnedMemoryError, match=f"Unable to allocate {2 * PAGE}"):
-        pin_exactly(Stream(torch.zeros(10)), DEVICE)
+        pin_exactly(TokenStream.of_array(torch.zeros(10)), DEVICE)
     assert runtime.log == []
 
 
@@ -141,7 +141,7 @@ def test_registered_memory_that_is_not_pinned(runtime, monkeypatch):
     """The driver is asked, as `corrupt` asks it of a user's tokens."""
     monkeypatch.setattr(Tensor, "is_pinned", lambda self: False)
     with pytest.raises(PinnedMemoryError, match="registered memory is not pinned on this system"):
-        pin_exactly(Stream(torch.zeros(10)), DEVICE)
+        pin_exactly(TokenStream.of_array(torch.zeros(10)), DEVICE)
     gc.collect()
     assert runtime.log[-1] == "unregister"
 

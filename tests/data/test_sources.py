@@ -1,10 +1,14 @@
 """The data sets that come along, and files of a user's own."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from nar_kernels.data.sources import SequenceSpec, open_data
+from nar_kernels import MaskedLoader, MaskingConfig, Mixture
+from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.sources import open_data
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.training.baselines import baselines
 
@@ -49,7 +53,7 @@ def test_files(tmp_path):
     ("name", "options", "error", "message"),
     [
         ("nothing.txt", {}, FileNotFoundError, "no file nothing.txt.*digits and text"),
-        ("text", {"dtype": "int8"}, ValueError, "dtype is int8, but that of text is always uint8"),
+        ("text", {"dtype": "int8"}, ValueError, "dtype is int8, but text has its own"),
         ("text", {"num_tokens": 300}, ValueError, "num_tokens is 300, .* always 257"),
         ("digits", {"stride": 32}, ValueError, "stride is 32, .* always 64"),
         ("text", {"stride": 100}, ValueError, "stride is 100: it must divide seq_len"),
@@ -64,8 +68,97 @@ def test_wrong_data_options(name, options, error, message):
 
 def test_token_files_must_say_what_they_hold(tmp_path):
     np.save(tmp_path / "ids.npy", np.zeros(100, dtype=np.uint16))
-    with pytest.raises(ValueError, match="--num-tokens 50258"):
-        open_data(str(tmp_path / "ids.npy"))
+    data = open_data(str(tmp_path / "ids.npy"), seq_len=10)  # ids of 0 alone, and the mask
+    assert (data.spec.num_tokens, data.spec.mask_id) == (2, 1)
     (tmp_path / "raw.bin").write_bytes(bytes(100))
     with pytest.raises(CorpusFormatError, match="dtype"):
         open_data(str(tmp_path / "raw.bin"), num_tokens=10)
+
+
+# Mixtures
+
+
+def write_mixture(folder, *sources):
+    path = folder / "mix.json"
+    path.write_text(json.dumps({"mixture": list(sources)}))
+    return path
+
+
+def test_a_mixture_of_files(tmp_path):
+    ids = np.arange(1000, dtype=np.uint16)
+    np.save(tmp_path / "a.npy", ids[:600])
+    ids[600:].tofile(tmp_path / "b.bin")
+    path = write_mixture(
+        tmp_path,
+        {"data": "a.npy", "weight": 3},
+        {"data": "b.bin", "dtype": "uint16"},
+    )
+    data = open_data(path, seq_len=10, num_held_out=8, stride=5)
+    assert data.spec == SequenceSpec(1001, 10, "ids", None)
+    assert isinstance(data.train, Mixture)
+    assert [str(share) for share in data.train.shares] == ["3/4", "1/4"]
+    held_out = data.held_out.windows(data.held_out_windows)
+    assert held_out[:, 0].tolist() == [*range(540, 600, 10), 980, 990]
+    for dataset, first in zip(data.train.datasets, (540, 980), strict=True):
+        assert dataset.windows(range(len(dataset))).max() < first
+    data.validate()
+    found = baselines(data.train, data.held_out, data.held_out_windows, per_position=False)
+    assert 9 < found["unigram_entropy"].bits_per_token < 10
+    loader = MaskedLoader(data.train, MaskingConfig(1001, 1000), 8)
+    assert (loader.batch(0).clean_ids[:, 0] < 600).sum() == 6
+
+
+def test_a_mixture_of_what_comes_along(tmp_path):
+    (tmp_path / "mine.txt").write_bytes(b"some text of mine " * 400)
+    path = write_mixture(tmp_path, {"data": "text", "weight": 0.9}, {"data": "mine.txt"})
+    assert open_data(path).spec == SequenceSpec(257, 256, "bytes", None)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ([], r"mixture is \[\]: .*mix\.json must be like"),
+        ({"data": "a"}, "mixture is {'data': 'a'}"),
+        (["a.npy"], r"mixture\[0\] is 'a\.npy'"),
+        ([{"data": 3}], r"mixture\[0\] is {'data': 3}"),
+        ([{"data": "a.npy", "wieght": 3}], r"mixture\[0\] has 'wieght'"),
+        ([{"data": "a.npy", "weight": "3"}], r"mixture\[0\] has the weight '3'"),
+        ([{"data": "a.npy", "weight": -1}, {"data": "a.npy"}], "a weight is -1: it must be pos"),
+        ([{"data": "a.npy"}, {"data": "text"}], r"text and .* differ in their render"),
+        ([{"data": "gone.npy"}], r"there is no file .*gone\.npy"),
+    ],
+)
+def test_wrong_mixtures(tmp_path, mixture, message):
+    np.save(tmp_path / "a.npy", np.arange(600, dtype=np.uint16))
+    path = tmp_path / "mix.json"
+    path.write_text(json.dumps({"mixture": mixture}))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_data(path)
+
+
+def test_json_that_is_text(tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text('{"mixture of": "words"} ' * 200)
+    assert open_data(path).spec.render == "bytes"
+
+
+def test_data_in_several_files(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.arange(100, dtype=np.uint16) + 100 * i)
+    for name in (tmp_path, f"{tmp_path}/*.npy"):
+        data = open_data(name, seq_len=30, num_held_out=1)
+        assert data.spec.num_tokens == 301
+        assert data.held_out[0].tolist() == list(range(270, 300))
+
+
+def test_windows_within_documents_are_held_out_whole(tmp_path):
+    ids = np.arange(1, 401) % 40
+    np.save(tmp_path / "a.npy", ids.astype("uint8"))
+    data = open_data(
+        tmp_path / "a.npy", eos_id=0, within_documents=True, seq_len=16, stride=8, num_held_out=4
+    )
+    windows = data.held_out.windows(data.held_out_windows)
+    assert (windows[:, :-1] != 0).all() and len(windows) == 4
+    starts = data.held_out.starts(data.held_out_windows)
+    assert starts.diff().min() >= 16
+    assert data.train.starts(torch.arange(len(data.train))).max() + 16 <= starts[0]

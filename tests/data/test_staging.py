@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.data.staging import Stager, choose_memory
-from nar_kernels.data.stream import Stream
+from nar_kernels.data.stream import TokenStream
 
 CORPUS = torch.arange(1000, dtype=torch.int32).to(torch.uint16)
 
@@ -17,7 +17,7 @@ def starts_of(step: int) -> Tensor:
 
 
 def make_stager(starts_of: Callable[[int], Tensor] = starts_of) -> Stager:
-    return Stager(Stream(CORPUS), starts_of, 3, 7, torch.device("cpu"))
+    return Stager(TokenStream.of_array(CORPUS), starts_of, 3, 7, torch.device("cpu"))
 
 
 def expected(step: int) -> list[list[int]]:

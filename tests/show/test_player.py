@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show import pictures
 from nar_kernels.show.player import page

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.sampling.config import SamplingConfig, Strategy
 from nar_kernels.show import pictures, samples
 from nar_kernels.training.config import TrainConfig

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nar_kernels import distributed
-from nar_kernels.data.sources import SequenceSpec
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.likelihood import evaluate
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.training import checkpoint, parallel

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from nar_kernels.data.formats.base import Layout, ReadOptions
 from nar_kernels.data.formats.npy import is_npy, npy_layout
+from nar_kernels.data.formats.prepared import is_prepared, prepared_layouts
 from nar_kernels.data.formats.raw import raw_layout
 from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, reject_unsupported_formats
 from nar_kernels.errors import CorpusFormatError
@@ -38,7 +39,7 @@ class FolderFormat(NamedTuple):
 # The first that recognises a file reads it. What none does is raw, unless it looks like something
 # that is not read.
 FILE_FORMATS: tuple[FileFormat, ...] = (FileFormat(is_npy, npy_layout),)
-FOLDER_FORMATS: tuple[FolderFormat, ...] = ()
+FOLDER_FORMATS: tuple[FolderFormat, ...] = (FolderFormat(is_prepared, prepared_layouts),)
 
 # Of files in a folder that says nothing of its own; others, such as indices, are left alone.
 _SUFFIXES = (".npy", ".bin", ".ds", ".mds", ".arrow", ".parquet")

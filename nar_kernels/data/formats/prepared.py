@@ -1,0 +1,104 @@
+"""Folders of ``nar-kernels prepare``, described by their ``manifest.json``."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nar_kernels.data.formats.base import (
+    Layout,
+    ReadOptions,
+    check_dtype_is_not_given,
+    malformed,
+)
+from nar_kernels.data.formats.npy import npy_layout
+from nar_kernels.data.manifest import FILE, FORMAT, Manifest, Shard, read_manifest, sha256_of
+from nar_kernels.errors import CorpusFormatError
+
+# Of what a run of `prepare` has done, in a folder that it has not finished.
+PROGRESS_FILE = "progress.jsonl"
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether ``nar-kernels prepare`` wrote this folder, finished or not."""
+    manifest = folder / FILE
+    if not manifest.is_file():
+        return (folder / PROGRESS_FILE).is_file()
+    return FORMAT.encode() in manifest.read_bytes()
+
+
+def prepared_layouts(folder: Path, options: ReadOptions) -> list[Layout]:
+    """A layout for each shard.
+
+    Raises:
+        CorpusFormatError: the manifest is malformed, a file is not as it says, or the folder is
+            not finished.
+    """
+    manifest = _read(folder)
+    what = f"a prepared corpus, whose {FILE} says {manifest.dtype}"
+    check_dtype_is_not_given(folder, options, what)
+    return [_layout(folder, shard, manifest) for shard in manifest.shards]
+
+
+def manifest_of(source: object) -> Manifest | None:
+    """The manifest of a corpus, if the source is the path of a prepared folder; else None."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    folder = Path(source)
+    return _read(folder) if folder.is_dir() and is_prepared(folder) else None
+
+
+def check_files(folder: Path) -> None:
+    """Reads all files of a prepared folder.
+
+    Raises:
+        CorpusFormatError: one is not what was written; a missing one is a FileNotFoundError.
+    """
+    for i, shard in enumerate(_read(folder).shards):
+        for name in shard.files:
+            found = sha256_of(folder / name)
+            if found != shard.sha256[name]:
+                field = f"shards[{i}].sha256.{name}"
+                what = f"{found}, that of the file: the file is damaged; prepare the corpus again"
+                raise malformed(folder / FILE, field, shard.sha256[name], what)
+
+
+def _read(folder: Path) -> Manifest:
+    if not (folder / FILE).exists():
+        raise CorpusFormatError(
+            f"{folder} is not finished: run the same `nar-kernels prepare` again, which goes on "
+            "where it was stopped"
+        )
+    return read_manifest(folder)
+
+
+def _layout(folder: Path, shard: Shard, manifest: Manifest) -> Layout:
+    tokens = _file(folder / shard.tokens, manifest.dtype, shard.num_tokens)
+    documents = folder / shard.documents
+    mask = None
+    if shard.loss_mask is not None:
+        mask = _file(folder / shard.loss_mask, "uint8", shard.num_tokens)
+    return replace(
+        tokens,
+        format="prepared",
+        document_ends=partial(_document_ends, str(documents.absolute()), shard.num_documents),
+        loss_mask=mask,
+    )
+
+
+def _file(path: Path, dtype: str, length: int) -> Layout:
+    layout = npy_layout(path, ReadOptions())
+    if layout.dtype != dtype or layout.num_tokens != length:
+        raise CorpusFormatError(
+            f"{path} holds {layout.num_tokens} {layout.dtype}, but {FILE} beside it says {length} "
+            f"{dtype}: one of them is of another corpus; prepare it again"
+        )
+    return layout
+
+
+def _document_ends(path: str, num_documents: int) -> np.ndarray:
+    """int64 ``[num_documents]``, mapped."""
+    layout = _file(Path(path), "int64", num_documents)
+    return np.memmap(path, np.int64, "r", int(layout.offsets[0]), (num_documents,))

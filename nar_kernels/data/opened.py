@@ -1,0 +1,139 @@
+"""What ``--data`` names, opened but not cut into windows yet: :func:`open_source`.
+
+Built-in data sets need no download.
+"""
+
+import glob
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nar_kernels.data.corpus import Corpus
+from nar_kernels.data.sequence_spec import Render
+from nar_kernels.extras import import_extra
+
+NUM_BYTES = 256
+
+# What is taken for token ids by its name alone; other files are bytes of text.
+_ID_SUFFIXES = (".npy", ".bin", ".ds", ".idx", ".mds", ".arrow", ".parquet")
+
+# scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
+_DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180
+
+
+class Opened(NamedTuple):
+    """A corpus, and what it says of itself.
+
+    Attributes:
+        fixed: the options that it determines, of ``num_tokens``, ``seq_len`` and ``stride``.
+        num_held_out: default for that option.
+        own_mask_id, tokenizer, image_shape: as of ``SequenceSpec``.
+    """
+
+    corpus: Corpus
+    render: Render
+    fixed: dict[str, int]
+    num_held_out: int | None = None
+    image_shape: tuple[int, int] | None = None
+    own_mask_id: int | None = None
+    tokenizer: str | None = None
+
+
+def open_source(
+    name: str,
+    *,
+    dtype: str | None,
+    column: str | None,
+    eos_id: int | None,
+    folder: Path | None,
+) -> Opened:
+    """Opens a built-in data set, or whatever :class:`Corpus` reads; any other file is bytes.
+
+    Args:
+        name: ``"digits"``, ``"text"``, or a path or glob.
+        dtype, column, eos_id: as of ``Corpus``.
+        folder: where else to look for a relative path.
+
+    Raises:
+        ValueError, CorpusFormatError, FileNotFoundError: the source or an option is wrong.
+        ImportError: ``digits`` without scikit-learn.
+    """
+    if name in BUILT_IN:
+        for option, value in (("dtype", dtype), ("column", column), ("eos_id", eos_id)):
+            if value is not None:
+                raise ValueError(f"{option} is {value}, but {name} has its own: leave it out")
+        return BUILT_IN[name]()
+    path = _find(name, folder)
+    is_text = dtype is None and os.path.isfile(path) and Path(path).suffix not in _ID_SUFFIXES
+    if is_text and not (Path(path).suffix == ".json" and _lists_files(path)):
+        return Opened(Corpus(path, dtype="uint8"), "bytes", {"num_tokens": NUM_BYTES + 1})
+    corpus = Corpus(path, dtype=dtype, column=column, eos_id=eos_id)
+    manifest = corpus.manifest
+    if manifest is None:
+        return Opened(corpus, "ids", {})
+    fixed = {"num_tokens": manifest.num_tokens}
+    render: Render = "ids"
+    tokenizer = None
+    if manifest.image_shape is not None:
+        size = manifest.image_shape[0] * manifest.image_shape[1]
+        render, fixed = "image", fixed | {"seq_len": size, "stride": size}
+    elif manifest.tokenizer is not None:
+        render = "bytes" if manifest.tokenizer.name == "bytes" else "text"
+        if render == "text":
+            tokenizer = (Path(path) / manifest.tokenizer.file).read_text(encoding="utf-8")
+    own_mask_id = None if manifest.mask_id == manifest.num_tokens - 1 else manifest.mask_id
+    return Opened(
+        corpus,
+        render,
+        fixed,
+        image_shape=manifest.image_shape,
+        own_mask_id=own_mask_id,
+        tokenizer=tokenizer,
+    )
+
+
+def _open_digits() -> Opened:
+    images = import_extra("sklearn.datasets").load_digits().images.astype(np.uint8)
+    assert images.shape[1:] == _DIGITS_SHAPE
+    size = _DIGITS_SHAPE[0] * _DIGITS_SHAPE[1]
+    return Opened(
+        Corpus(images.reshape(-1)),
+        "image",
+        {"num_tokens": _DIGITS_LEVELS + 1, "seq_len": size, "stride": size},
+        num_held_out=_DIGITS_HELD_OUT,
+        image_shape=_DIGITS_SHAPE,
+    )
+
+
+def _open_text() -> Opened:
+    """English prose in the standard library: the language reference that ``help()`` shows."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = np.frombuffer(text.encode(), dtype=np.uint8)
+    return Opened(Corpus(ids), "bytes", {"num_tokens": NUM_BYTES + 1})
+
+
+BUILT_IN = {"digits": _open_digits, "text": _open_text}
+
+
+def _lists_files(path: str) -> bool:
+    """Whether a .json file lists files, rather than being text."""
+    with open(path, "rb") as file:
+        return b'"files"' in file.read(1 << 16)
+
+
+def _find(name: str, folder: Path | None) -> str:
+    """A path in the current directory or in ``folder``; or a glob."""
+    places = [name]
+    if folder is not None and not os.path.isabs(name):
+        places.append(os.path.join(folder, name))
+    for place in places:
+        if os.path.exists(place) or glob.glob(place, recursive=True):
+            return place
+    looked = f" (looked for {' and '.join(os.path.abspath(place) for place in places)})"
+    raise FileNotFoundError(
+        f"there is no file {name}{looked}, and the built-in data sets are {' and '.join(BUILT_IN)}"
+    )

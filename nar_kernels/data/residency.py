@@ -1,0 +1,83 @@
+"""Pages of a corpus's files in memory: :class:`Residency`."""
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nar_kernels.data.stream import TokenStream
+from nar_kernels.ops.windows import read_ahead
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+_OFTEN, _SELDOM = 8, 64  # batches
+_RESIDENT_FRACTION = 1 / 8  # of the machine's memory
+_STATM = Path("/proc/self/statm")
+
+
+class Residency:
+    """What a loop over batches does for the files that it reads, after each batch:
+
+    * Notices that a file has changed, before a map of one that shrank ends the process.
+    * Where pages had to be read from disk, asks for those of the next batch ahead, in the order of
+      the files.
+    * Returns pages once so much of files is resident (default: an eighth of the memory), which
+      stays in the system's cache. Otherwise a run through a large corpus seems to take all memory.
+
+    Args:
+        stream: whose parts are looked after.
+        most_resident: bytes.
+    """
+
+    def __init__(self, stream: TokenStream, most_resident: int | None = None) -> None:
+        self._stream = stream
+        self._turn = itertools.cycle(stream.parts)
+        self._batches = itertools.count(1)
+        self._cold_until, self._faults = 0, _major_faults()
+        if most_resident is None:
+            most_resident = int(_memory_bytes() * _RESIDENT_FRACTION)
+        self._most_resident = most_resident
+
+    def tend(self, upcoming: Callable[[], Tensor], seq_len: int) -> None:
+        """To be called after each batch.
+
+        Args:
+            upcoming: where the windows of the next one begin, int64 ``[B]``.
+
+        Raises:
+            CorpusChangedError: a file is not what it was; now and then, one is looked at.
+        """
+        batch = next(self._batches)
+        if batch % _OFTEN == 0:
+            next(self._turn).check_unchanged()
+            if (faults := _major_faults()) > self._faults:
+                self._cold_until, self._faults = batch + _SELDOM, faults
+        if batch <= self._cold_until:
+            read_ahead(self._stream.flat, self._stream.runs, upcoming(), seq_len)
+        if batch % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
+            self._stream.release_memory()
+
+
+def _major_faults() -> int:
+    """Page faults of this process that had to wait for a disk."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def _resident_file_bytes() -> int:
+    """Resident memory of this process that files back; 0 where the system does not say."""
+    try:
+        return int(_STATM.read_bytes().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _memory_bytes() -> int:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return torch.iinfo(torch.int64).max
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,87 @@
+"""Opens tokenizers: :func:`open_tokenizer`, :func:`tokenizer_from_json`."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nar_kernels.data.tokenizers.base import Tokenizer, read_fields
+from nar_kernels.data.tokenizers.byte_level import ByteTokenizer
+from nar_kernels.data.tokenizers.hugging_face import (
+    HuggingFaceTokenizer,
+    open_folder,
+    read_config,
+)
+from nar_kernels.data.tokenizers.tiktoken_ranks import TiktokenTokenizer, open_encoding
+
+__all__ = ["Tokenizer", "open_tokenizer", "tokenizer_from_json"]
+
+_FROM_FIELDS: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
+    ByteTokenizer.kind: lambda fields: ByteTokenizer(),
+    HuggingFaceTokenizer.kind: HuggingFaceTokenizer.from_fields,
+    TiktokenTokenizer.kind: TiktokenTokenizer.from_fields,
+}
+
+_VALID = (
+    "a tokenizer is 'bytes', the path of a tokenizer.json, a folder with one, or 'tiktoken:gpt2' "
+    "(or another encoding of tiktoken)"
+)
+
+
+def open_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """Opens a tokenizer from files on this machine; nothing is downloaded.
+
+    Args:
+        name: one of
+
+            * ``"bytes"``: each byte of UTF-8 is a token;
+            * the path of a ``tokenizer.json`` of the package tokenizers. Files beside it that
+              Hugging Face writes say which tokens end documents and mask, and how a conversation
+              reads. Without them, the usual names do, such as ``<|endoftext|>`` and ``[MASK]``;
+            * a folder with such files;
+            * ``"tiktoken:gpt2"``, or another encoding whose files are in tiktoken's cache.
+
+    Raises:
+        FileNotFoundError: no such file, or not in tiktoken's cache.
+        ValueError: nothing of the above, or malformed.
+        ImportError: the package that reads it is not installed; the message gives the pip command.
+    """
+    name = os.fspath(name)
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    if name.startswith("tiktoken:"):
+        return open_encoding(name.removeprefix("tiktoken:"))
+    path = Path(name)
+    if path.is_dir():
+        return open_folder(path, name)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no tokenizer {name}: {_VALID}. One of the Hugging Face hub is a folder "
+            f"after `hf download {name} --include '*token*' 'chat_template*' --local-dir FOLDER`"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no tokenizer.json, but binary: {_VALID}") from error
+    try:
+        if read_fields(text, _FROM_FIELDS) is not None:
+            return tokenizer_from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; {_VALID}") from error
+    return HuggingFaceTokenizer(text, name, read_config(path.parent))
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """The tokenizer whose ``to_json()`` is ``text``, or that of a ``tokenizer.json`` of the package
+    tokenizers.
+
+    Raises:
+        ValueError: it is neither.
+        ImportError: the package that reads it is not installed.
+    """
+    fields = read_fields(text, _FROM_FIELDS)
+    if fields is None:
+        return HuggingFaceTokenizer(text, "tokenizer.json")
+    tokenizer = _FROM_FIELDS[fields["kind"]](fields)
+    tokenizer.chat_template = fields["chat_template"]
+    return tokenizer

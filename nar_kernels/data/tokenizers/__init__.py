@@ -1,0 +1,1 @@
+"""The kinds of tokenizers, one a file; :mod:`nar_kernels.data.tokenizer` opens them."""
