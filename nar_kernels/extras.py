@@ -10,6 +10,7 @@ EXTRAS = {
     "train": ("x-transformers>=2.31", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
     "prepare": ("tokenizers", "tqdm", "fsspec"),
     "triton": ("triton>=3.2",),
+    "arrow": ("pyarrow",),
 }
 
 

@@ -156,7 +156,7 @@ def test_no_circle() -> None:
 def test_importing_the_package_is_light() -> None:
     """Nothing is imported that `import torch` does not import by itself."""
     heavy = {"triton", "x_transformers", "matplotlib", "sklearn", "scipy", "tensorboard", "tqdm"}
-    heavy |= {"torch._dynamo", "torch.distributed.tensor"}
+    heavy |= {"torch._dynamo", "torch.distributed.tensor", "pyarrow"}
     script = (
         "import sys, torch; before = set(sys.modules); import nar_kernels; "
         "print(*set(sys.modules) - before)"

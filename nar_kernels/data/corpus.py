@@ -250,7 +250,7 @@ def _ends_of_file(layout: Layout) -> np.ndarray | None:
     if layout.document_ends is None:
         return None
     ends, length = layout.document_ends(), layout.num_tokens
-    if not len(ends) or ends[-1] != length or (np.diff(ends, prepend=0) < 0).any():
+    if not len(ends) or ends[0] < 0 or ends[-1] != length or (ends[1:] < ends[:-1]).any():
         raise CorpusFormatError(
             f"the documents of {layout.path} do not divide its {length} tokens: their ends must "
             "ascend to that; write its index again"

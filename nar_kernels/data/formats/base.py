@@ -1,5 +1,6 @@
 """The layout of a corpus file, and the checks that all formats share."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,20 @@ class Layout:
     document_ends: Callable[[], np.ndarray] | None = None
     loss_mask: "Layout | None" = None
 
+    def __post_init__(self) -> None:
+        # Kernels read there unchecked, so this holds whatever a reader of a format overlooked.
+        behind = self.size - self.offsets  # cannot overflow: offsets are at least 0
+        inside = (self.offsets >= 0) & (behind >= 0) & (self.lengths >= 0)
+        inside &= self.lengths <= behind // np.dtype(self.dtype).itemsize
+        if not inside.all():
+            run = int(inside.argmin())
+            raise malformed(
+                self.path,
+                f"run {run} of its ids",
+                f"{self.lengths[run]} of {self.dtype} from byte {self.offsets[run]}",
+                f"within its {self.size} bytes",
+            )
+
     @classmethod
     def of_one_run(
         cls, format: str, path: Path, dtype: str, offset: int, length: int, **more: Any
@@ -72,6 +87,37 @@ def malformed(
 ) -> Exception:
     """The error for a field of a file that is not what it must be."""
     return CorpusFormatError(f"{os.fspath(path)}: {field} is {found}, but must be {expected}")
+
+
+def merge_runs(
+    offsets: np.ndarray, lengths: np.ndarray, itemsize: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and lengths of runs, int64, with those that lie one behind the other made one."""
+    apart = offsets[1:] != offsets[:-1] + lengths[:-1] * itemsize
+    begins = np.flatnonzero(np.concatenate((np.ones(min(len(offsets), 1), bool), apart)))
+    return offsets[begins], np.add.reduceat(lengths, begins) if len(begins) else lengths
+
+
+def parse_json(path: Path, content: bytes, remedy: str) -> Any:
+    """What a JSON file holds; CorpusFormatError, with the remedy, if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CorpusFormatError(f"{path} is not JSON ({error}): {remedy}") from error
+
+
+def path_beside(path: Path, name: object, field: str) -> Path:
+    """The path of a file that ``path`` names in ``field``, relative to its own folder.
+
+    Raises:
+        CorpusFormatError: no file can have such a name.
+    """
+    try:
+        if isinstance(name, str) and b"\0" not in os.fsencode(name):
+            return path.parent / name
+    except UnicodeEncodeError:
+        pass
+    raise malformed(path, field, repr(name), "the name of a file")
 
 
 def check_dtype_is_not_given(path: Path, options: ReadOptions, what: str) -> None:

@@ -4,15 +4,21 @@ A new format is a module in this folder and a row in :data:`FILE_FORMATS` or :da
 """
 
 import glob
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nar_kernels.data.formats.base import Layout, ReadOptions
+from nar_kernels.data.formats.arrow import arrow_layout, dataset_layouts, is_arrow, is_dataset
+from nar_kernels.data.formats.base import Layout, ReadOptions, parse_json, path_beside
+from nar_kernels.data.formats.datatrove import datatrove_layout, is_datatrove
+from nar_kernels.data.formats.litpkds import is_litpkds, litpkds_layout
+from nar_kernels.data.formats.llmc import is_llmc, llmc_layout
+from nar_kernels.data.formats.mds import is_mds, is_mds_folder, mds_layout, mds_layouts
+from nar_kernels.data.formats.megatron import is_megatron, megatron_layout
 from nar_kernels.data.formats.npy import is_npy, npy_layout
+from nar_kernels.data.formats.parquet import is_parquet, parquet_layout
 from nar_kernels.data.formats.prepared import is_prepared, prepared_layouts
 from nar_kernels.data.formats.raw import raw_layout
 from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, reject_unsupported_formats
@@ -22,15 +28,17 @@ PathSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class FileFormat(NamedTuple):
-    """A format of one file, and those beside it. ``recognises`` sees the path and the first bytes:
-    by content, since some projects name raw files .npy, and .npy files .bin."""
+    """A format of one file, and those beside it. ``recognises`` sees the path, and the first and
+    last bytes: by content where that can be, since some projects name raw files .npy, and .npy
+    files .bin."""
 
     recognises: Callable[[Path, bytes], bool]
     read: Callable[[Path, ReadOptions], Layout]
+    is_table: bool = False  # so that ``column`` means something
 
 
 class FolderFormat(NamedTuple):
-    """A format of a folder, which says itself what its files are."""
+    """A format of a folder, which says itself what its files are. All are tables."""
 
     recognises: Callable[[Path], bool]
     read: Callable[[Path, ReadOptions], list[Layout]]
@@ -38,11 +46,27 @@ class FolderFormat(NamedTuple):
 
 # The first that recognises a file reads it. What none does is raw, unless it looks like something
 # that is not read.
-FILE_FORMATS: tuple[FileFormat, ...] = (FileFormat(is_npy, npy_layout),)
-FOLDER_FORMATS: tuple[FolderFormat, ...] = (FolderFormat(is_prepared, prepared_layouts),)
+FILE_FORMATS: tuple[FileFormat, ...] = (
+    FileFormat(is_npy, npy_layout),
+    FileFormat(is_megatron, megatron_layout),
+    FileFormat(is_llmc, llmc_layout),
+    FileFormat(is_litpkds, litpkds_layout),
+    FileFormat(is_arrow, arrow_layout, is_table=True),
+    FileFormat(is_parquet, parquet_layout, is_table=True),
+    FileFormat(is_mds, mds_layout, is_table=True),
+    FileFormat(is_datatrove, datatrove_layout),
+)
+FOLDER_FORMATS: tuple[FolderFormat, ...] = (
+    FolderFormat(is_prepared, prepared_layouts),
+    FolderFormat(is_mds_folder, mds_layouts),
+    FolderFormat(is_dataset, dataset_layouts),
+)
 
 # Of files in a folder that says nothing of its own; others, such as indices, are left alone.
 _SUFFIXES = (".npy", ".bin", ".ds", ".mds", ".arrow", ".parquet")
+
+# Of files that others read with their own, which a glob may match too.
+_COMPANIONS = (".ds.index", ".ds.loss", ".ds.metadata")
 
 _LIST = (
     'a .json file must be {"files": ["a.bin", "b.bin"], "dtype": "uint16"}, dtype for raw files '
@@ -68,6 +92,8 @@ def read_layouts(source: PathSource, options: ReadOptions) -> list[Layout]:
         layouts = [layout for part in source for layout in _of_path(os.fspath(part), options)]
         if not layouts:
             raise CorpusFormatError("the list of files is empty: a corpus has at least one")
+    if not (layouts := [layout for layout in layouts if layout.num_tokens]):
+        raise CorpusFormatError(f"{source} is empty: a corpus has at least one token")
     for layout in layouts[1:]:
         if layout.dtype != layouts[0].dtype:
             raise CorpusFormatError(
@@ -81,12 +107,29 @@ def _of_path(name: str, options: ReadOptions) -> list[Layout]:
     path = Path(name)
     if path.is_dir():
         return _of_folder(path, options)
-    if not path.exists() and (matches := glob.glob(name, recursive=True)):
-        paths = sorted(map(Path, matches), key=_natural)
-        return [layout for path in paths for layout in _of_path(str(path), options)]
+    if not path.exists():
+        if (index := Path(name + ".idx")).is_file():  # as Megatron-LM names a corpus
+            return [_of_file(index, options)]
+        if paths := _matches(name):
+            return [layout for path in paths for layout in _of_path(str(path), options)]
     if path.suffix == ".json" and options.dtype is None:
         return _of_list(path, options)
     return [_of_file(path, options)]
+
+
+def _matches(pattern: str) -> list[Path]:
+    """What a glob matches, in order, but what is read with something else that it matches."""
+    found = set(map(Path, glob.glob(pattern, recursive=True)))
+    folders = {folder for path in found for folder in path.parents}
+    names = set(map(str, found))
+    alone = (
+        path
+        for path in found - folders
+        if not path.name.endswith(_COMPANIONS)
+        and not (path.suffix == ".json" and str(path.with_suffix("")) in names)
+        and not (path.suffix == ".idx" and str(path.with_suffix(".bin")) in names)
+    )
+    return sorted(alone, key=_natural)
 
 
 def _of_folder(folder: Path, options: ReadOptions) -> list[Layout]:
@@ -102,17 +145,15 @@ def _of_folder(folder: Path, options: ReadOptions) -> list[Layout]:
 
 
 def _of_list(path: Path, options: ReadOptions) -> list[Layout]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorpusFormatError(f"{path} is not JSON ({error}): {_LIST}") from error
+    content = parse_json(path, path.read_bytes(), _LIST)
     names = content.get("files") if isinstance(content, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise CorpusFormatError(f"{path} does not list files: {_LIST}")
     if nested := [name for name in names if name.endswith(".json")]:
         raise CorpusFormatError(f"{path} names another list, {nested[0]}: name its files instead")
     options = options._replace(dtype=content.get("dtype"))
-    return [layout for n in names for layout in _of_path(os.path.join(path.parent, n), options)]
+    paths = [path_beside(path, name, "a name in the list") for name in names]
+    return [layout for path in paths for layout in _of_path(str(path), options)]
 
 
 def _of_file(path: Path, options: ReadOptions) -> Layout:
@@ -122,11 +163,22 @@ def _of_file(path: Path, options: ReadOptions) -> Layout:
         tail = file.read()
     if not head:
         raise CorpusFormatError(f"{path} is empty: a corpus has at least one token")
+    ends = head + tail
     for format in FILE_FORMATS:
-        if format.recognises(path, head):
+        if format.recognises(path, ends):
+            if options.column is not None and not format.is_table:
+                _refuse_column(path, options)
             return format.read(path, options)
     reject_unsupported_formats(path, head, tail)
+    if options.column is not None:
+        _refuse_column(path, options)
     return raw_layout(path, options)
+
+
+def _refuse_column(path: Path, options: ReadOptions) -> None:
+    raise CorpusFormatError(
+        f"column={options.column!r} was given, but {path} is not a table: leave it out"
+    )
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

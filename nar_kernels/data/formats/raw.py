@@ -1,58 +1,71 @@
-"""Raw binary files: headerless ids, whose dtype the caller or a sidecar gives."""
+"""Raw binary files: headerless ids, whose dtype the caller or a sidecar gives, or statistics."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from nar_kernels.data.formats.base import Layout, ReadOptions
+from nar_kernels.data.formats.base import Layout, ReadOptions, parse_json
+from nar_kernels.data.formats.sniff import sniff_dtype
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.ops.tokens import TOKEN_DTYPES
 
 
 def raw_layout(path: Path, options: ReadOptions) -> Layout:
-    dtype = options.dtype
-    sidecar = path.with_name(path.name + ".json")
-    declared = _sidecar_dtype(sidecar) if sidecar.exists() else None
-    given = None if dtype is None else _dtype_name(dtype, f"{path} was given dtype=")
-    if given and declared and given != declared:
-        raise CorpusFormatError(
-            f"dtype= says {given} but {sidecar} says {declared}: leave out dtype=, or correct the "
-            "sidecar"
-        )
-    name = given or declared
+    name = stated_dtype(path, options) or sniff_dtype(path)
     if name is None:
         no_header = " has no .npy header and" if path.suffix == ".npy" else ""
         raise CorpusFormatError(
             f"{path}{no_header} does not say what dtype its tokens have: if it is raw binary, pass "
             "dtype= (nanoGPT's .bin files are dtype='uint16'; dtype='uint8' reads any file as "
-            f'bytes), or write {{"dtype": "uint16"}} to {sidecar.name}'
+            f'bytes), or write {{"dtype": "uint16"}} to {_sidecar(path).name}'
         )
-    size, itemsize = path.stat().st_size, np.dtype(name).itemsize
+    return headerless_layout("raw", path, name)
+
+
+def headerless_layout(format: str, path: Path, dtype: str, **more: Any) -> Layout:
+    """The layout of a file that is nothing but ids of this type."""
+    size, itemsize = path.stat().st_size, np.dtype(dtype).itemsize
     if size % itemsize:
         raise CorpusFormatError(
-            f"{path} has {size} bytes, not a whole number of {name} tokens of {itemsize} bytes: "
+            f"{path} has {size} bytes, not a whole number of {dtype} tokens of {itemsize} bytes: "
             "the dtype is wrong, or the file is truncated"
         )
-    return Layout.of_one_run("raw", path, name, 0, size // itemsize)
+    return Layout.of_one_run(format, path, dtype, 0, size // itemsize, **more)
+
+
+def stated_dtype(path: Path, options: ReadOptions) -> str | None:
+    """The dtype that the user or the sidecar of a file gives, or None."""
+    given = None
+    if options.dtype is not None:
+        given = dtype_name(options.dtype, f"{path} was given dtype=")
+    sidecar = _sidecar(path)
+    declared = _sidecar_dtype(sidecar) if sidecar.exists() else None
+    if given and declared and given != declared:
+        raise CorpusFormatError(
+            f"dtype= says {given} but {sidecar} says {declared}: leave out dtype=, or correct the "
+            "sidecar"
+        )
+    return given or declared
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
 
 
 def _sidecar_dtype(sidecar: Path) -> str:
-    try:
-        content = json.loads(sidecar.read_text())
-    except ValueError as error:
-        raise CorpusFormatError(f"{sidecar} is not JSON ({error}): correct or remove it") from error
+    content = parse_json(sidecar, sidecar.read_bytes(), "correct or remove it")
     dtype = content.get("dtype") if isinstance(content, dict) else None
     if not isinstance(dtype, str):
         raise CorpusFormatError(
             f'{sidecar} names no dtype: it must be like {{"dtype": "uint16"}}; correct or remove it'
         )
-    return _dtype_name(dtype, f"{sidecar} says ")
+    return dtype_name(dtype, f"{sidecar} says ")
 
 
-def _dtype_name(dtype: DTypeLike | torch.dtype, origin: str) -> str:
+def dtype_name(dtype: DTypeLike | torch.dtype, origin: str) -> str:
     """The name of a dtype in :data:`TOKEN_DTYPES`; ``origin`` says in errors who gave it."""
     wanted = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     try:

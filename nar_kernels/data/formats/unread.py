@@ -1,5 +1,6 @@
 """Unsupported formats, which a raw reader would take for tokens, headers included."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,21 +9,12 @@ from nar_kernels.errors import CorpusFormatError
 # By remedy: patterns of the first (and last) bytes, and what they identify. Ids or text could start
 # with a short magic number, so that of gzip and others includes what must follow it.
 HEAD_BYTES, TAIL_BYTES = 512, 8
-_BY_OFFSET = "pass its tokens as an array, such as np.memmap(file, dtype=..., mode='r', offset=...)"
 _RAW = (
     "; if these are raw ids all the same, pass np.memmap(file, dtype=..., mode='r'), or np.save it "
     "to a .npy file"
 )
 _BY_LIBRARY = f"read the ids with a library for this format, and pass them as an array{_RAW}"
 _UNSUPPORTED_FORMATS: dict[str, dict[bytes, str]] = {
-    _BY_OFFSET: {
-        re.escape((20240520).to_bytes(4, "little")): (
-            "an llm.c or modded-nanogpt file: uint16 after 1024 bytes"
-        ),
-        re.escape((20240801).to_bytes(4, "little")): "an llm.c file: uint32 after 1024 bytes",
-        rb"LITPKDS": "a packed chunk of lit-gpt or TinyLlama: tokens after 24 bytes",
-        rb"MMIDIDX": "the index of a Megatron-LM corpus, not its tokens",
-    },
     f"load it, with np.load or torch.load, and pass the array of ids that it holds{_RAW}": {
         rb"PK(\x03\x04|\x05\x06)": "a zip archive, as np.savez and torch.save write them",
         # Protocols 4 and 5 start with a frame length.
@@ -44,10 +36,10 @@ _UNSUPPORTED_FORMATS: dict[str, dict[bytes, str]] = {
     },
     f"extract it{_RAW}": {rb".{257}ustar(\x0000|  \0)": "a tar archive"},
     _BY_LIBRARY: {
-        rb"PAR1([\0-\x08\x0e-\x1f]|.{4,}PAR1\Z)": "a Parquet file",
-        rb"ARROW1\0\0|FEA1.{4,}FEA1\Z": "an Arrow or Feather file",
-        # An IPC message: its length, then the first table of its flatbuffer.
-        rb"\xff{4}.{2}[\0-\x0f]\0\x10\0{5}\n\0": "an Arrow stream, as datasets saves them",
+        rb"PARE.{4,}PARE\Z": "an encrypted Parquet file",
+        rb"FEA1.{4,}FEA1\Z": "a Feather file, version 1",
+        re.escape((20240522).to_bytes(4, "little")): "questions with answers for llm.c",
+        rb"[\xc6-\xc8]\xd7\x34\x01": "a checkpoint or tokenizer of llm.c",
         # The header length, below 128 MiB, and the start of the header.
         rb'.{3}[\0-\x07]\0{4}\{"[ -~]': "a safetensors file",
         rb"\x89HDF\r\n\x1a\n": "an HDF5 file",
@@ -76,12 +68,8 @@ def reject_unsupported_formats(path: Path, head: bytes, tail: bytes) -> None:
     ]
     if _is_tfrecord(head):
         found.append(("a TFRecord file", _BY_LIBRARY))
-    index = path.with_suffix(".idx")
-    if not found and path.suffix == ".bin" and index.is_file():
-        with index.open("rb") as file:
-            if file.read(7) == b"MMIDIDX":
-                what = f"half of a Megatron-LM corpus, the other being {index.name}"
-                found.append((what, _BY_OFFSET))
+    if _is_litdata_chunk(path):
+        found.append(("a chunk of a LitData dataset", _BY_LIBRARY))
     for what, remedy in found:
         raise CorpusFormatError(f"{path} is {what}. This format is not supported yet: {remedy}")
 
@@ -96,3 +84,12 @@ def _is_tfrecord(head: bytes) -> bool:
     crc ^= 0xFFFFFFFF
     masked = (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF
     return head[8:12] == masked.to_bytes(4, "little")
+
+
+def _is_litdata_chunk(path: Path) -> bool:
+    """Whether the index of such a dataset, beside the file, names it."""
+    try:
+        index = json.loads(path.with_name("index.json").read_bytes())
+        return any(chunk["filename"] == path.name for chunk in index["chunks"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return False

@@ -1,0 +1,128 @@
+"""Ids that cannot be mapped where they are, decoded once into a folder of ``.npy`` files.
+
+The folder is ``$NAR_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/nar_kernels``, else
+``~/.cache/nar_kernels``. An entry belongs to one state of one file: its path, size, time of the
+last write, and the column. Nothing is ever removed from it; all of it may be, while no process uses
+it.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nar_kernels.data.formats.base import Layout
+from nar_kernels.files import atomic_write
+
+if sys.platform != "win32":
+    import fcntl
+
+# Ids of one batch, and how many of them precede the end of each row; None where a row is one id.
+Decoded = tuple[np.ndarray, np.ndarray | None]
+
+_HEADER_BYTES = 128
+
+
+def cached_layout(
+    format: str,
+    path: Path,
+    column: str,
+    dtype: str,
+    has_rows: bool,
+    decode: Callable[[], Iterator[Decoded]],
+) -> Layout:
+    """The layout of ids of this dtype that ``decode`` gives, batch by batch. It is called unless
+    they are in the cache; by one process, for which others wait.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    status = os.stat(path)
+    key = repr((str(path.absolute()), status.st_size, status.st_mtime_ns, column, dtype))
+    stem = f"{path.stem[:64]}-{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:24]}"
+    with _cache_folder() as folder:
+        ids = folder / f"{stem}.ids.npy"
+        ends = folder / f"{stem}.ends.npy"
+        if not ids.exists():
+            with _one_process(folder / f"{stem}.lock"):
+                if not ids.exists():
+                    _write(ids, ends, dtype, decode())
+    size = ids.stat().st_size
+    return Layout.of_one_run(
+        format,
+        ids,
+        dtype,
+        _HEADER_BYTES,
+        (size - _HEADER_BYTES) // np.dtype(dtype).itemsize,
+        document_ends=partial(_read_ends, str(ends.absolute())) if has_rows else None,
+    )
+
+
+@contextmanager
+def _cache_folder() -> Iterator[Path]:
+    """Makes it; errors within, of writing to it, say what it is."""
+    folder = os.environ.get("NAR_KERNELS_CACHE")
+    if not folder:
+        parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(parent, "nar_kernels")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        yield Path(folder)
+    except OSError as error:
+        if error.errno is None or not str(error.filename or "").startswith(folder):
+            raise
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)} in the cache of decoded corpora; the variable "
+            "NAR_KERNELS_CACHE names another folder for it",
+            error.filename,
+        ) from error
+
+
+@contextmanager
+def _one_process(path: Path) -> Iterator[None]:
+    """Waits for other processes in here. (On Windows, and file systems without locks, it does not:
+    then each decodes for itself, and the last one wins, with equal content.)"""
+    with path.open("ab") as file:
+        if sys.platform != "win32":
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        yield
+    with suppress(OSError):  # Windows keeps it while others have it open
+        path.unlink()
+
+
+def _write(ids_path: Path, ends_path: Path, dtype: str, batches: Iterator[Decoded]) -> None:
+    """The ids last: they tell that an entry is complete."""
+    num_tokens = num_documents = 0
+    with atomic_write(ids_path) as ids:
+        with atomic_write(ends_path) as ends:
+            ids.write(bytes(_HEADER_BYTES))
+            ends.write(bytes(_HEADER_BYTES))
+            for batch, batch_ends in batches:
+                ids.write(np.ascontiguousarray(batch, dtype).data)
+                if batch_ends is not None:
+                    ends.write((batch_ends.astype(np.int64) + num_tokens).data)
+                    num_documents += len(batch_ends)
+                num_tokens += len(batch)
+            _write_header(ends, "int64", num_documents)
+        _write_header(ids, dtype, num_tokens)
+
+
+def _write_header(file: BinaryIO, dtype: str, length: int) -> None:
+    """As of a ``.npy`` file of version 1, where there is room for it."""
+    entries = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
+    text = repr(entries).encode()
+    file.seek(0)
+    file.write(b"\x93NUMPY\1\0" + (_HEADER_BYTES - 10).to_bytes(2, "little"))
+    file.write(text.ljust(_HEADER_BYTES - 11) + b"\n")
+
+
+def _read_ends(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
