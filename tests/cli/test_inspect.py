@@ -12,6 +12,7 @@ from nar_kernels.cli.main import main
 from nar_kernels.data import scan as scan_module
 from nar_kernels.data.prepare import prepare
 from nar_kernels.show.inspection import _bytes
+from tests.helpers.corpora import write_scattered_megatron
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,6 +194,17 @@ def test_a_prepared_corpus(prepared: Path, rows, facts) -> None:
     # What is given counts more.
     assert facts(prepared, "--num-tokens", 99, status=1)["bad_ids"]["outside"] == 2
     assert facts(prepared, "--mask-id", 98, status=1)["bad_ids"]["masked"] == 1
+
+
+def test_documents_that_lie_apart_and_not_aligned(tmp_path: Path, facts) -> None:
+    documents = [np.arange(n, dtype="uint16") for n in (300, 2, 1)]
+    written = write_scattered_megatron(tmp_path, documents)
+    found = facts(written.source, "--num-tokens", 300, "--seq-len", 2, status=1)
+    assert (found["format"], found["tokens"]) == ("megatron", 303)
+    assert found["documents"]["that_hold_a_window"] == 2
+    assert found["documents"]["length_percentiles"]["100"] == 300
+    assert [most["count"] for most in found["ids"]["most_frequent"]] == [3, 2, 1, 1, 1, 1, 1, 1]
+    assert [bad["offset"] for bad in found["bad_ids"]["first"]] == [299]
 
 
 def test_tokenizers(tmp_path: Path, rows, facts) -> None:
