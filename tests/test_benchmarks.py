@@ -143,6 +143,20 @@ def test_choose(tmp_path):
     assert "| confidence with noise | choose |" in output
 
 
+def test_scan(tmp_path):
+    figures, output = run("bench_scan.py", tmp_path, "--folder", tmp_path)
+    assert [setting["dtype"] for setting in figures["settings"]] == [
+        *("uint8", "uint16", "uint32", "int64")
+    ]
+    for setting in figures["settings"]:
+        rows = setting["rows"]
+        assert [row["what"] for row in rows][:2] == ["sum of int64", "validate"]
+        assert rows[0]["share_of_limit"] == 1
+        assert all(row["gb_per_second"] > 0 and row["share_of_limit"] > 0 for row in rows)
+    assert "| validate, first touch |" in output
+    assert not [*tmp_path.glob("*/corpus.bin")]
+
+
 def test_peers_may_fail_and_ours_may_not(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from measure import peers_may_fail

@@ -54,6 +54,16 @@ void count_ids(const ScanArgs& a, const Token* ids, int64_t count, bool all_have
 }
 
 template <typename Token>
+int64_t count_equal(const Token* ids, int64_t count, Token wanted) {
+  Token any = 0;  // as wide as the ids: more lanes than a count
+  for (int64_t i = 0; i < count; ++i) any |= ids[i] == wanted;
+  if (!any) return 0;
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += ids[i] == wanted;
+  return found;
+}
+
+template <typename Token>
 void scan_ids(const ScanArgs& a, const Token* ids, int64_t count, int64_t offset, ScanPart* part) {
   Token least = ids[0], greatest = ids[0];
   for (int64_t i = 0; i < count; ++i) {
@@ -70,9 +80,7 @@ void scan_ids(const ScanArgs& a, const Token* ids, int64_t count, int64_t offset
     found.outside = outside;
   }
   if (vocabulary.has_mask && least <= vocabulary.mask && vocabulary.mask <= greatest) {
-    uint32_t masked = 0;
-    for (int64_t i = 0; i < count; ++i) masked += ids[i] == vocabulary.mask;
-    found.masked = masked;
+    found.masked = count_equal(ids, count, vocabulary.mask);
   }
   if (found.outside + found.masked) {
     for (int64_t i = 0; i < count && part->found.num_places < a.max_places; ++i) {

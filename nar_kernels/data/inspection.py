@@ -13,6 +13,7 @@ import numpy as np
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.document_lengths import DocumentLengths, document_lengths
+from nar_kernels.data.formats.base import Layout
 from nar_kernels.data.remembered import recall, remember
 from nar_kernels.data.scan import BadIds, CorpusScan, find_bad, scan
 from nar_kernels.ops.masking import check_vocabulary
@@ -55,7 +56,7 @@ def inspect_corpus(
         seq_len: L, at least 1, of the windows that are counted.
         num_tokens: V, the mask token included. Default: the least that holds all ids and a mask
             token behind them.
-        mask_id: which ids must not be, in [0, V). Default: V - 1, as in ``nar-kernels train``.
+        mask_id: which ids must not be, in [0, V). Default: V - 1.
         decode: text of ids, if a tokenizer is known.
 
     Raises:
@@ -80,9 +81,8 @@ def inspect_corpus(
     bad = _bad_ids(corpus, ids, vocabulary["num_tokens"], vocabulary["mask_id"])
     documents = document_lengths(corpus)
     first = corpus.read(0, min(seq_len, len(corpus))).tolist()
-    layouts = corpus.stream.layouts
+    layouts = _layouts(corpus)
     facts = {
-        "source": corpus.name,
         "format": ", ".join(sorted({layout.format for layout in layouts})) or corpus.name,
         "dtype": str(corpus.dtype).removeprefix("torch."),
         "files": {
@@ -147,12 +147,16 @@ def _located(corpus: Corpus, bad: BadIds) -> dict[str, Any]:
 
 
 def _place_in_files(corpus: Corpus, offset: int) -> dict[str, Any]:
-    layouts = corpus.stream.layouts
+    layouts = _layouts(corpus)
     if not layouts:
         return {"file": None, "offset_in_file": offset}
     begins = [0, *accumulate(layout.num_tokens for layout in layouts)]
     file = bisect_right(begins, offset) - 1
     return {"file": layouts[file].path, "offset_in_file": offset - begins[file]}
+
+
+def _layouts(corpus: Corpus) -> list[Layout]:
+    return [file.layout for file in corpus.stream.files or ()]
 
 
 def _documents(corpus: Corpus, documents: DocumentLengths, seq_len: int) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def open_source(
     path = _find(name, folder)
     is_text = dtype is None and os.path.isfile(path) and Path(path).suffix not in _ID_SUFFIXES
     if is_text and not (Path(path).suffix == ".json" and _lists_files(path)):
-        return Opened(Corpus(path, dtype="uint8"), "bytes", {"num_tokens": NUM_BYTES + 1})
+        corpus = Corpus(path, dtype="uint8", eos_id=eos_id)
+        return Opened(corpus, "bytes", {"num_tokens": NUM_BYTES + 1})
     corpus = Corpus(path, dtype=dtype, column=column, eos_id=eos_id)
     manifest = corpus.manifest
     if manifest is None:

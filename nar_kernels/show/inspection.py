@@ -14,7 +14,7 @@ _UNITS = ("KB", "MB", "GB", "TB", "PB")
 
 def text(facts: dict[str, Any]) -> str:
     """Args:
-    facts: of :class:`nar_kernels.data.inspection.Inspection`.
+    facts: what ``--json`` prints.
     """
     rows: dict[str, Sequence[str]] = {
         "format": [f"{facts['format']}, {facts['dtype']}"],
@@ -28,7 +28,8 @@ def text(facts: dict[str, Any]) -> str:
         "most frequent": _most_frequent(facts["ids"]["most_frequent"]),
         "first window": _first_window(facts["first_window"]),
     }
-    lines = [facts["source"]]
+    first, *others = facts["sources"]
+    lines = [f"{first} and {len(others):,} more" if others else first]
     for label, values in rows.items():
         for i, value in enumerate(values):
             lines.append(f"  {'' if i else label:<{_LABEL}}{value}")
@@ -50,14 +51,15 @@ def _files(files: dict[str, Any]) -> list[str]:
 def _documents(facts: dict[str, Any]) -> list[str]:
     documents = facts["documents"]
     if documents is None:
-        return ["unknown: --eos-id says which id ends them"]
+        return ["unknown: --eos-id says which id ends them"] if facts["files"]["count"] else []
     ends = "" if documents["eos_id"] is None else f" that end with id {documents['eos_id']}"
     empty = f", {documents['empty']:,} of them empty" if documents["empty"] else ""
     at = {percent: f"{n:,}" for percent, n in documents["length_percentiles"].items()}
-    return [
-        f"{documents['count']:,}{ends}{empty}",
-        f"median {at['50']} tokens, nine of ten from {at['5']} to {at['95']}, longest {at['100']}",
-    ]
+    lengths = f"of {at['100']} tokens each"
+    if at["0"] != at["100"]:
+        most = f"nine of ten from {at['5']} to {at['95']}"
+        lengths = f"median {at['50']} tokens, {most}, longest {at['100']}"
+    return [f"{documents['count']:,}{ends}{empty}", lengths]
 
 
 def _windows(facts: dict[str, Any]) -> list[str]:
@@ -65,10 +67,10 @@ def _windows(facts: dict[str, Any]) -> list[str]:
     tail = windows["tokens_of_the_tail"]
     lines = [
         f"{windows['count']:,} of {windows['seq_len']:,} tokens"
-        + (f"; the last {tail:,} tokens are in none" if tail else "")
+        + (f"; {tail:,} left over at the end" if tail else "")
     ]
     if documents is not None:
-        lines.append(f"{documents['that_hold_a_window']:,} documents hold a whole one")
+        lines.append(f"documents with a whole one: {documents['that_hold_a_window']:,}")
     return lines
 
 
@@ -80,10 +82,10 @@ def _ids(ids: dict[str, Any]) -> list[str]:
 def _vocabulary(vocabulary: dict[str, Any]) -> list[str]:
     num_tokens, mask_id = vocabulary["num_tokens"], vocabulary["mask_id"]
     if vocabulary["is_given"]:
-        return [f"--num-tokens {num_tokens}, mask_id {mask_id}"]
+        return [f"num_tokens {num_tokens}, mask_id {mask_id}"]
     return [
         f"{vocabulary['least']:,} at least; with a mask token --num-tokens {num_tokens}",
-        "(more, if the tokenizer has ids that do not occur here)",
+        "(the default of train; more if the tokenizer has ids that do not occur here)",
     ]
 
 

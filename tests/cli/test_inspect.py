@@ -10,7 +10,9 @@ import pytest
 
 from nar_kernels.cli.main import main
 from nar_kernels.data import scan as scan_module
+from nar_kernels.data.prepare import prepare
 from nar_kernels.show.inspection import _bytes
+from tests.helpers.corpora import write_scattered_megatron
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,17 +70,14 @@ def shards(tmp_path: Path) -> Path:
 
 def test_text(tmp_path: Path, rows) -> None:
     (tmp_path / "play.txt").write_bytes(TEXT)
-    assert rows(tmp_path / "play.txt", "--dtype", "uint8") == {
+    assert rows(tmp_path / "play.txt") == {
         "format": ["raw, uint8"],
         "files": ["840 bytes"],
         "tokens": ["840"],
         "documents": ["unknown: --eos-id says which id ends them"],
-        "windows": ["3 of 256 tokens; the last 72 tokens are in none"],
+        "windows": ["3 of 256 tokens; 72 left over at the end"],
         "ids": ["32 to 116, 9 different ones"],
-        "vocabulary": [
-            "117 at least; with a mask token --num-tokens 118",
-            "(more, if the tokenizer has ids that do not occur here)",
-        ],
+        "vocabulary": ["num_tokens 257, mask_id 256"],
         "bad ids": ["none"],
         "most frequent": [
             " 32  240  28.57%  ' '",
@@ -102,7 +101,7 @@ def test_json_has_all(shards: Path, facts) -> None:
     found = facts(shards, "--eos-id", 0, "--seq-len", 3)
     paths = [str(shards / f"shard-{i}.npy") for i in (1, 2, 10)]
     assert found == {
-        "source": str(shards),
+        "sources": [str(shards)],
         "format": "npy",
         "dtype": "uint16",
         "files": {
@@ -154,7 +153,100 @@ def test_documents_and_files(shards: Path, rows) -> None:
         "4 that end with id 0, 1 of them empty",
         "median 1 tokens, nine of ten from 1 to 5, longest 5",
     ]
-    assert found["windows"][1] == "2 documents hold a whole one"
+    assert found["windows"][1] == "documents with a whole one: 2"
+
+
+def test_the_least_vocabulary(tmp_path: Path, rows) -> None:
+    np.save(tmp_path / "a.npy", np.array([5, 1000], "uint16"))
+    assert rows(tmp_path / "a.npy")["vocabulary"] == [
+        "1,001 at least; with a mask token --num-tokens 1002",
+        "(the default of train; more if the tokenizer has ids that do not occur here)",
+    ]
+
+
+def test_built_in_data(rows, facts) -> None:
+    pytest.importorskip("sklearn")
+    found = rows("digits")
+    assert "documents" not in found and "files" not in found
+    assert found["windows"] == ["1,797 of 64 tokens"]
+    assert found["vocabulary"] == ["num_tokens 18, mask_id 17"]
+    text = facts("text")
+    assert text["sources"] == ["text"] and text["bad_ids"]["count"] == 0
+    assert text["first_window"]["text"].isascii()
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    (tmp_path / "lines.jsonl").write_text('{"text": "ab"}\n{"text": "cd"}\n')
+    prepare(
+        [str(tmp_path / "lines.jsonl")], str(tmp_path / "corpus"), tokenizer="bytes", quiet=True
+    )
+    return tmp_path / "corpus"
+
+
+def test_a_prepared_corpus(prepared: Path, rows, facts) -> None:
+    """Its manifest says what its vocabulary, its documents and its tokenizer are."""
+    found = rows(prepared, "--seq-len", 2)
+    assert found["documents"] == ["2", "of 2 tokens each"]
+    assert found["windows"] == ["2 of 2 tokens", "documents with a whole one: 2"]
+    assert found["vocabulary"] == ["num_tokens 257, mask_id 256"]
+    assert found["first window"] == ["'ab'"]
+    # What is given counts more.
+    assert facts(prepared, "--num-tokens", 99, status=1)["bad_ids"]["outside"] == 2
+    assert facts(prepared, "--mask-id", 98, status=1)["bad_ids"]["masked"] == 1
+
+
+def test_documents_that_lie_apart_and_not_aligned(tmp_path: Path, facts) -> None:
+    documents = [np.arange(n, dtype="uint16") for n in (300, 2, 1)]
+    written = write_scattered_megatron(tmp_path, documents)
+    found = facts(written.source, "--num-tokens", 300, "--seq-len", 2, status=1)
+    assert (found["format"], found["tokens"]) == ("megatron", 303)
+    assert found["documents"]["that_hold_a_window"] == 2
+    assert found["documents"]["length_percentiles"]["100"] == 300
+    assert [most["count"] for most in found["ids"]["most_frequent"]] == [3, 2, 1, 1, 1, 1, 1, 1]
+    assert [bad["offset"] for bad in found["bad_ids"]["first"]] == [299]
+
+
+def test_tokenizers(tmp_path: Path, rows, facts) -> None:
+    pytest.importorskip("tokenizers")
+    vocabulary = {"to": 0, "be": 1, "or": 2, "[UNK]": 3}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    np.save(tmp_path / "a.npy", np.array([0, 1, 2, 1], "uint8"))
+    named = ("--tokenizer", tmp_path / "tokenizer.json", "--seq-len", 3)
+    assert rows(tmp_path / "a.npy", *named)["first window"] == ["'to be or'"]
+    texts = [most["text"] for most in facts(tmp_path / "a.npy", *named)["ids"]["most_frequent"]]
+    assert texts == ["be", "to", "or"]
+    # An id that is none of its own.
+    np.save(tmp_path / "b.npy", np.array([0, 7, 1], "uint8"))
+    found = facts(tmp_path / "b.npy", *named)
+    assert found["first_window"] == {"ids": [0, 7, 1], "text": None}
+    assert [most["text"] for most in found["ids"]["most_frequent"]] == ["to", "be", None]
+
+
+def test_without_the_package_of_the_tokenizer(
+    prepared: Path, rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a corpus is left out; one that was asked for is an error."""
+
+    def fails(name: str) -> None:
+        raise ImportError("tokenizers is not installed: run `pip install tokenizers`")
+
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["tokenizer"]["name"] = "words"
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("nar_kernels.cli.inspect.tokenizer_from_json", fails)
+    assert rows(prepared)["first window"] == ["97 98 99 100"]
+    monkeypatch.setattr("nar_kernels.cli.inspect.open_tokenizer", fails)
+    inspect(prepared, "--tokenizer", "words", status=2)
+
+
+def test_lines_as_documents(tmp_path: Path, rows) -> None:
+    (tmp_path / "a.txt").write_text("one\n\nthree\n")
+    assert rows(tmp_path / "a.txt", "--eos-id", 10)["documents"] == [
+        "3 that end with id 10, 1 of them empty",
+        "median 4 tokens, nine of ten from 1 to 6, longest 6",
+    ]
 
 
 def test_many_files(tmp_path: Path, rows, facts) -> None:
@@ -183,7 +275,7 @@ def test_bad_ids(shards: Path, rows, facts) -> None:
     # As in `train`, the last id is that of the mask.
     assert facts(shards, "--num-tokens", 10, status=1)["bad_ids"]["masked"] == 1
     assert facts(shards, "--num-tokens", 11)["bad_ids"]["count"] == 0
-    assert rows(shards, "--num-tokens", 11)["vocabulary"] == ["--num-tokens 11, mask_id 10"]
+    assert rows(shards, "--num-tokens", 11)["vocabulary"] == ["num_tokens 11, mask_id 10"]
 
 
 def test_more_bad_ids_than_are_shown(tmp_path: Path, rows) -> None:
@@ -284,6 +376,7 @@ def test_picture_of_one_id(tmp_path: Path, rows) -> None:
         (["a.npy", "--num-tokens", "1"], r"--num-tokens is 1: it must be in \[2, 2\*\*31\)"),
         (["a.npy", "--num-tokens", "9", "--mask-id", "9"], r"--mask-id 9 is not in \[0"),
         (["a.npy", "--mask-id", "-1"], r"--mask-id is -1: it must be in \[0, 2\*\*31 - 1\)"),
+        (["a.npy", "--tokenizer", "nothing.json"], "there is no tokenizer nothing.json"),
         (["a.npy", "--picture", "x.jpg"], r"--picture is x\.jpg: it must be a \.png file"),
         (["a.npy", "--picture", "nowhere/x.png"], "there is no folder nowhere"),
     ],
