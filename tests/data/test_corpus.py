@@ -276,7 +276,6 @@ def test_types_that_are_no_ids(tmp_path: Path, dtype: Any) -> None:
         Corpus(path, dtype=dtype)
 
 
-LLM_C = np.array([20240520, 1, 4] + [0] * 253, "<i4").tobytes()
 IDS = np.arange(8, dtype="<u2")
 
 # name: (content of the file, dtype=, message); the message must also name the file
@@ -325,19 +324,6 @@ FILES_REFUSED: dict[str, tuple[bytes, str | None, str]] = {
     "complex.npy": (npy_bytes(IDS.astype(complex)), None, "dtype complex128"),
     "object.npy": (npy_bytes(IDS.astype(object)), None, "dtype object"),
     "npy.bin": (npy_bytes(IDS), "uint16", r"is a \.npy file.*leave it out"),
-    "llm_c.bin": (
-        LLM_C + IDS.tobytes(),
-        "uint16",
-        "llm.c or modded-nanogpt.*not supported.*memmap",
-    ),
-    "llama.bin": (
-        np.array([20240801, 7, 2] + [0] * 255, "<i4").tobytes(),
-        "uint32",
-        "llm.c file: uint32 after 1024 bytes.*not supported yet",
-    ),
-    "untyped_llm_c.bin": (LLM_C + IDS.tobytes(), None, "llm.c or modded-nanogpt"),
-    "tiny_llama.bin": (b"LITPKDS" + b"\0" * 33, "uint16", "TinyLlama.*not supported yet"),
-    "megatron.idx": (b"MMIDIDX\0\0" + b"\0" * 31, "uint8", "the index of a Megatron-LM corpus"),
 }
 
 
@@ -377,7 +363,6 @@ def safetensors_bytes() -> bytes:
 
 # As TensorFlow writes it.
 TFRECORD = bytes.fromhex("0e00000000000000c5e5693f") + b"fourteen bytes" + b"\x8c\xd1\x66\x49"
-ARROW_STREAM = bytes.fromhex("ffffffff780000001000000000000a000c00060005000800")
 
 # What errors call them: files, or what they begin with.
 OTHER_FORMATS: dict[str, list[bytes]] = {
@@ -400,9 +385,12 @@ OTHER_FORMATS: dict[str, list[bytes]] = {
     "compressed by zstd": [bytes.fromhex("28b52ffd200021000000")],
     "compressed by lz4": [bytes.fromhex("04224d18684003000000")],
     "a tar archive": [tar_bytes()],
-    "a Parquet file": [b"PAR1\x15\x04\x15" + bytes(32), b"PAR1 no bytes below 32 PAR1"],
-    "an Arrow or Feather file": [b"ARROW1\0\0" + bytes(32), b"FEA1" + bytes(32) + b"FEA1"],
-    "an Arrow stream": [ARROW_STREAM + bytes(32)],
+    "an encrypted Parquet file": [b"PARE" + bytes(32) + b"PARE"],
+    "a Feather file, version 1": [b"FEA1" + bytes(32) + b"FEA1"],
+    "questions with answers for llm.c": [np.array([20240522] + [0] * 255, "<i4").tobytes()],
+    "a checkpoint or tokenizer of llm.c": [
+        np.array([magic] + [3] * 255, "<i4").tobytes() for magic in (20240326, 20240327, 20240328)
+    ],
     "a safetensors file": [safetensors_bytes()],
     "an HDF5 file": [b"\x89HDF\r\n\x1a\n" + bytes(32)],
     "an SQLite database": [sqlite_bytes()],
@@ -453,19 +441,17 @@ def test_ids_and_text_that_begin_like_other_formats(tmp_path: Path, content: byt
     assert bytes(values(Corpus(path, dtype="uint8"))) == content
 
 
-def test_half_of_a_megatron_corpus(tmp_path: Path) -> None:
-    path, index = write(tmp_path / "a.bin", IDS), tmp_path / "a.idx"
-    for dtype in (None, "uint16"):
-        write(index, b"MMIDIDX\0\0" + b"\0" * 25)
-        with pytest.raises(CorpusFormatError, match=r"a\.bin is half of a Megatron.*a\.idx"):
-            Corpus(path, dtype=dtype)
-    write(index, b"something else")
-    assert values(Corpus(path, dtype="uint16")) == IDS.tolist()
-
-
-def test_the_remedy_for_unread_formats_works(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.bin", LLM_C + IDS.tobytes())
-    assert values(Corpus(np.memmap(path, dtype="uint16", mode="r", offset=1024))) == IDS.tolist()
+def test_chunks_of_litdata(tmp_path: Path) -> None:
+    path = write(tmp_path / "chunk-0-0.bin", IDS)
+    index = {"chunks": [{"filename": "chunk-0-0.bin", "dim": 8}], "config": {}}
+    write(tmp_path / "index.json", json.dumps(index).encode())
+    for source in (path, tmp_path):
+        with pytest.raises(CorpusFormatError, match="a chunk of a LitData dataset.*not supported"):
+            Corpus(source, dtype="uint16")
+    # Other indices do not matter.
+    for content in (b"{", b"[]", b'{"chunks": [{"filename": "b.bin"}]}', b'{"chunks": 1}'):
+        write(tmp_path / "index.json", content)
+        assert values(Corpus(path, dtype="uint16")) == IDS.tolist()
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -594,7 +580,7 @@ def test_raw_files_of_any_content(tmp_path, content, dtype, name) -> None:
     if corpus is not None:
         assert values(corpus) == np.frombuffer(content, dtype).tolist()
     elif content and len(content) % np.dtype(dtype).itemsize == 0:
-        with pytest.raises(CorpusFormatError, match="is not read yet|npy"):
+        with pytest.raises(CorpusFormatError, match="npy|not supported yet|must be|leave"):
             Corpus(tmp_path / name, dtype=dtype)
 
 
