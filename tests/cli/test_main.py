@@ -166,7 +166,7 @@ def test_mistakes_in_train(capsys, tmp_path, text_run):
     assert "torchrun" in fails(capsys, "train", "--data", "digits", "--shard", *out)
     np.save(tmp_path / "ids.npy", np.full(1000, 300, dtype=np.int32))
     assert "token id 300 at offset 0 of" in fails(
-        capsys, "train", "--data", tmp_path / "ids.npy", "--num-tokens", 300
+        capsys, "train", "--data", tmp_path / "ids.npy", "--num-tokens", 300, *out
     )
     (tmp_path / "short.txt").write_bytes(b"short")
     assert "less than one window" in fails(capsys, "train", "--data", tmp_path / "short.txt")
