@@ -107,10 +107,7 @@ void check_memory(std::initializer_list<const void*> addresses) {
   }
 }
 
-void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_type,
-             int64_t num_corpus_tokens, int num_threads) {
-  const nar::CorruptArgs args =
-      nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
+void run_corrupt(const nar::CorruptArgs& args, int num_threads) {
   check_memory({args.ratio_table, args.weight_table, args.invalid});
   if (args.windows.batch > 0) {
     check_memory(
@@ -120,6 +117,30 @@ void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_typ
   const py::gil_scoped_release release;
   nar::corrupt_cpu(args, num_threads);
 }
+
+void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_type,
+             int64_t num_corpus_tokens, int num_threads) {
+  run_corrupt(nar::unpack_corrupt(arguments, token_type, num_corpus_tokens).with(outputs),
+              num_threads);
+}
+
+// `corrupt` of step after step: arguments that stay the same are unpacked once.
+class CorruptPlan {
+ public:
+  CorruptPlan(const py::tuple& arguments, int token_type, int64_t num_corpus_tokens)
+      : inputs_(nar::unpack_corrupt(arguments, token_type, num_corpus_tokens)) {}
+
+  void operator()(int64_t first_sample, int64_t starts, const py::tuple& outputs,
+                  int num_threads) const {
+    nar::CorruptArgs args = inputs_.with(outputs);
+    args.first_sample = first_sample;
+    args.windows.starts = pointer<const int64_t>(starts);
+    run_corrupt(args, num_threads);
+  }
+
+ private:
+  nar::CorruptInputs inputs_;
+};
 
 void count_masked(int64_t batch, int64_t seq_len, int64_t sample_ids, int64_t first_sample,
                   int64_t global_batch, bool exact, bool stratified, int64_t seed,
@@ -236,6 +257,9 @@ std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length,
 PYBIND11_MODULE(_cpp, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   m.def("corrupt", &corrupt);
+  py::class_<CorruptPlan>(m, "CorruptPlan")
+      .def(py::init<const py::tuple&, int, int64_t>())
+      .def("__call__", &CorruptPlan::operator());
   m.def("count_masked", &count_masked);
   m.def("nll", &nll);
   m.def("unmask", &unmask);

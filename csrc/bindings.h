@@ -88,10 +88,40 @@ class Unpacker {
   Py_ssize_t index_ = 0;
 };
 
-// From CorruptArgs of nar_kernels/ops/arguments.py, and the tensors of Corrupted.
-inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
-                                  int token_type, int64_t num_corpus_tokens) {
-  CorruptArgs a;
+// The tensors of Corrupted; those that are not wanted become null.
+inline void unpack_outputs(const pybind11::tuple& outputs, bool labels, bool masked_indices,
+                           bool masked_rows, CorruptArgs* a) {
+  Unpacker next(outputs, 9);
+  a->input_ids = next.address<void>();
+  a->labels = next.address<void>();
+  a->masked_indices = next.address<uint8_t>();
+  a->times = next.address<float>();
+  a->loss_weight = next.address<float>();
+  a->num_masked = next.address<int64_t>();
+  a->num_maskable = next.address<int64_t>();
+  a->row_buffer = next.address<void>();
+  a->invalid = next.address<int64_t>();
+  if (!labels) a->labels = nullptr;
+  if (!masked_indices) a->masked_indices = nullptr;
+  if (!masked_rows) a->row_buffer = nullptr;
+}
+
+// CorruptArgs of nar_kernels/ops/arguments.py: inputs, and which outputs are wanted.
+struct CorruptInputs {
+  CorruptArgs args;
+  bool labels, masked_indices, masked_rows;
+
+  CorruptArgs with(const pybind11::tuple& outputs) const {
+    CorruptArgs a = args;
+    unpack_outputs(outputs, labels, masked_indices, masked_rows, &a);
+    return a;
+  }
+};
+
+inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_type,
+                                    int64_t num_corpus_tokens) {
+  CorruptInputs inputs = {};
+  CorruptArgs& a = inputs.args;
   Unpacker next(arguments, 30);
   a.windows.tokens = next.address<const void>();
   a.windows.runs = next.runs();
@@ -123,24 +153,10 @@ inline CorruptArgs unpack_corrupt(const pybind11::tuple& arguments, const pybind
   a.random_share = static_cast<uint64_t>(next.integer());
   a.coin_share = static_cast<uint64_t>(next.integer());
   a.narrow = next.integer() != 0;
-  const bool labels = next.integer() != 0;
-  const bool masked_indices = next.integer() != 0;
-  const bool masked_rows = next.integer() != 0;
-
-  Unpacker next_output(outputs, 9);
-  a.input_ids = next_output.address<void>();
-  a.labels = next_output.address<void>();
-  a.masked_indices = next_output.address<uint8_t>();
-  a.times = next_output.address<float>();
-  a.loss_weight = next_output.address<float>();
-  a.num_masked = next_output.address<int64_t>();
-  a.num_maskable = next_output.address<int64_t>();
-  a.row_buffer = next_output.address<void>();
-  a.invalid = next_output.address<int64_t>();
-  if (!labels) a.labels = nullptr;
-  if (!masked_indices) a.masked_indices = nullptr;
-  if (!masked_rows) a.row_buffer = nullptr;
-  return a;
+  inputs.labels = next.integer() != 0;
+  inputs.masked_indices = next.integer() != 0;
+  inputs.masked_rows = next.integer() != 0;
+  return inputs;
 }
 
 inline ConfidenceType confidence_type(const std::string& name) {

@@ -10,7 +10,7 @@ namespace {
 void corrupt(const py::tuple& arguments, const py::tuple& outputs, int token_type,
              int64_t num_corpus_tokens, int device, int64_t stream) {
   const nar::CorruptArgs args =
-      nar::unpack_corrupt(arguments, outputs, token_type, num_corpus_tokens);
+      nar::unpack_corrupt(arguments, token_type, num_corpus_tokens).with(outputs);
   const py::gil_scoped_release release;
   nar::corrupt_cuda(args, device, nar::pointer<CUstream_st>(stream));
 }

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device
-from nar_kernels.data.batch_memory import BatchMemory
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.documents import document_ids
 from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
@@ -24,8 +23,7 @@ from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
 from nar_kernels.errors import PinnedMemoryError
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import Wanted, corrupt_step
-from nar_kernels.ops.corrupt_launch import output_kinds
+from nar_kernels.ops.corrupt import CorruptStep, Wanted
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.masking import MaskingConfig
 
@@ -174,49 +172,60 @@ class MaskedLoader:
             raise ValueError(
                 f"corpus_memory is {memory!r}: it must be 'auto', 'device', 'pinned' or 'mapped'"
             )
-        stream = self.dataset.corpus.stream
+        stream, device = self.dataset.corpus.stream, self._compute_device
         self._tokens, self._runs = stream.flat, stream.runs
-        self._stager: Stager | None = None
-        self._memory: BatchMemory | None = None
+        self._step: CorruptStep | None = None  # made when it is needed, with tables on the device
         self._residency = Residency(stream)
-        if self._compute_device.type == "cpu":
+        self._stager: Stager | None = None
+        if device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
-            self._memory = BatchMemory(
-                output_kinds(self.batch_size, self.dataset.seq_len, *self._wanted)
-            )
             return
         is_asked_for = memory != "auto"
         if memory == "auto":
-            memory = choose_memory_here(stream.nbytes, self._compute_device, self.world_size)
+            memory = choose_memory_here(stream.nbytes, device, self.world_size)
             if memory == "pinned" and self.backend == "reference":
                 memory = "mapped"  # which has no kernel that reads pinned memory
         if memory == "pinned":
             try:
-                self._tokens = pin_exactly(stream, self._compute_device)
+                self._tokens = pin_exactly(stream, device)
             except PinnedMemoryError as error:
                 if is_asked_for:
                     raise
                 warnings.warn(f"{error}; corpus_memory is 'mapped' now", stacklevel=3)
                 memory = "mapped"
-        self.corpus_memory = memory
-        self._runs = None
+        self.corpus_memory, self._runs = memory, None
         if memory == "device":
-            memory_there = torch.empty(len(stream), dtype=stream.dtype, device=self._compute_device)
-            self._tokens = stream.copy_to(memory_there)
+            there = torch.empty(len(stream), dtype=stream.dtype, device=device)
+            self._tokens = stream.copy_to(there)
         elif memory == "mapped":
             self._stager = Stager(
-                stream,
-                self._window_starts,
-                self.batch_size,
-                self.dataset.seq_len,
-                self._compute_device,
+                stream, self._window_starts, self.batch_size, self.dataset.seq_len, device
             )
+
+    def _make_step(self) -> CorruptStep:
+        tokens = self._tokens
+        if self._stager is not None:  # which gives each call its windows
+            tokens = torch.empty(0, dtype=tokens.dtype, device=self._compute_device)
+        return CorruptStep(
+            tokens,
+            self.masking,
+            self._order.in_kernel,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            global_batch=self.global_batch,
+            seq_len=self.dataset.seq_len,
+            seed=self.seed,
+            device=self._compute_device,
+            runs=self._runs,
+            wanted=self._wanted,
+            backend=self.backend,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         # Device memory, threads and events are recreated in the copy. A pending check stays with
         # this loader.
-        for name in ("_tokens", "_runs", "_stager", "_deferred_check", "_memory", "_residency"):
+        for name in ("_tokens", "_runs", "_step", "_stager", "_deferred_check", "_residency"):
             del state[name]
         return state
 
@@ -272,9 +281,10 @@ class MaskedLoader:
             ValueError: ``step`` is negative, or a tensor while the kernel cannot read the corpus.
         """
         self._deferred_check.run()
-        tokens, starts, order = self._tokens, None, self._order.in_kernel
+        starts = windows = None
         if isinstance(step, Tensor):
-            if self._compute_device.type == "cpu" or self._stager is not None or order is None:
+            in_kernel = self._order.in_kernel is not None
+            if self._compute_device.type == "cpu" or self._stager is not None or not in_kernel:
                 raise ValueError(
                     "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
                     "'pinned', and windows at equal distances of one dataset, does the kernel find "
@@ -284,26 +294,12 @@ class MaskedLoader:
         else:
             step = _check_step(step)
             if self._stager is not None:
-                tokens, order = self._stager.windows(step), None
-            elif order is None:
+                windows = self._stager.windows(step)
+            elif self._order.in_kernel is None:
                 starts = self._window_starts(step).to(self._compute_device)
-        corrupted = corrupt_step(
-            tokens,
-            self.masking,
-            order,
-            step=step,
-            batch_size=self.batch_size,
-            rank=self.rank,
-            global_batch=self.global_batch,
-            seq_len=self.dataset.seq_len,
-            seed=self.seed,
-            device=self._compute_device,
-            runs=self._runs,
-            starts=starts,
-            wanted=self._wanted,
-            memory=None if self._memory is None else self._memory.tensors(),
-            backend=self.backend,
-        )
+        if self._step is None:
+            self._step = self._make_step()
+        corrupted = self._step(step, starts=starts, windows=windows)
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))
@@ -342,19 +338,17 @@ class MaskedLoader:
         return self
 
     def __next__(self) -> Corrupted:
-        if self._begins_epoch():
-            self.dataset.corpus.stream.check_unchanged()
+        if self.corpus_memory == "mapped":
+            step, size = self.step, self.global_batch
+            self._residency.before(step, step * size % self._order.num_windows < size)
         batch = self.batch(self.step)
         self.step += 1
         if self._stager is not None:
             self._stager.prefetch(self.step)
-        if self.corpus_memory == "mapped":
-            self._residency.tend(lambda: self._window_starts(self.step), self.dataset.seq_len)
+        elif self._residency.is_cold:
+            starts = self._window_starts(self.step)
+            self._residency.read_ahead(starts, self.dataset.seq_len)
         return batch
-
-    def _begins_epoch(self) -> bool:
-        first, n = self.step * self.global_batch, self._order.num_windows
-        return first % n < self.global_batch
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from: the next step, and everything that must not change until then.

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ _STATM = Path("/proc/self/statm")
 
 
 class Residency:
-    """What a loop over batches does for the files that it reads, after each batch:
+    """What a loop over batches does for the files that it reads:
 
     * Notices that a file has changed, before a map of one that shrank ends the process.
     * Where pages had to be read from disk, asks for those of the next batch ahead, in the order of
@@ -33,35 +32,40 @@ class Residency:
     Args:
         stream: whose parts are looked after.
         most_resident: bytes.
+
+    Attributes:
+        is_cold: whether batches have lately waited for a disk: then :meth:`read_ahead` helps.
     """
 
     def __init__(self, stream: TokenStream, most_resident: int | None = None) -> None:
         self._stream = stream
         self._turn = itertools.cycle(stream.parts)
-        self._batches = itertools.count(1)
-        self._cold_until, self._faults = 0, _major_faults()
+        self.is_cold, self._cold_until, self._faults = False, 0, _major_faults()
         if most_resident is None:
             most_resident = int(_memory_bytes() * _RESIDENT_FRACTION)
         self._most_resident = most_resident
 
-    def tend(self, upcoming: Callable[[], Tensor], seq_len: int) -> None:
-        """To be called after each batch.
-
-        Args:
-            upcoming: where the windows of the next one begin, int64 ``[B]``.
+    def before(self, step: int, begins_epoch: bool) -> None:
+        """To be called before the batch of each step.
 
         Raises:
-            CorpusChangedError: a file is not what it was; now and then, one is looked at.
+            CorpusChangedError: a file is not what it was. All are looked at where an epoch begins;
+                otherwise one, now and then.
         """
-        batch = next(self._batches)
-        if batch % _OFTEN == 0:
-            next(self._turn).check_unchanged()
-            if (faults := _major_faults()) > self._faults:
-                self._cold_until, self._faults = batch + _SELDOM, faults
-        if batch <= self._cold_until:
-            read_ahead(self._stream.flat, self._stream.runs, upcoming(), seq_len)
-        if batch % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
+        if begins_epoch:
+            self._stream.check_unchanged()
+        if step % _OFTEN:
+            return
+        next(self._turn).check_unchanged()
+        if (faults := _major_faults()) > self._faults:
+            self._cold_until, self._faults = step + _SELDOM, faults
+        self.is_cold = step < self._cold_until
+        if step % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
             self._stream.release_memory()
+
+    def read_ahead(self, starts: Tensor, seq_len: int) -> None:
+        """Asks for the pages of windows that begin at ``starts``, int64 ``[B]``."""
+        read_ahead(self._stream.flat, self._stream.runs, starts, seq_len)
 
 
 def _major_faults() -> int:

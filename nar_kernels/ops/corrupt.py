@@ -12,8 +12,9 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt_launch import Memory, memory_of, run_corrupt
+from nar_kernels.ops.corrupt_launch import PlannedCorrupt, memory_of, run_corrupt
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
+from nar_kernels.ops.dispatch import needs_dispatcher
 from nar_kernels.ops.host_counts import count_on_host, num_strata
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.tokens import check_ids, check_token_dtype
@@ -216,99 +217,125 @@ def corrupt(
     if maskable is not None:
         maskable = _check_maskable(maskable, (batch, seq_len), device)
 
-    corrupted = _corrupt(
+    wanted = Wanted.of(outputs, ids_dtype)
+    arguments = _arguments(
         masking,
         seed,
         device,
-        backend,
+        wanted,
         tokens=tokens.contiguous(),
         starts=starts,
         batch=batch,
         seq_len=seq_len,
         sample_ids=sample_ids,
-        slots=slots,
         maskable=maskable,
         global_batch=global_batch,
-        wanted=Wanted.of(outputs, ids_dtype),
-        out=out,
     )
+    backend = _resolve(backend, tokens, device)
+    memory = None if out is None else memory_of(out, arguments, device)
+    tensors = run_corrupt(arguments, backend, memory)
+    corrupted = _batch(tensors, arguments, masking, wanted, slots)
     if device.type == "cpu" and not torch.compiler.is_compiling():
         corrupted.raise_if_invalid(None if starts is None else source)
     return corrupted
 
 
-def corrupt_step(
-    tokens: Tensor,
-    masking: MaskingConfig,
-    order: WindowOrder | None,
-    *,
-    step: int | Tensor,
-    batch_size: int,
-    rank: int,
-    global_batch: int,
-    seq_len: int,
-    seed: int | Tensor,
-    device: torch.device,
-    runs: Tensor | None = None,
-    starts: Tensor | None = None,
-    wanted: Wanted = EVERYTHING,
-    memory: Memory = None,
-    backend: str = "auto",
-) -> Corrupted:
-    """``corrupt`` for one rank's part of a step: the kernel computes slots and windows itself.
+class CorruptStep:
+    """``corrupt`` for one rank's part of any step: what does not depend on the step is checked and
+    resolved once, and the kernel finds slots and windows itself.
 
     Args:
-        tokens: contiguous, on ``device`` or in pinned memory: the corpus ``[T]``, or, if there is
-            neither ``order`` nor ``starts``, the windows ``[B, L]``.
-        order: which windows the slots hold.
-        runs: as in :class:`CorruptArgs`, on the CPU.
-        starts: int64 ``[B]``, instead of ``order``: where the windows begin.
-        step: at least 0; or an int64 tensor of one element on ``device``, which the kernel reads.
+        tokens: contiguous, on ``device`` or in pinned memory: the corpus ``[T]``.
+        order: which windows the slots hold; None: each call says.
         batch_size, rank, global_batch: slots are ``step * global_batch + rank * batch_size + j``
             for j in [0, ``batch_size``).
-        memory: of the result, as :func:`output_kinds` says; None: new.
+        runs: as in :class:`CorruptArgs`, on the CPU.
+        device: of the batches, and of the kernel.
 
-    Raises nothing for invalid data: the result records it.
+    The other arguments are those of :func:`corrupt`.
     """
-    first_sample, step_tensor = rank * batch_size, None
-    if isinstance(step, Tensor):
-        step_tensor = _check_scalar("step", step, device)
-    else:
-        first_sample += step * global_batch
-    return _corrupt(
-        masking,
-        seed,
-        device,
-        backend,
-        tokens=tokens,
-        runs=runs,
-        starts=starts,
-        batch=batch_size,
-        seq_len=seq_len,
-        first_sample=first_sample,
-        slots=range(first_sample, first_sample + batch_size),
-        step=step_tensor,
-        global_batch=global_batch,
-        wanted=wanted,
-        memory=memory,
-        **({} if order is None else order._asdict()),
-    )
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        masking: MaskingConfig,
+        order: WindowOrder | None,
+        *,
+        batch_size: int,
+        rank: int,
+        global_batch: int,
+        seq_len: int,
+        seed: int | Tensor,
+        device: torch.device,
+        runs: Tensor | None = None,
+        wanted: Wanted = EVERYTHING,
+        backend: str = "auto",
+    ) -> None:
+        self._masking, self._wanted, self._device = masking, wanted, device
+        self._backend = _resolve(backend, tokens, device)
+        self._arguments = _arguments(
+            masking,
+            seed,
+            device,
+            wanted,
+            tokens=tokens,
+            runs=runs,
+            batch=batch_size,
+            seq_len=seq_len,
+            first_sample=rank * batch_size,
+            global_batch=global_batch,
+            **({} if order is None else order._asdict()),
+        )
+        self._run_here = None
+        if self._backend == "cpp":
+            self._run_here = PlannedCorrupt(self._arguments)
+
+    def __call__(
+        self, step: int | Tensor, *, starts: Tensor | None = None, windows: Tensor | None = None
+    ) -> Corrupted:
+        """
+        Args:
+            step: at least 0; or an int64 tensor of one element on ``device``, which the kernel
+                reads.
+            starts: int64 ``[B]``, where the windows begin, if there is no order.
+            windows: ``[B, L]`` on ``device``, instead of the corpus.
+
+        Raises nothing for invalid data: the result records it.
+        """
+        a, masking = self._arguments, self._masking
+        first_sample = a.first_sample
+        if isinstance(step, Tensor):
+            a = a._replace(step=_check_scalar("step", step, self._device))
+        else:
+            first_sample += step * a.global_batch
+        slots = range(first_sample, first_sample + a.batch)
+        if self._run_here is not None and windows is None and not needs_dispatcher(a.tokens):
+            tensors = self._run_here(first_sample, starts)
+        else:
+            a = a._replace(first_sample=first_sample, starts=starts)
+            if windows is not None:
+                a = a._replace(tokens=windows, runs=None, num_windows=0)
+            tensors = run_corrupt(a, self._backend)
+        return _batch(tensors, a, masking, self._wanted, slots)
 
 
-def _corrupt(
+def _resolve(backend: str, tokens: Tensor, device: torch.device) -> str:
+    backend = resolve_backend(backend, device)
+    if backend == "reference" and tokens.device != device:
+        raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
+    return backend
+
+
+def _arguments(
     masking: MaskingConfig,
     seed: int | Tensor,
     device: torch.device,
-    backend: str,
+    wanted: Wanted,
     *,
     tokens: Tensor,
     batch: int,
     seq_len: int,
     global_batch: int,
-    wanted: Wanted,
-    out: Corrupted | None = None,
-    memory: Memory = None,
-    slots: range | None,
     runs: Tensor | None = None,
     starts: Tensor | None = None,
     sample_ids: Tensor | None = None,
@@ -319,7 +346,7 @@ def _corrupt(
     stride: int = 0,
     shuffle: bool = False,
     maskable: Tensor | None = None,
-) -> Corrupted:
+) -> CorruptArgs:
     seed_tensor = None
     if isinstance(seed, Tensor):
         seed_tensor = _check_scalar("seed", seed, device)
@@ -329,7 +356,7 @@ def _corrupt(
             f"ids_dtype is torch.int32, but a batch of {batch} x {seq_len} positions has indices "
             "that do not fit: use torch.int64"
         )
-    arguments = CorruptArgs(
+    return CorruptArgs(
         tokens,
         runs,
         starts,
@@ -354,19 +381,23 @@ def _corrupt(
         *masking.shares,
         *wanted,
     )
-    backend = resolve_backend(backend, device)
-    if backend == "reference" and tokens.device != device:
-        raise ValueError(f"backend 'reference' reads only tokens on {device}, not pinned ones")
-    if out is not None:
-        memory = memory_of(out, arguments, device)
-    outputs: Sequence[Tensor | None] = run_corrupt(arguments, backend, memory)
+
+
+def _batch(
+    tensors: tuple[Tensor, ...],
+    a: CorruptArgs,
+    masking: MaskingConfig,
+    wanted: Wanted,
+    slots: range | None,
+) -> Corrupted:
+    outputs: Sequence[Tensor | None] = tensors
     if wanted is not EVERYTHING:
         outputs = [*outputs]
         for i, is_wanted in _OPTIONAL.items():
             if not wanted[is_wanted]:
                 outputs[i] = None
     counts = None
-    if device.type == "cuda" and wanted.masked_rows:
-        counts = count_on_host(arguments, masking, slots)
-    strata = num_strata(masking, slots, global_batch)
+    if wanted.masked_rows and outputs[0].device.type == "cuda":  # type: ignore[union-attr]
+        counts = count_on_host(a, masking, slots)
+    strata = num_strata(masking, slots, a.global_batch)
     return Corrupted(*outputs, masking, counts, strata)  # type: ignore[call-arg, arg-type]

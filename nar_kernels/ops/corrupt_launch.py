@@ -1,38 +1,17 @@
 """The tensors of ``corrupt``: their memory, and the kernel of each backend that fills them."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from nar_kernels.ops.arguments import CorruptArgs
 from nar_kernels.ops.backends import cpp, cuda
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.dispatch import needs_dispatcher, on_device, raw_stream, register
+from nar_kernels.ops.dispatch import host_address, needs_dispatcher, on_device, raw_stream, register
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import corrupt_ref
 from nar_kernels.ops.tokens import DTYPE_CODE
 
 Memory = tuple[Tensor, ...] | None  # of the outputs, to be written again
-
-
-def output_kinds(
-    batch: int, seq_len: int, narrow: bool, labels: bool, masked_indices: bool, masked_rows: bool
-) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
-    """Dtype and shape of the tensors of :class:`Corrupted`, without ``invalid``; what is not wanted
-    is empty."""
-    ids, nothing = torch.int32 if narrow else torch.int64, (0,)
-    whole, rows = (batch, seq_len), (batch,)
-    return (
-        (ids, whole),
-        (ids, whole if labels else nothing),
-        (torch.bool, whole if masked_indices else nothing),
-        (torch.float32, rows),
-        (torch.float32, rows),
-        (torch.int64, rows),
-        (torch.int64, rows),
-        (ids, (batch * seq_len,) if masked_rows else nothing),
-    )
 
 
 def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
@@ -43,19 +22,20 @@ def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[T
         batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
         batch.num_masked, batch.num_maskable, batch.row_buffer,
     )  # fmt: skip
-    kinds = output_kinds(a.batch, a.seq_len, a.narrow, a.labels, a.masked_indices, a.masked_rows)
+    size, rows = a.batch * a.seq_len, a.batch
+    ids = torch.int32 if a.narrow else torch.int64
+    kinds = (
+        (ids, size), (ids, size * a.labels), (torch.bool, size * a.masked_indices),
+        (torch.float32, rows), (torch.float32, rows), (torch.int64, rows), (torch.int64, rows),
+        (ids, size * a.masked_rows),
+    )  # fmt: skip
     memory = tuple(batch.input_ids.new_empty(0) if x is None else x for x in tensors)
-    for x, tensor, (dtype, shape) in zip(tensors, memory, kinds, strict=True):
-        fits = (
-            tensor.numel() == math.prod(shape)
-            and tensor.is_contiguous()
-            and tensor.device == device
-        )
+    for x, tensor, (dtype, numel) in zip(tensors, memory, kinds, strict=True):
+        fits = tensor.numel() == numel and tensor.is_contiguous() and tensor.device == device
         if not fits or (x is not None and x.dtype != dtype):
             raise ValueError(
                 f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
-                f"[{a.batch}, {a.seq_len}] and {kinds[0][0]} on {device}, made with the "
-                "same outputs"
+                f"[{rows}, {a.seq_len}] and {ids} on {device}, made with the same outputs"
             )
     return memory
 
@@ -96,6 +76,23 @@ def _corrupt_cpp(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:
     token_type, num_tokens = DTYPE_CODE[a.tokens.dtype], a.tokens.numel()
     cpp.corrupt(a, outputs, token_type, num_tokens, torch.get_num_threads())
     return outputs
+
+
+class PlannedCorrupt:
+    """The C++ kernel with all arguments but the first sample slot and the starts of the windows,
+    which it reads once."""
+
+    def __init__(self, a: CorruptArgs) -> None:
+        assert cpp is not None
+        self._arguments, self._device = a, a.ratio_table.device  # kept: the plan has addresses
+        self._plan = cpp.CorruptPlan(a, DTYPE_CODE[a.tokens.dtype], a.tokens.numel())
+
+    def __call__(self, first_sample: int, starts: Tensor | None) -> tuple[Tensor, ...]:
+        tensors = empty_outputs(self._arguments, self._device)
+        outputs = (*tensors, tensors[0].new_empty(NUM_INVALID, dtype=torch.int64))
+        at = 0 if starts is None else host_address(starts)
+        self._plan(first_sample, at, outputs, torch.get_num_threads())
+        return outputs
 
 
 def _corrupt_cuda(a: CorruptArgs, memory: Memory) -> tuple[Tensor, ...]:

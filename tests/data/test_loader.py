@@ -469,32 +469,3 @@ def test_a_loader_writes_what_is_asked_for() -> None:
     assert second.input_ids.dtype == second.masked_rows.dtype == torch.int32
     for name in ("input_ids", "labels", "masked_rows"):
         assert torch.equal(getattr(second, name).long(), getattr(whole.batch(3), name)), name
-
-
-def test_memory_goes_to_a_later_batch_once_nothing_holds_it() -> None:
-    whole = MaskedLoader(make_dataset(), MASKING, 4)
-    loader = MaskedLoader(make_dataset(), MASKING, 4)
-    first, second = loader.batch(0), loader.batch(1)
-    addresses = {first.input_ids.data_ptr(), second.input_ids.data_ptr()}
-    assert len(addresses) == 2
-    row = first.labels[2]  # a view holds all of its batch
-    del first
-    third = loader.batch(2)
-    assert third.input_ids.data_ptr() not in addresses
-    assert torch.equal(row, whole.batch(0).labels[2])
-    del row, second, third
-    again = [loader.batch(step) for step in (3, 4)]
-    assert {batch.input_ids.data_ptr() for batch in again} & addresses
-    for step, batch in zip((3, 4), again, strict=True):
-        assert_same(batch, whole.batch(step))
-
-
-def test_a_gradient_computed_late_is_that_of_its_own_batch() -> None:
-    whole = MaskedLoader(make_dataset(), MASKING, 4)
-    loader = MaskedLoader(make_dataset(), MASKING, 4)
-    embedding = torch.nn.Embedding(V, 3)
-    losses = [embedding(next(loader).input_ids).sum() for _ in range(5)]
-    sum(losses).backward()  # type: ignore[union-attr]
-    seen = torch.cat([whole.batch(step).input_ids.flatten() for step in range(5)])
-    assert embedding.weight.grad is not None
-    assert torch.equal(embedding.weight.grad[:, 0].long(), seen.bincount(minlength=V))

@@ -87,7 +87,7 @@ def pytest_configure() -> None:
     functions = {
         f: wrapped(f)
         for f in (
-            *(corrupt.corrupt, corrupt.corrupt_step, windows.windows, windows.permute),
+            *(corrupt.corrupt, windows.windows, windows.permute),
             *(
                 choose.run_choose,
                 unmask.unmask,
@@ -104,7 +104,7 @@ def pytest_configure() -> None:
                 setattr(module, name, functions[value])
     for cls in (
         *(masking.MaskingConfig, corrupted.Corrupted, corpus.Corpus, dataset.TokenDataset),
-        *(loader.MaskedLoader, states.DecodeIterator),
+        *(corrupt.CorruptStep, loader.MaskedLoader, states.DecodeIterator),
     ):
         for name, value in list(vars(cls).items()):
             if isinstance(value, types.FunctionType):
