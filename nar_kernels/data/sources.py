@@ -14,6 +14,7 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Source
 from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.formats.detect import SUFFIXES
 from nar_kernels.distributed import on_first_rank
 from nar_kernels.extras import import_extra
 
@@ -103,8 +104,9 @@ def open_data(
     """Opens a built-in data set or a file, and splits off its last windows for evaluation.
 
     Args:
-        name: ``"digits"``, ``"text"``, or a path: ``.npy`` and ``.bin`` hold token ids, any other
-            file is read as bytes. (``./digits`` is a file with that name.)
+        name: ``"digits"``, ``"text"``, or a path: folders and files that end in ``.npy``, ``.bin``
+            or like another format of docs/data.md hold token ids, any other file is read as bytes.
+            (``./digits`` is a file with that name.)
         dtype: dtype of the ids in a raw file, such as ``"uint16"``. Any file is token ids then.
         num_tokens: V, for token ids: the vocabulary of the data plus one for the mask token, which
             gets the last id. Fixed for all other data.
@@ -221,6 +223,6 @@ def _find_file(name: str, folder: Path | None) -> Path:
 
 
 def _open_file(path: Path, dtype: str | None) -> _Opened:
-    if dtype is not None or path.suffix in (".npy", ".bin"):
+    if dtype is not None or path.is_dir() or path.suffix in SUFFIXES:
         return _Opened(path, "ids", {}, dtype=dtype)
     return _Opened(path, "bytes", {"num_tokens": _NUM_BYTES + 1}, dtype="uint8")
