@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from nar_kernels.data.corpus import Corpus
+from nar_kernels.data.formats.detect import SUFFIXES
 from nar_kernels.data.sequence_spec import Render
 from nar_kernels.extras import import_extra
 
 NUM_BYTES = 256
 
 # What is taken for token ids by its name alone; other files are bytes of text.
-_ID_SUFFIXES = (".npy", ".bin", ".ds", ".idx", ".mds", ".arrow", ".parquet")
+_ID_SUFFIXES = (*SUFFIXES, ".idx")
 
 # scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
 _DIGITS_SHAPE, _DIGITS_LEVELS, _DIGITS_HELD_OUT = (8, 8), 17, 180

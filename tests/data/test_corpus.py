@@ -475,6 +475,7 @@ def test_a_folder_without_corpora(tmp_path: Path) -> None:
         (b'{"dtype": null}', "names no dtype"),
         (b'{"dtype": "float16"}', "says 'float16'"),
         (b'{"dtype": ">u2"}', "says '>u2'"),
+        (b'{"dtype": ",mnt17"}', "says ',mnt17'"),  # a SyntaxError, to numpy
     ],
 )
 def test_bad_sidecar(tmp_path: Path, sidecar: bytes, message: str) -> None:

@@ -153,10 +153,14 @@ def arrow_errors(path: Path) -> Iterator[None]:
     pa = import_extra("pyarrow", "arrow")
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeError) as error:
+    # Some exceptions of its C++ code come as those of Python.
+    except (pa.ArrowException, OSError, RuntimeError, MemoryError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise CorpusFormatError(f"{path} is damaged, or not all there: {error}") from error
+        raise CorpusFormatError(
+            f"{path} is damaged, not all there, or of a kind that pyarrow cannot read ({error}): "
+            "write it again"
+        ) from error
 
 
 def _is_list(pa: Any, kind: Any) -> bool:

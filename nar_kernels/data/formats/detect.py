@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nar_kernels.data.formats.arrow import arrow_layout, dataset_layouts, is_arrow, is_dataset
-from nar_kernels.data.formats.base import Layout, ReadOptions, parse_json, path_beside
+from nar_kernels.data.formats.base import Layout, ReadOptions, malformed, parse_json, path_beside
 from nar_kernels.data.formats.datatrove import datatrove_layout, is_datatrove
 from nar_kernels.data.formats.litpkds import is_litpkds, litpkds_layout
 from nar_kernels.data.formats.llmc import is_llmc, llmc_layout
@@ -63,7 +63,7 @@ FOLDER_FORMATS: tuple[FolderFormat, ...] = (
 )
 
 # Of files in a folder that says nothing of its own; others, such as indices, are left alone.
-_SUFFIXES = (".npy", ".bin", ".ds", ".mds", ".arrow", ".parquet")
+SUFFIXES = (".npy", ".bin", ".ds", ".mds", ".arrow", ".parquet")
 
 # Of files that others read with their own, which a glob may match too.
 _COMPANIONS = (".ds.index", ".ds.loss", ".ds.metadata")
@@ -136,10 +136,10 @@ def _of_folder(folder: Path, options: ReadOptions) -> list[Layout]:
     for format in FOLDER_FORMATS:
         if format.recognises(folder):
             return format.read(folder, options)
-    files = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
+    files = [path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()]
     if not files:
         raise CorpusFormatError(
-            f"{folder} is a folder without files that end in {', '.join(_SUFFIXES)}: name the files"
+            f"{folder} is a folder without files that end in {', '.join(SUFFIXES)}: name the files"
         )
     return [_of_file(path, options) for path in sorted(files, key=_natural)]
 
@@ -151,7 +151,10 @@ def _of_list(path: Path, options: ReadOptions) -> list[Layout]:
         raise CorpusFormatError(f"{path} does not list files: {_LIST}")
     if nested := [name for name in names if name.endswith(".json")]:
         raise CorpusFormatError(f"{path} names another list, {nested[0]}: name its files instead")
-    options = options._replace(dtype=content.get("dtype"))
+    dtype = content.get("dtype")
+    if not isinstance(dtype, str | None):
+        raise malformed(path, "dtype", repr(dtype), "a name, such as 'uint16'")
+    options = options._replace(dtype=dtype)
     paths = [path_beside(path, name, "a name in the list") for name in names]
     return [layout for path in paths for layout in _of_path(str(path), options)]
 

@@ -70,7 +70,7 @@ def dtype_name(dtype: DTypeLike | torch.dtype, origin: str) -> str:
     wanted = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     try:
         parsed = np.dtype(wanted)
-    except (TypeError, ValueError):
+    except Exception:  # numpy parses strings as Python, and lets SyntaxError and others through
         parsed = None
     if parsed is None or not parsed.isnative or parsed.name not in TOKEN_DTYPES:
         raise CorpusFormatError(

@@ -156,7 +156,7 @@ def test_streams_of_other_writers(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8] = 0xFF  # the root of the first message, which no longer makes sense
     path.write_bytes(content)
-    refused(path, "is damaged, or not all there")
+    refused(path, "is damaged, not all there, or")
     other = path.rename(tmp_path / "a.bin")
     assert len(Corpus(other, dtype="uint8")) == len(content)
 

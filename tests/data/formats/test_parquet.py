@@ -93,6 +93,6 @@ def test_damage(tmp_path: Path) -> None:
     content = path.read_bytes()
     for damaged in (content[:-1], content[:-8], content[: len(content) // 2], b"PAR1\x15\0PAR1"):
         path.write_bytes(damaged)
-        refused(path, r"a\.parquet is damaged, or not all there: ")
+        refused(path, r"a\.parquet is damaged, not all there, or")
     path.write_bytes(b"PARE" + content[4:-4] + b"PARE")
     refused(path, "is an encrypted Parquet file. This format is not supported yet")
