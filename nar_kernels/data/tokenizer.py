@@ -1,6 +1,7 @@
 """Opens tokenizers: :func:`open_tokenizer`, :func:`tokenizer_from_json`."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,12 @@ def open_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     if path.is_dir():
         return open_folder(path, name)
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no tokenizer {name}: {_VALID}. One of the Hugging Face hub is a folder "
-            f"after `hf download {name} --include '*token*' 'chat_template*' --local-dir FOLDER`"
-        )
+        hint = ""
+        if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            files = "--include '*token*' 'vocab*' 'chat_template*'"
+            hint = f"; if it is on the Hugging Face hub, `hf download {name} {files}` first"
+            hint += ", with --local-dir FOLDER"
+        raise FileNotFoundError(f"there is no tokenizer {name}: {_VALID}{hint}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -97,17 +97,15 @@ class Cutter:
     def _separated(
         self, input: Input, content: BinaryIO, stored: BinaryIO, at: Position, separator: bytes
     ) -> Iterator[Batch]:
+        pattern = re.compile(re.escape(separator))
         rest = bytearray()
         is_end = False
         while not is_end:
-            cut, wanted = 0, 0
-            while not cut:  # unless a document is longer
-                searched, wanted = max(0, wanted - len(separator) + 1), wanted + self.size
+            cut, wanted = 0, self.size
+            while not cut and not is_end:
                 is_end = not _fill(rest, content, wanted)
-                cut = rest.rfind(separator, searched)
-                cut = len(rest) if is_end else 0 if cut < 0 else cut + len(separator)
-                if is_end:
-                    break
+                cut = len(rest) if is_end else _end_of_last(pattern, rest)
+                wanted *= 2
             payload = bytes(rest[:cut])
             del rest[:cut]
             yield Batch(at, input.name, input.kind, payload, is_end, stored.tell())
@@ -173,6 +171,11 @@ def without_bom(batch: Batch) -> bytes:
 
 def _after(at: Position, payload: bytes) -> Position:
     return Position(at.source, at.offset + len(payload), at.line + payload.count(b"\n"))
+
+
+def _end_of_last(pattern: re.Pattern[bytes], text: bytearray) -> int:
+    """From the left, as documents are split: a separator may overlap itself, as two line breaks."""
+    return max((match.end() for match in pattern.finditer(text)), default=0)
 
 
 def _fill(buffer: bytearray, content: BinaryIO, wanted: int) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def find_inputs(names: Names, exclude: Sequence[str] = ()) -> list[Input]:
 
     Args:
         names: files, folders (all files below them, sorted by path, but hidden ones), globs
-            (sorted); local or URLs of fsspec; or a list of all that.
+            (sorted, without hidden files); local or URLs of fsspec; or a list of all that.
         exclude: folders of this machine, whose files are left out of others.
 
     Raises:
@@ -104,15 +105,19 @@ def _find(name: str, left_out: list[str]) -> list[Input]:
     fsspec = import_extra("fsspec", "prepare")
     filesystem, path = fsspec.core.url_to_fs(name)
     is_local = "file" in _protocols(filesystem)
+    root, found = "", {}
     if filesystem.isdir(path):
-        found = filesystem.find(path, detail=True)
-        root = path.rstrip("/") + "/"
-        details = {p: d for p, d in found.items() if not _is_hidden(p.removeprefix(root))}
+        root, found = path.rstrip("/"), filesystem.find(path, detail=True)
     elif filesystem.exists(path):
-        details = {path: filesystem.info(path)}
-    else:
-        found = filesystem.glob(path, detail=True) if any(c in path for c in "*?[") else {}
-        details = {p: d for p, d in found.items() if d["type"] == "file"}
+        found = {path: filesystem.info(path)}
+    elif magic := re.search(r"[*?[]", path):
+        root = path[: magic.start()].rpartition("/")[0]
+        found = filesystem.glob(path, detail=True)
+    details = {
+        p: d
+        for p, d in found.items()
+        if d["type"] == "file" and not (root and _is_hidden(p.removeprefix(root)))
+    }
     if is_local:
         details = {p: d for p, d in details.items() if not p.startswith(tuple(left_out))}
     if not details:

@@ -1,19 +1,20 @@
 """Processes that encode: :func:`encode_all`."""
 
-import multiprocessing
-import os
-import signal
+import pickle
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from nar_kernels.data.prepare.batches import Batch
 from nar_kernels.data.prepare.encode import Encoded, Encoder
-from nar_kernels.data.tokenizer import tokenizer_from_json
 
+_WORKER = Path(__file__).with_name("worker.py")
 _AHEAD = 3  # jobs that wait or run, for each worker
 
 Job = list[Batch]
@@ -22,7 +23,7 @@ Job = list[Batch]
 def encode_all(
     jobs: Iterator[Job], encoder: Encoder, num_workers: int
 ) -> Generator[tuple[Batch, Encoded], None, None]:
-    """Each batch and its tokens, in order. One worker is this process.
+    """Each batch and its tokens, in order. A single worker is this process.
 
     Raises:
         CorpusFormatError: of the first batch that cannot be encoded.
@@ -33,31 +34,23 @@ def encode_all(
             for batch in job:
                 yield batch, encoder.encode(batch)
         return
-    # Workers are forked off a server that has imported what they need, where that exists: it takes
-    # seconds, and memory that they share.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([__name__])
-    fields = {name: value for name, value in vars(encoder).items() if name != "tokenizer"}
-    arguments = encoder.tokenizer.to_json(), fields
-    executor = ProcessPoolExecutor(num_workers, context, _begin, arguments)
+    workers = _Workers(encoder)
+    # A thread for each worker, which waits for it.
+    threads = ThreadPoolExecutor(num_workers)
     waiting: deque[tuple[Job, Future[list[Encoded]]]] = deque()
     try:
         for job in jobs:
-            waiting.append((job, executor.submit(_encode, job)))
+            waiting.append((job, threads.submit(workers.encode, job)))
             if len(waiting) > num_workers * _AHEAD:
                 yield from _results(waiting)
         while waiting:
             yield from _results(waiting)
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process died: of memory, if the system ran out of it (give fewer workers); "
-            "or at its start, if your script calls prepare() outside of "
-            "`if __name__ == '__main__':`"
-        ) from error
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        for _, future in waiting:
+            future.cancel()
+        workers.kill()
+        threads.shutdown()
+        workers.close()
 
 
 def _results(
@@ -67,25 +60,69 @@ def _results(
     yield from zip(job, future.result(), strict=True)
 
 
-_encoder: Encoder
+class _Workers:
+    """Runs ``worker.py`` in a process for each thread that asks.
+
+    Not by ``multiprocessing``, which would import the script that called :func:`prepare` in each
+    process, and with it PyTorch: seconds, and hundreds of megabytes.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        fields = {name: value for name, value in vars(encoder).items() if name != "tokenizer"}
+        self._start = pickle.dumps((encoder.tokenizer.to_json(), fields))
+        self._of_thread = threading.local()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._is_ended = False
+        self._lock = threading.Lock()
+
+    def encode(self, job: Job) -> list[Encoded]:
+        process = self._process()
+        try:
+            _send(process, pickle.dumps(job))
+            answer = pickle.load(process.stdout)  # type: ignore[arg-type]
+        except (OSError, EOFError) as error:
+            raise ChildProcessError(
+                f"a worker process died with status {process.wait()}: if the system ran out of "
+                "memory, give fewer workers"
+            ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _process(self) -> subprocess.Popen[bytes]:
+        process: Any = getattr(self._of_thread, "process", None)
+        if process is None:
+            with self._lock:
+                if self._is_ended:
+                    raise ChildProcessError("the run has ended")
+                process = subprocess.Popen(
+                    # -I: nothing is imported from the folder of the script.
+                    [sys.executable, "-I", str(_WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+                self._processes.append(process)
+            self._of_thread.process = process
+            _send(process, pickle.dumps(sys.path) + self._start)
+        return process
+
+    def kill(self) -> None:
+        """Ends all workers, whatever they are at."""
+        with self._lock:
+            self._is_ended = True
+        for process in self._processes:
+            process.kill()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):  # what it was still to be sent
+                    pipe.close()
 
 
-def _begin(tokenizer: str, fields: dict[str, Any]) -> None:
-    """Makes this process a worker."""
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, too
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # There are as many workers as cores; tokenizers has no other switch.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(tokenizer=tokenizer_from_json(tokenizer), **fields)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode(job: Job) -> list[Encoded]:
-    return [_encoder.encode(batch) for batch in job]
+def _send(process: subprocess.Popen[bytes], data: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.write(data)
+    process.stdin.flush()

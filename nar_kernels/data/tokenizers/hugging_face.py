@@ -71,7 +71,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, texts: Sequence[str], parse_special: bool) -> list[Any]:
         tokenizer = self._tokenizer if parse_special else self._without_special
         try:
-            return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             for text in texts:
                 text.encode()  # raises for the text that is none

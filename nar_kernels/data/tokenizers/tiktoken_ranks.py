@@ -40,7 +40,7 @@ class TiktokenTokenizer(Tokenizer):
     def encode_arrays(
         self, texts: Sequence[str], *, parse_special: bool = True
     ) -> list[np.ndarray]:
-        allowed = self._special.keys() if parse_special else set()
+        allowed = set(self._special) if parse_special else set()
         return [
             self._encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
             for text in texts
