@@ -16,11 +16,10 @@ from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats.prepared import check_files
 from nar_kernels.data.prepare import prepare
 from nar_kernels.data.tokenizer import open_tokenizer, tokenizer_from_json
+from tests.helpers.prepared import contents, documents
 from tests.helpers.texts import (
     HARD,
     bpe_json,
-    contents,
-    documents,
     prose,
     word_pieces,
     write_chat_tokenizer,
