@@ -1,7 +1,6 @@
 """Ids that cannot be mapped where they are, decoded once into a folder of ``.npy`` files.
 
-The folder is ``$NAR_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/nar_kernels``, else
-``~/.cache/nar_kernels``. An entry belongs to one state of one file: its path, size, time of the
+The folder is :func:`nar_kernels.cache.cache_folder`. An entry belongs to one state of one file: its path, size, time of the
 last write, and the column. Nothing is ever removed from it; all of it may be, while no process uses
 it.
 """
@@ -17,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nar_kernels.cache import cache_folder
 from nar_kernels.data.formats.base import Layout
 from nar_kernels.files import atomic_write
 
@@ -67,15 +67,12 @@ def cached_layout(
 @contextmanager
 def _cache_folder() -> Iterator[Path]:
     """Makes it; errors within, of writing to it, say what it is."""
-    folder = os.environ.get("NAR_KERNELS_CACHE")
-    if not folder:
-        parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(parent, "nar_kernels")
+    folder = cache_folder()
     try:
-        os.makedirs(folder, exist_ok=True)
-        yield Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
     except OSError as error:
-        if error.errno is None or not str(error.filename or "").startswith(folder):
+        if error.errno is None or not str(error.filename or "").startswith(str(folder)):
             raise
         raise OSError(
             error.errno,
