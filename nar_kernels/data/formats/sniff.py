@@ -1,4 +1,18 @@
-"""The width of raw ids by statistics of their bytes, where nothing else says it."""
+"""The width of raw ids by statistics of their bytes, where nothing else says it.
+
+Measured (with the tests' kinds of ids, and ids of a byte-level BPE of 32000 entries on source code;
+100 to 200 files of 4 and 16 KiB each, 20 of 256 KiB, 3 of 2 MiB):
+
+* No ids of any kind were taken for those of another width.
+* Text as uint8 and int64 of any kind were found in 98 % of files of 4 KiB or more. Ids in 16 and 32
+  bits were found in 10 to 99 % of files of 4 KiB, 97 % or more of those of 16 KiB, and all larger
+  ones.
+* Never found, so errors: uint16 from 61440 on, uint8 of all 256 values alike, images as uint8 whose
+  columns of pixels line up with 8 bytes; and what is no ids, such as floats, sound, compressed and
+  big-endian data.
+* Of 8662 files of a Linux system, which are no ids, 1 was taken for ids of more than 8 bits (a
+  matrix of int32), and text for uint8. Pieces of programs of 4 and 16 KiB were so in 0 to 8 %.
+"""
 
 import os
 import warnings
