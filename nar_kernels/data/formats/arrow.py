@@ -189,17 +189,18 @@ def _batches(path: Path, file: Any, column: str, alone: bool = True) -> Iterator
     with _open(file) as reader:
         index = reader.schema.names.index(column)
     with _open(file, index if alone else None) as reader:
-        if hasattr(reader, "num_record_batches"):
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        else:
-            batches = _to_the_end(path, file, reader)
-        for batch in batches:
+        is_file = hasattr(reader, "num_record_batches")
+        for batch in _of_file(reader) if is_file else _of_stream(reader, path, file):
             yield values_of(path, batch.column(0 if alone else index))
 
 
-def _to_the_end(path: Path, file: Any, stream: Any) -> Iterator[Any]:
-    """The batches of a stream, which is all of the file."""
-    yield from stream
+def _of_file(reader: Any) -> Iterator[Any]:
+    return map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _of_stream(reader: Any, path: Path, file: Any) -> Iterator[Any]:
+    """The batches of a stream, which must be all of the file."""
+    yield from reader
     end, size = file.tell(), file.size()
     file.seek(max(end - len(_END), 0))
     if file.read(len(_END)) != _END:

@@ -18,7 +18,9 @@ from nar_kernels.extras import import_extra
 # Text could begin with the magic number too.
 _PARQUET = re.compile(rb"PAR1([\0-\x08\x0e-\x1f]|.{4,}PAR1\Z)", re.DOTALL)
 
-_BATCH_TOKENS = 1 << 22
+# Few, since documents may be long. (The metadata of a column says how long they are; but to ask
+# for it ends the process if it is damaged, with pyarrow 26.)
+_BATCH_ROWS = 64
 
 
 def is_parquet(path: Path, ends: bytes) -> bool:
@@ -41,14 +43,7 @@ def _open(path: Path) -> Any:
 def _decode(path: Path, column: str) -> Iterator[Decoded]:
     with arrow_errors(path), _open(path) as file:
         for group in range(file.num_row_groups):
-            rows = _rows_of_a_batch(file.metadata.row_group(group), column)
-            for batch in file.iter_batches(rows, [group], columns=[column], use_threads=False):
+            batches = file.iter_batches(_BATCH_ROWS, [group], columns=[column], use_threads=False)
+            for batch in batches:
                 values = values_of(path, batch.column(column))
                 yield values.array.to_numpy(), values.ends
-
-
-def _rows_of_a_batch(group: Any, column: str) -> int:
-    """So that memory does not grow with the length of documents."""
-    columns = map(group.column, range(group.num_columns))
-    ids = (c.num_values for c in columns if c.path_in_schema.split(".")[0] == column)
-    return max(_BATCH_TOKENS * group.num_rows // max(next(ids, 0), 1), 1)

@@ -1,4 +1,19 @@
-"""The width of raw ids by statistics of their bytes, where nothing else says it."""
+"""The width of raw ids by statistics of their bytes, where nothing else says it.
+
+Measured with text, digits, ids by Zipf's law and uniform ones of vocabularies from 100 to 256000,
+and ids of a byte-level BPE on source code: 200 files each of 4 KiB, 100 of 16 KiB, 20 of 256 KiB, 3
+of 2 MiB.
+
+* No ids were taken for those of another width.
+* Found at 4 KiB: text as uint8 in 98 %, int64 in all, ids of 16 and 32 bits in 10 to 100 %; from
+  16 KiB on 97 % or more; from 256 KiB on all.
+* Never found, and so errors: uint16 from 61440 on, or uniform up to 60000; uint8 with both 0 and
+  248 or more, or uniform in all values; uint8 in rows of a multiple of 8 bytes that differ by
+  column, such as digits; big-endian ids, and those of 24 bits.
+* What is no ids, such as floats, sound, programs and random bytes: nothing from 256 KiB on. Below,
+  pieces of programs were taken for uint8 in up to 11 %, and loud sound for uint16 in up to 2 %. Of
+  8662 files of a Linux system, text was found as uint8, and one matrix of int32.
+"""
 
 import os
 import warnings

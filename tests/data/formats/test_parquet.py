@@ -42,16 +42,16 @@ def test_types(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd", "lz4", "brotli"])
 @pytest.mark.parametrize("rows_of_a_group", [1, 2, 100])
-@pytest.mark.parametrize("tokens_of_a_batch", [1, 5, 1 << 22])
+@pytest.mark.parametrize("rows_of_a_batch", [1, 2, 64])
 def test_batches(
     tmp_path: Path,
     compression: str,
     rows_of_a_group: int,
-    tokens_of_a_batch: int,
+    rows_of_a_batch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of any size, row groups of any size, in any encoding."""
-    monkeypatch.setattr(parquet, "_BATCH_TOKENS", tokens_of_a_batch)
+    monkeypatch.setattr(parquet, "_BATCH_ROWS", rows_of_a_batch)
     columns = {"text": list("abcdef"), "input_ids": ROWS, "input_ids.x": ROWS[::-1]}
     how = {"compression": compression, "row_group_size": rows_of_a_group}
     for more in ({}, {"use_dictionary": False, "data_page_version": "2.0"}):
@@ -59,14 +59,11 @@ def test_batches(
         assert (ids_of(corpus), corpus.document_ends.tolist()) == (IDS, ENDS)
 
 
-def test_memory_does_not_grow_with_documents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parquet, "_BATCH_TOKENS", 1000)
-    path = write(tmp_path, {"input_ids": [list(range(100))] * 50})
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, {"input_ids": [list(range(100))] * 500})
     sizes = [len(ids) for ids, _ in parquet._decode(path, "input_ids")]
-    assert sum(sizes) == 5000
-    assert max(sizes) == 1000
+    assert sum(sizes) == 50_000
+    assert max(sizes) == 6400
 
 
 def test_which_column(tmp_path: Path) -> None:
@@ -96,3 +93,9 @@ def test_damage(tmp_path: Path) -> None:
         refused(path, r"a\.parquet is damaged, not all there, or")
     path.write_bytes(b"PARE" + content[4:-4] + b"PARE")
     refused(path, "is an encrypted Parquet file. This format is not supported yet")
+
+
+def test_what_ended_the_process() -> None:
+    """Found by tests/fuzz."""
+    path = Path(__file__).with_name("fixtures") / "damaged_statistics.parquet"
+    refused(path, "damaged_statistics.parquet is damaged, not all there, or")
