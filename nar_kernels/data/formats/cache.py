@@ -1,8 +1,8 @@
 """Ids that cannot be mapped where they are, decoded once into a folder of ``.npy`` files.
 
-The folder is :func:`nar_kernels.cache.cache_folder`. An entry belongs to one state of one file: its path, size, time of the
-last write, and the column. Nothing is ever removed from it; all of it may be, while no process uses
-it.
+The folder is :func:`nar_kernels.cache.cache_folder`. An entry belongs to one state of one file: its
+path, size, time of the last write, and the column. Nothing is ever removed from it; all of it may
+be, while no process uses it.
 """
 
 import hashlib
