@@ -34,7 +34,7 @@ class Chat:
         environment = _environment()
         try:
             self._template = environment.from_string(template)
-            self._has_marks = _OPEN in environment.compile(template, raw=True)
+            self._has_marks = environment.has_marks
         except exceptions.TemplateSyntaxError as error:
             raise ValueError(
                 f"the chat template is malformed, in line {error.lineno}: {error.message}"
@@ -113,6 +113,7 @@ def _environment() -> Any:
 
         def parse(self, parser: Any) -> list[Any]:
             next(parser.stream)
+            parser.environment.has_marks = True
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             opens, closes = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_OPEN, _CLOSE))
             return [opens, *body, closes]
@@ -123,6 +124,7 @@ def _environment() -> Any:
     environment = import_extra("jinja2.sandbox", None).ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
+    environment.has_marks = False
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
     return environment
