@@ -62,7 +62,7 @@ def fast_bpe(spec: dict[str, Any]) -> FastBpe | None:
     ranks = None if expression is None else _ranks(spec["model"])
     if ranks is None or find_spec("tiktoken") is None:
         return None
-    encoding = import_extra("tiktoken", None).Encoding(
+    encoding = import_extra("tiktoken", "prepare").Encoding(
         "fast",
         pat_str=expression,
         mergeable_ranks=dict(zip(ranks, range(len(ranks)), strict=True)),

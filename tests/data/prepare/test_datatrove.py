@@ -28,7 +28,7 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"```python\n(from datatrove.*?)```", page, re.DOTALL)
-    recipe = re.sub(r"tasks=\d+, workers=\d+", "tasks=2, workers=1", recipe)
+    recipe = recipe.replace("tasks=64", "tasks=2").replace("workers=8", "workers=1")
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(recipe, "docs/data.md", "exec"), names)
     theirs = tokenizers.Tokenizer.from_str(bpe_json())
