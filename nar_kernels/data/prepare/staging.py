@@ -128,7 +128,7 @@ class Staging:
         """Writes the manifest, and gives the folder its name."""
         manifest.write(self.folder)
         self.close()
-        old = self.out.with_name(self.out.name + ".old")
+        old = self.folder.with_name(self.folder.name + ".old")
         if self.out.exists():
             if is_prepared(old):  # of a run that was stopped here
                 shutil.rmtree(old)

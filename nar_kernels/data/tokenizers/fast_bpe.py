@@ -51,7 +51,10 @@ class FastBpe:
             return None
         if self._added[parse_special].search(text):
             return None
-        ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # its regular expressions give up at a million blanks in a row
+            return None
         return self._ids[ranks]
 
 

@@ -97,9 +97,12 @@ class HuggingFaceTokenizer(Tokenizer):
         of_others = iter(super().encode_arrays(others, parse_special=parse_special))
         return [next(of_others) if ids is None else ids for ids in arrays]
 
-    def encode_with_spans(self, text: str) -> tuple[Sequence[int], np.ndarray]:
+    def encode_with_spans(
+        self, text: str, *, parse_special: bool = True
+    ) -> tuple[Sequence[int], np.ndarray]:
         text.encode()  # raises for lone surrogates
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        tokenizer = self._tokenizer if parse_special else self._without_special
+        encoding = tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def _knows(self, id_: int) -> bool:

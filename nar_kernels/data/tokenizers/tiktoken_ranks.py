@@ -46,8 +46,10 @@ class TiktokenTokenizer(Tokenizer):
             for text in texts
         ]
 
-    def encode_with_spans(self, text: str) -> tuple[Sequence[int], np.ndarray]:
-        (ids,) = self.encode_batch([text])
+    def encode_with_spans(
+        self, text: str, *, parse_special: bool = True
+    ) -> tuple[Sequence[int], np.ndarray]:
+        (ids,) = self.encode_batch([text], parse_special=parse_special)
         lengths = [len(self._encoding.decode_single_token_bytes(id_)) for id_ in ids]
         return ids, spans_of_bytes(text, np.array(lengths, np.int64))
 

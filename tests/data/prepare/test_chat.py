@@ -242,6 +242,31 @@ def test_the_mask_token_in_a_conversation(tmp_path: Path, folder: Path) -> None:
         prepare(path, tmp_path / "out", tokenizer=folder, quiet=True)
 
 
+def test_special_tokens_in_a_completion(tmp_path: Path, folder: Path) -> None:
+    """As in other text: the mask token is text, and with an option so are all."""
+    records = [
+        {"prompt": "a", "completion": "<|im_start|>b"},
+        {"prompt": "a<|mdm_mask|>", "completion": "b"},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", records)
+    start = 600
+    for name, parse in (("1", True), ("2", False)):
+        out = tmp_path / name
+        prepare(path, out, tokenizer=folder, quiet=True, parse_special_tokens=parse)
+        assert counted(out) == ["<|im_start|>b<|im_end|>", "b<|im_end|>"]
+        assert (start in documents(out)[0]) == parse
+        assert 602 not in documents(out)[1]
+
+
+def test_a_broken_template_does_not_matter_to_text(tmp_path: Path) -> None:
+    folder = write_chat_tokenizer(tmp_path / "chat", "{% for %}")
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    prepare(path, tmp_path / "out", tokenizer=folder, quiet=True)
+    write_lines(path, [{"messages": CONVERSATIONS[0]}])
+    with pytest.raises(ValueError, match="line 1: the chat template is malformed, in line 1"):
+        prepare(path, tmp_path / "chat out", tokenizer=folder, quiet=True)
+
+
 def test_mistakes_name_the_record(tmp_path: Path, folder: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"messages": [{"role": "user"}]}])
     with pytest.raises(ValueError, match="a.jsonl, line 2: message 0, of the user, has no"):

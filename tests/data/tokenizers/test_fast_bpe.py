@@ -92,6 +92,14 @@ def test_long_runs(number: int, run: str) -> None:
     assert same(TOKENIZERS[number], [text, "x" + text + "y"])
 
 
+def test_what_its_regular_expressions_give_up_at() -> None:
+    text = "a" + 2_000_000 * " " + "b"
+    tokenizer = TOKENIZERS[0]
+    assert tokenizer._fast is not None and tokenizer._fast.encode(text, True) is None
+    (ids,) = tokenizer.encode_arrays([text])
+    assert tokenizer.decode(ids.tolist()) == text
+
+
 def test_unknown_characters_are_left_to_tokenizers() -> None:
     fast = TOKENIZERS[0]._fast
     assert fast is not None
