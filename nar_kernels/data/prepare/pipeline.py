@@ -28,8 +28,6 @@ def prepare(inputs: Names, out: str | os.PathLike[str], **options: Any) -> Manif
         out: the folder; it must not exist, unless with ``overwrite=True``.
         options: those of :class:`~nar_kernels.data.prepare.config.PrepareConfig`.
 
-    With several workers, a script must call this under ``if __name__ == "__main__":``.
-
     Returns:
         What is in ``manifest.json``.
 
