@@ -157,6 +157,17 @@ def test_scan(tmp_path):
     assert not [*tmp_path.glob("*/corpus.bin")]
 
 
+def test_prepare(tmp_path):
+    for package in ("tokenizers", "datatrove", "orjson"):
+        pytest.importorskip(package)
+    figures, output = run("bench_prepare.py", tmp_path)
+    rows = figures["rows"]
+    assert [row["who"] for row in rows] == ["prepare", "datatrove", "datatrove, one thread each"]
+    assert figures["tokens"] > 100_000
+    assert all(row["seconds"] > 0 and row["times_datatrove"] > 0 for row in rows)
+    assert "| prepare |" in output
+
+
 def test_peers_may_fail_and_ours_may_not(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from measure import peers_may_fail

@@ -592,8 +592,8 @@ def test_make_installs_for_a_demo_what_it_needs(checkout: Checkout) -> None:
         plan = ["make", "--no-print-directory", "-n", target]
         result = subprocess.run(plan, cwd=checkout.root, capture_output=True, text=True, check=True)
         plans[target] = result.stdout
-    assert "'.[train]'" in plans["demo"] and "dev]" not in plans["demo"]
-    assert "'.[train,test,dev]'" in plans["test"]
+    assert "'.[train,prepare]'" in plans["demo"] and "dev]" not in plans["demo"]
+    assert "'.[train,prepare,test,dev]'" in plans["test"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

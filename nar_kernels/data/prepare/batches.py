@@ -1,4 +1,4 @@
-"""Inputs, cut into batches of about as much text each: :func:`batches_of`."""
+"""Inputs, cut into batches of about as much text each: :class:`Cutter`."""
 
 import re
 from collections.abc import Iterator
@@ -38,7 +38,6 @@ class Batch:
         at: where it begins.
         name, kind: of the input.
         payload: bytes of its content; of a Parquet file, an Arrow stream.
-        is_end: whether the input ends here.
         read: bytes of the input, as stored, that were read so far.
         goes_on: the text of this batch goes on in the next: its last document does not end here.
     """
@@ -47,7 +46,6 @@ class Batch:
     name: str
     kind: str
     payload: bytes
-    is_end: bool
     read: int
     goes_on: bool = False
 
@@ -108,7 +106,7 @@ class Cutter:
                 wanted *= 2
             payload = bytes(rest[:cut])
             del rest[:cut]
-            yield Batch(at, input.name, input.kind, payload, is_end, stored.tell())
+            yield Batch(at, input.name, input.kind, payload, stored.tell())
             at = _after(at, payload)
 
     def _text(
@@ -123,9 +121,9 @@ class Cutter:
             if cut:
                 payload = bytes(rest[:cut])
                 del rest[:cut]
-                yield Batch(at, input.name, "text", payload, False, stored.tell(), goes_on=True)
+                yield Batch(at, input.name, "text", payload, stored.tell(), goes_on=True)
                 at, wanted = _after(at, payload), self.size
-        yield Batch(at, input.name, "text", bytes(rest), True, stored.tell())
+        yield Batch(at, input.name, "text", bytes(rest), stored.tell())
 
     def _parquet(self, input: Input, content: BinaryIO, at: Position) -> Iterator[Batch]:
         file = import_extra("pyarrow.parquet", None).ParquetFile(content)
@@ -146,7 +144,7 @@ class Cutter:
                     last = row + table.num_rows
                     payload = _arrow_stream(table.slice(skipped))
                     read = input.size * last // total
-                    yield Batch(here, input.name, "parquet", payload, last == total, read)
+                    yield Batch(here, input.name, "parquet", payload, read)
                 row += table.num_rows
 
 
@@ -205,7 +203,7 @@ def _last(boundary: re.Pattern[bytes], text: bytearray, searched: int) -> int | 
     stop = len(text)
     while stop > searched:
         # A match may begin before and look beyond the part that is searched.
-        start = max(stop - _LOOK_BACK, searched, 0)
+        start = max(stop - _LOOK_BACK, searched)
         matches = boundary.finditer(text, max(start - 2, 0), min(stop + 2, len(text)))
         end = max((match.end() for match in matches), default=0)
         if end:

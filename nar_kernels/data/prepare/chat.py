@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from nar_kernels.extras import import_extra
@@ -23,25 +24,26 @@ class Chat:
         template: Jinja, run in a sandbox.
         special_tokens: variables for it, such as ``"bos_token"``.
 
-    Raises:
-        ValueError: the template is malformed.
+    It is compiled when it is first used: most texts are no conversations.
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
-        exceptions = import_extra("jinja2", None).exceptions
-        self._errors = (exceptions.TemplateError, TypeError, KeyError, AttributeError)
         self._source, self._special_tokens = template, special_tokens
-        environment = _environment()
-        try:
-            self._template = environment.from_string(template)
-            self._has_marks = _OPEN in environment.compile(template, raw=True)
-        except exceptions.TemplateSyntaxError as error:
-            raise ValueError(
-                f"the chat template is malformed, in line {error.lineno}: {error.message}"
-            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Chat, (self._source, self._special_tokens)
+
+    @cached_property
+    def _compiled(self) -> tuple[Any, bool]:
+        """The template, and whether it marks what is generated."""
+        environment = _environment()
+        try:
+            template = environment.from_string(self._source)
+        except import_extra("jinja2", None).TemplateSyntaxError as error:
+            raise ValueError(
+                f"the chat template is malformed, in line {error.lineno}: {error.message}"
+            ) from error
+        return template, environment.has_marks
 
     def render(
         self, messages: object, *, num_prompt: int = 0, tools: Any = None
@@ -54,13 +56,14 @@ class Chat:
             tools: for the template.
 
         Raises:
-            ValueError: the messages are malformed, or the template refuses them.
+            ValueError: the messages are malformed, or the template is, or refuses them.
+            ImportError: without jinja2.
         """
         checked = _checked(messages)
         text, marked = self._render(checked, tools)
         if num_prompt:
             return text, [(self._end_of(checked[:num_prompt], text, tools, True), len(text))]
-        if self._has_marks:
+        if self._compiled[1]:
             return text, marked
         spans = []
         for i, message in enumerate(checked):
@@ -86,20 +89,22 @@ class Chat:
     def _render(
         self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False
     ) -> tuple[str, Spans]:
+        template, has_marks = self._compiled
+        exceptions = import_extra("jinja2", None).exceptions
         try:
-            marked = self._template.render(
+            text = template.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except self._errors as error:
+        except (exceptions.TemplateError, TypeError, KeyError, AttributeError) as error:
             hint = ""
             if "strftime_now" in str(error):
                 hint = " (a corpus must not depend on today's date: write one into the template)"
             raise ValueError(f"the chat template fails: {error}{hint}") from error
-        return _unmarked(marked) if self._has_marks else (marked, [])
+        return _unmarked(text) if has_marks else (text, [])
 
 
 def _environment() -> Any:
@@ -113,6 +118,7 @@ def _environment() -> Any:
 
         def parse(self, parser: Any) -> list[Any]:
             next(parser.stream)
+            parser.environment.has_marks = True
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             opens, closes = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_OPEN, _CLOSE))
             return [opens, *body, closes]
@@ -123,6 +129,7 @@ def _environment() -> Any:
     environment = import_extra("jinja2.sandbox", None).ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
+    environment.has_marks = False
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
     return environment

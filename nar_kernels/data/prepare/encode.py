@@ -101,44 +101,68 @@ class Encoder:
         try:
             texts = [document.text for document in documents if document.counts is None]
             of_texts = iter(self.tokenizer.encode_arrays(texts, parse_special=self.parse_special))
-            mask_id = self.tokenizer.mask_id
             for document in documents:
-                if document.counts is not None:
-                    yield *self._ids_that_count(document), False
-                    continue
-                ids = next(of_texts)
-                if is_plain := mask_id is not None and bool((ids == mask_id).any()):
-                    (ids,) = self.tokenizer.encode_arrays([document.text], parse_special=False)
-                    self._check_no_mask(document, ids)
-                yield ids, None, is_plain
-        except UnicodeEncodeError as error:
+                if document.counts is None:
+                    ids, mask = next(of_texts), None
+                else:
+                    # What a template writes are its special tokens, whatever the text's are.
+                    parse = document.ends_itself or self.parse_special
+                    ids, mask = self._with_mask(document, parse)
+                if is_plain := self._has_mask_token(ids) and not document.ends_itself:
+                    ids, mask = self._with_mask(document, parse_special=False)
+                if self._has_mask_token(ids):
+                    raise CorpusFormatError(
+                        f"{document.where}: it has the text of the mask token, "
+                        f"{self.tokenizer.special_tokens['mask_token']!r}, which data must not "
+                        "contain: write it otherwise, or remove the record"
+                    )
+                yield ids, mask, is_plain
+        except CorpusFormatError:
+            raise
+        except ValueError:
             for document in documents:
-                _check_characters(document)
-            raise error
+                self._check(document)
+            raise
 
-    def _ids_that_count(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
-        found, spans = self.tokenizer.encode_with_spans(document.text)
-        ids = np.asarray(found, np.int64)
-        self._check_no_mask(document, ids)
+    def _check(self, document: Document) -> None:
+        """Raises for a document that cannot be encoded."""
+        try:
+            self.tokenizer.encode_arrays([document.text], parse_special=self.parse_special)
+        except UnicodeEncodeError as error:
+            raise CorpusFormatError(
+                f"{document.where}: {document.text[error.start]!r} is half of a surrogate pair, "
+                "and no character: correct or remove the record"
+            ) from error
+        except ValueError as error:
+            raise CorpusFormatError(
+                f"{document.where}: the tokenizer fails ({error}): split or remove the document"
+            ) from error
+
+    def _with_mask(
+        self, document: Document, parse_special: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The ids of a document, and uint8 that say which of them count; None: all."""
+        text = document.text
+        if document.counts is None:
+            (ids,) = self.tokenizer.encode_arrays([text], parse_special=parse_special)
+            return ids, None
+        found, spans = self.tokenizer.encode_with_spans(text, parse_special=parse_special)
         # How many characters that count precede each.
-        counted = np.zeros(len(document.text) + 1, np.int64)
-        for start, stop in document.counts or ():
+        counted = np.zeros(len(text) + 1, np.int64)
+        for start, stop in document.counts:
             counted[start + 1 : stop + 1] = 1
         before = np.cumsum(counted)
-        return ids, (before[spans[:, 1]] > before[spans[:, 0]]).astype(np.uint8)
+        mask = before[spans[:, 1]] > before[spans[:, 0]]
+        return np.asarray(found, np.int64), mask.astype(np.uint8)
+
+    def _has_mask_token(self, ids: np.ndarray) -> bool:
+        mask_id = self.tokenizer.mask_id
+        return mask_id is not None and bool((ids == mask_id).any())
 
     def _missing_eos(self, document: Document, ids: np.ndarray) -> int | None:
         wanted = not document.ends_itself if self.append_eos is None else self.append_eos
         has_one = len(ids) and ids[-1] == self.tokenizer.eos_id
         return self.tokenizer.eos_id if wanted and not has_one else None
-
-    def _check_no_mask(self, document: Document, ids: np.ndarray) -> None:
-        if self.tokenizer.mask_id is not None and (ids == self.tokenizer.mask_id).any():
-            raise CorpusFormatError(
-                f"{document.where}: it has the text of the mask token, "
-                f"{self.tokenizer.special_tokens['mask_token']!r}, which data must not contain: "
-                "write it otherwise, or remove the record"
-            )
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         """In the corpus's dtype."""
@@ -150,13 +174,3 @@ class Encoder:
                     f"outside its vocabulary [0, {self.tokenizer.vocab_size}): it is damaged"
                 )
         return ids.astype(self.dtype)
-
-
-def _check_characters(document: Document) -> None:
-    try:
-        document.text.encode()
-    except UnicodeEncodeError as error:
-        raise CorpusFormatError(
-            f"{document.where}: {document.text[error.start]!r} is half of a surrogate pair, and no "
-            "character: correct or remove the record"
-        ) from error

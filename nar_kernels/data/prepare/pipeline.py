@@ -28,8 +28,6 @@ def prepare(inputs: Names, out: str | os.PathLike[str], **options: Any) -> Manif
         out: the folder; it must not exist, unless with ``overwrite=True``.
         options: those of :class:`~nar_kernels.data.prepare.config.PrepareConfig`.
 
-    With several workers, a script must call this under ``if __name__ == "__main__":``.
-
     Returns:
         What is in ``manifest.json``.
 
@@ -41,6 +39,10 @@ def prepare(inputs: Names, out: str | os.PathLike[str], **options: Any) -> Manif
         ImportError: a package that is needed is not installed; the message gives the pip command.
     """
     config = PrepareConfig(**options)
+    if "://" in os.fspath(out):
+        raise ValueError(
+            f"out is {os.fspath(out)!r}: it must be a folder of this machine; copy it from there"
+        )
     folder = Path(os.path.abspath(out))
     found = find_inputs(inputs, exclude=[str(folder), str(partial_folder(folder))])
     run = prepare_images if found[0].kind == "images" else prepare_text

@@ -80,7 +80,7 @@ class _Workers:
         try:
             _send(process, pickle.dumps(job))
             answer = pickle.load(process.stdout)  # type: ignore[arg-type]
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise ChildProcessError(
                 f"a worker process died with status {process.wait()}: if the system ran out of "
                 "memory, give fewer workers"

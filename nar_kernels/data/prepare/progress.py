@@ -33,16 +33,16 @@ class Progress:
             disable=self._quiet or None,
             dynamic_ncols=True,
         )
-        self.num_tokens = 0
+        self._num_tokens = 0
         self._began = self._logged = time.monotonic()
-        self._first, self._total = done, total
+        self._read, self._total = done, total
 
     def update(self, read: int, num_tokens: int) -> None:
         """Of the inputs, ``read`` bytes are done, which gave so many more tokens."""
-        self.num_tokens += num_tokens
+        self._num_tokens += num_tokens
         self._bar.set_postfix_str(self._state(), refresh=False)
-        self._bar.update(max(0, read - self._first))
-        self._first = max(self._first, read)
+        self._bar.update(read - self._read)
+        self._read = read
         now = time.monotonic()
         if self._bar.disable and now - self._logged >= _LOG_SECONDS:
             self._logged = now
@@ -50,8 +50,8 @@ class Progress:
 
     def _state(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
-        rate = self.num_tokens / seconds
-        return f"{short(self.num_tokens)} tokens, {short(rate)} tokens/s"
+        rate = self._num_tokens / seconds
+        return f"{short(self._num_tokens)} tokens, {short(rate)} tokens/s"
 
     def end(self) -> str:
         """What was done, in how much time."""

@@ -139,8 +139,8 @@ def _decoded(payload: bytes, batch: Batch, line: int = 0) -> str:
         line += payload.count(b"\n", 0, error.start)
         raise CorpusFormatError(
             f"{_where(batch, line)}: byte {payload[error.start]:#04x} is not UTF-8 "
-            f"({error.reason}): convert the file with `iconv -t UTF-8`, or leave it out, if it is "
-            "no text"
+            f"({error.reason}): convert the file with `iconv -t UTF-8`; if it is no text, "
+            "leave it out, by a glob such as 'folder/**/*.txt'"
         ) from error
 
 

@@ -68,7 +68,7 @@ class Staging:
             return
         if not self._overwrite:
             raise FileExistsError(
-                f"{self.out} exists: name another folder, or replace it with overwrite"
+                f"{self.out} exists: name another folder, or pass overwrite= to replace it"
             )
         is_empty = self.out.is_dir() and not any(self.out.iterdir())
         if not self.out.is_dir() or not (is_empty or is_prepared(self.out)):
@@ -84,11 +84,11 @@ class Staging:
         entries = [json.loads(line) for line in lines]
         header = {"version": _VERSION, **record}
         if entries and entries[0] != header:
-            if not self._overwrite:
+            if not self._overwrite and len(entries) > 1:
                 changed = [name for name in header if entries[0].get(name) != header[name]]
                 raise FileExistsError(
                     f"{self.folder} was begun with other {' and '.join(changed)}: give the same "
-                    "ones to go on there, or begin anew with overwrite, or remove it"
+                    "ones to go on there, pass overwrite= to begin anew, or remove it"
                 )
             entries = []
         self._file.truncate(sum(len(line) + 1 for line in lines) if entries else 0)
@@ -128,7 +128,7 @@ class Staging:
         """Writes the manifest, and gives the folder its name."""
         manifest.write(self.folder)
         self.close()
-        old = self.out.with_name(self.out.name + ".old")
+        old = self.folder.with_name(self.folder.name + ".old")
         if self.out.exists():
             if is_prepared(old):  # of a run that was stopped here
                 shutil.rmtree(old)

@@ -149,8 +149,8 @@ def _write(
     num_workers = _num_workers(inputs, config)
     with closing(encode_all(together(batches, config.batch_bytes), encoder, num_workers)) as all_:
         results = (Result(b.at, before[b.at.source] + b.read, encoded) for b, encoded in all_)
-        write_shards(results, staging, vocabulary.dtype, config.shard_tokens, progress)
-    counts = staging.done.counts
+        limit = config.shard_tokens
+        counts = write_shards(results, staging, vocabulary.dtype, limit, progress)
     if not staging.done.shards:
         raise CorpusFormatError("there is no text in the inputs: all documents are empty")
     shards = with_loss_masks(staging.folder, staging.done.shards)
@@ -162,12 +162,12 @@ def _write(
     )
     staging.finish(manifest)
     speed = progress.end()
-    progress.say(f"this run: {speed}, {num_workers} workers")
+    progress.say(f"this run: {speed}, workers: {num_workers}")
     if counts["empty"]:
         progress.say(f"empty documents, left out: {counts['empty']}")
     if counts["plain"]:
         progress.say(
-            f"documents with the text of the mask token, whose special tokens are taken for text: "
+            "documents with the text of the mask token, whose special tokens are taken for text: "
             f"{counts['plain']}"
         )
     return manifest

@@ -27,14 +27,17 @@ def main() -> None:
     while True:
         try:
             job = pickle.load(jobs)
-        except EOFError:  # the parent is gone
+        except (EOFError, pickle.UnpicklingError):  # the parent is gone
             return
         try:
             answer: Any = [encoder.encode(batch) for batch in job]
         except Exception as error:
             answer = error
-        pickle.dump(answer, answers)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(1)
 
 
 def _load(jobs: Any) -> tuple[str, dict[str, Any]]:

@@ -25,12 +25,15 @@ class Result(NamedTuple):
 
 def write_shards(
     results: Iterator[Result], staging: Staging, dtype: str, shard_tokens: int, progress: Progress
-) -> None:
+) -> dict[str, int]:
     """Writes the shards that are still to be written. Each ends with the document that brings it to
     ``shard_tokens`` tokens.
 
     Args:
         results: in order, from the batch on in which the last finished shard ends.
+
+    Returns:
+        How many documents of all batches were ``"empty"``, and how many read as ``"plain"`` text.
     """
     done = staging.done
     to_skip, is_counted = done.num_documents, bool(done.shards)
@@ -59,12 +62,13 @@ def write_shards(
                 part, rest = rest.split(full + 1)
                 num_documents += full + 1
                 writer.add(part)
-                staging.add(writer.close(), at, num_documents, counts)
+                staging.add(writer.close(), at, num_documents, dict(counts))
                 writer = None
             progress.update(read, num_new)
         if writer is not None:
             staging.add(writer.close(), at, num_documents, counts)
             writer = None
+        return counts
     finally:
         if writer is not None:
             writer.discard()

@@ -63,10 +63,11 @@ class Tokenizer(ABC):
         ]
 
     @abstractmethod
-    def encode_with_spans(self, text: str) -> tuple[Sequence[int], np.ndarray]:
-        """The ids ``[L]`` of a text, special tokens parsed, and the characters that each stands
-        for: int64 ``[L, 2]``, the first of them and the first after them. Tokens that share a
-        character have it both."""
+    def encode_with_spans(
+        self, text: str, *, parse_special: bool = True
+    ) -> tuple[Sequence[int], np.ndarray]:
+        """The ids ``[L]`` of a text, and the characters that each stands for: int64 ``[L, 2]``, the
+        first of them and the first after them. Tokens that share a character have it both."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included; bytes that are no UTF-8 become U+FFFD.

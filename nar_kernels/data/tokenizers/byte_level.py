@@ -28,7 +28,9 @@ class ByteTokenizer(Tokenizer):
     ) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def encode_with_spans(self, text: str) -> tuple[Sequence[int], np.ndarray]:
+    def encode_with_spans(
+        self, text: str, *, parse_special: bool = True
+    ) -> tuple[Sequence[int], np.ndarray]:
         ids = list(text.encode())
         return ids, spans_of_bytes(text, np.ones(len(ids), np.int64))
 

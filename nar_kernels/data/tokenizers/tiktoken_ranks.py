@@ -46,8 +46,10 @@ class TiktokenTokenizer(Tokenizer):
             for text in texts
         ]
 
-    def encode_with_spans(self, text: str) -> tuple[Sequence[int], np.ndarray]:
-        (ids,) = self.encode_batch([text])
+    def encode_with_spans(
+        self, text: str, *, parse_special: bool = True
+    ) -> tuple[Sequence[int], np.ndarray]:
+        (ids,) = self.encode_batch([text], parse_special=parse_special)
         lengths = [len(self._encoding.decode_single_token_bytes(id_)) for id_ in ids]
         return ids, spans_of_bytes(text, np.array(lengths, np.int64))
 
@@ -73,7 +75,7 @@ class TiktokenTokenizer(Tokenizer):
     def from_fields(cls, fields: dict[str, Any]) -> "TiktokenTokenizer":
         """From those of :meth:`to_json`."""
         ranks = fields["ranks"].items()
-        encoding = import_extra("tiktoken", None).Encoding(
+        encoding = import_extra("tiktoken", "prepare").Encoding(
             fields["name"].removeprefix("tiktoken:"),
             pat_str=fields["pattern"],
             mergeable_ranks={base64.b64decode(token): rank for token, rank in ranks},
@@ -90,7 +92,7 @@ def open_encoding(name: str) -> TiktokenTokenizer:
         FileNotFoundError: its files are not in the cache; the message says which, and where.
         ImportError: without tiktoken.
     """
-    tiktoken = import_extra("tiktoken", None)
+    tiktoken = import_extra("tiktoken", "prepare")
     if name not in (names := tiktoken.list_encoding_names()):
         raise ValueError(f"tiktoken has no encoding {name!r}: it has {', '.join(names)}")
 

@@ -382,6 +382,20 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: Any)
             run(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes")
 
 
+def test_a_document_that_the_tokenizer_fails_at(tmp_path: Path, monkeypatch: Any) -> None:
+    from nar_kernels.data.tokenizers.byte_level import ByteTokenizer
+
+    def failing(self: Any, texts: list[str], parse_special: bool = True) -> list[np.ndarray]:
+        if "bad" in "".join(texts):
+            raise ValueError("stack too small")
+        return [np.array([97]) for _ in texts]
+
+    monkeypatch.setattr(ByteTokenizer, "encode_arrays", failing)
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "good"}, {"text": "bad"}])
+    with pytest.raises(ValueError, match="a.jsonl, line 2: the tokenizer fails .stack too small"):
+        run(path, tmp_path / "out", tokenizer="bytes")
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(257, "uint16"), (65535, "uint16"), (65536, "uint32")]
 )
@@ -435,6 +449,8 @@ def test_mistakes_in_options(tmp_path: Path, bpe: Path) -> None:
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run(inputs, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="out is 's3://a/b': it must be a folder of this machine"):
+        prepare(tmp_path / "a.txt", "s3://a/b")
     with pytest.raises(TypeError, match="workers is 'two'"):
         run(tmp_path / "a.txt", tmp_path / "out", workers="two")
     assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,61 @@
+"""Worker processes: light, and missed when they die."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nar_kernels.data.prepare import pool, prepare
+from tests.helpers.corpora import documents
+from tests.helpers.paths import ROOT
+
+pytest.importorskip("fsspec")
+pytest.importorskip("tqdm")
+
+
+def write_text(path: Path) -> dict[str, Any]:
+    path.write_text("some words " * 5000)
+    return {"tokenizer": "bytes", "quiet": True, "workers": 2, "batch_bytes": 1000}
+
+
+@pytest.mark.parametrize(
+    "script", ["raise SystemExit(3)", "import sys; sys.stdin.buffer.read(10); print('partial')"]
+)
+def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    (tmp_path / "dies.py").write_text(script)
+    monkeypatch.setattr(pool, "_WORKER", tmp_path / "dies.py")
+    options = write_text(tmp_path / "a.txt")
+    with pytest.raises(ChildProcessError, match="a worker process died with status .*fewer work"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    prepare(tmp_path / "a.txt", tmp_path / "out", **options)
+
+
+def test_workers_import_no_pytorch() -> None:
+    script = (
+        "import io, pickle, runpy, sys\n"
+        "worker = runpy.run_path('nar_kernels/data/prepare/worker.py')\n"
+        "worker['_load'](io.BytesIO(pickle.dumps(0)))\n"
+        "import nar_kernels.data.tokenizer, nar_kernels.data.prepare.encode\n"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
+
+
+@pytest.mark.seconds
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    """Unlike with multiprocessing."""
+    options = write_text(tmp_path / "a.txt")
+    (tmp_path / "script.py").write_text(
+        "from nar_kernels.data.prepare import prepare\n"
+        f"prepare({str(tmp_path / 'a.txt')!r}, {str(tmp_path / 'out')!r}, **{options!r})\n"
+    )
+    run = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", run, str(tmp_path / "script.py")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert documents(tmp_path / "out") == [list((tmp_path / "a.txt").read_bytes())]

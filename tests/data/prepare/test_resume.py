@@ -1,0 +1,326 @@
+"""A run that is stopped, at whatever moment, goes on, and ends with the same files."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nar_kernels.data.corpus import Corpus
+from nar_kernels.data.formats.prepared import PROGRESS_FILE
+from nar_kernels.data.prepare import prepare
+from nar_kernels.data.prepare.shards import ShardWriter
+from nar_kernels.data.prepare.staging import Staging
+from tests.helpers.corpora import contents
+from tests.helpers.paths import ROOT
+from tests.helpers.texts import HARD, bpe_json, prose, write_chat_tokenizer, write_lines
+
+pytest.importorskip("tokenizers")
+
+SIZES: dict[str, Any] = {"batch_bytes": 3000, "shard_tokens": 2500, "workers": 1, "quiet": True}
+
+
+class Stopped(BaseException):
+    """In place of Ctrl-C."""
+
+
+def write_inputs(folder: Path) -> list[Path]:
+    """Records, conversations among them, a long text, and empty ones: some ten shards."""
+    folder.mkdir()
+    draw = random.Random(1)
+    texts = [*HARD, *(text[:2000] for text in prose()[:12])]
+    records: list[Any] = [{"text": draw.choice(texts)} for _ in range(40)]
+    records[30] = {"messages": [{"role": "user", "content": "a"}] * 3}
+    write_lines(folder / "a.jsonl", records)
+    (folder / "b.txt").write_bytes("\n".join(prose()[:3]).encode())
+    write_lines(folder / "c.jsonl", [{"text": ""}, {"text": "last"}, {"text": ""}])
+    return [folder / "a.jsonl", folder / "b.txt", folder / "c.jsonl"]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> dict[str, Any]:
+    tokenizer = write_chat_tokenizer(tmp_path / "chat")
+    return {"inputs": write_inputs(tmp_path / "in"), "tokenizer": tokenizer, **SIZES}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: int) -> None:
+    """Before or after the call of that number."""
+    calls, original = [0], getattr(owner, name)
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == when and when % 2:
+            raise Stopped
+        result = original(*args, **kwargs)
+        if calls[0] == when:
+            raise Stopped
+        return result
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Staging, "add"), (ShardWriter, "add"), (Staging, "finish")]
+)
+def test_stopped_everywhere(
+    tmp_path: Path, arguments: dict[str, Any], owner: Any, name: str
+) -> None:
+    prepare(out=tmp_path / "whole", **arguments)
+    expected = contents(tmp_path / "whole")
+    num_shards = len(list((tmp_path / "whole").glob("tokens-*")))
+    assert num_shards > 5 and "loss-mask-00000.npy" in expected
+    out = tmp_path / "out"
+    stops = 0
+    for when in range(1, 100):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            stop_at(monkeypatch, owner, name, when)
+            try:
+                prepare(out=out, **arguments)
+                break
+            except Stopped:
+                stops += 1
+        assert not out.exists()
+        with pytest.raises(ValueError, match="is not finished: run the same"):
+            Corpus(tmp_path / "out.partial")
+    assert stops == 1 if name == "finish" else stops >= 3
+    assert contents(out) == expected
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("when", range(1, 12))
+def test_each_stop_alone(tmp_path: Path, arguments: dict[str, Any], when: int) -> None:
+    prepare(out=tmp_path / "whole", **arguments)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, ShardWriter, "add", when)
+        with pytest.raises(Stopped):
+            prepare(out=tmp_path / "out", **arguments)
+    before = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("tokens-*")
+    }
+    lines = (tmp_path / "out.partial" / PROGRESS_FILE).read_bytes().count(b"\n")
+    prepare(out=tmp_path / "out", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    kept = sorted(before)[: lines - 1]
+    assert all((tmp_path / "out" / n).stat().st_mtime_ns == before[n] for n in kept)
+
+
+def stopped(tmp_path: Path, arguments: dict[str, Any]) -> Path:
+    """A folder of a run that was stopped midway."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, Staging, "add", 4)
+        with pytest.raises(Stopped):
+            prepare(out=tmp_path / "out", **arguments)
+    return tmp_path / "out.partial"
+
+
+def test_what_was_left_out_is_counted_once(
+    tmp_path: Path, arguments: dict[str, Any], capsys: Any
+) -> None:
+    said = []
+    for name, stops in (("whole", False), ("out", True)):
+        if stops:
+            stopped(tmp_path, arguments)
+        prepare(out=tmp_path / name, **{**arguments, "quiet": False})
+        lines = capsys.readouterr().out.splitlines()
+        said += [line for line in lines if line.startswith("empty documents")]
+        assert stops == any(line.startswith("going on after 4 finished") for line in lines)
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"shard_tokens": 999}, "shard_tokens"),
+        ({"append_eos": True}, "append_eos"),
+        ({"text_column": "body"}, "text_column"),
+        ({"tokenizer": "bytes"}, "tokenizer"),
+        ({"tokenizer": None, "train_bpe": 300}, "tokenizer and train_bpe"),
+        ({"batch_bytes": 999}, "batch_bytes"),
+    ],
+)
+def test_other_options_do_not_go_on(
+    tmp_path: Path, arguments: dict[str, Any], change: dict[str, Any], name: str
+) -> None:
+    partial = stopped(tmp_path, arguments)
+    before = contents(partial)
+    with pytest.raises(
+        FileExistsError, match=f"was begun with other {name}: .*overwrite= to begin anew, or rem"
+    ):
+        prepare(out=tmp_path / "out", **{**arguments, **change})
+    assert contents(partial) == before
+    prepare(out=tmp_path / "out", **arguments)
+
+
+def test_other_inputs_do_not_go_on(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    stopped(tmp_path, arguments)
+    path = arguments["inputs"][1]
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(FileExistsError, match="was begun with other inputs"):
+        prepare(out=tmp_path / "out", **arguments)
+    prepare(out=tmp_path / "out", overwrite=True, **arguments)
+    prepare(out=tmp_path / "whole", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_nothing_done_is_nothing_lost(tmp_path: Path) -> None:
+    """A bad record is corrected, and the same command works."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        prepare(path, tmp_path / "out", tokenizer="bytes", quiet=True)
+    path.write_text('{"text": "a"}\n{"text": "1"}\n')
+    prepare(path, tmp_path / "out", tokenizer="bytes", quiet=True)
+
+
+def test_workers_may_change(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    stopped(tmp_path, arguments)
+    prepare(out=tmp_path / "out", **{**arguments, "workers": 2, "overwrite": True})
+    prepare(out=tmp_path / "whole", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_line_that_was_cut_off(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    partial = stopped(tmp_path, arguments)
+    content = (partial / PROGRESS_FILE).read_bytes()
+    (partial / PROGRESS_FILE).write_bytes(content[:-9])
+    prepare(out=tmp_path / "out", **arguments)
+    prepare(out=tmp_path / "whole", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_trained_tokenizer_is_kept(
+    tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"text": text} for text in prose()[:9]])
+    arguments |= {"tokenizer": None, "train_bpe": 400, "inputs": path, "shard_tokens": 1}
+    partial = stopped(tmp_path, arguments)
+    before = (partial / "tokenizer.json").read_bytes()
+    monkeypatch.setattr("nar_kernels.data.prepare.text.train_bpe", None)
+    prepare(out=tmp_path / "out", **arguments)
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == before
+    assert (manifest := Corpus(tmp_path / "out").manifest) is not None
+    assert manifest.tokenizer is not None and manifest.tokenizer.name == "BPE of 400 tokens"
+
+
+def test_overwrite(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    prepare(out=out, **arguments)
+    before = contents(out)
+    with pytest.raises(
+        FileExistsError, match="out exists: name another folder, or pass overwrite="
+    ):
+        prepare(out=out, **arguments)
+    assert contents(out) == before
+    more = {**arguments, "overwrite": True}
+    # Until the end, the old one stays.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, Staging, "add", 2)
+        with pytest.raises(Stopped):
+            prepare(out=out, **{**more, "shard_tokens": 4000})
+    assert contents(out) == before
+    prepare(out=out, **{**more, "shard_tokens": 4000})
+    assert contents(out) != before
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+    (tmp_path / "empty").mkdir()
+    prepare(out=tmp_path / "empty", **more)
+    assert contents(tmp_path / "empty") == before
+
+
+def test_what_is_no_corpus_is_not_overwritten(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial/thesis.txt").write_text("x")
+    for name, message in (
+        ("mine", "mine is no prepared corpus, and not overwritten"),
+        ("file", "file is no prepared corpus, and not overwritten"),
+        ("other", "other.partial is not of a run of prepare"),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            prepare(out=tmp_path / name, overwrite=True, **arguments)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "x"
+    assert (tmp_path / "other.partial/thesis.txt").read_text() == "x"
+
+
+def test_one_run_at_a_time(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    partial = stopped(tmp_path, arguments)
+    fcntl = pytest.importorskip("fcntl")
+    with (partial / PROGRESS_FILE).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match="out.partial is in use by another process"):
+            prepare(out=tmp_path / "out", **arguments)
+    prepare(out=tmp_path / "out", **arguments)
+
+
+def test_output_within_the_inputs_is_no_input(tmp_path: Path) -> None:
+    (tmp_path / "bpe.json").write_text(bpe_json())
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(prose()[i])
+    arguments = {"inputs": folder, "tokenizer": tmp_path / "bpe.json", **SIZES}
+    arguments |= {"shard_tokens": 1}
+    prepare(out=folder / "out", **arguments)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, Staging, "add", 2)
+        with pytest.raises(Stopped):
+            prepare(
+                out=folder / "again", overwrite=True, **{**arguments, "inputs": folder / "?.txt"}
+            )
+    prepare(out=folder / "again", **{**arguments, "inputs": folder / "?.txt"})
+    assert contents(folder / "again") == contents(folder / "out")
+
+
+RUN = """
+import sys
+from nar_kernels.data.prepare import prepare
+prepare(sys.argv[1:-2], sys.argv[-2], tokenizer=sys.argv[-1], batch_bytes=8000, shard_tokens=20000,
+        workers=2)
+"""
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_killed(tmp_path: Path, number: int) -> None:
+    (tmp_path / "bpe.json").write_text(bpe_json())
+    draw = random.Random(number)
+    records = [{"text": text} for text in prose() for _ in range(2)]
+    write_lines(tmp_path / "a.jsonl", records)
+    (tmp_path / "b.txt").write_bytes("\n".join(prose()).encode())
+    inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, "-c", RUN, *inputs, str(out), str(tmp_path / "bpe.json")]
+    progress = partial / PROGRESS_FILE
+    seen, stops = 0, 0
+    while stops < 2:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wanted = seen + draw.randrange(1, 5)
+        while process.poll() is None and not (
+            progress.exists() and progress.read_bytes().count(b"\n") > wanted
+        ):
+            time.sleep(0.01)
+        time.sleep(draw.random() / 10)
+        process.send_signal(number)
+        process.wait()
+        if out.exists():  # it was faster
+            break
+        stops += 1
+        lines = progress.read_bytes().count(b"\n")
+        assert lines > seen
+        seen = lines
+    assert stops
+    options: dict[str, Any] = {"batch_bytes": 8000, "shard_tokens": 20000, "quiet": True}
+    if not out.exists():
+        prepare(inputs, out, tokenizer=tmp_path / "bpe.json", workers=1, **options)
+    prepare(inputs, tmp_path / "whole", tokenizer=tmp_path / "bpe.json", **options)
+    assert contents(out) == contents(tmp_path / "whole")
