@@ -8,7 +8,7 @@ from typing import Any
 # Mirrors pyproject.toml: an uninstalled source tree has no metadata to query.
 EXTRAS = {
     "train": ("x-transformers>=2.31", "tqdm", "matplotlib", "tensorboard", "scikit-learn"),
-    "prepare": ("tokenizers", "tiktoken", "tqdm", "fsspec"),
+    "prepare": ("tokenizers", "tqdm", "fsspec"),
     "triton": ("triton>=3.2",),
     "arrow": ("pyarrow",),
 }

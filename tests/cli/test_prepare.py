@@ -10,7 +10,7 @@ from nar_kernels.cli.main import main
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.prepare.config import PrepareConfig
 from nar_kernels.options import option_of
-from tests.helpers.corpora import documents
+from tests.helpers.prepared import documents
 from tests.helpers.texts import bpe_json, prose, write_lines
 
 pytest.importorskip("tokenizers")

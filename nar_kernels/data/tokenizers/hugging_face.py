@@ -10,7 +10,6 @@ import numpy as np
 
 from nar_kernels.data.tokenizers import boundaries
 from nar_kernels.data.tokenizers.base import Tokenizer, find_eos, find_mask
-from nar_kernels.data.tokenizers.fast_bpe import FastBpe, fast_bpe
 from nar_kernels.extras import import_extra
 
 
@@ -63,10 +62,6 @@ class HuggingFaceTokenizer(Tokenizer):
         return id_
 
     @cached_property
-    def _fast(self) -> FastBpe | None:
-        return fast_bpe(json.loads(self._tokenizer.to_str()))
-
-    @cached_property
     def _without_special(self) -> Any:
         """Takes special tokens in a text for text."""
         tokenizer = _load(self._tokenizer.to_str(), self.name)
@@ -86,16 +81,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self, texts: Sequence[str], *, parse_special: bool = True
     ) -> list[Sequence[int]]:
         return [encoding.ids for encoding in self._encode(texts, parse_special)]
-
-    def encode_arrays(
-        self, texts: Sequence[str], *, parse_special: bool = True
-    ) -> list[np.ndarray]:
-        if self._fast is None:
-            return super().encode_arrays(texts, parse_special=parse_special)
-        arrays = [self._fast.encode(text, parse_special) for text in texts]
-        others = [text for text, ids in zip(texts, arrays, strict=True) if ids is None]
-        of_others = iter(super().encode_arrays(others, parse_special=parse_special))
-        return [next(of_others) if ids is None else ids for ids in arrays]
 
     def encode_with_spans(
         self, text: str, *, parse_special: bool = True

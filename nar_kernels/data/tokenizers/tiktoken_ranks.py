@@ -75,7 +75,7 @@ class TiktokenTokenizer(Tokenizer):
     def from_fields(cls, fields: dict[str, Any]) -> "TiktokenTokenizer":
         """From those of :meth:`to_json`."""
         ranks = fields["ranks"].items()
-        encoding = import_extra("tiktoken", "prepare").Encoding(
+        encoding = import_extra("tiktoken", None).Encoding(
             fields["name"].removeprefix("tiktoken:"),
             pat_str=fields["pattern"],
             mergeable_ranks={base64.b64decode(token): rank for token, rank in ranks},
@@ -92,7 +92,7 @@ def open_encoding(name: str) -> TiktokenTokenizer:
         FileNotFoundError: its files are not in the cache; the message says which, and where.
         ImportError: without tiktoken.
     """
-    tiktoken = import_extra("tiktoken", "prepare")
+    tiktoken = import_extra("tiktoken", None)
     if name not in (names := tiktoken.list_encoding_names()):
         raise ValueError(f"tiktoken has no encoding {name!r}: it has {', '.join(names)}")
 

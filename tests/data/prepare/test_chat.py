@@ -10,7 +10,7 @@ from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.prepare import prepare
 from nar_kernels.data.prepare.chat import Chat
 from nar_kernels.data.tokenizer import open_tokenizer
-from tests.helpers.corpora import documents, masks
+from tests.helpers.prepared import documents, masks
 from tests.helpers.texts import CHAT_ML, bpe_json, write_chat_tokenizer, write_lines
 
 pytest.importorskip("tokenizers")

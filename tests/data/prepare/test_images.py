@@ -10,7 +10,7 @@ from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats.prepared import check_files
 from nar_kernels.data.prepare import prepare
 from nar_kernels.data.prepare.staging import Staging
-from tests.helpers.corpora import contents, read_ends
+from tests.helpers.prepared import contents, read_ends
 
 CODES = np.random.default_rng(0).integers(0, 300, (50, 4, 6))
 LABELS = np.arange(50) % 7

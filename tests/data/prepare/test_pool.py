@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nar_kernels.data.prepare import pool, prepare
-from tests.helpers.corpora import documents
 from tests.helpers.paths import ROOT
+from tests.helpers.prepared import documents
 
 pytest.importorskip("fsspec")
 pytest.importorskip("tqdm")

@@ -16,8 +16,8 @@ from nar_kernels.data.formats.prepared import PROGRESS_FILE
 from nar_kernels.data.prepare import prepare
 from nar_kernels.data.prepare.shards import ShardWriter
 from nar_kernels.data.prepare.staging import Staging
-from tests.helpers.corpora import contents
 from tests.helpers.paths import ROOT
+from tests.helpers.prepared import contents
 from tests.helpers.texts import HARD, bpe_json, prose, write_chat_tokenizer, write_lines
 
 pytest.importorskip("tokenizers")

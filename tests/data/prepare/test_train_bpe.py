@@ -13,8 +13,8 @@ from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.prepare import prepare
 from nar_kernels.data.prepare.train_bpe import default_size, sample_every
 from nar_kernels.data.tokenizer import tokenizer_from_json
-from tests.helpers.corpora import documents
 from tests.helpers.paths import ROOT
+from tests.helpers.prepared import documents
 from tests.helpers.texts import HARD, prose, write_lines
 
 tokenizers = pytest.importorskip("tokenizers")
