@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from nar_kernels.cli.arguments import add_options
+from nar_kernels.data.opened import says_its_dtype
 from nar_kernels.options import option_of
 from nar_kernels.training import checkpoint
 from nar_kernels.training.config import PRESETS, TrainConfig
@@ -30,8 +31,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if "out" not in options:
             raise ValueError("--resume needs --out, the folder of the run to continue")
         saved = checkpoint.read(Path(options["out"]) / "last.pt")
-        if Path(options.get("data", "")).suffix == ".npy":
-            options.setdefault("dtype", None)  # .npy has its own dtype header
+        if says_its_dtype(options.get("data", "")):
+            options.setdefault("dtype", None)  # whatever the data said that it has replaced
         train(TrainConfig.continued(saved["config"], **options))
     elif "data" not in options:
         raise ValueError("give --data: digits, text, or a file (or --resume and --out)")

@@ -96,6 +96,11 @@ def open_source(
     )
 
 
+def says_its_dtype(name: str) -> bool:
+    """Whether a path names files whose dtype need not be given, by what it is called."""
+    return os.path.isdir(name) or Path(name).suffix in {*_ID_SUFFIXES} - {".bin"}
+
+
 def _open_digits() -> Opened:
     images = import_extra("sklearn.datasets").load_digits().images.astype(np.uint8)
     assert images.shape[1:] == _DIGITS_SHAPE

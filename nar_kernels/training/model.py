@@ -57,6 +57,7 @@ def _build_model(
             heads=config.heads,
             attn_dim_head=config.dim // config.heads,
             attn_flash=True,
+            shift_tokens=config.shift_tokens,
             rotary_pos_emb=config.rotary,
             rotary_emb_dim=config.dim // config.heads,
             disable_abs_pos_emb=False,
@@ -121,7 +122,7 @@ def prepare(
 
 
 # Options that must match to load weights, and fields of SequenceSpec that must, too.
-_SAME_NET = ("dim", "depth", "heads", "rotary")
+_SAME_NET = ("dim", "depth", "heads", "rotary", "shift_tokens")
 _SAME_SEQUENCES = ("num_tokens", "seq_len")
 
 

@@ -50,6 +50,12 @@ def manifest_of(source: object) -> Manifest | None:
     return _read(folder) if folder.is_dir() and is_prepared(folder) else None
 
 
+def is_prepared_text(source: object) -> bool:
+    """Whether the source is a prepared folder of text, not of images."""
+    manifest = manifest_of(source)
+    return manifest is not None and manifest.tokenizer is not None
+
+
 def check_files(folder: Path) -> None:
     """Reads all files of a prepared folder.
 
