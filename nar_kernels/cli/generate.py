@@ -115,7 +115,7 @@ def _config(arguments: argparse.Namespace) -> SamplingConfig:
 def _resolve(
     config: SamplingConfig, arguments: argparse.Namespace, spec: SequenceSpec
 ) -> SamplingConfig:
-    """Completes the config with what depends on the model: ``grid`` and ``top_k``."""
+    """Completes the config with what depends on the model: ``steps``, ``grid`` and ``top_k``."""
     if config.strategy == "halton" and spec.image_shape is None:
         if math.isqrt(spec.seq_len) ** 2 != spec.seq_len:
             raise ValueError(
@@ -125,6 +125,9 @@ def _resolve(
     top_k = config.top_k
     if arguments.filter_thres is not None:
         top_k = top_k_from_filter_thres(arguments.filter_thres, spec.num_tokens)
+    if config.steps is None and spec.render in ("bytes", "text"):
+        # Neighbours that are drawn at once do not know of each other, which words do not bear.
+        config = dataclasses.replace(config, steps=spec.seq_len)
     return dataclasses.replace(config, grid=spec.image_shape, top_k=top_k)
 
 

@@ -159,7 +159,7 @@ def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrappe
     if data.spec.image_shape is not None:
         states = model.sample(SamplingConfig(), _FILMSTRIP_ROWS, seed=config.seed)
         return torch.stack([state.ids.cpu() for state in states], 1)
-    sampling = SamplingConfig(steps=max(data.spec.seq_len // 4, 1))
+    sampling = SamplingConfig(steps=data.spec.seq_len)
     return model.sample(sampling, 4, seed=config.seed).last().ids.cpu()
 
 

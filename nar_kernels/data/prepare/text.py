@@ -81,7 +81,7 @@ def _choose(
     text_bytes = sum(input.text_bytes for input in inputs)
     size = default_size(text_bytes)
     chosen = "bytes" if size is None else f"a BPE of {size} tokens, trained on them"
-    why = "too little for a BPE" if size is None else "each token then occurs a thousand times"
+    why = "too little for a BPE" if size is None else "as many tokens as so much text can teach"
     progress.say(f"no tokenizer was given: {chosen} ({short(text_bytes)}B of text, {why})")
     return (open_tokenizer("bytes"), None) if size is None else (None, size)
 

@@ -9,8 +9,9 @@ from nar_kernels.extras import import_extra
 
 EOS = "<|endoftext|>"
 
-# At some four bytes a token, each token then occurs about a thousand times, enough to learn it.
-_BYTES_OF_TOKEN = 4000
+# Different words grow like the root of a text (Heaps' law), and so may tokens: half a megabyte gets
+# 1024, 33 MB get 8192. A net then meets each often enough to learn it.
+_TOKENS_OF_ROOT = 1.5
 _SMALLEST, _LARGEST = 512, 32768
 _SAMPLE_BYTES = 1 << 28
 
@@ -18,7 +19,7 @@ _SAMPLE_BYTES = 1 << 28
 def default_size(text_bytes: int) -> int | None:
     """Tokens of a BPE for so much text: a power of two from 512 to 32768. None: too little text
     for a BPE; bytes then."""
-    size = min(text_bytes // _BYTES_OF_TOKEN, _LARGEST)
+    size = min(int(_TOKENS_OF_ROOT * math.sqrt(text_bytes)), _LARGEST)
     return None if size < _SMALLEST else 1 << int(math.log2(size))
 
 

@@ -62,26 +62,27 @@ def test_the_same_text_gives_the_same_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_size_fits_the_text() -> None:
-    assert default_size(1_000_000) is None
-    assert default_size(2_047_999) is None
-    assert default_size(2_048_000) == 512
+    assert default_size(0) is None
+    assert default_size(116_000) is None
+    assert default_size(117_000) == 512
+    assert default_size(470_000) == 1024
     assert default_size(33_000_000) == 8192
     assert default_size(1 << 40) == 32768
     assert sample_every(1 << 28) == 1 and sample_every((1 << 28) + 1) == 2
 
 
-@pytest.mark.parametrize(("repeats", "name"), [(1, "bytes"), (9, "BPE of 512 tokens")])
+@pytest.mark.parametrize(("repeats", "name"), [(1, "bytes"), (3, "BPE of 512 tokens")])
 def test_the_default(tmp_path: Path, capsys: Any, repeats: int, name: str) -> None:
-    text = "\n".join(prose())[:300_000]
+    text = "\n".join(prose())[:100_000]
     path = write_lines(tmp_path / "a.jsonl", [{"text": text}] * repeats)
     prepare(path, tmp_path / "out", workers=1)
     assert (manifest := Corpus(tmp_path / "out").manifest) is not None
     assert manifest.tokenizer is not None and manifest.tokenizer.name == name
     said = capsys.readouterr().out
     if repeats == 1:
-        assert re.search(r"no tokenizer was given: bytes \(3..kB of text, too little for a", said)
+        assert re.search(r"no tokenizer was given: bytes \(1..kB of text, too little for a", said)
     else:
-        assert "no tokenizer was given: a BPE of 512 tokens, trained on them (2." in said
+        assert "no tokenizer was given: a BPE of 512 tokens, trained on them (3" in said
         assert "training a BPE of 512 tokens" in said
 
 
