@@ -16,6 +16,7 @@ from nar_kernels import (
     InvalidTokenError,
     MaskedLoader,
     MaskingConfig,
+    Mixture,
     PinnedMemoryError,
     TokenDataset,
 )
@@ -120,6 +121,28 @@ def test_on_a_device_that_is_not_the_current_one(backend):
     got = nar_kernels.corrupt(tokens.to("cuda:1"), MASKING, seed=4, backend=backend)
     assert torch.cuda.current_device() == 0 and got.labels.device.index == 1
     assert_same(got.to("cpu"), nar_kernels.corrupt(tokens, MASKING, seed=4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("kind", ["files", "mixture", "documents"])
+def test_windows_that_the_host_finds(tmp_path, kind, memory, backend):
+    """In several files, of a mixture and within documents: the starts go to the kernel."""
+    ids = (np.arange(6000) % 299).astype(np.uint16)
+    for i, part in enumerate(np.split(ids, [1000, 1003])):
+        np.save(tmp_path / f"{i}.npy", part)
+    options = {"num_tokens": 300, "mask_id": 299}
+    if kind == "documents":
+        dataset = TokenDataset(tmp_path, 64, eos_id=298, within_documents=True, **options)
+    else:
+        dataset = TokenDataset(tmp_path, 64, **options)
+        if kind == "mixture":
+            dataset = Mixture([dataset, TokenDataset(ids[:999], 64, **options)], [0.7, 0.3])
+    loader = MaskedLoader(
+        dataset, MASKING, 9, seed=3, device="cuda", backend=backend, corpus_memory=memory
+    )
+    for step in (0, 1, 7):
+        assert_same(loader.batch(step).to("cpu"), cpu_batch(loader, step))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -278,6 +278,7 @@ class MaskedLoader:
         Raises:
             InvalidTokenError: a window holds a bad id: in this batch on the CPU, in the one before
                 on a CUDA device. The message names corpus and offset.
+            CorpusChangedError: a file was changed since it was opened (looked at now and then).
             ValueError: ``step`` is negative, or a tensor while the kernel cannot read the corpus.
         """
         self._deferred_check.run()
@@ -293,6 +294,9 @@ class MaskedLoader:
                 )
         else:
             step = _check_step(step)
+            if self.corpus_memory == "mapped":
+                place = step * self.global_batch % self._order.num_windows
+                self._residency.before(begins_epoch=place < self.global_batch)
             if self._stager is not None:
                 windows = self._stager.windows(step)
             elif self._order.in_kernel is None:
@@ -338,9 +342,6 @@ class MaskedLoader:
         return self
 
     def __next__(self) -> Corrupted:
-        if self.corpus_memory == "mapped":
-            step, size = self.step, self.global_batch
-            self._residency.before(step, step * size % self._order.num_windows < size)
         batch = self.batch(self.step)
         self.step += 1
         if self._stager is not None:

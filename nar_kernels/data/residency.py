@@ -41,12 +41,13 @@ class Residency:
         self._stream = stream
         self._turn = itertools.cycle(stream.parts)
         self.is_cold, self._cold_until, self._faults = False, 0, _major_faults()
+        self._batches = 0
         if most_resident is None:
             most_resident = int(_memory_bytes() * _RESIDENT_FRACTION)
         self._most_resident = most_resident
 
-    def before(self, step: int, begins_epoch: bool) -> None:
-        """To be called before the batch of each step.
+    def before(self, begins_epoch: bool) -> None:
+        """To be called before each batch.
 
         Raises:
             CorpusChangedError: a file is not what it was. All are looked at where an epoch begins;
@@ -54,13 +55,14 @@ class Residency:
         """
         if begins_epoch:
             self._stream.check_unchanged()
-        if step % _OFTEN:
+        self._batches += 1
+        if self._batches % _OFTEN:
             return
         next(self._turn).check_unchanged()
         if (faults := _major_faults()) > self._faults:
-            self._cold_until, self._faults = step + _SELDOM, faults
-        self.is_cold = step < self._cold_until
-        if step % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
+            self._cold_until, self._faults = self._batches + _SELDOM, faults
+        self.is_cold = self._batches < self._cold_until
+        if self._batches % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
             self._stream.release_memory()
 
     def read_ahead(self, starts: Tensor, seq_len: int) -> None:

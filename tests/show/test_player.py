@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.tokenizers.byte_level import ByteTokenizer
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show import pictures
 from nar_kernels.show.player import page
@@ -104,6 +105,10 @@ def make_cases() -> dict[str, Case]:
             fabricate(text, given, 256, remask=False),
             SequenceSpec(257, len(TEXT), "bytes", None),
         ),
+        "text": Case(
+            fabricate(text, given, 256, remask=False),
+            SequenceSpec(257, len(TEXT), "text", None, tokenizer=ByteTokenizer().to_json()),
+        ),
         "ids, remasked": Case(
             fabricate(tokens, no_prompt(tokens), 50257, remask=True),
             SequenceSpec(50258, 10, "ids", None),
@@ -113,7 +118,7 @@ def make_cases() -> dict[str, Case]:
             SequenceSpec(50258, 10, "ids", None),
         ),
     }
-    for name in ("bytes", "ids, remasked"):
+    for name in ("bytes", "text", "ids, remasked"):
         last = cases[name].states[-1].log_prob
         last[1, :3] = torch.tensor([-torch.inf, -2000.0, -1e-6])
     return cases
@@ -315,6 +320,10 @@ def text_of(case: Case, token: int) -> str:
     if case.spec.render == "bytes":
         names = {ord("\n"): "↵", ord("\t"): "⇥"}
         return names.get(token) or (chr(token) if 32 <= token < 127 else "·")
+    if case.spec.render == "text":
+        names = {"\n": "↵", "\t": "⇥", "\0": "·"}
+        piece = bytes([token]).decode(errors="replace")
+        return names.get(piece, piece)
     return str(token) if case.spec.render == "ids" else ""
 
 
@@ -330,7 +339,8 @@ def check_looks(looks: list[tuple[str, str]], case: Case, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("image", 4), ("image, remasked", 99), ("bytes", 4), ("ids, remasked", 0)]
+    ("name", "step"),
+    [("image", 4), ("image, remasked", 99), ("bytes", 4), ("text", 3), ("ids, remasked", 0)],
 )
 def test_a_browser_shows_the_step_of_the_fragment(browse: Browse, name: str, step: int) -> None:
     case = CASES[name]
@@ -340,10 +350,12 @@ def test_a_browser_shows_the_step_of_the_fragment(browse: Browse, name: str, ste
     check_looks([(cell["class"], cell["text"]) for cell in shown.cells], case, step)
     assert shown.text["label"] == label(case, step)
     assert shown.attributes["slider"]["max"] == str(STEPS)
-    assert ("data-given" in shown.attributes["body"]) == (name in ("image, remasked", "bytes"))
+    assert ("data-given" in shown.attributes["body"]) == (
+        name in ("image, remasked", "bytes", "text")
+    )
     # Lines end where they will in the end, so that they do not move while they fill.
     ends = [place + 1 for place, byte in enumerate(TEXT * 2) if byte == ord("\n")]
-    assert shown.breaks == (ends if name == "bytes" else [])
+    assert shown.breaks == (ends if name in ("bytes", "text") else [])
 
 
 @every_case
