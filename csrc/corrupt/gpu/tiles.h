@@ -151,7 +151,8 @@ __device__ __attribute__((noinline)) void record_bad(const KernelArgs& a, int64_
   if (mine != __reduce_min_sync(kAllLanes, mine)) return;
   const int64_t offset = start + mine;
   int64_t token = 0;
-  visit_tokens(a.windows.tokens, a.windows.token_type, [&](const auto* tokens) { token = tokens[offset]; });
+  visit_tokens(a.windows.tokens, a.windows.token_type,
+               [&](const auto* tokens) { token = tokens[offset]; });
 
   using Atomic = unsigned long long;
   Atomic* record = reinterpret_cast<Atomic*>(a.invalid);
