@@ -277,7 +277,7 @@ class TokenDataset(Dataset[Tensor]):
 
 def _vocabulary(corpus: Corpus, num_tokens: int | None, mask_id: int | None) -> tuple[int, int]:
     """``num_tokens`` and ``mask_id`` as given, or those of the manifest."""
-    manifest = getattr(corpus, "manifest", None)
+    manifest = corpus.manifest
     if manifest is not None:
         num_tokens = manifest.num_tokens if num_tokens is None else num_tokens
         mask_id = manifest.mask_id if mask_id is None else mask_id
