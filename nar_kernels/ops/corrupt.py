@@ -304,12 +304,15 @@ class CorruptStep:
         """
         a, masking = self._arguments, self._masking
         first_sample = a.first_sample
+        is_planned = self._run_here is not None and windows is None
         if isinstance(step, Tensor):
+            is_planned = False
             a = a._replace(step=_check_scalar("step", step, self._device))
         else:
             first_sample += step * a.global_batch
         slots = range(first_sample, first_sample + a.batch)
-        if self._run_here is not None and windows is None and not needs_dispatcher(a.tokens):
+        if is_planned and not needs_dispatcher(a.tokens):
+            assert self._run_here is not None
             tensors = self._run_here(first_sample, starts)
         else:
             a = a._replace(first_sample=first_sample, starts=starts)

@@ -14,7 +14,7 @@ from nar_kernels import InvalidTokenError, MaskingConfig, backends
 from nar_kernels.ops import corrupt_launch, reference
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
-from nar_kernels.ops.corrupt import corrupt_step
+from nar_kernels.ops.corrupt import CorruptStep
 from nar_kernels.ops.corrupt_launch import run_corrupt
 from nar_kernels.ops.host_counts import count_on_host
 from nar_kernels.ops.masking import NUM_INVALID
@@ -654,11 +654,10 @@ def test_step(num_windows, shuffle, backend):
             backend="reference",
         )
         for scalar in (int, lambda x: torch.tensor([x], device=device)):
-            got = corrupt_step(
+            make = CorruptStep(
                 corpus.to(device),
                 masking,
                 order,
-                step=scalar(step),
                 batch_size=batch,
                 rank=rank,
                 global_batch=batch * world_size,
@@ -667,7 +666,7 @@ def test_step(num_windows, shuffle, backend):
                 device=device,
                 backend=backend,
             )
-            assert_same(got.to("cpu"), expected)
+            assert_same(make(scalar(step)).to("cpu"), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -61,6 +61,7 @@ def test_streams_are_frozen():
         "DECODE_NOISE": 7,
         "CRITIC_NOISE": 8,
         "GENERATOR_SEED": 9,
+        "WINDOW_PHASE": 10,
     }
 
 

@@ -13,7 +13,7 @@ from nar_kernels.data.formats.prepared import check_files, manifest_of
 from nar_kernels.data.manifest import FILE
 from nar_kernels.data.prepare import prepare
 from nar_kernels.errors import CorpusFormatError
-from tests.helpers.corpora import read_ends
+from tests.helpers.prepared import read_ends
 from tests.helpers.texts import write_lines
 
 pytest.importorskip("fsspec")
