@@ -9,8 +9,11 @@ window; ids as int64:
 * Grain: `MapDataset.source(windows).seed(0).shuffle().batch(B)`, then the same mask.
 * Hugging Face: `DataCollatorForLanguageModeling` over windows picked by a random permutation.
 
-Each of ours takes turns with each peer, one batch at a time, as a training loop calls: what a batch
-needs is then in no near cache. `training` writes what `masked_nll` needs, in int32.
+Each of ours takes turns with each peer, one batch at a time, as a training loop calls: what a
+batch needs is then in no near cache. `training` writes what `masked_nll` needs, in int32. The file
+is in this process's map before, as after `validate_all`, which `train` begins with; `unmapped` is
+without: each window is then a page fault or two, until the first epoch is over. (nanoGPT maps the
+file anew for each batch.)
 
 Opening: a corpus of 1e9 tokens in 100 files and its first shuffled batch, in a fresh process whose
 imports are done.
@@ -18,21 +21,25 @@ imports are done.
     python benchmarks/bench_loader.py [--threads 2] [--json FILE]
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from measure import begin, in_fresh_process, make_parser, median_ns, print_table, write_json
+from measure import begin, in_fresh_process, make_parser, print_table, turns_ns, write_json
 from torch import Tensor
 
 from nar_kernels import MaskedLoader, MaskingConfig, TokenDataset
 
 NUM_TOKENS, MASK_ID = 50258, 50257
 BATCH, LENGTH = 64, 1024
+_ROUNDS = 6
 MASKING = MaskingConfig(NUM_TOKENS, MASK_ID)
 
 
@@ -90,8 +97,10 @@ def hugging_face(path: Path) -> Callable[[], object]:
     return lambda: collate([{"input_ids": windows[next(order)]} for _ in range(BATCH)])
 
 
-def ours(path: Path, **options: Any) -> Callable[[], object]:
+def ours(path: Path, is_mapped: bool = True, **options: Any) -> Callable[[], object]:
     dataset = TokenDataset(path, LENGTH, num_tokens=NUM_TOKENS, mask_id=MASK_ID, dtype="uint16")
+    if is_mapped:
+        dataset.corpus.tokens.numpy().max()
     loader = MaskedLoader(dataset, MASKING, BATCH, **options)
     return lambda: next(loader)
 
@@ -104,6 +113,7 @@ def write_corpus(folder: Path, tokens: int, files: int) -> list[Path]:
         ids = rng.random(tokens // files, dtype=np.float32) ** 4 * MASK_ID
         paths.append(folder / f"{i:03}.bin")
         ids.astype(np.uint16).tofile(paths[-1])
+    os.sync()  # or the system writes, on the same cores, while calls are timed
     return paths
 
 
@@ -121,25 +131,36 @@ def main() -> None:
     args = parser.parse_args()
     _, repeats, record = begin(parser, args, on_cpu=True)
     with tempfile.TemporaryDirectory() as folder:
-        tokens = 1_000_000 if args.dry_run else 200_000_000
+        tokens = 2_000_000 if args.dry_run else 200_000_000
         (path,) = write_corpus(Path(folder), tokens, 1)
         peers = {
             "nanoGPT": nano_gpt(path, with_targets=True),
             "nanoGPT, no targets": nano_gpt(path, with_targets=False),
-            "Grain": grain_batches(path),
             "Hugging Face": hugging_face(path),
         }
+        if find_spec("grain"):
+            peers["Grain"] = grain_batches(path)
+        else:
+            print("without Grain: `pip install grain` adds it\n")
         kept = {"outputs": ("labels", "masked_rows"), "ids_dtype": torch.int32}
         mine = {
-            "MaskedLoader": ours(path),
-            "MaskedLoader, training": ours(path, **kept),
+            "MaskedLoader": lambda: ours(path),
+            "MaskedLoader, training": lambda: ours(path, **kept),
+            "MaskedLoader, unmapped": lambda: ours(path, is_mapped=False),
         }
         np.memmap(path, dtype=np.uint16, mode="r").max()  # into the page cache
-        ns = {
-            (name, peer): median_ns({name: mine[name], peer: peers[peer]}, repeats, warm_up=0)
-            for peer in peers
-            for name in mine
+        # Of each pair in a part of the repeats after the other: the speed of machines changes. And a
+        # loader of its own for each: one that has run has pages in its map.
+        pairs = {(name, peer): make() for peer in peers for name, make in mine.items()}
+        times: dict[Any, dict[str, list[int]]] = {
+            pair: {name: [] for name in pair} for pair in pairs
         }
+        for _ in range(_ROUNDS):
+            for (name, peer), call in pairs.items():
+                turns = turns_ns({name: call, peer: peers[peer]}, -(-repeats // _ROUNDS), warm_up=0)
+                for who, more in turns.items():
+                    times[name, peer][who] += more
+        ns = {p: {who: median(t) for who, t in of.items()} for p, of in times.items()}
     with tempfile.TemporaryDirectory() as folder:
         tokens, files = (100_000, 4) if args.dry_run else (1_000_000_000, 100)
         write_corpus(Path(folder), tokens, files)

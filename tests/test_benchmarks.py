@@ -143,6 +143,15 @@ def test_choose(tmp_path):
     assert "| confidence with noise | choose |" in output
 
 
+def test_loader(tmp_path):
+    pytest.importorskip("transformers")
+    figures, output = run("bench_loader.py", tmp_path)
+    peers = {row["beside"] for row in figures["rows"]} - {"Grain"}
+    assert peers == {"nanoGPT", "nanoGPT, no targets", "Hugging Face"}
+    assert all(row["us"] > 0 and row["times as fast"] > 0 for row in figures["rows"])
+    assert len(figures["opening_ms"]) == 3 and "| MaskedLoader |" in output
+
+
 def test_scan(tmp_path):
     figures, output = run("bench_scan.py", tmp_path, "--folder", tmp_path)
     assert [setting["dtype"] for setting in figures["settings"]] == [

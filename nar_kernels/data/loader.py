@@ -17,7 +17,7 @@ from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.documents import document_ids
 from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
 from nar_kernels.data.mixture import Mixture
-from nar_kernels.data.order import EpochOrder, MixtureOrder
+from nar_kernels.data.order import order_of
 from nar_kernels.data.pinned import pin_exactly
 from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
@@ -52,14 +52,6 @@ def _check_step(step: int) -> int:
     if step < 0:
         raise ValueError(f"step is {step}: it must be at least 0")
     return step
-
-
-def _order_of(
-    dataset: TokenDataset | Mixture, seed: int, shuffle: bool, shift: bool
-) -> EpochOrder | MixtureOrder:
-    if isinstance(dataset, Mixture):
-        return MixtureOrder(dataset, seed, shuffle, shift)
-    return EpochOrder(dataset, seed, shuffle, shift)
 
 
 class MaskedLoader:
@@ -163,7 +155,7 @@ class MaskedLoader:
         self.backend = resolve_backend(backend, self._compute_device)
         self._wanted = Wanted.of(outputs, ids_dtype)
         self.step = 0
-        self._order = _order_of(dataset, self.seed, self.shuffle, bool(shift_epochs))
+        self._order = order_of(dataset, self.seed, self.shuffle, bool(shift_epochs))
         self._deferred_check = DeferredCheck()
         self._place_corpus(corpus_memory)
 

@@ -136,3 +136,11 @@ class MixtureOrder:
         """As :func:`check_continues` takes them."""
         datasets = enumerate(self.mixture.datasets)
         return {f"sources[{i}].": dataset.corpus.name for i, dataset in datasets}
+
+
+def order_of(
+    dataset: TokenDataset | Mixture, seed: int, shuffle: bool, shift: bool
+) -> EpochOrder | MixtureOrder:
+    """The order of a dataset or of a mixture; arguments as of :class:`EpochOrder`."""
+    of = MixtureOrder if isinstance(dataset, Mixture) else EpochOrder
+    return of(dataset, seed, shuffle, shift)  # type: ignore[arg-type]

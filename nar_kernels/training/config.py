@@ -216,6 +216,11 @@ class TrainConfig:
         check_seed(self.seed)
         if self.dim % self.heads:
             raise ValueError(f"heads is {self.heads}: it must divide dim, which is {self.dim}")
+        if 2 * self.shift_tokens >= self.dim:
+            raise ValueError(
+                f"shift_tokens is {self.shift_tokens}: it must be below half of dim, which is "
+                f"{self.dim}, a part of which goes to each neighbour"
+            )
         if self.rotary and self.dim // self.heads % 2:
             raise ValueError(
                 f"dim / heads is {self.dim // self.heads}: rotary embeddings need an even width of "

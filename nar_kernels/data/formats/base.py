@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +118,19 @@ def path_beside(path: Path, name: object, field: str) -> Path:
     except UnicodeEncodeError:
         pass
     raise malformed(path, field, repr(name), "the name of a file")
+
+
+# As Megatron-LM and lit-gpt number dtypes; the codes 6 and 7 are floats in either, in either order.
+_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+
+
+def dtype_of_code(path: Path, code: int, floats: Mapping[int, str]) -> str:
+    """The dtype that a header says by a number; CorpusFormatError if it is none of ids."""
+    if code not in _CODES:
+        found = f"{code} ({floats[code]})" if code in floats else code
+        known = ", ".join(f"{code} ({name})" for code, name in _CODES.items())
+        raise malformed(path, "code of the dtype", found, f"one of {known}")
+    return _CODES[code]
 
 
 def check_dtype_is_not_given(path: Path, options: ReadOptions, what: str) -> None:

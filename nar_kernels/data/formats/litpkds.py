@@ -15,12 +15,12 @@ from nar_kernels.data.formats.base import (
     Layout,
     ReadOptions,
     check_dtype_is_not_given,
+    dtype_of_code,
     malformed,
 )
 
 _MAGIC = b"LITPKDS"
 _HEADER = struct.Struct("<7sQBQ")
-_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _FLOATS = {6: "float32", 7: "float64"}  # in the other order than those of Megatron-LM
 
 
@@ -36,11 +36,7 @@ def litpkds_layout(path: Path, options: ReadOptions) -> Layout:
     _, version, code, num_tokens = _HEADER.unpack(head)
     if version != 1:
         raise malformed(path, "version", version, 1)
-    if code not in _DTYPES:
-        found = f"{code} ({_FLOATS[code]})" if code in _FLOATS else code
-        known = ", ".join(f"{code} ({name})" for code, name in _DTYPES.items())
-        raise malformed(path, "code of the dtype", found, f"one of {known}")
-    dtype = _DTYPES[code]
+    dtype = dtype_of_code(path, code, _FLOATS)
     check_dtype_is_not_given(path, options, f"a packed chunk, whose header says {dtype}")
     expected = _HEADER.size + num_tokens * np.dtype(dtype).itemsize
     if size != expected:

@@ -18,6 +18,7 @@ from nar_kernels.data.formats.base import (
     Layout,
     ReadOptions,
     check_dtype_is_not_given,
+    dtype_of_code,
     malformed,
     merge_runs,
 )
@@ -25,7 +26,6 @@ from nar_kernels.errors import CorpusFormatError
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _FLOATS = {6: "float64", 7: "float32"}
 
 _CHUNK = 1 << 20  # sequences
@@ -79,10 +79,7 @@ def _read_index(path: Path) -> _Index:
         raise malformed(path, "magic number", magic, _MAGIC)
     if version != 1:
         raise malformed(path, "version", version, 1)
-    if code not in _DTYPES:
-        found = f"{code} ({_FLOATS[code]})" if code in _FLOATS else code
-        known = ", ".join(f"{code} ({name})" for code, name in _DTYPES.items())
-        raise malformed(path, "code of the dtype", found, f"one of {known}")
+    dtype = dtype_of_code(path, code, _FLOATS)
     if num_documents < 1:
         raise malformed(path, "number of document boundaries", 0, "at least 1")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_documents
@@ -95,11 +92,11 @@ def _read_index(path: Path) -> _Index:
             f" and {num_documents} document boundaries",
         )
     offset, arrays = _HEADER.size, []
-    for dtype, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_documents)):
-        array = np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+    for kind, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_documents)):
+        array = np.memmap(path, kind, "r", offset, (count,)) if count else np.empty(0, kind)
         offset += array.nbytes
         arrays.append(array)
-    index = _Index(path, _DTYPES[code], *arrays)
+    index = _Index(path, dtype, *arrays)
     for place, boundary in ((0, 0), (-1, num_sequences)):
         if index.documents[place] != boundary:
             which = "last" if place else "first"

@@ -58,14 +58,23 @@ _UNSUPPORTED_FORMATS: dict[str, dict[bytes, str]] = {
 }
 
 
+# All at once: there may be many files, and few are of these formats.
+_ANY = re.compile(
+    b"|".join(b"(?:%s)" % p for formats in _UNSUPPORTED_FORMATS.values() for p in formats),
+    re.DOTALL,
+)
+
+
 def reject_unsupported_formats(path: Path, head: bytes, tail: bytes) -> None:
     """Raises CorpusFormatError if the first or last bytes are those of an unsupported format."""
-    found = [
-        (what, remedy)
-        for remedy, formats in _UNSUPPORTED_FORMATS.items()
-        for pattern, what in formats.items()
-        if re.match(pattern, head + tail, re.DOTALL)
-    ]
+    found = []
+    if _ANY.match(head + tail):
+        found = [
+            (what, remedy)
+            for remedy, formats in _UNSUPPORTED_FORMATS.items()
+            for pattern, what in formats.items()
+            if re.match(pattern, head + tail, re.DOTALL)
+        ]
     if _is_tfrecord(head):
         found.append(("a TFRecord file", _BY_LIBRARY))
     if _is_litdata_chunk(path):
