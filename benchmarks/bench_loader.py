@@ -149,8 +149,8 @@ def main() -> None:
             "MaskedLoader, unmapped": lambda: ours(path, is_mapped=False),
         }
         np.memmap(path, dtype=np.uint16, mode="r").max()  # into the page cache
-        # Of each pair in a part of the repeats after the other: the speed of machines changes. And a
-        # loader of its own for each: one that has run has pages in its map.
+        # Pairs in turns, too, since the speed of machines changes; and a loader of its own for
+        # each: one that has run has pages in its map.
         pairs = {(name, peer): make() for peer in peers for name, make in mine.items()}
         times: dict[Any, dict[str, list[int]]] = {
             pair: {name: [] for name in pair} for pair in pairs
