@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ("options", "message"),
     [
         ({"heads": 3}, "heads is 3: it must divide dim"),
+        ({"shift_tokens": -1}, "shift_tokens is -1: it must be at least 0"),
+        ({"dim": 8, "heads": 1, "shift_tokens": 4}, "shift_tokens is 4: it must be below half of"),
         ({"dim": 12}, "dim / heads is 3.*--no-rotary"),
         ({"steps": 0}, "steps is 0: it must be at least 1"),
         ({"lr": 0.0}, "lr is 0.0"),
