@@ -5,13 +5,15 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.inspection import Decode, Inspection, inspect_corpus, no_text
-from nar_kernels.data.opened import Opened, open_source
+from nar_kernels.data.mixture_file import MixtureSource, read_mixture
+from nar_kernels.data.opened import Opened, open_source, opened_corpus
 from nar_kernels.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_from_json
 from nar_kernels.files import check_writable
 from nar_kernels.show import pictures
@@ -68,27 +70,55 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     """Returns 1 if there are bad ids."""
     picture = None if arguments.picture is None else Path(arguments.picture)
+    mixture = read_mixture(arguments.source[0]) if len(arguments.source) == 1 else None
     if picture is not None:
+        if mixture is not None:
+            raise ValueError(
+                f"--picture is of one corpus, but {arguments.source[0]} is a mixture of "
+                f"{len(mixture)}: name one of them"
+            )
         if picture.suffix != ".png":
             raise ValueError(f"--picture is {picture}: it must be a .png file")
         check_writable(picture)
-    opened = _open(arguments)
+    if mixture is not None:
+        all_facts = [{"weight": part.weight, **_of_part(arguments, part)} for part in mixture]
+        if arguments.json:
+            print(json.dumps({"mixture": all_facts}))
+        else:
+            print("\n\n".join(map(text, all_facts)))
+        return int(any(facts["bad_ids"]["count"] > 0 for facts in all_facts))
+    inspection = _inspect(arguments, _open(arguments))
+    facts = {"sources": arguments.source, **inspection.facts}
+    print(json.dumps(facts) if arguments.json else text(facts))
+    if picture is not None:
+        _draw(picture, Path(arguments.source[0]).name, inspection)
+    return int(facts["bad_ids"]["count"] > 0)
+
+
+def _of_part(arguments: argparse.Namespace, part: MixtureSource) -> dict[str, Any]:
+    """The facts of one source of a mixture."""
+    opened = open_source(
+        part.data,
+        dtype=part.dtype or arguments.dtype,
+        column=part.column or arguments.column,
+        eos_id=arguments.eos_id,
+        folder=None,
+    )
+    return {"sources": [part.data], **_inspect(arguments, opened).facts}
+
+
+def _inspect(arguments: argparse.Namespace, opened: Opened) -> Inspection:
     num_tokens, mask_id, seq_len = arguments.num_tokens, arguments.mask_id, arguments.seq_len
     if num_tokens is None:
         num_tokens = opened.fixed.get("num_tokens")
         mask_id = opened.own_mask_id if mask_id is None else mask_id
-    inspection = inspect_corpus(
+    return inspect_corpus(
         opened.corpus,
         seq_len=opened.fixed.get("seq_len", _SEQ_LEN) if seq_len is None else seq_len,
         num_tokens=num_tokens,
         mask_id=mask_id,
         decode=_decoder(opened, arguments.tokenizer),
     )
-    facts = {"sources": arguments.source, **inspection.facts}
-    print(json.dumps(facts) if arguments.json else text(facts))
-    if picture is not None:
-        _draw(picture, Path(arguments.source[0]).name, inspection)
-    return int(facts["bad_ids"]["count"] > 0)
 
 
 def _open(arguments: argparse.Namespace) -> Opened:
@@ -97,8 +127,7 @@ def _open(arguments: argparse.Namespace) -> Opened:
     if len(arguments.source) == 1:
         (name,) = arguments.source
         return open_source(name, dtype=dtype, column=column, eos_id=eos_id, folder=None)
-    corpus = Corpus(arguments.source, dtype=dtype, column=column, eos_id=eos_id)
-    return Opened(corpus, "ids", {})
+    return opened_corpus(Corpus(arguments.source, dtype=dtype, column=column, eos_id=eos_id))
 
 
 def _decoder(opened: Opened, name: str | None) -> Decode:

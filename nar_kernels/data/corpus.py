@@ -17,7 +17,7 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.data.formats.base import Layout, ReadOptions, check_array, check_stream
 from nar_kernels.data.formats.detect import PathSource, read_layouts
-from nar_kernels.data.formats.prepared import manifest_of
+from nar_kernels.data.formats.prepared import manifests_of
 from nar_kernels.data.manifest import Manifest
 from nar_kernels.data.stream import TokenStream, as_tensor
 from nar_kernels.errors import CorpusFormatError
@@ -56,7 +56,9 @@ class Corpus:
     Attributes:
         stream: the :class:`~nar_kernels.data.stream.TokenStream` of ids.
         loss_mask: a stream of as many uint8, 1 where a token counts in a loss, or None.
-        manifest: of a folder that ``nar-kernels prepare`` wrote; else None.
+        manifests: of folders that ``nar-kernels prepare`` wrote, each with a
+            :class:`~nar_kernels.data.manifest.Manifest`, all of one vocabulary. Empty if there are
+            other files.
         name: the path as given (the first one of a list), or ``"array"`` or ``"tensor"``.
 
     Raises:
@@ -68,7 +70,7 @@ class Corpus:
     name: str
     stream: TokenStream
     loss_mask: TokenStream | None
-    manifest: Manifest | None
+    manifests: tuple[Manifest, ...]
     _layouts: Sequence[Layout]
     _joined: "Sequence[Corpus]"
 
@@ -81,7 +83,7 @@ class Corpus:
         eos_id: int | None = None,
     ) -> None:
         self.eos_id = None if eos_id is None else as_int("eos_id", eos_id)
-        self.loss_mask, self.manifest = None, manifest_of(source)
+        self.loss_mask, self.manifests = None, ()
         self._layouts, self._joined = (), ()
         if isinstance(source, np.ndarray | Tensor):
             if dtype is not None:
@@ -100,6 +102,7 @@ class Corpus:
         self.name = _name(source)
         self._layouts = read_layouts(source, ReadOptions(dtype, column))
         self.stream = TokenStream.of_files(self._layouts)
+        self.manifests = manifests_of(self._layouts)
         self.loss_mask = _loss_mask(self._layouts, self.name)
 
     @classmethod
@@ -121,7 +124,7 @@ class Corpus:
         corpus = cls.__new__(cls)
         corpus.name = " and ".join(c.name for c in corpora)
         corpus.stream = TokenStream.joined([c.stream for c in corpora])
-        corpus.loss_mask, corpus.manifest, corpus.eos_id = None, None, None
+        corpus.loss_mask, corpus.manifests, corpus.eos_id = None, (), None
         corpus._layouts = ()
         masks = [c.loss_mask for c in corpora if c.loss_mask is not None]
         if len(masks) == len(corpora):

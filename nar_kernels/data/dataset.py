@@ -277,10 +277,9 @@ class TokenDataset(Dataset[Tensor]):
 
 def _vocabulary(corpus: Corpus, num_tokens: int | None, mask_id: int | None) -> tuple[int, int]:
     """``num_tokens`` and ``mask_id`` as given, or those of the manifest."""
-    manifest = corpus.manifest
-    if manifest is not None:
-        num_tokens = manifest.num_tokens if num_tokens is None else num_tokens
-        mask_id = manifest.mask_id if mask_id is None else mask_id
+    if corpus.manifests:
+        num_tokens = corpus.manifests[0].num_tokens if num_tokens is None else num_tokens
+        mask_id = corpus.manifests[0].mask_id if mask_id is None else mask_id
     if num_tokens is None or mask_id is None:
         missing = "num_tokens" if num_tokens is None else "mask_id"
         raise ValueError(

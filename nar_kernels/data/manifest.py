@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Manifest:
         shards: in order.
         image_shape: (height, width) if each document is an image of ids, row by row; else None.
         labels: ``.npy``, int64 ``[total_documents]``, the class of each image; or None.
+        folder: where it was read; of one that was not, empty.
     """
 
     dtype: str
@@ -87,6 +88,14 @@ class Manifest:
     shards: tuple[Shard, ...]
     image_shape: tuple[int, int] | None = None
     labels: str | None = None
+    folder: str = field(default="", compare=False)
+
+    def tokenizer_json(self) -> str | None:
+        """What the file of the tokenizer holds, for
+        :func:`nar_kernels.data.tokenizer.tokenizer_from_json`."""
+        if self.tokenizer is None:
+            return None
+        return Path(self.folder, self.tokenizer.file).read_text(encoding="utf-8")
 
     @classmethod
     def of_shards(cls, shards: list[Shard], vocabulary: "Vocabulary", **more: Any) -> "Manifest":
@@ -107,6 +116,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json``, atomically."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        del content["folder"]
         with atomic_write(folder / FILE) as file:
             file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -179,6 +189,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         shards=tuple(_shard(_Fields(path, x, f"shards[{i}].")) for i, x in enumerate(shards)),
         image_shape=None if shape is None else (shape[0], shape[1]),
         labels=read("labels", "a file name or null", lambda x: x is None or _is_file_name(x)),
+        folder=str(path.parent.absolute()),
     )
     _check_sums(path, manifest)
     return manifest
@@ -200,15 +211,15 @@ class _Fields:
         self._path, self._content, self._prefix = path, content, prefix
 
     def __call__(self, name: str, expected: str, is_valid: Callable[[Any], bool]) -> Any:
-        field = self._prefix + name
+        label = self._prefix + name
         if not isinstance(self._content, dict):
             what = self._prefix.rstrip(".") or "the content"
             raise malformed(self._path, what, _shown(self._content), "a JSON object")
         if name not in self._content:
-            raise malformed(self._path, field, "missing", expected)
+            raise malformed(self._path, label, "missing", expected)
         value = self._content[name]
         if not is_valid(value):
-            raise malformed(self._path, field, _shown(value), expected)
+            raise malformed(self._path, label, _shown(value), expected)
         return value
 
 
@@ -264,10 +275,10 @@ def _check_sums(path: Path, manifest: Manifest) -> None:
         "min_id": min(shard.min_id for shard in shards),
         "max_id": max(shard.max_id for shard in shards),
     }
-    for field, value in expected.items():
-        if getattr(manifest, field) != value:
+    for name, value in expected.items():
+        if getattr(manifest, name) != value:
             what = f"{value}, by the other fields"
-            raise malformed(path, field, getattr(manifest, field), what)
+            raise malformed(path, name, getattr(manifest, name), what)
     if manifest.num_tokens - 1 > most:
         what = f"at most {most + 1}, the ids of {manifest.dtype}"
         raise malformed(path, "num_tokens", manifest.num_tokens, what)

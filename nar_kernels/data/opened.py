@@ -71,10 +71,14 @@ def open_source(
     if is_text and not (Path(path).suffix == ".json" and _lists_files(path)):
         corpus = Corpus(path, dtype="uint8", eos_id=eos_id)
         return Opened(corpus, "bytes", {"num_tokens": NUM_BYTES + 1})
-    corpus = Corpus(path, dtype=dtype, column=column, eos_id=eos_id)
-    manifest = corpus.manifest
-    if manifest is None:
+    return opened_corpus(Corpus(path, dtype=dtype, column=column, eos_id=eos_id))
+
+
+def opened_corpus(corpus: Corpus) -> Opened:
+    """A corpus of token ids, with what the folders of ``nar-kernels prepare`` say of it."""
+    if not corpus.manifests:
         return Opened(corpus, "ids", {})
+    manifest = corpus.manifests[0]  # the others say the same
     fixed = {"num_tokens": manifest.num_tokens}
     render: Render = "ids"
     tokenizer = None
@@ -83,8 +87,7 @@ def open_source(
         render, fixed = "image", fixed | {"seq_len": size, "stride": size}
     elif manifest.tokenizer is not None:
         render = "bytes" if manifest.tokenizer.name == "bytes" else "text"
-        if render == "text":
-            tokenizer = (Path(path) / manifest.tokenizer.file).read_text(encoding="utf-8")
+        tokenizer = manifest.tokenizer_json() if render == "text" else None
     own_mask_id = None if manifest.mask_id == manifest.num_tokens - 1 else manifest.mask_id
     return Opened(
         corpus,

@@ -3,7 +3,7 @@
 Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 """
 
-import json
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,13 @@ from torch import Tensor
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.formats.prepared import is_prepared_text
 from nar_kernels.data.mixture import Mixture
-from nar_kernels.data.opened import BUILT_IN, Opened, open_source
+from nar_kernels.data.mixture_file import MixtureSource, read_mixture
+from nar_kernels.data.opened import Opened, open_source
 from nar_kernels.data.scan import known_scan, scan
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.distributed import on_first_rank
-from nar_kernels.errors import CorpusFormatError
 
 _DEFAULT_SEQ_LEN = 256
 _MAX_HELD_OUT = 256
@@ -66,15 +67,6 @@ class Data(NamedTuple):
                 dataset.validate_all()
 
 
-class _Source(NamedTuple):
-    """One of a mixture, or the only one."""
-
-    name: str
-    weight: float = 1.0
-    dtype: str | None = None
-    column: str | None = None
-
-
 def open_data(
     name: str | os.PathLike[str],
     *,
@@ -115,10 +107,10 @@ def open_data(
     for option, value in options.items():
         options[option] = None if value is None else as_int(option, value)
     num_held_out = None if num_held_out is None else as_int("num_held_out", num_held_out)
-    sources = _read_mixture(name, folder) or [_Source(name, 1.0, dtype, column)]
+    sources = read_mixture(name, folder) or [MixtureSource(name)]
     opened = [
         open_source(
-            source.name,
+            source.data,
             dtype=source.dtype or dtype,
             column=source.column or column,
             eos_id=eos_id,
@@ -126,12 +118,12 @@ def open_data(
         )
         for source in sources
     ]
-    _check_alike([source.name for source in sources], opened)
+    _check_alike([source.data for source in sources], opened)
     for source, one in zip(sources, opened, strict=True):
         for option, value in one.fixed.items():
             if options[option] not in (None, value):
                 raise ValueError(
-                    f"{option} is {options[option]}, but that of {source.name} is always {value}: "
+                    f"{option} is {options[option]}, but that of {source.data} is always {value}: "
                     "leave it out"
                 )
             options[option] = value
@@ -156,34 +148,16 @@ def open_data(
     return Data(name, spec, *_split_mixture(datasets, [s.weight for s in sources], num_held_out))
 
 
-def _read_mixture(name: str, folder: Path | None) -> list[_Source] | None:
-    """The sources that a JSON file names, if it is one that does."""
-    path = Path(name)
-    if path.suffix != ".json":
-        return None
-    if folder is not None and not path.exists():
-        path = folder / path
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or "mixture" not in content:
-        return None
-    entries, sources = content["mixture"], []
-    how = f'{path} must be like {{"mixture": [{{"data": "a.bin", "weight": 0.7}}, ...]}}'
-    if not isinstance(entries, list) or not entries:
-        raise CorpusFormatError(f"mixture is {entries!r}: {how}")
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("data"), str):
-            raise CorpusFormatError(f"mixture[{i}] is {entry!r}: {how}")
-        if unknown := sorted(set(entry) - {"data", "weight", "dtype", "column"}):
-            raise CorpusFormatError(f"mixture[{i}] has {unknown[0]!r}: {how}")
-        data = entry["data"] if entry["data"] in BUILT_IN else str(path.parent / entry["data"])
-        weight = entry.get("weight", 1)
-        if not isinstance(weight, int | float):
-            raise CorpusFormatError(f"mixture[{i}] has the weight {weight!r}: {how}")
-        sources.append(_Source(data, weight, entry.get("dtype"), entry.get("column")))
-    return sources
+def is_all_prepared_text(name: str | os.PathLike[str]) -> bool:
+    """Whether all that a ``--data`` names are folders of text of ``nar-kernels prepare``: itself,
+    what a glob matches, or the sources of a mixture."""
+    sources = read_mixture(os.fspath(name)) or [MixtureSource(os.fspath(name))]
+    return all(is_prepared_text(path) for source in sources for path in _paths(source.data))
+
+
+def _paths(name: str) -> list[str]:
+    """A path, or what a glob matches."""
+    return [name] if os.path.exists(name) else glob.glob(name) or [name]
 
 
 def _least_vocabulary(corpora: Sequence[Corpus]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nar_kernels.checks import check_seed
-from nar_kernels.data.formats.prepared import is_prepared_text
+from nar_kernels.data.sources import is_all_prepared_text
 from nar_kernels.options import coerce_fields, option, option_of
 from nar_kernels.spec.schedules import SCHEDULES
 
@@ -331,7 +331,7 @@ FREE_ON_RESUME = frozenset(
 
 
 def _preset_of(data: str | os.PathLike[str]) -> dict[str, Any]:
-    if is_prepared_text(data):
+    if is_all_prepared_text(data):
         return PRESETS[PREPARED_TEXT]
     return PRESETS.get(str(data), {})
 

@@ -364,6 +364,25 @@ def test_picture_of_one_id(tmp_path: Path, rows) -> None:
     rows(tmp_path / "a.npy", "--picture", tmp_path / "none.png", status=1)
 
 
+def test_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], facts
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.arange(9, dtype="uint16"))
+    Path("b.bin").write_bytes(np.array([7, -1], "int32").tobytes())
+    parts = [{"data": "a.npy"}, {"data": "b.bin", "dtype": "int32", "weight": 0.5}]
+    Path("mix.json").write_text(json.dumps({"mixture": parts}))
+    found = facts("mix.json", status=1)["mixture"]
+    assert [part["weight"] for part in found] == [1, 0.5]
+    assert [part["tokens"] for part in found] == [9, 2]
+    assert [part["bad_ids"]["count"] for part in found] == [0, 1]
+    inspect("mix.json", status=1)
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("a.npy\n") and second.startswith("b.bin\n")
+    inspect("mix.json", "--picture", "x.png", status=2)
+    assert "--picture is of one corpus, but mix.json is a mixture of 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

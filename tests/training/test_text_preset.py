@@ -1,5 +1,6 @@
 """What --data of a user's own text starts with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from nar_kernels.data.prepare import prepare
 from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.sources import open_data
 from nar_kernels.training.config import PREPARED_TEXT, PRESETS, TrainConfig
 from nar_kernels.training.model import build_model
 
@@ -21,6 +23,21 @@ def test_prepared_text_has_a_preset(tmp_path: Path) -> None:
     preset = PRESETS[PREPARED_TEXT]
     assert (config.seq_len, config.shift_tokens, config.lr) == (preset["seq_len"], 1, 1e-3)
     assert TrainConfig.for_data("digits").shift_tokens == 0
+
+
+def test_several_folders_of_text_have_it_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 300)
+    for name in ("part-0", "part-1"):
+        prepare(tmp_path / "a.txt", tmp_path / name, tokenizer="bytes", workers=1)
+    mixture = tmp_path / "mix.json"
+    mixture.write_text(json.dumps({"mixture": [{"data": "part-0"}, {"data": "part-1"}]}))
+    for data in (tmp_path / "part-*", mixture):
+        assert TrainConfig.for_data(data).shift_tokens == 1
+        opened = open_data(data)
+        assert opened.spec.render == "bytes" and opened.spec.num_tokens == 257
+    mixture.write_text(json.dumps({"mixture": [{"data": "part-0"}, {"data": "text"}]}))
+    for data in (mixture, tmp_path / "nothing-*"):
+        assert TrainConfig.for_data(data).shift_tokens == 0
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])

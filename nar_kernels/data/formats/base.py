@@ -37,6 +37,7 @@ class Layout:
             of each document; the last is the number of all. Picklable. None: the format does not
             say.
         loss_mask: as many uint8, 1 where a token counts in a loss, and 0 elsewhere; or None.
+        prepared_in: the folder of ``nar-kernels prepare`` that this is a shard of, or None.
     """
 
     format: str
@@ -47,6 +48,7 @@ class Layout:
     size: int
     document_ends: Callable[[], np.ndarray] | None = None
     loss_mask: "Layout | None" = None
+    prepared_in: str | None = None
 
     def __post_init__(self) -> None:
         # Kernels read there unchecked, so this holds whatever a reader of a format overlooked.

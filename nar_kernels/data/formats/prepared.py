@@ -1,6 +1,7 @@
 """Folders of ``nar-kernels prepare``, described by their ``manifest.json``."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,15 @@ from nar_kernels.data.formats.base import (
 from nar_kernels.data.formats.npy import npy_layout
 from nar_kernels.data.manifest import FILE, FORMAT, Manifest, Shard, read_manifest, sha256_of
 from nar_kernels.errors import CorpusFormatError
+
+# What all folders of a corpus have in common.
+_SHARED: dict[str, Callable[[Manifest], object]] = {
+    "tokenizer": Manifest.tokenizer_json,
+    "mask_id": lambda manifest: manifest.mask_id,
+    "eos_id": lambda manifest: manifest.eos_id,
+    "vocab_size": lambda manifest: manifest.vocab_size,
+    "image_shape": lambda manifest: manifest.image_shape,
+}
 
 # Of what a run of `prepare` has done, in a folder that it has not finished.
 PROGRESS_FILE = "progress.jsonl"
@@ -42,18 +52,31 @@ def prepared_layouts(folder: Path, options: ReadOptions) -> list[Layout]:
     return [_layout(folder, shard, manifest) for shard in manifest.shards]
 
 
-def manifest_of(source: object) -> Manifest | None:
-    """The manifest of a corpus, if the source is the path of a prepared folder; else None."""
-    if not isinstance(source, str | os.PathLike):
-        return None
-    folder = Path(source)
-    return _read(folder) if folder.is_dir() and is_prepared(folder) else None
+def manifests_of(layouts: Sequence[Layout]) -> tuple[Manifest, ...]:
+    """The manifests of the folders that these are shards of; none if any is not.
+
+    Raises:
+        CorpusFormatError: the folders differ in their vocabulary, or what a document is.
+    """
+    folders = list(dict.fromkeys(layout.prepared_in for layout in layouts))
+    manifests = tuple(read_manifest(folder) for folder in folders if folder is not None)
+    if len(manifests) < len(folders):
+        return ()
+    for other in manifests[1:]:
+        for what, of in _SHARED.items():
+            if of(other) != of(manifests[0]):
+                raise CorpusFormatError(
+                    f"{other.folder} and {manifests[0].folder} differ in their {what}: the folders "
+                    "of one corpus are prepared with the same --tokenizer; prepare one of them "
+                    "again, or read their shards as plain files"
+                )
+    return manifests
 
 
-def is_prepared_text(source: object) -> bool:
-    """Whether the source is a prepared folder of text, not of images."""
-    manifest = manifest_of(source)
-    return manifest is not None and manifest.tokenizer is not None
+def is_prepared_text(folder: str | os.PathLike[str]) -> bool:
+    """Whether this is a prepared folder of text, not of images."""
+    folder = Path(folder)
+    return folder.is_dir() and is_prepared(folder) and _read(folder).tokenizer is not None
 
 
 def check_files(folder: Path) -> None:
@@ -91,6 +114,7 @@ def _layout(folder: Path, shard: Shard, manifest: Manifest) -> Layout:
         format="prepared",
         document_ends=partial(_document_ends, str(documents.absolute()), shard.num_documents),
         loss_mask=mask,
+        prepared_in=manifest.folder,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.dataset import TokenDataset
-from nar_kernels.data.formats.prepared import check_files, manifest_of
-from nar_kernels.data.manifest import FILE
+from nar_kernels.data.formats.prepared import check_files
+from nar_kernels.data.manifest import FILE, read_manifest
 from nar_kernels.data.prepare import prepare
 from nar_kernels.errors import CorpusFormatError
 from tests.helpers.prepared import read_ends
@@ -41,10 +42,10 @@ def test_a_corpus(folder: Path) -> None:
     assert read_ends(corpus).tolist() == [3, 8, 9, 13]
     assert corpus.loss_mask is not None
     assert corpus.loss_mask.read(0, 13).tolist() == [1, 1, 1, 0, 0] + [1] * 8
-    assert corpus.manifest == manifest_of(folder) == manifest_of(str(folder))
+    assert corpus.manifests == (read_manifest(folder),)
     assert len(corpus.stream.layouts) == 2 and corpus.stream.layouts[0].format == "prepared"
     again = pickle.loads(pickle.dumps(corpus))
-    assert again.manifest == corpus.manifest and read_ends(again).tolist() == [3, 8, 9, 13]
+    assert again.manifests == corpus.manifests and read_ends(again).tolist() == [3, 8, 9, 13]
     assert again.digest == corpus.digest == Corpus(np.arange(97, 110, dtype="uint16")).digest
     windows = TokenDataset(folder, 5, num_tokens=257, mask_id=256)
     assert [bytes(w.tolist()) for w in windows] == [b"abcde", b"fghij"]
@@ -55,13 +56,27 @@ def test_what_is_not_prepared_has_no_manifest(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"some": "other"}')
     for source in (tmp_path, tmp_path / "a.npy", np.arange(5), [tmp_path / "a.npy"]):
         corpus = Corpus(source)
-        assert corpus.manifest is None and len(corpus) == 5
+        assert not corpus.manifests and len(corpus) == 5
 
 
 def test_several_folders(folder: Path) -> None:
-    corpus = Corpus([folder, folder])
+    second = shutil.copytree(folder, folder.with_name("second"))
+    corpus = Corpus([folder, second])
     assert bytes(corpus.read(0, 26).tolist()) == b"abcdefghijklm" * 2
-    assert corpus.manifest is None and len(read_ends(corpus)) == 8
+    assert len(corpus.manifests) == 2 and len(read_ends(corpus)) == 8
+    assert TokenDataset([folder, second], 5).mask_id == 256
+
+
+def test_several_folders_of_different_vocabularies(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "b.txt"
+    text.write_text("to be, or not to be: " * 9)
+    prepare(text, tmp_path / "bytes", tokenizer="bytes", quiet=True, workers=1)
+    files = sorted((tmp_path / "bytes").glob("tokens-*.npy"))
+    assert len(Corpus([tmp_path / "bytes"]).manifests) == 1
+    assert not Corpus([tmp_path / "bytes", *files]).manifests
+    prepare(text, tmp_path / "other", train_bpe=260, quiet=True, workers=1)
+    with pytest.raises(CorpusFormatError, match="other and .*out differ in their tokenizer: .*aga"):
+        Corpus([folder, tmp_path / "other"])
 
 
 def test_a_dtype_is_not_given(folder: Path) -> None:

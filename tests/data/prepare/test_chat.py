@@ -154,7 +154,8 @@ def folder(tmp_path: Path) -> Path:
 
 def counted(out: Path) -> list[str]:
     """The text of each document that counts in a loss."""
-    assert (manifest := Corpus(out).manifest) is not None and manifest.tokenizer is not None
+    manifest = Corpus(out).manifests[0]
+    assert manifest.tokenizer is not None
     tokenizer = open_tokenizer(out / manifest.tokenizer.file)
     pairs = zip(documents(out), masks(out), strict=True)
     return [
@@ -199,7 +200,7 @@ def test_shards_without_conversations_have_a_mask_of_ones(tmp_path: Path, folder
     records[3] = {"messages": CONVERSATIONS[0]}
     path = write_lines(tmp_path / "a.jsonl", records)
     prepare(path, tmp_path / "out", tokenizer=folder, quiet=True, shard_tokens=1, batch_bytes=50)
-    assert (manifest := Corpus(tmp_path / "out").manifest) is not None
+    manifest = Corpus(tmp_path / "out").manifests[0]
     assert all(shard.loss_mask for shard in manifest.shards) and len(manifest.shards) == 6
     for i, mask in enumerate(masks(tmp_path / "out")):
         assert set(mask) == ({0, 1} if i == 3 else {1})

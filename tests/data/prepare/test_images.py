@@ -29,7 +29,7 @@ def test_images(tmp_path: Path, dtype: str, size: int) -> None:
     options = {"labels": tmp_path / "labels.npy", "quiet": True, "batch_bytes": size}
     manifest = prepare(tmp_path / "codes.npy", out, shard_tokens=300, **options)
     corpus = Corpus(out)
-    assert corpus.manifest == manifest
+    assert corpus.manifests[0] == manifest
     assert corpus.read(0, len(corpus)).tolist() == CODES.reshape(-1).tolist()
     assert read_ends(corpus).tolist() == list(range(24, 50 * 24 + 1, 24))
     assert manifest.image_shape == (4, 6) and manifest.tokenizer is None

@@ -203,7 +203,7 @@ def test_a_trained_tokenizer_is_kept(
     monkeypatch.setattr("nar_kernels.data.prepare.text.train_bpe", None)
     prepare(out=tmp_path / "out", **arguments)
     assert (tmp_path / "out/tokenizer.json").read_bytes() == before
-    assert (manifest := Corpus(tmp_path / "out").manifest) is not None
+    manifest = Corpus(tmp_path / "out").manifests[0]
     assert manifest.tokenizer is not None and manifest.tokenizer.name == "BPE of 400 tokens"
 
 

@@ -56,7 +56,7 @@ def test_json_lines(tmp_path: Path, bpe: Path) -> None:
     out = tmp_path / "out"
     manifest = prepare(path, out, tokenizer=bpe, quiet=True, workers=1)
     assert documents(out) == encoded(FULL)
-    assert manifest == Corpus(out).manifest
+    assert manifest == Corpus(out).manifests[0]
     assert (manifest.vocab_size, manifest.num_tokens, manifest.mask_id) == (600, 601, 600)
     assert manifest.eos_id == 0 and manifest.dtype == "uint16"
     assert manifest.total_documents == len(FULL) and manifest.image_shape is None
@@ -233,7 +233,7 @@ def test_the_mask_token_in_text_is_text(tmp_path: Path, capsys: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "the text"}, {"text": text}])
     options = {"tokenizer": tmp_path / "pieces.json", "quiet": False}
     found = run(path, tmp_path / "out", **options)
-    manifest = Corpus(tmp_path / "out").manifest
+    manifest = Corpus(tmp_path / "out").manifests[0]
     assert manifest is not None and manifest.mask_id == 4
     assert manifest.num_tokens == manifest.vocab_size and manifest.eos_id is None
     assert found[0] == theirs.encode("the text", add_special_tokens=False).ids
@@ -264,7 +264,7 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
     found = run(path, tmp_path / "out", tokenizer=folder)
     expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in FULL]
     assert found == [[*ids, theirs.eos_token_id] for ids in expected]
-    manifest = Corpus(tmp_path / "out").manifest
+    manifest = Corpus(tmp_path / "out").manifests[0]
     assert manifest is not None
     assert (manifest.eos_id, manifest.mask_id, manifest.num_tokens) == (601, 602, 603)
 
@@ -283,7 +283,7 @@ def test_shards_end_where_documents_do(tmp_path: Path, bpe: Path, shard_tokens: 
     expected = encoded([text[:500] for text in FULL * 3])
     options = {"tokenizer": bpe, "shard_tokens": shard_tokens, "batch_bytes": 700}
     assert run(path, tmp_path / "out", **options) == expected
-    manifest = Corpus(tmp_path / "out").manifest
+    manifest = Corpus(tmp_path / "out").manifests[0]
     assert manifest is not None
     sizes = [shard.num_tokens for shard in manifest.shards]
     assert all(size >= shard_tokens for size in sizes[:-1])
@@ -413,8 +413,8 @@ def test_the_dtype_holds_the_mask(tmp_path: Path, vocab_size: int, dtype: str) -
     (tmp_path / "a.txt").write_text("a<last>")
     run(tmp_path / "a.txt", tmp_path / "out", tokenizer=tmp_path / "t.json")
     corpus = Corpus(tmp_path / "out")
-    assert corpus.manifest is not None
-    assert (corpus.manifest.vocab_size, corpus.manifest.dtype) == (vocab_size, dtype)
+    (manifest,) = corpus.manifests
+    assert (manifest.vocab_size, manifest.dtype) == (vocab_size, dtype)
     if vocab_size > 600:
         assert corpus.read(0, len(corpus)).tolist()[1] == vocab_size - 1
 

@@ -76,7 +76,7 @@ def test_the_default(tmp_path: Path, capsys: Any, repeats: int, name: str) -> No
     text = "\n".join(prose())[:100_000]
     path = write_lines(tmp_path / "a.jsonl", [{"text": text}] * repeats)
     prepare(path, tmp_path / "out", workers=1)
-    assert (manifest := Corpus(tmp_path / "out").manifest) is not None
+    manifest = Corpus(tmp_path / "out").manifests[0]
     assert manifest.tokenizer is not None and manifest.tokenizer.name == name
     said = capsys.readouterr().out
     if repeats == 1:
