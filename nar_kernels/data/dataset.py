@@ -6,6 +6,7 @@ Shapes: B batch, L sequence length (``seq_len``), T corpus length in tokens, N w
 import copy
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import SupportsIndex
 
 import numpy as np
@@ -21,10 +22,10 @@ from nar_kernels.data.scan import CorpusScan, find_bad, known_scan, scan
 from nar_kernels.data.window_table import WindowTable
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.masking import check_vocabulary
-from nar_kernels.ops.scan import EVERYTHING, Covered
+from nar_kernels.ops.scan import Covered
 from nar_kernels.ops.windows import windows
 
-_MOST_PLACES = 1 << 20  # of bad ids, looked for at once
+_TOKENS_AT_ONCE = 1 << 22  # in which bad ids are listed, to leave out those in no window
 
 
 class TokenDataset(Dataset[Tensor]):
@@ -75,8 +76,8 @@ class TokenDataset(Dataset[Tensor]):
         seq_len = as_int("seq_len", seq_len)
         stride = seq_len if stride is None else as_int("stride", stride)
         for name, value in (("seq_len", seq_len), ("stride", stride)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+            if not 1 <= value < 1 << 62:
+                raise ValueError(f"{name} is {value}: it must be in [1, 2**62)")
         if num_tokens is not None and mask_id is not None:  # before anything is opened
             check_vocabulary(as_int("num_tokens", num_tokens), as_int("mask_id", mask_id))
         if isinstance(source, Corpus):
@@ -240,23 +241,8 @@ class TokenDataset(Dataset[Tensor]):
         if known is not None and known.is_valid(self.num_tokens, self.mask_id):
             return
         # The bad ids may be where no window is.
-        covered = Covered(start, self.stride, self.seq_len) if self.is_regular else EVERYTHING
-        bad = find_bad(
-            self.corpus,
-            num_tokens=self.num_tokens,
-            mask_id=self.mask_id,
-            start=start,
-            stop=end,
-            covered=covered,
-            max_places=1 if self.is_regular else _MOST_PLACES,
-        )
-        offsets, count = bad.offsets, bad.count
-        if count and not self.is_regular:
-            views = (self._first, self._first + len(self) - 1)
-            offsets = self._table.covered(np.array(offsets), self.seq_len, *views).tolist()
-            count = len(offsets)
+        offset, count = self._bad_ids(start, end)
         if count:
-            offset = offsets[0]
             raise InvalidTokenError.at(
                 self.corpus.where(offset),
                 token_id=int(self.corpus.read(offset, offset + 1)),
@@ -265,6 +251,24 @@ class TokenDataset(Dataset[Tensor]):
                 num_tokens=self.num_tokens,
                 mask_id=self.mask_id,
             )
+
+    def _bad_ids(self, start: int, end: int) -> tuple[int, int]:
+        """The first offset, and how many, of the bad ids that windows between these offsets of the
+        corpus cover."""
+        find = partial(find_bad, self.corpus, num_tokens=self.num_tokens, mask_id=self.mask_id)
+        if self.is_regular:
+            covered = Covered(start, self.stride, self.seq_len)
+            bad = find(start=start, stop=end, covered=covered)
+            return next(iter(bad.offsets), 0), bad.count
+        first, count = 0, 0
+        views = (self._first, self._first + len(self) - 1)
+        for begin in range(start, end, _TOKENS_AT_ONCE):
+            stop = min(begin + _TOKENS_AT_ONCE, end)
+            bad = find(start=begin, stop=stop, max_places=stop - begin)
+            offsets = self._table.covered(np.array(bad.offsets, np.int64), self.seq_len, *views)
+            first = int(offsets[0]) if len(offsets) and not count else first
+            count += len(offsets)
+        return first, count
 
     def _known_scan(self, length: int) -> CorpusScan | None:
         """A scan of the corpus that is remembered; or, if windows span most of it, is made now and

@@ -4,7 +4,7 @@ Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 """
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels import distributed
-from nar_kernels.checks import as_int, check_device
+from nar_kernels.checks import as_int, check_device, check_seed
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.documents import document_ids
 from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
@@ -26,6 +26,8 @@ from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import CorruptStep, Wanted
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.masking import MaskingConfig
+
+_MOST_SLOTS = 1 << 63
 
 
 def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -45,13 +47,6 @@ def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
             stacklevel=3,
         )
     return distributed.rank(), distributed.world_size()
-
-
-def _check_step(step: int) -> int:
-    step = as_int("step", step)
-    if step < 0:
-        raise ValueError(f"step is {step}: it must be at least 0")
-    return step
 
 
 class MaskedLoader:
@@ -113,6 +108,7 @@ class MaskedLoader:
         corpus_memory: where the corpus is stored; ``"mapped"`` if the device is the CPU.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, or dataset and masking disagree.
         BackendUnavailableError: the backend was requested by name and cannot run here.
         PinnedMemoryError: ``"pinned"`` was requested, and the corpus cannot be pinned.
@@ -135,6 +131,11 @@ class MaskedLoader:
         outputs: Collection[Output] = OUTPUTS,
         ids_dtype: torch.dtype = torch.int64,
     ) -> None:
+        if not isinstance(dataset, TokenDataset | Mixture):
+            raise TypeError(
+                f"dataset is a {type(dataset).__name__}: it must be a TokenDataset, such as "
+                "TokenDataset(source, seq_len), or a Mixture"
+            )
         batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
@@ -150,6 +151,7 @@ class MaskedLoader:
         self.dataset, self.masking = dataset, masking
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.seed, self.shuffle = as_int("seed", seed), bool(shuffle)
+        check_seed(self.seed)
         self.device = check_device(device)
         self._compute_device = self.device if self.device.type == "cuda" else torch.device("cpu")
         self.backend = resolve_backend(backend, self._compute_device)
@@ -236,9 +238,15 @@ class MaskedLoader:
         """G, sequences per optimiser step over all ranks."""
         return self.batch_size * self.world_size
 
+    def _check_step(self, step: int) -> int:
+        step, most = as_int("step", step), _MOST_SLOTS // self.global_batch
+        if not 0 <= step < most:
+            raise ValueError(f"step is {step}: it must be in [0, {most}), for slots below 2**63")
+        return step
+
     def sample_ids(self, step: int) -> Tensor:
         """int64 ``[B]``: the global sample slots of ``step`` on this rank."""
-        first = _check_step(step) * self.global_batch + self.rank * self.batch_size
+        first = self._check_step(step) * self.global_batch + self.rank * self.batch_size
         return torch.arange(first, first + self.batch_size, device="cpu")
 
     def window_indices(self, step: int) -> Tensor:
@@ -285,7 +293,7 @@ class MaskedLoader:
                     "int"
                 )
         else:
-            step = _check_step(step)
+            step = self._check_step(step)
             if self.corpus_memory == "mapped":
                 place = step * self.global_batch % self._order.num_windows
                 self._residency.before(begins_epoch=place < self.global_batch)
@@ -327,7 +335,9 @@ class MaskedLoader:
 
     def __getitem__(self, step: int) -> Corrupted:
         """``batch(step)``: the loader is a map-style dataset of batches, by which workers make them
-        ahead: ``DataLoader(loader, batch_size=None, sampler=range(1000), num_workers=2)``."""
+        ahead: ``DataLoader(loader, batch_size=None, sampler=range(1000), num_workers=2)``. Name the
+        steps by ``sampler``: without, every epoch is steps 0 to ``len(loader)``, the same batches.
+        """
         return self.batch(step)
 
     def __iter__(self) -> Iterator[Corrupted]:
@@ -351,7 +361,7 @@ class MaskedLoader:
         """
         return {
             "version": VERSION,
-            "step": _check_step(self.step),
+            "step": self._check_step(self.step),
             "seed": self.seed,
             "global_batch": self.global_batch,
             "shuffle": self.shuffle,
@@ -368,7 +378,7 @@ class MaskedLoader:
             ValueError: the state has another seed, corpus, shuffle, window layout, global batch or
                 masking, so that this loader would not continue the same sequence of batches.
         """
-        if "step" not in state_dict:
+        if not isinstance(state_dict, Mapping) or "step" not in state_dict:
             raise ValueError("the state has no 'step': it is not one of a MaskedLoader")
         check_continues(self.state_dict(), state_dict, self.masking, self._order.corpus_names())
-        self.step = _check_step(state_dict["step"])
+        self.step = self._check_step(state_dict["step"])

@@ -49,7 +49,10 @@ def check_continues(
         kinds = ["a mixture of datasets" if "sources" in state else "one dataset"
                  for state in (theirs, ours)]  # fmt: skip
         raise ValueError(f"cannot continue: the state is of {kinds[0]}, and here is {kinds[1]}")
-    if len(ours.get("sources", ())) != len(theirs.get("sources", ())):
+    sources = theirs.get("sources", ())
+    if not isinstance(sources, list | tuple) or not all(isinstance(s, Mapping) for s in sources):
+        raise ValueError(f"the state has the sources {sources!r}: it is not one of a MaskedLoader")
+    if len(ours.get("sources", ())) != len(sources):
         raise ValueError(
             f"cannot continue: the state is of {len(theirs['sources'])} datasets, and here are "
             f"{len(ours['sources'])}"

@@ -8,11 +8,13 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nar_kernels.checks import as_float
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.dataset import TokenDataset
 
@@ -38,11 +40,18 @@ class Mixture:
         shares: of each dataset, exact; they add up to 1.
 
     Raises:
+        TypeError: not datasets, or a weight is no number.
         ValueError: the datasets do not fit together, or a weight is out of range.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], weights: Sequence[float]) -> None:
         self.datasets = tuple(datasets)
+        for dataset in self.datasets:
+            if not isinstance(dataset, TokenDataset):
+                raise TypeError(
+                    f"a dataset of the mixture is a {type(dataset).__name__}: each must be a "
+                    "TokenDataset (of a mixture within, name its datasets and their weights)"
+                )
         if not self.datasets or len(weights) != len(self.datasets):
             raise ValueError(
                 f"there are {len(self.datasets)} datasets and {len(weights)} weights: give as many "
@@ -70,13 +79,16 @@ class Mixture:
 
     def windows(self, indices: Tensor | Sequence[int]) -> Tensor:
         """int64 ``[B, L]``: windows of the sample slots with these numbers, in order."""
-        slots = torch.as_tensor(indices, device="cpu")
+        slots = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         sources, numbers = self.assign(slots)
         out = torch.empty(len(slots), self.seq_len, dtype=torch.int64, device="cpu")
         for source in sources.unique().tolist():
             here, dataset = sources == source, self.datasets[source]
             out[here] = dataset.windows(numbers[here] % len(dataset))
         return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_period"}
 
     @cached_property
     def _period(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,23 +114,35 @@ class Mixture:
 def shares_of(weights: Sequence[float]) -> tuple[Fraction, ...]:
     """Weights as fractions of their sum, with a common denominator of at most 65536."""
     for weight in weights:
-        if not 0 < weight < math.inf:
+        if not 0 < as_float("a weight", weight) < math.inf:
             raise ValueError(f"a weight is {weight}: it must be positive and finite")
-    parts = [Fraction(str(weight)) for weight in weights]
+    parts = [Fraction(str(_number(weight))) for weight in weights]
     exact = [part / sum(parts) for part in parts]
     if math.lcm(*(share.denominator for share in exact)) <= _LONGEST_PERIOD:
         return tuple(exact)
-    scaled = [share * _LONGEST_PERIOD for share in exact]
-    counts = [math.floor(share) for share in scaled]
-    by_remainder = sorted(range(len(counts)), key=lambda i: (counts[i] - scaled[i], i))
-    for i in by_remainder[: _LONGEST_PERIOD - sum(counts)]:
-        counts[i] += 1
+    counts = apportion(_LONGEST_PERIOD, exact)
     if min(counts) < 1:
         raise ValueError(
             f"a weight is {min(weights)} of {sum(weights)}: it must be at least "
             f"1/{_LONGEST_PERIOD} of all; leave the dataset out, or give it more"
         )
     return tuple(Fraction(count, _LONGEST_PERIOD) for count in counts)
+
+
+def _number(weight: float | Tensor) -> float:
+    """One whose text is its decimal digits."""
+    return float(weight) if isinstance(weight, bool | Tensor) else weight
+
+
+def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
+    """Whole numbers in the ratios of ``shares``, which add up to 1, that add up to ``total``: by
+    largest remainders."""
+    exact = [share * total for share in shares]
+    counts = [math.floor(count) for count in exact]
+    by_remainder = sorted(range(len(counts)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def even_schedule(counts: Sequence[int]) -> list[int]:

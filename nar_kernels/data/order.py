@@ -3,6 +3,7 @@
 Shapes: B batch, L sequence length (``seq_len``), N windows.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -108,21 +109,25 @@ class MixtureOrder:
     def indices(self, slots: Tensor) -> Tensor:
         """int64 ``[B]``: the windows of sample slots, each an index into the dataset of its
         source."""
-        return self._by_source(slots, lambda order, i, numbers: order.indices(numbers))
+        out = torch.empty_like(slots)
+        for source, here, numbers in self._by_source(slots):
+            out[here] = self._orders[source].indices(numbers)
+        return out
 
     def starts(self, slots: Tensor) -> Tensor:
         """int64 ``[B]``: offsets of the windows of sample slots in the corpora of all sources, one
         after the other."""
-        offsets = self.mixture.offsets
-        return self._by_source(slots, lambda order, i, numbers: offsets[i] + order.starts(numbers))
-
-    def _by_source(self, slots: Tensor, of_source: Any) -> Tensor:
-        sources, numbers = self.mixture.assign(slots)
         out = torch.empty_like(slots)
+        for source, here, numbers in self._by_source(slots):
+            out[here] = self.mixture.offsets[source] + self._orders[source].starts(numbers)
+        return out
+
+    def _by_source(self, slots: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each source; which slots are its, bool ``[B]``; and which of its own slots those are."""
+        sources, numbers = self.mixture.assign(slots)
         for source in sources.unique().tolist():
             here = sources == source
-            out[here] = of_source(self._orders[source], source, numbers[here])
-        return out
+            yield source, here, numbers[here]
 
     def state(self) -> dict[str, Any]:
         """What decides the order, as plain values."""

@@ -34,13 +34,13 @@ class Residency:
         most_resident: bytes.
 
     Attributes:
-        is_cold: whether batches have lately waited for a disk: then :meth:`read_ahead` helps.
+        is_cold: whether batches have lately come from a disk: then :meth:`read_ahead` helps.
     """
 
     def __init__(self, stream: TokenStream, most_resident: int | None = None) -> None:
         self._stream = stream
         self._turn = itertools.cycle(stream.parts)
-        self.is_cold, self._cold_until, self._faults = False, 0, _major_faults()
+        self.is_cold, self._cold_until, self._reads = False, 0, _disk_reads()
         self._batches = 0
         if most_resident is None:
             most_resident = int(_memory_bytes() * _RESIDENT_FRACTION)
@@ -59,8 +59,8 @@ class Residency:
         if self._batches % _OFTEN:
             return
         next(self._turn).check_unchanged()
-        if (faults := _major_faults()) > self._faults:
-            self._cold_until, self._faults = self._batches + _SELDOM, faults
+        if (reads := _disk_reads()) > self._reads:
+            self._cold_until, self._reads = self._batches + _SELDOM, reads
         self.is_cold = self._batches < self._cold_until
         if self._batches % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
             self._stream.release_memory()
@@ -70,9 +70,12 @@ class Residency:
         read_ahead(self._stream.flat, self._stream.runs, starts, seq_len)
 
 
-def _major_faults() -> int:
-    """Page faults of this process that had to wait for a disk."""
-    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+def _disk_reads() -> int:
+    """A count that grows when this process waits for a page from a disk, or asks for one ahead."""
+    if resource is None:
+        return 0
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_majflt + usage.ru_inblock
 
 
 def _resident_file_bytes() -> int:

@@ -16,7 +16,7 @@ from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.formats.prepared import is_prepared_text
-from nar_kernels.data.mixture import Mixture
+from nar_kernels.data.mixture import Mixture, apportion
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source
 from nar_kernels.data.scan import known_scan, scan
@@ -95,7 +95,7 @@ def open_data(
         stride: tokens from one training window to the next; divides L. Default: L.
         within_documents: no window reaches beyond a document.
         num_held_out: non-overlapping windows held out at the end. Default: 180 for ``digits``, else
-            a tenth of all, at most 256. Of a mixture: by weight.
+            a tenth of all, at most 256. Of a mixture: by weight, at least one of each source.
         folder: where else to look for a relative path.
 
     Raises:
@@ -203,8 +203,7 @@ def _split(
     # Training windows may overlap; held-out ones are this many apart, so that they do not.
     apart = windows.seq_len // windows.stride
     if num_held_out is None:
-        a_tenth = max(len(windows) // apart // 10, 1)
-        num_held_out = default or min(a_tenth, _MAX_HELD_OUT)
+        num_held_out = default or min(_a_tenth(windows), _MAX_HELD_OUT)
     # At least one training window must remain.
     most = (len(windows) - 1) // apart
     if most < 1:
@@ -222,15 +221,23 @@ def _split(
     return train, held_out, torch.arange(0, len(held_out), apart, device="cpu")
 
 
+def _a_tenth(windows: TokenDataset) -> int:
+    """Of the windows that do not overlap; at least one."""
+    return max(len(windows) * windows.stride // windows.seq_len // 10, 1)
+
+
 def _split_mixture(
     datasets: Sequence[TokenDataset], weights: Sequence[float], num_held_out: int | None
 ) -> tuple[Mixture, TokenDataset, Tensor]:
     whole = Mixture(datasets, weights)
     parts: list[TokenDataset] = []
     starts: list[Tensor] = []
-    for dataset, share, offset in zip(datasets, whole.shares, whole.offsets, strict=True):
-        of_this = None if num_held_out is None else max(round(num_held_out * share), 1)
-        train, held_out, chosen = _split(dataset, of_this, None)
+    if num_held_out is None:  # as many as leave each source nine tenths
+        tenths = zip(datasets, whole.shares, strict=True)
+        num_held_out = min(_MAX_HELD_OUT, *(int(_a_tenth(d) / share) for d, share in tenths))
+    counts = apportion(num_held_out, whole.shares)
+    for dataset, count, offset in zip(datasets, counts, whole.offsets, strict=True):
+        train, held_out, chosen = _split(dataset, max(count, 1), None)
         parts.append(train)
         starts.append(held_out.starts(chosen) + offset)
     mixture = Mixture(parts, weights)

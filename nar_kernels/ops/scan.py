@@ -86,8 +86,9 @@ def scan(
         return Scanned(*found)
     assert cpp is not None
     places = torch.empty(max_places, dtype=torch.int64, device="cpu")
+    tokens = tokens.contiguous()  # kept until the kernel is done
     least, greatest, outside, masked, uncounted, num_places = cpp.scan(
-        host_address(tokens.contiguous()),
+        host_address(tokens),
         DTYPE_CODE[tokens.dtype],
         *((0, 0) if runs is None else (host_address(runs), runs.shape[1] - 1)),
         start,

@@ -32,7 +32,7 @@ def baselines(
         per_position: also model each position separately; for data such as images, where a
             position has a meaning.
     """
-    seen = _count(train, torch.arange(len(train), device="cpu"), per_position)
+    seen = _count(train, None, per_position)
     unseen = _count(held_out, windows, per_position)
     seen_anywhere, unseen_anywhere = seen.sum(0), unseen.sum(0)
     known = {
@@ -64,12 +64,14 @@ def baselines(
     return known
 
 
-def _count(dataset: TokenDataset | Mixture, windows: Tensor, per_position: bool) -> Tensor:
-    """float64 ``[L or 1, V - 1]``: counts of ids but ``mask_id``, at each position or pooled."""
-    most = max(_TOKENS_COUNTED // dataset.seq_len, 1)
-    most = min(len(windows), most)
-    spread = torch.linspace(0, len(windows) - 1, most, dtype=torch.float32, device="cpu")
-    chosen = windows[spread.long()]
+def _count(dataset: TokenDataset | Mixture, windows: Tensor | None, per_position: bool) -> Tensor:
+    """float64 ``[L or 1, V - 1]``: counts of ids but ``mask_id``, at each position or pooled, in
+    evenly spread windows of those with these indices, or of all."""
+    total = len(dataset) if windows is None else len(windows)
+    most = min(total, max(_TOKENS_COUNTED // dataset.seq_len, 1))
+    chosen = torch.arange(most, device="cpu") * (total - 1) // max(most - 1, 1)
+    if windows is not None:
+        chosen = windows[chosen]
     rows = dataset.seq_len if per_position else 1
     counts = torch.zeros(rows, dataset.num_tokens, dtype=torch.float64, device="cpu")
     for some in chosen.split(1024):
