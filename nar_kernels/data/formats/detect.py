@@ -20,7 +20,7 @@ from nar_kernels.data.formats.megatron import is_megatron, megatron_layout
 from nar_kernels.data.formats.npy import is_npy, npy_layout
 from nar_kernels.data.formats.parquet import is_parquet, parquet_layout
 from nar_kernels.data.formats.prepared import is_prepared, prepared_layouts
-from nar_kernels.data.formats.raw import raw_layout
+from nar_kernels.data.formats.raw import has_sidecar, raw_layout
 from nar_kernels.data.formats.unread import HEAD_BYTES, TAIL_BYTES, reject_unsupported_formats
 from nar_kernels.errors import CorpusFormatError
 
@@ -62,6 +62,10 @@ FOLDER_FORMATS: tuple[FolderFormat, ...] = (
     FolderFormat(is_dataset, dataset_layouts),
 )
 
+# A .json file that lists files, by so many bytes of it.
+_LIST_HEAD = 1 << 16
+_BEGINS_A_LIST = re.compile(rb'\s*\{.*"files"\s*:', re.DOTALL)
+
 # Of files in a folder that says nothing of its own; others, such as indices, are left alone.
 SUFFIXES = (".npy", ".bin", ".ds", ".mds", ".arrow", ".parquet")
 
@@ -101,6 +105,37 @@ def read_layouts(source: PathSource, options: ReadOptions) -> list[Layout]:
                 "files of one corpus have one dtype; write them again, or mix two corpora"
             )
     return layouts
+
+
+def holds_ids(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that it holds token ids, or is of a format that is known but not read,
+    by its content or a file beside it. False of raw ids without a sidecar, and of text."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    if has_sidecar(path):
+        return True
+    head, tail = _ends(path)
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            return bool(_BEGINS_A_LIST.match(file.read(_LIST_HEAD)))
+    if any(format.recognises(path, head + tail) for format in FILE_FORMATS):
+        return True
+    try:
+        reject_unsupported_formats(path, head, tail)
+    except CorpusFormatError:
+        return True
+    return False
+
+
+def exists(name: str) -> bool:
+    """Whether a name of a source names anything: a file, a folder, the common prefix of the files
+    of a Megatron-LM corpus, or a glob that matches something."""
+    try:
+        is_path = os.path.lexists(name) or os.path.isfile(name + ".idx")
+        return is_path or bool(glob.glob(name, recursive=True))
+    except ValueError:  # no file can have such a name
+        return False
 
 
 def _of_path(name: str, options: ReadOptions) -> list[Layout]:
@@ -159,11 +194,16 @@ def _of_list(path: Path, options: ReadOptions) -> list[Layout]:
     return [layout for path in paths for layout in _of_path(str(path), options)]
 
 
-def _of_file(path: Path, options: ReadOptions) -> Layout:
+def _ends(path: Path) -> tuple[bytes, bytes]:
+    """The first and the last bytes of a file."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL_BYTES, 0))
-        tail = file.read()
+        return head, file.read()
+
+
+def _of_file(path: Path, options: ReadOptions) -> Layout:
+    head, tail = _ends(path)
     if not head:
         raise CorpusFormatError(f"{path} is empty: a corpus has at least one token")
     ends = head + tail

@@ -51,6 +51,10 @@ def stated_dtype(path: Path, options: ReadOptions) -> str | None:
     return given or declared
 
 
+def has_sidecar(path: Path) -> bool:
+    return _sidecar(path).exists()
+
+
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
