@@ -88,3 +88,12 @@ def test_baselines_are_entropies():
     expected = (-math.log2((0 + 1) / (4 + 2)) - math.log2((3 + 1) / (4 + 2))) / 2
     assert bits["per_position_cross_entropy"] == pytest.approx(expected)
     assert bits["per_position_entropy_held_out"] == 0
+
+
+def test_baselines_of_more_windows_than_float32_counts(monkeypatch):
+    monkeypatch.setattr("nar_kernels.training.baselines._TOKENS_COUNTED", 2)
+    ids = torch.zeros((1 << 24) + 5, dtype=torch.uint8)
+    ids[-2] = 1  # the last window to train on
+    train_part, rest = TokenDataset(ids, 1, num_tokens=3, mask_id=2).split(1)
+    found = baselines(train_part, rest, torch.arange(1), per_position=False)
+    assert found["unigram_entropy"].bits_per_token == 1

@@ -85,6 +85,10 @@ def _ids(text: str, spec: SequenceSpec) -> list[int]:
     if spec.render == "bytes":
         return list(text.encode(errors="surrogateescape"))  # raw bytes of invalid UTF-8
     if spec.render == "text":
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 ({error}): this model takes text") from None
         return pieces_of(spec).ids(text)
     try:
         return [int(word) for word in text.split()]

@@ -27,7 +27,7 @@ from nar_kernels.ops.corrupt import CorruptStep, Wanted
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.masking import MaskingConfig
 
-_MOST_SLOTS = 1 << 63
+_MOST_SLOTS = (1 << 63) - 1
 
 
 def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from nar_kernels.data.opened import BUILT_IN
 from nar_kernels.errors import CorpusFormatError
+
+_HEAD_BYTES = 1 << 10
 
 
 class MixtureSource(NamedTuple):
@@ -36,20 +39,28 @@ def read_mixture(name: str, folder: Path | None = None) -> list[MixtureSource] |
         CorpusFormatError: an entry is wrong.
     """
     path = Path(name)
-    if path.suffix != ".json":
-        return None
     if folder is not None and not path.exists():
         path = folder / path
+    if not _is_mixture(path):
+        return None
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or "mixture" not in content:
-        return None
+    except ValueError as error:
+        raise CorpusFormatError(f"{path} is no JSON ({error}): {_how(path)}") from error
+    if others := sorted(set(content) - {"mixture"}):
+        raise CorpusFormatError(f"{path} has {others[0]!r} beside mixture: {_how(path)}")
     entries = content["mixture"]
     if not isinstance(entries, list) or not entries:
         raise CorpusFormatError(f"mixture is {entries!r}: {_how(path)}")
     return [_source(path, i, entry) for i, entry in enumerate(entries)]
+
+
+def _is_mixture(path: Path) -> bool:
+    """Whether it begins like one; other JSON is text, or lists files."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return re.match(rb'\s*\{\s*"mixture"\s*:', file.read(_HEAD_BYTES)) is not None
 
 
 def _source(path: Path, i: int, entry: object) -> MixtureSource:
@@ -68,6 +79,12 @@ def _source(path: Path, i: int, entry: object) -> MixtureSource:
     data = entry["data"]
     if data not in BUILT_IN:
         data = os.fspath(path.parent / data)
+        if data in BUILT_IN:  # a file of such a name
+            data = os.path.join(os.curdir, data)
+        if _is_mixture(Path(data)):
+            raise CorpusFormatError(
+                f"mixture[{i}] is a mixture itself, {data}: name its sources here, with weights"
+            )
     return MixtureSource(data, weight, entry.get("dtype"), entry.get("column"))
 
 

@@ -64,7 +64,8 @@ def open_source(
     if name in BUILT_IN:
         for option, value in (("dtype", dtype), ("column", column), ("eos_id", eos_id)):
             if value is not None:
-                raise ValueError(f"{option} is {value}, but {name} has its own: leave it out")
+                what = "has no documents" if option == "eos_id" else "has its own"
+                raise ValueError(f"{option} is {value}, but {name} {what}: leave it out")
         return BUILT_IN[name]()
     path = _find(name, folder)
     is_text = dtype is None and os.path.isfile(path) and Path(path).suffix not in _ID_SUFFIXES
@@ -97,11 +98,6 @@ def opened_corpus(corpus: Corpus) -> Opened:
         own_mask_id=own_mask_id,
         tokenizer=tokenizer,
     )
-
-
-def says_its_dtype(name: str) -> bool:
-    """Whether a path names files whose dtype need not be given, by what it is called."""
-    return os.path.isdir(name) or Path(name).suffix in {*_ID_SUFFIXES} - {".bin"}
 
 
 def _open_digits() -> Opened:

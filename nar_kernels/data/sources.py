@@ -5,6 +5,7 @@ Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 
 import glob
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,18 +108,14 @@ def open_data(
     for option, value in options.items():
         options[option] = None if value is None else as_int(option, value)
     num_held_out = None if num_held_out is None else as_int("num_held_out", num_held_out)
-    sources = read_mixture(name, folder) or [MixtureSource(name)]
-    opened = [
-        open_source(
-            source.data,
-            dtype=source.dtype or dtype,
-            column=source.column or column,
-            eos_id=eos_id,
-            folder=folder,
-        )
-        for source in sources
-    ]
+    sources, opened = open_sources(name, dtype=dtype, column=column, eos_id=eos_id, folder=folder)
     _check_alike([source.data for source in sources], opened)
+    if masked := [s.data for s, one in zip(sources, opened, strict=True) if one.corpus.loss_mask]:
+        warnings.warn(
+            f"{masked[0]} has a loss mask, which training does not use: all of its tokens are "
+            "masked and learned, prompts too",
+            stacklevel=2,
+        )
     for source, one in zip(sources, opened, strict=True):
         for option, value in one.fixed.items():
             if options[option] not in (None, value):
@@ -146,6 +143,24 @@ def open_data(
         split = _split(datasets[0], num_held_out, opened[0].num_held_out)
         return Data(name, spec, *split)
     return Data(name, spec, *_split_mixture(datasets, [s.weight for s in sources], num_held_out))
+
+
+def open_sources(
+    name: str, *, dtype: str | None, column: str | None, eos_id: int | None, folder: Path | None
+) -> tuple[list[MixtureSource], list[Opened]]:
+    """The sources of a mixture, or the only one; arguments as of :func:`open_data`."""
+    sources = read_mixture(name, folder) or [MixtureSource(name)]
+    opened = [
+        open_source(
+            source.data,
+            dtype=source.dtype or dtype,
+            column=source.column or column,
+            eos_id=eos_id,
+            folder=folder,
+        )
+        for source in sources
+    ]
+    return sources, opened
 
 
 def is_all_prepared_text(name: str | os.PathLike[str]) -> bool:

@@ -1,5 +1,6 @@
 """Training options, and presets for the built-in data sets."""
 
+import glob
 import math
 import os
 import shlex
@@ -174,7 +175,11 @@ class TrainConfig:
     @classmethod
     def for_data(cls, data: str | os.PathLike[str], **options: Any) -> "TrainConfig":
         """The preset of ``data``, with ``options`` overridden."""
-        return cls(**{"data": data, **_preset_of(data), **options})
+        preset = dict(_preset_of(data))
+        seq_len = options.get("seq_len")
+        if isinstance(seq_len, int) and "stride" in preset and seq_len % preset["stride"]:
+            del preset["stride"]  # which must divide it
+        return cls(**{"data": data, **preset, **options})
 
     @classmethod
     def continued(cls, saved: dict[str, Any], **options: Any) -> "TrainConfig":
@@ -281,8 +286,20 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """Output folder: ``out``, or ``runs/`` and the name of the data."""
-        return Path(self.out) if self.out is not None else Path("runs") / Path(self.data).stem
+        """Output folder: ``out``, or ``runs/`` and the name of the data: of a glob, that of the
+        folder that it looks in.
+
+        Raises:
+            ValueError: the data have no name.
+        """
+        if self.out is not None:
+            return Path(self.out)
+        path = Path(self.data).absolute()
+        while glob.has_magic(str(path)) and not path.exists():
+            path = path.parent
+        if not (name := path.resolve().stem):
+            raise ValueError(f"out is not given, and {self.data} has no name: give it")
+        return Path("runs") / name
 
     @property
     def how_to_resume(self) -> str:

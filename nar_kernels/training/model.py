@@ -1,6 +1,7 @@
 """The trainer's model: building it, and loading its weights from checkpoints."""
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -139,7 +140,8 @@ def init_from_checkpoint(
         FileNotFoundError, ValueError: no checkpoint, or one of a different net.
     """
     state = checkpoint.load(path)
-    theirs = TrainConfig.continued(state["config"]).to_dict() | state["spec"]
+    spec_there = spec_of(state, path)
+    theirs = TrainConfig.continued(state["config"]).to_dict() | spec_there._asdict()
     ours = config.to_dict() | spec._asdict()
     for name in (*_SAME_SEQUENCES, *_SAME_NET):
         if ours[name] != theirs[name]:
@@ -147,6 +149,13 @@ def init_from_checkpoint(
                 f"cannot start from {path}: {option_of(name)} is {theirs[name]} there and "
                 f"{ours[name]} here; weights fit a net of the same shape only, so give the same "
                 "options, and data with the same vocabulary"
+            )
+    for name in ("tokenizer", "mask_id"):
+        if getattr(spec, name) != getattr(spec_there, name):
+            warnings.warn(
+                f"the {name} of {path} is another than that of the data: its weights were trained "
+                "on ids that mean something else, unless only a chat template differs",
+                stacklevel=2,
             )
     _load_weights(model, path, state)
 
@@ -164,6 +173,21 @@ def _load_weights(
         ) from error
 
 
+def spec_of(state: dict[str, Any], path: str | os.PathLike[str]) -> SequenceSpec:
+    """The format of the sequences of a checkpoint.
+
+    Raises:
+        ValueError: it says none, or what this version does not know.
+    """
+    try:
+        return SequenceSpec(**state["spec"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} describes its sequences by what this version does not know ({error}): use the "
+            "version that wrote it"
+        ) from error
+
+
 def load_model(
     path: str | os.PathLike[str],
 ) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
@@ -176,7 +200,7 @@ def load_model(
         FileNotFoundError, ValueError: no such file, or it is not a checkpoint.
     """
     state = checkpoint.load(path)
-    spec = SequenceSpec(**state["spec"])
+    spec = spec_of(state, path)
     model = build_model(TrainConfig.continued(state["config"]), spec)
     _load_weights(model, path, state)
     return model.eval(), spec

@@ -9,6 +9,7 @@ Steps do not synchronise with the device: metrics stay there until ``Run.flush``
 
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import open_data
 from nar_kernels.extras import import_extra
 from nar_kernels.likelihood import NATS_PER_BIT, evaluate
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.show.pieces import pieces_of
 from nar_kernels.spec.philox import Stream, derived_seed
 from nar_kernels.training import checkpoint, parallel
 from nar_kernels.training.baselines import baselines
@@ -40,6 +43,7 @@ from nar_kernels.training.model import (
     choose_device,
     init_from_checkpoint,
     prepare,
+    spec_of,
 )
 from nar_kernels.training.optim import (
     adamw,
@@ -62,6 +66,18 @@ from nar_kernels.training.report import (
 from nar_kernels.training.step import DeferredMetrics, loss_and_gradient
 
 _LOG_EVERY = 10  # steps
+
+
+def check_text(spec: SequenceSpec, data: str | os.PathLike[str]) -> None:
+    """Raises ValueError or ImportError if the tokenizer of the data, which samples need after the
+    training, cannot be opened."""
+    if spec.render == "text":
+        try:
+            pieces_of(spec)
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer of {os.fspath(data)} cannot be read: {error}"
+            ) from error
 
 
 class DivergedError(RuntimeError):
@@ -109,7 +125,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if saved is not None:
             config.refuse_to_continue(saved["config"], saved["loader"]["step"])
         config.check_device(device.type)
-        run = Run(config, device)
+        run = Run(config, device, None if saved is None else spec_of(saved, last))
         # No rank writes before all have checked. A new folder is created once all else is valid.
         distributed.barrier()
         distributed.on_first_rank(lambda: claim(create=True))
@@ -134,9 +150,16 @@ def check_overwrite(config: TrainConfig) -> None:
 
 
 class Run:
-    """The state of a training run, and its loop."""
+    """The state of a training run, and its loop.
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    Args:
+        saved_spec: of the run that this one continues, whose data may have moved to files that say
+            less of themselves.
+    """
+
+    def __init__(
+        self, config: TrainConfig, device: torch.device, saved_spec: SequenceSpec | None = None
+    ) -> None:
         # Import all extras up front, rather than fail after an hour of training.
         for module in ("x_transformers", "tqdm", "matplotlib.figure", "torch.utils.tensorboard"):
             import_extra(module)
@@ -150,13 +173,16 @@ class Run:
             dtype=config.dtype,
             column=config.column,
             eos_id=config.eos_id,
-            num_tokens=config.num_tokens,
+            num_tokens=config.num_tokens if saved_spec is None else saved_spec.num_tokens,
             seq_len=config.seq_len,
             stride=config.stride,
             within_documents=config.within_documents,
             num_held_out=config.held_out,
             folder=config.folder if config.resume else None,
         )
+        if saved_spec is not None and saved_spec.mask_id == self.data.spec.mask_id:
+            self.data = self.data._replace(spec=saved_spec)
+        check_text(self.data.spec, config.data)
         self.data.validate()
         # On the CPU there is no sync to avoid.
         self.flush_every = 1 if device.type == "cpu" else _LOG_EVERY

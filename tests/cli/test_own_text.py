@@ -103,3 +103,9 @@ def test_ids_that_are_no_text_are_shown_as_such(run: Path) -> None:
     pieces = pieces_of(spec)
     ids = pieces.ids("the road")
     assert pieces.text([*ids, spec.mask_id]) == "the road\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_prompt_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--checkpoint", str(run / "best.pt"), "--prompt", "caf\udce9"]
+    assert main(command) == 2
+    assert "the prompt is not UTF-8" in capsys.readouterr().err

@@ -234,6 +234,18 @@ def test_validate_all_of_files(tmp_path: Path, seq_len: int, stride: int, mask_i
             assert_validated(dataset)
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 22])
+def test_validate_all_within_documents(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """However many bad ids are in documents that no window fits into."""
+    monkeypatch.setattr("nar_kernels.data.dataset._TOKENS_AT_ONCE", at_once)
+    tokens = np.array([*[1] * 9, 0, *[V, 0] * 50, *[1] * 9, 0, V, 0, *[1] * 7, 0])
+    dataset = make_dataset(tokens, 5, eos_id=0, within_documents=True)
+    dataset.validate_all()
+    tokens[[112, 116, 126]] = V
+    with pytest.raises(InvalidTokenError, match="offset 112 of array .* .3 bad"):
+        dataset.validate_all()
+
+
 @pytest.mark.parametrize("dtype", TOKEN_DTYPES)
 def test_validate_all_of_every_type(dtype: str) -> None:
     info = np.iinfo(dtype)

@@ -294,6 +294,23 @@ def test_bad_arguments_of_a_loader(kwargs: dict[str, Any], message: str) -> None
         MaskedLoader(make_dataset(), **{"masking": MASKING, "batch_size": 4, **kwargs})
 
 
+def test_no_step_is_too_large_unless_its_slots_are() -> None:
+    loader = MaskedLoader(make_dataset(), MASKING, 4)
+    last = (1 << 61) - 2
+    assert loader.sample_ids(last).tolist() == [4 * last + i for i in range(4)]
+    loader.batch(last)
+    for refuse in (loader.batch, loader.sample_ids, loader.window_indices):
+        with pytest.raises(ValueError, match=rf"step is {last + 1}: it .* in \[0, {last + 1}\)"):
+            refuse(last + 1)
+    with pytest.raises(ValueError, match=f"step is {1 << 70}"):
+        loader.load_state_dict(loader.state_dict() | {"step": 1 << 70})
+
+
+def test_seeds_have_64_bits() -> None:
+    with pytest.raises(ValueError, match="seed is 18446744073709551616: it must have 64 bits"):
+        MaskedLoader(make_dataset(), MASKING, 4, seed=1 << 64)
+
+
 def test_negative_step() -> None:
     with pytest.raises(ValueError, match="step is -1: it must be in"):
         MaskedLoader(make_dataset(), MASKING, 4).batch(-1)

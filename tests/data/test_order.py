@@ -370,6 +370,30 @@ def test_datasets_that_do_not_mix(datasets: Any, weights: Any, message: str) -> 
         Mixture(datasets, weights)
 
 
+def test_what_is_no_dataset() -> None:
+    array = np.arange(9)
+    with pytest.raises(TypeError, match="a dataset of the mixture is a str: each must be"):
+        Mixture(["a.bin"], [1])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="a Mixture: each must be a TokenDataset .of a mixture wi"):
+        Mixture([Mixture([dataset_of(9)], [1])], [1])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="a weight is '1': it must be a number"):
+        Mixture([dataset_of(9)], ["1"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="dataset is a ndarray: it must be a TokenDataset"):
+        MaskedLoader(array, MASKING, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [0.1, np.float32(0.1), torch.tensor(0.1, dtype=torch.float64)])
+def test_weights_are_decimal_fractions(weight: Any) -> None:
+    assert shares_of([weight, 0.9]) == (Fraction(1, 10), Fraction(9, 10))
+
+
+def test_a_mixture_is_pickled_without_its_schedule() -> None:
+    mixture = Mixture([dataset_of(9), dataset_of(99)], [0.12345, 0.87655])
+    size = len(pickle.dumps(mixture))
+    mixture.assign(torch.arange(9))
+    assert len(pickle.dumps(mixture)) == size
+
+
 def test_dtypes_that_do_not_mix() -> None:
     other = TokenDataset(np.arange(9), 4, num_tokens=V, mask_id=MASK_ID)
     with pytest.raises(CorpusFormatError, match=r"holds torch\.int64 and array torch\.uint16"):

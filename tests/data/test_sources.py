@@ -1,12 +1,14 @@
 """The data sets that come along, and files of a user's own."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from nar_kernels import MaskedLoader, MaskingConfig, Mixture
+from nar_kernels.data.prepare import prepare
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import open_data
 from nar_kernels.errors import CorpusFormatError
@@ -108,6 +110,46 @@ def test_a_mixture_of_files(tmp_path):
     assert (loader.batch(0).clean_ids[:, 0] < 600).sum() == 6
 
 
+@pytest.mark.parametrize(
+    ("weights", "sizes", "num_held_out", "expected"),
+    [
+        ((99, 1), (40_000, 40_000), None, (253, 3)),
+        ((99, 1), (40_000, 40_000), 100, (99, 1)),
+        ((1, 1, 1), (1000, 1000, 1000), 4, (2, 1, 1)),
+        ((999, 1), (1000, 1000), 10, (10, 1)),  # at least one
+        ((1, 1), (40_000, 200), None, (2, 2)),  # a tenth of the small one
+    ],
+)
+def test_windows_of_a_mixture_are_held_out_by_weight(
+    tmp_path, weights, sizes, num_held_out, expected
+):
+    sources = []
+    for i, (weight, size) in enumerate(zip(weights, sizes, strict=True)):
+        np.save(tmp_path / f"{i}.npy", np.full(size, i, np.uint8))
+        sources.append({"data": f"{i}.npy", "weight": weight})
+    data = open_data(write_mixture(tmp_path, *sources), seq_len=10, num_held_out=num_held_out)
+    of_source = data.held_out.windows(data.held_out_windows)[:, 0].bincount()
+    assert tuple(of_source.tolist()) == expected
+
+
+def test_a_file_named_like_a_built_in_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"my own " * 100)
+    write_mixture(Path(), {"data": "./text"})
+    data = open_data("mix.json", seq_len=7)
+    assert bytes(data.train.windows([0])[0].tolist()) == b"my own "
+
+
+def test_a_loss_mask_that_is_not_used_is_said(tmp_path):
+    pytest.importorskip("fsspec")
+    pytest.importorskip("tqdm")
+    pair = json.dumps({"prompt": "to be or not to be", "completion": "that is the question"})
+    (tmp_path / "a.jsonl").write_text(f"{pair}\n" * 9)
+    prepare(tmp_path / "a.jsonl", tmp_path / "a", tokenizer="bytes", workers=1, quiet=True)
+    with pytest.warns(UserWarning, match="a has a loss mask, which training does not use"):
+        open_data(tmp_path / "a", seq_len=16)
+
+
 def test_a_mixture_of_what_comes_along(tmp_path):
     (tmp_path / "mine.txt").write_bytes(b"some text of mine " * 400)
     path = write_mixture(tmp_path, {"data": "text", "weight": 0.9}, {"data": "mine.txt"})
@@ -126,6 +168,9 @@ def test_a_mixture_of_what_comes_along(tmp_path):
         ([{"data": "a.npy", "weight": -1}, {"data": "a.npy"}], "a weight is -1: it must be pos"),
         ([{"data": "a.npy"}, {"data": "text"}], r"text and .* differ in their render"),
         ([{"data": "gone.npy"}], r"there is no file .*gone\.npy"),
+        ([{"data": "mix.json"}], r"mixture\[0\] is a mixture itself, .*mix\.json: name its"),
+        ([{"data": "a.npy", "dtype": 16}], r"mixture\[0\] has the dtype 16"),
+        ([{"data": "a.npy", "weight": True}], r"mixture\[0\] has the weight True"),
     ],
 )
 def test_wrong_mixtures(tmp_path, mixture, message):
@@ -133,6 +178,16 @@ def test_wrong_mixtures(tmp_path, mixture, message):
     path = tmp_path / "mix.json"
     path.write_text(json.dumps({"mixture": mixture}))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_data(path)
+
+
+def test_a_mixture_that_is_not_json(tmp_path):
+    path = tmp_path / "mix.json"
+    path.write_text('{"mixture": [{"data": "a.npy"},]}')
+    with pytest.raises(CorpusFormatError, match=r"mix\.json is no JSON \(.*column 32"):
+        open_data(path)
+    path.write_text('{"mixture": [{"data": "a.npy"}], "dtype": "uint16"}')
+    with pytest.raises(CorpusFormatError, match=r"mix\.json has 'dtype' beside mixture"):
         open_data(path)
 
 

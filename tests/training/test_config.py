@@ -121,3 +121,33 @@ def test_any_options_are_valid_or_named(options):
     once = {"resume": False, "overwrite": False, "quiet": False}
     assert TrainConfig.continued(plain) == replace(config, **once)
     TrainConfig.continued(plain).refuse_to_continue(plain, done=config.steps)
+
+
+@pytest.mark.parametrize(
+    ("data", "folder"),
+    [
+        ("digits", "digits"),
+        ("a/corpus.bin", "corpus"),
+        ("shards/*.bin", "shards"),
+        ("a/b/part-[0-9]/*.bin", "b"),
+        (".", "here"),
+        ("..", "above"),
+        ("*.bin", "here"),
+    ],
+)
+def test_the_folder_of_a_run_is_named_after_its_data(tmp_path, monkeypatch, data, folder):
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert TrainConfig(data).folder == Path("runs") / folder
+
+
+def test_data_without_a_name():
+    with pytest.raises(ValueError, match="out is not given, and / has no name"):
+        _ = TrainConfig("/").folder
+
+
+def test_the_stride_of_a_preset_divides_another_seq_len():
+    assert TrainConfig.for_data("text").stride == 32
+    assert TrainConfig.for_data("text", seq_len=96).stride == 32
+    assert TrainConfig.for_data("text", seq_len=100).stride is None
+    assert TrainConfig.for_data("text", seq_len=100, stride=25).stride == 25

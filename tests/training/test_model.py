@@ -151,3 +151,24 @@ def test_bf16(sentences, tmp_path):
     assert report["environment"]["precision"] == "bf16"
     assert math.isfinite(report["bits_per_token"])
     assert not choose_bf16("fp32", torch.device("cpu"))
+
+
+def test_a_checkpoint_of_sequences_that_this_version_does_not_know(learnt, tmp_path):
+    state = checkpoint.load(learnt[1] / "best.pt")
+    state["spec"]["colours"] = 3
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt describes its sequences by what .*'colours'"):
+        load_model(tmp_path / "other.pt")
+    del state["spec"]
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt describes its sequences .*'spec'"):
+        load_model(tmp_path / "other.pt")
+
+
+def test_weights_of_another_tokenizer_are_said(learnt, sentences, tmp_path):
+    state = checkpoint.load(learnt[1] / "best.pt")
+    state["spec"]["tokenizer"] = "{}"
+    torch.save(state, tmp_path / "other.pt")
+    config = replace(small(sentences, tmp_path / "run", dim=64), init=tmp_path / "other.pt")
+    with pytest.warns(UserWarning, match=r"the tokenizer of .*other\.pt is another than that of"):
+        Run(config, torch.device("cpu"))

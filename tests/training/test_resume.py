@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nar_kernels.cli.main import main
+from nar_kernels.data.prepare import prepare
 from nar_kernels.training import checkpoint
 from nar_kernels.training.model import load_model
 from nar_kernels.training.optim import learning_rate
@@ -112,6 +113,45 @@ def test_data_may_move_into_another_container(tmp_path, capsys):
     assert step_of(config.folder / "last.pt") == 4
     assert main([*resume, "5", "--data", str(tmp_path / "wider.npy")]) == 2
     assert "which holds other tokens" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()  # raw files again, whose type only the run knows
+    ids.tofile(tmp_path / "folder" / "ids.bin")
+    assert main([*resume, "6", "--data", str(tmp_path / "folder")]) == 0
+    assert checkpoint.load(config.folder / "last.pt")["config"]["dtype"] == "uint16"
+    assert main([*resume, "7", "--data", str(raw), "--dtype", "uint8"]) == 2
+    assert "which holds other tokens" in capsys.readouterr().err
+
+
+def test_a_table_may_become_another_container(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    ids = np.arange(4000, dtype=np.uint16) % 50
+    rows = pa.array(ids.reshape(-1, 40).tolist(), pa.list_(pa.uint16()))
+    parquet.write_table(pa.table({"mine": rows, "other": rows}), tmp_path / "a.parquet")
+    np.save(tmp_path / "a.npy", ids)
+    config = small(tmp_path / "a.parquet", tmp_path / "run", steps=2, column="mine", num_tokens=51)
+    train(config)
+    resume = ["train", "--resume", "--out", str(config.folder), "--quiet", "--steps"]
+    assert main([*resume, "3", "--data", str(tmp_path / "a.npy")]) == 0
+    assert checkpoint.load(config.folder / "last.pt")["config"]["column"] is None
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    """Its ids are the same tokens; what new files say of them, or do not, changes nothing."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "poem.txt").write_text("to be or not to be, that is the question. " * 99)
+    prepare(tmp_path / "poem.txt", tmp_path / "poem", train_bpe=300, workers=1, quiet=True)
+    config = small(tmp_path / "poem", tmp_path / "run", steps=2)
+    train(config)
+    spec = load_model(config.folder / "last.pt")[1]
+    assert spec.render == "text"
+    (tmp_path / "poem" / "tokenizer.json").write_text("{}")
+    (shard,) = (tmp_path / "poem").glob("tokens-*.npy")
+    for steps, data in ((3, shard), (4, tmp_path / "poem")):
+        train(replace(config, resume=True, data=data, steps=steps))
+        assert load_model(config.folder / "last.pt")[1] == spec
+    with pytest.raises(ValueError, match="the tokenizer of .*poem cannot be read: "):
+        train(replace(config, out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_new_run_looks_for_data_in_the_current_folder_alone(sentences, tmp_path):
