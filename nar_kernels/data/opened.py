@@ -3,7 +3,6 @@
 Built-in data sets need no download.
 """
 
-import glob
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.formats.detect import SUFFIXES
+from nar_kernels.data.formats.detect import SUFFIXES, exists, holds_ids
 from nar_kernels.data.sequence_spec import Render
 from nar_kernels.extras import import_extra
 
 NUM_BYTES = 256
 
-# What is taken for token ids by its name alone; other files are bytes of text.
+# Taken for token ids by name, as raw ones must be; other files are bytes of text, unless they say
+# that they hold ids.
 _ID_SUFFIXES = (*SUFFIXES, ".idx")
 
 # scikit-learn's digits: 1797 images of 8 x 8 pixels in 0 .. 16.
@@ -68,9 +68,8 @@ def open_source(
                 raise ValueError(f"{option} is {value}, but {name} {what}: leave it out")
         return BUILT_IN[name]()
     path = _find(name, folder)
-    is_text = dtype is None and os.path.isfile(path) and Path(path).suffix not in _ID_SUFFIXES
-    if is_text and not (Path(path).suffix == ".json" and _lists_files(path)):
-        corpus = Corpus(path, dtype="uint8", eos_id=eos_id)
+    if dtype is None and _is_text(path):
+        corpus = Corpus(path, dtype="uint8", column=column, eos_id=eos_id)
         return Opened(corpus, "bytes", {"num_tokens": NUM_BYTES + 1})
     return opened_corpus(Corpus(path, dtype=dtype, column=column, eos_id=eos_id))
 
@@ -125,19 +124,17 @@ def _open_text() -> Opened:
 BUILT_IN = {"digits": _open_digits, "text": _open_text}
 
 
-def _lists_files(path: str) -> bool:
-    """Whether a .json file lists files, rather than being text."""
-    with open(path, "rb") as file:
-        return b'"files"' in file.read(1 << 16)
+def _is_text(path: str) -> bool:
+    return os.path.isfile(path) and Path(path).suffix not in _ID_SUFFIXES and not holds_ids(path)
 
 
 def _find(name: str, folder: Path | None) -> str:
-    """A path in the current directory or in ``folder``; or a glob."""
+    """The name, or that in ``folder``, whichever names something."""
     places = [name]
     if folder is not None and not os.path.isabs(name):
         places.append(os.path.join(folder, name))
     for place in places:
-        if os.path.exists(place) or glob.glob(place, recursive=True):
+        if exists(place):
             return place
     looked = f" (looked for {' and '.join(os.path.abspath(place) for place in places)})"
     raise FileNotFoundError(

@@ -13,6 +13,7 @@ from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import open_data
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.training.baselines import baselines
+from tests.helpers.corpora import write_scattered_megatron
 
 pytest.importorskip("x_transformers")
 
@@ -75,6 +76,31 @@ def test_token_files_must_say_what_they_hold(tmp_path):
     (tmp_path / "raw.bin").write_bytes(bytes(100))
     with pytest.raises(CorpusFormatError, match="dtype"):
         open_data(str(tmp_path / "raw.bin"), num_tokens=10)
+
+
+@pytest.mark.parametrize("name", ["tokens", "tokens.dat", "tokens.txt", "A.NPY"])
+def test_token_ids_are_recognised_by_content(tmp_path, name):
+    with (tmp_path / name).open("wb") as file:
+        np.save(file, np.arange(100, dtype=np.uint16))
+    data = open_data(tmp_path / name, seq_len=10)
+    assert data.spec.render == "ids" and data.train[0].tolist() == [*range(10)]
+
+
+def test_raw_ids_of_any_name_are_recognised_by_a_sidecar(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "tokens.u2")
+    (tmp_path / "tokens.u2.json").write_text('{"dtype": "uint16"}')
+    assert open_data(tmp_path / "tokens.u2", seq_len=10).spec.num_tokens == 101
+
+
+def test_a_megatron_corpus_is_named_by_its_prefix(tmp_path):
+    write_scattered_megatron(tmp_path, [np.arange(60), np.arange(40)])
+    assert open_data(tmp_path / "scattered", seq_len=10).spec.num_tokens == 61
+
+
+def test_text_has_no_columns(tmp_path):
+    (tmp_path / "a.txt").write_text("words " * 100)
+    with pytest.raises(CorpusFormatError, match="column='x' was given, but .* is not a table"):
+        open_data(tmp_path / "a.txt", seq_len=10, column="x")
 
 
 # Mixtures
