@@ -63,6 +63,7 @@ bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_unmask.py
 	$(BIN)/python benchmarks/bench_choose.py
 	$(BIN)/python benchmarks/bench_loader.py
+	$(BIN)/python benchmarks/bench_cold.py
 	$(BIN)/python benchmarks/bench_scan.py
 	$(BIN)/python benchmarks/bench_prepare.py
 

@@ -2,7 +2,7 @@
 
 A loop takes a batch and then computes for `--net-ms`; timed is what it waits for the batch. The
 page cache is emptied of the file before each turn (Linux), so windows of 2 KB, in random order,
-come from the disk.
+come from the disk. `--folder` must be on one.
 
 * MaskedLoader: which notices that it waits for a disk, and asks for the pages of the next batch.
 * without read-ahead: the same, with that switched off.
@@ -53,11 +53,14 @@ def waits_ms(next_batch: Callable[[], object], steps: int, net_ms: float) -> lis
 
 def main() -> None:
     parser = make_parser(__doc__, repeats=100)
+    parser.add_argument(
+        "--folder", type=Path, help="of the file of 4 GB (default: a temporary one)"
+    )
     parser.add_argument("--net-ms", type=float, default=20.0, help="a step beside its batch")
     args = parser.parse_args()
     _, steps, record = begin(parser, args, on_cpu=True)
     tokens = 2_000_000 if args.dry_run else 2_000_000_000
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # not in memory, as /tmp may be
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         (path,) = write_corpus(Path(folder), tokens, 1)
         makes = {
             "MaskedLoader": lambda: loader(path, reads_ahead=True),

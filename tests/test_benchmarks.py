@@ -3,6 +3,7 @@
 What they measure there says nothing, and is not looked at."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,16 @@ def test_loader(tmp_path):
     assert peers == {"nanoGPT", "nanoGPT, no targets", "Hugging Face"}
     assert all(row["us"] > 0 and row["times as fast"] > 0 for row in figures["rows"])
     assert len(figures["opening_ms"]) == 3 and "| MaskedLoader |" in output
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="empties the page cache")
+def test_cold(tmp_path):
+    figures, output = run("bench_cold.py", tmp_path, "--folder", tmp_path, "--net-ms", "1")
+    assert [row["batches of"] for row in figures["rows"]] == [
+        *("MaskedLoader", "without read-ahead", "nanoGPT")
+    ]
+    assert all(row["median ms"] > 0 for row in figures["rows"])
+    assert "| nanoGPT |" in output
 
 
 def test_scan(tmp_path):
