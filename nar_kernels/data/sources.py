@@ -176,7 +176,18 @@ def _paths(name: str) -> list[str]:
 
 
 def _least_vocabulary(corpora: Sequence[Corpus]) -> int:
-    """One more than the greatest id, and one for the mask token."""
+    """One more than the greatest id, and one for the mask token.
+
+    Raises:
+        ValueError: a corpus is too large to be read for this, and nothing is known of it.
+    """
+    for corpus in corpora:
+        if corpus.nbytes > _MAX_VALIDATED and known_scan(corpus) is None:
+            raise ValueError(
+                f"{corpus.name} has {corpus.nbytes >> 30} GiB, which are not read to find its "
+                "greatest id: give num_tokens, the vocabulary and the mask token, or run "
+                "`nar-kernels inspect` on it first"
+            )
 
     def greatest() -> int:
         return max(scan(corpus, histogram=False).max_id for corpus in corpora)

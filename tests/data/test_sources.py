@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nar_kernels import MaskedLoader, MaskingConfig, Mixture
+from nar_kernels import Corpus, MaskedLoader, MaskingConfig, Mixture
 from nar_kernels.data.prepare import prepare
+from nar_kernels.data.scan import scan
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import open_data
 from nar_kernels.errors import CorpusFormatError
@@ -101,6 +102,16 @@ def test_text_has_no_columns(tmp_path):
     (tmp_path / "a.txt").write_text("words " * 100)
     with pytest.raises(CorpusFormatError, match="column='x' was given, but .* is not a table"):
         open_data(tmp_path / "a.txt", seq_len=10, column="x")
+
+
+def test_a_large_corpus_is_not_read_for_its_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr("nar_kernels.data.sources._MAX_VALIDATED", 100)
+    np.save(tmp_path / "a.npy", np.arange(100, dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"a\.npy has 0 GiB, which are not read .* num_tokens"):
+        open_data(tmp_path / "a.npy", seq_len=10)
+    assert open_data(tmp_path / "a.npy", seq_len=10, num_tokens=500).spec.num_tokens == 500
+    scan(Corpus(tmp_path / "a.npy"))  # as `nar-kernels inspect` does
+    assert open_data(tmp_path / "a.npy", seq_len=10).spec.num_tokens == 101
 
 
 # Mixtures
