@@ -43,7 +43,7 @@ def prepare(inputs: Names, out: str | os.PathLike[str], **options: Any) -> Manif
         raise ValueError(
             f"out is {os.fspath(out)!r}: it must be a folder of this machine; copy it from there"
         )
-    folder = Path(os.path.abspath(out))
+    folder = Path(os.path.realpath(out))  # a link stays, and what it leads to is replaced
     found = find_inputs(inputs, exclude=[str(folder), str(partial_folder(folder))])
     run = prepare_images if found[0].kind == "images" else prepare_text
     progress = Progress(config.quiet)
