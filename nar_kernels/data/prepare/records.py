@@ -120,8 +120,9 @@ class Reader:
     ) -> Document:
         if self.chat is None:
             raise ValueError(
-                "it is a conversation, and the tokenizer has no chat template: give one with "
-                "chat_template, a Jinja file, or the tokenizer of a chat model"
+                "it is a conversation, and the tokenizer has no chat template, or several and none "
+                "by the name of default: give one with chat_template, a Jinja file, or the "
+                "tokenizer of a chat model"
             )
         tools = record.get("tools")
         text, counts = self.chat.render(messages, num_prompt=len(prompt), tools=tools)

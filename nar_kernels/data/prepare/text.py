@@ -166,10 +166,7 @@ def _write(
     if counts["empty"]:
         progress.say(f"empty documents, left out: {counts['empty']}")
     if counts["plain"]:
-        progress.say(
-            "documents with the text of the mask token, whose special tokens are taken for text: "
-            f"{counts['plain']}"
-        )
+        progress.say(f"mask tokens that the text names, taken for text: {counts['plain']}")
     return manifest
 
 

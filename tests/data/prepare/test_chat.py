@@ -92,6 +92,46 @@ def test_marks_are_those_of_transformers(tmp_path: Path, number: int) -> None:
     assert masks(tmp_path / "out") == [expected["assistant_masks"]]
 
 
+def test_blanks_count_with_a_tokenizer_that_trims_offsets(tmp_path: Path) -> None:
+    """As that of GPT-2 does."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    folder = write_chat_tokenizer(tmp_path / "chat", MARKED)
+    trims = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    trims.post_processor = tokenizers.processors.ByteLevel()
+    trims.save(str(folder / "tokenizer.json"))
+    messages = [
+        {"role": "user", "content": "a function"},
+        {"role": "assistant", "content": "def f():\n    if x:\n        y"},
+    ]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    expected = theirs.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    prepare(path, tmp_path / "out", tokenizer=folder, quiet=True)
+    assert documents(tmp_path / "out") == [expected["input_ids"]]
+    assert masks(tmp_path / "out") == [expected["assistant_masks"]]
+    assert counted(tmp_path / "out") == [messages[1]["content"] + "<|im_end|>"]
+
+
+def test_a_template_of_ones_own_in_place_of_several(tmp_path: Path) -> None:
+    """Of which none is the default: that does not matter to text either."""
+    folder = write_chat_tokenizer(tmp_path / "chat")
+    (folder / "chat_template.jinja").rename(tmp_path / "own.jinja")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "tool_use", "template": "x"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    prepare(path, tmp_path / "text", tokenizer=folder, quiet=True)
+    write_lines(path, [{"messages": CONVERSATIONS[0]}])
+    with pytest.raises(ValueError, match="line 1: .*or several and none by the name of default"):
+        prepare(path, tmp_path / "no", tokenizer=folder, quiet=True)
+    own = tmp_path / "own.jinja"
+    prepare(path, tmp_path / "out", tokenizer=folder, chat_template=own, quiet=True)
+    assert counted(tmp_path / "out") == ["A <tag> & é.<|im_end|>\n"]
+
+
 def test_what_the_assistant_says() -> None:
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     assert said(Chat(CHAT_ML, {}), CONVERSATIONS[1]) == [

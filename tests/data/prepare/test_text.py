@@ -237,10 +237,37 @@ def test_the_mask_token_in_text_is_text(tmp_path: Path, capsys: Any) -> None:
     assert manifest is not None and manifest.mask_id == 4
     assert manifest.num_tokens == manifest.vocab_size and manifest.eos_id is None
     assert found[0] == theirs.encode("the text", add_special_tokens=False).ids
-    assert not {2, 4} & {*found[1]}
-    theirs.encode_special_tokens = True
-    assert found[1] == theirs.encode(text, add_special_tokens=False).ids
-    assert "mask token, whose special tokens are taken for text: 1" in capsys.readouterr().out
+    pieces = [theirs.encode(part, add_special_tokens=False).ids for part in text.split("MASK")]
+    mask = theirs.encode("MASK", add_special_tokens=False).ids
+    assert found[1] == [*pieces[0], *mask, *pieces[1]]
+    assert 2 in found[1] and 4 not in found[1]
+    assert "mask tokens that the text names, taken for text: 1" in capsys.readouterr().out
+
+
+def test_the_mask_token_in_a_long_text(tmp_path: Path, capsys: Any) -> None:
+    """The tokens do not depend on how it is cut."""
+    (tmp_path / "pieces.json").write_text(word_pieces().to_str())
+    (tmp_path / "a.txt").write_text("some words [CLS] and more\n" * 20 + "a [MASK] [MASK] b\n" * 2)
+    found = []
+    for size in (200, 1 << 20):
+        options = {"tokenizer": tmp_path / "pieces.json", "batch_bytes": size, "quiet": False}
+        found.append(run(tmp_path / "a.txt", tmp_path / str(size), **options))
+        assert "the text names, taken for text: 4" in capsys.readouterr().out
+    assert found[0] == found[1] and found[0][0].count(2) == 20 and 4 not in found[0][0]
+
+
+def test_a_document_that_has_no_tokens(tmp_path: Path) -> None:
+    """Not with a loss mask either, which is another way to encode it."""
+    model = tokenizers.models.WordLevel({"the": 0, "cat": 1}, "[UNK]")
+    words = tokenizers.Tokenizer(model)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    for record in ({"text": "the zebra"}, {"prompt": "the ", "completion": "zebra"}):
+        path = write_lines(tmp_path / "a.jsonl", [{"text": "the cat"}, record])
+        with pytest.raises(
+            ValueError, match="line 2: the tokenizer fails .*words.json cannot .*Missing \\[UNK"
+        ):
+            run(path, tmp_path / "out", tokenizer=tmp_path / "words.json")
 
 
 def test_tiktoken(tmp_path: Path, monkeypatch: Any) -> None:
