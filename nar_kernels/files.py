@@ -63,7 +63,7 @@ def errors_name(path: Path) -> Iterator[None]:
         raise
 
 
-def with_filename(error: OSError, path: Path) -> OSError:
+def with_filename(error: OSError, path: Path | str) -> OSError:
     """``error`` with ``path`` as its filename, which errors from writes lack."""
     if error.errno is None:  # raised by a library
         return OSError(errno.EIO, str(error), str(path))

@@ -1,13 +1,14 @@
 """Inputs, cut into batches of about as much text each: :class:`Cutter`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from nar_kernels.data.prepare.inputs import Input
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.extras import import_extra
+from nar_kernels.files import with_filename
 
 _BOM = b"\xef\xbb\xbf"
 _LOOK_BACK = 1 << 12  # bytes searched for a place to cut at, at a time
@@ -58,13 +59,13 @@ class Cutter:
         size: bytes of a batch; a record that is longer is a batch of its own.
         separator: ends a document of a text file; None: each file is a document.
         boundary: ``piece_boundary`` of the tokenizer, where a long document may be cut.
-        columns: to read from Parquet files, those of them that are there.
+        columns: which of those of a Parquet file are read.
     """
 
     size: int
     separator: bytes | None
     boundary: re.Pattern[bytes] | None
-    columns: tuple[str, ...]
+    columns: Callable[[Sequence[str]], list[str]]
 
     def batches(self, inputs: list[Input], start: Position = START) -> Iterator[Batch]:
         """All batches from ``start`` on, the beginning of one of them."""
@@ -72,9 +73,11 @@ class Cutter:
             at = start if i == start.source else Position(i, 0, 1)
             try:
                 yield from self._of_input(input, at)
-            except (ImportError, GeneratorExit):
+            except ImportError:
                 raise
             except Exception as error:  # decompressors and pyarrow raise many kinds
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise with_filename(error, input.name) from error
                 raise CorpusFormatError(
                     f"{input.name} cannot be read ({type(error).__name__}: {error}): get a whole "
                     "copy of it"
@@ -127,9 +130,7 @@ class Cutter:
 
     def _parquet(self, input: Input, content: BinaryIO, at: Position) -> Iterator[Batch]:
         file = import_extra("pyarrow.parquet", None).ParquetFile(content)
-        columns = [name for name in self.columns if name in file.schema_arrow.names]
-        # Without any, a worker says which there are.
-        columns = columns or file.schema_arrow.names
+        columns = self.columns(file.schema_arrow.names)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         total, row = file.metadata.num_rows, 0
         for i, group in enumerate(groups):

@@ -36,10 +36,13 @@ def prepare_text(
     for name in ("labels", "vocab_size"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name} is for image codes, .npy files: leave it out")
-    template = None
-    if config.chat_template is not None:
-        template = Path(config.chat_template).read_text(encoding="utf-8")
+    template = None if config.chat_template is None else _template(Path(config.chat_template))
     tokenizer, size = _choose(inputs, config, progress)
+    if config.append_eos and tokenizer is not None and tokenizer.eos_id is None:
+        raise ValueError(
+            f"append_eos is true, but the tokenizer {tokenizer.name} has no token that ends a "
+            "text: leave it out, or use another tokenizer"
+        )
     record = {
         "inputs": digest(inputs),
         "tokenizer": None if tokenizer is None else _sha256(tokenizer.to_json()),
@@ -64,18 +67,21 @@ def prepare_text(
         return _write(inputs, tokenizer, staging, config, progress)
 
 
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no chat template, but binary ({error}): name a Jinja file, in UTF-8"
+        ) from error
+
+
 def _choose(
     inputs: list[Input], config: PrepareConfig, progress: Progress
 ) -> tuple[Tokenizer | None, int | None]:
     """The tokenizer, or how large a BPE to train."""
     if config.tokenizer is not None:
-        tokenizer = open_tokenizer(config.tokenizer)
-        if config.append_eos and tokenizer.eos_id is None:
-            raise ValueError(
-                f"append_eos is true, but the tokenizer {tokenizer.name} has no token that ends a "
-                "text: leave it out, or use another tokenizer"
-            )
-        return tokenizer, None
+        return open_tokenizer(config.tokenizer), None
     if config.train_bpe is not None:
         return None, config.train_bpe
     text_bytes = sum(input.text_bytes for input in inputs)

@@ -152,6 +152,10 @@ def test_parquet(tmp_path: Path, bpe: Path) -> None:
         assert run(tmp_path / "a.parquet", tmp_path / f"{i}", **options) == encoded(FULL)
     with pytest.raises(ValueError, match="a.parquet, row 0: there is no 'text', but 'n', 'body'"):
         run(tmp_path / "a.parquet", tmp_path / "no", tokenizer=bpe)
+    table = pyarrow.table({"tools": ["x"], "conversations": ["y"], "prompt": ["z"]})
+    parquet.write_table(table, tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="no 'text', but 'tools', 'conversations', 'prompt': name"):
+        run(tmp_path / "other.parquet", tmp_path / "no", tokenizer=bpe)
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
     with pytest.raises(ValueError, match="null.parquet, row 1: 'text' is null"):
         run(tmp_path / "null.parquet", tmp_path / "null", tokenizer=bpe)
@@ -220,8 +224,9 @@ def test_the_end_of_text(tmp_path: Path, bpe: Path) -> None:
     assert no == [plain[0], [*plain[1], 0]]
     text = run(path, tmp_path / "3", tokenizer=bpe, parse_special_tokens=False)
     assert text[1].count(0) == 1 and len(text[1]) > 3
-    with pytest.raises(ValueError, match="append_eos is true, but the tokenizer bytes has no"):
-        run(path, tmp_path / "4", tokenizer="bytes", append_eos=True)
+    for tokenizer in ("bytes", None):  # so little text gets bytes
+        with pytest.raises(ValueError, match="append_eos is true, but the tokenizer bytes has no"):
+            run(path, tmp_path / "4", tokenizer=tokenizer, append_eos=True)
     assert run(path, tmp_path / "5", tokenizer="bytes") == [[97], list(b"b<|endoftext|>")]
 
 
@@ -356,10 +361,15 @@ RECORDS: list[tuple[bytes, str]] = [
     (b'{"text": "a"}\n{"text": null}', "line 2: 'text' is null"),
     (b'{"text": "a"}\n["b"]', 'line 2: it is no object, but \\["b"\\]: a line is like'),
     (b'{"text": "a"}\n{"text": "b}', "line 2 is no JSON .* correct or remove it$"),
-    (b'[\n{"text": "a"}\n]', "line 1 is no JSON .*becomes lines with `jq -c '.\\[\\]'`"),
+    (b'[\n{"text": "a"}\n]', "line 1 is no JSON .*a line a record with `jq -c '.\\[\\]'`"),
+    (b'{\n"text": "a"\n}', "line 1 is no JSON .*a line a record with `jq -c .`"),
+    ('{"text": "a"}'.encode("utf-16"), "line 1: byte 0xff is not UTF-8 .*iconv"),
+    ('{"text": "a"}'.encode("utf-16-be"), "line 1 is no JSON"),
+    (b'{"text": "a"}\n' + '{"text": "a"}'.encode("utf-16-be"), "line 2 is no JSON"),
     (b'{"text": "a"}\n{"text": "\xff"}', "line 2: byte 0xff is not UTF-8 .*iconv"),
     (b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: '.ud800' is half of a surrogate pair"),
     (b'{"text": "a"}\n{"messages": []}', "line 2: it is a conversation, and the tokenizer has no"),
+    (b'{"prompt": [1], "completion": []}', "line 1: 'completion' has no messages: give one"),
     (
         b'{"text": "a"}\n{"prompt": "a", "completion": [1]}',
         "line 2: .*: both must be text, or both lists",
@@ -383,6 +393,27 @@ def test_the_first_bad_record_is_named(tmp_path: Path, bpe: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="bad.jsonl, line 41 is no JSON"):
         run(tmp_path / "bad.jsonl", tmp_path / "out", tokenizer=bpe, batch_bytes=500, workers=2)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: Any) -> None:
+    """Which says nothing of its content. (Root may read all.)"""
+    local = pytest.importorskip("fsspec.implementations.local")
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    for error in (PermissionError(13, "Permission denied", str(path)), OSError(5, "broken")):
+
+        def refusing(*args: Any, error: OSError = error, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(local.LocalFileSystem, "_open", refusing)
+        with pytest.raises(type(error), match=f"(denied|rror): '{path}'"):
+            run(path, tmp_path / "out", tokenizer="bytes")
+
+
+def test_a_chat_template_that_is_binary(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "chat.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat.jinja is no chat template, but binary"):
+        run(path, tmp_path / "out", chat_template=tmp_path / "chat.jinja")
 
 
 def test_text_that_is_not_utf8(tmp_path: Path, bpe: Path) -> None:
