@@ -1,7 +1,8 @@
 """Options of ``nar-kernels prepare``: :class:`PrepareConfig`."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from nar_kernels.options import coerce_fields, option, option_of
 
@@ -77,3 +78,9 @@ class PrepareConfig:
             )
         if self.batch_bytes < 1:
             raise ValueError(f"batch_bytes is {self.batch_bytes}: it must be at least 1")
+
+    def check_unset(self, names: Iterable[str], why: str) -> None:
+        """Raises ValueError for options that another kind of input would need."""
+        for f in fields(self):
+            if f.name in names and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} {why}: leave it out")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -99,6 +100,11 @@ def digest(inputs: Sequence[Input]) -> str:
     """Changes when one of the inputs does."""
     stamps = [[input.name, input.size, input.stamp] for input in inputs]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def bytes_before(inputs: Sequence[Input]) -> list[int]:
+    """As stored, of all inputs before each; the last number is that of all."""
+    return [0, *accumulate(input.size for input in inputs)]
 
 
 def _find(name: str, exclude: Sequence[str]) -> list[Input]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 from nar_kernels.data.manifest import Manifest, TokenizerFile, Vocabulary
@@ -12,7 +12,7 @@ from nar_kernels.data.prepare.batches import Cutter, together
 from nar_kernels.data.prepare.chat import Chat
 from nar_kernels.data.prepare.config import PrepareConfig
 from nar_kernels.data.prepare.encode import Encoder
-from nar_kernels.data.prepare.inputs import Input, digest
+from nar_kernels.data.prepare.inputs import Input, bytes_before, digest
 from nar_kernels.data.prepare.pool import encode_all
 from nar_kernels.data.prepare.progress import Progress, short
 from nar_kernels.data.prepare.records import Reader
@@ -33,9 +33,7 @@ def prepare_text(
     inputs: list[Input], out: Path, config: PrepareConfig, progress: Progress
 ) -> Manifest:
     """See :func:`nar_kernels.data.prepare.pipeline.prepare`."""
-    for name in ("labels", "vocab_size"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} is for image codes, .npy files: leave it out")
+    config.check_unset(("labels", "vocab_size"), "is for image codes, .npy files")
     template = None if config.chat_template is None else _template(Path(config.chat_template))
     tokenizer, size = _choose(inputs, config, progress)
     if config.append_eos and tokenizer is not None and tokenizer.eos_id is None:
@@ -145,12 +143,11 @@ def _write(
     )
     cutter = _cutter(reader, tokenizer, config)
     _say_if_whole(inputs, cutter, tokenizer, progress)
-    sizes = [input.size for input in inputs]
-    before = [0, *accumulate(sizes)]
+    before = bytes_before(inputs)
     done = staging.done
     if done.shards:
         progress.say(f"going on after {len(done.shards)} finished shards")
-    progress.begin(sum(sizes), before[done.at.source])
+    progress.begin(before[-1], before[done.at.source])
     batches = cutter.batches(inputs, done.at)
     num_workers = _num_workers(inputs, config)
     with closing(encode_all(together(batches, config.batch_bytes), encoder, num_workers)) as all_:
