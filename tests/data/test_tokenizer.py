@@ -215,6 +215,10 @@ def test_a_folder_of_hugging_face(tmp_path: Path):
     assert same(open_tokenizer(tmp_path / "chat/tokenizer.json"), tokenizer)
     (tmp_path / "copy.json").write_text(tokenizer.to_json(), encoding="utf-8")
     assert same(open_tokenizer(tmp_path / "copy.json"), tokenizer)
+    # Nor does it matter which of the two a prepared folder has.
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "copy.json").rename(tmp_path / "prepared/tokenizer.json")
+    assert same(open_tokenizer(tmp_path / "prepared"), tokenizer)
 
 
 def test_named_chat_templates(tmp_path: Path):
@@ -358,6 +362,10 @@ def test_arrays_are_the_lists():
 
 def test_what_is_no_tokenizer(tmp_path: Path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/tokenizer.json").write_bytes(b"\xff\xfe\x00")
+    cut = {"format": "nar_kernels tokenizer", "version": 1, "kind": "tokenizers"}
+    (tmp_path / "cut.json").write_text(json.dumps(cut))
     (tmp_path / "text.json").write_text("hello")
     (tmp_path / "other.json").write_text('{"a": 1}')
     newer = {"format": "nar_kernels tokenizer", "version": 9, "kind": "bytes"}
@@ -367,6 +375,8 @@ def test_what_is_no_tokenizer(tmp_path: Path):
     (tmp_path / "dropout.json").write_text(json.dumps(dropout))
     for name, message in (
         ("binary", "is no tokenizer.json, but binary"),
+        ("folder", "folder/tokenizer.json is no tokenizer.json, but binary"),
+        ("cut.json", "cut.json: this tokenizer is malformed .KeyError: 'tokenizer'.: take"),
         ("text.json", "is not JSON"),
         ("other.json", "is no tokenizer.json that the package tokenizers"),
         ("newer.json", "version 9: known are"),

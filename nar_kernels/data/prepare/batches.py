@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from nar_kernels.data.prepare.inputs import Input
+from nar_kernels.data.prepare.progress import short
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.extras import import_extra
 from nar_kernels.files import with_filename
 
 _BOM = b"\xef\xbb\xbf"
+_LARGE = 1 << 28  # bytes, of which the user is told that they are in memory
 _LOOK_BACK = 1 << 12  # bytes searched for a place to cut at, at a time
 
 
@@ -60,12 +62,14 @@ class Cutter:
         separator: ends a document of a text file; None: each file is a document.
         boundary: ``piece_boundary`` of the tokenizer, where a long document may be cut.
         columns: which of those of a Parquet file are read.
+        say: takes a note for the user.
     """
 
     size: int
     separator: bytes | None
     boundary: re.Pattern[bytes] | None
     columns: Callable[[Sequence[str]], list[str]]
+    say: Callable[[str], None]
 
     def batches(self, inputs: list[Input], start: Position = START) -> Iterator[Batch]:
         """All batches from ``start`` on, the beginning of one of them."""
@@ -106,6 +110,8 @@ class Cutter:
             while not cut and not is_end:
                 is_end = not _fill(rest, content, wanted)
                 cut = len(rest) if is_end else _end_of_last(pattern, rest)
+                if not cut:
+                    self._say_if_large(input, wanted // 2, wanted)
                 wanted *= 2
             payload = bytes(rest[:cut])
             del rest[:cut]
@@ -120,6 +126,8 @@ class Cutter:
         while _fill(rest, content, wanted):
             searched = wanted - self.size
             cut = None if self.boundary is None else _last(self.boundary, rest, searched)
+            if not cut:
+                self._say_if_large(input, searched, wanted)
             wanted += self.size
             if cut:
                 payload = bytes(rest[:cut])
@@ -127,6 +135,14 @@ class Cutter:
                 yield Batch(at, input.name, "text", payload, stored.tell(), goes_on=True)
                 at, wanted = _after(at, payload), self.size
         yield Batch(at, input.name, "text", bytes(rest), stored.tell())
+
+    def _say_if_large(self, input: Input, before: int, now: int) -> None:
+        """Once: when what is held of an input comes to this size."""
+        if before < _LARGE <= now:
+            self.say(
+                f"note: {input.name} has {short(now)}B in which it may not be cut, and is held in "
+                "memory until it may be: --document-separator splits text"
+            )
 
     def _parquet(self, input: Input, content: BinaryIO, at: Position) -> Iterator[Batch]:
         file = import_extra("pyarrow.parquet", None).ParquetFile(content)

@@ -57,7 +57,11 @@ class PrepareConfig:
     workers: int | None = option(None, "processes", type=int, otherwise="one a core")
     overwrite: bool = option(False, "replace a corpus in --out", action="store_true")
     quiet: bool = option(False, "print nothing", action="store_true")
-    append_eos: bool | None = option(None, "end each document with the tokenizer's end of text")
+    append_eos: bool | None = option(
+        None,
+        "end each document with the tokenizer's end of text (default: yes if it has one; "
+        "conversations end as their template says)",
+    )
     batch_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:

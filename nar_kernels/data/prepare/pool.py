@@ -100,6 +100,8 @@ class _Workers:
                     [sys.executable, "-I", str(_WORKER)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    # Ctrl-C is for this process, which ends the others: so does the end of a pipe.
+                    start_new_session=True,
                 )
                 self._processes.append(process)
             self._of_thread.process = process

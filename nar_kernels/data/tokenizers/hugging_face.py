@@ -136,14 +136,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def open_folder(folder: Path, name: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a folder of Hugging Face, from its files alone.
+    """The tokenizer of a folder of Hugging Face without a ``tokenizer.json``, from its files alone.
 
     Raises:
         ValueError, ImportError: it has none that can be read.
     """
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        return HuggingFaceTokenizer(file.read_text(encoding="utf-8"), name, read_config(folder))
     transformers = import_extra("transformers", None)
     try:
         slow = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

@@ -216,6 +216,38 @@ def test_a_long_document_in_pieces(tmp_path: Path, bpe: Path, name: str, size: i
     assert run([path, path], tmp_path / "out", **options) == [expected, expected]
 
 
+def test_a_separator_that_does_not_occur(tmp_path: Path, capsys: Any) -> None:
+    """As one in which a shell leaves a backslash."""
+    for name, text in (("a", "one\n\ntwo"), ("b", "three"), ("c", ""), ("d", "four\r\n\r\nfive")):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode())
+    options: dict[str, Any] = {"tokenizer": "bytes", "quiet": False, "batch_bytes": 2}
+    for separator, number, name in (("\n\n", 2, "b.txt"), ("\\n\\n", 3, "a.txt")):
+        out = tmp_path / f"out{number}"
+        run(str(tmp_path / "*.txt"), out, document_separator=separator, **options)
+        said = capsys.readouterr().out
+        assert f"not occur, each one document: {number}, such as {tmp_path / name}" in said
+    run(tmp_path / "a.txt", tmp_path / "out", document_separator="\n\n", **options)
+    assert "does not occur" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["no words", "a tokenizer", "a separator", "words"])
+def test_a_large_text_without_a_cut_is_said(
+    tmp_path: Path, bpe: Path, monkeypatch: Any, capsys: Any, kind: str
+) -> None:
+    monkeypatch.setattr("nar_kernels.data.prepare.batches._LARGE", 2000)
+    (tmp_path / "a.txt").write_text("some words " * 500 if kind != "no words" else "日本語 " * 500)
+    options: dict[str, Any] = {"tokenizer": bpe, "quiet": False, "batch_bytes": 100}
+    if kind == "a tokenizer":
+        spec = json.loads(bpe_json())
+        spec["pre_tokenizer"]["add_prefix_space"] = True
+        bpe.write_text(json.dumps(spec))
+    elif kind == "a separator":
+        options["document_separator"] = "|"
+    run(tmp_path / "a.txt", tmp_path / "out", **options)
+    note = f"note: {tmp_path}/a.txt has "
+    assert capsys.readouterr().out.count(note) == (kind != "words")
+
+
 def test_the_end_of_text(tmp_path: Path, bpe: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b<|endoftext|>"}])
     plain = encoded(["a", "b"], eos=[])
