@@ -53,9 +53,10 @@ def test_ctrl_c_does_not_reach_workers(tmp_path: Path, monkeypatch: pytest.Monke
 def test_workers_end_when_nothing_is_sent() -> None:
     """As when their parent was killed."""
     worker = ROOT / "nar_kernels/data/prepare/worker.py"
-    encoder = Encoder(Reader("text", None, None), open_tokenizer("bytes"), "uint8", None, True)
+    tokenizer = open_tokenizer("bytes")
+    encoder = Encoder(Reader("text", None, None), tokenizer, "uint8", None, True)
     fields = {name: value for name, value in vars(encoder).items() if name != "tokenizer"}
-    start = pickle.dumps(sys.path) + pickle.dumps((encoder.tokenizer.to_json(), fields))
+    start = pickle.dumps(sys.path) + pickle.dumps((tokenizer.to_json(), tokenizer.name, fields))
     subprocess.run([sys.executable, "-I", worker], input=start, check=True, timeout=60)
 
 

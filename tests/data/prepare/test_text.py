@@ -293,18 +293,21 @@ def test_the_mask_token_in_a_long_text(tmp_path: Path, capsys: Any) -> None:
     assert found[0] == found[1] and found[0][0].count(2) == 20 and 4 not in found[0][0]
 
 
+@pytest.mark.seconds
 def test_a_document_that_has_no_tokens(tmp_path: Path) -> None:
-    """Not with a loss mask either, which is another way to encode it."""
+    """With a loss mask, which is another way to encode it, and in a worker."""
     model = tokenizers.models.WordLevel({"the": 0, "cat": 1}, "[UNK]")
     words = tokenizers.Tokenizer(model)
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "words.json"))
     for record in ({"text": "the zebra"}, {"prompt": "the ", "completion": "zebra"}):
         path = write_lines(tmp_path / "a.jsonl", [{"text": "the cat"}, record])
-        with pytest.raises(
-            ValueError, match="line 2: the tokenizer fails .*words.json cannot .*Missing \\[UNK"
-        ):
-            run(path, tmp_path / "out", tokenizer=tmp_path / "words.json")
+        for workers in (1, 2):
+            options = {"tokenizer": tmp_path / "words.json", "workers": workers, "batch_bytes": 5}
+            with pytest.raises(
+                ValueError, match="line 2: the tokenizer fails .*/words.json cannot .*\\[UNK"
+            ):
+                run(path, tmp_path / "out", **options)
 
 
 def test_tiktoken(tmp_path: Path, monkeypatch: Any) -> None:
