@@ -39,16 +39,31 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             raise with_filename(error, path) from error
         raise
+    sync_folder(target.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """New files and renames in a folder are durable only once it is synced."""
     if os.name == "posix":
-        # The rename is durable only once the folder is synced.
-        folder = os.open(target.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
 
-def with_filename(error: OSError, path: Path) -> OSError:
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """OSErrors of what is read from and written to an open file name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise with_filename(error, path) from error
+        raise
+
+
+def with_filename(error: OSError, path: Path | str) -> OSError:
     """``error`` with ``path`` as its filename, which errors from writes lack."""
     if error.errno is None:  # raised by a library
         return OSError(errno.EIO, str(error), str(path))

@@ -33,15 +33,14 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--append-eos",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="end each document with the tokenizer's end of text (default: yes if it has one; "
-        "conversations end as their template says)",
+        help=PrepareConfig.__dataclass_fields__["append_eos"].metadata["help"],
     )
 
 
 def _run(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name in NAMES}
     manifest = prepare(arguments.inputs, options.pop("out"), **options)
-    if arguments.__dict__.get("quiet"):
+    if options.get("quiet"):
         return
     what = "images" if manifest.image_shape else "documents"
     total = f"{manifest.total_tokens:,} tokens of {manifest.total_documents:,} {what}"

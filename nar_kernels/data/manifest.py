@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nar_kernels.data.formats.base import malformed
+from nar_kernels.data.shown import shown
 from nar_kernels.files import atomic_write
 
 FILE = "manifest.json"
@@ -92,10 +93,21 @@ class Manifest:
 
     def tokenizer_json(self) -> str | None:
         """What the file of the tokenizer holds, for
-        :func:`nar_kernels.data.tokenizer.tokenizer_from_json`."""
+        :func:`nar_kernels.data.tokenizer.tokenizer_from_json`.
+
+        Raises:
+            CorpusFormatError: it is not JSON.
+            FileNotFoundError: there is none.
+        """
         if self.tokenizer is None:
             return None
-        return Path(self.folder, self.tokenizer.file).read_text(encoding="utf-8")
+        path = Path(self.folder, self.tokenizer.file)
+        try:
+            text = path.read_text(encoding="utf-8")
+            json.loads(text)
+        except ValueError as error:
+            raise malformed(path, "the content", f"no JSON ({error})", "a tokenizer") from error
+        return text
 
     @classmethod
     def of_shards(cls, shards: list[Shard], vocabulary: "Vocabulary", **more: Any) -> "Manifest":
@@ -207,25 +219,24 @@ def sha256_of(path: Path) -> str:
 class _Fields:
     """Reads fields of a JSON object."""
 
-    def __init__(self, path: Path, content: object, prefix: str = "") -> None:
+    def __init__(self, path: Path, content: Any, prefix: str = "") -> None:
         self._path, self._content, self._prefix = path, content, prefix
 
     def __call__(self, name: str, expected: str, is_valid: Callable[[Any], bool]) -> Any:
         label = self._prefix + name
         if not isinstance(self._content, dict):
             what = self._prefix.rstrip(".") or "the content"
-            raise malformed(self._path, what, _shown(self._content), "a JSON object")
+            raise malformed(self._path, what, shown(self._content), "a JSON object")
         if name not in self._content:
             raise malformed(self._path, label, "missing", expected)
         value = self._content[name]
         if not is_valid(value):
-            raise malformed(self._path, label, _shown(value), expected)
+            raise malformed(self._path, label, shown(value), expected)
         return value
 
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 80 else f"{text[:80]}..."
+    def within(self, name: str) -> "_Fields":
+        """Of the object that is this field."""
+        return _Fields(self._path, self._content[name], f"{self._prefix}{name}.")
 
 
 def _is_count(value: object) -> bool:
@@ -258,7 +269,7 @@ def _shard(read: _Fields) -> Shard:
         max_id=read("max_id", *_COUNT),
         sha256=read("sha256", "an object", lambda x: isinstance(x, dict)),
     )
-    digests = _Fields(read._path, shard.sha256, f"{read._prefix}sha256.")
+    digests = read.within("sha256")
     for file in shard.files:
         digests(file, "64 hex digits", lambda x: isinstance(x, str) and len(x) == 64)
     return shard

@@ -54,7 +54,8 @@ def open_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         return open_encoding(name.removeprefix("tiktoken:"))
     path = Path(name)
     if path.is_dir():
-        return open_folder(path, name)
+        file = path / "tokenizer.json"
+        return _open_file(file, name) if file.is_file() else open_folder(path, name)
     if not path.exists():
         hint = ""
         if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
@@ -62,15 +63,19 @@ def open_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
             hint = f"; if it is on the Hugging Face hub, `hf download {name} {files}` first"
             hint += ", with --local-dir FOLDER"
         raise FileNotFoundError(f"there is no tokenizer {name}: {_VALID}{hint}")
+    return _open_file(path, name)
+
+
+def _open_file(path: Path, name: str) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no tokenizer.json, but binary: {_VALID}") from error
+        raise ValueError(f"{path} is no tokenizer.json, but binary: {_VALID}") from error
     try:
         if read_fields(text, _FROM_FIELDS) is not None:
             return tokenizer_from_json(text)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}; {_VALID}") from error
+        raise ValueError(f"{path}: {error}; {_VALID}") from error
     return HuggingFaceTokenizer(text, name, read_config(path.parent))
 
 
@@ -85,6 +90,12 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     fields = read_fields(text, _FROM_FIELDS)
     if fields is None:
         return HuggingFaceTokenizer(text, "tokenizer.json")
-    tokenizer = _FROM_FIELDS[fields["kind"]](fields)
-    tokenizer.chat_template = fields["chat_template"]
+    try:
+        tokenizer = _FROM_FIELDS[fields["kind"]](fields)
+        tokenizer.chat_template = fields["chat_template"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"this tokenizer is malformed ({type(error).__name__}: {error}): take the file as "
+            "prepare wrote it"
+        ) from error
     return tokenizer

@@ -141,3 +141,17 @@ def test_ids_that_the_dtype_does_not_hold(tmp_path: Path) -> None:
     replace(MANIFEST, vocab_size=90, mask_id=90, num_tokens=91).write(tmp_path)
     with pytest.raises(CorpusFormatError, match="max_id is 90, but must be from min_id, 1, to voc"):
         read_manifest(tmp_path)
+
+
+def test_the_tokenizer(tmp_path: Path) -> None:
+    MANIFEST.write(tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert replace(manifest, tokenizer=None).tokenizer_json() is None
+    (tmp_path / "tokenizer.json").write_text('{"a": "é"}', encoding="utf-8")
+    assert manifest.tokenizer_json() == '{"a": "é"}'
+    for content in (b"\xff", b"{"):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(
+            CorpusFormatError, match="tokenizer.json: the content is no JSON .*must"
+        ):
+            manifest.tokenizer_json()

@@ -120,6 +120,86 @@ def test_special_tokens_that_a_post_processor_adds_are_left_out():
     assert theirs.encode("the text").ids == [2, *bare[0], 3]
 
 
+def test_a_post_processor_takes_no_blanks_out_of_spans():
+    """As that of GPT-2, whose ``trim_offsets`` is on by default."""
+    text = "def f():\n    if x:\n        y"
+    plain = HuggingFaceTokenizer(bpe_json(), "plain")
+    theirs = tokenizers.Tokenizer.from_str(bpe_json())
+    theirs.post_processor = tokenizers.processors.ByteLevel()
+    tokenizer = HuggingFaceTokenizer(theirs.to_str(), "trims")
+    for parse in (True, False):
+        ids, spans = tokenizer.encode_with_spans(text, parse_special=parse)
+        expected = plain.encode_with_spans(text, parse_special=parse)
+        assert list(ids) == expected[0] and spans.tolist() == expected[1].tolist()
+        assert (spans[:, 1] > spans[:, 0]).all()
+    assert tokenizer.to_json() == theirs.to_str()  # the file's own
+
+
+def test_the_mask_token_alone_as_text():
+    text = "the [MASK] of [CLS]"
+    theirs = word_pieces()
+    tokenizer = HuggingFaceTokenizer(theirs.to_str(), "pieces")
+    expected = [
+        id_
+        for part in ("the [", "MASK] of ", "[CLS]")
+        for id_ in theirs.encode(part, add_special_tokens=False).ids
+    ]
+    assert tokenizer.without_mask.encode_batch([text]) == [expected] and 4 not in expected
+    assert 4 in tokenizer.encode_batch([text])[0]
+    plain = tokenizer.encode_batch([text], parse_special=False)
+    assert tokenizer.without_mask.encode_batch([text], parse_special=False) == plain
+    assert not {2, 4} & {*plain[0]}
+
+
+def test_a_mask_token_that_is_not_special_is_text_with_the_others():
+    spec = json.loads(word_pieces().to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    tokenizer = HuggingFaceTokenizer(json.dumps(spec), "pieces")
+    assert 4 in tokenizer.encode_batch(["a [MASK]"])[0]
+    assert 4 not in tokenizer.encode_batch(["a [MASK]"], parse_special=False)[0]
+    assert 4 not in tokenizer.without_mask.encode_batch(["a [MASK]"])[0]
+
+
+def test_the_mask_token_of_tiktoken_as_text():
+    tiktoken = pytest.importorskip("tiktoken")
+    small = encoding()
+    special = {"<|mask|>": 300, "<|other|>": 301}
+    tokenizer = TiktokenTokenizer(
+        tiktoken.Encoding(
+            "small",
+            pat_str=small._pat_str,
+            mergeable_ranks=small._mergeable_ranks,
+            special_tokens=special,
+        )
+    )
+    assert tokenizer.mask_id == 300
+    text = "a<|mask|><|other|>"
+    assert tokenizer.encode_batch([text])[0][-2:] == [300, 301]
+    (ids,) = tokenizer.without_mask.encode_batch([text])
+    assert 300 not in ids and ids[-1] == 301 and tokenizer.decode(ids) == text
+
+
+def words_without_unknown() -> HuggingFaceTokenizer:
+    """It can encode two words."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "cat": 1}, "[UNK]"))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return HuggingFaceTokenizer(theirs.to_str(), "words.json")
+
+
+def test_a_text_that_a_tokenizer_cannot_encode():
+    tokenizer = words_without_unknown()
+    assert tokenizer.encode_batch(["the cat"]) == [[0, 1]]
+    for encode in (
+        lambda: tokenizer.encode_batch(["the dog"]),
+        lambda: tokenizer.encode_with_spans("a"),
+    ):
+        with pytest.raises(
+            ValueError, match="words.json cannot encode a text .WordLevel error: .*"
+        ):
+            encode()
+
+
 def test_a_folder_of_hugging_face(tmp_path: Path):
     tokenizer = open_tokenizer(write_chat_tokenizer(tmp_path / "chat"))
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "chat/tokenizer.json"))
@@ -135,6 +215,10 @@ def test_a_folder_of_hugging_face(tmp_path: Path):
     assert same(open_tokenizer(tmp_path / "chat/tokenizer.json"), tokenizer)
     (tmp_path / "copy.json").write_text(tokenizer.to_json(), encoding="utf-8")
     assert same(open_tokenizer(tmp_path / "copy.json"), tokenizer)
+    # Nor does it matter which of the two a prepared folder has.
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "copy.json").rename(tmp_path / "prepared/tokenizer.json")
+    assert same(open_tokenizer(tmp_path / "prepared"), tokenizer)
 
 
 def test_named_chat_templates(tmp_path: Path):
@@ -142,14 +226,11 @@ def test_named_chat_templates(tmp_path: Path):
     (folder / "chat_template.jinja").unlink()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
-    for templates, expected in ((named, "y"), ("z", "z"), (named[:1], None)):
+    cases = [(named, "y"), ("z", "z"), (named[:1], None), ([{"template": "x"}, "y"], None)]
+    for templates, expected in cases:
         config["chat_template"] = templates
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        if expected is None:
-            with pytest.raises(ValueError, match="are tool_use, and none is the default"):
-                open_tokenizer(folder)
-        else:
-            assert open_tokenizer(folder).chat_template == expected
+        assert open_tokenizer(folder).chat_template == expected
 
 
 def test_a_folder_without_tokenizer_json(tmp_path: Path):
@@ -281,6 +362,10 @@ def test_arrays_are_the_lists():
 
 def test_what_is_no_tokenizer(tmp_path: Path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/tokenizer.json").write_bytes(b"\xff\xfe\x00")
+    cut = {"format": "nar_kernels tokenizer", "version": 1, "kind": "tokenizers"}
+    (tmp_path / "cut.json").write_text(json.dumps(cut))
     (tmp_path / "text.json").write_text("hello")
     (tmp_path / "other.json").write_text('{"a": 1}')
     newer = {"format": "nar_kernels tokenizer", "version": 9, "kind": "bytes"}
@@ -290,6 +375,8 @@ def test_what_is_no_tokenizer(tmp_path: Path):
     (tmp_path / "dropout.json").write_text(json.dumps(dropout))
     for name, message in (
         ("binary", "is no tokenizer.json, but binary"),
+        ("folder", "folder/tokenizer.json is no tokenizer.json, but binary"),
+        ("cut.json", "cut.json: this tokenizer is malformed .KeyError: 'tokenizer'.: take"),
         ("text.json", "is not JSON"),
         ("other.json", "is no tokenizer.json that the package tokenizers"),
         ("newer.json", "version 9: known are"),

@@ -1,5 +1,6 @@
 """Folders of ``nar-kernels prepare``, described by their ``manifest.json``."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,14 +30,24 @@ _SHARED: dict[str, Callable[[Manifest], object]] = {
 
 # Of what a run of `prepare` has done, in a folder that it has not finished.
 PROGRESS_FILE = "progress.jsonl"
+_PROGRESS_BEGINS = json.dumps({"format": FORMAT}).encode()[:-1]
 
 
 def is_prepared(folder: Path) -> bool:
     """Whether ``nar-kernels prepare`` wrote this folder, finished or not."""
     manifest = folder / FILE
     if not manifest.is_file():
-        return (folder / PROGRESS_FILE).is_file()
+        return is_begun(folder)
     return FORMAT.encode() in manifest.read_bytes()
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is a record of ``nar-kernels prepare``, which it removes when it finishes."""
+    file = folder / PROGRESS_FILE
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(_PROGRESS_BEGINS)) == _PROGRESS_BEGINS
 
 
 def prepared_layouts(folder: Path, options: ReadOptions) -> list[Layout]:

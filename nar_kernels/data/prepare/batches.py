@@ -1,15 +1,18 @@
 """Inputs, cut into batches of about as much text each: :class:`Cutter`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from nar_kernels.data.prepare.inputs import Input
+from nar_kernels.data.prepare.progress import short
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.extras import import_extra
+from nar_kernels.files import with_filename
 
 _BOM = b"\xef\xbb\xbf"
+_LARGE = 1 << 28  # bytes, of which the user is told that they are in memory
 _LOOK_BACK = 1 << 12  # bytes searched for a place to cut at, at a time
 
 
@@ -58,13 +61,15 @@ class Cutter:
         size: bytes of a batch; a record that is longer is a batch of its own.
         separator: ends a document of a text file; None: each file is a document.
         boundary: ``piece_boundary`` of the tokenizer, where a long document may be cut.
-        columns: to read from Parquet files, those of them that are there.
+        columns: which of those of a Parquet file are read.
+        say: takes a note for the user.
     """
 
     size: int
     separator: bytes | None
     boundary: re.Pattern[bytes] | None
-    columns: tuple[str, ...]
+    columns: Callable[[Sequence[str]], list[str]]
+    say: Callable[[str], None]
 
     def batches(self, inputs: list[Input], start: Position = START) -> Iterator[Batch]:
         """All batches from ``start`` on, the beginning of one of them."""
@@ -72,9 +77,11 @@ class Cutter:
             at = start if i == start.source else Position(i, 0, 1)
             try:
                 yield from self._of_input(input, at)
-            except (ImportError, GeneratorExit):
+            except ImportError:
                 raise
             except Exception as error:  # decompressors and pyarrow raise many kinds
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise with_filename(error, input.name) from error
                 raise CorpusFormatError(
                     f"{input.name} cannot be read ({type(error).__name__}: {error}): get a whole "
                     "copy of it"
@@ -103,6 +110,8 @@ class Cutter:
             while not cut and not is_end:
                 is_end = not _fill(rest, content, wanted)
                 cut = len(rest) if is_end else _end_of_last(pattern, rest)
+                if not cut:
+                    self._say_if_large(input, wanted // 2, wanted)
                 wanted *= 2
             payload = bytes(rest[:cut])
             del rest[:cut]
@@ -117,6 +126,8 @@ class Cutter:
         while _fill(rest, content, wanted):
             searched = wanted - self.size
             cut = None if self.boundary is None else _last(self.boundary, rest, searched)
+            if not cut:
+                self._say_if_large(input, searched, wanted)
             wanted += self.size
             if cut:
                 payload = bytes(rest[:cut])
@@ -125,11 +136,17 @@ class Cutter:
                 at, wanted = _after(at, payload), self.size
         yield Batch(at, input.name, "text", bytes(rest), stored.tell())
 
+    def _say_if_large(self, input: Input, before: int, now: int) -> None:
+        """Once: when what is held of an input comes to this size."""
+        if before < _LARGE <= now:
+            self.say(
+                f"note: {input.name} has {short(now)}B in which it may not be cut, and is held in "
+                "memory until it may be: --document-separator splits text"
+            )
+
     def _parquet(self, input: Input, content: BinaryIO, at: Position) -> Iterator[Batch]:
         file = import_extra("pyarrow.parquet", None).ParquetFile(content)
-        columns = [name for name in self.columns if name in file.schema_arrow.names]
-        # Without any, a worker says which there are.
-        columns = columns or file.schema_arrow.names
+        columns = self.columns(file.schema_arrow.names)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         total, row = file.metadata.num_rows, 0
         for i, group in enumerate(groups):

@@ -53,13 +53,14 @@ class Chat:
         Args:
             messages: dicts with ``"role"`` and ``"content"``.
             num_prompt: if not 0, all after so many messages counts, and nothing before.
-            tools: for the template.
+            tools: a list for the template, or None.
 
         Raises:
             ValueError: the messages are malformed, or the template is, or refuses them.
             ImportError: without jinja2.
         """
         checked = _checked(messages)
+        _check_marks(tools, "the list of tools")
         text, marked = self._render(checked, tools)
         if num_prompt:
             return text, [(self._end_of(checked[:num_prompt], text, tools, True), len(text))]
@@ -68,10 +69,23 @@ class Chat:
         spans = []
         for i, message in enumerate(checked):
             if message["role"] == "assistant":
-                start = self._end_of(checked[:i], text, tools, True)
+                start = (
+                    self._end_of(checked[:i], text, tools, True) if i else self._start(text, tools)
+                )
                 end = self._end_of(checked[: i + 1], text, tools, False)
                 spans.append((start, end))
         return text, spans
+
+    def _start(self, text: str, tools: Any) -> int:
+        """Where the assistant speaks that begins a conversation."""
+        try:
+            return self._end_of([], text, tools, True)
+        except ValueError as error:
+            raise ValueError(
+                "the assistant begins the conversation, and the chat template does not say where "
+                "it speaks then: mark that in the template with {% generation %} and "
+                "{% endgeneration %}, or begin with a message of another role"
+            ) from error
 
     def _end_of(self, messages: list[dict[str, Any]], text: str, tools: Any, prompts: bool) -> int:
         """How much of the text of a conversation its first messages are, with what prompts the
@@ -90,7 +104,6 @@ class Chat:
         self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False
     ) -> tuple[str, Spans]:
         template, has_marks = self._compiled
-        exceptions = import_extra("jinja2", None).exceptions
         try:
             text = template.render(
                 messages=messages,
@@ -99,7 +112,7 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (exceptions.TemplateError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # of any kind, as of a program
             hint = ""
             if "strftime_now" in str(error):
                 hint = " (a corpus must not depend on today's date: write one into the template)"
@@ -154,12 +167,17 @@ def _checked(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'message {i} is not like {{"role": "user", "content": "..."}}')
         present = {name: value for name, value in message.items() if value is not None}
-        if any(mark in str(value) for value in present.values() for mark in (_OPEN, _CLOSE)):
-            raise ValueError(f"message {i} has U+FDD0 or U+FDD1, which are no characters: drop it")
+        _check_marks(present, f"message {i}")
         if "content" not in present and "tool_calls" not in present:
             raise ValueError(f"message {i}, of the {message['role']}, has no 'content'")
         checked.append(present)
     return checked
+
+
+def _check_marks(value: object, what: str) -> None:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if _OPEN in text or _CLOSE in text:
+        raise ValueError(f"{what} has U+FDD0 or U+FDD1, which are no characters: drop it")
 
 
 def _to_json(

@@ -1,7 +1,8 @@
 """Options of ``nar-kernels prepare``: :class:`PrepareConfig`."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from nar_kernels.options import coerce_fields, option, option_of
 
@@ -56,7 +57,11 @@ class PrepareConfig:
     workers: int | None = option(None, "processes", type=int, otherwise="one a core")
     overwrite: bool = option(False, "replace a corpus in --out", action="store_true")
     quiet: bool = option(False, "print nothing", action="store_true")
-    append_eos: bool | None = option(None, "end each document with the tokenizer's end of text")
+    append_eos: bool | None = option(
+        None,
+        "end each document with the tokenizer's end of text (default: yes if it has one; "
+        "conversations end as their template says)",
+    )
     batch_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
@@ -77,3 +82,9 @@ class PrepareConfig:
             )
         if self.batch_bytes < 1:
             raise ValueError(f"batch_bytes is {self.batch_bytes}: it must be at least 1")
+
+    def check_unset(self, names: Iterable[str], why: str) -> None:
+        """Raises ValueError for options that another kind of input would need."""
+        for f in fields(self):
+            if f.name in names and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} {why}: leave it out")

@@ -21,7 +21,7 @@ class Encoded:
             end are of a document that goes on in the next batch.
         loss_mask: uint8 ``[L]``, or None: all count.
         num_empty: documents without tokens, which are left out.
-        num_plain: documents with the text of the mask token, taken for text.
+        num_plain: mask tokens that the text names, taken for text.
     """
 
     ids: np.ndarray
@@ -69,8 +69,8 @@ class Encoder:
         arrays: list[np.ndarray] = []
         masks: list[np.ndarray | None] = []
         num_plain = 0
-        for document, (ids, mask, is_plain) in zip(documents, self._ids(documents), strict=True):
-            num_plain += is_plain
+        for document, (ids, mask, num_masks) in zip(documents, self._ids(documents), strict=True):
+            num_plain += num_masks
             if len(ids) or continues:
                 eos_id = None if batch.goes_on else self._missing_eos(document, ids)
                 if eos_id is not None:
@@ -96,8 +96,8 @@ class Encoder:
 
     def _ids(
         self, documents: list[Document]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, bool]]:
-        """Ids and loss mask of each document, and whether it has the text of the mask token."""
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
+        """Ids and loss mask of each document, and how often it had the text of the mask token."""
         try:
             texts = [document.text for document in documents if document.counts is None]
             of_texts = iter(self.tokenizer.encode_arrays(texts, parse_special=self.parse_special))
@@ -105,18 +105,17 @@ class Encoder:
                 if document.counts is None:
                     ids, mask = next(of_texts), None
                 else:
-                    # What a template writes are its special tokens, whatever the text's are.
-                    parse = document.ends_itself or self.parse_special
-                    ids, mask = self._with_mask(document, parse)
-                if is_plain := self._has_mask_token(ids) and not document.ends_itself:
-                    ids, mask = self._with_mask(document, parse_special=False)
-                if self._has_mask_token(ids):
+                    ids, mask = self._encode(document, self.tokenizer)
+                num_masks = self._count_masks(ids)
+                if num_masks and not document.ends_itself:
+                    ids, mask = self._encode(document, self.tokenizer.without_mask)
+                if num_masks and self._count_masks(ids):
                     raise CorpusFormatError(
                         f"{document.where}: it has the text of the mask token, "
                         f"{self.tokenizer.special_tokens['mask_token']!r}, which data must not "
                         "contain: write it otherwise, or remove the record"
                     )
-                yield ids, mask, is_plain
+                yield ids, mask, num_masks
         except CorpusFormatError:
             raise
         except ValueError:
@@ -127,7 +126,7 @@ class Encoder:
     def _check(self, document: Document) -> None:
         """Raises for a document that cannot be encoded."""
         try:
-            self.tokenizer.encode_arrays([document.text], parse_special=self.parse_special)
+            self._encode(document, self.tokenizer)
         except UnicodeEncodeError as error:
             raise CorpusFormatError(
                 f"{document.where}: {document.text[error.start]!r} is half of a surrogate pair, "
@@ -138,15 +137,17 @@ class Encoder:
                 f"{document.where}: the tokenizer fails ({error}): split or remove the document"
             ) from error
 
-    def _with_mask(
-        self, document: Document, parse_special: bool
+    def _encode(
+        self, document: Document, tokenizer: Tokenizer
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The ids of a document, and uint8 that say which of them count; None: all."""
         text = document.text
+        # What a template writes are its special tokens, whatever the text's are.
+        parse = document.ends_itself or self.parse_special
         if document.counts is None:
-            (ids,) = self.tokenizer.encode_arrays([text], parse_special=parse_special)
+            (ids,) = tokenizer.encode_arrays([text], parse_special=parse)
             return ids, None
-        found, spans = self.tokenizer.encode_with_spans(text, parse_special=parse_special)
+        found, spans = tokenizer.encode_with_spans(text, parse_special=parse)
         # How many characters that count precede each.
         counted = np.zeros(len(text) + 1, np.int64)
         for start, stop in document.counts:
@@ -155,9 +156,9 @@ class Encoder:
         mask = before[spans[:, 1]] > before[spans[:, 0]]
         return np.asarray(found, np.int64), mask.astype(np.uint8)
 
-    def _has_mask_token(self, ids: np.ndarray) -> bool:
+    def _count_masks(self, ids: np.ndarray) -> int:
         mask_id = self.tokenizer.mask_id
-        return mask_id is not None and bool((ids == mask_id).any())
+        return 0 if mask_id is None else int(np.count_nonzero(ids == mask_id))
 
     def _missing_eos(self, document: Document, ids: np.ndarray) -> int | None:
         wanted = not document.ends_itself if self.append_eos is None else self.append_eos

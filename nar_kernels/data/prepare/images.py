@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -11,10 +10,10 @@ import numpy as np
 from numpy.lib import format as npy
 
 from nar_kernels.data.manifest import Manifest, Vocabulary
-from nar_kernels.data.prepare.batches import Position
+from nar_kernels.data.prepare.batches import START, Position
 from nar_kernels.data.prepare.config import PrepareConfig
 from nar_kernels.data.prepare.encode import Encoded
-from nar_kernels.data.prepare.inputs import Input, digest, find_inputs
+from nar_kernels.data.prepare.inputs import Input, bytes_before, digest, find_inputs
 from nar_kernels.data.prepare.progress import Progress
 from nar_kernels.data.prepare.shards import NpyWriter
 from nar_kernels.data.prepare.staging import Staging
@@ -22,7 +21,16 @@ from nar_kernels.data.prepare.write import Result, write_shards
 from nar_kernels.errors import CorpusFormatError
 
 _LABELS_FILE = "labels.npy"
-_OF_TEXT = ("tokenizer", "train_bpe", "document_separator", "chat_template", "append_eos")
+_MOST_CODES = (1 << 32) - 1
+_OF_TEXT = (
+    "tokenizer",
+    "train_bpe",
+    "text_column",
+    "document_separator",
+    "chat_template",
+    "parse_special_tokens",
+    "append_eos",
+)
 
 
 class Codes(NamedTuple):
@@ -36,9 +44,7 @@ def prepare_images(
     inputs: list[Input], out: Path, config: PrepareConfig, progress: Progress
 ) -> Manifest:
     """See :func:`nar_kernels.data.prepare.pipeline.prepare`."""
-    for name in _OF_TEXT:
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} is for text, and the inputs are image codes: leave it out")
+    config.check_unset(_OF_TEXT, "is for text, and the inputs are image codes")
     headers = [_header(input) for input in inputs]
     for input, codes in zip(inputs, headers, strict=True):
         if codes.shape[1:] != headers[0].shape[1:]:
@@ -52,7 +58,7 @@ def prepare_images(
     vocab_size = config.vocab_size
     if vocab_size is None:
         blocks = _blocks(inputs, headers, config.batch_bytes)
-        vocab_size = max(int(block.max()) for _, _, block in blocks) + 1
+        vocab_size = max(_greatest(inputs[at.source], block) for at, _, block in blocks) + 1
     vocabulary = Vocabulary(vocab_size)
     record = {
         "inputs": digest(inputs),
@@ -62,7 +68,7 @@ def prepare_images(
         "batch_bytes": config.batch_bytes,
     }
     with Staging(out, record, config.overwrite) as staging:
-        progress.begin(sum(input.size for input in inputs), 0)
+        progress.begin(bytes_before(inputs)[-1], 0)
         blocks = _blocks(inputs, headers, config.batch_bytes, staging.done.at)
         results = _results(inputs, blocks, vocabulary)
         write_shards(results, staging, vocabulary.dtype, config.shard_tokens, progress)
@@ -83,10 +89,20 @@ def prepare_images(
     return manifest
 
 
+def _greatest(input: Input, block: np.ndarray) -> int:
+    greatest = int(block.max())
+    if greatest >= _MOST_CODES:
+        raise CorpusFormatError(
+            f"{input.name} holds the code {greatest}: codes must be below {_MOST_CODES}, so that "
+            "32 bits hold them and a mask"
+        )
+    return greatest
+
+
 def _results(
     inputs: list[Input], blocks: Iterator[tuple[Position, int, np.ndarray]], vocabulary: Vocabulary
 ) -> Iterator[Result]:
-    before = [0, *accumulate(input.size for input in inputs)]
+    before = bytes_before(inputs)
     for at, read, block in blocks:
         if int(block.max()) >= vocabulary.vocab_size:
             raise CorpusFormatError(
@@ -103,7 +119,7 @@ def _blocks(
     inputs: list[Input],
     headers: list[Codes],
     batch_bytes: int,
-    start: Position = Position(0, 0, 0),  # noqa: B008
+    start: Position = START,
 ) -> Iterator[tuple[Position, int, np.ndarray]]:
     """Images ``[n, h, w]`` of all files, where they begin, and the bytes read of their file."""
     for i in range(start.source, len(inputs)):
@@ -154,15 +170,20 @@ def _read_header(content: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _labels(name: str | os.PathLike[str], num_images: int) -> np.ndarray:
     """int64 ``[N]``."""
-    (input,) = find_inputs(name)
+    inputs = find_inputs(name)
+    if len(inputs) != 1:
+        raise ValueError(f"labels is {os.fspath(name)!r}, which are {len(inputs)} files: name one")
+    (input,) = inputs
     with input.open() as (content, _):
         try:
-            labels = np.load(content, allow_pickle=False)
-        except ValueError as error:
+            given = npy.read_array(content, allow_pickle=False)
+        except Exception as error:  # numpy lets TokenError and others through
             raise CorpusFormatError(f"{input.name} is no .npy file ({error})") from error
-    if labels.dtype.kind not in "iu" or labels.shape != (num_images,) or labels.min() < 0:
+    is_valid = given.dtype.kind in "iu" and given.shape == (num_images,)
+    labels = given.astype(np.int64) if is_valid else given  # beyond int64, they are negative
+    if not is_valid or labels.min() < 0:
         raise CorpusFormatError(
-            f"{input.name} holds {labels.dtype} {list(labels.shape)}: labels are integers from 0 "
+            f"{input.name} holds {given.dtype} {list(given.shape)}: labels are integers from 0 "
             f"on, [{num_images}], one for each image"
         )
-    return labels.astype(np.int64)
+    return labels

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
+from nar_kernels.data.prepare.walk import files_below
 from nar_kernels.extras import import_extra
 
 Kind = Literal["text", "lines", "parquet", "images"]
@@ -70,18 +72,19 @@ def find_inputs(names: Names, exclude: Sequence[str] = ()) -> list[Input]:
 
     Args:
         names: files, folders (all files below them, sorted by path, but hidden ones), globs
-            (sorted, without hidden files); local or URLs of fsspec; or a list of all that.
-        exclude: folders of this machine, whose files are left out of others.
+            (sorted, without hidden files); local, where links are followed, or URLs of fsspec; or a
+            list of all that.
+        exclude: folders of this machine, which are left out of other folders and of globs.
 
     Raises:
-        FileNotFoundError: no such file, or a folder or glob without any.
+        FileNotFoundError: no such file, a folder or glob without any, or a link to nothing.
+        OSError: a folder cannot be read.
         ValueError: an archive, or nothing is named.
         ImportError: a package that reads it is not installed.
     """
     if isinstance(names, str | os.PathLike):
         names = [names]
-    left_out = [os.path.join(os.path.abspath(folder), "") for folder in exclude]
-    inputs = [file for name in names for file in _find(os.fspath(name), left_out)]
+    inputs = [file for name in names for file in _find(os.fspath(name), exclude)]
     if not inputs:
         raise ValueError("there is no input: name files, folders, globs or URLs")
     kinds = {file.kind for file in inputs}
@@ -99,33 +102,58 @@ def digest(inputs: Sequence[Input]) -> str:
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
-def _find(name: str, left_out: list[str]) -> list[Input]:
+def bytes_before(inputs: Sequence[Input]) -> list[int]:
+    """As stored, of all inputs before each; the last number is that of all."""
+    return [0, *accumulate(input.size for input in inputs)]
+
+
+def _find(name: str, exclude: Sequence[str]) -> list[Input]:
     if name == "":
         raise ValueError("the name of an input is empty: leave it out, or say what it is")
-    fsspec = import_extra("fsspec", "prepare")
-    filesystem, path = fsspec.core.url_to_fs(name)
+    filesystem, path = import_extra("fsspec", "prepare").core.url_to_fs(name)
     is_local = "file" in _protocols(filesystem)
-    root, found = "", {}
-    if filesystem.isdir(path):
-        root, found = path.rstrip("/"), filesystem.find(path, detail=True)
-    elif filesystem.exists(path):
-        found = {path: filesystem.info(path)}
-    elif magic := re.search(r"[*?[]", path):
-        root = path[: magic.start()].rpartition("/")[0]
-        found = filesystem.glob(path, detail=True)
-    details = {
-        p: d
-        for p, d in found.items()
-        if d["type"] == "file" and not (root and _is_hidden(p.removeprefix(root)))
-    }
-    if is_local:
-        details = {p: d for p, d in details.items() if not p.startswith(tuple(left_out))}
+    if filesystem.exists(path) and not filesystem.isdir(path):
+        details = {path: filesystem.info(path)}
+    elif is_local:
+        details = {p: filesystem.info(p) for p in _local_files(filesystem, path, exclude)}
+    else:
+        details = _remote_files(filesystem, path)
+    details = {p: d for p, d in details.items() if d["type"] == "file"}
     if not details:
         raise FileNotFoundError(f"there is no file {name}: an input is a file, folder, glob or URL")
     return [
         _input(p if is_local else filesystem.unstrip_protocol(p), p, details[p], filesystem)
         for p in sorted(details)
     ]
+
+
+def _local_files(filesystem: Any, path: str, exclude: Sequence[str]) -> Iterator[str]:
+    """Not by fsspec, which leaves out links, and folders that cannot be read, in silence."""
+    if filesystem.isdir(path):
+        yield from files_below(path, without=exclude)
+        return
+    root = _root_of_glob(path)
+    if root is not None and filesystem.isdir(root + "/"):
+        depth = None if "**" in path else path.count("/", len(root))
+        pattern = re.compile(import_extra("fsspec.utils", "prepare").glob_translate(path))
+        yield from filter(pattern.match, files_below(root + "/", without=exclude, depth=depth))
+
+
+def _remote_files(filesystem: Any, path: str) -> dict[str, dict[str, Any]]:
+    """With their details."""
+    root: str | None = path.rstrip("/")
+    if filesystem.isdir(path):
+        found = filesystem.find(path, detail=True)
+    else:
+        root = _root_of_glob(path)
+        found = {} if root is None else filesystem.glob(path, detail=True)
+    return {p: d for p, d in found.items() if not (root and _is_hidden(p.removeprefix(root)))}
+
+
+def _root_of_glob(path: str) -> str | None:
+    """The folder that a glob begins with; None if it is none."""
+    magic = re.search(r"[*?[]", path)
+    return None if magic is None else path[: magic.start()].rpartition("/")[0]
 
 
 def _protocols(filesystem: Any) -> Sequence[str]:

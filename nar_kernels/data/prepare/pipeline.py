@@ -6,10 +6,10 @@ from typing import Any
 
 from nar_kernels.data.manifest import Manifest
 from nar_kernels.data.prepare.config import PrepareConfig
+from nar_kernels.data.prepare.folders import check_out, partial_folder
 from nar_kernels.data.prepare.images import prepare_images
 from nar_kernels.data.prepare.inputs import Names, find_inputs
 from nar_kernels.data.prepare.progress import Progress
-from nar_kernels.data.prepare.staging import partial_folder
 from nar_kernels.data.prepare.text import prepare_text
 
 
@@ -43,7 +43,8 @@ def prepare(inputs: Names, out: str | os.PathLike[str], **options: Any) -> Manif
         raise ValueError(
             f"out is {os.fspath(out)!r}: it must be a folder of this machine; copy it from there"
         )
-    folder = Path(os.path.abspath(out))
+    folder = Path(os.path.realpath(out))  # a link stays, and what it leads to is replaced
+    check_out(folder, config.overwrite)
     found = find_inputs(inputs, exclude=[str(folder), str(partial_folder(folder))])
     run = prepare_images if found[0].kind == "images" else prepare_text
     progress = Progress(config.quiet)

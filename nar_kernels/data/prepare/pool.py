@@ -69,7 +69,8 @@ class _Workers:
 
     def __init__(self, encoder: Encoder) -> None:
         fields = {name: value for name, value in vars(encoder).items() if name != "tokenizer"}
-        self._start = pickle.dumps((encoder.tokenizer.to_json(), fields))
+        tokenizer = encoder.tokenizer
+        self._start = pickle.dumps((tokenizer.to_json(), tokenizer.name, fields))
         self._of_thread = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._is_ended = False
@@ -100,6 +101,8 @@ class _Workers:
                     [sys.executable, "-I", str(_WORKER)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    # Ctrl-C is for this process, which ends the others: so does the end of a pipe.
+                    start_new_session=True,
                 )
                 self._processes.append(process)
             self._of_thread.process = process

@@ -1,12 +1,13 @@
 """Documents of a batch: :class:`Reader`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nar_kernels.data.prepare.batches import Batch, without_bom
 from nar_kernels.data.prepare.chat import Chat, Spans
+from nar_kernels.data.shown import shown
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.extras import import_extra
 
@@ -43,10 +44,11 @@ class Reader:
     separator: str | None
     chat: Chat | None
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What is read of a table."""
-        return tuple(dict.fromkeys((self.text_column, *_OTHER_COLUMNS)))
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Which of a table's columns are read: all of one without text, for the error."""
+        has_text = {self.text_column, "messages"} & {*names} or {"prompt", "completion"} <= {*names}
+        wanted = (self.text_column, *_OTHER_COLUMNS)
+        return [name for name in names if name in wanted or not has_text]
 
     def documents(self, batch: Batch) -> Iterator[Document]:
         """In order, empty ones included.
@@ -79,7 +81,7 @@ class Reader:
     def _of_record(self, where: str, record: Any) -> Document:
         if not isinstance(record, dict):
             raise ValueError(
-                f"it is no object, but {_shown(record)}: a line is like "
+                f"it is no object, but {shown(record)}: a line is like "
                 f'{{"{self.text_column}": "..."}}'
             )
         if self.text_column in record:
@@ -89,7 +91,7 @@ class Reader:
             if isinstance(content, list) and content:
                 return self._conversation(where, content, [], record)
             raise ValueError(
-                f"{self.text_column!r} is {_shown(content)}: it must be text, or a list of "
+                f"{self.text_column!r} is {shown(content)}: it must be text, or a list of "
                 "messages; correct or remove the record"
             )
         if "messages" in record:
@@ -109,9 +111,11 @@ class Reader:
             text = prompt + completion
             return Document(where, text, [(len(prompt), len(text))])
         if isinstance(prompt, list) and isinstance(completion, list):
+            if not completion:
+                raise ValueError("'completion' has no messages: give one, or remove the record")
             return self._conversation(where, prompt + completion, prompt, record)
         raise ValueError(
-            f"'prompt' is {_shown(prompt)} and 'completion' {_shown(completion)}: both must be "
+            f"'prompt' is {shown(prompt)} and 'completion' {shown(completion)}: both must be "
             "text, or both lists of messages"
         )
 
@@ -120,12 +124,26 @@ class Reader:
     ) -> Document:
         if self.chat is None:
             raise ValueError(
-                "it is a conversation, and the tokenizer has no chat template: give one with "
-                "chat_template, a Jinja file, or the tokenizer of a chat model"
+                "it is a conversation, and the tokenizer has no chat template, or several and none "
+                "by the name of default: give one with chat_template, a Jinja file, or the "
+                "tokenizer of a chat model"
             )
-        tools = record.get("tools")
+        tools = _tools(record.get("tools"))
         text, counts = self.chat.render(messages, num_prompt=len(prompt), tools=tools)
         return Document(where, text, counts, ends_itself=True)
+
+
+def _tools(tools: object) -> list[Any] | None:
+    """Some data sets hold them as JSON."""
+    found = tools
+    if isinstance(tools, str):
+        try:
+            found = json.loads(tools)
+        except ValueError:
+            pass  # it is no list
+    if found is None or isinstance(found, list):
+        return found
+    raise ValueError(f"'tools' is {shown(tools)}: it must be a list of objects, or such JSON")
 
 
 def _where(batch: Batch, lines: int) -> str:
@@ -148,15 +166,14 @@ def _lines(batch: Batch) -> Iterator[tuple[str, Any]]:
     for i, line in enumerate(without_bom(batch).split(b"\n")):
         if not line.strip():
             continue
+        text = _decoded(line, batch, i)
         try:
-            yield _where(batch, i), json.loads(line)
-        except UnicodeDecodeError:
-            _decoded(line, batch, i)  # raises
-            raise
+            yield _where(batch, i), json.loads(text)
         except (ValueError, RecursionError) as error:
             hint = ""
             if batch.at.offset == 0 and i == 0:
-                hint = "; a file that is one JSON value becomes lines with `jq -c '.[]'`"
+                command = "jq -c '.[]'" if text.lstrip().startswith("[") else "jq -c ."
+                hint = f"; JSON that takes several lines becomes a line a record with `{command}`"
             raise CorpusFormatError(
                 f"{_where(batch, i)} is no JSON ({error}): each line is a record of its own; "
                 f"correct or remove it{hint}"
@@ -166,9 +183,12 @@ def _lines(batch: Batch) -> Iterator[tuple[str, Any]]:
 def _rows(batch: Batch) -> Iterator[tuple[str, Any]]:
     table = import_extra("pyarrow", None).ipc.open_stream(batch.payload).read_all()
     for i, record in enumerate(table.to_pylist()):
+        record = {name: _without_nulls(value) for name, value in record.items()}
         yield f"{batch.name}, row {batch.at.offset + i}", record
 
 
-def _shown(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) < 60 else f"{text[:60]}..."
+def _without_nulls(value: Any) -> Any:
+    """As it is in JSON: in a table, each object has the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

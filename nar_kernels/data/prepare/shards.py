@@ -1,12 +1,14 @@
 """Writes tokens into files of whole documents: :class:`ShardWriter`."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from nar_kernels.data.manifest import Shard, sha256_of
 from nar_kernels.data.prepare.encode import Encoded
+from nar_kernels.files import errors_name
 
 _ONES = np.ones(1 << 20, np.uint8)
 
@@ -24,7 +26,8 @@ class NpyWriter:
 
     def write(self, array: np.ndarray) -> None:
         assert array.dtype == self._dtype, "ids are never converted here"
-        self._file.write(np.ascontiguousarray(array).data)
+        with errors_name(self.path):
+            self._file.write(np.ascontiguousarray(array).data)
         self.length += len(array)
 
     def close(self) -> None:
@@ -34,14 +37,16 @@ class NpyWriter:
         )
         size = self._HEADER_BYTES - 10
         header = b"\x93NUMPY\x01\0" + size.to_bytes(2, "little") + text.ljust(size - 1).encode()
-        self._file.seek(0)
-        self._file.write(header + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with errors_name(self.path):
+            self._file.seek(0)
+            self._file.write(header + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what it cannot write is not wanted
+            self._file.close()
 
 
 class ShardWriter:

@@ -4,15 +4,15 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 
 from nar_kernels.data.manifest import Manifest, TokenizerFile, Vocabulary
-from nar_kernels.data.prepare.batches import Cutter, together
+from nar_kernels.data.prepare.batches import Batch, Cutter, together
 from nar_kernels.data.prepare.chat import Chat
 from nar_kernels.data.prepare.config import PrepareConfig
 from nar_kernels.data.prepare.encode import Encoder
-from nar_kernels.data.prepare.inputs import Input, digest
+from nar_kernels.data.prepare.inputs import Input, bytes_before, digest
 from nar_kernels.data.prepare.pool import encode_all
 from nar_kernels.data.prepare.progress import Progress, short
 from nar_kernels.data.prepare.records import Reader
@@ -26,20 +26,20 @@ from nar_kernels.files import atomic_write
 
 _TOKENIZER_FILE = "tokenizer.json"
 _BATCHES_OF_WORKER = 4  # fewer are not worth another process
-_LARGE_DOCUMENT = 1 << 28
 
 
 def prepare_text(
     inputs: list[Input], out: Path, config: PrepareConfig, progress: Progress
 ) -> Manifest:
     """See :func:`nar_kernels.data.prepare.pipeline.prepare`."""
-    for name in ("labels", "vocab_size"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} is for image codes, .npy files: leave it out")
-    template = None
-    if config.chat_template is not None:
-        template = Path(config.chat_template).read_text(encoding="utf-8")
+    config.check_unset(("labels", "vocab_size"), "is for image codes, .npy files")
+    template = None if config.chat_template is None else _template(Path(config.chat_template))
     tokenizer, size = _choose(inputs, config, progress)
+    if config.append_eos and tokenizer is not None and tokenizer.eos_id is None:
+        raise ValueError(
+            f"append_eos is true, but the tokenizer {tokenizer.name} has no token that ends a "
+            "text: leave it out, or use another tokenizer"
+        )
     record = {
         "inputs": digest(inputs),
         "tokenizer": None if tokenizer is None else _sha256(tokenizer.to_json()),
@@ -64,18 +64,21 @@ def prepare_text(
         return _write(inputs, tokenizer, staging, config, progress)
 
 
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no chat template, but binary ({error}): name a Jinja file, in UTF-8"
+        ) from error
+
+
 def _choose(
     inputs: list[Input], config: PrepareConfig, progress: Progress
 ) -> tuple[Tokenizer | None, int | None]:
     """The tokenizer, or how large a BPE to train."""
     if config.tokenizer is not None:
-        tokenizer = open_tokenizer(config.tokenizer)
-        if config.append_eos and tokenizer.eos_id is None:
-            raise ValueError(
-                f"append_eos is true, but the tokenizer {tokenizer.name} has no token that ends a "
-                "text: leave it out, or use another tokenizer"
-            )
-        return tokenizer, None
+        return open_tokenizer(config.tokenizer), None
     if config.train_bpe is not None:
         return None, config.train_bpe
     text_bytes = sum(input.text_bytes for input in inputs)
@@ -91,13 +94,16 @@ def _reader(template: str | None, special_tokens: dict[str, str], config: Prepar
     return Reader(config.text_column, config.document_separator, chat)
 
 
-def _cutter(reader: Reader, tokenizer: Tokenizer | None, config: PrepareConfig) -> Cutter:
+def _cutter(
+    reader: Reader, tokenizer: Tokenizer | None, config: PrepareConfig, progress: Progress
+) -> Cutter:
     separator = config.document_separator
     return Cutter(
         size=config.batch_bytes,
         separator=None if separator is None else separator.encode(),
         boundary=BETWEEN_WORDS if tokenizer is None else tokenizer.piece_boundary,
         columns=reader.columns,
+        say=progress.say,
     )
 
 
@@ -113,7 +119,7 @@ def _trained(
     if file.exists():
         return named(tokenizer_from_json(file.read_text(encoding="utf-8")))
     reader = _reader(template, {"eos_token": EOS}, config)
-    cutter = _cutter(reader, None, config)
+    cutter = _cutter(reader, None, config, progress)
     every = sample_every(sum(input.text_bytes for input in inputs))
     sample = "" if every == 1 else f", on one part of {every}"
     progress.say(f"training a BPE of {size} tokens{sample}")
@@ -137,15 +143,14 @@ def _write(
     encoder = Encoder(
         reader, tokenizer, vocabulary.dtype, config.append_eos, config.parse_special_tokens
     )
-    cutter = _cutter(reader, tokenizer, config)
-    _say_if_whole(inputs, cutter, tokenizer, progress)
-    sizes = [input.size for input in inputs]
-    before = [0, *accumulate(sizes)]
+    cutter = _cutter(reader, tokenizer, config, progress)
+    before = bytes_before(inputs)
     done = staging.done
     if done.shards:
         progress.say(f"going on after {len(done.shards)} finished shards")
-    progress.begin(sum(sizes), before[done.at.source])
-    batches = cutter.batches(inputs, done.at)
+    progress.begin(before[-1], before[done.at.source])
+    undivided: list[str] = []
+    batches = _noting_undivided(cutter.batches(inputs, done.at), cutter.separator, undivided)
     num_workers = _num_workers(inputs, config)
     with closing(encode_all(together(batches, config.batch_bytes), encoder, num_workers)) as all_:
         results = (Result(b.at, before[b.at.source] + b.read, encoded) for b, encoded in all_)
@@ -163,29 +168,27 @@ def _write(
     staging.finish(manifest)
     speed = progress.end()
     progress.say(f"this run: {speed}, workers: {num_workers}")
+    if undivided:
+        progress.say(
+            f"files in which the separator {config.document_separator!r} does not occur, each one "
+            f"document: {len(undivided)}, such as {undivided[0]}"
+        )
     if counts["empty"]:
         progress.say(f"empty documents, left out: {counts['empty']}")
     if counts["plain"]:
-        progress.say(
-            "documents with the text of the mask token, whose special tokens are taken for text: "
-            f"{counts['plain']}"
-        )
+        progress.say(f"mask tokens that the text names, taken for text: {counts['plain']}")
     return manifest
 
 
-def _say_if_whole(
-    inputs: list[Input], cutter: Cutter, tokenizer: Tokenizer, progress: Progress
-) -> None:
-    if cutter.separator is not None or cutter.boundary is not None:
-        return
-    texts = [input for input in inputs if input.kind == "text"]
-    for input in texts:
-        if input.text_bytes > _LARGE_DOCUMENT:
-            progress.say(
-                f"note: {input.name} is one document of {short(input.text_bytes)}B, which the "
-                f"tokenizer {tokenizer.name} must see as a whole, in memory: "
-                "--document-separator splits it"
-            )
+def _noting_undivided(
+    batches: Iterator[Batch], separator: bytes | None, names: list[str]
+) -> Iterator[Batch]:
+    """Adds to ``names`` those of files of text in which the separator does not occur."""
+    for batch in batches:
+        if separator is not None and batch.kind == "text" and batch.at.offset == 0:
+            if batch.payload and separator not in batch.payload:
+                names.append(batch.name)
+        yield batch
 
 
 def _num_workers(inputs: list[Input], config: PrepareConfig) -> int:

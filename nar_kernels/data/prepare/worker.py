@@ -16,14 +16,16 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     jobs = sys.stdin.buffer
     sys.path[:] = pickle.load(jobs)
-    tokenizer, fields = _load(jobs)
+    text, name, fields = _load(jobs)
     # There are as many workers as cores; tokenizers has no other switch.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     from nar_kernels.data.prepare.encode import Encoder
     from nar_kernels.data.tokenizer import tokenizer_from_json
 
-    encoder = Encoder(tokenizer=tokenizer_from_json(tokenizer), **fields)
+    tokenizer = tokenizer_from_json(text)
+    tokenizer.name = name  # for errors: not all kinds have it in their JSON
+    encoder = Encoder(tokenizer=tokenizer, **fields)
     while True:
         try:
             job = pickle.load(jobs)
@@ -40,7 +42,7 @@ def main() -> None:
             os._exit(1)
 
 
-def _load(jobs: Any) -> tuple[str, dict[str, Any]]:
+def _load(jobs: Any) -> tuple[str, str, dict[str, Any]]:
     """What the parent sends first. Its classes are in packages whose ``__init__`` imports PyTorch,
     which takes seconds, and which nothing here needs: it is left out."""
     package = Path(__file__).parents[2]

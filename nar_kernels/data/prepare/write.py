@@ -33,7 +33,8 @@ def write_shards(
         results: in order, from the batch on in which the last finished shard ends.
 
     Returns:
-        How many documents of all batches were ``"empty"``, and how many read as ``"plain"`` text.
+        Of all batches, how many documents were ``"empty"``, and how many mask tokens read as
+        ``"plain"`` text.
     """
     done = staging.done
     to_skip, is_counted = done.num_documents, bool(done.shards)

@@ -51,7 +51,14 @@ class Tokenizer(ABC):
 
         Raises:
             UnicodeEncodeError: a text has a lone surrogate.
+            ValueError: the tokenizer cannot encode a text.
         """
+
+    @property
+    def without_mask(self) -> "Tokenizer":
+        """This tokenizer, but that the text of its mask token is text like any other, for
+        :meth:`encode_arrays` and :meth:`encode_with_spans`."""
+        raise NotImplementedError(f"{self.name} has no mask token")
 
     def encode_arrays(
         self, texts: Sequence[str], *, parse_special: bool = True

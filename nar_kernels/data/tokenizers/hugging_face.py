@@ -1,7 +1,8 @@
 """``tokenizer.json`` files, and folders of Hugging Face that hold one."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, text: str, name: str, config: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self._tokenizer = _load(text, name)
-        spec = json.loads(self._tokenizer.to_str())
+        self._text = self._tokenizer.to_str()
+        # It adds special tokens, which is not wanted, and takes blanks out of spans.
+        self._tokenizer.post_processor = None
+        spec = json.loads(self._text)
         if spec["model"].get("dropout"):
             raise ValueError(
                 f"the tokenizer {name} drops merges at random (dropout "
@@ -49,7 +53,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._by_name = {role: token for role, token in by_name.items() if token is not None}
         self.special_tokens = self._by_name | _special_tokens(config or {})
         self.eos_id, self.mask_id = self._id("eos_token"), self._id("mask_token")
-        self.chat_template = _default_template((config or {}).get("chat_template"), name)
+        self.chat_template = _default_template((config or {}).get("chat_template"))
 
     def _id(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
@@ -63,31 +67,47 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _without_special(self) -> Any:
-        """Takes special tokens in a text for text."""
-        tokenizer = _load(self._tokenizer.to_str(), self.name)
-        tokenizer.encode_special_tokens = True
+        return self._with_text_of(lambda token: token["special"] or token["id"] == self.mask_id)
+
+    @cached_property
+    def without_mask(self) -> Tokenizer:
+        other = copy(self)
+        other._tokenizer = self._with_text_of(lambda token: token["id"] == self.mask_id)
+        return other
+
+    def _with_text_of(self, is_text: Callable[[dict[str, Any]], bool]) -> Any:
+        """Takes such added tokens in a text for text, and no others."""
+        spec = json.loads(self._text)
+        for token in spec["added_tokens"]:
+            token["special"] = is_text(token)
+        spec["post_processor"] = None
+        tokenizer = _load(json.dumps(spec, ensure_ascii=False), self.name)
+        tokenizer.encode_special_tokens = True  # that is, as text
         return tokenizer
 
-    def _encode(self, texts: Sequence[str], parse_special: bool) -> list[Any]:
+    def _encode(self, texts: Sequence[str], parse_special: bool, method: str) -> list[Any]:
         tokenizer = self._tokenizer if parse_special else self._without_special
         try:
-            return tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
+            return getattr(tokenizer, method)(list(texts), add_special_tokens=False)
+        except Exception as error:  # the package raises plain Exceptions
             for text in texts:
                 text.encode()  # raises for the text that is none
-            raise
+            raise ValueError(
+                f"{self.name} cannot encode a text ({error}): use a tokenizer that has tokens for "
+                "all of it"
+            ) from error
 
     def encode_batch(
         self, texts: Sequence[str], *, parse_special: bool = True
     ) -> list[Sequence[int]]:
-        return [encoding.ids for encoding in self._encode(texts, parse_special)]
+        return [
+            encoding.ids for encoding in self._encode(texts, parse_special, "encode_batch_fast")
+        ]
 
     def encode_with_spans(
         self, text: str, *, parse_special: bool = True
     ) -> tuple[Sequence[int], np.ndarray]:
-        text.encode()  # raises for lone surrogates
-        tokenizer = self._tokenizer if parse_special else self._without_special
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        (encoding,) = self._encode([text], parse_special, "encode_batch")
         return encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
 
     def _knows(self, id_: int) -> bool:
@@ -102,12 +122,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def to_json(self) -> str:
         """The ``tokenizer.json`` itself, unless end and mask are not those that their names say, or
         there is a chat template."""
-        text = self._tokenizer.to_str()
         roles = ("eos_token", "mask_token")
         is_usual = all(self.special_tokens.get(r) == self._by_name.get(r) for r in roles)
         if self.chat_template is None and is_usual:
-            return text
-        return self._as_json(special_tokens=self.special_tokens, tokenizer=json.loads(text))
+            return self._text
+        return self._as_json(special_tokens=self.special_tokens, tokenizer=json.loads(self._text))
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> "HuggingFaceTokenizer":
@@ -117,14 +136,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def open_folder(folder: Path, name: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a folder of Hugging Face, from its files alone.
+    """The tokenizer of a folder of Hugging Face without a ``tokenizer.json``, from its files alone.
 
     Raises:
         ValueError, ImportError: it has none that can be read.
     """
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        return HuggingFaceTokenizer(file.read_text(encoding="utf-8"), name, read_config(folder))
     transformers = import_extra("transformers", None)
     try:
         slow = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -184,13 +200,9 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _default_template(template: object, name: str) -> str | None:
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-        if template is None:
-            raise ValueError(
-                f"the chat templates of {name} are {', '.join(named)}, and none is the default: "
-                "write one to a file, and name it with chat_template"
-            )
+def _default_template(template: object) -> str | None:
+    """None if there are several, by name, and none is the default."""
+    if isinstance(template, list):
+        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
+        template = named.get("default", {}).get("template")
     return template if isinstance(template, str) else None

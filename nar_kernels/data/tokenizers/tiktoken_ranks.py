@@ -3,15 +3,20 @@
 import base64
 import os
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import cached_property
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 from nar_kernels.data.tokenizers import boundaries
 from nar_kernels.data.tokenizers.base import Tokenizer, find_eos, find_mask, spans_of_bytes
 from nar_kernels.extras import import_extra
+
+_reading = threading.Lock()
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -24,13 +29,18 @@ class TiktokenTokenizer(Tokenizer):
         self.name = f"tiktoken:{encoding.name}"
         self.vocab_size = encoding.max_token_value + 1
         self._special: dict[str, int] = dict(encoding._special_tokens)
-        self.special_tokens = {}
         roles = {"eos_token": find_eos(self._special), "mask_token": find_mask(self._special)}
         self.special_tokens = {role: token for role, token in roles.items() if token is not None}
         self.eos_id, self.mask_id = (
             self._special.get(self.special_tokens.get(role, "")) for role in roles
         )
         self.piece_boundary = boundaries.of_pattern(encoding._pat_str, self._special)
+
+    @cached_property
+    def without_mask(self) -> Tokenizer:
+        other = copy(self)
+        other._special = {t: id_ for t, id_ in self._special.items() if id_ != self.mask_id}
+        return other
 
     def encode_batch(
         self, texts: Sequence[str], *, parse_special: bool = True
@@ -104,9 +114,21 @@ def open_encoding(name: str) -> TiktokenTokenizer:
             "(TIKTOKEN_CACHE_DIR names another one)"
         )
 
-    # tiktoken calls this for a file that its cache lacks, or has with another content.
-    with mock.patch("tiktoken.load.read_file", missing):
+    with _reading_by(missing):
         return TiktokenTokenizer(tiktoken.get_encoding(name))
+
+
+@contextmanager
+def _reading_by(read_file: Callable[[str], bytes]) -> Iterator[None]:
+    """What tiktoken calls for a file that its cache lacks, or has with another content."""
+    load = import_extra("tiktoken.load", None)
+    with _reading:  # of one thread at a time, or one would put back what another has put there
+        original = load.read_file
+        load.read_file = read_file
+        try:
+            yield
+        finally:
+            load.read_file = original
 
 
 def _cache() -> str:

@@ -92,6 +92,46 @@ def test_marks_are_those_of_transformers(tmp_path: Path, number: int) -> None:
     assert masks(tmp_path / "out") == [expected["assistant_masks"]]
 
 
+def test_blanks_count_with_a_tokenizer_that_trims_offsets(tmp_path: Path) -> None:
+    """As that of GPT-2 does."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    folder = write_chat_tokenizer(tmp_path / "chat", MARKED)
+    trims = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    trims.post_processor = tokenizers.processors.ByteLevel()
+    trims.save(str(folder / "tokenizer.json"))
+    messages = [
+        {"role": "user", "content": "a function"},
+        {"role": "assistant", "content": "def f():\n    if x:\n        y"},
+    ]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    expected = theirs.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    prepare(path, tmp_path / "out", tokenizer=folder, quiet=True)
+    assert documents(tmp_path / "out") == [expected["input_ids"]]
+    assert masks(tmp_path / "out") == [expected["assistant_masks"]]
+    assert counted(tmp_path / "out") == [messages[1]["content"] + "<|im_end|>"]
+
+
+def test_a_template_of_ones_own_in_place_of_several(tmp_path: Path) -> None:
+    """Of which none is the default: that does not matter to text either."""
+    folder = write_chat_tokenizer(tmp_path / "chat")
+    (folder / "chat_template.jinja").rename(tmp_path / "own.jinja")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "tool_use", "template": "x"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    prepare(path, tmp_path / "text", tokenizer=folder, quiet=True)
+    write_lines(path, [{"messages": CONVERSATIONS[0]}])
+    with pytest.raises(ValueError, match="line 1: .*or several and none by the name of default"):
+        prepare(path, tmp_path / "no", tokenizer=folder, quiet=True)
+    own = tmp_path / "own.jinja"
+    prepare(path, tmp_path / "out", tokenizer=folder, chat_template=own, quiet=True)
+    assert counted(tmp_path / "out") == ["A <tag> & é.<|im_end|>\n"]
+
+
 def test_what_the_assistant_says() -> None:
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     assert said(Chat(CHAT_ML, {}), CONVERSATIONS[1]) == [
@@ -104,6 +144,16 @@ def test_what_the_assistant_says() -> None:
     ]
     assert said(Chat(TURNS, special), CONVERSATIONS[0]) == [" A <tag> & é.</s>\n"]
     assert said(Chat(TURNS, special), CONVERSATIONS[2]) == []
+
+
+def test_an_assistant_that_begins() -> None:
+    messages = [{"role": "assistant", "content": "hello"}, *CONVERSATIONS[0]]
+    assert said(Chat(CHAT_ML, {}), messages)[0] == "hello<|im_end|>\n"
+    # As Qwen's, which looks whether there is a system prompt.
+    looks = "{% if messages[0].role == 'system' %}{{ 'system' }}{% endif %}"
+    assert said(Chat(looks + MARKED, {}), messages)[0] == "hello<|im_end|>"
+    with pytest.raises(ValueError, match="the assistant begins the conversation, .*generation %}"):
+        Chat(looks + CHAT_ML, {}).render(messages)
 
 
 def test_a_template_that_rewrites_what_came_before() -> None:
@@ -129,6 +179,13 @@ def test_a_template_that_rewrites_what_came_before() -> None:
         ("{{ strftime_now('%Y') }}", CONVERSATIONS[0], "must not depend on today's date"),
         ("{{ messages.append(1) }}", CONVERSATIONS[0], "the chat template fails: .*unsafe"),
         ("{{ ''.__class__.__mro__ }}", CONVERSATIONS[0], "the chat template fails: .*unsafe"),
+        ("{{ 1 / 0 }}", CONVERSATIONS[0], "the chat template fails: division by zero"),
+        ("{{ 2.0 ** 9999 }}", CONVERSATIONS[0], "the chat template fails: .*out of range"),
+        (
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+            CONVERSATIONS[0],
+            "the chat template fails: maximum recursion",
+        ),
         (CHAT_ML, [], "its messages are no list like"),
         (CHAT_ML, "hello", "its messages are no list like"),
         (CHAT_ML, ["hello"], "message 0 is not like"),
@@ -139,12 +196,22 @@ def test_a_template_that_rewrites_what_came_before() -> None:
             "message 2, of the user, has no 'content'",
         ),
         (MARKED, [{"role": "user", "content": "\ufdd0"}], "message 0 has U.FDD0 or U.FDD1"),
+        (
+            MARKED,
+            [{"role": "user", "content": [{"type": "text", "text": "\ufdd1"}]}],
+            "message 0 has U.FDD0 or U.FDD1",
+        ),
         (TURNS, [{"role": "tool", "content": "x"}], "the chat template fails: no such role: tool"),
     ],
 )
 def test_mistakes(template: str, messages: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Chat(template, {}).render(messages)
+
+
+def test_marks_in_tools() -> None:
+    with pytest.raises(ValueError, match="the list of tools has U.FDD0"):
+        Chat(MARKED, {}).render(CONVERSATIONS[0], tools=[{"name": "\ufdd0"}])
 
 
 @pytest.fixture
@@ -284,6 +351,57 @@ def test_conversations_in_parquet(tmp_path: Path, folder: Path) -> None:
         prepare(tmp_path / name, tmp_path / f"{name}.out", tokenizer=folder, quiet=True)
     assert documents(tmp_path / "a.parquet.out") == documents(tmp_path / "a.jsonl.out")
     assert masks(tmp_path / "a.parquet.out") == masks(tmp_path / "a.jsonl.out")
+
+
+CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% for t in tools %}<{{ t.name }}>{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.tool_calls is defined %}{{ m.tool_calls | tojson }}{% endif %}|{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def call(**arguments: int) -> Messages:
+    calls = [{"function": {"name": "f", "arguments": arguments}}]
+    return [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+
+
+def test_tables_have_the_text_of_lines(tmp_path: Path) -> None:
+    """Although each object in a column has the keys of all others."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [
+        {"messages": call(a=1), "tools": [{"name": "f", "a": "x"}]},
+        {"messages": call(b=1), "tools": [{"name": "f", "b": {"c": 1}}]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    write_lines(tmp_path / "a.jsonl", records)
+    (tmp_path / "calls.jinja").write_text(CALLS)
+    for name in ("a.parquet", "a.jsonl"):
+        options = {"chat_template": tmp_path / "calls.jinja", "quiet": True}
+        prepare(tmp_path / name, tmp_path / f"{name}.out", tokenizer="bytes", **options)
+    found = documents(tmp_path / "a.parquet.out")
+    assert found == documents(tmp_path / "a.jsonl.out")
+    assert b'"arguments": {"a": 1}' in bytes(found[0]) and b"null" not in bytes(found[0])
+
+
+def test_tools_as_json(tmp_path: Path) -> None:
+    tools = [{"name": "f"}, {"name": "g"}]
+    (tmp_path / "calls.jinja").write_text(CALLS)
+    options: dict[str, Any] = {"chat_template": tmp_path / "calls.jinja", "quiet": True}
+    found = []
+    for i, given in enumerate((tools, json.dumps(tools))):
+        path = write_lines(tmp_path / "a.jsonl", [{"messages": CONVERSATIONS[0], "tools": given}])
+        prepare(path, tmp_path / f"{i}", tokenizer="bytes", **options)
+        found.append(documents(tmp_path / f"{i}"))
+    assert found[0] == found[1] and b"<f><g>" in bytes(found[0][0])
+    for bad in ("search", '{"name": "f"}', {"name": "f"}, 7):
+        write_lines(path, [{"messages": CONVERSATIONS[0], "tools": bad}])
+        with pytest.raises(ValueError, match="line 1: 'tools' is .*must be a list of objects"):
+            prepare(path, tmp_path / "bad", tokenizer="bytes", **options)
 
 
 @pytest.mark.seconds

@@ -98,6 +98,7 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (np.asfortranarray(CODES), "in Fortran order: image codes"),
         (CODES - 1, "a.npy holds the code -1: codes are from 0 on"),
         (CODES > 3, r"holds bool"),
+        (CODES + (1 << 33), r"a.npy holds the code 85\d+: codes must be below 4294967295, so that"),
     ],
 )
 def test_what_are_no_codes(tmp_path: Path, codes: np.ndarray, message: str) -> None:
@@ -114,6 +115,7 @@ def test_what_are_no_codes(tmp_path: Path, codes: np.ndarray, message: str) -> N
         (LABELS - 1, "labels are integers from 0 on"),
         (LABELS / 2, "labels.npy holds float64"),
         (LABELS[:, None], r"holds int64 \[50, 1\]"),
+        (LABELS.astype("uint64") + (1 << 63), "labels.npy holds uint64"),
     ],
 )
 def test_what_are_no_labels(tmp_path: Path, labels: np.ndarray, message: str) -> None:
@@ -121,6 +123,30 @@ def test_what_are_no_labels(tmp_path: Path, labels: np.ndarray, message: str) ->
     with pytest.raises(ValueError, match=message):
         options = {"labels": tmp_path / "labels.npy", "quiet": True}
         prepare(tmp_path / "a.npy", tmp_path / "out", **options)
+
+
+def test_labels_that_are_no_file(tmp_path: Path) -> None:
+    save(tmp_path, a=CODES)
+    np.savez(tmp_path / "labels.npz", labels=LABELS)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "two").mkdir()
+    save(tmp_path / "two", a=LABELS, b=LABELS)
+    for name, message in (
+        ("labels.npz", "labels.npz is no .npy file"),
+        ("empty.npy", "empty.npy is no .npy file"),
+        ("two", "labels is '.*two', which are 2 files: name one"),
+        ("no.npy", "there is no file .*no.npy"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            options = {"labels": tmp_path / name, "quiet": True}
+            prepare(tmp_path / "a.npy", tmp_path / "out", **options)
+
+
+def test_options_of_text(tmp_path: Path) -> None:
+    save(tmp_path, a=CODES)
+    for option in ({"text_column": "body"}, {"parse_special_tokens": False}, {"train_bpe": 300}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is for text, and the inputs"):
+            prepare(tmp_path / "a.npy", tmp_path / "out", quiet=True, **option)
 
 
 def test_other_mistakes(tmp_path: Path) -> None:

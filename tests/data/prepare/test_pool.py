@@ -1,5 +1,7 @@
 """Worker processes: light, and missed when they die."""
 
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import Any
 import pytest
 
 from nar_kernels.data.prepare import pool, prepare
+from nar_kernels.data.prepare.encode import Encoder
+from nar_kernels.data.prepare.records import Reader
+from nar_kernels.data.tokenizer import open_tokenizer
 from tests.helpers.paths import ROOT
 from tests.helpers.prepared import documents
 
@@ -32,6 +37,27 @@ def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scr
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     prepare(tmp_path / "a.txt", tmp_path / "out", **options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a session is of POSIX")
+def test_ctrl_c_does_not_reach_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would print a traceback while they start."""
+    script = f"import os; open({str(tmp_path / 'session')!r}, 'w').write(str(os.getsid(0)))"
+    (tmp_path / "tells.py").write_text(script)
+    monkeypatch.setattr(pool, "_WORKER", tmp_path / "tells.py")
+    with pytest.raises(ChildProcessError):
+        prepare(tmp_path / "a.txt", tmp_path / "out", **write_text(tmp_path / "a.txt"))
+    assert (tmp_path / "session").read_text() not in ("", str(os.getsid(0)))
+
+
+def test_workers_end_when_nothing_is_sent() -> None:
+    """As when their parent was killed."""
+    worker = ROOT / "nar_kernels/data/prepare/worker.py"
+    tokenizer = open_tokenizer("bytes")
+    encoder = Encoder(Reader("text", None, None), tokenizer, "uint8", None, True)
+    fields = {name: value for name, value in vars(encoder).items() if name != "tokenizer"}
+    start = pickle.dumps(sys.path) + pickle.dumps((tokenizer.to_json(), tokenizer.name, fields))
+    subprocess.run([sys.executable, "-I", worker], input=start, check=True, timeout=60)
 
 
 def test_workers_import_no_pytorch() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,163 @@ def test_overwrite(tmp_path: Path, arguments: dict[str, Any]) -> None:
     (tmp_path / "empty").mkdir()
     prepare(out=tmp_path / "empty", **more)
     assert contents(tmp_path / "empty") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"chat", "in", "out", "empty"}
+
+
+@pytest.mark.parametrize("when", range(1, 5))
+def test_stopped_as_it_replaces(tmp_path: Path, arguments: dict[str, Any], when: int) -> None:
+    """Before and after each rename, the corpus before or the new one is there, or to be had."""
+    out = tmp_path / "out"
+    prepare(out=out, **{**arguments, "shard_tokens": 4000})
+    before = contents(out)
+    arguments |= {"overwrite": True}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at_rename(monkeypatch, when)
+        with pytest.raises(Stopped):
+            prepare(out=out, **arguments)
+    kept = out if when == 1 else tmp_path / "out.partial.old"
+    assert contents(kept) == before
+    if when == 4:  # it is complete: what is left is removed
+        with pytest.raises(FileExistsError, match="out exists"):
+            prepare(out=out, **{**arguments, "overwrite": False})
+    else:
+        prepare(out=out, **arguments)
+    prepare(out=tmp_path / "whole", **arguments)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"chat", "in", "out", "whole"}
+
+
+def stop_at_rename(monkeypatch: pytest.MonkeyPatch, when: int) -> None:
+    """Before the first, after it, before the second, or after that."""
+    calls, rename = [0], Path.rename
+
+    def stopping(self: Path, target: Path) -> Path:
+        calls[0] += 1
+        if when == 2 * calls[0] - 1:
+            raise Stopped
+        result = rename(self, target)
+        if when == 2 * calls[0]:
+            raise Stopped
+        return result
+
+    monkeypatch.setattr(Path, "rename", stopping)
+
+
+def test_through_a_link(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """It stays, and what it leads to is replaced."""
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk/out", target_is_directory=True)
+    prepare(out=link, **{**arguments, "shard_tokens": 4000})
+    assert link.is_symlink()
+    prepare(out=link, overwrite=True, **arguments)
+    assert link.is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+    prepare(out=tmp_path / "whole", **arguments)
+    assert contents(link) == contents(tmp_path / "whole")
+
+
+def test_what_prepare_did_not_write_is_not_removed(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    """However much the folder looks like one of prepare."""
+    for name, record in (("mine", "{}"), ("mine2.partial", '{"version": 1}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / PROGRESS_FILE).write_text(record)
+        (tmp_path / name / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="mine is no prepared corpus"):
+        prepare(out=tmp_path / "mine", overwrite=True, **arguments)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="mine2.partial is not of a run of prepare"):
+            prepare(out=tmp_path / "mine2", overwrite=overwrite, **arguments)
+    partial = stopped(tmp_path, arguments)
+    (partial / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="out.partial holds thesis.txt, which prepare did"):
+        prepare(out=tmp_path / "out", overwrite=True, **{**arguments, "shard_tokens": 4000})
+    (partial / "thesis.txt").rename(tmp_path / "thesis.txt")
+    prepare(out=tmp_path / "out", **arguments)
+    (tmp_path / "thesis.txt").rename(tmp_path / "out/thesis.txt")
+    with pytest.raises(FileExistsError, match="out holds thesis.txt, which prepare did not write"):
+        prepare(out=tmp_path / "out", overwrite=True, **arguments)
+    for name in ("mine", "mine2.partial", "out"):
+        assert (tmp_path / name / "thesis.txt").read_text() == "x"
+
+
+def test_an_input_in_the_output(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    path = write_lines(tmp_path / "out/raw.jsonl", [{"text": "a"}])
+    with pytest.raises(FileExistsError, match="out exists: name another folder"):
+        prepare(path, tmp_path / "out", tokenizer="bytes", quiet=True)
+
+
+def test_shards_that_are_not_there(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """The run goes on before the first."""
+    prepare(out=tmp_path / "whole", **arguments)
+    for name, damage in (
+        ("tokens-00000.npy", None),
+        ("documents-00002.npy", b""),
+        ("tokens-00003.npy", b"x"),
+        (PROGRESS_FILE, b"damaged"),
+    ):
+        partial = stopped(tmp_path, arguments)
+        path = partial / name
+        if damage is None:
+            path.unlink()
+        elif name == PROGRESS_FILE:
+            lines = path.read_bytes().split(b"\n")
+            path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+        else:
+            path.write_bytes(damage)
+        prepare(out=tmp_path / "out", overwrite=False, **arguments)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_record_that_is_damaged_at_its_start(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    partial = stopped(tmp_path, arguments)
+    content = (partial / PROGRESS_FILE).read_bytes()
+    (partial / PROGRESS_FILE).write_bytes(content[:40] + b"\n" + content)
+    prepare(out=tmp_path / "out", **arguments)
+    prepare(out=tmp_path / "whole", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_shard_is_recorded_when_its_name_is_on_disk(
+    tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(folder: Path) -> None:
+        assert list(folder.glob("tokens-*"))
+        raise Stopped
+
+    monkeypatch.setattr("nar_kernels.data.prepare.staging.sync_folder", stopping)
+    with pytest.raises(Stopped):
+        prepare(out=tmp_path / "out", **arguments)
+    assert (tmp_path / "out.partial" / PROGRESS_FILE).read_bytes().count(b"\n") == 1
+
+
+def test_temporary_files_of_a_killed_run_are_not_published(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    partial = stopped(tmp_path, arguments)
+    for name in ("tokenizer.json.0123456789ab.tmp", "manifest.json.0123456789ab.tmp"):
+        (partial / name).write_text("{")
+    prepare(out=tmp_path / "out", **arguments)
+    prepare(out=tmp_path / "whole", **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """In place of one: a file may not grow beyond some size."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "a.txt").write_text("some words " * 50_000)
+    options: dict[str, Any] = {"tokenizer": "bytes", "workers": 1, "quiet": True}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large: .*out.partial/tokens-00000.npy'"):
+            prepare(tmp_path / "a.txt", tmp_path / "out", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    prepare(tmp_path / "a.txt", tmp_path / "out", **options)
 
 
 def test_what_is_no_corpus_is_not_overwritten(tmp_path: Path, arguments: dict[str, Any]) -> None:
@@ -259,6 +417,7 @@ def test_one_run_at_a_time(tmp_path: Path, arguments: dict[str, Any]) -> None:
 
 
 def test_output_within_the_inputs_is_no_input(tmp_path: Path) -> None:
+    """Neither of a run that goes on, nor of one that replaces it."""
     (tmp_path / "bpe.json").write_text(bpe_json())
     folder = tmp_path / "in"
     folder.mkdir()
@@ -266,15 +425,15 @@ def test_output_within_the_inputs_is_no_input(tmp_path: Path) -> None:
         (folder / f"{i}.txt").write_text(prose()[i])
     arguments = {"inputs": folder, "tokenizer": tmp_path / "bpe.json", **SIZES}
     arguments |= {"shard_tokens": 1}
-    prepare(out=folder / "out", **arguments)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        stop_at(monkeypatch, Staging, "add", 2)
-        with pytest.raises(Stopped):
-            prepare(
-                out=folder / "again", overwrite=True, **{**arguments, "inputs": folder / "?.txt"}
-            )
-    prepare(out=folder / "again", **{**arguments, "inputs": folder / "?.txt"})
-    assert contents(folder / "again") == contents(folder / "out")
+    prepare(out=tmp_path / "whole", **arguments)
+    for overwrite in (False, True):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            stop_at(monkeypatch, Staging, "add", 2)
+            with pytest.raises(Stopped):
+                prepare(out=folder / "out", overwrite=overwrite, **arguments)
+        assert (folder / "out.partial").is_dir()
+        prepare(out=folder / "out", overwrite=overwrite, **arguments)
+        assert contents(folder / "out") == contents(tmp_path / "whole")
 
 
 RUN = """

@@ -152,6 +152,10 @@ def test_parquet(tmp_path: Path, bpe: Path) -> None:
         assert run(tmp_path / "a.parquet", tmp_path / f"{i}", **options) == encoded(FULL)
     with pytest.raises(ValueError, match="a.parquet, row 0: there is no 'text', but 'n', 'body'"):
         run(tmp_path / "a.parquet", tmp_path / "no", tokenizer=bpe)
+    table = pyarrow.table({"tools": ["x"], "conversations": ["y"], "prompt": ["z"]})
+    parquet.write_table(table, tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="no 'text', but 'tools', 'conversations', 'prompt': name"):
+        run(tmp_path / "other.parquet", tmp_path / "no", tokenizer=bpe)
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
     with pytest.raises(ValueError, match="null.parquet, row 1: 'text' is null"):
         run(tmp_path / "null.parquet", tmp_path / "null", tokenizer=bpe)
@@ -212,6 +216,38 @@ def test_a_long_document_in_pieces(tmp_path: Path, bpe: Path, name: str, size: i
     assert run([path, path], tmp_path / "out", **options) == [expected, expected]
 
 
+def test_a_separator_that_does_not_occur(tmp_path: Path, capsys: Any) -> None:
+    """As one in which a shell leaves a backslash."""
+    for name, text in (("a", "one\n\ntwo"), ("b", "three"), ("c", ""), ("d", "four\r\n\r\nfive")):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode())
+    options: dict[str, Any] = {"tokenizer": "bytes", "quiet": False, "batch_bytes": 2}
+    for separator, number, name in (("\n\n", 2, "b.txt"), ("\\n\\n", 3, "a.txt")):
+        out = tmp_path / f"out{number}"
+        run(str(tmp_path / "*.txt"), out, document_separator=separator, **options)
+        said = capsys.readouterr().out
+        assert f"not occur, each one document: {number}, such as {tmp_path / name}" in said
+    run(tmp_path / "a.txt", tmp_path / "out", document_separator="\n\n", **options)
+    assert "does not occur" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["no words", "a tokenizer", "a separator", "words"])
+def test_a_large_text_without_a_cut_is_said(
+    tmp_path: Path, bpe: Path, monkeypatch: Any, capsys: Any, kind: str
+) -> None:
+    monkeypatch.setattr("nar_kernels.data.prepare.batches._LARGE", 2000)
+    (tmp_path / "a.txt").write_text("some words " * 500 if kind != "no words" else "日本語 " * 500)
+    options: dict[str, Any] = {"tokenizer": bpe, "quiet": False, "batch_bytes": 100}
+    if kind == "a tokenizer":
+        spec = json.loads(bpe_json())
+        spec["pre_tokenizer"]["add_prefix_space"] = True
+        bpe.write_text(json.dumps(spec))
+    elif kind == "a separator":
+        options["document_separator"] = "|"
+    run(tmp_path / "a.txt", tmp_path / "out", **options)
+    note = f"note: {tmp_path}/a.txt has "
+    assert capsys.readouterr().out.count(note) == (kind != "words")
+
+
 def test_the_end_of_text(tmp_path: Path, bpe: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b<|endoftext|>"}])
     plain = encoded(["a", "b"], eos=[])
@@ -220,8 +256,9 @@ def test_the_end_of_text(tmp_path: Path, bpe: Path) -> None:
     assert no == [plain[0], [*plain[1], 0]]
     text = run(path, tmp_path / "3", tokenizer=bpe, parse_special_tokens=False)
     assert text[1].count(0) == 1 and len(text[1]) > 3
-    with pytest.raises(ValueError, match="append_eos is true, but the tokenizer bytes has no"):
-        run(path, tmp_path / "4", tokenizer="bytes", append_eos=True)
+    for tokenizer in ("bytes", None):  # so little text gets bytes
+        with pytest.raises(ValueError, match="append_eos is true, but the tokenizer bytes has no"):
+            run(path, tmp_path / "4", tokenizer=tokenizer, append_eos=True)
     assert run(path, tmp_path / "5", tokenizer="bytes") == [[97], list(b"b<|endoftext|>")]
 
 
@@ -237,10 +274,40 @@ def test_the_mask_token_in_text_is_text(tmp_path: Path, capsys: Any) -> None:
     assert manifest is not None and manifest.mask_id == 4
     assert manifest.num_tokens == manifest.vocab_size and manifest.eos_id is None
     assert found[0] == theirs.encode("the text", add_special_tokens=False).ids
-    assert not {2, 4} & {*found[1]}
-    theirs.encode_special_tokens = True
-    assert found[1] == theirs.encode(text, add_special_tokens=False).ids
-    assert "mask token, whose special tokens are taken for text: 1" in capsys.readouterr().out
+    pieces = [theirs.encode(part, add_special_tokens=False).ids for part in text.split("MASK")]
+    mask = theirs.encode("MASK", add_special_tokens=False).ids
+    assert found[1] == [*pieces[0], *mask, *pieces[1]]
+    assert 2 in found[1] and 4 not in found[1]
+    assert "mask tokens that the text names, taken for text: 1" in capsys.readouterr().out
+
+
+def test_the_mask_token_in_a_long_text(tmp_path: Path, capsys: Any) -> None:
+    """The tokens do not depend on how it is cut."""
+    (tmp_path / "pieces.json").write_text(word_pieces().to_str())
+    (tmp_path / "a.txt").write_text("some words [CLS] and more\n" * 20 + "a [MASK] [MASK] b\n" * 2)
+    found = []
+    for size in (200, 1 << 20):
+        options = {"tokenizer": tmp_path / "pieces.json", "batch_bytes": size, "quiet": False}
+        found.append(run(tmp_path / "a.txt", tmp_path / str(size), **options))
+        assert "the text names, taken for text: 4" in capsys.readouterr().out
+    assert found[0] == found[1] and found[0][0].count(2) == 20 and 4 not in found[0][0]
+
+
+@pytest.mark.seconds
+def test_a_document_that_has_no_tokens(tmp_path: Path) -> None:
+    """With a loss mask, which is another way to encode it, and in a worker."""
+    model = tokenizers.models.WordLevel({"the": 0, "cat": 1}, "[UNK]")
+    words = tokenizers.Tokenizer(model)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    for record in ({"text": "the zebra"}, {"prompt": "the ", "completion": "zebra"}):
+        path = write_lines(tmp_path / "a.jsonl", [{"text": "the cat"}, record])
+        for workers in (1, 2):
+            options = {"tokenizer": tmp_path / "words.json", "workers": workers, "batch_bytes": 5}
+            with pytest.raises(
+                ValueError, match="line 2: the tokenizer fails .*/words.json cannot .*\\[UNK"
+            ):
+                run(path, tmp_path / "out", **options)
 
 
 def test_tiktoken(tmp_path: Path, monkeypatch: Any) -> None:
@@ -329,10 +396,15 @@ RECORDS: list[tuple[bytes, str]] = [
     (b'{"text": "a"}\n{"text": null}', "line 2: 'text' is null"),
     (b'{"text": "a"}\n["b"]', 'line 2: it is no object, but \\["b"\\]: a line is like'),
     (b'{"text": "a"}\n{"text": "b}', "line 2 is no JSON .* correct or remove it$"),
-    (b'[\n{"text": "a"}\n]', "line 1 is no JSON .*becomes lines with `jq -c '.\\[\\]'`"),
+    (b'[\n{"text": "a"}\n]', "line 1 is no JSON .*a line a record with `jq -c '.\\[\\]'`"),
+    (b'{\n"text": "a"\n}', "line 1 is no JSON .*a line a record with `jq -c .`"),
+    ('{"text": "a"}'.encode("utf-16"), "line 1: byte 0xff is not UTF-8 .*iconv"),
+    ('{"text": "a"}'.encode("utf-16-be"), "line 1 is no JSON"),
+    (b'{"text": "a"}\n' + '{"text": "a"}'.encode("utf-16-be"), "line 2 is no JSON"),
     (b'{"text": "a"}\n{"text": "\xff"}', "line 2: byte 0xff is not UTF-8 .*iconv"),
     (b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: '.ud800' is half of a surrogate pair"),
     (b'{"text": "a"}\n{"messages": []}', "line 2: it is a conversation, and the tokenizer has no"),
+    (b'{"prompt": [1], "completion": []}', "line 1: 'completion' has no messages: give one"),
     (
         b'{"text": "a"}\n{"prompt": "a", "completion": [1]}',
         "line 2: .*: both must be text, or both lists",
@@ -356,6 +428,27 @@ def test_the_first_bad_record_is_named(tmp_path: Path, bpe: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="bad.jsonl, line 41 is no JSON"):
         run(tmp_path / "bad.jsonl", tmp_path / "out", tokenizer=bpe, batch_bytes=500, workers=2)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: Any) -> None:
+    """Which says nothing of its content. (Root may read all.)"""
+    local = pytest.importorskip("fsspec.implementations.local")
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    for error in (PermissionError(13, "Permission denied", str(path)), OSError(5, "broken")):
+
+        def refusing(*args: Any, error: OSError = error, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(local.LocalFileSystem, "_open", refusing)
+        with pytest.raises(type(error), match=f"(denied|rror): '{path}'"):
+            run(path, tmp_path / "out", tokenizer="bytes")
+
+
+def test_a_chat_template_that_is_binary(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "chat.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat.jinja is no chat template, but binary"):
+        run(path, tmp_path / "out", chat_template=tmp_path / "chat.jinja")
 
 
 def test_text_that_is_not_utf8(tmp_path: Path, bpe: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.prepare import prepare
-from nar_kernels.data.prepare.train_bpe import default_size, sample_every
+from nar_kernels.data.prepare.train_bpe import default_size, sample_every, train_bpe
 from nar_kernels.data.tokenizer import tokenizer_from_json
 from tests.helpers.paths import ROOT
 from tests.helpers.prepared import documents
@@ -87,7 +87,15 @@ def test_the_default(tmp_path: Path, capsys: Any, repeats: int, name: str) -> No
 
 
 def test_a_sample_is_enough(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("nar_kernels.data.prepare.train_bpe._SAMPLE_BYTES", 30_000)
-    path = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in prose()[:40]])
-    prepare(path, tmp_path / "out", train_bpe=300, workers=1, batch_bytes=2000)
-    assert ", on one part of " in capsys.readouterr().out
+    """One batch in three, and each file is one."""
+    texts = prose()[:40]
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"in/{i:02}.txt").write_bytes(text.encode())
+    size = sum(len(text.encode()) for text in texts) / 3
+    monkeypatch.setattr("nar_kernels.data.prepare.train_bpe._SAMPLE_BYTES", size)
+    prepare(tmp_path / "in", tmp_path / "out", train_bpe=300, workers=1)
+    assert ", on one part of 3" in capsys.readouterr().out
+    made = (tmp_path / "out/tokenizer.json").read_text()
+    assert made == train_bpe(iter([list(texts[::3])]), 300).to_json()
+    assert made != train_bpe(iter([list(texts)]), 300).to_json()

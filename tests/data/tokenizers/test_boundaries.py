@@ -57,6 +57,7 @@ TOKENIZERS = [
     of_spec(json.loads(bpe_json())),
     of_spec(normalized()),
     HuggingFaceTokenizer(word_pieces().to_str(), "pieces"),
+    HuggingFaceTokenizer(word_pieces().to_str(), "pieces").without_mask,
     *(of_spec(split_by(pattern)) for pattern in PLAIN),
     *(of_tiktoken(pattern) for pattern in sorted(boundaries.PATTERNS)),
 ]
