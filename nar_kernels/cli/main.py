@@ -1,6 +1,7 @@
 """``nar-kernels prepare | inspect | train | generate | doctor``."""
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -19,11 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 1 if training diverged, or ``inspect`` found bad ids; 2 for user errors (a
         one-line message); 128 plus the signal number after a signal, as in shells: 130 after
-        Ctrl-C, 143 after SIGTERM.
+        Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush on exit
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
         return 128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT)
     except DivergedError as error:

@@ -58,7 +58,7 @@ def open_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         return _open_file(file, name) if file.is_file() else open_folder(path, name)
     if not path.exists():
         hint = ""
-        if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not name.endswith(".json"):
             files = "--include '*token*' 'vocab*' 'chat_template*'"
             hint = f"; if it is on the Hugging Face hub, `hf download {name} {files}` first"
             hint += ", with --local-dir FOLDER"

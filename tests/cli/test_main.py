@@ -1,6 +1,8 @@
 """The command line: what it prints, and its exit status."""
 
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -537,3 +539,14 @@ def test_an_empty_name_is_no_folder(capsys):
     assert "--out is empty: leave it out" in error
     error = fails(capsys, "train", "--data", "digits", "--threads", 1_000_000)
     assert "--threads is 1000000: it must be at most 1024" in error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGPIPE")
+def test_output_that_nobody_reads(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(9))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nar_kernels.cli", "inspect", tmp_path / "a.npy"]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
