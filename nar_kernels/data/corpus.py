@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.formats.base import Layout, ReadOptions, check_array, check_stream
-from nar_kernels.data.formats.detect import PathSource, read_layouts
 from nar_kernels.data.formats.prepared import manifests_of
+from nar_kernels.data.formats.source import PathSource, read_layouts
 from nar_kernels.data.manifest import Manifest
 from nar_kernels.data.stream import TokenStream, as_tensor
 from nar_kernels.errors import CorpusFormatError

@@ -130,7 +130,8 @@ def test_sources_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("[1]", "does not list files"),
         ('{"files": []}', "does not list files"),
         ('{"files": ["a.npy", 3]}', "does not list files"),
-        ('{"files": ["list.json"]}', r"names another list, list\.json"),
+        ('{"files": ["a.npy"], "dtyp": "uint16"}', "has the unknown key 'dtyp': a .json file must"),
+        ('{"files": ["list.json"]}', r"names another list, .*list\.json"),
     ],
 )
 def test_bad_lists(tmp_path: Path, content: str, message: str) -> None:

@@ -18,6 +18,7 @@ from nar_kernels.data.formats.base import (
     Layout,
     ReadOptions,
     check_dtype_is_not_given,
+    is_described,
     malformed,
     parse_json,
     path_beside,
@@ -81,20 +82,23 @@ def arrow_layout(path: Path, options: ReadOptions) -> Layout:
 
 def is_dataset(folder: Path) -> bool:
     """Whether ``save_to_disk`` of ``datasets`` made it."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return is_described(folder, "state.json", "_data_files", "*.arrow") or _is_dict(folder)
+
+
+def _is_dict(folder: Path) -> bool:
+    return is_described(folder, "dataset_dict.json", "splits", "*/state.json")
 
 
 def dataset_layouts(folder: Path, options: ReadOptions) -> list[Layout]:
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        content = parse_json(splits, splits.read_bytes(), _REMEDY)
-        names = content.get("splits") if isinstance(content, dict) else content
+    if _is_dict(folder):
+        splits = folder / "dataset_dict.json"
+        names = parse_json(splits, splits.read_bytes(), _REMEDY)["splits"]
         raise CorpusFormatError(
             f"{folder} is a DatasetDict with the splits {names}: name the folder of one of them"
         )
     state_file = folder / "state.json"
     state = parse_json(state_file, state_file.read_bytes(), _REMEDY)
-    files = state.get("_data_files") if isinstance(state, dict) else None
+    files = state["_data_files"]
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
         raise malformed(state_file, "_data_files", repr(files), "a list of files")
     if state.get("_indices_data_files") or state.get("_indices_files"):

@@ -108,17 +108,35 @@ def parse_json(path: Path, content: bytes, remedy: str) -> Any:
         raise CorpusFormatError(f"{path} is not JSON ({error}): {remedy}") from error
 
 
+def is_described(folder: Path, file: str, key: str, data: str) -> bool:
+    """Whether a JSON file describes a folder: it has this key. What is not JSON counts only where
+    a glob, ``data``, matches files in the folder, and is damaged then; it may be of others."""
+    path = folder / file
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return any(folder.glob(data))
+    return isinstance(content, dict) and key in content
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def path_beside(path: Path, name: object, field: str) -> Path:
     """The path of a file that ``path`` names in ``field``, relative to its own folder.
 
     Raises:
         CorpusFormatError: no file can have such a name.
     """
-    try:
-        if isinstance(name, str) and b"\0" not in os.fsencode(name):
-            return path.parent / name
-    except UnicodeEncodeError:
-        pass
+    if isinstance(name, str) and is_file_name(name):
+        return path.parent / name
     raise malformed(path, field, repr(name), "the name of a file")
 
 
@@ -142,6 +160,14 @@ def check_dtype_is_not_given(path: Path, options: ReadOptions, what: str) -> Non
         raise CorpusFormatError(
             f"dtype={options.dtype!r} was given, but {path} is {what}: dtype= is for raw binary "
             "files; leave it out"
+        )
+
+
+def check_column_is_not_given(path: Path, options: ReadOptions) -> None:
+    """Raises CorpusFormatError if the user named a column of what is not a table."""
+    if options.column is not None:
+        raise CorpusFormatError(
+            f"column={options.column!r} was given, but {path} is not a table: leave it out"
         )
 
 
