@@ -38,7 +38,8 @@ class Corpus:
               recognised by its content;
             * a folder, a glob or a list of such files, one after the other;
             * a 1-D NumPy array or CPU torch tensor, copied only if not contiguous (or an array not
-              aligned). It is pickled to spawned workers with its data, a file by path only.
+              aligned). It is pickled to spawned workers with its data, a file by path only, which
+              must have the same size and time of the last write there.
 
         dtype: dtype of the ids in raw files: ``"uint16"``, a NumPy or a torch dtype. Default: from
             the sidecar ``<file>.json``, such as ``{"dtype": "uint16"}``. For raw files only.
@@ -47,7 +48,8 @@ class Corpus:
         eos_id: the id that ends each document, for sources that do not say where documents end.
 
     Files are memory-mapped copy-on-write: a write to ``tokens`` never reaches the file, which must
-    not change while in use. ``copy.deepcopy`` shares the corpus, which nothing here writes.
+    not change while in use, nor its companions. ``copy.deepcopy`` shares the corpus, which nothing
+    here writes.
 
     Files with the signature of a format that is not read, such as compressed ones, are rejected
     whatever ``dtype`` says; arrays, such as ``np.memmap(file, dtype=..., mode="r")``, are not
@@ -71,7 +73,6 @@ class Corpus:
     stream: TokenStream
     loss_mask: TokenStream | None
     manifests: tuple[Manifest, ...]
-    _layouts: Sequence[Layout]
     _joined: "Sequence[Corpus]"
 
     def __init__(
@@ -84,7 +85,7 @@ class Corpus:
     ) -> None:
         self.eos_id = None if eos_id is None else as_int("eos_id", eos_id)
         self.loss_mask, self.manifests = None, ()
-        self._layouts, self._joined = (), ()
+        self._joined = ()
         if isinstance(source, np.ndarray | Tensor):
             if dtype is not None:
                 raise CorpusFormatError(
@@ -100,10 +101,10 @@ class Corpus:
                 f"{type(source).__name__}"
             )
         self.name = _name(source)
-        self._layouts = read_layouts(source, ReadOptions(dtype, column))
-        self.stream = TokenStream.of_files(self._layouts)
-        self.manifests = manifests_of(self._layouts)
-        self.loss_mask = _loss_mask(self._layouts, self.name)
+        layouts = read_layouts(source, ReadOptions(dtype, column))
+        self.stream = TokenStream.of_files(layouts)
+        self.manifests = manifests_of(layouts)
+        self.loss_mask = _loss_mask(layouts, self.name)
 
     @classmethod
     def joined(cls, corpora: "Sequence[Corpus]") -> "Corpus":
@@ -125,7 +126,6 @@ class Corpus:
         corpus.name = " and ".join(c.name for c in corpora)
         corpus.stream = TokenStream.joined([c.stream for c in corpora])
         corpus.loss_mask, corpus.manifests, corpus.eos_id = None, (), None
-        corpus._layouts = ()
         masks = [c.loss_mask for c in corpora if c.loss_mask is not None]
         if len(masks) == len(corpora):
             corpus.loss_mask = TokenStream.joined(masks)
@@ -191,7 +191,7 @@ class Corpus:
         if self._joined:
             parts = [(corpus.document_ends, len(corpus)) for corpus in self._joined]
         else:
-            parts = [(_ends_of_file(layout), layout.num_tokens) for layout in self._layouts]
+            parts = [(_ends_of_file(layout), layout.num_tokens) for layout in self.stream.layouts]
         before = np.cumsum([0, *(length for _, length in parts)])
         shifted = [
             ends + start if start else ends

@@ -5,6 +5,7 @@ together in the file, and are one run. What is not so, such as compressed buffer
 cache. Needs pyarrow.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def is_arrow(path: Path, ends: bytes) -> bool:
 def arrow_layout(path: Path, options: ReadOptions) -> Layout:
     check_dtype_is_not_given(path, options, "an Arrow file, which says the types of its columns")
     pa = import_extra("pyarrow", "arrow")
-    with arrow_errors(path), pa.memory_map(str(path)) as file:
+    with arrow_errors(path), pa.memory_map(os.fsencode(path)) as file:
         with _open(file) as reader:
             column, dtype, has_rows = column_of_ids(path, reader.schema, options)
         base, size = _buffer(file).address, file.size()
@@ -215,7 +216,7 @@ def _of_stream(reader: Any, path: Path, file: Any) -> Iterator[Any]:
 
 def _decode(path: Path, column: str) -> Iterator[Decoded]:
     pa = import_extra("pyarrow", "arrow")
-    with arrow_errors(path), pa.memory_map(str(path)) as file:
+    with arrow_errors(path), pa.memory_map(os.fsencode(path)) as file:
         for values in _batches(path, file, column):
             yield values.array.to_numpy(), values.ends
 
@@ -223,7 +224,7 @@ def _decode(path: Path, column: str) -> Iterator[Decoded]:
 def _document_ends(path: str, column: str) -> np.ndarray:
     pa = import_extra("pyarrow", "arrow")
     before, parts = 0, []
-    with arrow_errors(Path(path)), pa.memory_map(path) as file:
+    with arrow_errors(Path(path)), pa.memory_map(os.fsencode(path)) as file:
         for values in _batches(Path(path), file, column, alone=False):
             if values.ends is not None:
                 parts.append(values.ends + before)

@@ -28,16 +28,19 @@ class Layout:
 
     Attributes:
         format: name of the format, such as ``"npy"``.
-        path: absolute.
+        path: absolute, of the file as users know it.
         dtype: of the ids, one of :data:`TOKEN_DTYPES`.
         offsets: int64 ``[P]``, bytes of the file before each run; need not be aligned.
         lengths: int64 ``[P]``, tokens of each run, at least 0.
-        size: bytes of the file, as it was when this was read.
+        size: bytes of the file that is mapped, as it was when this was read.
         document_ends: returns int64 ``[D]``, ascending, how many tokens of the file precede the end
             of each document; the last is the number of all. Picklable. None: the format does not
             say.
         loss_mask: as many uint8, 1 where a token counts in a loss, and 0 elsewhere; or None.
         prepared_in: the folder of ``nar-kernels prepare`` that this is a shard of, or None.
+        decoded: absolute path of the file in the cache that holds the ids and is mapped, with these
+            offsets; None: ``path`` itself is.
+        beside: absolute paths of other files that were read, and must stay as they are: indices.
     """
 
     format: str
@@ -49,6 +52,8 @@ class Layout:
     document_ends: Callable[[], np.ndarray] | None = None
     loss_mask: "Layout | None" = None
     prepared_in: str | None = None
+    decoded: str | None = None
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Kernels read there unchecked, so this holds whatever a reader of a format overlooked.
@@ -78,6 +83,17 @@ class Layout:
             os.stat(path).st_size,
             **more,
         )
+
+    @property
+    def mapped(self) -> str:
+        """The file that is mapped."""
+        return self.decoded or self.path
+
+    @property
+    def others(self) -> list[str]:
+        """All other files that must stay as they are."""
+        of_mask = [] if self.loss_mask is None else [self.loss_mask.mapped]
+        return [*([self.path] if self.decoded else []), *self.beside, *of_mask]
 
     @property
     def num_tokens(self) -> int:
