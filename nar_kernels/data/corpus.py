@@ -5,6 +5,7 @@ Shapes: T corpus length in tokens, D documents.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -87,11 +88,15 @@ class Corpus:
         self.loss_mask, self.manifests = None, ()
         self._joined = ()
         if isinstance(source, np.ndarray | Tensor):
-            if dtype is not None:
-                raise CorpusFormatError(
-                    f"dtype={dtype!r} was given with an array of {source.dtype}: dtype= is for raw "
-                    "binary files; leave it out"
-                )
+            for option, value, of in (
+                ("dtype", dtype, "raw binary files"),
+                ("column", column, "tables"),
+            ):
+                if value is not None:
+                    raise CorpusFormatError(
+                        f"{option}={value!r} was given with an array of {source.dtype}: {option}= "
+                        f"is for {of}; leave it out"
+                    )
             self.name = "tensor" if isinstance(source, Tensor) else "array"
             self.stream = TokenStream.of_array(_checked(source))
             return
@@ -148,15 +153,18 @@ class Corpus:
 
     @property
     def tokens(self) -> Tensor:
-        """``[T]`` in the source's dtype, which shares its memory: of an array or a single file.
+        """``[T]`` in the source's dtype, which shares its memory: of an array, or of a file whose
+        ids are one aligned run.
 
         Raises:
-            ValueError: the ids lie in several places, such as files: use :meth:`read`.
+            ValueError: the ids lie in several places, such as files, or not aligned: use
+                :meth:`read`.
         """
         if self.stream.runs is not None:
+            places = self.stream.runs.shape[1] - 1
+            why = f"lie in {places} places" if places > 1 else "are not aligned in memory"
             raise ValueError(
-                f"the ids of {self.name} lie in {self.stream.runs.shape[1] - 1} places, not in one "
-                "tensor: use corpus.read(start, stop)"
+                f"the ids of {self.name} {why}, so they are no tensor: use corpus.read(start, stop)"
             )
         return self.stream.flat
 
@@ -208,6 +216,12 @@ class Corpus:
             ids = self.stream.read(start, min(start + _SCAN_CHUNK, len(self))).numpy()
             parts.append(np.flatnonzero(ids == eos_id) + (start + 1))
         ends = np.concatenate(parts)
+        if not len(ends):
+            warnings.warn(
+                f"eos_id {eos_id} does not occur in {self.name}, which is taken for one document: "
+                "give the id that ends each, or none",
+                stacklevel=2,
+            )
         return ends if len(ends) and ends[-1] == len(self) else np.append(ends, len(self))
 
     @cached_property
@@ -274,6 +288,11 @@ def _loss_mask(layouts: Sequence[Layout], name: str) -> TokenStream | None:
 
 def _checked(source: np.ndarray | Tensor) -> Tensor:
     if isinstance(source, np.ndarray):
+        if isinstance(source, np.ma.MaskedArray):
+            raise CorpusFormatError(
+                "array is a masked one, and a corpus has no masked ids: pass array.compressed(), "
+                "without them, or array.data, with what is under the mask"
+            )
         check_array("array", source.shape, source.dtype, "array")
         return as_tensor(source)
     if source.device.type != "cpu" or source.layout != torch.strided:

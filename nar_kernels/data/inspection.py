@@ -97,7 +97,7 @@ def inspect_corpus(
         },
         "tokens": len(corpus),
         "has_loss_mask": corpus.loss_mask is not None,
-        "documents": None if documents is None else _documents(corpus, documents, seq_len),
+        "documents": None if documents is None else _documents(corpus, documents, ids, seq_len),
         "ids": _ids(ids, decode),
         "vocabulary": vocabulary,
         "bad_ids": _located(corpus, bad),
@@ -153,11 +153,14 @@ def _place_in_files(corpus: Corpus, offset: int) -> dict[str, Any]:
     return {"file": part.name if isinstance(part, MappedFile) else None, "offset_in_file": inside}
 
 
-def _documents(corpus: Corpus, documents: DocumentLengths, seq_len: int) -> dict[str, Any]:
+def _documents(
+    corpus: Corpus, documents: DocumentLengths, ids: CorpusScan, seq_len: int
+) -> dict[str, Any]:
     return {
         "count": documents.num_documents,
         "empty": documents.num_empty,
         "eos_id": corpus.eos_id,
+        "eos_occurs": None if corpus.eos_id is None else ids.has(corpus.eos_id),
         "mean_length": documents.mean,
         "length_percentiles": {str(q): documents.quantile(q / 100) for q in _QUANTILES},
         "that_hold_a_window": documents.at_least(seq_len),

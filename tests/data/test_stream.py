@@ -121,6 +121,10 @@ def test_sources_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.save("a-3.npy", np.arange(3, dtype="uint32"))
     with pytest.raises(CorpusFormatError, match=r"a-3\.npy holds uint32 and .*a-0\.npy uint16: "):
         Corpus("a-*.npy")
+    unaligned = Corpus(np.zeros(1, "uint8"))
+    unaligned.stream = TokenStream.of_files(files_of(tmp_path, ids, [], shift=1))
+    with pytest.raises(ValueError, match=r"are not aligned in memory, .* use corpus\.read\(start"):
+        _ = unaligned.tokens
     with pytest.raises(CorpusFormatError, match="list of files is empty"):
         Corpus([])
     with pytest.raises(FileNotFoundError, match="b-"):
