@@ -9,6 +9,7 @@ from typing import Any
 _WIDTH = 100  # characters
 _LABEL = 16
 _MOST_LINES = 3  # of a window
+_NOT_ALL_COUNTED = "(of ids in [0, 2**20), the others aside)"
 _UNITS = ("KB", "MB", "GB", "TB", "PB")
 
 
@@ -93,7 +94,7 @@ def _vocabulary(vocabulary: dict[str, Any]) -> list[str]:
             f"{least:,} at least; with a mask token --num-tokens {num_tokens}",
             f"(the default of train; {more})",
         ]
-    return [f"{least:,} at least; with mask_id {mask_id} --num-tokens {num_tokens}", f"({more})"]
+    return [f"{least:,} at least; with --mask-id {mask_id}, --num-tokens {num_tokens}", f"({more})"]
 
 
 def _bad_ids(facts: dict[str, Any]) -> list[str]:
@@ -126,10 +127,8 @@ def _most_frequent(ids: dict[str, Any]) -> list[str]:
         )
         for m in ids["most_frequent"]
     ]
-    are_all = ids["distinct"] is not None
-    return _aligned(rows, right=3) + (
-        [] if are_all else ["(of ids in [0, 2**20), the others aside)"]
-    )
+    lines = _aligned(rows, right=3)
+    return lines if ids["distinct"] is not None else [*lines, _NOT_ALL_COUNTED]
 
 
 def _first_window(window: dict[str, Any]) -> list[str]:

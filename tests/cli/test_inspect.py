@@ -334,7 +334,7 @@ def test_negative_ids_are_bad_in_every_vocabulary(tmp_path: Path, rows, facts) -
 
 def test_a_mask_id_without_a_vocabulary(shards: Path, facts, rows) -> None:
     assert rows(shards, "--mask-id", 4)["vocabulary"] == [
-        "10 at least; with mask_id 4 --num-tokens 10",
+        "10 at least; with --mask-id 4, --num-tokens 10",
         "(more if the tokenizer has ids that do not occur here)",
     ]
     assert facts(shards, "--mask-id", 4)["vocabulary"]["num_tokens"] == 10
