@@ -5,6 +5,7 @@ Shapes: T corpus length in tokens, D documents.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.formats.base import Layout, ReadOptions, check_array, check_stream
-from nar_kernels.data.formats.detect import PathSource, read_layouts
 from nar_kernels.data.formats.prepared import manifests_of
+from nar_kernels.data.formats.source import PathSource, read_layouts
 from nar_kernels.data.manifest import Manifest
 from nar_kernels.data.stream import TokenStream, as_tensor
 from nar_kernels.errors import CorpusFormatError
@@ -38,7 +39,8 @@ class Corpus:
               recognised by its content;
             * a folder, a glob or a list of such files, one after the other;
             * a 1-D NumPy array or CPU torch tensor, copied only if not contiguous (or an array not
-              aligned). It is pickled to spawned workers with its data, a file by path only.
+              aligned). It is pickled to spawned workers with its data, a file by path only, which
+              must have the same size and time of the last write there.
 
         dtype: dtype of the ids in raw files: ``"uint16"``, a NumPy or a torch dtype. Default: from
             the sidecar ``<file>.json``, such as ``{"dtype": "uint16"}``. For raw files only.
@@ -47,7 +49,8 @@ class Corpus:
         eos_id: the id that ends each document, for sources that do not say where documents end.
 
     Files are memory-mapped copy-on-write: a write to ``tokens`` never reaches the file, which must
-    not change while in use. ``copy.deepcopy`` shares the corpus, which nothing here writes.
+    not change while in use, nor its companions. ``copy.deepcopy`` shares the corpus, which nothing
+    here writes.
 
     Files with the signature of a format that is not read, such as compressed ones, are rejected
     whatever ``dtype`` says; arrays, such as ``np.memmap(file, dtype=..., mode="r")``, are not
@@ -71,7 +74,6 @@ class Corpus:
     stream: TokenStream
     loss_mask: TokenStream | None
     manifests: tuple[Manifest, ...]
-    _layouts: Sequence[Layout]
     _joined: "Sequence[Corpus]"
 
     def __init__(
@@ -84,13 +86,17 @@ class Corpus:
     ) -> None:
         self.eos_id = None if eos_id is None else as_int("eos_id", eos_id)
         self.loss_mask, self.manifests = None, ()
-        self._layouts, self._joined = (), ()
+        self._joined = ()
         if isinstance(source, np.ndarray | Tensor):
-            if dtype is not None:
-                raise CorpusFormatError(
-                    f"dtype={dtype!r} was given with an array of {source.dtype}: dtype= is for raw "
-                    "binary files; leave it out"
-                )
+            for option, value, of in (
+                ("dtype", dtype, "raw binary files"),
+                ("column", column, "tables"),
+            ):
+                if value is not None:
+                    raise CorpusFormatError(
+                        f"{option}={value!r} was given with an array of {source.dtype}: {option}= "
+                        f"is for {of}; leave it out"
+                    )
             self.name = "tensor" if isinstance(source, Tensor) else "array"
             self.stream = TokenStream.of_array(_checked(source))
             return
@@ -100,10 +106,10 @@ class Corpus:
                 f"{type(source).__name__}"
             )
         self.name = _name(source)
-        self._layouts = read_layouts(source, ReadOptions(dtype, column))
-        self.stream = TokenStream.of_files(self._layouts)
-        self.manifests = manifests_of(self._layouts)
-        self.loss_mask = _loss_mask(self._layouts, self.name)
+        layouts = read_layouts(source, ReadOptions(dtype, column))
+        self.stream = TokenStream.of_files(layouts)
+        self.manifests = manifests_of(layouts)
+        self.loss_mask = _loss_mask(layouts, self.name)
 
     @classmethod
     def joined(cls, corpora: "Sequence[Corpus]") -> "Corpus":
@@ -125,7 +131,6 @@ class Corpus:
         corpus.name = " and ".join(c.name for c in corpora)
         corpus.stream = TokenStream.joined([c.stream for c in corpora])
         corpus.loss_mask, corpus.manifests, corpus.eos_id = None, (), None
-        corpus._layouts = ()
         masks = [c.loss_mask for c in corpora if c.loss_mask is not None]
         if len(masks) == len(corpora):
             corpus.loss_mask = TokenStream.joined(masks)
@@ -148,15 +153,18 @@ class Corpus:
 
     @property
     def tokens(self) -> Tensor:
-        """``[T]`` in the source's dtype, which shares its memory: of an array or a single file.
+        """``[T]`` in the source's dtype, which shares its memory: of an array, or of a file whose
+        ids are one aligned run.
 
         Raises:
-            ValueError: the ids lie in several places, such as files: use :meth:`read`.
+            ValueError: the ids lie in several places, such as files, or not aligned: use
+                :meth:`read`.
         """
         if self.stream.runs is not None:
+            places = self.stream.runs.shape[1] - 1
+            why = f"lie in {places} places" if places > 1 else "are not aligned in memory"
             raise ValueError(
-                f"the ids of {self.name} lie in {self.stream.runs.shape[1] - 1} places, not in one "
-                "tensor: use corpus.read(start, stop)"
+                f"the ids of {self.name} {why}, so they are no tensor: use corpus.read(start, stop)"
             )
         return self.stream.flat
 
@@ -191,7 +199,7 @@ class Corpus:
         if self._joined:
             parts = [(corpus.document_ends, len(corpus)) for corpus in self._joined]
         else:
-            parts = [(_ends_of_file(layout), layout.num_tokens) for layout in self._layouts]
+            parts = [(_ends_of_file(layout), layout.num_tokens) for layout in self.stream.layouts]
         before = np.cumsum([0, *(length for _, length in parts)])
         shifted = [
             ends + start if start else ends
@@ -208,6 +216,12 @@ class Corpus:
             ids = self.stream.read(start, min(start + _SCAN_CHUNK, len(self))).numpy()
             parts.append(np.flatnonzero(ids == eos_id) + (start + 1))
         ends = np.concatenate(parts)
+        if not len(ends):
+            warnings.warn(
+                f"eos_id {eos_id} does not occur in {self.name}, which is taken for one document: "
+                "give the id that ends each, or none",
+                stacklevel=2,
+            )
         return ends if len(ends) and ends[-1] == len(self) else np.append(ends, len(self))
 
     @cached_property
@@ -274,6 +288,11 @@ def _loss_mask(layouts: Sequence[Layout], name: str) -> TokenStream | None:
 
 def _checked(source: np.ndarray | Tensor) -> Tensor:
     if isinstance(source, np.ndarray):
+        if isinstance(source, np.ma.MaskedArray):
+            raise CorpusFormatError(
+                "array is a masked one, and a corpus has no masked ids: pass array.compressed(), "
+                "without them, or array.data, with what is under the mask"
+            )
         check_array("array", source.shape, source.dtype, "array")
         return as_tensor(source)
     if source.device.type != "cpu" or source.layout != torch.strided:

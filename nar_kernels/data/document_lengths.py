@@ -53,6 +53,7 @@ def document_lengths(corpus: Corpus) -> DocumentLengths | None:
         CorpusFormatError: the index of the documents is not right.
         CorpusChangedError: a file has changed since it was opened.
     """
+    corpus.stream.check_unchanged()
     if corpus.eos_id is None:
         ends = corpus.document_ends
         return None if ends is None else _lengths(ends, 0)

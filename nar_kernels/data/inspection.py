@@ -3,9 +3,7 @@
 Shapes: T corpus length in tokens, L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +11,9 @@ import numpy as np
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.document_lengths import DocumentLengths, document_lengths
-from nar_kernels.data.formats.base import Layout
 from nar_kernels.data.remembered import recall, remember
 from nar_kernels.data.scan import BadIds, CorpusScan, find_bad, scan
+from nar_kernels.data.stream import MappedFile
 from nar_kernels.ops.masking import check_vocabulary
 
 # The text of ids; None if they have none.
@@ -81,21 +79,25 @@ def inspect_corpus(
     bad = _bad_ids(corpus, ids, vocabulary["num_tokens"], vocabulary["mask_id"])
     documents = document_lengths(corpus)
     first = corpus.read(0, min(seq_len, len(corpus))).tolist()
-    layouts = _layouts(corpus)
+    files = corpus.stream.files or []
     facts = {
-        "format": ", ".join(sorted({layout.format for layout in layouts})) or corpus.name,
+        "format": ", ".join(sorted({file.layout.format for file in files})) or corpus.name,
         "dtype": str(corpus.dtype).removeprefix("torch."),
         "files": {
-            "count": len(layouts),
-            "bytes": sum(layout.size for layout in layouts),
+            "count": len(files),
+            "bytes": sum(file.signature[0] for file in files),
             "first": [
-                {"path": layout.path, "bytes": layout.size, "tokens": layout.num_tokens}
-                for layout in layouts[:_MOST_FILES]
+                {
+                    "path": file.name,
+                    "bytes": file.signature[0],
+                    "tokens": file.layout.num_tokens,
+                }
+                for file in files[:_MOST_FILES]
             ],
         },
         "tokens": len(corpus),
         "has_loss_mask": corpus.loss_mask is not None,
-        "documents": None if documents is None else _documents(corpus, documents, seq_len),
+        "documents": None if documents is None else _documents(corpus, documents, ids, seq_len),
         "ids": _ids(ids, decode),
         "vocabulary": vocabulary,
         "bad_ids": _located(corpus, bad),
@@ -147,23 +149,18 @@ def _located(corpus: Corpus, bad: BadIds) -> dict[str, Any]:
 
 
 def _place_in_files(corpus: Corpus, offset: int) -> dict[str, Any]:
-    layouts = _layouts(corpus)
-    if not layouts:
-        return {"file": None, "offset_in_file": offset}
-    begins = [0, *accumulate(layout.num_tokens for layout in layouts)]
-    file = bisect_right(begins, offset) - 1
-    return {"file": layouts[file].path, "offset_in_file": offset - begins[file]}
+    part, inside = corpus.stream.place(offset)
+    return {"file": part.name if isinstance(part, MappedFile) else None, "offset_in_file": inside}
 
 
-def _layouts(corpus: Corpus) -> list[Layout]:
-    return [file.layout for file in corpus.stream.files or ()]
-
-
-def _documents(corpus: Corpus, documents: DocumentLengths, seq_len: int) -> dict[str, Any]:
+def _documents(
+    corpus: Corpus, documents: DocumentLengths, ids: CorpusScan, seq_len: int
+) -> dict[str, Any]:
     return {
         "count": documents.num_documents,
         "empty": documents.num_empty,
         "eos_id": corpus.eos_id,
+        "eos_occurs": None if corpus.eos_id is None else ids.has(corpus.eos_id),
         "mean_length": documents.mean,
         "length_percentiles": {str(q): documents.quantile(q / 100) for q in _QUANTILES},
         "that_hold_a_window": documents.at_least(seq_len),

@@ -13,12 +13,14 @@ import torch
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.remembered import recall, remember
 from nar_kernels.ops import scan as ops
+from nar_kernels.ops.masking import check_vocabulary
 from nar_kernels.ops.scan import Covered, Scanned
 
 # What is mapped at a time. In between, pages are released, and Ctrl-C is heard.
 _PORTION_BYTES = 1 << 30
 
 _MOST_BINS = 1 << 20  # above every vocabulary there is
+_MOST_TOKENS = (1 << 31) - 1  # of a vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,7 @@ def scan(corpus: Corpus, *, histogram: bool = True) -> CorpusScan:
     Raises:
         CorpusChangedError: a file has changed since it was opened.
     """
+    corpus.stream.check_unchanged()
     known = known_scan(corpus)
     if known is not None and (known.counts is not None or not histogram):
         return known
@@ -125,8 +128,20 @@ def find_bad(
         start, stop: which tokens to look at. Default: all.
         covered: by which windows.
         max_places: how many to locate.
+
+    Raises:
+        CorpusChangedError: a file has changed since it was opened.
+        IndexError: ``start`` or ``stop`` is outside the corpus.
+        ValueError: ``num_tokens`` or ``mask_id`` is out of range.
     """
+    check_vocabulary(
+        _MOST_TOKENS if num_tokens is None else num_tokens, 0 if mask_id is None else mask_id
+    )
     stop = len(corpus) if stop is None else stop
+    if not 0 <= start <= stop <= len(corpus):
+        raise IndexError(
+            f"tokens {start} to {stop} are not all in {corpus.name}, which has {len(corpus)}"
+        )
     outside = masked = 0
     offsets: list[int] = []
     for found in _portions(
@@ -147,6 +162,7 @@ def _portions(corpus: Corpus, start: int, stop: int, **looked_for: Any) -> Itera
     portion = max(_PORTION_BYTES // corpus.dtype.itemsize, 1)
     stream = corpus.stream
     for first in range(start, stop, portion):
+        stream.check_unchanged()  # to read what a file has lost would end the process
         last = min(first + portion, stop)
         yield ops.scan(stream.flat, stream.runs, first, last, **looked_for)
         if stop - start > portion:

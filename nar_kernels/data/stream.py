@@ -22,26 +22,46 @@ from nar_kernels.ops.windows import gather
 
 _COPY_CHUNK = 1 << 24  # ids
 
+Signature = tuple[int, int, int]  # size, time of the last write, inode
+Signatures = dict[str, Signature]  # by the path
+
 
 class MappedFile:
     """A file in memory, copy-on-write: nothing that is written there reaches the file.
 
+    It is pickled by its path, and mapped again where it arrives: there, all its files must have the
+    sizes and times of the last write that they had, so copies must keep these.
+
     Attributes:
         addresses, lengths: int64 ``[P]``, where each run of ids is in memory, and how many it has.
-        signature: size, time of the last write and inode of the file as it was opened.
+        signatures: size, time of the last write and inode, as it was opened, of the file, and of
+            all others by their paths that must not change either, such as an index.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, opened: Signatures | None = None) -> None:
         self.layout, self.lengths = layout, layout.lengths
         self.dtype = TOKEN_DTYPES[layout.dtype]
-        self.map = _memory_map(layout)
-        self.signature = _signature(layout.path)
+        self.map, signature = _memory_map(layout)
+        self.signatures = {layout.mapped: signature}
+        self.signatures |= {path: _signature(os.stat(path)) for path in layout.others}
+        for path, was in (opened or {}).items():
+            # Another machine may count the inodes of a shared file in another way.
+            if self.signatures[path][:2] != was[:2]:
+                what = _change(was, self.signatures[path])
+                raise CorpusChangedError(
+                    f"{path} changed since it was opened: {what}; open it again"
+                )
         base = torch.frombuffer(self.map, dtype=torch.uint8).data_ptr()
         self.addresses = base + layout.offsets
 
     @property
     def name(self) -> str:
         return self.layout.path
+
+    @property
+    def signature(self) -> Signature:
+        """Of the file as users know it."""
+        return self.signatures[self.layout.path]
 
     def whole(self) -> Tensor | None:
         """``[T]``, if all ids are in one place that is aligned."""
@@ -51,32 +71,28 @@ class MappedFile:
         return torch.frombuffer(self.map, dtype=self.dtype, count=count, offset=offset)
 
     def check_unchanged(self) -> None:
-        """Raises CorpusChangedError if the file is not what it was when it was opened: smaller,
+        """Raises CorpusChangedError if a file is not what it was when it was opened: smaller,
         larger, written to, replaced or gone."""
-        path, was = self.layout.path, self.signature
-        try:
-            now = _signature(path)
-        except OSError as error:
-            raise CorpusChangedError(
-                f"{path} cannot be read any more ({error.strerror}): a corpus must stay where it "
-                "is while it is in use"
-            ) from error
-        if now == was:
-            return
-        what = f"it has {now[0]} bytes now, and had {was[0]}"
-        if now[0] == was[0]:
-            what = "it was written to, or replaced"
-        raise CorpusChangedError(
-            f"{path} changed while it was in use: {what}; write new data to a new file, and start "
-            "again"
-        )
+        for path, was in self.signatures.items():
+            try:
+                now = _signature(os.stat(path))
+            except OSError as error:
+                raise CorpusChangedError(
+                    f"{path} cannot be read any more ({error.strerror}): a corpus must stay where "
+                    "it is while it is in use"
+                ) from error
+            if now != was:
+                raise CorpusChangedError(
+                    f"{path} changed while it was in use: {_change(was, now)}; write new data to a "
+                    "new file, and start again"
+                )
 
     def release_memory(self) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MappedFile, (self.layout,)  # mapped again
+        return MappedFile, (self.layout, self.signatures)
 
 
 class ArrayInMemory:
@@ -194,12 +210,17 @@ class TokenStream:
             out[start:stop].copy_(self.read(start, stop))
         return out
 
+    def place(self, offset: int) -> tuple[MappedFile | ArrayInMemory, int]:
+        """The part that an id lies in, and its offset there."""
+        number = int(np.searchsorted(self._part_begins, offset, "right")) - 1
+        return self.parts[number], offset - int(self._part_begins[number])
+
     def where(self, offset: int, name: str) -> str:
         """What errors call an offset of this stream, which has this name: of several files, the
         one that it lies in."""
         if len(self.parts) > 1:
-            number = int(np.searchsorted(self._part_begins, offset, "right")) - 1
-            offset, name = offset - int(self._part_begins[number]), self.parts[number].name
+            part, offset = self.place(offset)
+            name = part.name
         return f"offset {offset} of {name}"
 
     def release_memory(self) -> None:
@@ -223,24 +244,30 @@ def as_tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.require(array, requirements=("C", "ALIGNED")))
 
 
-def _memory_map(layout: Layout) -> mmap.mmap:
+def _memory_map(layout: Layout) -> tuple[mmap.mmap, Signature]:
     """The whole file. Copy-on-write: torch has no read-only tensors."""
-    with open(layout.path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open(layout.mapped, "rb") as file:
+        signature = _signature(os.fstat(file.fileno()))
+        size = signature[0]
         if size != layout.size:
             raise CorpusChangedError(
-                f"{layout.path} changed since it was opened: it has {size} bytes now, and had "
+                f"{layout.mapped} changed since it was opened: it has {size} bytes now, and had "
                 f"{layout.size}; open it again"
             )
         if sys.platform != "linux":
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), signature
         # Linux refuses private writable mappings larger than RAM and swap, except with
         # MAP_NORESERVE (which Python names from 3.13 on).
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        return mmap.mmap(file.fileno(), size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        whole = mmap.mmap(file.fileno(), size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        return whole, signature
 
 
-def _signature(path: str) -> tuple[int, int, int]:
-    """Size, time of the last write, and inode."""
-    status = os.stat(path)
+def _change(was: Signature, now: Signature) -> str:
+    if now[0] == was[0]:
+        return "it was written to, or replaced"
+    return f"it has {now[0]} bytes now, and had {was[0]}"
+
+
+def _signature(status: os.stat_result) -> Signature:
     return status.st_size, status.st_mtime_ns, status.st_ino

@@ -123,7 +123,7 @@ def gather(
 
 def read_ahead(tokens: Tensor, runs: Tensor | None, starts: Tensor, seq_len: int) -> None:
     """Asks the system to read the pages of these windows of a memory-mapped corpus, in the order in
-    which they lie, and returns at once. Does nothing without the C++ extension, which says how.
+    which they lie, and returns at once. Without the C++ extension, it does nothing.
 
     Args:
         tokens, runs, starts, seq_len: as in :func:`windows`.

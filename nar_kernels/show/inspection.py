@@ -9,6 +9,7 @@ from typing import Any
 _WIDTH = 100  # characters
 _LABEL = 16
 _MOST_LINES = 3  # of a window
+_NOT_ALL_COUNTED = "(of ids in [0, 2**20), the others aside)"
 _UNITS = ("KB", "MB", "GB", "TB", "PB")
 
 
@@ -25,7 +26,7 @@ def text(facts: dict[str, Any]) -> str:
         "ids": _ids(facts["ids"]),
         "vocabulary": _vocabulary(facts["vocabulary"]),
         "bad ids": _bad_ids(facts),
-        "most frequent": _most_frequent(facts["ids"]["most_frequent"]),
+        "most frequent": _most_frequent(facts["ids"]),
         "first window": _first_window(facts["first_window"]),
     }
     first, *others = facts["sources"]
@@ -52,7 +53,11 @@ def _documents(facts: dict[str, Any]) -> list[str]:
     documents = facts["documents"]
     if documents is None:
         return ["unknown: --eos-id says which id ends them"] if facts["files"]["count"] else []
-    ends = "" if documents["eos_id"] is None else f" that end with id {documents['eos_id']}"
+    eos_id, ends = documents["eos_id"], ""
+    if eos_id is not None:
+        ends = f" that end with id {eos_id}"
+        if documents["eos_occurs"] is False:
+            ends = f": id {eos_id}, which is to end them, does not occur"
     empty = f", {documents['empty']:,} of them empty" if documents["empty"] else ""
     at = {percent: f"{n:,}" for percent, n in documents["length_percentiles"].items()}
     lengths = f"of {at['100']} tokens each"
@@ -83,10 +88,13 @@ def _vocabulary(vocabulary: dict[str, Any]) -> list[str]:
     num_tokens, mask_id = vocabulary["num_tokens"], vocabulary["mask_id"]
     if vocabulary["is_given"]:
         return [f"num_tokens {num_tokens}, mask_id {mask_id}"]
-    return [
-        f"{vocabulary['least']:,} at least; with a mask token --num-tokens {num_tokens}",
-        "(the default of train; more if the tokenizer has ids that do not occur here)",
-    ]
+    least, more = vocabulary["least"], "more if the tokenizer has ids that do not occur here"
+    if mask_id == least:
+        return [
+            f"{least:,} at least; with a mask token --num-tokens {num_tokens}",
+            f"(the default of train; {more})",
+        ]
+    return [f"{least:,} at least; with --mask-id {mask_id}, --num-tokens {num_tokens}", f"({more})"]
 
 
 def _bad_ids(facts: dict[str, Any]) -> list[str]:
@@ -109,7 +117,7 @@ def _bad_ids(facts: dict[str, Any]) -> list[str]:
     return [", ".join(why), *_aligned(places, right=2), *([f"and {more:,} more"] if more else [])]
 
 
-def _most_frequent(most: list[dict[str, Any]]) -> list[str]:
+def _most_frequent(ids: dict[str, Any]) -> list[str]:
     rows = [
         (
             str(m["id"]),
@@ -117,9 +125,10 @@ def _most_frequent(most: list[dict[str, Any]]) -> list[str]:
             f"{m['share']:.2%}",
             "" if m["text"] is None else repr(m["text"]),
         )
-        for m in most
+        for m in ids["most_frequent"]
     ]
-    return _aligned(rows, right=3)
+    lines = _aligned(rows, right=3)
+    return lines if ids["distinct"] is not None else [*lines, _NOT_ALL_COUNTED]
 
 
 def _first_window(window: dict[str, Any]) -> list[str]:

@@ -118,6 +118,7 @@ def test_json_has_all(shards: Path, facts) -> None:
             "count": 4,
             "empty": 1,
             "eos_id": 0,
+            "eos_occurs": True,
             "mean_length": 2.5,
             "length_percentiles": {"0": 1, "5": 1, "25": 1, "50": 1, "75": 3, "95": 5, "100": 5},
             "that_hold_a_window": 2,
@@ -249,6 +250,27 @@ def test_lines_as_documents(tmp_path: Path, rows) -> None:
     ]
 
 
+def test_an_id_that_ends_no_document(shards: Path, rows, facts) -> None:
+    with pytest.warns(UserWarning, match="eos_id 7 does not occur"):
+        found = rows(shards, "--eos-id", 7)
+    expected = ["1: id 7, which is to end them, does not occur", "of 10 tokens each"]
+    assert found["documents"] == rows(shards, "--eos-id", 7)["documents"] == expected  # remembered
+    assert facts(shards, "--eos-id", 7)["documents"]["eos_occurs"] is False
+    np.save(shards / "a.npy", np.array([1, 1 << 20, 1 << 30]))
+    found = facts(shards / "a.npy", "--eos-id", 1 << 20)["documents"]
+    assert found["count"] == 2 and found["eos_occurs"] is None
+
+
+def test_frequencies_of_large_ids(tmp_path: Path, rows, facts) -> None:
+    note = "(of ids in [0, 2**20), the others aside)"
+    np.save(tmp_path / "a.npy", np.array([1 << 20, 1 << 20, 5]))
+    assert facts(tmp_path / "a.npy")["ids"]["distinct"] is None
+    assert rows(tmp_path / "a.npy")["most frequent"] == ["5  1  33.33%", note]
+    np.save(tmp_path / "b.npy", np.array([(1 << 20) - 1, 5, 5]))
+    assert facts(tmp_path / "b.npy")["ids"]["distinct"] == 2
+    assert note not in rows(tmp_path / "b.npy")["most frequent"]
+
+
 def test_many_files(tmp_path: Path, rows, facts) -> None:
     for i in range(12):
         np.save(tmp_path / f"{i}.npy", np.array([i, 1], "uint8"))
@@ -306,10 +328,15 @@ def test_negative_ids_are_bad_in_every_vocabulary(tmp_path: Path, rows, facts) -
     assert rows(tmp_path / "a.npy", status=1)["ids"] == ["-100 to 1,099,511,627,776"]
     np.save(tmp_path / "b.npy", np.array([-2, -1]))
     lines = rows(tmp_path / "b.npy", status=1)
-    assert "most frequent" not in lines and lines["bad ids"][0] == "2 outside [0, 2)"
+    assert lines["most frequent"] == ["(of ids in [0, 2**20), the others aside)"]
+    assert lines["bad ids"][0] == "2 outside [0, 2)"
 
 
-def test_a_mask_id_without_a_vocabulary(shards: Path, facts) -> None:
+def test_a_mask_id_without_a_vocabulary(shards: Path, facts, rows) -> None:
+    assert rows(shards, "--mask-id", 4)["vocabulary"] == [
+        "10 at least; with --mask-id 4, --num-tokens 10",
+        "(more if the tokenizer has ids that do not occur here)",
+    ]
     assert facts(shards, "--mask-id", 4)["vocabulary"]["num_tokens"] == 10
     assert facts(shards, "--mask-id", 20)["vocabulary"]["num_tokens"] == 21
     assert facts(shards, "--mask-id", 5, status=1)["bad_ids"]["masked"] == 1

@@ -243,6 +243,25 @@ def test_arrays_that_are_no_stream_of_ids(case: str) -> None:
         Corpus(make())
 
 
+def test_columns_and_masks_of_arrays() -> None:
+    for array in (np.zeros(3, "uint16"), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(
+            CorpusFormatError, match="column='x' was given with an array of .*leave"
+        ):
+            Corpus(array, column="x")
+    for mask in ([False, True, False], False):
+        with pytest.raises(
+            CorpusFormatError, match=r"masked one.*array\.compressed\(\).*array\.data"
+        ):
+            Corpus(np.ma.array([1, 2, 3], mask=mask))
+
+
+def test_an_id_that_ends_no_document() -> None:
+    corpus = Corpus(np.array([1, 2, 3]), eos_id=7)
+    with pytest.warns(UserWarning, match="eos_id 7 does not occur in array, .* one document"):
+        assert corpus.document_ends.tolist() == [3]
+
+
 @pytest.mark.parametrize("source", [[1, 2, 3], None, b"abc", np.uint16(3)])
 def test_other_types(source: Any) -> None:
     with pytest.raises(

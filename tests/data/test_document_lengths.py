@@ -15,6 +15,7 @@ def lengths_of(corpus: Corpus) -> tuple[list[int], list[int], int]:
     return found.lengths.tolist(), found.counts.tolist(), found.num_empty
 
 
+@pytest.mark.filterwarnings("ignore:eos_id")
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [

@@ -9,6 +9,8 @@ import pytest
 from nar_kernels.data import remembered, sources
 from nar_kernels.data import scan as scan_module
 from nar_kernels.data.corpus import Corpus
+from nar_kernels.data.document_lengths import document_lengths
+from nar_kernels.data.inspection import inspect_corpus
 from nar_kernels.data.scan import BadIds, CorpusScan, find_bad, known_scan, scan
 from nar_kernels.data.sources import open_data
 from nar_kernels.errors import CorpusChangedError, InvalidTokenError
@@ -195,6 +197,46 @@ def test_old_entries_are_removed(
     assert len(list(cache.rglob("*.npz"))) == 2
     assert known_scan(Corpus(paths[1])) is None
     assert known_scan(Corpus(paths[2])) is not None and known_scan(Corpus(paths[3])) is not None
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_file_that_shrank(tmp_path: Path, cache: Path, is_known: bool) -> None:
+    """To read what it has lost would end the process."""
+    path = save(tmp_path / "a.npy", *range(9000))
+    if is_known:
+        scan(Corpus(path))
+    corpus = Corpus(path, eos_id=0)
+    os.truncate(path, 128)
+    for look in (scan, find_bad, document_lengths, inspect_corpus):
+        with pytest.raises(CorpusChangedError, match=r"a\.npy changed .* 128 bytes now"):
+            look(corpus)
+
+
+def test_a_file_that_shrinks_between_portions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "a.npy", *range(9000))
+    corpus = Corpus(path)
+    monkeypatch.setattr(scan_module, "_PORTION_BYTES", 8)
+    monkeypatch.setattr(corpus.stream, "release_memory", lambda: os.truncate(path, 128))
+    with pytest.raises(CorpusChangedError, match="128 bytes now"):
+        find_bad(corpus)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": 0}, r"num_tokens is 0: it must be in \[2"),
+        ({"num_tokens": 4, "mask_id": 4}, r"mask_id 4 is not in \[0, num_tokens\)"),
+        ({"mask_id": -1}, "mask_id -1 is not in"),
+        ({"start": 2, "stop": 1}, "tokens 2 to 1 are not all in array, which has 3"),
+        ({"start": -1}, "tokens -1 to 3 are not all in array"),
+        ({"stop": 4}, "tokens 0 to 4 are not all in array"),
+    ],
+)
+def test_mistakes(options: dict[str, int], message: str) -> None:
+    with pytest.raises((ValueError, IndexError), match=message):
+        find_bad(Corpus(np.arange(3)), **options)
 
 
 def test_memory_of_a_large_corpus_is_released(

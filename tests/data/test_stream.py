@@ -1,10 +1,13 @@
 """Runs of ids in several files as one stream: every backend reads what a plain array holds."""
 
+import mmap
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from nar_kernels.data.stream import TokenStream
 from nar_kernels.errors import CorpusChangedError, CorpusFormatError, InvalidTokenError
 from nar_kernels.ops.tokens import TOKEN_DTYPES
 from nar_kernels.ops.windows import gather, read_ahead, windows
+from tests.helpers.corpora import WRITERS
 from tests.helpers.windows import assert_same
 
 BACKENDS = ["reference", "cpp"]
@@ -117,6 +121,10 @@ def test_sources_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.save("a-3.npy", np.arange(3, dtype="uint32"))
     with pytest.raises(CorpusFormatError, match=r"a-3\.npy holds uint32 and .*a-0\.npy uint16: "):
         Corpus("a-*.npy")
+    unaligned = Corpus(np.zeros(1, "uint8"))
+    unaligned.stream = TokenStream.of_files(files_of(tmp_path, ids, [], shift=1))
+    with pytest.raises(ValueError, match=r"are not aligned in memory, .* use corpus\.read\(start"):
+        _ = unaligned.tokens
     with pytest.raises(CorpusFormatError, match="list of files is empty"):
         Corpus([])
     with pytest.raises(FileNotFoundError, match="b-"):
@@ -130,7 +138,8 @@ def test_sources_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("[1]", "does not list files"),
         ('{"files": []}', "does not list files"),
         ('{"files": ["a.npy", 3]}', "does not list files"),
-        ('{"files": ["list.json"]}', r"names another list, list\.json"),
+        ('{"files": ["a.npy"], "dtyp": "uint16"}', "has the unknown key 'dtyp': a .json file must"),
+        ('{"files": ["list.json"]}', r"names another list, .*list\.json"),
     ],
 )
 def test_bad_lists(tmp_path: Path, content: str, message: str) -> None:
@@ -201,6 +210,67 @@ def test_a_worker_does_not_map_another_file(tmp_path: Path) -> None:
     path.write_bytes(bytes(600))
     with pytest.raises(CorpusChangedError, match="has 600 bytes now, and had 640; open it again"):
         pickle.loads(pickled)
+
+
+def test_a_pickled_corpus_does_not_map_other_ids(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(640))
+    time = path.stat().st_mtime_ns
+    pickled = pickle.dumps(Corpus(path, dtype="uint8"))
+    path.write_bytes(bytes([7]) * 640)
+    os.utime(path, ns=(time, time + 1))
+    with pytest.raises(CorpusChangedError, match="written to, or replaced; open it again"):
+        pickle.loads(pickled)
+    # A copy that keeps the time may have another inode.
+    (tmp_path / "b.bin").write_bytes(bytes(640))
+    os.utime(tmp_path / "b.bin", ns=(time, time))
+    os.replace(tmp_path / "b.bin", path)
+    arrived = pickle.loads(pickled)
+    assert arrived.read(0, 640).tolist() == [0] * 640
+    arrived.stream.check_unchanged()
+
+
+def test_the_signature_is_of_what_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the file is replaced in between."""
+    (layout,) = files_of(tmp_path, np.zeros(9, "uint8"), [])
+    memory_map = mmap.mmap
+
+    def replaced(*args: Any, **kwargs: Any) -> mmap.mmap:
+        (tmp_path / "new").write_bytes(bytes([7]) * 10)
+        os.replace(tmp_path / "new", layout.path)
+        return memory_map(*args, **kwargs)
+
+    monkeypatch.setattr(mmap, "mmap", replaced)
+    stream = TokenStream.of_files([layout])
+    assert stream.read(0, 9).tolist() == [0] * 9
+    with pytest.raises(CorpusChangedError, match="it was written to, or replaced"):
+        stream.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix"),
+    [("datatrove", ".ds.index"), ("datatrove", ".ds.loss"), ("megatron", ".idx")],
+)
+def test_a_companion_that_changes(tmp_path: Path, format: str, suffix: str) -> None:
+    source = WRITERS[format](tmp_path, [np.arange(64, dtype="uint16")] * 4).source
+    companion = source.with_suffix(suffix)
+    loader = MaskedLoader(
+        TokenDataset(source, 16, num_tokens=65, mask_id=64), MaskingConfig(65, 64), 4
+    )
+    pickled = pickle.dumps(loader.dataset.corpus)
+    next(loader)
+    os.utime(companion, ns=(1, 1))
+    loader.step = 4  # an epoch begins
+    name = re.escape(companion.name)
+    with pytest.raises(CorpusChangedError, match=rf"{name} changed while it was in use: it was wr"):
+        next(loader)
+    with pytest.raises(CorpusChangedError, match=rf"{name} changed since it was opened"):
+        pickle.loads(pickled)
+    os.truncate(companion, 8)
+    with pytest.raises(CorpusChangedError, match=rf"{name} .* it has 8 bytes now"):
+        loader.dataset.corpus.stream.check_unchanged()
 
 
 # Pages

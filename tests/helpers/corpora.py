@@ -259,7 +259,7 @@ def check_runs(corpus: Corpus) -> None:
     streams = [corpus.stream] + ([corpus.loss_mask] if corpus.loss_mask is not None else [])
     for stream in streams:
         for layout in stream.layouts:
-            size, itemsize = Path(layout.path).stat().st_size, np.dtype(layout.dtype).itemsize
+            size, itemsize = Path(layout.mapped).stat().st_size, np.dtype(layout.dtype).itemsize
             for offset, length in zip(layout.offsets, layout.lengths, strict=True):
                 assert 0 <= offset <= offset + length * itemsize <= size
         assert len(stream) == len(corpus)

@@ -5,6 +5,7 @@ together in the file, and are one run. What is not so, such as compressed buffer
 cache. Needs pyarrow.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from nar_kernels.data.formats.base import (
     Layout,
     ReadOptions,
     check_dtype_is_not_given,
+    is_described,
     malformed,
     parse_json,
     path_beside,
@@ -53,7 +55,7 @@ def is_arrow(path: Path, ends: bytes) -> bool:
 def arrow_layout(path: Path, options: ReadOptions) -> Layout:
     check_dtype_is_not_given(path, options, "an Arrow file, which says the types of its columns")
     pa = import_extra("pyarrow", "arrow")
-    with arrow_errors(path), pa.memory_map(str(path)) as file:
+    with arrow_errors(path), pa.memory_map(os.fsencode(path)) as file:
         with _open(file) as reader:
             column, dtype, has_rows = column_of_ids(path, reader.schema, options)
         base, size = _buffer(file).address, file.size()
@@ -81,20 +83,23 @@ def arrow_layout(path: Path, options: ReadOptions) -> Layout:
 
 def is_dataset(folder: Path) -> bool:
     """Whether ``save_to_disk`` of ``datasets`` made it."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return is_described(folder, "state.json", "_data_files", "*.arrow") or _is_dict(folder)
+
+
+def _is_dict(folder: Path) -> bool:
+    return is_described(folder, "dataset_dict.json", "splits", "*/state.json")
 
 
 def dataset_layouts(folder: Path, options: ReadOptions) -> list[Layout]:
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        content = parse_json(splits, splits.read_bytes(), _REMEDY)
-        names = content.get("splits") if isinstance(content, dict) else content
+    if _is_dict(folder):
+        splits = folder / "dataset_dict.json"
+        names = parse_json(splits, splits.read_bytes(), _REMEDY)["splits"]
         raise CorpusFormatError(
             f"{folder} is a DatasetDict with the splits {names}: name the folder of one of them"
         )
     state_file = folder / "state.json"
     state = parse_json(state_file, state_file.read_bytes(), _REMEDY)
-    files = state.get("_data_files") if isinstance(state, dict) else None
+    files = state["_data_files"]
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
         raise malformed(state_file, "_data_files", repr(files), "a list of files")
     if state.get("_indices_data_files") or state.get("_indices_files"):
@@ -211,7 +216,7 @@ def _of_stream(reader: Any, path: Path, file: Any) -> Iterator[Any]:
 
 def _decode(path: Path, column: str) -> Iterator[Decoded]:
     pa = import_extra("pyarrow", "arrow")
-    with arrow_errors(path), pa.memory_map(str(path)) as file:
+    with arrow_errors(path), pa.memory_map(os.fsencode(path)) as file:
         for values in _batches(path, file, column):
             yield values.array.to_numpy(), values.ends
 
@@ -219,7 +224,7 @@ def _decode(path: Path, column: str) -> Iterator[Decoded]:
 def _document_ends(path: str, column: str) -> np.ndarray:
     pa = import_extra("pyarrow", "arrow")
     before, parts = 0, []
-    with arrow_errors(Path(path)), pa.memory_map(path) as file:
+    with arrow_errors(Path(path)), pa.memory_map(os.fsencode(path)) as file:
         for values in _batches(Path(path), file, column, alone=False):
             if values.ends is not None:
                 parts.append(values.ends + before)

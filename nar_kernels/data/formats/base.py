@@ -28,16 +28,19 @@ class Layout:
 
     Attributes:
         format: name of the format, such as ``"npy"``.
-        path: absolute.
+        path: absolute, of the file as users know it.
         dtype: of the ids, one of :data:`TOKEN_DTYPES`.
         offsets: int64 ``[P]``, bytes of the file before each run; need not be aligned.
         lengths: int64 ``[P]``, tokens of each run, at least 0.
-        size: bytes of the file, as it was when this was read.
+        size: bytes of the file that is mapped, as it was when this was read.
         document_ends: returns int64 ``[D]``, ascending, how many tokens of the file precede the end
             of each document; the last is the number of all. Picklable. None: the format does not
             say.
         loss_mask: as many uint8, 1 where a token counts in a loss, and 0 elsewhere; or None.
         prepared_in: the folder of ``nar-kernels prepare`` that this is a shard of, or None.
+        decoded: absolute path of the file in the cache that holds the ids and is mapped, with these
+            offsets; None: ``path`` itself is.
+        beside: absolute paths of other files that were read, and must stay as they are: indices.
     """
 
     format: str
@@ -49,6 +52,8 @@ class Layout:
     document_ends: Callable[[], np.ndarray] | None = None
     loss_mask: "Layout | None" = None
     prepared_in: str | None = None
+    decoded: str | None = None
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Kernels read there unchecked, so this holds whatever a reader of a format overlooked.
@@ -80,6 +85,17 @@ class Layout:
         )
 
     @property
+    def mapped(self) -> str:
+        """The file that is mapped."""
+        return self.decoded or self.path
+
+    @property
+    def others(self) -> list[str]:
+        """All other files that must stay as they are."""
+        of_mask = [] if self.loss_mask is None else [self.loss_mask.mapped]
+        return [*([self.path] if self.decoded else []), *self.beside, *of_mask]
+
+    @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
@@ -108,17 +124,35 @@ def parse_json(path: Path, content: bytes, remedy: str) -> Any:
         raise CorpusFormatError(f"{path} is not JSON ({error}): {remedy}") from error
 
 
+def is_described(folder: Path, file: str, key: str, data: str) -> bool:
+    """Whether a JSON file describes a folder: it has this key. What is not JSON counts only where
+    a glob, ``data``, matches files in the folder, and is damaged then; it may be of others."""
+    path = folder / file
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return any(folder.glob(data))
+    return isinstance(content, dict) and key in content
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def path_beside(path: Path, name: object, field: str) -> Path:
     """The path of a file that ``path`` names in ``field``, relative to its own folder.
 
     Raises:
         CorpusFormatError: no file can have such a name.
     """
-    try:
-        if isinstance(name, str) and b"\0" not in os.fsencode(name):
-            return path.parent / name
-    except UnicodeEncodeError:
-        pass
+    if isinstance(name, str) and is_file_name(name):
+        return path.parent / name
     raise malformed(path, field, repr(name), "the name of a file")
 
 
@@ -142,6 +176,14 @@ def check_dtype_is_not_given(path: Path, options: ReadOptions, what: str) -> Non
         raise CorpusFormatError(
             f"dtype={options.dtype!r} was given, but {path} is {what}: dtype= is for raw binary "
             "files; leave it out"
+        )
+
+
+def check_column_is_not_given(path: Path, options: ReadOptions) -> None:
+    """Raises CorpusFormatError if the user named a column of what is not a table."""
+    if options.column is not None:
+        raise CorpusFormatError(
+            f"column={options.column!r} was given, but {path} is not a table: leave it out"
         )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from nar_kernels.cache import cache_folder
 from nar_kernels.data.formats.base import Layout
+from nar_kernels.errors import CorpusChangedError
 from nar_kernels.files import atomic_write
 
 if sys.platform != "win32":
@@ -41,27 +42,52 @@ def cached_layout(
     they are in the cache; by one process, for which others wait.
 
     Raises:
+        CorpusChangedError: the file changed meanwhile.
         OSError: the cache cannot be written.
     """
-    status = os.stat(path)
-    key = repr((str(path.absolute()), status.st_size, status.st_mtime_ns, column, dtype))
-    stem = f"{path.stem[:64]}-{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:24]}"
+    state = _state(path)
+    key = hashlib.sha256(os.fsencode(repr((str(path.absolute()), *state, column, dtype))))
+    # Names of files have a limit in bytes.
+    stem = f"{os.fsencode(path.stem)[:64].decode(errors='ignore')}-{key.hexdigest()[:24]}"
     with _cache_folder() as folder:
         ids = folder / f"{stem}.ids.npy"
         ends = folder / f"{stem}.ends.npy"
-        if not ids.exists():
+        if not _is_complete(ids, ends):
             with _one_process(folder / f"{stem}.lock"):
-                if not ids.exists():
+                if not _is_complete(ids, ends):
                     _write(ids, ends, dtype, decode())
+                    if _state(path) != state:
+                        ids.unlink()
+                        raise CorpusChangedError(
+                            f"{path} changed while it was decoded: open it again when it is written"
+                        )
     size = ids.stat().st_size
-    return Layout.of_one_run(
+    return Layout(
         format,
-        ids,
+        str(path.absolute()),
         dtype,
-        _HEADER_BYTES,
-        (size - _HEADER_BYTES) // np.dtype(dtype).itemsize,
-        document_ends=partial(_read_ends, str(ends.absolute())) if has_rows else None,
+        np.array([_HEADER_BYTES]),
+        np.array([(size - _HEADER_BYTES) // np.dtype(dtype).itemsize]),
+        size,
+        partial(_read_ends, str(ends)) if has_rows else None,
+        decoded=str(ids),
+        beside=(str(ends),) if has_rows else (),
     )
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_complete(*paths: Path) -> bool:
+    """Whether these files are as they were written: some may have been removed, or cut off."""
+    try:
+        arrays = [np.load(path, mmap_mode="r") for path in paths]
+    except Exception:  # numpy lets TokenError and others through on a damaged header
+        return False
+    sizes = [_HEADER_BYTES + array.nbytes for array in arrays]
+    return sizes == [path.stat().st_size for path in paths]
 
 
 @contextmanager
@@ -96,7 +122,7 @@ def _one_process(path: Path) -> Iterator[None]:
 
 
 def _write(ids_path: Path, ends_path: Path, dtype: str, batches: Iterator[Decoded]) -> None:
-    """The ids last: they tell that an entry is complete."""
+    """The ids last, so that the ends of an entry with ids are those of the same file."""
     num_tokens = num_documents = 0
     with atomic_write(ids_path) as ids:
         with atomic_write(ends_path) as ends:

@@ -55,6 +55,7 @@ def datatrove_layout(path: Path, options: ReadOptions) -> Layout:
         dtype,
         document_ends=partial(_document_ends, str(index.absolute())) if index else None,
         loss_mask=headerless_layout("datatrove", loss, "uint8") if loss else None,
+        beside=(str(index.absolute()),) if index else (),
     )
     counts = {metadata: ("number of tokens", count), index: ("last entry", last_end)}
     if layout.loss_mask is not None:

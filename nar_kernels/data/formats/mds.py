@@ -18,6 +18,7 @@ from nar_kernels.data.formats.base import (
     Layout,
     ReadOptions,
     check_dtype_is_not_given,
+    is_described,
     malformed,
     merge_runs,
     parse_json,
@@ -57,23 +58,18 @@ def is_mds(path: Path, ends: bytes) -> bool:
 
 
 def is_mds_folder(folder: Path) -> bool:
-    return (folder / "index.json").is_file() and "shards" in _read_index(folder / "index.json")
+    return is_described(folder, "index.json", "shards", "*.mds")
 
 
 def mds_layouts(folder: Path, options: ReadOptions) -> list[Layout]:
     index_file = folder / "index.json"
-    index = _read_index(index_file)
+    index = parse_json(index_file, index_file.read_bytes(), _REMEDY)
     if index.get("version") != 2:
         raise malformed(index_file, "version", repr(index.get("version")), 2)
     shards = index["shards"]
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         raise malformed(index_file, "shards", repr(shards)[:100], "a list of shards")
     return [_layout_of(index_file, i, shard, options) for i, shard in enumerate(shards)]
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    content = parse_json(path, path.read_bytes(), _REMEDY)
-    return content if isinstance(content, dict) else {}
 
 
 def _layout_of(index: Path, i: int, entry: dict[str, Any], options: ReadOptions) -> Layout:

@@ -66,7 +66,16 @@ def megatron_layout(path: Path, options: ReadOptions) -> Layout:
     # Where all lie together, ends of documents are where the next ones begin.
     origin = int(offsets[0]) if len(offsets) == 1 else None
     ends = partial(_document_ends, str(index.path.absolute()), origin)
-    return Layout("megatron", str(ids.absolute()), index.dtype, offsets, lengths, size, ends)
+    return Layout(
+        "megatron",
+        str(ids.absolute()),
+        index.dtype,
+        offsets,
+        lengths,
+        size,
+        ends,
+        beside=(str(index.path.absolute()),),
+    )
 
 
 def _read_index(path: Path) -> _Index:

@@ -4,8 +4,10 @@ Each row is a document. Its values are encoded, and mostly compressed, so they g
 Needs pyarrow.
 """
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,13 @@ def parquet_layout(path: Path, options: ReadOptions) -> Layout:
     return cached_layout("parquet", path, column, dtype, has_rows, partial(_decode, path, column))
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    pa = import_extra("pyarrow", "arrow")
     parquet = import_extra("pyarrow.parquet", "arrow")
-    # A buffer: column chunks are read piece by piece.
-    return parquet.ParquetFile(str(path), pre_buffer=False, buffer_size=1 << 20)
+    # As bytes: pyarrow takes a str for UTF-8. A buffer: column chunks are read piece by piece.
+    with pa.OSFile(os.fsencode(path)) as file:
+        yield parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
 
 
 def _decode(path: Path, column: str) -> Iterator[Decoded]:

@@ -190,17 +190,17 @@ def test_dataset_dicts(tmp_path: Path) -> None:
     (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     refused(tmp_path / "all", r"DatasetDict with the splits \['train', 'test'\]: name the folder")
     assert ids_of(Corpus(tmp_path / "all" / "train")) == ids
-    for content in ("{", "[1]"):
-        (tmp_path / "all" / "dataset_dict.json").write_text(content)
-        refused(tmp_path / "all", "is not JSON|with the splits")
+    for pattern in ("all/*", "al[l]/*.json"):
+        refused(str(tmp_path / pattern), "matches files of .*all, a folder .*: name the folder")
+    (tmp_path / "all" / "dataset_dict.json").write_text("{")
+    refused(tmp_path / "all", r"dataset_dict\.json is not JSON")
 
 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
         ("{", r"state\.json is not JSON"),
-        ("[]", "_data_files is None, but must be a list of files"),
-        ('{"_data_files": 3}', "_data_files is 3"),
+        ('{"_data_files": 3}', "_data_files is 3, but must be a list of files"),
         ('{"_data_files": [3]}', r"_data_files is \[3\]"),
         ('{"_data_files": [{}]}', "_data_files is None, but must be the name of a file"),
         ('{"_data_files": [{"filename": "a\\u0000"}]}', "must be the name of a file"),
@@ -214,10 +214,34 @@ def test_bad_states(tmp_path: Path, state: str, message: str) -> None:
     refused(tmp_path / "a", message)
 
 
-def test_a_folder_of_files_without_a_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", [None, "[]", '{"step": 7}'])
+def test_a_folder_of_files_without_a_state(tmp_path: Path, state: str | None) -> None:
+    """Or with one of something else."""
     ids = save_to_disk(tmp_path / "a")
     (tmp_path / "a" / "state.json").unlink()
+    if state is not None:
+        (tmp_path / "a" / "state.json").write_text(state)
     assert ids_of(Corpus(tmp_path / "a")) == ids
+
+
+def test_a_state_of_something_else(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(3))
+    for name in ("state.json", "dataset_dict.json"):
+        for content in ("{", "[]", '{"step": 7}', "\xff"):
+            (tmp_path / name).write_text(content, encoding="latin-1")
+            assert ids_of(Corpus(tmp_path)) == [0, 1, 2]
+
+
+def test_caches_of_datasets(tmp_path: Path) -> None:
+    ids = save_to_disk(tmp_path / "a")
+    for name in ("cache-0123456789abcdef.arrow", "cache-0123456789abcdef_00001_of_00002.arrow"):
+        write_ipc(tmp_path / "a" / name, pa.table({"input_ids": [[7]]}), stream=True)
+    assert ids_of(Corpus(str(tmp_path / "a" / "*.arrow"))) == ids
+    refused(str(tmp_path / "a" / "*"), "matches files of .*a, a folder .*: name the folder")
+    refused(str(tmp_path / "a" / "cache-*"), "matches no corpus, but .* caches of datasets")
+    (tmp_path / "a" / "state.json").unlink()
+    assert ids_of(Corpus(tmp_path / "a")) == ids
+    assert ids_of(Corpus(tmp_path / "a" / name)) == [7]
 
 
 def test_missing_files_of_a_dataset(tmp_path: Path) -> None:

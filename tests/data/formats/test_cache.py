@@ -12,6 +12,8 @@ import pytest
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats import cache as cache_module
 from nar_kernels.data.formats import parquet
+from nar_kernels.data.inspection import inspect_corpus
+from nar_kernels.errors import CorpusChangedError
 from tests.helpers.corpora import ids_of
 from tests.helpers.paths import ROOT
 
@@ -69,6 +71,69 @@ def test_entries_are_npy_files(path: Path, cache: Path) -> None:
     assert np.load(ids).tolist() == [1, 2, 3, 4, 5, 6]
     assert np.load(ends).tolist() == [3, 4, 6]
     assert ids_of(Corpus(ids)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("which", ["ids", "ends"])
+@pytest.mark.parametrize("size", [None, 0, 100, -5])
+def test_damaged_entries_are_decoded_again(
+    path: Path, cache: Path, decoded: list[str], which: str, size: int | None
+) -> None:
+    Corpus(path)
+    (entry,) = cache.glob(f"*.{which}.npy")
+    if size is None:
+        entry.unlink()
+    else:
+        os.truncate(entry, size % entry.stat().st_size)
+    corpus = Corpus(path)
+    assert ids_of(corpus) == [1, 2, 3, 4, 5, 6]
+    assert corpus.document_ends.tolist() == [3, 4, 6]
+    assert len(decoded) == 2
+
+
+def test_a_corpus_is_called_by_its_own_file(path: Path) -> None:
+    corpus = Corpus([path, path])
+    assert corpus.where(7) == f"offset 1 of {path}"
+    facts = inspect_corpus(corpus, num_tokens=7, mask_id=6).facts
+    assert facts["files"]["bytes"] == 2 * path.stat().st_size
+    expected = {"path": str(path), "bytes": path.stat().st_size, "tokens": 6}
+    assert facts["files"]["first"] == [expected] * 2
+    places = [(bad["file"], bad["offset_in_file"]) for bad in facts["bad_ids"]["first"]]
+    assert places == [(str(path), 5)] * 2
+    pq.write_table(pa.table({"input_ids": ROWS[::-1]}), path)
+    with pytest.raises(CorpusChangedError, match=r"a\.parquet changed while it was in use"):
+        corpus.stream.check_unchanged()
+
+
+def test_a_file_that_changes_while_it_is_decoded(
+    path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = parquet._decode
+
+    def interrupted(path, column):
+        yield from decode(path, column)
+        os.utime(path, (1, 1))
+
+    monkeypatch.setattr(parquet, "_decode", interrupted)
+    with pytest.raises(CorpusChangedError, match=r"a\.parquet changed while it was decoded"):
+        Corpus(path)
+    assert not list(cache.glob("*.ids.npy"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+@pytest.mark.parametrize("name", ["\N{SNOWMAN}" * 60, "\N{SNAKE}" * 60, "a\udcff\udcfe"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_names_of_any_bytes(path: Path, tmp_path: Path, name: str, kind: str) -> None:
+    other = tmp_path / f"{name}.{kind}"
+    if kind == "parquet":
+        path.rename(other)
+    else:
+        with pa.OSFile(os.fsencode(other), "wb") as sink:
+            table = pa.table({"input_ids": ROWS})
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+    corpus = Corpus(other)
+    assert ids_of(corpus) == [1, 2, 3, 4, 5, 6]
+    assert corpus.document_ends.tolist() == [3, 4, 6]
 
 
 def test_what_was_not_written_to_the_end_does_not_count(
@@ -135,6 +200,8 @@ READ = """
 import json, sys
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats import parquet
+from nar_kernels.data.inspection import inspect_corpus
+from nar_kernels.errors import CorpusChangedError
 
 decode, count = parquet._decode, 0
 

@@ -362,8 +362,8 @@ def test_folders_of_shards_in_folders(tmp_path: Path, folder: Path) -> None:
 
 def test_other_folders_with_an_index(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(5))
-    for content in ("[]", "{}", '{"chunks": []}'):
+    for content in ("[]", "{}", '{"chunks": []}', "{"):
         (tmp_path / "index.json").write_text(content)
         assert ids_of(Corpus(tmp_path)) == list(range(5))
-    (tmp_path / "index.json").write_text("{")
+    (tmp_path / "a.mds").write_bytes(b"")
     refused(tmp_path, r"index\.json is not JSON")
