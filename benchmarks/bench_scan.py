@@ -23,7 +23,7 @@ import torch
 from measure import begin, make_parser, print_table, turns_ns, write_json
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.scan import find_bad
+from nar_kernels.data.inspect.scan import find_bad
 from nar_kernels.ops.scan import scan
 
 DTYPES = ("uint8", "uint16", "uint32", "int64")

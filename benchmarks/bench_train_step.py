@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from nar_kernels import Corrupted, MaskedLoader
-from nar_kernels.data.sources import BUILT_IN, Data, open_data
+from nar_kernels.data.opened import BUILT_IN
+from nar_kernels.data.sources import Data, open_data
 from nar_kernels.likelihood import evaluate
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.model import build_model

@@ -2,9 +2,9 @@
 
 from nar_kernels import train
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
-from nar_kernels.data.mixture import Mixture
+from nar_kernels.data.windows.dataset import TokenDataset
+from nar_kernels.data.windows.mixture import Mixture
 from nar_kernels.errors import (
     BackendUnavailableError,
     CorpusChangedError,

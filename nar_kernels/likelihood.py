@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.checks import as_int
-from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.distributed import rank, sum_over_ranks, world_size
 from nar_kernels.nets.modes import eval_mode
 from nar_kernels.nets.prediction import TrunkAndHead

@@ -60,7 +60,7 @@ def test_the_check_sees_a_factory():
 
 SUITE = [
     *(f"ops/test_{name}.py" for name in ("corrupt", "unmask", "masked_nll", "nll", "head_nll")),
-    *("data/test_dataset.py", "data/test_loader.py", "spec/test_schedules.py"),
+    *("data/windows/test_dataset.py", "data/test_loader.py", "spec/test_schedules.py"),
     *(f"sampling/test_{name}.py" for name in ("generation", "generate", "plan")),
     *("nets/test_prediction.py", "nets/test_hugging_face.py"),
     *("test_wrapper.py", "test_critic.py", "test_seeds.py"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.likelihood import evaluate, evaluation_batch, evaluation_parts
 from nar_kernels.training.baselines import baselines
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.inspection import Decode, Inspection, inspect_corpus, no_text
+from nar_kernels.data.inspect.inspection import Decode, Inspection, inspect_corpus, no_text
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source, opened_corpus
 from nar_kernels.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_from_json

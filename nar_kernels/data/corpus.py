@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.formats.base import Layout, ReadOptions, check_array, check_stream
+from nar_kernels.data.formats.manifest import Manifest
 from nar_kernels.data.formats.prepared import manifests_of
 from nar_kernels.data.formats.source import PathSource, read_layouts
-from nar_kernels.data.manifest import Manifest
 from nar_kernels.data.stream import TokenStream, as_tensor
 from nar_kernels.errors import CorpusFormatError
 
@@ -59,9 +59,8 @@ class Corpus:
     Attributes:
         stream: the :class:`~nar_kernels.data.stream.TokenStream` of ids.
         loss_mask: a stream of as many uint8, 1 where a token counts in a loss, or None.
-        manifests: of folders that ``nar-kernels prepare`` wrote, each with a
-            :class:`~nar_kernels.data.manifest.Manifest`, all of one vocabulary. Empty if there are
-            other files.
+        manifests: a :class:`~nar_kernels.data.formats.manifest.Manifest` of each folder that
+            ``nar-kernels prepare`` wrote, all of one vocabulary. Empty if there are other files.
         name: the path as given (the first one of a list), or ``"array"`` or ``"tensor"``.
 
     Raises:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device, check_seed
-from nar_kernels.data.dataset import TokenDataset
-from nar_kernels.data.documents import document_ids
 from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
-from nar_kernels.data.mixture import Mixture
-from nar_kernels.data.order import order_of
 from nar_kernels.data.pinned import pin_exactly
 from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
+from nar_kernels.data.windows.dataset import TokenDataset
+from nar_kernels.data.windows.documents import document_ids
+from nar_kernels.data.windows.mixture import Mixture
+from nar_kernels.data.windows.order import order_of
 from nar_kernels.errors import PinnedMemoryError
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import CorruptStep, Wanted
@@ -58,7 +58,8 @@ class MaskedLoader:
     batch may straddle epochs. All noise is a function of ``(seed, g)`` and of G. So windows and
     masks depend neither on ``world_size`` (for equal G), nor on where a run was resumed.
 
-    Of a :class:`~nar_kernels.data.mixture.Mixture`, slot g holds the next window of its source.
+    Of a :class:`~nar_kernels.data.windows.mixture.Mixture`, slot g holds the next window of its
+    source.
 
     Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches
     (``range`` first, or ``zip`` takes one more batch and drops it). For frameworks that need it,

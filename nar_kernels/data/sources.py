@@ -15,13 +15,13 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.formats.prepared import is_prepared_text
-from nar_kernels.data.mixture import Mixture, apportion
+from nar_kernels.data.inspect.scan import known_scan, scan
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source
-from nar_kernels.data.scan import known_scan, scan
 from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.windows.dataset import TokenDataset
+from nar_kernels.data.windows.mixture import Mixture, apportion
 from nar_kernels.distributed import on_first_rank
 
 _DEFAULT_SEQ_LEN = 256

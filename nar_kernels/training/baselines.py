@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nar_kernels.data.dataset import TokenDataset
-from nar_kernels.data.mixture import Mixture
+from nar_kernels.data.windows.dataset import TokenDataset
+from nar_kernels.data.windows.mixture import Mixture
 
 _TOKENS_COUNTED = 1 << 22
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nar_kernels.cli.main import main
-from nar_kernels.data import scan as scan_module
+from nar_kernels.data.inspect import scan as scan_module
 from nar_kernels.data.prepare import prepare
 from nar_kernels.show.inspection import _bytes
 from tests.helpers.corpora import write_scattered_megatron

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nar_kernels.data import loader as loader_module
-from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.staging import Stager
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.errors import BackendUnavailableError
 from nar_kernels.ops.backends import backends, device_type
 from nar_kernels.ops.masking import MaskingConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nar_kernels import Corpus, MaskedLoader, MaskingConfig, Mixture
+from nar_kernels.data.inspect.scan import scan
 from nar_kernels.data.prepare import prepare
-from nar_kernels.data.scan import scan
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import open_data
 from nar_kernels.errors import CorpusFormatError

@@ -78,7 +78,8 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def pytest_configure() -> None:
     from nar_kernels import wrapper
-    from nar_kernels.data import corpus, dataset, loader
+    from nar_kernels.data import corpus, loader
+    from nar_kernels.data.windows import dataset
     from nar_kernels.ops import choose, corrupt, corrupted, masked_nll, masking, unmask, windows
     from nar_kernels.sampling import decode, halton, plan, states
     from nar_kernels.spec import schedules

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.training import checkpoint

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masking import MaskingConfig
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from nar_kernels import corrupt
-from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
 from nar_kernels.ops.masked_nll import head_nll, masked_nll, num_counted
 from nar_kernels.ops.masking import MaskingConfig

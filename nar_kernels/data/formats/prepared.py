@@ -15,8 +15,15 @@ from nar_kernels.data.formats.base import (
     check_dtype_is_not_given,
     malformed,
 )
+from nar_kernels.data.formats.manifest import (
+    FILE,
+    FORMAT,
+    Manifest,
+    Shard,
+    read_manifest,
+    sha256_of,
+)
 from nar_kernels.data.formats.npy import npy_layout
-from nar_kernels.data.manifest import FILE, FORMAT, Manifest, Shard, read_manifest, sha256_of
 from nar_kernels.errors import CorpusFormatError
 
 # What all folders of a corpus have in common.
@@ -125,6 +132,7 @@ def _layout(folder: Path, shard: Shard, manifest: Manifest) -> Layout:
         format="prepared",
         document_ends=partial(_document_ends, str(documents.absolute()), shard.num_documents),
         loss_mask=mask,
+        beside=(str(documents.absolute()),),
         prepared_in=manifest.folder,
     )
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from nar_kernels.data.formats.manifest import FILE
 from nar_kernels.data.formats.prepared import PROGRESS_FILE, is_begun, is_prepared
-from nar_kernels.data.manifest import FILE
 
 _TEMPORARY = re.compile(r"(manifest|tokenizer)\.json\.[0-9a-f]+\.tmp")
 _WRITTEN = re.compile(

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from nar_kernels.data.manifest import Manifest, Vocabulary
+from nar_kernels.data.formats.manifest import Manifest, Vocabulary
 from nar_kernels.data.prepare.batches import START, Position
 from nar_kernels.data.prepare.config import PrepareConfig
 from nar_kernels.data.prepare.encode import Encoded

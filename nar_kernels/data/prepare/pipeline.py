@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nar_kernels.data.manifest import Manifest
+from nar_kernels.data.formats.manifest import Manifest
 from nar_kernels.data.prepare.config import PrepareConfig
 from nar_kernels.data.prepare.folders import check_out, partial_folder
 from nar_kernels.data.prepare.images import prepare_images

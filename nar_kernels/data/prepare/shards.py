@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nar_kernels.data.manifest import Shard, sha256_of
+from nar_kernels.data.formats.manifest import Shard, sha256_of
 from nar_kernels.data.prepare.encode import Encoded
 from nar_kernels.files import errors_name
 

@@ -9,8 +9,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from nar_kernels.data.formats.manifest import FORMAT, Manifest, Shard
 from nar_kernels.data.formats.prepared import PROGRESS_FILE, is_begun
-from nar_kernels.data.manifest import FORMAT, Manifest, Shard
 from nar_kernels.data.prepare.batches import START, Position
 from nar_kernels.data.prepare.folders import (
     clear,

@@ -7,7 +7,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from nar_kernels.data.manifest import Manifest, TokenizerFile, Vocabulary
+from nar_kernels.data.formats.manifest import Manifest, TokenizerFile, Vocabulary
 from nar_kernels.data.prepare.batches import Batch, Cutter, together
 from nar_kernels.data.prepare.chat import Chat
 from nar_kernels.data.prepare.config import PrepareConfig

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nar_kernels.data.manifest import Shard, sha256_of
+from nar_kernels.data.formats.manifest import Shard, sha256_of
 from nar_kernels.data.prepare.batches import Position
 from nar_kernels.data.prepare.encode import Encoded
 from nar_kernels.data.prepare.progress import Progress

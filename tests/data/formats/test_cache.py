@@ -12,7 +12,7 @@ import pytest
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats import cache as cache_module
 from nar_kernels.data.formats import parquet
-from nar_kernels.data.inspection import inspect_corpus
+from nar_kernels.data.inspect.inspection import inspect_corpus
 from nar_kernels.errors import CorpusChangedError
 from tests.helpers.corpora import ids_of
 from tests.helpers.paths import ROOT
@@ -200,7 +200,7 @@ READ = """
 import json, sys
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats import parquet
-from nar_kernels.data.inspection import inspect_corpus
+from nar_kernels.data.inspect.inspection import inspect_corpus
 from nar_kernels.errors import CorpusChangedError
 
 decode, count = parquet._decode, 0

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.formats.manifest import FILE, read_manifest
 from nar_kernels.data.formats.prepared import check_files
-from nar_kernels.data.manifest import FILE, read_manifest
 from nar_kernels.data.prepare import prepare
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.errors import CorpusFormatError
 from tests.helpers.prepared import read_ends
 from tests.helpers.texts import write_lines

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.dataset import TokenDataset
 from nar_kernels.data.formats import sniff
 from nar_kernels.data.formats.sniff import sniff_dtype
+from nar_kernels.data.windows.dataset import TokenDataset
 from tests.helpers.corpora import ids_of, refused
 
 FOUND = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4", "int64": "<i8"}

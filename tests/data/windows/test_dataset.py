@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nar_kernels.data import scan as scan_module
-from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.inspect import scan as scan_module
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
 from nar_kernels.ops.tokens import TOKEN_DTYPES
 from tests.helpers.windows import (
@@ -237,7 +237,7 @@ def test_validate_all_of_files(tmp_path: Path, seq_len: int, stride: int, mask_i
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 22])
 def test_validate_all_within_documents(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """However many bad ids are in documents that no window fits into."""
-    monkeypatch.setattr("nar_kernels.data.dataset._TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("nar_kernels.data.windows.dataset._TOKENS_AT_ONCE", at_once)
     tokens = np.array([*[1] * 9, 0, *[V, 0] * 50, *[1] * 9, 0, V, 0, *[1] * 7, 0])
     dataset = make_dataset(tokens, 5, eos_id=0, within_documents=True)
     dataset.validate_all()

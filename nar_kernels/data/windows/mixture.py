@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nar_kernels.checks import as_float
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.dataset import TokenDataset
+from nar_kernels.data.windows.dataset import TokenDataset
 
 _LONGEST_PERIOD = 1 << 16  # sample slots
 

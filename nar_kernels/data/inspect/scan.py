@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.remembered import recall, remember
+from nar_kernels.data.inspect.remembered import recall, remember
 from nar_kernels.ops import scan as ops
 from nar_kernels.ops.masking import check_vocabulary
 from nar_kernels.ops.scan import Covered, Scanned

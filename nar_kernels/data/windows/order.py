@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nar_kernels.data.dataset import TokenDataset
-from nar_kernels.data.mixture import Mixture
+from nar_kernels.data.windows.dataset import TokenDataset
+from nar_kernels.data.windows.mixture import Mixture
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.windows import permute
 from nar_kernels.spec.philox import Stream, derived_seed, words

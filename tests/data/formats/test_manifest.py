@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nar_kernels.data.manifest import (
+from nar_kernels.data.formats.manifest import (
     FILE,
     Manifest,
     Shard,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.remembered import recall, remember
+from nar_kernels.data.inspect.remembered import recall, remember
 
 
 @dataclass(frozen=True, eq=False)

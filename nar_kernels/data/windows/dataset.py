@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus, Source
-from nar_kernels.data.documents import document_ids
-from nar_kernels.data.scan import CorpusScan, find_bad, known_scan, scan
-from nar_kernels.data.window_table import WindowTable
+from nar_kernels.data.inspect.scan import CorpusScan, find_bad, known_scan, scan
+from nar_kernels.data.windows.documents import document_ids
+from nar_kernels.data.windows.window_table import WindowTable
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.masking import check_vocabulary
 from nar_kernels.ops.scan import Covered

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nar_kernels import Corpus, MaskedLoader, MaskingConfig, Mixture, TokenDataset
-from nar_kernels.data.mixture import even_schedule, shares_of
-from nar_kernels.data.window_table import WindowTable
+from nar_kernels.data.windows.mixture import even_schedule, shares_of
+from nar_kernels.data.windows.window_table import WindowTable
 from nar_kernels.errors import CorpusFormatError, InvalidTokenError
 from nar_kernels.spec.philox import Stream, derived_seed, permute, words
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.document_lengths import DocumentLengths, document_lengths
+from nar_kernels.data.inspect.document_lengths import DocumentLengths, document_lengths
 
 
 def lengths_of(corpus: Corpus) -> tuple[list[int], list[int], int]:

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nar_kernels.data import remembered, sources
-from nar_kernels.data import scan as scan_module
+from nar_kernels.data import sources
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.document_lengths import document_lengths
-from nar_kernels.data.inspection import inspect_corpus
-from nar_kernels.data.scan import BadIds, CorpusScan, find_bad, known_scan, scan
+from nar_kernels.data.inspect import remembered
+from nar_kernels.data.inspect import scan as scan_module
+from nar_kernels.data.inspect.document_lengths import document_lengths
+from nar_kernels.data.inspect.inspection import inspect_corpus
+from nar_kernels.data.inspect.scan import BadIds, CorpusScan, find_bad, known_scan, scan
 from nar_kernels.data.sources import open_data
 from nar_kernels.errors import CorpusChangedError, InvalidTokenError
 from nar_kernels.ops.tokens import TOKEN_DTYPES

@@ -10,9 +10,9 @@ import numpy as np
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.document_lengths import DocumentLengths, document_lengths
-from nar_kernels.data.remembered import recall, remember
-from nar_kernels.data.scan import BadIds, CorpusScan, find_bad, scan
+from nar_kernels.data.inspect.document_lengths import DocumentLengths, document_lengths
+from nar_kernels.data.inspect.remembered import recall, remember
+from nar_kernels.data.inspect.scan import BadIds, CorpusScan, find_bad, scan
 from nar_kernels.data.stream import MappedFile
 from nar_kernels.ops.masking import check_vocabulary
 

@@ -1,0 +1,1 @@
+"""What a corpus holds: one pass over all ids, and how long documents are."""
