@@ -1,6 +1,8 @@
 """CPU benchmark of masked batches from a disk: none of the file is in the page cache.
 
-A loop takes a batch and then computes for `--net-ms`; timed is what it waits for the batch. The
+A loop takes a batch and then multiplies matrices for `--net-ms`, as a net on these cores would;
+timed is what it waits for the batch. (A loop that sleeps instead would measure how PyTorch's
+threads wake: milliseconds on machines of few cores, unless OMP_WAIT_POLICY is passive.) The
 page cache is emptied of the file before each turn (Linux), so windows of 2 KB, in random order,
 come from the disk. `--folder` must be on one.
 
@@ -42,12 +44,14 @@ def loader(path: Path, reads_ahead: bool) -> Callable[[], object]:
 
 def waits_ms(next_batch: Callable[[], object], steps: int, net_ms: float) -> list[float]:
     """Of each step, how long it waits for its batch."""
-    waits = []
+    waits, weight = [], torch.randn(512, 512)
     for _ in range(steps):
         start = time.perf_counter()
         next_batch()
         waits.append((time.perf_counter() - start) * 1e3)
-        time.sleep(net_ms / 1e3)
+        end = time.perf_counter() + net_ms / 1e3
+        while time.perf_counter() < end:
+            weight @ weight
     return waits
 
 
