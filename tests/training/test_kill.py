@@ -90,7 +90,8 @@ def test_the_log_of_a_run_that_was_killed(tmp_path: Path) -> None:
     print("killed after the checkpoints of steps", moments)
 
     whole, killed = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
-    assert len(set(moments)) > 1 and whole["loader"]["step"] == STEPS
+    assert moments[0] < moments[-1] <= STEPS or KILLS < 2
+    assert whole["loader"]["step"] == STEPS
     assert torch.equal(whole["log"]["losses"], killed["log"]["losses"])
     assert whole["log"]["curve"] == killed["log"]["curve"]
     for name, weight in whole["model"].items():

@@ -109,12 +109,12 @@ def test_every_combination(kind: str, num_windows: int) -> None:
         assert torch.equal(of_ranks, whole.input_ids)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.cpp
 @pytest.mark.parametrize("kind", KINDS)
-def test_backends_agree(kind: str, backend: str) -> None:
+def test_backends_agree(kind: str) -> None:
     dataset = source_of(kind, 12)
-    loader = MaskedLoader(dataset, MASKING, 5, seed=3, backend=backend)
-    expected = MaskedLoader(dataset, MASKING, 5, seed=3)
+    loader = MaskedLoader(dataset, MASKING, 5, seed=3, backend="cpp")
+    expected = MaskedLoader(dataset, MASKING, 5, seed=3, backend="reference")
     for step in (0, 3, 1 << 40):
         assert torch.equal(loader.batch(step).input_ids, expected.batch(step).input_ids)
 
