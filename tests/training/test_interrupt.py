@@ -31,6 +31,14 @@ pytestmark = [pytest.mark.seconds, pytest.mark.usefixtures("one_thread")]
 LONG = {"steps": 200, "eval_every": 100, "save_every": 25, "ema": 0.95}
 
 
+@pytest.fixture
+def heeds_signals() -> Iterator[None]:
+    """In the background of a script, Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(sentences, tmp_path_factory) -> dict[str, Any]:
     """The checkpoint of a run that never stopped."""
@@ -95,6 +103,7 @@ def test_a_stopped_run_continues_bit_for_bit(sentences, tmp_path, uninterrupted,
         assert same(resumed["log"][part], uninterrupted["log"][part]), part
 
 
+@pytest.mark.usefixtures("heeds_signals")
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("where", ["begin", "finish"])
 def test_a_signal_before_the_first_step_or_after_the_last(
