@@ -110,20 +110,14 @@ def open_data(
     num_held_out = None if num_held_out is None else as_int("num_held_out", num_held_out)
     sources, opened = open_sources(name, dtype=dtype, column=column, eos_id=eos_id, folder=folder)
     _check_alike([source.data for source in sources], opened)
-    if masked := [s.data for s, one in zip(sources, opened, strict=True) if one.corpus.loss_mask]:
-        warnings.warn(
-            f"{masked[0]} has a loss mask, which training does not use: all of its tokens are "
-            "masked and learned, prompts too",
-            stacklevel=2,
-        )
     for source, one in zip(sources, opened, strict=True):
-        for option, value in one.fixed.items():
-            if options[option] not in (None, value):
-                raise ValueError(
-                    f"{option} is {options[option]}, but that of {source.data} is always {value}: "
-                    "leave it out"
-                )
-            options[option] = value
+        options |= _fixed_by(source.data, one, options)
+        if one.corpus.loss_mask is not None:
+            warnings.warn(
+                f"{source.data} has a loss mask, which training does not use: all of its tokens "
+                "are masked and learned, prompts too",
+                stacklevel=2,
+            )
     if options["num_tokens"] is None:
         options["num_tokens"] = _least_vocabulary([one.corpus for one in opened])
     spec = _spec_of(opened, options["num_tokens"], options["seq_len"] or _DEFAULT_SEQ_LEN)
@@ -205,6 +199,16 @@ def _check_alike(names: Sequence[str], opened: Sequence[Opened]) -> None:
                     f"{name} and {names[0]} differ in their {field}: the sources of a mixture hold "
                     "the same kind of sequences, of one tokenizer"
                 )
+
+
+def _fixed_by(name: str, opened: Opened, options: dict[str, Any]) -> dict[str, int]:
+    """The options that a source determines; ValueError if others were given."""
+    for option, value in opened.fixed.items():
+        if options[option] not in (None, value):
+            raise ValueError(
+                f"{option} is {options[option]}, but that of {name} is always {value}: leave it out"
+            )
+    return opened.fixed
 
 
 def _spec_of(opened: Sequence[Opened], num_tokens: int, seq_len: int) -> SequenceSpec:

@@ -294,12 +294,12 @@ class TrainConfig:
         """
         if self.out is not None:
             return Path(self.out)
-        path = Path(self.data).absolute()
+        path = Path(os.path.abspath(self.data))
         while glob.has_magic(str(path)) and not path.exists():
             path = path.parent
-        if not (name := path.resolve().stem):
+        if not path.stem:
             raise ValueError(f"out is not given, and {self.data} has no name: give it")
-        return Path("runs") / name
+        return Path("runs") / path.stem
 
     @property
     def how_to_resume(self) -> str:

@@ -141,6 +141,13 @@ def test_the_folder_of_a_run_is_named_after_its_data(tmp_path, monkeypatch, data
     assert TrainConfig(data).folder == Path("runs") / folder
 
 
+def test_a_run_is_named_after_a_link_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus-3").mkdir()
+    (tmp_path / "latest").symlink_to("corpus-3")
+    assert TrainConfig("latest").folder == Path("runs/latest")
+
+
 def test_data_without_a_name():
     with pytest.raises(ValueError, match="out is not given, and / has no name"):
         _ = TrainConfig("/").folder

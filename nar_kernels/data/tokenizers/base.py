@@ -57,8 +57,12 @@ class Tokenizer(ABC):
     @property
     def without_mask(self) -> "Tokenizer":
         """This tokenizer, but that the text of its mask token is text like any other, for
-        :meth:`encode_arrays` and :meth:`encode_with_spans`."""
-        raise NotImplementedError(f"{self.name} has no mask token")
+        :meth:`encode_arrays` and :meth:`encode_with_spans`.
+
+        Raises:
+            ValueError: it has no mask token.
+        """
+        raise ValueError(f"{self.name} has no mask token")
 
     def encode_arrays(
         self, texts: Sequence[str], *, parse_special: bool = True
