@@ -766,7 +766,7 @@ def test_dry_run(tmp_path):
     assert {*results["steps"]} == {step.name for step in steps}
     assert {name for name, (state, _) in states(results).items() if state != "passed"} <= {"wheels"}
     assert {row["backend"] for row in results["figures"]["bench_corrupt_cuda"]["rows"]} == {"cuda"}
-    assert {*results["figures"]} == {s.name for s in steps if s.name.startswith("bench")}
+    assert {*results["figures"]} == {s.name for s in steps if s.is_benchmark}
     for step in ("smoke", "tests_cuda", "tests_triton", "tests_large", "memcheck_corrupt"):
         assert "collected" in results["steps"][step]["reason"]  # something was selected
     for line in (

@@ -64,13 +64,16 @@ def main() -> None:
     )
     parser.add_argument("--again", action="store_true", help="also what has passed before")
     parser.add_argument("--wheels", type=Path, help="folder of packages to install for the suite")
+    parser.add_argument(
+        "--prebuilt", action="store_true", help="use extensions in the checkout if they load"
+    )
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--dry-run", action="store_true", help="walk through all without a GPU")
     arguments = parser.parse_args()
     if arguments.wheels is not None and not arguments.wheels.is_dir():
         parser.error(f"--wheels {arguments.wheels}: there is no such folder")
     wheels = arguments.wheels and arguments.wheels.resolve()
-    steps = chosen(all_steps(wheels, arguments.dry_run), arguments.only)
+    steps = chosen(all_steps(wheels, arguments.dry_run, arguments.prebuilt), arguments.only)
     if arguments.list:
         print("\n".join(f"{step.name:<20} {step.timeout:4.0f} s  {step.about}" for step in steps))
         return

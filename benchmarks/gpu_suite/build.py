@@ -1,7 +1,8 @@
 """Builds an extension in place (CUDA: for the local GPU's architecture), and loads it.
 
 Uses the ninja files of setup.py directly, not setuptools' build, which would require a version of
-setuptools that an offline machine may not have.
+setuptools that an offline machine may not have. With `--prebuilt`, one that lies there and loads is
+used as it is: minutes on a GPU are dearer than on the machine that the checkout comes from.
 """
 
 import argparse
@@ -17,9 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 LOADED = """
 from nar_kernels.ops.backends import backends, cpp, cuda
 if {name} is None:
-    raise SystemExit("built, but not loaded: " + backends()["{name}"])
-print("built and loaded", getattr({name}, "architectures", ""))
+    raise SystemExit("not loaded: " + backends()["{name}"])
+print("loaded", getattr({name}, "architectures", ""))
 """
+
+
+def loads(name: str) -> bool:
+    """Whether the extension loads, in a process of its own; prints why not."""
+    return subprocess.run([sys.executable, "-c", LOADED.format(name=name)]).returncode == 0
 
 
 def main() -> None:
@@ -27,7 +33,10 @@ def main() -> None:
     parser.add_argument("name", choices=("cpp", "cuda"))
     parser.add_argument("work", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled")
+    parser.add_argument("--prebuilt", action="store_true", help="use one that is there and loads")
     arguments = parser.parse_args()
+    if arguments.prebuilt and loads(arguments.name):
+        return
     folder = Path("build", sys.implementation.cache_tag)
     capability = "90"
     if arguments.dry_run:  # do not touch the existing build
@@ -44,9 +53,8 @@ def main() -> None:
         setup.build(name, folder / name / "build.ninja", output, is_dry_run=arguments.dry_run)
     except Exception as error:  # BuildFailure, or a missing dependency
         sys.exit(f"{type(error).__name__}: {error}")
-    if not arguments.dry_run:
-        loaded = [sys.executable, "-c", LOADED.format(name=arguments.name)]
-        sys.exit(subprocess.run(loaded).returncode)
+    if not (arguments.dry_run or loads(arguments.name)):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

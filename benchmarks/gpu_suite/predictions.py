@@ -60,8 +60,14 @@ def rows() -> dict[str, dict]:
     return {row["kernel"]: row for row in json.loads(TABLE.read_text()) if row["unit"]}
 
 
+def kernel_of(figure: str) -> dict | None:
+    """What is predicted of the kernel that a figure of the report is of; None if nothing is."""
+    kernel = next((k for pattern, k in KERNELS.items() if re.fullmatch(pattern, figure)), None)
+    return rows()[kernel] if kernel else None
+
+
 def prediction(figure: str, gpu: str | None) -> str:
     """For a figure of the report on this GPU, or ``""``."""
     column = next((name for name in ("H100", "H200") if name in (gpu or "")), None)
-    kernel = next((k for pattern, k in KERNELS.items() if re.fullmatch(pattern, figure)), None)
-    return rows()[kernel][column] if column and kernel else ""
+    row = kernel_of(figure)
+    return row[column] if column and row else ""

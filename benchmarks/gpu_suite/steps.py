@@ -62,7 +62,8 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.gpu_suite.{name}", *arguments]
 
 
-def setup_steps(wheels: Path | None, dry: list[str]) -> list[Step]:
+def setup_steps(wheels: Path | None, dry: list[str], is_prebuilt: bool) -> list[Step]:
+    prebuilt = ["--prebuilt"] if is_prebuilt else []
     return [
         Step(
             "wheels",
@@ -82,7 +83,7 @@ def setup_steps(wheels: Path | None, dry: list[str]) -> list[Step]:
             Step(
                 f"build_{name}",
                 f"the extension nar_kernels._{name} builds and loads",
-                module("build", name, "{work}", *dry),
+                module("build", name, "{work}", *dry, *prebuilt),
                 timeout=200,
                 needs=("environment",),
                 parallel=True,
@@ -135,6 +136,7 @@ def benchmark(
     timeout: float,
     needs: tuple[str, ...] = (),
     packages: tuple[str, ...] = ("triton",),
+    tools: tuple[str, ...] = (),
 ) -> Step:
     command = [sys.executable, f"benchmarks/{script}.py", *options]
     return Step(
@@ -145,6 +147,7 @@ def benchmark(
         min_seconds=20,
         needs=("environment", *needs),
         packages=packages,
+        tools=tools,
         is_benchmark=True,
     )
 
@@ -221,6 +224,15 @@ def second_half(dry: list[str]) -> list[Step]:
             *("--backend", "triton", *dry),
             timeout=100,
         ),
+        benchmark(
+            "profile_kernels",
+            "instructions, issue slots and stalls by Nsight Compute",
+            "profile_kernels",
+            *dry,
+            timeout=100,
+            needs=("build_cuda",),
+            tools=() if dry else ("ncu",),
+        ),
         benchmark("bench_choose", "speed of choose", "bench_choose", *on_gpu, timeout=60),
         tests("tests_large", "more than 2**31 positions", "large", dry, timeout=90),
         *(sanitizer("synccheck", kernel, dry) for kernel in SANITIZED),
@@ -228,6 +240,8 @@ def second_half(dry: list[str]) -> list[Step]:
     ]
 
 
-def all_steps(wheels: Path | None, is_dry_run: bool) -> list[Step]:
+def all_steps(
+    wheels: Path | None, is_dry_run: bool = False, is_prebuilt: bool = False
+) -> list[Step]:
     dry = ["--dry-run"] if is_dry_run else []
-    return setup_steps(wheels, dry) + first_half(dry) + second_half(dry)
+    return setup_steps(wheels, dry, is_prebuilt) + first_half(dry) + second_half(dry)
