@@ -2,7 +2,7 @@
 instructions executed, the share of the issue slots that they fill, bytes of device memory, and what
 warps wait for.
 
-    python benchmarks/profile_kernels.py [--json FILE] [--csv FILE] [--dry-run]
+    python benchmarks/profile_kernels.py [--only REGEX] [--json FILE] [--csv FILE] [--dry-run]
 
 Needs a GPU and `ncu`, which runs this script again with `--launch`; clocks are left as they are.
 `--dry-run` launches on the CPU, without `ncu`.
@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,14 +33,6 @@ from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.nll import NLL_DTYPES, run_nll
 
 KERNELS = "regex:(corrupt|nll|unmask)"
-SECTIONS = (
-    "SpeedOfLight",
-    "LaunchStats",
-    "Occupancy",
-    "InstructionStats",
-    "WarpStateStats",
-    "ComputeWorkloadAnalysis",
-)
 METRICS = {
     "instructions": "smsp__inst_executed.sum",
     "ns": "gpu__time_duration.sum",
@@ -51,10 +43,15 @@ METRICS = {
     "registers": "launch__registers_per_thread",
 }
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1, "us": 1e3, "ms": 1e6}
-# By average number of warps that wait, for each instruction that is issued.
-STALL = r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio"
+# Average number of warps that wait for this, for each instruction that is issued.
+STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+STALLS = (
+    *("barrier", "drain", "lg_throttle", "long_scoreboard", "math_pipe_throttle", "mio_throttle"),
+    *("no_instruction", "not_selected", "short_scoreboard", "sleeping", "wait"),
+)
 # In percent of what each can do.
-PIPE = r"sm__inst_executed_pipe_(\w+)\.avg\.pct_of_peak_sustained_active"
+PIPE = "sm__inst_executed_pipe_{}.avg.pct_of_peak_sustained_active"
+PIPES = ("alu", "fma", "lsu", "xu")
 
 
 def launches(device: str) -> Iterator[tuple[str, int, Callable[[], object]]]:
@@ -81,10 +78,10 @@ def launches(device: str) -> Iterator[tuple[str, int, Callable[[], object]]]:
             yield name, num_tokens * num_rows, call
 
 
-def launch(device: str) -> None:
+def launch(device: str, only: str) -> None:
     """Each once to compile, and once between the profiler's marks; says which comes next."""
     for name, units, call in launches(device):
-        if device == "cuda" and kernel_of(name) is None:
+        if device == "cuda" and not (kernel_of(name) and re.search(only, name)):
             continue
         call()
         print(f"case: {units} {name}", flush=True)
@@ -98,13 +95,13 @@ def launch(device: str) -> None:
             torch.cuda.empty_cache()
 
 
-def profile(report: Path) -> list[tuple[str, int]]:
+def profile(report: Path, only: str) -> list[tuple[str, int]]:
     """Runs :func:`launch` under ncu: the case of each kernel that it profiled, in order."""
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     command += ["--kernel-name", KERNELS, "--force-overwrite", "--export", str(report)]
-    command += [part for section in SECTIONS for part in ("--section", section)]
-    command += ["--metrics", ",".join(METRICS.values())]
-    command += [sys.executable, __file__, "--launch"]
+    of_stalls, of_pipes = map(STALL.format, STALLS), map(PIPE.format, PIPES)
+    command += ["--metrics", ",".join([*METRICS.values(), *of_stalls, *of_pipes])]
+    command += [sys.executable, __file__, "--launch", "--only", only]
     kernels, case = [], ("", 0)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -140,13 +137,10 @@ def number(metric: tuple[str, str]) -> float:
     return float(value.replace(",", "")) * UNITS.get(unit, 1)
 
 
-def largest(pattern: str, kernel: dict[str, tuple[str, str]]) -> dict[str, float]:
-    """Those metrics of a kernel, the largest first."""
-    values = {
-        found[1]: number(value)
-        for metric, value in kernel.items()
-        if (found := re.fullmatch(pattern, metric)) and value[0]
-    }
+def largest(metric: str, names: Sequence[str], kernel: dict) -> dict[str, float]:
+    """A metric for each of the names, the largest first."""
+    found = {name: kernel.get(metric.format(name), ("", "")) for name in names}
+    values = {name: number(value) for name, value in found.items() if value[0]}
     return dict(sorted(values.items(), key=lambda item: -item[1]))
 
 
@@ -163,8 +157,8 @@ def row_of(name: str, units: int, kernel: dict[str, tuple[str, str]]) -> dict:
         "issue %": values["issue %"],
         "warps %": values["warps %"],
         "registers": int(values["registers"]),
-        "stalls": largest(STALL, kernel),
-        "pipes": largest(PIPE, kernel),
+        "stalls": largest(STALL, STALLS, kernel),
+        "pipes": largest(PIPE, PIPES, kernel),
     }
 
 
@@ -176,20 +170,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", metavar="REGEX", default="", help="kernels whose name has this")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="write everything that ncu counted here")
     parser.add_argument("--dry-run", action="store_true", help="launch on the CPU, without ncu")
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.launch or arguments.dry_run:
-        launch("cpu" if arguments.dry_run else "cuda")
+        launch("cpu" if arguments.dry_run else "cuda", arguments.only)
         write_json(arguments.json, {"rows": []})
         return
     if not shutil.which("ncu"):
         parser.exit(1, "ncu is not on PATH\n")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "kernels.ncu-rep")
-        cases = profile(report)
+        cases = profile(report, arguments.only)
         kernels = read(report, arguments.csv)
     rows = [row_of(*case, kernel) for case, kernel in zip(cases, kernels, strict=True)]
     record = {"device": torch.cuda.get_device_name(), "rows": rows}

@@ -189,6 +189,8 @@ def first_half(dry: list[str]) -> list[Step]:
         ),
         *(sanitizer("memcheck", kernel, dry) for kernel in SANITIZED),
         *(sanitizer("racecheck", kernel, dry) for kernel in SANITIZED),
+        *(sanitizer("synccheck", kernel, dry) for kernel in SANITIZED),
+        *(sanitizer("initcheck", kernel, dry) for kernel in ("corrupt", "unmask")),
         benchmark("bench_unmask", "speed of unmask", "bench_unmask", *on_gpu, timeout=90),
         benchmark("bench_nll", "speed of the loss of logits", "bench_nll", *on_gpu, timeout=60),
         benchmark(
@@ -235,8 +237,6 @@ def second_half(dry: list[str]) -> list[Step]:
         ),
         benchmark("bench_choose", "speed of choose", "bench_choose", *on_gpu, timeout=60),
         tests("tests_large", "more than 2**31 positions", "large", dry, timeout=90),
-        *(sanitizer("synccheck", kernel, dry) for kernel in SANITIZED),
-        *(sanitizer("initcheck", kernel, dry) for kernel in ("corrupt", "unmask")),
     ]
 
 

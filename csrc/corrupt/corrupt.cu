@@ -24,19 +24,24 @@ __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
   const int num_rows = static_cast<int>(min(a.windows.batch - first, int64_t{a.shape.rows}));
   draw_slots(a, first, num_rows, lane, memory);
   __syncthreads();
-  uint32_t n = static_cast<uint32_t>(a.windows.seq_len), k = 0;
-  if (counts_are_known(a)) {
-    if (lane < num_rows) k = exact_count(a, memory.time[lane], n);
-  } else {
+  const auto finish = [&](uint32_t n, uint32_t k) {
+    finish_rows(a, blockIdx.x, first, num_rows, lane, n, k, memory);
+  };
+  if (counts_are_known(a)) {  // other blocks need not wait for the keys of this one
+    const uint32_t n = static_cast<uint32_t>(a.windows.seq_len);
+    finish(n, lane < num_rows ? exact_count(a, memory.time[lane], n) : 0);
     __syncthreads();
+  } else {
+    __syncthreads();  // the counts of all warps are there
+    uint32_t n = 0, k = 0;
     if (lane < num_rows) {
       n = memory.num_maskable[lane];
       for (int i = 0; i < a.shape.warps_per_row; ++i) {
         k += memory.num_masked[lane * a.shape.warps_per_row + i];
       }
     }
+    finish(n, k);
   }
-  finish_rows(a, blockIdx.x, first, num_rows, lane, n, k, memory);
   __syncthreads();
 }
 
@@ -96,12 +101,12 @@ __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, Bloc
                                                        RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
   const Row row = row_with_window(a, team);
-  const RankedTiles<kRanks> tiles(a, row, team, bounds);
+  RankedTiles<kRanks> tiles(a, row, team, bounds);
   write_row<false>(a, row, team, tiles, tiles.bounds());
 }
 
 template <int kHeld, int kRanks>
-__global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp)
+__global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHeld))
     corrupt_kernel(const __grid_constant__ KernelArgs a) {
   NAR_SHARED(BlockMemory, memory);
   Team team(memory, a.shape);
@@ -111,6 +116,7 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp)
   Tiles<kHeld> tiles(a, row, team);
   __syncthreads();  // the slots are there
   row.start = memory.start[team.row];
+  tiles.load_ahead();
 
   int32_t n = row.length;
   if (a.maskable || a.never_mask) {
@@ -125,8 +131,8 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp)
   const uint32_t num_masked =
       tied ? count_ranked(a, memory, bounds) : count_below(tiles, bounds.pivot(0));
   if (team.lane == 0) memory.num_masked[team.first_warp + team.warp] = num_masked;
-  if (!counts_are_known(a)) __syncthreads();
-  __syncthreads();  // the counts of all warps are there, and those of the rows before
+  __syncthreads();  // the counts of all warps are there
+  __syncthreads();  // and those of the blocks before
   if (tied || !a.in_pairs) {
     write_ranked(a, memory, bounds);
   } else {

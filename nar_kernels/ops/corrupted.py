@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int, check_device
 from nar_kernels.errors import InvalidTokenError
+from nar_kernels.ops.host_counts import HostCounts
 from nar_kernels.ops.masking import MaskingConfig
 
 
@@ -122,8 +123,8 @@ class Corrupted:
             corpus. Parts of a batch keep the record of the whole; :meth:`cat` sums the counts, and
             keeps the lowest offset, which is relative to its own batch.
         masking: the configuration of this batch.
-        host_counts: int64 ``[B]`` on the CPU, ``num_masked`` if known on the host, which avoids a
-            sync; else None.
+        counts_on_host: counts ``num_masked`` on the host, which avoids a sync, or None where the
+            device must be asked.
         num_strata: of the times, if each sample is known to have a stratum of its own; else 0.
             Bounds R by ``row_capacity``: set it to 0 if you change ``masked_indices``.
     """
@@ -138,7 +139,7 @@ class Corrupted:
     row_buffer: Tensor
     invalid: Tensor
     masking: MaskingConfig
-    host_counts: Tensor | None = None
+    counts_on_host: HostCounts | None = None
     num_strata: int = 0
 
     def __len__(self) -> int:
@@ -152,6 +153,11 @@ class Corrupted:
                     f"the batch has no {name}, which this needs: make it with outputs=... that "
                     f"include {name!r}"
                 )
+
+    @property
+    def host_counts(self) -> Tensor | None:
+        """int64 ``[B]`` on the CPU: ``num_masked``, if the host can know it without a sync."""
+        return None if self.counts_on_host is None else self.counts_on_host()
 
     @property
     def masked_rows(self) -> Tensor:
@@ -264,7 +270,7 @@ class Corrupted:
     def _host_can_count(self) -> bool:
         """Whether the host knows how many rows each sample has, without a sync or a graph break."""
         on_host = self.num_masked.is_cpu and not torch.compiler.is_compiling()
-        return self.host_counts is not None or on_host
+        return self.counts_on_host is not None or on_host
 
     def _rows_from(self, start: int, capacity: int) -> Tensor:
         """``[capacity]``: the ``row_buffer`` of the samples from ``start`` on, at most ``capacity``
@@ -282,11 +288,11 @@ class Corrupted:
 
     def _select(self, index: slice | Tensor) -> "Corrupted":
         """Selects samples; ``row_buffer`` is still that of the whole batch."""
-        counts = None if self.host_counts is None else self.host_counts[index]
+        counts = None if self.counts_on_host is None else self.counts_on_host[index]
         tensors = {
             name: _unless_none(lambda x: x[index], getattr(self, name)) for name in _PER_SAMPLE
         }
-        return replace(self, **tensors, host_counts=counts)
+        return replace(self, **tensors, counts_on_host=counts)
 
     @classmethod
     def cat(cls, batches: Iterable["Corrupted"]) -> "Corrupted":
@@ -319,14 +325,15 @@ class Corrupted:
         offsets = records[:, 1].where(records[:, 0] > 0, torch.iinfo(torch.int64).max)
         invalid = records.sum(0)
         invalid[1:3] = records[offsets.argmin(), 1:3]
-        counts = [b.host_counts for b in batches if b.host_counts is not None]
+        counts = [b.counts_on_host for b in batches if b.counts_on_host is not None]
+        whole = HostCounts(lambda: torch.cat([count() for count in counts]))
         return replace(
             batches[0],
             **tensors,
             row_buffer=torch.cat(rows) if rows else None,  # type: ignore[arg-type]
             invalid=invalid,
             num_strata=0,  # two samples may have the same
-            host_counts=torch.cat(counts) if len(counts) == len(batches) else None,
+            counts_on_host=whole if len(counts) == len(batches) else None,
         )
 
     def _is_compatible(self, other: "Corrupted") -> bool:
@@ -367,7 +374,7 @@ class Corrupted:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """Applies ``function`` to all tensors on the device."""
-        others = ("masking", "host_counts", "num_strata")
+        others = ("masking", "counts_on_host", "num_strata")
         names = (f.name for f in fields(self) if f.name not in others)
         tensors = {name: _unless_none(function, getattr(self, name)) for name in names}
         return replace(self, **tensors)

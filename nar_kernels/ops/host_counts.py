@@ -1,5 +1,8 @@
 """What the host knows of a batch without asking the device: how many positions it masks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,9 +23,33 @@ def num_strata(masking: MaskingConfig, slots: range | None, global_batch: int) -
     return global_batch if slots[0] // global_batch == slots[-1] // global_batch else 0
 
 
-def count_on_host(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -> Tensor | None:
-    """int64 ``[B]`` on the CPU: how many positions each row masks, without a sync; None where that
-    depends on device memory.
+class HostCounts:
+    """int64 ``[B]`` on the CPU: how many positions each row masks. Counted when first asked for,
+    since only an unknown number of rows needs it, and a draw takes the host as long as a GPU."""
+
+    def __init__(self, count: Callable[[], Tensor]) -> None:
+        self._count = count
+        self._counts: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._counts is None:
+            self._counts = self._count()
+            del self._count  # and what it needs
+        return self._counts
+
+    def __getitem__(self, index: Any) -> "HostCounts":
+        return HostCounts(lambda: self()[index])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HostCounts.of, (self().clone(),)  # not the storage of a whole batch
+
+    @classmethod
+    def of(cls, counts: Tensor) -> "HostCounts":
+        return cls(lambda: counts)
+
+
+def count_on_host(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -> HostCounts | None:
+    """The counts of a batch without a sync; None where they depend on device memory.
 
     Args:
         slots: of the samples, up to whole steps, if known.
@@ -32,21 +59,20 @@ def count_on_host(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -
         return None
     if cpp is None or torch.compiler.is_compiling():
         return None
-    sample_ids = None
-    if slots.step != 1 or a.sample_ids is not None:
-        sample_ids = torch.arange(slots.start, slots.stop, slots.step, device="cpu")
-    counts = torch.empty(a.batch, dtype=torch.int64, device="cpu")
-    cpp.count_masked(
-        a.batch,
-        a.seq_len,
-        0 if sample_ids is None else host_address(sample_ids),
-        a.first_sample,
-        a.global_batch,
-        a.exact,
-        a.stratified,
-        a.seed,
-        host_address(masking.table.ratio),
-        host_address(counts),
-        torch.get_num_threads(),
-    )
-    return counts
+    count = cpp.count_masked
+    is_listed = slots.step != 1 or a.sample_ids is not None
+    # Not ``a`` itself, which would keep its tensors.
+    shape, slot = (a.batch, a.seq_len), (a.first_sample, a.global_batch)
+    draw = (a.exact, a.stratified, a.seed)
+
+    def counts() -> Tensor:
+        sample_ids = None
+        if is_listed:
+            sample_ids = torch.arange(slots.start, slots.stop, slots.step, device="cpu")
+        at = 0 if sample_ids is None else host_address(sample_ids)
+        made = torch.empty(shape[0], dtype=torch.int64, device="cpu")
+        tables = host_address(masking.table.ratio), host_address(made)
+        count(*shape, at, *slot, *draw, *tables, torch.get_num_threads())
+        return made
+
+    return HostCounts(counts)

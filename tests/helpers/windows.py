@@ -33,7 +33,7 @@ def masking_for(dataset: TokenDataset) -> MaskingConfig:
 
 def tensors(batch: Corrupted) -> dict[str, Tensor]:
     names = [
-        f.name for f in fields(batch) if f.name not in ("masking", "host_counts", "num_strata")
+        f.name for f in fields(batch) if f.name not in ("masking", "counts_on_host", "num_strata")
     ]
     return {name: getattr(batch, name) for name in names} | {
         "row_buffer": batch.masked_rows  # the rest of the buffer is undefined

@@ -16,7 +16,7 @@ from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.corrupt import CorruptStep
 from nar_kernels.ops.corrupt_launch import run_corrupt
-from nar_kernels.ops.host_counts import count_on_host
+from nar_kernels.ops.host_counts import HostCounts, count_on_host
 from nar_kernels.ops.masking import NUM_INVALID
 from nar_kernels.ops.reference import permute_rounds
 from nar_kernels.ops.tokens import DTYPE_CODE
@@ -699,13 +699,13 @@ def test_counts_on_the_host(times, schedule, draw, simd_level):
         slots = torch.arange(first, first + batch)
         got = corrupt(tokens, masking, seed=-3, sample_ids=slots, global_batch=global_batch)
         a = arguments(tokens, masking, seed=-3, first_sample=first, global_batch=global_batch)
-        assert torch.equal(count_on_host(a, masking, range(first, first + batch)), got.num_masked)
+        assert torch.equal(count_on_host(a, masking, range(first, first + batch))(), got.num_masked)
         # Those of a rank, with gaps.
         slots = range(first, first + 3 * batch, 3)
         args = dict(seed=-3, global_batch=global_batch, sample_ids=torch.tensor([*slots]).long())
         got = corrupt(tokens, masking, **args)
         a = arguments(tokens, masking, **args)
-        assert torch.equal(count_on_host(a, masking, slots), got.num_masked)
+        assert torch.equal(count_on_host(a, masking, slots)(), got.num_masked)
 
 
 def test_what_the_host_cannot_know():
@@ -721,7 +721,9 @@ def test_counts_of_the_host_are_used():
     """They travel with the batch and its parts; the device is not asked."""
     masking = MaskingConfig(50, 49)
     whole = corrupt(clean_batch(masking, 10, 12), masking, seed=1)
-    told = replace(whole, host_counts=whole.num_masked, num_masked=torch.zeros(10, dtype=int))
+    told = replace(
+        whole, counts_on_host=HostCounts.of(whole.num_masked), num_masked=torch.zeros(10, dtype=int)
+    )
     assert torch.equal(told.masked_rows, whole.masked_rows)
     for a, b in zip(told.to("cpu").microbatches(4), whole.microbatches(4), strict=True):
         assert torch.equal(a.masked_rows, b.masked_rows)

@@ -20,6 +20,7 @@ from nar_kernels import corrupt
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
+from nar_kernels.ops.host_counts import HostCounts
 from nar_kernels.ops.masked_nll import head_nll, masked_nll, num_counted
 from nar_kernels.ops.masking import MaskingConfig
 
@@ -35,7 +36,7 @@ def falling(t: Tensor) -> Tensor:
 def make_batch(seed: int = 1, size: int = 5, masking: MaskingConfig = MASKING) -> Corrupted:
     ids = torch.randint(0, 36, (size, 16), generator=torch.Generator().manual_seed(seed))
     batch = corrupt(ids, masking, seed=seed)
-    return replace(batch, host_counts=batch.num_masked.clone())  # as on a GPU
+    return replace(batch, counts_on_host=HostCounts.of(batch.num_masked.clone()))  # as on a GPU
 
 
 def assert_is(batch: Corrupted, **expected: Tensor) -> None:
@@ -51,7 +52,7 @@ def per_sample(batch: Corrupted) -> dict[str, Tensor]:
 
 
 def test_every_tensor_is_known_here() -> None:
-    others = {"row_buffer", "invalid", "masking", "host_counts", "num_strata"}
+    others = {"row_buffer", "invalid", "masking", "counts_on_host", "num_strata"}
     assert {f.name for f in fields(Corrupted)} == {*PER_SAMPLE, *others}
 
 
@@ -80,7 +81,7 @@ def test_every_tensor_is_known_here() -> None:
 def test_some_samples(index: Any, samples: list[int], knows_counts: bool) -> None:
     whole = make_batch()
     if not knows_counts:
-        whole = replace(whole, host_counts=None)
+        whole = replace(whole, counts_on_host=None)
     part = whole[index]
     assert_is(part, **{name: value[samples] for name, value in per_sample(whole).items()})
     assert (part.host_counts is not None) == knows_counts
@@ -135,7 +136,7 @@ def test_cat() -> None:
         assert torch.equal(getattr(whole, name), torch.cat([getattr(b, name) for b in batches]))
     assert_is(whole)
     assert whole.host_counts is not None
-    unknown = Corrupted.cat([batches[0], replace(batches[2], host_counts=None)])
+    unknown = Corrupted.cat([batches[0], replace(batches[2], counts_on_host=None)])
     assert unknown.host_counts is None
     assert_is(unknown, masked_rows=whole.masked_rows)
     assert_is(Corrupted.cat(batches[:1]), **per_sample(batches[0]))
@@ -264,7 +265,7 @@ def test_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     result = pin_memory(batch)
     assert len(pinned) == 9
     assert result is not batch and result.labels is not batch.labels
-    assert result.host_counts is batch.host_counts and result.masking is MASKING
+    assert result.counts_on_host is batch.counts_on_host and result.masking is MASKING
     assert_is(result, **per_sample(batch))
 
 
@@ -275,10 +276,10 @@ def test_repr() -> None:
     batch = make_batch()
     num_masked = int(batch.num_masked.sum())
     on_cpu = f"Corrupted(shape=[5, 16], device='cpu', num_masked={num_masked})"
-    assert repr(batch) == repr(replace(batch, host_counts=None)) == on_cpu
+    assert repr(batch) == repr(replace(batch, counts_on_host=None)) == on_cpu
     # No value of a tensor on the device "meta" can be looked at; nor must one of a GPU.
     assert repr(batch.to("meta")) == on_cpu.replace("cpu", "meta")
-    unknown = replace(batch, host_counts=None).to("meta")
+    unknown = replace(batch, counts_on_host=None).to("meta")
     assert repr(unknown) == "Corrupted(shape=[5, 16], device='meta', num_masked=on the device)"
 
 

@@ -44,7 +44,8 @@ if backends()["triton"] == "available":
 
 
 def draw(logits: Tensor, **args) -> Tensor:
-    defaults = dict(mask_id=MASK, seed=1, noise_slots=torch.arange(len(logits)))
+    slots = torch.arange(len(logits), device=logits.device)
+    defaults = dict(mask_id=MASK, seed=1, noise_slots=slots)
     return unmask(logits, **{**defaults, **args})
 
 
@@ -346,13 +347,14 @@ def test_tails(gap):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, WITH_GPUS[3]])
 def test_a_row_depends_on_itself_alone(backend):
-    logits = torch.randn(40, 300)
+    device = device_of(backend)
+    logits = torch.randn(40, 300).to(device)
     whole = draw(logits, top_k=100, backend=backend)
-    order = torch.randperm(40)
+    order = torch.randperm(40).to(device)
     shuffled = draw(logits[order], noise_slots=order, top_k=100, backend=backend)
     assert torch.equal(shuffled.tokens, whole.tokens[order])
     assert torch.equal(shuffled.log_prob, whole.log_prob[order])
-    one = draw(logits[7:8], noise_slots=torch.tensor([7]), top_k=100, backend=backend)
+    one = draw(logits[7:8], noise_slots=torch.tensor([7]).to(device), top_k=100, backend=backend)
     assert torch.equal(one.tokens, whole.tokens[7:8])
     other = draw(logits, seed=2, backend=backend)
     assert not torch.equal(other.tokens, draw(logits, backend=backend).tokens)

@@ -20,11 +20,11 @@ constexpr int kMaxRows = 7;
 // warps. The most only of rows that fit no other way, such as those of 16384 positions.
 constexpr int kFewTiles = 4, kManyTiles = 8, kMostTiles = 12;
 
-// Warps of a block that work on rows, at most: what the registers of each allow.
+// Warps of a block that work on rows, at most, and blocks that a multiprocessor should hold of that
+// size: what the registers of each warp allow.
 constexpr int kMaxWarps = 16;
-constexpr int max_warps(int held) {
-  return held == kMostTiles ? 11 : held == kManyTiles ? 15 : kMaxWarps;
-}
+constexpr int max_warps(int held) { return held == 0 ? kMaxWarps : held == kMostTiles ? 11 : 15; }
+constexpr int min_blocks(int held) { return held == 1 || held == kFewTiles ? 2 : 1; }
 
 struct Shape {
   int rows, warps_per_row;  // several rows only of one warp each

@@ -143,7 +143,9 @@ class RankedTiles {
  public:
   __device__ RankedTiles(const KernelArgs& a, const Row& row, const Team& team,
                          const RowBounds<kRanks>& bounds)
-      : tiles_(a, row, team), bounds_(bounds) {}
+      : tiles_(a, row, team), bounds_(bounds) {
+    tiles_.load_ahead();
+  }
 
   __device__ RowBounds<kRanks> bounds() const {
     RowBounds<kRanks> plain;
@@ -152,13 +154,15 @@ class RankedTiles {
     return plain;
   }
 
+  __device__ int32_t first() const { return tiles_.first(); }
+
   template <typename Use>
   __device__ void each(Use use) const {
     tiles_.each([&](int32_t tile, const Keys& keys) { use(tile, ranked(tile, keys)); });
   }
 
   template <typename Use>
-  __device__ void each_with_ids(Use use) const {
+  __device__ void each_with_ids(Use use) {
     tiles_.each_with_ids([&](int32_t tile, const Keys& keys, const Ids& ids) {
       use(tile, ranked(tile, keys), ids);
     });
@@ -179,7 +183,7 @@ class RankedTiles {
     return keys;
   }
 
-  const Tiles<0> tiles_;
+  Tiles<0> tiles_;
   const RowBounds<kRanks> bounds_;
 };
 
