@@ -25,7 +25,7 @@ import bench_corrupt_gpu as of_corrupt
 import bench_nll
 import bench_unmask
 import torch
-from measure import print_table, show, write_json
+from measure import environment, print_table, show, write_json
 
 from benchmarks.gpu_suite.predictions import kernel_of
 from nar_kernels import backends, corrupt
@@ -187,7 +187,7 @@ def main() -> None:
         cases = profile(report, arguments.only)
         kernels = read(report, arguments.csv)
     rows = [row_of(*case, kernel) for case, kernel in zip(cases, kernels, strict=True)]
-    record = {"device": torch.cuda.get_device_name(), "rows": rows}
+    record = environment("cuda", rows=rows)
     write_json(arguments.json, record)
     print_table([row | {name: brief(row[name]) for name in ("stalls", "pipes")} for row in rows])
 

@@ -1,6 +1,7 @@
 """`benchmarks.gpu_suite`: its machinery, with steps that pass, fail, hang and are killed; a walk
 through all of its real steps without a GPU; and the table at the end."""
 
+import copy
 import importlib
 import itertools
 import json
@@ -715,6 +716,32 @@ def test_what_ran_where_and_what_did_not(tmp_path, monkeypatch):
     assert "| NVIDIA B200 |" in hardware.page()
     assert "torch 2.11.0, Triton 3.6.0, CUDA 13.0" in row
     assert "1 of 1 steps; tests: 1 passed, 1 failed" in row
+
+
+def test_the_page_has_the_newest_figures_of_each_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "RESULTS", tmp_path)
+    of_loss = FIGURES["bench_masked_nll"]
+    for number, (gpu, ms) in enumerate([("NVIDIA H200", 2.0), ("NVIDIA H200", 4.0)]):
+        record = record_of(gpu, f"2027-01-0{number + 1}", bench_masked_nll="passed")
+        figures = copy.deepcopy(of_loss) | {"device": gpu}
+        figures["settings"][0]["rows"][0]["ms"] = ms
+        record["figures"] = {"bench_masked_nll": figures}
+        record["steps"]["bench_masked_nll"]["tail"] = ['File "/home/me/x/benchmarks/a.py", line 3']
+        folder = tmp_path / f"out{number}"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(record))
+        added = hardware.add(folder)
+        assert "/home" not in added.read_text() and 'File \\"a.py\\", line 3' in added.read_text()
+    page = hardware.page()
+    assert page.count("### Figures: NVIDIA H200") == 1
+    assert "| masked_nll, V 9, 5 rows | 4 | ms | products alone | 1 | 0.25 |" in page
+    assert "Nsight" not in page.partition("## Predictions")[0]
+    row = {"what": "nll: V 9", "us": 5.0, "per unit": 20.0, "predicted": 19.5, "issue %": 61.0}
+    row |= {"bytes per unit": 4.0, "warps %": 98.0, "stalls": {"long_scoreboard": 3.0, "wait": 1.0}}
+    profile = {"device": "NVIDIA H200", "date": "2027-01-02", "torch": "2.11.0", "rows": [row]}
+    (tmp_path / "profile_gpu_h200.json").write_text(json.dumps(profile))
+    counted = "| nll: V 9 | 5 | 20 | 19.5 | 4 | 61 | 98 | long scoreboard 3, wait 1 |"
+    assert counted in hardware.page()
 
 
 def test_predictions_stand_beside_figures(monkeypatch):

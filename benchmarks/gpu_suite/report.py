@@ -173,6 +173,14 @@ def markdown(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> list[str]:
     return table + ["| " + " | ".join(map(show, line)) + " |" for line in lines]
 
 
+def figure_lines(figures: dict[str, dict], gpu: str | None) -> list[str]:
+    """A table of all figures, with what is predicted of them; empty if there are none."""
+    lines = [
+        (*row, prediction(row.what, gpu) if row.against == "copy" else "") for row in rows(figures)
+    ]
+    return markdown(HEAD, lines) if lines else []
+
+
 def remark(step: dict, gpu: str | None, sources: str | None) -> str:
     """Reason of a step's status, and a note if it is from other sources or another GPU."""
     text = step["reason"][:100].replace("|", "/")
@@ -203,12 +211,7 @@ def summary(results: dict) -> list[str]:
         lines += [f"  FAILED {test}" for test, of in tests.items() if of["outcome"] == "failed"]
     missed = [name for name, state, *_ in steps if state not in (PASSED, SKIPPED)]
     lines += [f"not passed: {', '.join(missed) or 'none'}", ""]
-    figures = [
-        (*row, prediction(row.what, gpu) if row.against == "copy" else "")
-        for row in rows(results["figures"])
-    ]
-    if figures:
-        lines += markdown(HEAD, figures)
+    lines += figure_lines(results["figures"], gpu)
     return [*lines, *skipped_peers(results["figures"])]
 
 

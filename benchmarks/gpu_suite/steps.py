@@ -155,6 +155,7 @@ def benchmark(
 def first_half(dry: list[str]) -> list[Step]:
     """Steps for a first call of about six minutes."""
     on_gpu = ["--device", "cuda", *dry]
+    briefly = [*on_gpu, "--repeats", "3"]  # calls of seconds
     return [
         tests(
             "smoke",
@@ -184,7 +185,7 @@ def first_half(dry: list[str]) -> list[Step]:
             "corrupt, masked_nll, unmask and choose in Triton",
             "triton and not large",
             dry,
-            timeout=200,
+            timeout=260,
             workers=CORES * 2 // 3,
         ),
         *(sanitizer("memcheck", kernel, dry) for kernel in SANITIZED),
@@ -194,7 +195,7 @@ def first_half(dry: list[str]) -> list[Step]:
         benchmark("bench_unmask", "speed of unmask", "bench_unmask", *on_gpu, timeout=90),
         benchmark("bench_nll", "speed of the loss of logits", "bench_nll", *on_gpu, timeout=60),
         benchmark(
-            "bench_masked_nll", "speed of masked_nll", "bench_masked_nll", *on_gpu, timeout=150
+            "bench_masked_nll", "speed of masked_nll", "bench_masked_nll", *briefly, timeout=150
         ),
     ]
 
@@ -202,12 +203,13 @@ def first_half(dry: list[str]) -> list[Step]:
 def second_half(dry: list[str]) -> list[Step]:
     """Steps for a second call of about four minutes."""
     on_gpu = ["--device", "cuda", *dry]
+    briefly = [*on_gpu, "--repeats", "3"]
     return [
         benchmark(
             "bench_train_step",
             "a training step against x-transformers' wrapper",
             "bench_train_step",
-            *on_gpu,
+            *briefly,
             timeout=150,
             packages=("triton", "x_transformers"),
         ),
@@ -215,7 +217,7 @@ def second_half(dry: list[str]) -> list[Step]:
             "bench_generate",
             "generate against x-transformers' wrapper",
             "bench_generate",
-            *on_gpu,
+            *briefly,
             timeout=120,
             packages=("triton", "x_transformers"),
         ),

@@ -23,16 +23,16 @@ __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * a.shape.rows;
   const int num_rows = static_cast<int>(min(a.windows.batch - first, int64_t{a.shape.rows}));
   draw_slots(a, first, num_rows, lane, memory);
-  __syncthreads();
+  sync_block();
   const auto finish = [&](uint32_t n, uint32_t k) {
     finish_rows(a, blockIdx.x, first, num_rows, lane, n, k, memory);
   };
   if (counts_are_known(a)) {  // other blocks need not wait for the keys of this one
     const uint32_t n = static_cast<uint32_t>(a.windows.seq_len);
     finish(n, lane < num_rows ? exact_count(a, memory.time[lane], n) : 0);
-    __syncthreads();
+    sync_block();
   } else {
-    __syncthreads();  // the counts of all warps are there
+    sync_block();  // the counts of all warps are there
     uint32_t n = 0, k = 0;
     if (lane < num_rows) {
       n = memory.num_maskable[lane];
@@ -42,7 +42,7 @@ __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
     }
     finish(n, k);
   }
-  __syncthreads();
+  sync_block();
 }
 
 // Which keys: the k smallest of n, or those below the ratio.
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
 
   Row row = row_of(a, team);
   Tiles<kHeld> tiles(a, row, team);
-  __syncthreads();  // the slots are there
+  sync_block();  // the slots are there
   row.start = memory.start[team.row];
   tiles.load_ahead();
 
@@ -123,16 +123,16 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
     uint32_t can_mask[1] = {tiles.exclude()};
     team.sum(can_mask);
     n = static_cast<int32_t>(can_mask[0]);
-    if (team.is_first()) memory.num_maskable[team.row] = n;
   }
   const auto bounds = row_bounds<kRanks>(a, row, team, tiles, memory.time[team.row], n);
   const bool tied = bounds.any_tied();
 
   const uint32_t num_masked =
       tied ? count_ranked(a, memory, bounds) : count_below(tiles, bounds.pivot(0));
+  if (team.is_first()) memory.num_maskable[team.row] = static_cast<uint32_t>(n);
   if (team.lane == 0) memory.num_masked[team.first_warp + team.warp] = num_masked;
-  __syncthreads();  // the counts of all warps are there
-  __syncthreads();  // and those of the blocks before
+  sync_block();  // the counts of all warps are there
+  sync_block();  // and those of the blocks before
   if (tied || !a.in_pairs) {
     write_ranked(a, memory, bounds);
   } else {

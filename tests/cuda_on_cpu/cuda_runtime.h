@@ -40,6 +40,15 @@
 #define NAR_DYNAMIC_SHARED(Type, name) \
   Type* name = reinterpret_cast<Type*>(cuda_on_cpu::dynamic_shared.data())
 
+struct alignas(2) uchar2 {
+  unsigned char x, y;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) longlong2 {
+  long long x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -348,6 +357,10 @@ inline void __syncwarp() { cuda_on_cpu::exchange("__syncwarp", 0xFFFFFFFF, 0); }
 inline void __nanosleep(unsigned) {
   std::this_thread::yield();
   cuda_on_cpu::leave(cuda_on_cpu::State::kSleeping);
+}
+template <typename T>
+void __stcs(T* at, T value) {
+  *at = value;
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 

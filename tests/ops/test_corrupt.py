@@ -2,16 +2,19 @@
 
 import itertools
 import multiprocessing
+import pickle
 import random
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig, backends
-from nar_kernels.ops import corrupt_launch, reference
+from nar_kernels.ops import corrupt_launch, host_counts, reference
 from nar_kernels.ops.arguments import WindowOrder
 from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.corrupt import CorruptStep
@@ -715,6 +718,30 @@ def test_what_the_host_cannot_know():
     assert count_on_host(a, masking, None) is None
     for name in ("step", "maskable", "never_mask", "seed_tensor"):
         assert count_on_host(a._replace(**{name: 1}), masking, range(4)) is None
+
+
+@pytest.mark.cpp
+def test_the_host_counts_when_asked(monkeypatch):
+    """Once for a batch and all of its parts, which may travel before that; nothing of the batch is
+    kept for it."""
+    masking = MaskingConfig(50, 49)
+    tokens = clean_batch(masking, 10, 12)
+    batch = corrupt(tokens, masking, seed=1)
+    a = arguments(tokens, masking, seed=1)
+    kept = weakref.ref(a.tokens)
+    calls = []
+    fake = SimpleNamespace(count_masked=lambda *args: calls.append(cpp.count_masked(*args)))
+    monkeypatch.setattr(host_counts, "cpp", fake)
+    counts = count_on_host(a, masking, range(10))
+    part = counts[2:5]
+    del a, tokens
+    assert not calls and kept() is None
+    assert torch.equal(part(), batch.num_masked[2:5])
+    assert torch.equal(counts(), batch.num_masked) and torch.equal(part(), counts()[2:5])
+    assert len(calls) == 1
+    sent = pickle.dumps(part)
+    assert torch.equal(pickle.loads(sent)(), batch.num_masked[2:5])
+    assert len(calls) == 1
 
 
 def test_counts_of_the_host_are_used():

@@ -79,13 +79,13 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
     write_h = regions_of("gpu/write.h")
     never = [
         tiles_h("Keys make_keys(", "if (!is_whole(row, tile)) {"),
-        tiles_h("void record_bad("),
+        tiles_h("Ids mend("),
+        tiles_h("uint32_t find_wide("),
         tiles_h("uint32_t find_maskable("),
-        tiles_h("void each_with_ids(", "if (__any_sync", "record_bad("),
-        tiles_h("load_ids(", "case 1: load"),
-        tiles_h("load_ids(", "case 4: load"),
-        tiles_h("load_ids(", "default: load"),
-        tiles_h("void load_words(", "} else {"),
+        tiles_h("Ids take_ids(", "if (__any_sync", "mend("),
+        tiles_h("Ids load_ids(", "case 1: load"),
+        tiles_h("Ids load_ids(", "case 4: load"),
+        tiles_h("Ids load_ids(", "default: load"),
         write_h("void store(", "if (narrow_)"),
         write_h("void store_pair(", "if (narrow_)"),
         corrupt_cu("__global__ void", "if (a.maskable || a.never_mask) {"),
@@ -108,12 +108,17 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
         behind = block_h("void sum(", "if (num_warps == 1) return;", rest=True)
         weights.append(Weight(0, behind))
     if held == 0:
-        each = tiles_h("void each(Use use)", "for (int32_t tile = first_")
-        weights.append(Weight(tiles, each))
-        weights.append(Weight(0, tiles_h("Keys keys(int32_t tile)", "if (a_.maskable")))
+        weights.append(Weight(tiles, tiles_h("void each_made(", "for (int32_t tile = first_")))
+        made = tiles_h("Keys keys(int32_t tile, const RoundKeys& round_keys)", "if (a_.maskable")
+        weights.append(Weight(0, made))
     elif tiles < held:
-        weights.append(Weight(tiles / held, tiles_h("void each(Use use)", "if (is_mine(t))")))
-        weights.append(Weight(tiles / held, tiles_h("__device__ Tiles(", "if (is_mine(t))")))
+        for part in ("void each(Use use)", "void each_with_ids(", "__device__ Tiles("):
+            weights.append(Weight(tiles / held, tiles_h(part, "if (is_mine(t))")))
+    ahead = min(held, constant("corrupt/gpu/tiles.h", "kMostAhead")) or 1
+    if tiles < ahead:
+        weights.append(Weight(tiles / ahead, tiles_h("void load_ahead(", "if (is_mine(t))")))
+    later = max(tiles - ahead, 0) / tiles
+    weights.append(Weight(later, tiles_h("Ids take_ids(", "if (tile + kAhead < end_)")))
     weights += _weights_of_leader(rows, warps, draws, name.startswith("step"))
     return CudaCase(
         f"corrupt, {name}, L {length}, " + (f"{held} tiles a warp" if held else "long rows"),

@@ -53,6 +53,13 @@ struct BlockMemory {
   alignas(16) uint32_t words[kExactPermutationMax];
 };
 
+// Barriers, by number.
+constexpr unsigned kOfTeam = 1, kOfBlock = 2;
+
+// All threads of the block. Told how many, since warps come here from different places in the code,
+// which __syncthreads does not allow.
+__device__ inline void sync_block() { __barrier_sync_count(kOfBlock, blockDim.x); }
+
 // The warps of a row.
 struct Team {
   BlockMemory& memory;
@@ -83,7 +90,7 @@ struct Team {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) shared[warp][j] = counts[j];
     }
-    __barrier_sync_count(1, num_warps * kWarp);
+    __barrier_sync_count(kOfTeam, num_warps * kWarp);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       counts[j] = __reduce_add_sync(kAllLanes, lane < num_warps ? shared[lane][j] : 0);

@@ -85,7 +85,6 @@ __device__ inline void draw_slots(const KernelArgs& a, int64_t first, int num_ro
   if (lane < kMaxRows) {  // also of rows that are not there: what is read is valid
     memory.start[lane] = outside ? 0 : start;
     memory.time[lane] = time;
-    memory.num_maskable[lane] = static_cast<uint32_t>(a.windows.seq_len);
   }
   if (!has_row) return;
   unsigned long long* record = reinterpret_cast<unsigned long long*>(a.invalid);

@@ -6,12 +6,6 @@
 namespace nar {
 namespace {
 
-// Two neighbours, stored at once where addresses allow.
-template <typename T>
-struct alignas(2 * sizeof(T)) Pair {
-  T first, second;
-};
-
 // Where a lane writes ids of either width; offsets from there are known to the compiler, so that
 // nothing is computed for a store.
 class IdOutput {
@@ -29,12 +23,13 @@ class IdOutput {
     }
   }
 
-  // Two neighbours, from an even index on.
+  // Two neighbours, from an even index on. Nothing reads them again here, so that the cache may let
+  // go of them first, not of the windows that other blocks are about to read.
   __device__ void store_pair(int32_t offset, int32_t first, int32_t second) const {
     if (narrow_) {
-      reinterpret_cast<Pair<int32_t>*>(at_)[offset / 2] = {first, second};
+      __stcs(reinterpret_cast<int2*>(at_) + offset / 2, int2{first, second});
     } else {
-      reinterpret_cast<Pair<int64_t>*>(at_)[offset / 2] = {first, second};
+      __stcs(reinterpret_cast<longlong2*>(at_) + offset / 2, longlong2{first, second});
     }
   }
 
@@ -103,7 +98,7 @@ __device__ void write_positions(const KernelArgs& a, const LaneOutputs& out, con
       out.input_ids.store_pair(at, ids[i], ids[i + 1]);
       if (a.labels) out.labels.store_pair(at, labels[i], labels[i + 1]);
       if (a.masked_indices) {
-        reinterpret_cast<Pair<uint8_t>*>(out.masked)[at / 2] = {masked[i], masked[i + 1]};
+        reinterpret_cast<uchar2*>(out.masked)[at / 2] = {masked[i], masked[i + 1]};
       }
     } else {
       out.input_ids.store(at, ids[i]);
