@@ -122,7 +122,7 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
                                     int64_t num_corpus_tokens) {
   CorruptInputs inputs = {};
   CorruptArgs& a = inputs.args;
-  Unpacker next(arguments, 30);
+  Unpacker next(arguments, 33);
   a.windows.tokens = next.address<const void>();
   a.windows.runs = next.runs();
   a.windows.token_type = static_cast<TokenType>(token_type);
@@ -148,7 +148,10 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
   a.seed_tensor = next.address<const uint64_t>();
   a.global_batch = next.integer();
   a.exact = next.integer() != 0;
+  a.weighs_counts = next.integer() != 0;
   a.stratified = next.integer() != 0;
+  a.time_low = next.as<float>();
+  a.time_span = next.as<float>();
   a.keep_share = static_cast<uint64_t>(next.integer());
   a.random_share = static_cast<uint64_t>(next.integer());
   a.coin_share = static_cast<uint64_t>(next.integer());

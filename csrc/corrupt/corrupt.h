@@ -42,7 +42,8 @@ struct CorruptArgs {
   uint64_t seed;
   const uint64_t* seed_tensor;  // [1], in place of seed, or null
   int64_t global_batch;
-  bool exact, stratified;
+  bool exact, weighs_counts, stratified;
+  float time_low, time_span;
   uint64_t keep_share, random_share, coin_share;  // kProbabilityOne stands for 1
 
   // Outputs. Ids, labels and row indices are int32 if `narrow`, else int64; null is not wanted.
@@ -109,11 +110,11 @@ NAR_HOST_DEVICE inline int32_t random_token(uint32_t word, int32_t num_tokens, i
 NAR_HOST_DEVICE inline void write_scalars(const CorruptArgs& a, int64_t b, uint32_t t16, int64_t n,
                                           int64_t k) {
   float weight = a.weight_table[t16];
-  if (a.exact) {
+  if (a.weighs_counts) {
     weight *= static_cast<float>(n);
     weight = k == 0 ? 0.0f : weight / static_cast<float>(k);
   }
-  a.times[b] = (static_cast<float>(t16) + 0.5f) / 65536.0f;
+  a.times[b] = a.time_low + a.time_span * ((static_cast<float>(t16) + 0.5f) / 65536.0f);
   a.loss_weight[b] = weight;
   a.num_masked[b] = k;
   a.num_maskable[b] = n;

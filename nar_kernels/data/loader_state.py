@@ -5,9 +5,10 @@ from typing import Any
 
 from nar_kernels.ops.masking import MaskingConfig
 
-# 1 said nothing of the masking at first, nor of what 2 adds.
-VERSION = 2
-_SAID_NOTHING = {"shift_epochs": False, "table_digest": None}
+# 1 said nothing of the masking at first, nor of what 2 adds; 2 nothing of what 3 adds.
+VERSION = 3
+_NEW_IN_2 = {"shift_epochs": False, "table_digest": None}
+_NEW_IN_3 = {"time_range": [0.0, 1.0], "weighting": "elbo"}
 
 _HOW = "make the loader with the arguments it had when the state was taken"
 
@@ -21,6 +22,8 @@ def masking_state(masking: MaskingConfig) -> dict[str, Any]:
         "schedule_digest": masking.schedule_digest,
         "draw": str(masking.draw),
         "times": str(masking.times),
+        "time_range": [*masking.time_range],
+        "weighting": str(masking.weighting),
         "never_mask_ids": sorted({int(i) for i in masking.never_mask_ids}),
         **{name: float(getattr(masking, name)) for name in shares},
     }
@@ -57,7 +60,9 @@ def check_continues(
             f"cannot continue: the state is of {len(theirs['sources'])} datasets, and here are "
             f"{len(ours['sources'])}"
         )
-    old = _SAID_NOTHING | masking_state(masking) if version == 1 else {}
+    old = _NEW_IN_2 | masking_state(masking) if version == 1 else {}
+    if version < 3:
+        old |= _NEW_IN_3
     _compare("", ours, theirs, old, corpora, repr(masking.schedule))
     for i, (one, two) in enumerate(
         zip(ours.get("sources", ()), theirs.get("sources", ()), strict=True)

@@ -72,7 +72,10 @@ class CorruptArgs(NamedTuple):
     seed_tensor: Tensor | None  # int64 [1], in place of seed
     global_batch: int
     exact: bool
+    weighs_counts: bool  # the loss weight has a factor of num_maskable / num_masked
     stratified: bool
+    time_low: float  # t16 stands for time_low + time_span * (t16 + 0.5) / 65536, in float32
+    time_span: float
     keep_share: int  # PROBABILITY_ONE stands for 1, here and in the two below
     random_share: int
     coin_share: int

@@ -380,7 +380,10 @@ def _arguments(
         seed_tensor,
         global_batch,
         masking.exact,
+        masking.weighs_counts,
         masking.stratified,
+        masking.time_low,
+        masking.time_span,
         *masking.shares,
         *wanted,
     )

@@ -15,6 +15,7 @@ from nar_kernels.checks import as_int, check_device
 from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.host_counts import HostCounts
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.spec.schedules import NUM_TIMES
 
 
 def check_record(
@@ -158,6 +159,20 @@ class Corrupted:
     def host_counts(self) -> Tensor | None:
         """int64 ``[B]`` on the CPU: ``num_masked``, if the host can know it without a sync."""
         return None if self.counts_on_host is None else self.counts_on_host()
+
+    @property
+    def quantised_times(self) -> Tensor:
+        """int64 ``[B]``: which of the 65536 times of the schedule's tables each sample has."""
+        share = (self.times - self.masking.time_low) / self.masking.time_span
+        return (share * NUM_TIMES).long().clamp(0, NUM_TIMES - 1)
+
+    @property
+    def p_mask(self) -> Tensor:
+        """float32 ``[B, L]``, of stride 0 along L: m(t), the probability with which a maskable
+        position of the sample is masked. Exact draws mask ``clamp(ceil(m(t) n), 1, n)`` of n."""
+        ratio = self.masking.tables(self.times.device)[0].index_select(0, self.quantised_times)
+        share = (ratio.long() & 0xFFFFFFFF).double() / 2**32
+        return share.float()[:, None].expand(self.input_ids.shape)
 
     @property
     def masked_rows(self) -> Tensor:

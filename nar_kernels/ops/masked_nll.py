@@ -21,10 +21,10 @@ from nar_kernels.ops.linear_nll import losses, losses_by_row, weighted_sum
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.vocab_parallel import is_dtensor, local_head
-from nar_kernels.spec.schedules import NUM_TIMES
 
-Reduction = Literal["nelbo", "mean", "none"]
+Reduction = Literal["nelbo", "mean", "token", "sequence", "batch", "none"]
 REDUCTIONS = get_args(Reduction)
+_BY_SAMPLE = ("sequence", "batch")  # these divide by the number of samples
 
 _NUMBERS = Tensor, float, int  # Dynamo of PyTorch 2.6 knows no unions of types
 
@@ -62,13 +62,21 @@ def masked_nll(
             first.
         corrupted: the batch: its masked rows, labels and loss weights.
         bias: ``[V]``, of any of these types; sharded as ``weight`` is.
-        reduction: ``"nelbo"`` is ``sum(loss_weight * nll) / num_maskable``, in expectation a bound
-            on the negative log-likelihood in nats per token. ``"mean"`` is the mean over masked
-            positions. ``"none"`` is ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
-        normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``) or
-            masked (``"mean"``) positions: that of the whole batch where this is a part of it
-            (:func:`count`). One positive number; on a GPU its value is not checked, to avoid a
-            sync.
+        reduction: what becomes of ``nll``, the losses of the masked positions.
+
+            * ``"nelbo"``: ``sum(loss_weight * nll)`` over the number of maskable positions, in
+              expectation a bound on the negative log-likelihood in nats per token.
+            * ``"token"``: the same sum and number for any loss weights, also of no bound.
+            * ``"sequence"``: ``sum(loss_weight * nll)`` of each sample over its own number of
+              maskable positions, then the mean over samples: each counts the same, however long its
+              answer is (LLaDA's loss of fine-tuning, arXiv:2502.09992).
+            * ``"batch"``: ``sum(loss_weight * nll)`` over the number of samples.
+            * ``"mean"``: the mean over masked positions, without weights.
+            * ``"none"``: ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
+        normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``,
+            ``"token"``) or masked (``"mean"``) positions or samples: that of the whole batch where
+            this is a part of it (:func:`count`). One positive number; on a GPU its value is not
+            checked, to avoid a sync.
         static_shapes: pad the masked rows to C, ``corrupted.row_capacity``, so that shapes do not
             depend on data: the host never waits for the device, and a CUDA graph can capture this.
             Padding adds exactly 0 to the loss and, if hidden states are finite, to every gradient.
@@ -79,8 +87,8 @@ def masked_nll(
     Returns:
         A scalar, ``[R]`` or ``[C]``; float32 (float64 if ``hidden`` is). 0 where nothing is masked.
 
-    Masked positions whose label was set to -100 count neither in the sum nor in the default
-    normalizer. Not twice differentiable.
+    Masked positions whose label was set to -100 count neither in the sum nor in a number of
+    positions. Not twice differentiable.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit each other; ``"nelbo"`` with the
@@ -116,7 +124,9 @@ def masked_nll(
             return _zero(losses_by_row(LinearNllArgs(*inputs), backend, shard), is_ignored)
         row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
         total = weighted_sum(LinearNllArgs(*inputs, row_weight), backend, shard)
-        if normalizer is None:
+        if normalizer is None and reduction in _BY_SAMPLE:
+            normalizer = count(corrupted, reduction)
+        elif normalizer is None:
             num_ignored = 0 if is_ignored is None else is_ignored.sum()
             num_padding = len(rows) - corrupted.num_masked.sum() if static_shapes else 0
             counted = _count(corrupted, reduction, num_ignored - num_padding)
@@ -204,18 +214,26 @@ def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
 
 
 def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
-    """int64 scalar on the device: how many positions are maskable (``"nelbo"``) or masked, without
-    those whose label was set to -100."""
+    """int64 scalar on the device: how many samples there are (``"sequence"``, ``"batch"``), or
+    positions that are maskable (``"nelbo"``, ``"token"``) or masked, without those whose label was
+    set to -100."""
+    if reduction in _BY_SAMPLE:
+        return corrupted.num_masked.new_full((), len(corrupted))
+    return _count(corrupted, reduction, _num_ignored(corrupted).sum())
+
+
+def _num_ignored(corrupted: Corrupted) -> Tensor:
+    """int64 ``[B]``: how many masked positions of each sample have the label -100."""
     corrupted.need("labels")
     is_ignored = corrupted.labels == IGNORE_INDEX
     if corrupted.masked_indices is not None:
-        return _count(corrupted, reduction, (is_ignored & corrupted.masked_indices).sum())
-    num_unmasked = corrupted.labels.numel() - corrupted.num_masked.sum()  # -100, too
-    return _count(corrupted, reduction, is_ignored.sum() - num_unmasked)
+        return (is_ignored & corrupted.masked_indices).sum(1)
+    num_unmasked = corrupted.labels.shape[1] - corrupted.num_masked  # -100, too
+    return is_ignored.sum(1) - num_unmasked
 
 
 def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor) -> Tensor:
-    counts = corrupted.num_maskable if reduction == "nelbo" else corrupted.num_masked
+    counts = corrupted.num_masked if reduction == "mean" else corrupted.num_maskable
     return counts.sum() - num_ignored
 
 
@@ -244,10 +262,13 @@ def _zero(values: Tensor, where: Tensor | None) -> Tensor:
 
 
 def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor:
-    """float32 ``[R]``: ``loss_weight`` at each masked row, or 1."""
+    """float32 ``[R]``: of each masked row, what its loss is multiplied by before the sum."""
     if reduction == "mean":
         return torch.ones_like(rows, dtype=torch.float32)
-    return corrupted.loss_weight.index_select(0, rows // corrupted.labels.shape[1])
+    weight = corrupted.loss_weight
+    if reduction == "sequence":
+        weight = weight / (corrupted.num_maskable - _num_ignored(corrupted)).clamp(min=1)
+    return weight.index_select(0, rows // corrupted.labels.shape[1])
 
 
 def _check(
@@ -293,7 +314,8 @@ def _check_reduction(
     static_shapes: bool,
 ) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}: it must be 'nelbo', 'mean' or 'none'")
+        names = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"reduction is {reduction!r}: it must be one of {names}")
     if reduction == "nelbo" and not corrupted.masking.is_bound:
         # Whether they are is read from the device: never with static shapes there.
         is_unread = static_shapes and not corrupted.loss_weight.is_cpu
@@ -318,9 +340,8 @@ def _check_reduction(
 def _weights_are_drawn(corrupted: Corrupted) -> bool:
     """Whether ``loss_weight`` is that of the schedule, not a user's own. Syncs."""
     masking = corrupted.masking
-    t16 = (corrupted.times * NUM_TIMES).long()
-    weight = masking.tables(corrupted.times.device)[1].index_select(0, t16)
-    if masking.exact:
+    weight = masking.tables(corrupted.times.device)[1].index_select(0, corrupted.quantised_times)
+    if masking.weighs_counts:
         weight = weight * corrupted.num_maskable / corrupted.num_masked.clamp(min=1)
     return torch.allclose(weight, corrupted.loss_weight)
 

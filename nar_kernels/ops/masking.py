@@ -10,11 +10,12 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_float, as_int
-from nar_kernels.spec.schedules import Schedule, ScheduleTable, resolve, tabulate
+from nar_kernels.spec.schedules import WHOLE_RANGE, Schedule, ScheduleTable, resolve, tabulate
 
 IGNORE_INDEX = -100
 
@@ -58,6 +59,13 @@ class MaskingConfig:
         times: ``"stratified"`` spreads the times of a global batch evenly over [0, 1), with a
             jitter per sample; ``"uniform"`` draws them independently. Either way, each sample's
             time is uniform.
+        time_range: the times that are drawn from, ``(low, high)`` with 0 <= low < high <= 1. Other
+            codes count time the other way, from 0 (clean) to 1: the ``eps`` of LLaDA is
+            ``(0, 1 - eps)`` here, ``sampling_eps_min`` and ``sampling_eps_max`` of BD3LM are
+            ``(1 - max, 1 - min)``, and so is the ``noise_range`` of dFactory. More than 0.001 off
+            an end, it gives no bound on the likelihood.
+        weighting: ``"elbo"``: the loss weights of the bound on the likelihood. ``"unit"``: 1, as
+            block diffusion over clipped times has it (BD3LM, dFactory, Fast-dLLM v2).
         no_replace_prob: fraction of the masked positions that keep their token (BERT: 0.1).
         random_token_prob: fraction of the masked positions that get a random token (BERT: 0.1),
             uniform over the vocabulary without ``mask_id``.
@@ -75,6 +83,8 @@ class MaskingConfig:
     schedule: str | Schedule = "linear"
     draw: Literal["exact", "bernoulli"] = "exact"
     times: Literal["stratified", "uniform"] = "stratified"
+    time_range: tuple[float, float] = WHOLE_RANGE
+    weighting: Literal["elbo", "unit"] = "elbo"
     no_replace_prob: float = 0.0
     random_token_prob: float = 0.0
     corruption_prob: float = 1.0
@@ -82,7 +92,8 @@ class MaskingConfig:
 
     # The schedule over the 65536 times, on the CPU.
     table: ScheduleTable = field(init=False, repr=False, compare=False)
-    # float32 [65536]: |m'| for exact draws (n / k comes later), |m'| / m for bernoulli ones.
+    # float32 [65536]: |m'| for exact draws (n / k comes later), |m'| / m for bernoulli ones; 1 with
+    # unit weights.
     weight_table: Tensor = field(init=False, repr=False, compare=False)
     # bool [V], true at never_mask_ids; None when there are none.
     never_mask_table: Tensor | None = field(init=False, repr=False, compare=False)
@@ -92,6 +103,10 @@ class MaskingConfig:
     )
     # no_replace_prob, random_token_prob and corruption_prob in units of 1 / PROBABILITY_ONE.
     shares: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+
+    # time_range as its start and length, rounded to float32, in which kernels compute times.
+    time_low: float = field(init=False, repr=False, compare=False)
+    time_span: float = field(init=False, repr=False, compare=False)
 
     # Whether loss_weight gives a bound on the likelihood.
     is_bound: bool = field(init=False, repr=False, compare=False)
@@ -108,9 +123,15 @@ class MaskingConfig:
         for name in ("num_tokens", "mask_id"):
             object.__setattr__(self, name, as_int(name, getattr(self, name)))
         check_vocabulary(self.num_tokens, self.mask_id)
-        for name, valid in (("draw", ("exact", "bernoulli")), ("times", ("stratified", "uniform"))):
+        choices = {
+            "draw": ("exact", "bernoulli"),
+            "times": ("stratified", "uniform"),
+            "weighting": ("elbo", "unit"),
+        }
+        for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of {valid}")
+        object.__setattr__(self, "time_range", _checked_range(self.time_range))
         for name in ("no_replace_prob", "random_token_prob", "corruption_prob"):
             object.__setattr__(self, name, as_float(name, getattr(self, name)))
             if not 0 <= getattr(self, name) <= 1:
@@ -130,12 +151,17 @@ class MaskingConfig:
             if not 0 <= i < self.num_tokens:
                 raise ValueError(f"never_mask_ids holds {i}, outside [0, {self.num_tokens})")
         # Precomputed as plain attributes, which torch.compile can trace.
-        object.__setattr__(self, "table", tabulate(self.schedule))
+        object.__setattr__(self, "table", tabulate(self.schedule, self.time_range))
         weight = self.table.exact_weight if self.exact else self.table.bernoulli_weight
+        if self.weighting == "unit":
+            weight = torch.ones_like(weight)
         object.__setattr__(self, "weight_table", weight)
         object.__setattr__(self, "never_mask_table", self._never_mask_table())
+        low, high = self.time_range
+        object.__setattr__(self, "time_low", float(np.float32(low)))
+        object.__setattr__(self, "time_span", float(np.float32(high - low)))
         object.__setattr__(self, "shares", self._shares())
-        object.__setattr__(self, "is_bound", self.table.is_bound)
+        object.__setattr__(self, "is_bound", self.table.is_bound and self.weighting == "elbo")
         object.__setattr__(self, "ratio_bounds", self.table.ratio_bounds(_NUM_PARTS))
 
     def _never_mask_table(self) -> Tensor | None:
@@ -208,16 +234,27 @@ class MaskingConfig:
         """m(t) at times in [0, 1]; for a callable, from its table."""
         if isinstance(self.schedule, str):
             return resolve(self.schedule)(t)
-        return self.table.at(t.double())
+        return self._whole_table.at(t.double())
+
+    @cached_property
+    def _whole_table(self) -> ScheduleTable:
+        return self.table if self.time_range == WHOLE_RANGE else tabulate(self.schedule)
 
     def check_bound(self) -> None:
-        """Raises ValueError if the schedule gives no bound on the likelihood."""
+        """Raises ValueError if the loss weights give no bound on the likelihood."""
+        if self.weighting == "unit":
+            raise ValueError(
+                "weighting is 'unit', which gives no bound on the likelihood: use another "
+                "reduction of the loss, or weighting='elbo'"
+            )
         if not self.is_bound:
             first, last = self.table.edges[0].item(), self.table.edges[-1].item()
             jumps = self.table.share_in_jumps
             how = f", {jumps:.0%} of it in jumps" if jumps > 0.01 else ""
+            low, high = self.time_range
             raise ValueError(
-                f"the mask ratio goes from {first:g} at t = 0 to {last:g} at t = 1{how}, but the "
+                f"the mask ratio goes from {first:g} at t = {low:g} to {last:g} at t = {high:g}"
+                f"{how}, but the "
                 "bound on the likelihood is an integral from 1 to 0 over its slope: use a smooth "
                 "schedule in float32 or float64 that spans this, or the mean over masked tokens "
                 "(masked_nll: reduction='mean', NonAutoregressiveWrapper: "
@@ -227,6 +264,12 @@ class MaskingConfig:
     @property
     def exact(self) -> bool:
         return self.draw == "exact"
+
+    @property
+    def weighs_counts(self) -> bool:
+        """Whether the loss weight of a sample of n maskable positions, k of them masked, has a
+        factor of n / k."""
+        return self.exact and self.weighting == "elbo"
 
     @property
     def stratified(self) -> bool:
@@ -259,6 +302,17 @@ class MaskingConfig:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MaskingConfig":
         return self  # frozen
+
+
+def _checked_range(value: Any) -> tuple[float, float]:
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        raise TypeError(f"time_range is {value!r}: it must be two times (low, high)") from None
+    low, high = as_float("time_range", low), as_float("time_range", high)
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"time_range is {(low, high)}: it must be 0 <= low < high <= 1")
+    return low, high
 
 
 def _rebuild(

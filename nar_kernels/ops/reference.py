@@ -196,7 +196,7 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
         input_ids.to(dtype),
         torch.where(masked, clean, IGNORE_INDEX).to(dtype) if a.labels else nothing.to(dtype),
         masked if a.masked_indices else nothing,
-        (t16.to(torch.float32) + 0.5) / NUM_TIMES,
+        a.time_low + a.time_span * ((t16.to(torch.float32) + 0.5) / NUM_TIMES),
         _loss_weight(a, t16, num_maskable, num_masked),
         num_masked,
         num_maskable,
@@ -243,7 +243,7 @@ def _random_tokens(a: CorruptArgs, seed: int, sample_ids: Tensor) -> Tensor:
 def _loss_weight(a: CorruptArgs, t16: Tensor, num_maskable: Tensor, num_masked: Tensor) -> Tensor:
     """float32 ``[B]``."""
     weight = a.weight_table[t16]
-    if not a.exact:
+    if not a.weighs_counts:
         return weight
     weight = weight * num_maskable.to(torch.float32) / num_masked.clamp(min=1).to(torch.float32)
     return weight.masked_fill(num_masked == 0, 0)

@@ -2,8 +2,9 @@
 
 ``t`` runs from 0 (everything masked, m = 1) to 1 (nothing masked, m = 0), as in MaskGIT (Chang et
 al. 2022, arXiv:2202.04200) and x-transformers. Times are quantised to 16 bits: ``t16`` in
-[0, 65536) stands for ``(t16 + 0.5) / 65536``. A schedule is tabulated once over them, in float64 on
-the host, so that every kernel supports any Python callable, and none evaluates a cosine.
+[0, 65536) stands for the share ``(t16 + 0.5) / 65536`` of the range of times, all of [0, 1] or a
+part. A schedule is tabulated once over them, in float64 on the host, so that every kernel supports
+any Python callable, and none evaluates a cosine.
 """
 
 import hashlib
@@ -67,14 +68,14 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 class ScheduleTable(NamedTuple):
-    """Lookup tables of a schedule over the 65536 times, indexed by ``t16``.
+    """Lookup tables of a schedule over 65536 times of a range, indexed by ``t16``.
 
     Attributes:
         ratio: int32 ``[65536]``, bit patterns of unsigned 0.32 fixed point: floor(m * 2**32), at
             most 2**32 - 1. Rounded down, so that ``ceil(m * n)`` is right for ratios such as 2/3.
         exact_weight: float32 ``[65536]``, |m'(t)|.
         bernoulli_weight: float32 ``[65536]``, |m'(t)| / m(t); 0 where m is 0.
-        edges: float64 ``[65537]``, m at the start of each time bin, and at t = 1.
+        edges: float64 ``[65537]``, m at the start of each time bin, and at the end of the range.
     """
 
     ratio: Tensor
@@ -83,7 +84,7 @@ class ScheduleTable(NamedTuple):
     edges: Tensor
 
     def at(self, t: Tensor) -> Tensor:
-        """float64: m at float64 times in [0, 1], by linear interpolation between the edges."""
+        """float64: m at float64 shares of the range, by linear interpolation between the edges."""
         place = t * NUM_TIMES
         i = place.long().clamp(max=NUM_TIMES - 1)
         left, right = self.edges[i], self.edges[i + 1]
@@ -154,30 +155,34 @@ def _evaluate(schedule: Schedule, t: Tensor) -> Tensor:
     return torch.tensor([float(schedule(x)) for x in t.tolist()], dtype=torch.float64, device="cpu")
 
 
-def tabulate(schedule: str | Schedule) -> ScheduleTable:
-    """Tabulates a schedule, with |m'| as the mean slope over each of the 65536 time bins.
+WHOLE_RANGE = 0.0, 1.0
+
+
+def tabulate(
+    schedule: str | Schedule, time_range: tuple[float, float] = WHOLE_RANGE
+) -> ScheduleTable:
+    """Tabulates a schedule over a range of times, with |m'| as the mean slope over each of its
+    65536 time bins.
 
     The mean slope needs no derivative of the callable, is finite where the derivative is not (sqrt
-    at 0, arccos at 1), and integrates exactly: to m(0) - m(1).
+    at 0, arccos at 1), and integrates exactly: to the fall of m over the range.
 
     Raises:
         ValueError: the schedule is not finite, leaves [0, 1], or increases.
     """
-    # Cache named schedules only: a callable may be stateful.
-    return _tabulate_named(schedule) if isinstance(schedule, str) else _tabulate(schedule)
+    tabulated = _tabulate_named if isinstance(schedule, str) else _tabulate
+    return tabulated(schedule, time_range)
 
 
-@lru_cache
-def _tabulate_named(name: str) -> ScheduleTable:
-    return _tabulate(name)
-
-
-def _tabulate(schedule: str | Schedule) -> ScheduleTable:
+def _tabulate(schedule: str | Schedule, time_range: tuple[float, float]) -> ScheduleTable:
     name = schedule if isinstance(schedule, str) else getattr(schedule, "__name__", repr(schedule))
     fn = resolve(schedule)
-    edges = torch.arange(NUM_TIMES + 1, dtype=torch.float64, device="cpu") / NUM_TIMES
+    low, high = time_range
+    span = high - low
+    shares = torch.arange(NUM_TIMES + 1, dtype=torch.float64, device="cpu") / NUM_TIMES
+    edges = low + span * shares
     m_edges = _evaluate(fn, edges)
-    m = _evaluate(fn, edges[:-1] + 0.5 / NUM_TIMES)
+    m = _evaluate(fn, low + span * (shares[:-1] + 0.5 / NUM_TIMES))
     for t, value in ((edges, m_edges), (edges[:-1], m)):
         # Tolerance for float32 schedules; values within it are clamped.
         bad = ~((value >= -1e-6) & (value <= 1 + 1e-6))
@@ -188,8 +193,8 @@ def _tabulate(schedule: str | Schedule) -> ScheduleTable:
                 "must be a finite number in [0, 1]"
             )
     m_edges, m = m_edges.clamp(0, 1), m.clamp(0, 1)
-    slope = (m_edges[:-1] - m_edges[1:]) * NUM_TIMES
-    if (slope < -1e-6 * NUM_TIMES).any():
+    slope = (m_edges[:-1] - m_edges[1:]) * (NUM_TIMES / span)
+    if (slope < -1e-6 * NUM_TIMES / span).any():
         i = int(slope.argmin())
         raise ValueError(
             f"schedule {name!r} increases at t = {edges[i].item()}: the mask ratio must fall from "
@@ -205,3 +210,7 @@ def _tabulate(schedule: str | Schedule) -> ScheduleTable:
         bernoulli_weight=torch.where(fixed > 0, slope / ratio, 0.0).to(torch.float32),
         edges=m_edges,
     )
+
+
+# Named schedules only: a callable may be stateful.
+_tabulate_named = lru_cache(_tabulate)

@@ -20,7 +20,7 @@ BACKENDS_AND_DTYPES = [
     for dtype in NLL_DTYPES[name]
 ]
 
-REDUCTIONS = ["nelbo", "mean", "none"]
+REDUCTIONS = ["nelbo", "mean", "sequence", "batch", "none"]
 
 # The largest error, as a part of the largest value.
 TOLERANCE = {
@@ -62,9 +62,17 @@ def cross_entropy(hidden, weight, corrupted, *, bias=None, reduction="nelbo", no
     nll = F.cross_entropy(logits, corrupted.labels.flatten()[rows], reduction="none")
     if reduction == "none":
         return nll
+    sample = rows // corrupted.labels.shape[1]
+    if reduction in ("sequence", "batch"):
+        ignored = (corrupted.masked_indices & (corrupted.labels == -100)).sum(1)
+        lengths = (corrupted.num_maskable - ignored).tolist()
+        total = nll.sum() * 0
+        for b, length in enumerate(lengths):
+            of_sample = corrupted.loss_weight[b].to(nll) * nll[sample == b].sum()
+            total = total + of_sample / (max(length, 1) if reduction == "sequence" else 1)
+        return total / (max(len(lengths), 1) if normalizer is None else normalizer)
     counts = corrupted.num_masked if reduction == "mean" else corrupted.num_maskable
     normalizer = max(int(counts.sum()), 1) if normalizer is None else normalizer
-    sample = rows // corrupted.labels.shape[1]
     w = torch.ones_like(nll) if reduction == "mean" else corrupted.loss_weight.to(nll)[sample]
     return (w * nll).sum() / normalizer
 

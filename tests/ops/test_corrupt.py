@@ -118,6 +118,8 @@ def test_equals_reference(length, draw, backend, poisoned_outputs):
             draw=draw,
             times=times,
             schedule=rng.choice(["linear", "cosine", "sqrt", "arccos"]),
+            time_range=rng.choice([(0, 1), (0, 0.999), (0.2, 0.7)]),
+            weighting=of_kernel.choice(["elbo", "elbo", "unit"]),
             no_replace_prob=keep,
             random_token_prob=rand,
             corruption_prob=coin,

@@ -548,7 +548,7 @@ def test_memory(function, reduction, rows_of_a_chunk):
 # ---- parts of a batch
 
 
-@pytest.mark.parametrize("reduction", ["nelbo", "mean"])
+@pytest.mark.parametrize("reduction", ["nelbo", "mean", "sequence", "batch"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -583,6 +583,8 @@ def test_count():
     for name, counts in ("nelbo", corrupted.num_maskable), ("mean", corrupted.num_masked):
         got = loss.count(corrupted, name)
         assert got.dtype == torch.int64 and got.shape == () and got == counts.sum()
+    for name in ("sequence", "batch"):
+        assert loss.count(corrupted, name) == 5
     nothing = corrupted_batch(maskable=torch.zeros(3, 7, dtype=torch.bool))
     assert loss.count(nothing, "nelbo") == loss.count(nothing, "mean") == 1
 
@@ -614,7 +616,7 @@ H, W, BIAS = torch.zeros(3, 7, 5), torch.zeros(11, 5), torch.zeros(11)
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(reduction="sum"), ValueError, "reduction is 'sum'.*'nelbo', 'mean' or 'none'"),
+        (dict(reduction="sum"), ValueError, "reduction is 'sum'.*one of 'nelbo', 'mean', 'token'"),
         (dict(hidden=H.view(21, 5)), ValueError, r"hidden has shape \[21, 5\].*\[3, 7, D\]"),
         (dict(hidden=H[:2]), ValueError, r"hidden has shape \[2, 7, 5\].*\[3, 7, D\]"),
         (dict(hidden=H[:, :6]), ValueError, r"hidden has shape \[3, 6, 5\].*\[3, 7, D\]"),

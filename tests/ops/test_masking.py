@@ -6,11 +6,12 @@ from dataclasses import fields
 from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nar_kernels import MaskingConfig
+from nar_kernels import MaskingConfig, corrupt
 from nar_kernels.spec.schedules import SCHEDULES
 
 CORRECT = {
@@ -19,6 +20,8 @@ CORRECT = {
     "schedule": st.sampled_from([*SCHEDULES]),
     "draw": st.sampled_from(["exact", "bernoulli"]),
     "times": st.sampled_from(["stratified", "uniform"]),
+    "time_range": st.sampled_from([(0, 1), [0.2, 0.7], np.array([0.0, 0.999]), (0.3, 0.3001)]),
+    "weighting": st.sampled_from(["elbo", "unit"]),
     "no_replace_prob": st.sampled_from([0, 0.1, 0.5, 1.0, np.float32(0.25), Fraction(1, 3)]),
     "random_token_prob": st.sampled_from([0, 0.1, 0.5, 1, np.float32(0.25)]),
     "corruption_prob": st.floats(0, 1),
@@ -57,8 +60,72 @@ def test_any_configuration_is_valid_or_named(correct, wrong):
     assert all(0 <= i < masking.num_tokens for i in masking.never_mask_ids)
     for name, value in values.items():
         kept = getattr(masking, name)
-        wanted = {"never_mask_ids": tuple, **dict.fromkeys(PROBABILITIES, float)}.get(name)
+        tuples = dict.fromkeys(("never_mask_ids", "time_range"), tuple)
+        wanted = {**tuples, **dict.fromkeys(PROBABILITIES, float)}.get(name)
         assert kept == (wanted(value) if wanted else value)
     for again in (pickle.loads(pickle.dumps(masking)), copy.deepcopy(masking)):
         assert again == masking and again.masks_like(masking)
         assert again.shares == masking.shares
+
+
+@pytest.mark.parametrize(
+    "value, error, message",
+    [
+        ((0.5, 0.5), ValueError, r"time_range is \(0.5, 0.5\): it must be 0 <= low < high <= 1"),
+        ((-0.1, 1), ValueError, "0 <= low < high <= 1"),
+        ((0, float("nan")), (TypeError, ValueError), "time_range is"),
+        (0.5, TypeError, r"time_range is 0.5: it must be two times \(low, high\)"),
+        ((0, 0.5, 1), TypeError, "it must be two times"),
+    ],
+)
+def test_a_wrong_range_of_times(value, error, message):
+    with pytest.raises(error, match=message):
+        MaskingConfig(9, 8, time_range=value)
+
+
+def test_which_weights_give_a_bound():
+    assert MaskingConfig(9, 8, time_range=(0, 0.999)).is_bound
+    for options in (dict(time_range=(0.2, 1)), dict(weighting="unit")):
+        assert not MaskingConfig(9, 8, **options).is_bound
+    with pytest.raises(ValueError, match=r"from 0.8 at t = 0.2 to 0 at t = 1, but the"):
+        MaskingConfig(9, 8, time_range=(0.2, 1)).check_bound()
+
+
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+@pytest.mark.parametrize("eps", [1e-3, 0.3])
+def test_a_range_is_the_eps_of_llada(draw, eps):
+    """p = (1 - eps) t + eps, of a t that is uniform over (0, 1)."""
+    masking = MaskingConfig(9, 8, draw=draw, time_range=(0, 1 - eps))
+    batch = corrupt(torch.zeros(4096, 200, dtype=torch.int64), masking, seed=1)
+    t = (batch.p_mask[:, 0].double() - eps) / (1 - eps)
+    assert -1e-5 < t.min() < 0.001 and 0.999 < t.max() < 1 + 1e-5
+    assert abs(t.mean() - 0.5) < 1e-3
+    assert torch.allclose(batch.p_mask[:, 0], 1 - batch.times, atol=1e-6)
+    assert batch.p_mask.shape == (4096, 200) and batch.p_mask.stride(1) == 0
+    assert abs(batch.num_masked.sum() / (batch.p_mask.sum()) - 1) < 0.02
+    if draw == "bernoulli":
+        assert torch.allclose(batch.loss_weight, 1 / batch.p_mask[:, 0], rtol=1e-4)
+    else:
+        assert torch.allclose(batch.loss_weight, 200 / batch.num_masked, rtol=1e-4)
+
+
+def test_unit_weights():
+    ids = torch.zeros(64, 50, dtype=torch.int64)
+    for draw in ("exact", "bernoulli"):
+        batch = corrupt(ids, MaskingConfig(9, 8, draw=draw, weighting="unit"), seed=1)
+        elbo = corrupt(ids, MaskingConfig(9, 8, draw=draw), seed=1)
+        assert torch.equal(batch.loss_weight, torch.ones(64))
+        assert torch.equal(batch.input_ids, elbo.input_ids)
+
+
+def test_ratios_outside_of_the_range():
+    """Decoding goes through all times, whatever was trained on."""
+    for schedule in ("cosine", half_cosine):
+        part = MaskingConfig(9, 8, schedule=schedule, time_range=(0.2, 0.4))
+        t = torch.linspace(0, 1, 11)
+        whole = MaskingConfig(9, 8, schedule=schedule)
+        assert torch.allclose(part.ratio_at(t).double(), whole.ratio_at(t).double(), atol=1e-9)
+
+
+def half_cosine(t):
+    return torch.cos(t * torch.pi / 2)

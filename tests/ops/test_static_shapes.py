@@ -249,7 +249,7 @@ def test_what_is_not_masked_is_not_read(reduction):
     assert not gradients[0][~corrupted.masked_indices].any()
 
 
-@pytest.mark.parametrize("reduction", ["nelbo", "mean"])
+@pytest.mark.parametrize("reduction", ["nelbo", "mean", "sequence"])
 def test_ignored_labels_are_not_counted(reduction):
     batch = corrupted_batch()
     batch.labels[:, :3] = -100

@@ -50,6 +50,21 @@ def test_weights_against_autograd(name):
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_of_a_part_of_time(name):
+    """Has the ratios and slopes of the whole one at the same times."""
+    low, high = 0.25, 0.5
+    part, whole = tabulate(name, (low, high)), tabulate(name)
+    times = low + (high - low) * (torch.arange(NUM_TIMES, dtype=torch.float64) + 0.5) / NUM_TIMES
+    ratio = ratio_of(part)
+    assert (ratio - whole.at(times)).abs().max() < 1e-9
+    assert part.edges[0] == whole.edges[NUM_TIMES // 4]
+    assert part.edges[-1] == whole.edges[NUM_TIMES // 2]
+    of_whole = whole.exact_weight[NUM_TIMES // 4 : NUM_TIMES // 2].repeat_interleave(4)
+    assert torch.allclose(part.exact_weight, of_whole, rtol=1e-4, atol=1e-5)
+    assert not part.is_bound
+
+
 def test_closed_forms_of_the_weights():
     linear, cosine = tabulate("linear").bernoulli_weight, tabulate("cosine").bernoulli_weight
     inside = T < 0.999

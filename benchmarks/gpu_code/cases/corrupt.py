@@ -200,6 +200,8 @@ SCALARS = {
     "keep_share": "i64",
     "random_share": "i64",
     "coin_share": "i64",
+    "time_low": "fp32",
+    "time_span": "fp32",
 }
 OPTIONAL = {"starts", "sample_ids", "step", "maskable", "never_mask", "seed_tensor"}
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
@@ -248,6 +250,7 @@ def triton_cases() -> list[TritonCase]:
         types = {"tokens": ids} | POINTERS | SCALARS
         types = {k: v for k, v in types.items() if k not in OPTIONAL - {*given}}
         arguments = STEP._replace(**changes)
+        arguments = arguments._replace(weighs_counts=arguments.exact)
         options = corrupt.launch_options(arguments)
         work = _triton_work(options, arguments.seq_len, ids, given)
         kernel = corrupt.corrupt_kernel

@@ -362,14 +362,14 @@ def _rows_before(record, index, WINDOW: tl.constexpr):
 
 @triton.jit
 def _write_scalars(
-    times, loss_weight, num_masked, num_maskable, weight_table, index, time, n, count,
-    EXACT: tl.constexpr,
+    times, loss_weight, num_masked, num_maskable, weight_table, index, time, time_low, time_span,
+    n, count, WEIGHS_COUNTS: tl.constexpr,
 ):  # fmt: skip
     weight = tl.load(weight_table + time)
-    if EXACT:
+    if WEIGHS_COUNTS:
         weight = tl.div_rn(weight * n.to(tl.float32), tl.maximum(count, 1).to(tl.float32))
         weight = tl.where(count == 0, 0.0, weight)
-    tl.store(times + index, (time.to(tl.float32) + 0.5) / 65536)
+    tl.store(times + index, time_low + time_span * ((time.to(tl.float32) + 0.5) / 65536))
     tl.store(loss_weight + index, weight)
     tl.store(num_masked + index, count.to(tl.int64))
     tl.store(num_maskable + index, n.to(tl.int64))
@@ -436,7 +436,7 @@ def _write_positions(
 # has another width.
 _VARYING = [
     "seed", "num_corpus_tokens", "num_tokens", "mask_id", "first_sample", "num_windows", "phase",
-    "stride", "global_batch", "keep_share", "random_share", "coin_share",
+    "stride", "global_batch", "keep_share", "random_share", "coin_share", "time_low", "time_span",
 ]  # fmt: skip
 
 
@@ -447,8 +447,10 @@ def corrupt_kernel(
     num_maskable, rows, record, num_corpus_tokens: tl.int64, seq_len, num_tokens, mask_id,
     first_sample: tl.int64, num_windows: tl.int64, phase: tl.int64, stride: tl.int64,
     global_batch: tl.int64, keep_share: tl.int64, random_share: tl.int64, coin_share: tl.int64,
+    time_low: tl.float32, time_span: tl.float32,
     ORDERED: tl.constexpr, SHUFFLE: tl.constexpr, EXACT: tl.constexpr, STRATIFIED: tl.constexpr,
-    RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr, LOOK_BACK: tl.constexpr,
+    WEIGHS_COUNTS: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr,
+    LOOK_BACK: tl.constexpr,
 ):  # fmt: skip
     """One row. Arguments as in ``CorruptArgs``; ``record`` is the workspace, zeros.
 
@@ -489,8 +491,9 @@ def corrupt_kernel(
         count = _bernoulli_count(row, held, ratio, TILE)
         _publish(record, index, _OWN, count)
     _write_scalars(
-        times, loss_weight, num_masked, num_maskable, weight_table, index, time, n, count, EXACT
-    )
+        times, loss_weight, num_masked, num_maskable, weight_table, index, time, time_low,
+        time_span, n, count, WEIGHS_COUNTS,
+    )  # fmt: skip
 
     before = tl.zeros((), tl.int64)
     if rows is not None:
@@ -516,6 +519,7 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
         "SHUFFLE": a.shuffle and a.num_windows > 0,
         "EXACT": a.exact,
         "STRATIFIED": a.stratified,
+        "WEIGHS_COUNTS": a.weighs_counts,
         "RANKS": 3 if a.keep_share or a.random_share else 1,
         "TILE": tile,
         "FITS": fits,
@@ -537,7 +541,7 @@ def kernel_arguments(outputs: tuple[Tensor, ...], a: CorruptArgs) -> tuple[Any, 
         masked_indices if a.masked_indices else None, *of_rows,
         row_buffer if a.masked_rows else None, record, a.tokens.numel(),
         a.seq_len, a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride,
-        a.global_batch, a.keep_share, a.random_share, a.coin_share,
+        a.global_batch, a.keep_share, a.random_share, a.coin_share, a.time_low, a.time_span,
     )  # fmt: skip
 
 
@@ -552,5 +556,6 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     corrupts = bool(a.keep_share or a.random_share)
     order = a.num_windows > 0, a.shuffle
     wanted = a.narrow, a.labels, a.masked_indices, a.masked_rows
-    variant = device, a.tokens.dtype, order, a.exact, a.stratified, corrupts, wanted
+    draw = a.exact, a.weighs_counts, a.stratified, corrupts
+    variant = device, a.tokens.dtype, order, draw, wanted
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))

@@ -1,0 +1,130 @@
+"""Reductions of the loss against what other codes compute from a mask, its probabilities and the
+losses of all positions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nar_kernels import MaskingConfig, corrupt, masked_nll
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masked_nll import count
+
+B, L, V, D = 5, 24, 40, 8
+MASK = V - 1
+PROMPTS = torch.tensor([0, 3, 17, 11, 18])
+
+
+class Theirs:
+    """A batch that another code has masked: prompts are given, p is its probability of each row."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(0, MASK, (B, L), generator=generator)
+        self.supervised = torch.arange(L) >= PROMPTS[:, None]
+        t = 0.5 + torch.rand(B, generator=generator, dtype=torch.float64) / 2
+        self.p = ((1 - eps) * t + eps)[:, None].expand(B, L)
+        self.masked = (torch.rand(B, L, generator=generator) < self.p) & self.supervised
+        assert self.masked.any(1).all()
+        self.hidden = torch.randn(B, L, D, generator=generator, dtype=torch.float64)
+        self.head = torch.randn(V, D, generator=generator, dtype=torch.float64)
+        self.ce = F.cross_entropy((self.hidden @ self.head.T).flatten(0, 1), self.ids.flatten(),
+                                  reduction="none").view(B, L)  # fmt: skip
+
+    def ours(self) -> Corrupted:
+        """The same mask as a batch of ours."""
+        batch = corrupt(self.ids, MaskingConfig(V, MASK), seed=0)
+        rows = self.masked.flatten().nonzero().flatten()
+        return replace(
+            batch,
+            input_ids=self.ids.masked_fill(self.masked, MASK),
+            labels=self.ids.masked_fill(~self.masked, -100),
+            masked_indices=self.masked,
+            num_masked=self.masked.sum(1),
+            num_maskable=self.supervised.sum(1),
+            loss_weight=(1 / self.p[:, 0]).float(),
+            row_buffer=torch.cat([rows, rows.new_zeros(B * L - len(rows))]),
+            num_strata=0,
+        )
+
+
+def nemo(of: Theirs) -> torch.Tensor:
+    """MDLM loss of NeMo: over the supervised tokens of the global batch."""
+    return (of.ce * of.masked / of.p).sum() / of.supervised.sum()
+
+
+def dllm(of: Theirs, loss_norm_type: str) -> torch.Tensor:
+    """The loss of dLLM's MDLMTrainer."""
+    token_nll = of.ce * of.masked / of.p
+    if loss_norm_type == "token":
+        token_nll = token_nll / of.supervised.sum()
+    elif loss_norm_type == "sequence":
+        token_nll = token_nll / (of.supervised.sum(-1, keepdim=True) * B)
+    else:
+        token_nll = token_nll / B
+    return token_nll.sum()
+
+
+def llada_sft(of: Theirs) -> torch.Tensor:
+    """LLaDA's guidelines for fine-tuning."""
+    answer_lengths = (L - PROMPTS)[:, None].expand(B, L)
+    token_loss = of.ce[of.masked] / of.p[of.masked]
+    return (token_loss / answer_lengths[of.masked]).sum() / B
+
+
+THEIRS = {
+    "NeMo": (nemo, "token"),
+    "dLLM, token": (lambda of: dllm(of, "token"), "token"),
+    "dLLM, sequence": (lambda of: dllm(of, "sequence"), "sequence"),
+    "dLLM, batch": (lambda of: dllm(of, "batch"), "batch"),
+    "LLaDA": (llada_sft, "sequence"),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_equals_the_loss_of(name: str) -> None:
+    formula, reduction = THEIRS[name]
+    of = Theirs()
+    got = masked_nll(of.hidden, of.head, of.ours(), reduction=reduction)
+    assert abs(got / formula(of) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "batch"])
+def test_parts_of_a_batch_add_up(reduction: str) -> None:
+    """Of gradient accumulation, or of ranks: each divides by the count of the whole."""
+    of = Theirs()
+    whole = of.ours()
+    expected = masked_nll(of.hidden, of.head, whole, reduction=reduction)
+    divisor = count(whole, reduction)
+    parts = (
+        masked_nll(
+            of.hidden[i : i + 2], of.head, whole[i : i + 2], reduction=reduction, normalizer=divisor
+        )  # fmt: skip
+        for i in range(0, B, 2)
+    )
+    assert abs(sum(parts) / expected - 1) < 1e-12
+
+
+@pytest.mark.parametrize("sample", range(B))
+def test_an_answer_counts_the_same_whatever_its_length(sample: int) -> None:
+    """Of one answer alone, where every token has the same loss; `token` weighs it by its length."""
+    of = Theirs()
+    weight = of.supervised.sum(1) / of.masked.sum(1) * (torch.arange(B) == sample)
+    batch = replace(of.ours(), loss_weight=weight.float())
+    hidden, each = torch.zeros_like(of.hidden), torch.tensor(float(V)).log()
+    got = masked_nll(hidden, of.head, batch, reduction="sequence")
+    assert abs(got - each / B) < 1e-6
+    got = masked_nll(hidden, of.head, batch, reduction="token")
+    assert abs(got - each * of.supervised[sample].sum() / of.supervised.sum()) < 1e-6
+
+
+def test_token_needs_no_bound() -> None:
+    of = Theirs()
+    ids, masking = of.ids, MaskingConfig(V, MASK, weighting="unit", time_range=(0.2, 0.7))
+    batch = corrupt(ids, masking, seed=1, maskable=of.supervised)
+    nll = masked_nll(of.hidden, of.head, batch, reduction="none")
+    got = masked_nll(of.hidden, of.head, batch, reduction="token")
+    assert abs(got / (nll.sum() / of.supervised.sum()) - 1) < 1e-12
+    with pytest.raises(ValueError, match="weighting is 'unit', which gives no bound"):
+        masked_nll(of.hidden, of.head, batch, reduction="nelbo")
