@@ -122,7 +122,7 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
                                     int64_t num_corpus_tokens) {
   CorruptInputs inputs = {};
   CorruptArgs& a = inputs.args;
-  Unpacker next(arguments, 33);
+  Unpacker next(arguments, 35);
   a.windows.tokens = next.address<const void>();
   a.windows.runs = next.runs();
   a.windows.token_type = static_cast<TokenType>(token_type);
@@ -140,7 +140,9 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
   a.order.phase = next.integer();
   a.order.stride = next.integer();
   a.order.shuffle = next.integer() != 0;
-  a.maskable = next.address<const uint8_t>();
+  a.maskable = next.address<const void>();
+  a.maskable_bytes = static_cast<int>(next.integer());
+  a.prompt_lengths = next.address<const int64_t>();
   a.ratio_table = next.address<const uint32_t>();
   a.weight_table = next.address<const float>();
   a.never_mask = next.address<const uint8_t>();

@@ -226,6 +226,9 @@ class NonAutoregressiveWrapper(nn.Module):
         seed: int | Tensor | None = None,
         normalizer: float | Tensor | None = None,
         maskable: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
         static_shapes: bool = False,
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -248,7 +251,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 r, r + W, ...: ranks with the same seed draw different masks.
             normalizer: divide the generator's loss by this, instead of the count of maskable (or
                 masked, if the loss is the mean) positions.
-            maskable: bool ``[B, L]``, positions that may be masked, such as answers; for clean ids.
+            maskable, labels, loss_mask, prompt_lengths: which positions may be masked, such as
+                those of answers; for clean ids. As in :func:`nar_kernels.corrupt`.
             static_shapes: of the loss, as in :func:`nar_kernels.masked_nll`.
             kwargs: for the net, if its ``forward`` declares them.
             net_kwargs: for the net, which takes them as ``**kwargs``.
@@ -265,7 +269,13 @@ class NonAutoregressiveWrapper(nn.Module):
             raise ValueError("only_train_generator and only_train_critic exclude each other")
         kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _FORWARD_ARGUMENTS)
         seed = _draw_seed() if seed is None else as_int("seed", seed)
-        corrupted = self._corrupted(x, maskable, seed)
+        supervised = {
+            "maskable": maskable,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "prompt_lengths": prompt_lengths,
+        }
+        corrupted = self._corrupted(x, supervised, seed)
         with ModeLocks(self.net, self.token_critic):
             return self._losses(
                 corrupted,
@@ -339,7 +349,7 @@ class NonAutoregressiveWrapper(nn.Module):
     def _corrupted(
         self,
         x: Tensor | Corrupted,
-        maskable: Tensor | None,
+        supervised: dict[str, Tensor | None],
         seed: int,
     ) -> Corrupted:
         ids = x.input_ids if isinstance(x, Corrupted) else x
@@ -353,10 +363,11 @@ class NonAutoregressiveWrapper(nn.Module):
                 "of exactly the net's max_seq_len"
             )
         if isinstance(x, Corrupted):
-            if maskable is not None:
+            given = [name for name, tensor in supervised.items() if tensor is not None]
+            if given:
                 raise ValueError(
-                    "maskable was given with a batch that is corrupted already: pass it to what "
-                    "made that, nar_kernels.corrupt(..., maskable=...)"
+                    f"{given[0]} was given with a batch that is corrupted already: pass it to what "
+                    f"made that, nar_kernels.corrupt(..., {given[0]}=...)"
                 )
             got = x.masking.num_tokens, x.masking.mask_id
             if got != (self.num_tokens, self.mask_id):
@@ -375,8 +386,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 seed=seed,
                 sample_ids=slots,
                 global_batch=max(batch, 1) * world_size,
-                maskable=maskable,
                 backend=self.backend,
+                **supervised,  # type: ignore[arg-type]
             )
         if not ids.is_cuda:
             corrupted.raise_if_invalid()

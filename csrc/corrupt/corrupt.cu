@@ -13,9 +13,7 @@ namespace nar {
 namespace {
 
 // How many positions a row masks is known once its time is.
-__device__ bool counts_are_known(const KernelArgs& a) {
-  return a.exact && !a.maskable && !a.never_mask;
-}
+__device__ bool counts_are_known(const KernelArgs& a) { return a.exact && !is_restricted(a); }
 
 // The warp of a block that works on no row.
 __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
@@ -119,7 +117,7 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
   tiles.load_ahead();
 
   int32_t n = row.length;
-  if (a.maskable || a.never_mask) {
+  if (is_restricted(a)) {
     uint32_t can_mask[1] = {tiles.exclude()};
     team.sum(can_mask);
     n = static_cast<int32_t>(can_mask[0]);

@@ -34,11 +34,13 @@ struct CorruptArgs {
   WindowOrder order;
   const int64_t* sample_ids;  // [batch], or null: first_sample, first_sample + 1, ...
   int64_t first_sample;
-  const int64_t* step;          // [1], adds step * global_batch to first_sample; or null
-  const uint8_t* maskable;      // [batch, seq_len] or null
-  const uint32_t* ratio_table;  // [65536], 0.32 fixed point
-  const float* weight_table;    // [65536]
-  const uint8_t* never_mask;    // [num_tokens] or null
+  const int64_t* step;            // [1], adds step * global_batch to first_sample; or null
+  const void* maskable;           // [batch, seq_len] or null
+  int maskable_bytes;             // 1: flags; 4, 8: labels, of which kIgnoreIndex may not be masked
+  const int64_t* prompt_lengths;  // [batch] or null
+  const uint32_t* ratio_table;    // [65536], 0.32 fixed point
+  const float* weight_table;      // [65536]
+  const uint8_t* never_mask;      // [num_tokens] or null
   uint64_t seed;
   const uint64_t* seed_tensor;  // [1], in place of seed, or null
   int64_t global_batch;
@@ -71,6 +73,23 @@ namespace {
 NAR_HOST_DEVICE inline uint32_t stratified_time(uint64_t stratum, uint32_t word,
                                                 uint64_t global_batch) {
   return static_cast<uint32_t>(((stratum << 16) + (word >> 16)) / global_batch);
+}
+
+// Whether some positions may not be masked, for all that is known of the arguments.
+NAR_HOST_DEVICE inline bool is_restricted(const CorruptArgs& a) {
+  return a.maskable || a.prompt_lengths || a.never_mask;
+}
+
+// Whether position i of row b may be masked, whatever its id.
+NAR_HOST_DEVICE inline bool may_mask(const CorruptArgs& a, int64_t b, int64_t i) {
+  if (a.prompt_lengths && i < a.prompt_lengths[b]) return false;
+  if (!a.maskable) return true;
+  const int64_t at = b * a.windows.seq_len + i;
+  switch (a.maskable_bytes) {
+    case 1: return static_cast<const uint8_t*>(a.maskable)[at] != 0;
+    case 4: return static_cast<const int32_t*>(a.maskable)[at] != kIgnoreIndex;
+    default: return static_cast<const int64_t*>(a.maskable)[at] != kIgnoreIndex;
+  }
 }
 
 // How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.

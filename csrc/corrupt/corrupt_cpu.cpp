@@ -75,7 +75,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
 
   // Prefix sums of the counts, where those are known before anything is drawn. Otherwise row
   // indices are written at the end, from the masks of all rows.
-  const bool counts_known = a.exact && !a.maskable && !a.never_mask;
+  const bool counts_known = a.exact && !is_restricted(a);
   std::unique_ptr<uint8_t[]> masks;
   if (a.row_buffer && !counts_known && !a.masked_indices) {
     masks.reset(new uint8_t[batch * seq_len]);

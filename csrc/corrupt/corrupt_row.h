@@ -14,17 +14,37 @@
 namespace nar {
 namespace {
 
+template <typename T>
+void differ_from(const void* values, T given, int64_t first, int64_t length, uint8_t* can_mask) {
+  const T* of_row = static_cast<const T*>(values) + first;
+  for (int64_t i = 0; i < length; ++i) can_mask[i] = of_row[i] != given;
+}
+
+// Which positions of a row may be masked, whatever their ids: may_mask of all of them.
+void find_maskable(const CorruptArgs& a, int64_t b, uint8_t* can_mask) {
+  const int64_t length = a.windows.seq_len, first = b * length;
+  switch (a.maskable ? a.maskable_bytes : 0) {
+    case 0: std::fill(can_mask, can_mask + length, uint8_t{1}); break;
+    case 1: differ_from<uint8_t>(a.maskable, 0, first, length, can_mask); break;
+    case 4: differ_from<int32_t>(a.maskable, kIgnoreIndex, first, length, can_mask); break;
+    default: differ_from<int64_t>(a.maskable, kIgnoreIndex, first, length, can_mask);
+  }
+  if (!a.prompt_lengths) return;
+  const int64_t prompt = std::min(std::max(a.prompt_lengths[b], int64_t{0}), length);
+  std::fill(can_mask, can_mask + prompt, uint8_t{0});
+}
+
 // Finds the maskable positions and returns their number. The other keys become the largest, so
 // that no bound selects them.
 int64_t exclude_keys(const CorruptArgs& a, int64_t b, const int32_t* clean, uint8_t* can_mask,
                      uint32_t* keys) {
-  const uint8_t* maskable = a.maskable ? a.maskable + b * a.windows.seq_len : nullptr;
+  const int64_t length = a.windows.seq_len;
+  find_maskable(a, b, can_mask);
+  for (int64_t i = 0; a.never_mask && i < length; ++i) can_mask[i] &= !a.never_mask[clean[i]];
   int64_t n = 0;
-  for (int64_t i = 0; i < a.windows.seq_len; ++i) {
-    const bool can = (!maskable || maskable[i]) && !(a.never_mask && a.never_mask[clean[i]]);
-    can_mask[i] = can;
-    if (!can) keys[i] = 0xFFFFFFFF;
-    n += can;
+  for (int64_t i = 0; i < length; ++i) {
+    keys[i] |= can_mask[i] - 1u;
+    n += can_mask[i];
   }
   return n;
 }
@@ -121,7 +141,7 @@ void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch
   const int64_t length = a.windows.seq_len;
   load_row(a.windows, b, scratch.clean, scratch.window, invalid);
   fill_words(scratch.keys, length, a.seed, kMaskKey, a.sample(b));
-  const bool all_maskable = !a.maskable && !a.never_mask;
+  const bool all_maskable = !is_restricted(a);
   const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
   const int64_t n =
       all_maskable ? length : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);

@@ -64,7 +64,10 @@ class CorruptArgs(NamedTuple):
     phase: int
     stride: int
     shuffle: bool
-    maskable: Tensor | None  # bool [B, L]
+    # [B, L], elements of maskable_bytes: 1 for flags, else labels, of which -100 is not maskable.
+    maskable: Tensor | None
+    maskable_bytes: int
+    prompt_lengths: Tensor | None  # int64 [B], positions before it are not maskable
     ratio_table: Tensor  # uint32 [65536]; all outputs go to its device
     weight_table: Tensor  # float32 [65536]
     never_mask: Tensor | None  # bool [V]

@@ -16,6 +16,7 @@ from nar_kernels.ops.corrupt_launch import PlannedCorrupt, memory_of, run_corrup
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
 from nar_kernels.ops.dispatch import needs_dispatcher
 from nar_kernels.ops.host_counts import count_on_host, num_strata
+from nar_kernels.ops.maskable import EVERY_POSITION, Maskable, check_maskable
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.tokens import check_ids, check_token_dtype
 from nar_kernels.spec.philox import signed_seed
@@ -55,21 +56,6 @@ def _check_windows(tokens: Tensor, starts: Tensor, seq_len: int | None) -> tuple
             f"a window of seq_len {seq_len} reaches outside the corpus of {tokens.shape[0]} tokens"
         )
     return starts, seq_len
-
-
-def _check_maskable(maskable: object, shape: tuple[int, int], device: torch.device) -> Tensor:
-    wanted = f"[{shape[0]}, {shape[1]}]"
-    if not isinstance(maskable, Tensor):
-        raise TypeError(
-            f"maskable is a {type(maskable).__name__}: it must be a bool tensor {wanted}"
-        )
-    if maskable.dtype != torch.bool or maskable.shape != shape:
-        raise ValueError(
-            f"maskable must be bool {wanted}; got {maskable.dtype} {list(maskable.shape)}"
-        )
-    if maskable.device != device:
-        raise ValueError(f"maskable is on {maskable.device}, but the kernel runs on {device}")
-    return maskable.contiguous()
 
 
 def _check_slots(
@@ -148,6 +134,9 @@ def corrupt(
     sample_ids: Tensor | range | None = None,
     global_batch: int | None = None,
     maskable: Tensor | None = None,
+    labels: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
     outputs: Collection[Output] = OUTPUTS,
     ids_dtype: torch.dtype = torch.int64,
     out: Corrupted | None = None,
@@ -176,6 +165,11 @@ def corrupt(
             A range of them, with a positive step, lets the host count what a GPU masks.
         global_batch: how many consecutive slots share one stratification of times. Default: B.
         maskable: bool ``[B, L]``, positions that may be masked. Default: all.
+        labels: int64 or int32 ``[B, L]``, in place of ``maskable``: those that are -100, as
+            Hugging Face has it, are given and may not be masked.
+        loss_mask: ``[B, L]`` of 0 and 1, in place of ``maskable``: bool or integers.
+        prompt_lengths: int64 or int32 ``[B]`` in [0, L], beside any of these or alone: positions
+            before it may not be masked. (A GPU takes a length outside of that as 0 or L.)
         outputs: what to write beside ``input_ids`` and one number a sample, which is most of the
             time of a batch: any of ``"labels"``, ``"masked_indices"`` and ``"masked_rows"``. What
             is left out is None. :func:`masked_nll` needs the first and the last.
@@ -214,9 +208,14 @@ def corrupt(
     global_batch = max(batch, 1) if global_batch is None else as_int("global_batch", global_batch)
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
-    if maskable is not None:
-        maskable = _check_maskable(maskable, (batch, seq_len), device)
-
+    supervised = check_maskable(
+        (batch, seq_len),
+        device,
+        maskable=maskable,
+        labels=labels,
+        loss_mask=loss_mask,
+        prompt_lengths=prompt_lengths,
+    )
     wanted = Wanted.of(outputs, ids_dtype)
     arguments = _arguments(
         masking,
@@ -228,7 +227,7 @@ def corrupt(
         batch=batch,
         seq_len=seq_len,
         sample_ids=sample_ids,
-        maskable=maskable,
+        maskable=supervised,
         global_batch=global_batch,
     )
     backend = _resolve(backend, tokens, device)
@@ -348,7 +347,7 @@ def _arguments(
     phase: int = 0,
     stride: int = 0,
     shuffle: bool = False,
-    maskable: Tensor | None = None,
+    maskable: Maskable = EVERY_POSITION,
 ) -> CorruptArgs:
     seed_tensor = None
     if isinstance(seed, Tensor):
@@ -374,7 +373,9 @@ def _arguments(
         phase,
         stride,
         shuffle,
-        maskable,
+        maskable.positions,
+        maskable.positions_bytes,
+        maskable.prompt_lengths,
         *masking.tables(device),
         signed_seed(seed),
         seed_tensor,

@@ -54,7 +54,7 @@ def count_on_host(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -
     Args:
         slots: of the samples, up to whole steps, if known.
     """
-    on_device = (a.step, a.maskable, a.never_mask, a.seed_tensor)
+    on_device = (a.step, a.maskable, a.prompt_lengths, a.never_mask, a.seed_tensor)
     if slots is None or any(tensor is not None for tensor in on_device):
         return None
     if cpp is None or torch.compiler.is_compiling():

@@ -164,14 +164,23 @@ class LogitsMemory:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._layout = 0, 0  # width of a row with the gap behind it, and V
 
     def rows(self, num_rows: int, vocabulary: int, like: Tensor) -> Tensor:
         """``[num_rows, V]`` of the type of ``like``, without values."""
         # Rows start at multiples of 64 bytes, for wide loads and stores: the GEMM stores them twice
         # as fast.
         size, memory = num_rows * (width := -(-vocabulary // 32) * 32), self._memory
-        if memory is None or len(memory) < size or memory.dtype != like.dtype:
+        is_new = memory is None or len(memory) < size or memory.dtype != like.dtype
+        if is_new:
             self._memory = memory = like.new_empty(size)
+        assert memory is not None
+        if is_new or self._layout != (width, vocabulary):
+            self._layout = width, vocabulary
+            # With AMX, bfloat16 products of oneDNN multiply what lies behind a row of odd length by
+            # 0, which is NaN of NaN.
+            whole = memory[: len(memory) // width * width].view(-1, width)
+            whole[:, vocabulary:].zero_()
         return memory[:size].view(num_rows, width)[:, :vocabulary]
 
 

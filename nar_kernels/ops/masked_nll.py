@@ -109,6 +109,7 @@ def masked_nll(
     _check(hidden, corrupted, reduction, normalizer, static_shapes)
     _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, product_dtype(hidden, weight)
+    wide = torch.promote_types(dtype, torch.float32)
     backend = _resolve(backend, device, dtype)
     weight, bias, shard = local_head(weight, bias)
     rows, labels = masked_labels(corrupted, static_shapes)
@@ -122,7 +123,7 @@ def masked_nll(
             return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
         if reduction == "none":
             return _zero(losses_by_row(LinearNllArgs(*inputs), backend, shard), is_ignored)
-        row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored)
+        row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored).to(wide)
         total = weighted_sum(LinearNllArgs(*inputs, row_weight), backend, shard)
         if normalizer is None and reduction in _BY_SAMPLE:
             normalizer = count(corrupted, reduction)
@@ -195,7 +196,7 @@ def reduce_nll(
     if reduction == "none":
         return nll
     _check_reduction(corrupted, reduction, normalizer, static_shapes)
-    total = (_row_weight(corrupted, rows, reduction) * nll).sum()
+    total = (_row_weight(corrupted, rows, reduction).to(nll.dtype) * nll).sum()
     return _normalized(total, count(corrupted, reduction) if normalizer is None else normalizer)
 
 
@@ -262,12 +263,13 @@ def _zero(values: Tensor, where: Tensor | None) -> Tensor:
 
 
 def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor:
-    """float32 ``[R]``: of each masked row, what its loss is multiplied by before the sum."""
+    """``[R]``: of each masked row, what its loss is multiplied by before the sum."""
     if reduction == "mean":
         return torch.ones_like(rows, dtype=torch.float32)
     weight = corrupted.loss_weight
     if reduction == "sequence":
-        weight = weight / (corrupted.num_maskable - _num_ignored(corrupted)).clamp(min=1)
+        lengths = corrupted.num_maskable - _num_ignored(corrupted)
+        weight = weight.double() / lengths.clamp(min=1)
     return weight.index_select(0, rows // corrupted.labels.shape[1])
 
 

@@ -207,7 +207,13 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
 
 def _can_mask(a: CorruptArgs, clean: Tensor) -> Tensor:
     """bool ``[B, L]``: the positions that may be masked."""
-    can_mask = torch.ones_like(clean, dtype=torch.bool) if a.maskable is None else a.maskable
+    can_mask = torch.ones_like(clean, dtype=torch.bool)
+    if a.maskable is not None:
+        can_mask = a.maskable != (0 if a.maskable_bytes == 1 else IGNORE_INDEX)
+    if a.prompt_lengths is not None:
+        can_mask = can_mask & (
+            torch.arange(a.seq_len, device=clean.device) >= a.prompt_lengths[:, None]
+        )
     if a.never_mask is None:
         return can_mask
     return can_mask & ~a.never_mask[clean]

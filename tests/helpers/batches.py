@@ -56,6 +56,7 @@ def arguments(tokens, masking, **others):
             "num_tokens": masking.num_tokens,
             "mask_id": masking.mask_id,
             "shuffle": False,
+            "maskable_bytes": 1,
             "ratio_table": ratio,
             "weight_table": weight,
             "never_mask": never_mask,

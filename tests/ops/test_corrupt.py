@@ -100,6 +100,28 @@ def next_power_of_2(n):
     return 1 << (n - 1).bit_length()
 
 
+def as_flags(tokens, flags, rng):
+    return {"maskable": flags}
+
+
+def as_labels(tokens, flags, rng):
+    dtype = rng.choice([torch.int64, torch.int32])
+    return {"labels": tokens.to(dtype).masked_fill(~flags, -100)}
+
+
+def as_loss_mask(tokens, flags, rng):
+    return {"loss_mask": flags.to(rng.choice([torch.uint8, torch.int64]))}
+
+
+def behind_prompts(tokens, flags, rng):
+    lengths = (torch.arange(len(tokens)) * 7) % (tokens.shape[1] + 1)
+    of = rng.choice([as_flags, as_labels, None])
+    return {"prompt_lengths": lengths, **(of(tokens, flags, rng) if of else {})}
+
+
+WHICH_MAY_BE_MASKED = [as_flags, as_labels, as_loss_mask, behind_prompts]
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("draw", ["exact", "bernoulli"])
 @pytest.mark.parametrize("length", LENGTHS)
@@ -127,12 +149,13 @@ def test_equals_reference(length, draw, backend, poisoned_outputs):
         )
         batch = rng.choice([1, 2, 13]) if length <= 4096 else 2
         tokens = clean_batch(masking, batch, length, of_kernel.choice(TOKEN_DTYPES))
-        maskable = torch.rand(batch, length) < rng.random() if subset != "all" else None
+        which = of_kernel.choice(WHICH_MAY_BE_MASKED)
+        restricted = which(tokens, torch.rand(batch, length) < rng.random(), of_kernel)
         args = dict(
             seed=rng.getrandbits(64),
             sample_ids=torch.arange(batch) + rng.getrandbits(40),
             global_batch=rng.choice([1, batch, 200, 1000]),
-            maskable=maskable,
+            **(restricted if subset != "all" else {}),
         )
         assert_same(
             corrupt(tokens, masking, backend=backend, **args),
@@ -326,6 +349,32 @@ def test_stratified_times_cover_the_global_batch(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_which_positions_may_be_masked_has_one_meaning(backend):
+    """Whatever says it; bit for bit, with a weight and a count by what is left."""
+    masking = MaskingConfig(9, 8, never_mask_ids=(3,))
+    ids, flags = clean_batch(masking, 6, 150), torch.rand(6, 150) < 0.7
+    lengths = torch.tensor([0, 1, 64, 149, 150, 20])
+    expected = corrupt(
+        ids, masking, seed=1, maskable=flags & (torch.arange(150) >= lengths[:, None])
+    )
+    for how in (
+        dict(maskable=flags),
+        dict(labels=ids.masked_fill(~flags, -100)),
+        dict(labels=ids.int().masked_fill(~flags, -100)),
+        dict(loss_mask=flags),
+        dict(loss_mask=flags.to(torch.uint8)),
+        dict(loss_mask=flags.long()),
+    ):
+        for length in (lengths, lengths.int()):
+            got = corrupt(ids, masking, seed=1, prompt_lengths=length, backend=backend, **how)
+            assert_same(got, expected)
+    got = corrupt(ids, masking, seed=1, prompt_lengths=lengths, backend=backend)
+    assert torch.equal(
+        got.num_maskable, ((ids != 3) & (torch.arange(150) >= lengths[:, None])).sum(1)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_maskable_is_nothing_masked(backend):
     for draw in ("exact", "bernoulli"):
         masking = MaskingConfig(5, 4, draw=draw, random_token_prob=1.0)
@@ -475,8 +524,21 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
         (dict(sample_ids=torch.arange(3)), ValueError, "2 windows but 3 sample_ids"),
         (dict(sample_ids=torch.arange(2).int()), ValueError, "sample_ids must be int64"),
         (dict(global_batch=0), ValueError, "global_batch is 0"),
-        (dict(maskable=IDS), ValueError, r"maskable must be bool \[2, 4\]"),
-        (dict(maskable=IDS[:1].bool()), ValueError, r"maskable must be bool \[2, 4\]"),
+        (dict(maskable=IDS), TypeError, r"maskable is torch.int64.*it must be bool \[2, 4\]"),
+        (dict(maskable=IDS[:1].bool()), ValueError, r"maskable is .*it must be bool \[2, 4\]"),
+        (dict(labels=IDS.float()), TypeError, r"labels is .*must be int64 or int32 \[2, 4\]"),
+        (dict(loss_mask=[1, 0]), TypeError, "loss_mask is a list: it must be a tensor, bool or"),
+        (
+            dict(labels=IDS, loss_mask=IDS),
+            ValueError,
+            "labels and loss_mask say the same: which positions may be masked; pass one of them",
+        ),
+        (dict(prompt_lengths=IDS), ValueError, r"prompt_lengths is .*int64 or int32 \[2\]"),
+        (
+            dict(prompt_lengths=torch.tensor([0, 5])),
+            ValueError,
+            r"prompt_lengths\[1\] is 5: it must be in \[0, 4\], the length of the sequence",
+        ),
         (dict(backend="cuda2"), ValueError, "unknown backend 'cuda2'.*'reference'"),
     ],
 )
@@ -718,7 +780,7 @@ def test_what_the_host_cannot_know():
     tokens = clean_batch(masking, 4, 12)
     a = arguments(tokens, masking)
     assert count_on_host(a, masking, None) is None
-    for name in ("step", "maskable", "never_mask", "seed_tensor"):
+    for name in ("step", "maskable", "prompt_lengths", "never_mask", "seed_tensor"):
         assert count_on_host(a._replace(**{name: 1}), masking, range(4)) is None
 
 

@@ -264,3 +264,15 @@ def test_which_gemm_adds_in_float32(monkeypatch):
         monkeypatch.setattr(linear, "_HAS_FLOAT32_SUMS", has)
         assert linear._gemm_adds_in_float32(torch.device("cuda")) == has
         assert not linear._gemm_adds_in_float32(CPU)
+
+
+def test_nothing_is_behind_a_row_of_logits() -> None:
+    """Products of bfloat16 on CPUs with AMX read it, if V is odd, and multiply it by 0."""
+    memory, like = LogitsMemory(), torch.empty(0, dtype=torch.bfloat16)
+    for num_rows, vocabulary in ((64, 64), (64, 33), (8, 33), (9, 63), (70, 33), (3, 64)):
+        logits = memory.rows(num_rows, vocabulary, like)
+        logits.fill_(torch.nan)
+        behind = logits.as_strided((num_rows, 64 - vocabulary), (64, 1), vocabulary)
+        assert not behind.any()
+        product = logits.fill_(1) @ torch.ones(vocabulary, 16, dtype=torch.bfloat16)
+        assert (product == vocabulary).all()

@@ -685,7 +685,11 @@ def test_ignored_labels_do_not_count(backend, reduction):
         wanted = nll[counts].mean()
     else:
         weighted = nll * batch.loss_weight[rows // 9] * counts
-        wanted = weighted.sum() / (batch.num_maskable.sum() - ignored.sum())
+        lengths = batch.num_maskable - ignored.sum(1)
+        if reduction == "sequence":
+            weighted = weighted / lengths[rows // 9]
+        divisor = lengths.sum() if reduction == "nelbo" else len(batch)
+        wanted = weighted.sum() / divisor
     tensors = hidden, weight, bias
     for tensor in tensors:
         tensor.requires_grad_()

@@ -88,7 +88,7 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
         tiles_h("Ids load_ids(", "default: load"),
         write_h("void store(", "if (narrow_)"),
         write_h("void store_pair(", "if (narrow_)"),
-        corrupt_cu("__global__ void", "if (a.maskable || a.never_mask) {"),
+        corrupt_cu("__global__ void", "if (is_restricted(a)) {"),
         corrupt_cu("uint32_t count_ranked("),
         corrupt_cu("void write_ranked("),
         corrupt_cu("if (tied || !a.in_pairs)"),
@@ -109,7 +109,9 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
         weights.append(Weight(0, behind))
     if held == 0:
         weights.append(Weight(tiles, tiles_h("void each_made(", "for (int32_t tile = first_")))
-        made = tiles_h("Keys keys(int32_t tile, const RoundKeys& round_keys)", "if (a_.maskable")
+        made = tiles_h(
+            "Keys keys(int32_t tile, const RoundKeys& round_keys)", "if (is_restricted(a_))"
+        )
         weights.append(Weight(0, made))
     elif tiles < held:
         for part in ("void each(Use use)", "void each_with_ids(", "__device__ Tiles("):
@@ -172,6 +174,7 @@ POINTERS = {
     "sample_ids": "*i64",
     "step": "*i64",
     "maskable": "*i1",
+    "prompt_lengths": "*i64",
     "never_mask": "*i1",
     "ratio_table": "*i32",
     "weight_table": "*fp32",
@@ -203,7 +206,8 @@ SCALARS = {
     "time_low": "fp32",
     "time_span": "fp32",
 }
-OPTIONAL = {"starts", "sample_ids", "step", "maskable", "never_mask", "seed_tensor"}
+OPTIONAL = {"starts", "sample_ids", "step", "maskable", "prompt_lengths"}
+OPTIONAL |= {"never_mask", "seed_tensor"}
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
     seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
 )

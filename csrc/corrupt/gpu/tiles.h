@@ -192,7 +192,7 @@ __device__ __attribute__((noinline)) uint32_t find_maskable(const KernelArgs& a,
   for (int i = 0; i < kItems; ++i) {
     const int32_t position = position_of(tile, lane, i);
     bool can = position < row.length;
-    if (can && a.maskable) can = a.maskable[row.b * row.length + position];
+    if (can) can = may_mask(a, row.b, position);
     if (can && a.never_mask) can = !a.never_mask[ids[i]];
     can_mask |= static_cast<uint32_t>(can) << i;
   }
@@ -316,7 +316,7 @@ class Tiles {
 
   __device__ Keys keys(int32_t tile, const RoundKeys& round_keys) const {
     Keys made = make_keys(round_keys, row_, tile, lane_);
-    if (a_.maskable || a_.never_mask) made.exclude(maskable(tile));
+    if (is_restricted(a_)) made.exclude(maskable(tile));
     return made;
   }
 

@@ -58,6 +58,7 @@ class Row(NamedTuple):
     seed: tl.tensor
     tokens: tl.tensor  # pointers; None where there is no such tensor
     maskable: tl.tensor | None
+    prompt_lengths: tl.tensor | None
     never_mask: tl.tensor | None
     start: tl.tensor  # of the window, in tokens
     seq_len: tl.tensor
@@ -185,7 +186,11 @@ def _load_tile(row, first, record, TILE: tl.constexpr):
     can_mask = inside
     if row.maskable is not None:
         at = row.maskable + row.index * row.seq_len + position
-        can_mask = can_mask & (tl.load(at, mask=inside, other=0) != 0)
+        is_label: tl.constexpr = row.maskable.dtype.element_ty.primitive_bitwidth > 8
+        given: tl.constexpr = -100 if is_label else 0
+        can_mask = can_mask & (tl.load(at, mask=inside, other=given) != given)
+    if row.prompt_lengths is not None:
+        can_mask = can_mask & (position >= tl.load(row.prompt_lengths + row.index))
     if row.never_mask is not None:
         can_mask = can_mask & (tl.load(row.never_mask + clean, mask=inside, other=0) == 0)
     if record is not None:
@@ -442,9 +447,10 @@ _VARYING = [
 
 @triton.jit(do_not_specialize=_VARYING)
 def corrupt_kernel(
-    tokens, starts, sample_ids, step, maskable, never_mask, ratio_table, weight_table,
-    seed: tl.int64, seed_tensor, input_ids, labels, masked_indices, times, loss_weight, num_masked,
-    num_maskable, rows, record, num_corpus_tokens: tl.int64, seq_len, num_tokens, mask_id,
+    tokens, starts, sample_ids, step, maskable, prompt_lengths, never_mask, ratio_table,
+    weight_table, seed: tl.int64, seed_tensor, input_ids, labels, masked_indices, times,
+    loss_weight, num_masked, num_maskable, rows, record, num_corpus_tokens: tl.int64, seq_len,
+    num_tokens, mask_id,
     first_sample: tl.int64, num_windows: tl.int64, phase: tl.int64, stride: tl.int64,
     global_batch: tl.int64, keep_share: tl.int64, random_share: tl.int64, coin_share: tl.int64,
     time_low: tl.float32, time_span: tl.float32,
@@ -469,8 +475,8 @@ def corrupt_kernel(
     start = _checked_start(record, sample, start, num_corpus_tokens, seq_len)
     row = Row(
         index=index, sample=sample, seed=seed, tokens=tokens, maskable=maskable,
-        never_mask=never_mask, start=start, seq_len=seq_len, end=TILE if FITS else seq_len,
-        num_tokens=num_tokens, mask_id=mask_id,
+        prompt_lengths=prompt_lengths, never_mask=never_mask, start=start, seq_len=seq_len,
+        end=TILE if FITS else seq_len, num_tokens=num_tokens, mask_id=mask_id,
     )  # fmt: skip
 
     time = _row_time(seed, sample, global_batch, STRATIFIED)
@@ -479,7 +485,7 @@ def corrupt_kernel(
 
     held = _load_tile(row, 0, record, TILE) if FITS else None
     n = tl.full((), seq_len, tl.int32)
-    if maskable is not None or never_mask is not None:
+    if maskable is not None or prompt_lengths is not None or never_mask is not None:
         n = _count_maskable(row, held, TILE)
     # The count is published as soon as it is known, since other rows wait for it.
     if EXACT:
@@ -536,7 +542,7 @@ def kernel_arguments(outputs: tuple[Tensor, ...], a: CorruptArgs) -> tuple[Any, 
     """All but the compile-time ones, in the order of the kernel."""
     ids, labels, masked_indices, *of_rows, row_buffer, record = outputs
     return (
-        a.tokens, a.starts, a.sample_ids, a.step, a.maskable, a.never_mask,
+        a.tokens, a.starts, a.sample_ids, a.step, a.maskable, a.prompt_lengths, a.never_mask,
         a.ratio_table, a.weight_table, a.seed, a.seed_tensor, ids, labels if a.labels else None,
         masked_indices if a.masked_indices else None, *of_rows,
         row_buffer if a.masked_rows else None, record, a.tokens.numel(),
@@ -557,5 +563,5 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     order = a.num_windows > 0, a.shuffle
     wanted = a.narrow, a.labels, a.masked_indices, a.masked_rows
     draw = a.exact, a.weighs_counts, a.stratified, corrupts
-    variant = device, a.tokens.dtype, order, draw, wanted
+    variant = device, a.tokens.dtype, a.maskable_bytes, order, draw, wanted
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))
