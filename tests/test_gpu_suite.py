@@ -726,12 +726,12 @@ def test_the_page_has_the_newest_figures_of_each_gpu(tmp_path, monkeypatch):
         figures = copy.deepcopy(of_loss) | {"device": gpu}
         figures["settings"][0]["rows"][0]["ms"] = ms
         record["figures"] = {"bench_masked_nll": figures}
-        record["steps"]["bench_masked_nll"]["tail"] = ['File "/home/me/x/benchmarks/a.py", line 3']
+        record["steps"]["bench_masked_nll"]["tail"] = ['File "/srv/me/x/benchmarks/a.py", line 3']
         folder = tmp_path / f"out{number}"
         folder.mkdir()
         (folder / "results.json").write_text(json.dumps(record))
         added = hardware.add(folder)
-        assert "/home" not in added.read_text() and 'File \\"a.py\\", line 3' in added.read_text()
+        assert "/srv" not in added.read_text() and 'File \\"a.py\\", line 3' in added.read_text()
     page = hardware.page()
     assert page.count("### Figures: NVIDIA H200") == 1
     assert "| masked_nll, V 9, 5 rows | 4 | ms | products alone | 1 | 0.25 |" in page

@@ -175,7 +175,7 @@ class LogitsMemory:
         if is_new:
             self._memory = memory = like.new_empty(size)
         assert memory is not None
-        if is_new or self._layout != (width, vocabulary):
+        if vocabulary < width and (is_new or self._layout != (width, vocabulary)):
             self._layout = width, vocabulary
             # With AMX, bfloat16 products of oneDNN multiply what lies behind a row of odd length by
             # 0, which is NaN of NaN.

@@ -141,16 +141,16 @@ def test_what_users_change_in_an_adapted_net(name, before):
 
 def test_one_call_that_uses_logits_says_nothing_of_others():
     class Judging(Net):
-        def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
             logits = super().forward(ids)
-            if labels is not None:
-                F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            if targets is not None:
+                F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             return logits
 
     model = NonAutoregressiveWrapper(adapted(Judging()), mask_id=MASK_ID)
     with pytest.warns(UserWarning, match="called like this, the net does more"):
-        model(IDS, labels=IDS)
-    assert model.net.head_is_last(()) is None and model.net.head_is_last(["labels"]) is False
+        model(IDS, targets=IDS)
+    assert model.net.head_is_last(()) is None and model.net.head_is_last(["targets"]) is False
     model(IDS)
     assert model.net.head_is_last(()) is True
 

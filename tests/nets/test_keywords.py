@@ -102,7 +102,7 @@ def test_maskable():
     model(IDS[:1].expand(64, -1), maskable=maskable)
     masked = asked[0] == MASK_ID
     assert not (masked & ~maskable).any() and masked.any(0)[3:].all()
-    with pytest.raises(ValueError, match=r"maskable must be bool \[2, 8\]"):
+    with pytest.raises(ValueError, match=r"maskable is .*\[64, 8\]: it must be bool \[2, 8\]"):
         model(IDS, maskable=maskable)
     with pytest.raises(ValueError, match="corrupted already: pass it to what made that"):
         model(corrupt(IDS, model.masking, seed=0), maskable=maskable[:2])

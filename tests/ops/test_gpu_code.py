@@ -4,6 +4,7 @@ launch that cannot be made says why."""
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,12 +78,16 @@ def test_table(triton, architecture, tmp_path):
 def check_next_to_nothing_spills(rows, most):
     """Of Triton's at most so many bytes: with other versions some words of two variants.
 
-    CUDA's rare functions save registers to memory; what counts there is how often that runs.
+    CUDA's rare functions save registers to memory; what counts there is how often that runs. With
+    few tiles a warp, twice as many warps are worth more than what spills (docs/hardware.md).
     """
     triton_rows = [row for row in rows if row["kernel"].startswith("Triton")]
     assert [row for row in triton_rows if row["spill"] > most] == []
     counted = [row for row in rows if row["unit"]]
-    assert [row for row in counted if row["spilled per unit"] > 0.03 * row["per unit"]] == []
+    has_few = re.compile(r"CUDA: corrupt, .* (1|4) tiles a warp")
+    for row in counted:
+        share = row["spilled per unit"] / row["per unit"]
+        assert share < (0.08 if has_few.fullmatch(row["kernel"]) else 0.03), row
 
 
 def check_blocks_fit_into_the_register_file(rows):
@@ -124,7 +129,8 @@ from typing import get_type_hints
 from nar_kernels import _cuda
 from nar_kernels.ops.arguments import CorruptArgs
 print(_cuda.architectures)
-nothing = tuple(0 if hint in (int, bool) else None for hint in get_type_hints(CorruptArgs).values())
+numbers = (int, bool, float)
+nothing = tuple(0 if hint in numbers else None for hint in get_type_hints(CorruptArgs).values())
 for arguments in (nothing, nothing[1:], ("text", *nothing[1:])):
     try:
         _cuda.corrupt(arguments, (None,) * 9, 0, 0, 0, 0)

@@ -451,7 +451,7 @@ prepare(sys.argv[1:-2], sys.argv[-2], tokenizer=sys.argv[-1], batch_bytes=8000, 
 def test_killed(tmp_path: Path, number: int) -> None:
     (tmp_path / "bpe.json").write_text(bpe_json())
     draw = random.Random(number)
-    records = [{"text": text} for text in prose() for _ in range(2)]
+    records = [{"text": text} for text in prose() for _ in range(6)]
     write_lines(tmp_path / "a.jsonl", records)
     (tmp_path / "b.txt").write_bytes("\n".join(prose()).encode())
     inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
