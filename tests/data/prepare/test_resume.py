@@ -437,8 +437,9 @@ def test_output_within_the_inputs_is_no_input(tmp_path: Path) -> None:
 
 
 RUN = """
-import sys
+import signal, sys
 from nar_kernels.data.prepare import prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
 prepare(sys.argv[1:-2], sys.argv[-2], tokenizer=sys.argv[-1], batch_bytes=8000, shard_tokens=20000,
         workers=2)
 """
@@ -451,7 +452,7 @@ prepare(sys.argv[1:-2], sys.argv[-2], tokenizer=sys.argv[-1], batch_bytes=8000, 
 def test_killed(tmp_path: Path, number: int) -> None:
     (tmp_path / "bpe.json").write_text(bpe_json())
     draw = random.Random(number)
-    records = [{"text": text} for text in prose() for _ in range(6)]
+    records = [{"text": text} for text in prose() for _ in range(2)]
     write_lines(tmp_path / "a.jsonl", records)
     (tmp_path / "b.txt").write_bytes("\n".join(prose()).encode())
     inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
