@@ -437,9 +437,8 @@ def test_output_within_the_inputs_is_no_input(tmp_path: Path) -> None:
 
 
 RUN = """
-import signal, sys
+import sys
 from nar_kernels.data.prepare import prepare
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
 prepare(sys.argv[1:-2], sys.argv[-2], tokenizer=sys.argv[-1], batch_bytes=8000, shard_tokens=20000,
         workers=2)
 """
