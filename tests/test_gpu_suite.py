@@ -14,6 +14,7 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from benchmarks.gpu_suite.runner import Suite
 from benchmarks.gpu_suite.sanitize import verdict
 from benchmarks.gpu_suite.step import SKIP, Step
 from benchmarks.gpu_suite.steps import TESTS, all_steps
+from nar_kernels.ops.backends import cpp
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.seconds
@@ -742,6 +744,57 @@ def test_the_page_has_the_newest_figures_of_each_gpu(tmp_path, monkeypatch):
     (tmp_path / "profile_gpu_h200.json").write_text(json.dumps(profile))
     counted = "| nll: V 9 | 5 | 20 | 19.5 | 4 | 61 | 98 | long scoreboard 3, wait 1 |"
     assert counted in hardware.page()
+
+
+NCU = """#!{python}
+import sys
+if "--import" in sys.argv:
+    names = '"ID","Kernel Name",' + ",".join(f'"{{name}}"' for name in {names!r})
+    print(names, '"","",' + ",".join(f'"{{unit}}"' for unit in {units!r}), sep="\\n")
+    print('"0","void nar::corrupt_kernel<8, 1>(int)",' + ",".join(f'"{{x}}"' for x in {values!r}))
+else:
+    assert "--launch" in sys.argv and sys.argv[sys.argv.index("--only") + 1] == "L 1024"
+    print("case: 128 corrupt, cuda: 128 tokens, L 1024, exact")
+    print('==PROF== Profiling "corrupt_kernel" - 0: 0%....50%....100% - 6 passes')
+"""
+
+
+def test_what_nsight_compute_says_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    profile = importlib.import_module("profile_kernels")
+    metrics = {name: ("1,000", "inst") for name in profile.METRICS.values()}
+    metrics["gpu__time_duration.sum"] = ("12.5", "us")
+    metrics["dram__bytes_read.sum"] = ("2.5", "Kbyte")
+    metrics["dram__bytes_write.sum"] = ("60", "byte")
+    metrics |= {profile.STALL.format(name): ("0.5", "inst") for name in profile.STALLS}
+    metrics[profile.STALL.format("wait")] = ("3.25", "inst")
+    values, units = zip(*metrics.values(), strict=True)
+    ncu = tmp_path / "ncu"
+    ncu.write_text(NCU.format(python=sys.executable, names=[*metrics], units=units, values=values))
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (case,) = profile.profile(tmp_path / "report", "L 1024")
+    (kernel,) = profile.read(tmp_path / "report", tmp_path / "all.csv")
+    row = profile.row_of(*case, kernel)
+    assert row["what"] == "corrupt, cuda: 128 tokens, L 1024, exact"
+    assert row["kernel"] == "void nar::corrupt_kernel<8, 1>"
+    assert row["us"] == 12.5 and row["per unit"] == 32 * 1000 / 128
+    assert row["bytes per unit"] == 2560 / 128
+    assert row["predicted"] == predictions.kernel_of(row["what"])["per unit"]
+    assert [*row["stalls"].items()][0] == ("wait", 3.25) and row["pipes"] == {}
+    assert "corrupt_kernel" in (tmp_path / "all.csv").read_text()
+
+
+def test_a_prebuilt_extension_is_used_as_it_is(tmp_path):
+    if cpp is None:
+        pytest.skip("the C++ extension is not built")
+    command = [sys.executable, "-m", "benchmarks.gpu_suite.build", "cpp", str(tmp_path)]
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    assert run([*command, "--prebuilt"]).stdout.startswith("loaded")
+    # Without it, it is built for the GPU that a step before has found.
+    assert "environment.json" in run(command).stderr
+    steps = {step.name: step.command for step in all_steps(None, is_prebuilt=True)}
+    assert "--prebuilt" in steps["build_cuda"] and "--prebuilt" not in steps["smoke"]
 
 
 def test_predictions_stand_beside_figures(monkeypatch):

@@ -123,9 +123,10 @@ multiprocessor could hold; and what warps waited for, in warps for each instruct
 
 
 def counted() -> Iterator[str]:
-    for path in sorted(RESULTS.glob("profile_*.json")):
+    paths = sorted(RESULTS.glob("profile_*.json"))
+    yield from [COUNTED] if paths else []
+    for path in paths:
         record = json.loads(path.read_text())
-        yield COUNTED
         link = f"[{path.name}](../benchmarks/results/{path.name})"
         of = f"; {record['sources']}" if "sources" in record else ""
         yield f"{record['device']}, {record['date']}, torch {record['torch']}: {link}{of}.\n"

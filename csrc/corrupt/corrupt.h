@@ -80,18 +80,6 @@ NAR_HOST_DEVICE inline bool is_restricted(const CorruptArgs& a) {
   return a.maskable || a.prompt_lengths || a.never_mask;
 }
 
-// Whether position i of row b may be masked, whatever its id.
-NAR_HOST_DEVICE inline bool may_mask(const CorruptArgs& a, int64_t b, int64_t i) {
-  if (a.prompt_lengths && i < a.prompt_lengths[b]) return false;
-  if (!a.maskable) return true;
-  const int64_t at = b * a.windows.seq_len + i;
-  switch (a.maskable_bytes) {
-    case 1: return static_cast<const uint8_t*>(a.maskable)[at] != 0;
-    case 4: return static_cast<const int32_t*>(a.maskable)[at] != kIgnoreIndex;
-    default: return static_cast<const int64_t*>(a.maskable)[at] != kIgnoreIndex;
-  }
-}
-
 // How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
 NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, uint32_t t16, int32_t n) {
   const int32_t k = static_cast<int32_t>(

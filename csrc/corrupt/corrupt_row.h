@@ -20,7 +20,7 @@ void differ_from(const void* values, T given, int64_t first, int64_t length, uin
   for (int64_t i = 0; i < length; ++i) can_mask[i] = of_row[i] != given;
 }
 
-// Which positions of a row may be masked, whatever their ids: may_mask of all of them.
+// Which positions of a row may be masked, whatever their ids.
 void find_maskable(const CorruptArgs& a, int64_t b, uint8_t* can_mask) {
   const int64_t length = a.windows.seq_len, first = b * length;
   switch (a.maskable ? a.maskable_bytes : 0) {

@@ -19,10 +19,10 @@ def masking_state(masking: MaskingConfig) -> dict[str, Any]:
     return {
         "num_tokens": int(masking.num_tokens),
         "mask_id": int(masking.mask_id),
+        "time_range": [*masking.time_range],  # before the digest, which differs with it
         "schedule_digest": masking.schedule_digest,
         "draw": str(masking.draw),
         "times": str(masking.times),
-        "time_range": [*masking.time_range],
         "weighting": str(masking.weighting),
         "never_mask_ids": sorted({int(i) for i in masking.never_mask_ids}),
         **{name: float(getattr(masking, name)) for name in shares},

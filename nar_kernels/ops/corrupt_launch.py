@@ -143,6 +143,6 @@ register("corrupt", CorruptArgs, f"({', '.join(['Tensor'] * 9)})", _launch_corru
 
 def run_corrupt(a: CorruptArgs, backend: str, memory: Memory = None) -> tuple[Tensor, ...]:
     """The tensors of :class:`Corrupted`, in ``memory`` if that is given."""
-    if needs_dispatcher(a.tokens, a.maskable):
+    if needs_dispatcher(a.tokens, a.maskable, a.prompt_lengths):
         return _moved(torch.ops.nar_kernels.corrupt.default(*a, backend), memory)
     return _launch_corrupt(a, backend, memory)

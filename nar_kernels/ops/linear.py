@@ -163,25 +163,25 @@ class LogitsMemory:
     """One buffer that all chunks of logits share."""
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
-        self._layout = 0, 0  # width of a row with the gap behind it, and V
+        self._memory: Tensor | None = None  # [R, V and the gap behind each row]
+        self._vocabulary = 0
 
     def rows(self, num_rows: int, vocabulary: int, like: Tensor) -> Tensor:
         """``[num_rows, V]`` of the type of ``like``, without values."""
-        # Rows start at multiples of 64 bytes, for wide loads and stores: the GEMM stores them twice
-        # as fast.
-        size, memory = num_rows * (width := -(-vocabulary // 32) * 32), self._memory
-        is_new = memory is None or len(memory) < size or memory.dtype != like.dtype
-        if is_new:
-            self._memory = memory = like.new_empty(size)
+        memory = self._memory
+        is_new = memory is None or len(memory) < num_rows or memory.dtype != like.dtype
+        if is_new or self._vocabulary != vocabulary:
+            # Rows start at multiples of 64 bytes, for wide loads and stores: the GEMM stores them
+            # twice as fast.
+            width = -(-vocabulary // 32) * 32
+            self._memory = memory = like.new_empty(num_rows, width)
+            self._vocabulary = vocabulary
+            if vocabulary < width:
+                # With AMX, bfloat16 products of oneDNN multiply what lies behind a row of odd
+                # length by 0, which is NaN of NaN.
+                memory[:, vocabulary:].zero_()
         assert memory is not None
-        if vocabulary < width and (is_new or self._layout != (width, vocabulary)):
-            self._layout = width, vocabulary
-            # With AMX, bfloat16 products of oneDNN multiply what lies behind a row of odd length by
-            # 0, which is NaN of NaN.
-            whole = memory[: len(memory) // width * width].view(-1, width)
-            whole[:, vocabulary:].zero_()
-        return memory[:size].view(num_rows, width)[:, :vocabulary]
+        return memory[:num_rows, :vocabulary]
 
 
 def linear_chunks(

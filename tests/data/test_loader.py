@@ -264,6 +264,26 @@ def test_states_of_earlier_versions() -> None:
     assert loader.step == 17
 
 
+def test_states_before_ranges_of_times() -> None:
+    """Version 2 says nothing of them: its times were of all of time, its weights those of the
+    bound."""
+    loader = MaskedLoader(make_dataset(), MASKING, 6)
+    state = loader.state_dict() | {"version": 2, "step": 17}
+    del state["time_range"], state["weighting"]
+    loader.load_state_dict(state)
+    assert loader.step == 17
+    for options, name in (
+        (dict(time_range=(0.2, 1)), "time_range"),
+        (dict(weighting="unit"), "weighting"),
+    ):
+        other = MaskedLoader(make_dataset(), replace(MASKING, **options), 6)
+        for earlier in (state, loader.state_dict()):
+            with pytest.raises(ValueError, match=f"cannot continue: {name} is"):
+                other.load_state_dict(earlier)
+        # As the state comes back from a file.
+        other.load_state_dict(json.loads(json.dumps(other.state_dict())))
+
+
 def test_states_of_something_else() -> None:
     loader = MaskedLoader(make_dataset(), MASKING, 6)
     state = loader.state_dict()

@@ -92,6 +92,25 @@ def test_names_of_known_nets():
     assert {"condition_on", "mask", "context"} <= declared_names(later)
 
 
+def test_what_may_be_masked_in_other_terms():
+    """Each gives the loss that the same positions give as flags."""
+    net = AnyKeyword()
+    model = NonAutoregressiveWrapper(net, mask_id=MASK_ID)
+    lengths = torch.tensor([3, LENGTH - 2])
+    flags = torch.arange(LENGTH) >= lengths[:, None]
+    expected = model(IDS, seed=1, maskable=flags).loss
+    assert expected != model(IDS, seed=1).loss
+    for how in (
+        dict(labels=IDS.masked_fill(~flags, -100)),
+        dict(loss_mask=flags.long()),
+        dict(prompt_lengths=lengths),
+    ):
+        assert torch.equal(model(IDS, seed=1, **how).loss, expected)
+        (name,) = how
+        with pytest.raises(ValueError, match=f"{name} was given with a batch that is corrupted"):
+            model(corrupt(IDS, model.masking, seed=0), **how)
+
+
 def test_maskable():
     net = AnyKeyword()
     model = NonAutoregressiveWrapper(net, mask_id=MASK_ID, no_replace_prob=0.0, random_token_prob=0)

@@ -845,6 +845,7 @@ def test_opcheck():
         a = a._replace(
             sample_ids=torch.arange(2, device=device),
             maskable=torch.ones(2, 12, dtype=torch.bool, device=device),
+            prompt_lengths=torch.zeros(2, dtype=torch.int64, device=device),
         )
         torch.library.opcheck(torch.ops.nar_kernels.corrupt.default, (*a, backend))
 

@@ -79,7 +79,8 @@ def check_next_to_nothing_spills(rows, most):
     """Of Triton's at most so many bytes: with other versions some words of two variants.
 
     CUDA's rare functions save registers to memory; what counts there is how often that runs. With
-    few tiles a warp, twice as many warps are worth more than what spills (docs/hardware.md).
+    few tiles a warp, an H200 gains more from twice as many warps than it loses by what spills
+    (corrupt_variants_gpu_h200_2026-11-27.json: a4 and a4m1).
     """
     triton_rows = [row for row in rows if row["kernel"].startswith("Triton")]
     assert [row for row in triton_rows if row["spill"] > most] == []
@@ -87,7 +88,7 @@ def check_next_to_nothing_spills(rows, most):
     has_few = re.compile(r"CUDA: corrupt, .* (1|4) tiles a warp")
     for row in counted:
         share = row["spilled per unit"] / row["per unit"]
-        assert share < (0.08 if has_few.fullmatch(row["kernel"]) else 0.03), row
+        assert share < (0.05 if has_few.fullmatch(row["kernel"]) else 0.03), row
 
 
 def check_blocks_fit_into_the_register_file(rows):

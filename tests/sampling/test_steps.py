@@ -116,13 +116,11 @@ def operations_of_steps(strategy: str, **options: Any) -> list[list[str]]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_operations_of_a_step(strategy, noise, options):
     """At most 20 beside those of the head, and three more where ids in place are judged by a critic
-    or a threshold, or memory for logits is made. The first step may share the net's call, which
-    takes a few more."""
+    or a threshold. The first step may share the net's call, which takes a few more."""
     if noise and strategy in ("threshold", "random", "halton"):
         pytest.skip("has no choice_temperature")
     for own in operations_of_steps(strategy, choice_temperature=noise, **OPTIONS[options])[1:]:
         most = 23 if "remask" in OPTIONS[options] and strategy in ("threshold", "critic") else 20
-        most += 3 * ("new_empty" in own)
         assert len(own) <= most + HEAD, own
 
 

@@ -76,16 +76,16 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
     tiles = length / TILE / warps_per_row
     block_h, corrupt_cu = regions_of("corrupt/gpu/block.h"), regions_of("corrupt.cu")
     select_h, tiles_h = regions_of("gpu/select.h"), regions_of("gpu/tiles.h")
-    write_h = regions_of("gpu/write.h")
+    write_h, ids_h = regions_of("gpu/write.h"), regions_of("gpu/ids.h")
     never = [
         tiles_h("Keys make_keys(", "if (!is_whole(row, tile)) {"),
-        tiles_h("Ids mend("),
-        tiles_h("uint32_t find_wide("),
-        tiles_h("uint32_t find_maskable("),
+        ids_h("Ids mend("),
+        ids_h("uint32_t find_wide("),
+        ids_h("uint32_t find_maskable("),
         tiles_h("Ids take_ids(", "if (__any_sync", "mend("),
-        tiles_h("Ids load_ids(", "case 1: load"),
-        tiles_h("Ids load_ids(", "case 4: load"),
-        tiles_h("Ids load_ids(", "default: load"),
+        ids_h("Ids load_ids(", "case 1: load"),
+        ids_h("Ids load_ids(", "case 4: load"),
+        ids_h("Ids load_ids(", "default: load"),
         write_h("void store(", "if (narrow_)"),
         write_h("void store_pair(", "if (narrow_)"),
         corrupt_cu("__global__ void", "if (is_restricted(a)) {"),
@@ -116,7 +116,8 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
     elif tiles < held:
         for part in ("void each(Use use)", "void each_with_ids(", "__device__ Tiles("):
             weights.append(Weight(tiles / held, tiles_h(part, "if (is_mine(t))")))
-    ahead = min(held, constant("corrupt/gpu/tiles.h", "kMostAhead")) or 1
+    has_many = held > constant(BLOCK_H, "kFewTiles")
+    ahead = constant("corrupt/gpu/tiles.h", "kAheadOfMany") if has_many else 1
     if tiles < ahead:
         weights.append(Weight(tiles / ahead, tiles_h("void load_ahead(", "if (is_mine(t))")))
     later = max(tiles - ahead, 0) / tiles
