@@ -142,11 +142,14 @@ class CorruptPlan {
   nar::CorruptInputs inputs_;
 };
 
-void count_masked(int64_t batch, int64_t seq_len, int64_t sample_ids, int64_t first_sample,
-                  int64_t global_batch, bool exact, bool stratified, int64_t seed,
-                  int64_t ratio_table, int64_t counts, int num_threads) {
+void count_masked(int64_t batch, int64_t seq_len, int64_t spans, int64_t sample_ids,
+                  int64_t first_sample, int64_t global_batch, bool exact, bool stratified,
+                  int64_t seed, int64_t ratio_table, int64_t counts, int num_threads) {
   nar::CorruptArgs args = {};
   args.windows.batch = batch, args.windows.seq_len = seq_len;
+  if (const int64_t* begins = pointer<const int64_t>(spans)) {
+    args.windows.spans = {begins, begins + batch + 1, begins + 2 * (batch + 1), 0, 0};
+  }
   args.sample_ids = pointer<const int64_t>(sample_ids), args.first_sample = first_sample;
   args.global_batch = global_batch;
   args.exact = exact, args.stratified = stratified;

@@ -56,10 +56,16 @@ class Unpacker {
 
   // Of a tensor [2, count + 1], or none for None.
   Runs runs() {
-    const pybind11::handle item = PyTuple_GET_ITEM(items_.ptr(), index_);
-    if (item.is_none()) return ++index_, Runs{};
-    const Matrix<const int64_t> table = matrix<const int64_t>();
+    const Matrix<const int64_t> table = optional_matrix<const int64_t>();
+    if (!table.data) return {};
     return {table.columns - 1, table.data, table.data + table.stride};
+  }
+
+  // Of a tensor [3, batch + 1], or none for None.
+  Spans spans() {
+    const Matrix<const int64_t> table = optional_matrix<const int64_t>();
+    if (!table.data) return {};
+    return {table.data, table.data + table.stride, table.data + 2 * table.stride, 0, 0};
   }
 
   template <typename T>
@@ -68,6 +74,13 @@ class Unpacker {
   }
 
  private:
+  template <typename T>
+  Matrix<T> optional_matrix() {
+    const pybind11::handle item = PyTuple_GET_ITEM(items_.ptr(), index_);
+    if (item.is_none()) return ++index_, Matrix<T>{};
+    return matrix<T>();
+  }
+
   template <typename T>
   static T* address_of(pybind11::handle tensor) {
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
@@ -122,7 +135,7 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
                                     int64_t num_corpus_tokens) {
   CorruptInputs inputs = {};
   CorruptArgs& a = inputs.args;
-  Unpacker next(arguments, 35);
+  Unpacker next(arguments, 41);
   a.windows.tokens = next.address<const void>();
   a.windows.runs = next.runs();
   a.windows.token_type = static_cast<TokenType>(token_type);
@@ -131,6 +144,10 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
   a.windows.starts = next.address<const int64_t>();
   a.windows.batch = next.integer();
   a.windows.seq_len = next.integer();
+  a.windows.spans = next.spans();
+  next.integer();  // the number of positions
+  a.windows.spans.eos_id = next.integer();
+  a.windows.spans.pad_id = next.integer();
   a.windows.num_tokens = next.integer();
   a.windows.mask_id = next.integer();
   a.sample_ids = next.address<const int64_t>();
@@ -142,6 +159,8 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
   a.order.shuffle = next.integer() != 0;
   a.maskable = next.address<const void>();
   a.maskable_bytes = static_cast<int>(next.integer());
+  a.loss_mask.flat = next.address<const void>();
+  a.loss_mask.runs = next.runs();
   a.prompt_lengths = next.address<const int64_t>();
   a.ratio_table = next.address<const uint32_t>();
   a.weight_table = next.address<const float>();

@@ -43,14 +43,17 @@ def evaluation_parts(dataset: TokenDataset, num_windows: int, draws: int) -> lis
 def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: slice) -> Corrupted:
     """A part of the samples: each window ``draws`` times in a row, times stratified over its draws.
 
-    Masks depend only on the window's index in ``windows`` and the draw.
+    Masks depend only on the window's index in ``windows`` and the draw, and on the loss mask of
+    the corpus.
     """
+    chosen = windows.repeat_interleave(draws)[part]
     return corrupt(
-        dataset.windows(windows.repeat_interleave(draws)[part]),
+        dataset.windows(chosen),
         MaskingConfig(dataset.num_tokens, dataset.mask_id),
         seed=_EVALUATION_SEED,
         sample_ids=torch.arange(len(windows) * draws, device="cpu")[part],
         global_batch=draws,
+        loss_mask=dataset.loss_mask(chosen),
     )
 
 
@@ -61,7 +64,8 @@ def evaluate(
     """The likelihood bound of ``net`` (ids ``[B, L]`` to logits ``[B, L, V]``) on some windows.
 
     An upper bound on the negative log-likelihood, estimated with exact draws of the linear
-    schedule, in eval mode. Under ``torch.distributed`` all ranks must call this; they share the
+    schedule, in eval mode. Tokens that the loss mask of the corpus leaves out, such as prompts, are
+    given, and not counted. Under ``torch.distributed`` all ranks must call this; they share the
     work, and each gets the single-process result.
 
     Args:
@@ -70,7 +74,8 @@ def evaluate(
     """
     draws = as_int("draws", draws)
     parts = evaluation_parts(dataset, len(windows), draws)
-    nats = torch.zeros(len(windows) * draws, dtype=torch.float64, device="cpu")
+    nats = torch.zeros(len(windows) * draws, dtype=torch.float64, device="cpu")  # per token
+    counts = torch.zeros_like(nats)  # of tokens
     for first in range(0, len(parts), world_size()):
         # Spare ranks in the last round join in: a sharded net must be called by all ranks.
         mine = first + rank()
@@ -81,8 +86,18 @@ def evaluate(
         samples = batch.masked_rows // dataset.seq_len
         totals = nll.new_zeros(len(batch)).index_add_(0, samples, nll)
         if mine < len(parts):
-            nats[part] = (totals * batch.loss_weight / batch.num_maskable).double().cpu()
+            per_token = totals * batch.loss_weight / batch.num_maskable.clamp(min=1)
+            nats[part], counts[part] = per_token.double().cpu(), batch.num_maskable.cpu().double()
     bits = sum_over_ranks(nats).view(-1, draws).mean(1) / NATS_PER_BIT
+    share = sum_over_ranks(counts).view(-1, draws)[:, 0]
+    if not share.any():
+        raise ValueError(
+            f"no token of the held-out windows of {dataset.corpus.name} counts in a loss, by its "
+            "loss mask: hold out more windows, or longer ones"
+        )
+    share /= share.mean()
+    mean = (bits * share).mean()
     # Undefined for a single window.
-    error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
-    return Evaluation(bits.mean().item(), error)
+    spread = ((bits - mean) * share).square().sum() / max(len(bits) - 1, 1)
+    error = math.sqrt(spread.item() / len(bits)) if len(bits) > 1 else math.nan
+    return Evaluation(mean.item(), error)

@@ -26,8 +26,12 @@ __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
     finish_rows(a, blockIdx.x, first, num_rows, lane, n, k, memory);
   };
   if (counts_are_known(a)) {  // other blocks need not wait for the keys of this one
-    const uint32_t n = static_cast<uint32_t>(a.windows.seq_len);
-    finish(n, lane < num_rows ? exact_count(a, memory.time[lane], n) : 0);
+    uint32_t n = 0, k = 0;
+    if (lane < num_rows) {
+      n = static_cast<uint32_t>(a.windows.span(first + lane).length);
+      k = exact_count(a, memory.time[lane], n);
+    }
+    finish(n, k);
     sync_block();
   } else {
     sync_block();  // the counts of all warps are there
@@ -65,11 +69,20 @@ __device__ RowBounds<kRanks> row_bounds(const KernelArgs& a, const Row& row, Tea
 }
 
 // The row of a warp; an empty one behind the end of the batch.
+template <bool kRagged>
 __device__ Row row_of(const KernelArgs& a, const Team& team) {
   Row row;
   row.b = static_cast<int64_t>(blockIdx.x) * a.shape.rows + team.row;
-  row.length = static_cast<int32_t>(a.windows.seq_len);
-  if (row.b >= a.windows.batch) row.b = row.length = 0;
+  const bool is_there = row.b < a.windows.batch;
+  if (!is_there) row.b = 0;
+  if constexpr (kRagged) {
+    row = row_at(a, row.b, 0);
+    if (!is_there) row.stored = row.length = row.space = 0;
+  } else {
+    row.length = is_there ? static_cast<int32_t>(a.windows.seq_len) : 0;
+    row.stored = row.space = row.length;
+    row.begin = row.b * row.length;
+  }
   row.seed = seed_of(a);
   row.sample = a.sample(row.b);
   row.start = 0;  // not known yet
@@ -77,40 +90,41 @@ __device__ Row row_of(const KernelArgs& a, const Team& team) {
 }
 
 // The same, once the slots are there.
+template <bool kRagged>
 __device__ Row row_with_window(const KernelArgs& a, const Team& team) {
-  Row row = row_of(a, team);
+  Row row = row_of<kRagged>(a, team);
   row.start = team.memory.start[team.row];
   return row;
 }
 
 // Rows that are rare, with tied bounds or outputs that cannot be stored in pairs. Functions of
 // their own, which keep the code of all other rows short.
-template <int kRanks>
+template <int kRanks, bool kRagged>
 __device__ __attribute__((noinline)) uint32_t count_ranked(const KernelArgs& a, BlockMemory& memory,
                                                            RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  const Row row = row_with_window(a, team);
+  const Row row = row_with_window<kRagged>(a, team);
   const RankedTiles<kRanks> tiles(a, row, team, bounds);
   return count_below(tiles, tiles.bounds().pivot(0));
 }
 
-template <int kRanks>
+template <int kRanks, bool kRagged>
 __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, BlockMemory& memory,
                                                        RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  const Row row = row_with_window(a, team);
+  const Row row = row_with_window<kRagged>(a, team);
   RankedTiles<kRanks> tiles(a, row, team, bounds);
   write_row<false>(a, row, team, tiles, tiles.bounds());
 }
 
-template <int kHeld, int kRanks>
+template <int kHeld, int kRanks, bool kRagged>
 __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHeld))
     corrupt_kernel(const __grid_constant__ KernelArgs a) {
   NAR_SHARED(BlockMemory, memory);
   Team team(memory, a.shape);
   if (team.row == a.shape.rows) return lead_block(a, memory);
 
-  Row row = row_of(a, team);
+  Row row = row_of<kRagged>(a, team);
   Tiles<kHeld> tiles(a, row, team);
   sync_block();  // the slots are there
   row.start = memory.start[team.row];
@@ -126,16 +140,17 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
   const bool tied = bounds.any_tied();
 
   const uint32_t num_masked =
-      tied ? count_ranked(a, memory, bounds) : count_below(tiles, bounds.pivot(0));
+      tied ? count_ranked<kRanks, kRagged>(a, memory, bounds) : count_below(tiles, bounds.pivot(0));
   if (team.is_first()) memory.num_maskable[team.row] = static_cast<uint32_t>(n);
   if (team.lane == 0) memory.num_masked[team.first_warp + team.warp] = num_masked;
   sync_block();  // the counts of all warps are there
   sync_block();  // and those of the blocks before
-  if (tied || !a.in_pairs) {
-    write_ranked(a, memory, bounds);
+  if (tied || (!kRagged && !a.in_pairs)) {
+    write_ranked<kRanks, kRagged>(a, memory, bounds);
   } else {
-    write_row<true>(a, row, team, tiles, bounds);
+    write_row<!kRagged>(a, row, team, tiles, bounds);
   }
+  if constexpr (kRagged) write_padding(a, row, team);
 }
 
 // Which warps take which tiles of a batch.
@@ -173,15 +188,23 @@ int64_t num_processors(int device) {
 
 using Kernel = void (*)(KernelArgs);
 
-template <int kRanks>
+template <int kRanks, bool kRagged>
 Kernel kernel_of(int held) {
   switch (held) {
-    case 0: return corrupt_kernel<0, kRanks>;
-    case 1: return corrupt_kernel<1, kRanks>;
-    case kFewTiles: return corrupt_kernel<kFewTiles, kRanks>;
-    case kManyTiles: return corrupt_kernel<kManyTiles, kRanks>;
-    default: return corrupt_kernel<kMostTiles, kRanks>;
+    case 0: return corrupt_kernel<0, kRanks, kRagged>;
+    case 1: return corrupt_kernel<1, kRanks, kRagged>;
+    case kFewTiles: return corrupt_kernel<kFewTiles, kRanks, kRagged>;
+    case kManyTiles: return corrupt_kernel<kManyTiles, kRanks, kRagged>;
+    default: return corrupt_kernel<kMostTiles, kRanks, kRagged>;
   }
+}
+
+Kernel kernel_of(int held, const KernelArgs& a) {
+  const bool corrupts = a.keep_share || a.random_share;
+  if (a.windows.spans.begins) {
+    return corrupts ? kernel_of<kNumRanks, true>(held) : kernel_of<1, true>(held);
+  }
+  return corrupts ? kernel_of<kNumRanks, false>(held) : kernel_of<1, false>(held);
 }
 
 // Bytes of an id, and the limit of valid ones as unsigned words: negative ones are large, and
@@ -227,10 +250,8 @@ void corrupt_cuda(const CorruptArgs& args, int device, cudaStream_t stream) {
   config.gridDim = dim3(static_cast<unsigned>((batch + a.shape.rows - 1) / a.shape.rows));
   config.blockDim = dim3((a.shape.num_warps() + 1) * kWarp);
   config.stream = stream;
-  const bool corrupts = a.keep_share || a.random_share;
-  const Kernel kernel =
-      corrupts ? kernel_of<kNumRanks>(division.held) : kernel_of<1>(division.held);
-  check_cuda(cudaLaunchKernelEx(&config, kernel, a), "the launch of corrupt_kernel");
+  check_cuda(cudaLaunchKernelEx(&config, kernel_of(division.held, a), a),
+             "the launch of corrupt_kernel");
 }
 
 }  // namespace nar

@@ -34,9 +34,10 @@ struct CorruptArgs {
   WindowOrder order;
   const int64_t* sample_ids;  // [batch], or null: first_sample, first_sample + 1, ...
   int64_t first_sample;
-  const int64_t* step;            // [1], adds step * global_batch to first_sample; or null
-  const void* maskable;           // [batch, seq_len] or null
-  int maskable_bytes;             // 1: flags; 4, 8: labels, of which kIgnoreIndex may not be masked
+  const int64_t* step;   // [1], adds step * global_batch to first_sample; or null
+  const void* maskable;  // [num_positions] or null
+  int maskable_bytes;    // 1: flags; 4, 8: labels, of which kIgnoreIndex may not be masked
+  Flags loss_mask;       // beside the corpus: 0 may not be masked; neither flat nor runs: 1
   const int64_t* prompt_lengths;  // [batch] or null
   const uint32_t* ratio_table;    // [65536], 0.32 fixed point
   const float* weight_table;      // [65536]
@@ -50,15 +51,17 @@ struct CorruptArgs {
 
   // Outputs. Ids, labels and row indices are int32 if `narrow`, else int64; null is not wanted.
   bool narrow;
-  void* input_ids;          // [batch, seq_len]
-  void* labels;             // [batch, seq_len] or null
-  uint8_t* masked_indices;  // [batch, seq_len] or null
+  void* input_ids;          // [num_positions]: batch * seq_len without spans
+  void* labels;             // [num_positions] or null
+  uint8_t* masked_indices;  // [num_positions] or null
   float* times;             // [batch]
   float* loss_weight;       // [batch]
   int64_t* num_masked;      // [batch]
   int64_t* num_maskable;    // [batch]
-  void* row_buffer;         // [batch * seq_len] or null
+  void* row_buffer;         // [num_positions] or null
   int64_t* invalid;         // [kNumInvalid]
+
+  NAR_HOST_DEVICE bool has_loss_mask() const { return loss_mask.flat || loss_mask.runs.count; }
 
   NAR_HOST_DEVICE uint64_t sample(int64_t b) const {
     if (sample_ids) return static_cast<uint64_t>(sample_ids[b]);
@@ -77,7 +80,7 @@ NAR_HOST_DEVICE inline uint32_t stratified_time(uint64_t stratum, uint32_t word,
 
 // Whether some positions may not be masked, for all that is known of the arguments.
 NAR_HOST_DEVICE inline bool is_restricted(const CorruptArgs& a) {
-  return a.maskable || a.prompt_lengths || a.never_mask;
+  return a.maskable || a.has_loss_mask() || a.prompt_lengths || a.never_mask;
 }
 
 // How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.

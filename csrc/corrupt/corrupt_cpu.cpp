@@ -55,7 +55,9 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
     a.windows.starts = starts.data();
   }
   check_windows(a.windows);
-  const int64_t chunk = std::max<int64_t>(kTokensPerChunk / seq_len, 1);
+  const int64_t positions = a.windows.num_positions();
+  const int64_t chunk =
+      std::max<int64_t>(kTokensPerChunk * batch / std::max<int64_t>(positions, 1), 1);
   const int64_t num_chunks = (batch + chunk - 1) / chunk;
   num_threads =
       static_cast<int>(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_chunks, 1)));
@@ -78,17 +80,17 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   const bool counts_known = a.exact && !is_restricted(a);
   std::unique_ptr<uint8_t[]> masks;
   if (a.row_buffer && !counts_known && !a.masked_indices) {
-    masks.reset(new uint8_t[batch * seq_len]);
+    masks.reset(new uint8_t[positions]);
     a.masked_indices = masks.get();
   }
   std::vector<int64_t> first_row(batch + 1, 0);
   for (int64_t b = 0; counts_known && b < batch; ++b) {
-    first_row[b + 1] = first_row[b] + exact_count(a, t16[b], seq_len);
+    first_row[b + 1] = first_row[b] + exact_count(a, t16[b], a.windows.span(b).length);
   }
 
   // Row indices of b; the space up to those of `end` may be overwritten.
   const auto write_rows = [&](int64_t b, int64_t end, const uint8_t* masked) {
-    if (a.masked_indices) masked = a.masked_indices + b * seq_len;
+    if (a.masked_indices) masked = a.masked_indices + a.windows.span(b).begin;
     k.write_rows(a, b, masked, first_row[b], first_row[end] - first_row[b]);
   };
 

@@ -23,7 +23,7 @@ struct RowScratch {
 // Row b: all outputs but its row indices, whose place depends on the counts of the rows before.
 using CorruptRow = void (*)(const CorruptArgs&, int64_t b, uint32_t t16, const RowScratch&,
                             InvalidTokens*);
-// The masked positions of row b, as indices into [batch * seq_len], from number `first` of the row
+// The masked positions of row b, as indices into [num_positions], from number `first` of the row
 // buffer on. May overwrite up to `room` numbers.
 using WriteRows = void (*)(const CorruptArgs&, int64_t b, const uint8_t* masked, int64_t first,
                            int64_t room);

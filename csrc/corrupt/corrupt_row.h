@@ -20,14 +20,20 @@ void differ_from(const void* values, T given, int64_t first, int64_t length, uin
   for (int64_t i = 0; i < length; ++i) can_mask[i] = of_row[i] != given;
 }
 
-// Which positions of a row may be masked, whatever their ids.
-void find_maskable(const CorruptArgs& a, int64_t b, uint8_t* can_mask) {
-  const int64_t length = a.windows.seq_len, first = b * length;
+// Which positions of a row may be masked, whatever their ids. The loss mask of a corpus says
+// nothing of ends of sequence that are added, which may.
+void find_maskable(const CorruptArgs& a, int64_t b, const Span& span, void* scratch,
+                   uint8_t* can_mask) {
+  const int64_t length = span.length, first = span.begin;
   switch (a.maskable ? a.maskable_bytes : 0) {
     case 0: std::fill(can_mask, can_mask + length, uint8_t{1}); break;
     case 1: differ_from<uint8_t>(a.maskable, 0, first, length, can_mask); break;
     case 4: differ_from<int32_t>(a.maskable, kIgnoreIndex, first, length, can_mask); break;
     default: differ_from<int64_t>(a.maskable, kIgnoreIndex, first, length, can_mask);
+  }
+  if (a.has_loss_mask()) {
+    const uint8_t* flags = locate_flags(a.windows, a.loss_mask, b, scratch);
+    for (int64_t i = 0; i < span.stored; ++i) can_mask[i] &= flags[i] != 0;
   }
   if (!a.prompt_lengths) return;
   const int64_t prompt = std::min(std::max(a.prompt_lengths[b], int64_t{0}), length);
@@ -36,10 +42,12 @@ void find_maskable(const CorruptArgs& a, int64_t b, uint8_t* can_mask) {
 
 // Finds the maskable positions and returns their number. The other keys become the largest, so
 // that no bound selects them.
-int64_t exclude_keys(const CorruptArgs& a, int64_t b, const int32_t* clean, uint8_t* can_mask,
-                     uint32_t* keys) {
-  const int64_t length = a.windows.seq_len;
-  find_maskable(a, b, can_mask);
+int64_t exclude_keys(const CorruptArgs& a, int64_t b, const Span& span, const RowScratch& scratch) {
+  const int64_t length = span.length;
+  const int32_t* clean = scratch.clean;
+  uint8_t* can_mask = scratch.can_mask;
+  uint32_t* keys = scratch.keys;
+  find_maskable(a, b, span, scratch.window, can_mask);
   for (int64_t i = 0; a.never_mask && i < length; ++i) can_mask[i] &= !a.never_mask[clean[i]];
   int64_t n = 0;
   for (int64_t i = 0; i < length; ++i) {
@@ -55,8 +63,8 @@ struct RowBounds {
   KeyBound keep, replace, mask;
 };
 
-RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
-                     const uint8_t* can_mask, int64_t n) {
+RowBounds row_bounds(const CorruptArgs& a, int64_t b, int64_t length, uint32_t t16,
+                     const RowScratch& scratch, const uint8_t* can_mask, int64_t n) {
   const CorruptionShares shares = corruption_shares(a, a.seed, a.sample(b));
   const uint64_t ratio = a.ratio_table[t16];
   if (!a.exact) {
@@ -66,21 +74,21 @@ RowBounds row_bounds(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScr
   const int32_t ranks[kNumRanks] = {shares.of_count(shares.keep, k),
                                     shares.of_count(shares.replace, k), k};
   KeyBound bounds[kNumRanks];
-  key_bounds(scratch.keys, can_mask, a.windows.seq_len, n, ranks, scratch.upper, bounds);
+  key_bounds(scratch.keys, can_mask, length, n, ranks, scratch.upper, bounds);
   return {bounds[0], bounds[1], bounds[2]};
 }
 
 // A second pass over the few positions that get a random token, so that only they draw words.
 template <typename Id>
-void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
+void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample, int64_t end,
                    const uint32_t* __restrict keys, Id* __restrict input_ids) {
   constexpr int64_t kBlock = 512;
   uint8_t chosen[kBlock];
   int64_t positions[kBlock + kWordsAtPadding];
   uint32_t words[kBlock + kWordsAtPadding];
   const uint32_t keep = bounds.keep >> 32, width = (bounds.replace >> 32) - keep;
-  for (int64_t first = 0; first < a.windows.seq_len; first += kBlock) {
-    const int64_t length = std::min(kBlock, a.windows.seq_len - first);
+  for (int64_t first = 0; first < end; first += kBlock) {
+    const int64_t length = std::min(kBlock, end - first);
     for (int64_t i = 0; i < length; ++i) chosen[i] = keys[first + i] - keep < width;
     const int64_t count = set_positions(chosen, length, first, positions, kBlock + kWordsAtPadding);
     words_at(words, positions, count, a.seed, kRandomToken, sample);
@@ -92,10 +100,10 @@ void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sampl
 
 // Rare: keys tie at a bound, and position decides.
 template <typename Id>
-void write_tied_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample,
+void write_tied_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample, int64_t length,
                     const uint32_t* keys, const int32_t* clean, const uint8_t* can_mask,
                     RowOutput<Id> out) {
-  for (int64_t i = 0; i < a.windows.seq_len; ++i) {
+  for (int64_t i = 0; i < length; ++i) {
     const uint64_t key = uint64_t{keys[i]} << 32 | static_cast<uint32_t>(i);
     const bool is_masked = key < bounds.mask && (!can_mask || can_mask[i]);
     Id id = clean[i];
@@ -112,47 +120,57 @@ void write_tied_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t samp
 }
 
 template <typename Id>
-RowOutput<Id> outputs_of(const CorruptArgs& a, int64_t b, const RowScratch& scratch) {
-  const int64_t at = b * a.windows.seq_len;
+RowOutput<Id> outputs_of(const CorruptArgs& a, int64_t at, const RowScratch& scratch) {
   return {static_cast<Id*>(a.input_ids) + at,
           a.labels ? static_cast<Id*>(a.labels) + at : static_cast<Id*>(scratch.labels),
           a.masked_indices ? a.masked_indices + at : scratch.masked};
 }
 
+// Behind the end of a sample.
+template <typename Id>
+void write_padding(const CorruptArgs& a, const Span& span, RowOutput<Id> out) {
+  std::fill(out.input_ids + span.length, out.input_ids + span.space, a.windows.spans.pad_id);
+  std::fill(out.labels + span.length, out.labels + span.space, static_cast<Id>(kIgnoreIndex));
+  std::fill(out.masked + span.length, out.masked + span.space, uint8_t{0});
+}
+
 // Returns where the masks of the row are.
 template <typename Id>
-const uint8_t* write_outputs(const CorruptArgs& a, int64_t b, const RowScratch& scratch,
-                             const RowBounds& bounds, const uint8_t* can_mask) {
-  const RowOutput<Id> out = outputs_of<Id>(a, b, scratch);
+const uint8_t* write_outputs(const CorruptArgs& a, int64_t b, const Span& span,
+                             const RowScratch& scratch, const RowBounds& bounds,
+                             const uint8_t* can_mask) {
+  const RowOutput<Id> out = outputs_of<Id>(a, span.begin, scratch);
   if (is_tied(bounds.keep) || is_tied(bounds.replace) || is_tied(bounds.mask)) {
-    write_tied_row(a, bounds, a.sample(b), scratch.keys, scratch.clean, can_mask, out);
+    write_tied_row(a, bounds, a.sample(b), span.length, scratch.keys, scratch.clean, can_mask, out);
   } else {
-    write_row(bounds.keep >> 32, bounds.mask >> 32, a.windows.seq_len, a.windows.mask_id,
-              scratch.keys, scratch.clean, out);
+    write_row(bounds.keep >> 32, bounds.mask >> 32, span.length, a.windows.mask_id, scratch.keys,
+              scratch.clean, out);
     if (bounds.replace != bounds.keep) {
-      randomise_row(a, bounds, a.sample(b), scratch.keys, out.input_ids);
+      randomise_row(a, bounds, a.sample(b), span.length, scratch.keys, out.input_ids);
     }
   }
+  write_padding(a, span, out);
   return out.masked;
 }
 
 void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
                  InvalidTokens* invalid) {
-  const int64_t length = a.windows.seq_len;
+  const Span span = a.windows.span(b);
+  const int64_t length = span.length;
   load_row(a.windows, b, scratch.clean, scratch.window, invalid);
+  std::fill(scratch.clean + span.stored, scratch.clean + length, a.windows.spans.eos_id);
   fill_words(scratch.keys, length, a.seed, kMaskKey, a.sample(b));
   const bool all_maskable = !is_restricted(a);
   const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
-  const int64_t n =
-      all_maskable ? length : exclude_keys(a, b, scratch.clean, scratch.can_mask, scratch.keys);
-  const RowBounds bounds = row_bounds(a, b, t16, scratch, can_mask, n);
-  const uint8_t* masked = a.narrow ? write_outputs<int32_t>(a, b, scratch, bounds, can_mask)
-                                   : write_outputs<int64_t>(a, b, scratch, bounds, can_mask);
+  const int64_t n = all_maskable ? length : exclude_keys(a, b, span, scratch);
+  const RowBounds bounds = row_bounds(a, b, length, t16, scratch, can_mask, n);
+  const uint8_t* masked = a.narrow ? write_outputs<int32_t>(a, b, span, scratch, bounds, can_mask)
+                                   : write_outputs<int64_t>(a, b, span, scratch, bounds, can_mask);
   write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(masked, length));
 }
 
 int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {
-  const int64_t length = a.windows.seq_len;
+  const int64_t length = a.windows.span(b).length;
   if (a.exact) return exact_count(a, t16, static_cast<int32_t>(length));
   constexpr int64_t kBlock = 1024;
   uint32_t keys[kBlock];
@@ -170,7 +188,8 @@ int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {
 
 void write_rows(const CorruptArgs& a, int64_t b, const uint8_t* masked, int64_t first,
                 int64_t room) {
-  const int64_t length = a.windows.seq_len, base = b * length;
+  const Span span = a.windows.span(b);
+  const int64_t length = span.length, base = span.begin;
   if (a.narrow) {
     set_positions(masked, length, base, static_cast<int32_t*>(a.row_buffer) + first, room);
   } else {

@@ -28,28 +28,48 @@ const char* address_in(const Runs& runs, int64_t run, int64_t token, int64_t ite
 
 namespace {
 
-// Calls visit(address, tokens) with each part of a window, from first to last.
+// What there is of each token of a corpus: its id, or a flag.
+struct Items {
+  const Runs& runs;
+  const void* flat;  // without runs
+  int64_t itemsize;
+};
+
+Items tokens_of(const Windows& w) { return {w.runs, w.tokens, size_of(w.token_type)}; }
+
+// Calls visit(address, count) with each part of a window, from first to last.
 template <typename Visit>
-void visit_parts(const Windows& w, int64_t start, const Visit& visit) {
-  const int64_t itemsize = size_of(w.token_type);
-  if (!w.runs.count) {
-    return visit(static_cast<const char*>(w.tokens) + start * itemsize, w.seq_len);
+void visit_parts(const Items& items, int64_t start, int64_t length, const Visit& visit) {
+  const Runs& runs = items.runs;
+  if (!runs.count) {
+    return visit(static_cast<const char*>(items.flat) + start * items.itemsize, length);
   }
-  int64_t run = run_of(w.runs, start);
-  for (const int64_t end = start + w.seq_len; start < end; ++run) {
-    const int64_t stop = std::min(w.runs.begins[run + 1], end);
-    visit(address_in(w.runs, run, start, itemsize), stop - start);
+  int64_t run = run_of(runs, start);
+  for (const int64_t end = start + length; start < end; ++run) {
+    const int64_t stop = std::min(runs.begins[run + 1], end);
+    visit(address_in(runs, run, start, items.itemsize), stop - start);
     start = stop;
   }
 }
 
-void copy_window(const Windows& w, int64_t b, void* out) {
-  const int64_t itemsize = size_of(w.token_type);
+void copy_window(const Items& items, int64_t start, int64_t length, void* out) {
   char* to = static_cast<char*>(out);
-  visit_parts(w, w.start(b), [&](const char* from, int64_t length) {
-    std::memcpy(to, from, length * itemsize);
-    to += length * itemsize;
+  visit_parts(items, start, length, [&](const char* from, int64_t count) {
+    std::memcpy(to, from, count * items.itemsize);
+    to += count * items.itemsize;
   });
+}
+
+const void* locate(const Items& items, int64_t start, int64_t length, void* scratch) {
+  const Runs& runs = items.runs;
+  if (!runs.count) return static_cast<const char*>(items.flat) + start * items.itemsize;
+  const int64_t run = run_of(runs, start);
+  if (run < runs.count && start + length <= runs.begins[run + 1]) {
+    const char* window = address_in(runs, run, start, items.itemsize);
+    if (reinterpret_cast<uintptr_t>(window) % items.itemsize == 0) return window;
+  }
+  copy_window(items, start, length, scratch);
+  return scratch;
 }
 
 }  // namespace
@@ -62,24 +82,23 @@ void write_record(const InvalidTokens& found, int64_t* record) {
 
 void check_windows(const Windows& w) {
   for (int64_t b = 0; b < w.batch; ++b) {
-    if (w.start(b) < 0 || w.start(b) > w.num_corpus_tokens - w.seq_len) {
-      throw std::out_of_range("window start " + std::to_string(w.start(b)) + " with seq_len " +
-                              std::to_string(w.seq_len) + " reaches outside the corpus of " +
+    const int64_t length = w.span(b).stored;
+    if (w.start(b) < 0 || w.start(b) > w.num_corpus_tokens - length) {
+      throw std::out_of_range("window start " + std::to_string(w.start(b)) + " with " +
+                              (w.spans.begins ? "length " : "seq_len ") + std::to_string(length) +
+                              " reaches outside the corpus of " +
                               std::to_string(w.num_corpus_tokens) + " tokens");
     }
   }
 }
 
 const void* locate_window(const Windows& w, int64_t b, void* scratch) {
-  const int64_t start = w.start(b), itemsize = size_of(w.token_type);
-  if (!w.runs.count) return static_cast<const char*>(w.tokens) + start * itemsize;
-  const int64_t run = run_of(w.runs, start);
-  if (start + w.seq_len <= w.runs.begins[run + 1]) {
-    const char* window = address_in(w.runs, run, start, itemsize);
-    if (reinterpret_cast<uintptr_t>(window) % itemsize == 0) return window;
-  }
-  copy_window(w, b, scratch);
-  return scratch;
+  return locate(tokens_of(w), w.start(b), w.span(b).stored, scratch);
+}
+
+const uint8_t* locate_flags(const Windows& w, const Flags& flags, int64_t b, void* scratch) {
+  const Items items = {flags.runs, flags.flat, 1};
+  return static_cast<const uint8_t*>(locate(items, w.start(b), w.span(b).stored, scratch));
 }
 
 InvalidTokens copy_windows(const Windows& w, int64_t* out) {
@@ -99,7 +118,7 @@ void gather_windows(const Windows& w, void* out, int num_threads) {
   const int64_t chunk = std::max<int64_t>(kBytesPerChunk / std::max<int64_t>(row, 1), 1);
   parallel_for((w.batch + chunk - 1) / chunk, num_threads, [&](int64_t c, int) {
     for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, w.batch); ++b) {
-      copy_window(w, b, static_cast<char*>(out) + b * row);
+      copy_window(tokens_of(w), w.start(b), w.seq_len, static_cast<char*>(out) + b * row);
     }
   });
 }
@@ -110,9 +129,10 @@ void read_ahead(const Windows& w) {
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   std::vector<std::pair<uintptr_t, uintptr_t>> ranges;  // of pages, from first to last
   for (int64_t b = 0; b < w.batch; ++b) {
-    visit_parts(w, w.start(b), [&](const char* from, int64_t length) {
+    const Items tokens = tokens_of(w);
+    visit_parts(tokens, w.start(b), w.seq_len, [&](const char* from, int64_t length) {
       const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
-      const uintptr_t end = begin + length * size_of(w.token_type);
+      const uintptr_t end = begin + length * tokens.itemsize;
       ranges.emplace_back(begin / page * page, (end + page - 1) / page * page);
     });
   }

@@ -35,17 +35,44 @@ struct Runs {
 int64_t run_of(const Runs& runs, int64_t token);
 const char* address_in(const Runs& runs, int64_t run, int64_t token, int64_t itemsize);
 
+// A byte for each token of the corpus.
+struct Flags {
+  const void* flat;  // [num_corpus_tokens], if there are no runs
+  Runs runs;
+};
+
+// A sample: where it begins in the outputs; how many of its ids are in the corpus; of how many
+// positions it is, the others being ends of sequence; and those with the padding behind them.
+struct Span {
+  int64_t begin, stored, length, space;
+};
+
+// Samples of different lengths.
+struct Spans {
+  const int64_t* begins;   // [batch + 1], or null: seq_len ids each, one after the other
+  const int64_t* stored;   // [batch]
+  const int64_t* lengths;  // [batch]
+  int64_t eos_id, pad_id;
+};
+
 struct Windows {
   const void* tokens;  // [num_corpus_tokens], if there are no runs
   Runs runs;
   TokenType token_type;
   int64_t num_corpus_tokens;
-  const int64_t* starts;  // [batch], or null: one window after the other
-  int64_t batch, seq_len;
+  const int64_t* starts;   // [batch], or null: one window after the other
+  int64_t batch, seq_len;  // of the longest, with spans
+  Spans spans;
   int64_t num_tokens;  // valid ids are [0, num_tokens), below 2**31, without mask_id
   int64_t mask_id;
 
   NAR_HOST_DEVICE int64_t start(int64_t b) const { return starts ? starts[b] : b * seq_len; }
+  NAR_HOST_DEVICE Span span(int64_t b) const {
+    if (!spans.begins) return {b * seq_len, seq_len, seq_len, seq_len};
+    const int64_t begin = spans.begins[b];
+    return {begin, spans.stored[b], spans.lengths[b], spans.begins[b + 1] - begin};
+  }
+  int64_t num_positions() const { return spans.begins ? spans.begins[batch] : batch * seq_len; }
   NAR_HOST_DEVICE int64_t safe_id() const {
     return mask_id == 0 ? 1 : 0;
   }  // takes the place of a bad one
@@ -71,6 +98,9 @@ void check_windows(const Windows& windows);
 
 // Where the tokens of window b are, aligned. Gathered in scratch [seq_len] if they are not so.
 const void* locate_window(const Windows& windows, int64_t b, void* scratch);
+
+// The same for flags.
+const uint8_t* locate_flags(const Windows& windows, const Flags& flags, int64_t b, void* scratch);
 
 // The windows as int64 [batch, seq_len], bad ids replaced.
 InvalidTokens copy_windows(const Windows& windows, int64_t* out);
@@ -110,11 +140,12 @@ NAR_HOST_DEVICE inline bool outside_vocabulary(Token id, uint32_t num_tokens) {
 
 // Ids as Id (int32 or int64). Returns whether one was bad.
 template <typename Id, typename Token>
-bool load_window(const Windows& w, const Token* __restrict window, Id* __restrict clean) {
+bool load_window(const Windows& w, int64_t length, const Token* __restrict window,
+                 Id* __restrict clean) {
   const Id mask_id = static_cast<Id>(w.mask_id);
   const uint32_t num_tokens = static_cast<uint32_t>(w.num_tokens);
   uint32_t any_bad = 0;
-  for (int64_t i = 0; i < w.seq_len; ++i) {
+  for (int64_t i = 0; i < length; ++i) {
     const Id id = static_cast<Id>(window[i]);
     any_bad |= outside_vocabulary(window[i], num_tokens) | (id == mask_id);
     clean[i] = id;
@@ -126,7 +157,8 @@ bool load_window(const Windows& w, const Token* __restrict window, Id* __restric
 template <typename Id, typename Token>
 InvalidTokens replace_invalid(const Windows& w, int64_t b, const Token* window, Id* clean) {
   InvalidTokens found;
-  for (int64_t i = 0; i < w.seq_len; ++i) {
+  const int64_t length = w.span(b).stored;
+  for (int64_t i = 0; i < length; ++i) {
     const int64_t id = static_cast<int64_t>(window[i]);
     if (id >= 0 && id < w.num_tokens && id != w.mask_id) continue;
     clean[i] = static_cast<Id>(w.safe_id());
@@ -139,7 +171,9 @@ InvalidTokens replace_invalid(const Windows& w, int64_t b, const Token* window, 
 template <typename Id>
 void load_row(const Windows& w, int64_t b, Id* clean, void* scratch, InvalidTokens* invalid) {
   visit_tokens(locate_window(w, b, scratch), w.token_type, [&](const auto* window) {
-    if (load_window(w, window, clean)) invalid->merge(replace_invalid(w, b, window, clean));
+    if (load_window(w, w.span(b).stored, window, clean)) {
+      invalid->merge(replace_invalid(w, b, window, clean));
+    }
   });
 }
 

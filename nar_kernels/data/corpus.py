@@ -130,9 +130,10 @@ class Corpus:
         corpus.name = " and ".join(c.name for c in corpora)
         corpus.stream = TokenStream.joined([c.stream for c in corpora])
         corpus.loss_mask, corpus.manifests, corpus.eos_id = None, (), None
-        masks = [c.loss_mask for c in corpora if c.loss_mask is not None]
-        if len(masks) == len(corpora):
-            corpus.loss_mask = TokenStream.joined(masks)
+        if any(c.loss_mask is not None for c in corpora):  # where there is none, all tokens count
+            corpus.loss_mask = TokenStream.joined(
+                [c.loss_mask or TokenStream.of_ones(len(c)) for c in corpora]
+            )
         corpus._joined = tuple(corpora)
         return corpus
 
@@ -231,23 +232,32 @@ class Corpus:
         included. It is a sample: above 256 KiB, a change between the blocks that keeps the length
         goes undetected. The same tokens have the same digest in any container.
         """
-        itemsize, size = self.dtype.itemsize, self.nbytes
-        last = max(size - _DIGEST_BLOCK_BYTES, 0)
-        sha = hashlib.sha256(f"{self.dtype} {len(self)}".encode())
-        for i in range(_DIGEST_BLOCKS):
-            start = last * i // (_DIGEST_BLOCKS - 1)
-            stop = min(start + _DIGEST_BLOCK_BYTES, size)
-            ids = self.stream.read(start // itemsize, -(-stop // itemsize))
-            content = ids.contiguous().view(torch.uint8).numpy().tobytes()
-            skipped = start % itemsize
-            sha.update(content[skipped : skipped + stop - start])
-        return sha.hexdigest()
+        return _digest(self.stream)
+
+    @cached_property
+    def loss_mask_digest(self) -> str | None:
+        """The same of the loss mask, if there is one."""
+        return None if self.loss_mask is None else _digest(self.loss_mask)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "document_ends"}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Corpus":
         return self
+
+
+def _digest(stream: TokenStream) -> str:
+    itemsize, size = stream.dtype.itemsize, stream.nbytes
+    last = max(size - _DIGEST_BLOCK_BYTES, 0)
+    sha = hashlib.sha256(f"{stream.dtype} {len(stream)}".encode())
+    for i in range(_DIGEST_BLOCKS):
+        start = last * i // (_DIGEST_BLOCKS - 1)
+        stop = min(start + _DIGEST_BLOCK_BYTES, size)
+        ids = stream.read(start // itemsize, -(-stop // itemsize))
+        content = ids.contiguous().view(torch.uint8).numpy().tobytes()
+        skipped = start % itemsize
+        sha.update(content[skipped : skipped + stop - start])
+    return sha.hexdigest()
 
 
 def _is_paths(source: object) -> bool:

@@ -17,6 +17,7 @@ from nar_kernels.data.loader_state import VERSION, check_continues, masking_stat
 from nar_kernels.data.pinned import pin_exactly
 from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
+from nar_kernels.data.stream import TokenStream
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.documents import document_ids
 from nar_kernels.data.windows.mixture import Mixture
@@ -28,6 +29,11 @@ from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.masking import MaskingConfig
 
 _MOST_SLOTS = (1 << 63) - 1
+
+_NOT_COPIED = (
+    *("_tokens", "_runs", "_loss_mask", "_loss_mask_runs"),
+    *("_step", "_stager", "_mask_stager", "_deferred_check", "_residency"),
+)
 
 
 def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -49,6 +55,17 @@ def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return distributed.rank(), distributed.world_size()
 
 
+def _flat_and_runs(stream: TokenStream | None) -> tuple[Tensor | None, Tensor | None]:
+    """Where a stream is on the host: in one piece, or in runs."""
+    if stream is None:
+        return None, None
+    return (stream.flat, None) if stream.runs is None else (None, stream.runs)
+
+
+def _copy_to(stream: TokenStream, device: torch.device) -> Tensor:
+    return stream.copy_to(torch.empty(len(stream), dtype=stream.dtype, device=device))
+
+
 class MaskedLoader:
     """An infinite stream of corrupted batches, with random access by step.
 
@@ -64,6 +81,9 @@ class MaskedLoader:
     Iteration starts at ``loader.step`` and never ends; ``zip(range(n), loader)`` takes n batches
     (``range`` first, or ``zip`` takes one more batch and drops it). For frameworks that need it,
     ``len(loader)`` is the number of steps in an epoch; iterating again continues with the next one.
+
+    Where the corpus has a loss mask, only tokens that count in the loss are masked: prompts are
+    given, answers are learned. A window in which none counts has a loss weight of 0.
 
     Ids are always checked, whatever ``dataset.validate`` says: validation is fused into
     ``corrupt``. On the CPU an error is raised with the batch; on a GPU, to avoid a sync, with the
@@ -168,34 +188,42 @@ class MaskedLoader:
                 f"corpus_memory is {memory!r}: it must be 'auto', 'device', 'pinned' or 'mapped'"
             )
         stream, device = self.dataset.corpus.stream, self._compute_device
+        mask = self.dataset.corpus.loss_mask
         self._tokens, self._runs = stream.flat, stream.runs
+        self._loss_mask, self._loss_mask_runs = _flat_and_runs(mask)
         self._step: CorruptStep | None = None  # made when it is needed, with tables on the device
         self._residency = Residency(stream)
         self._stager: Stager | None = None
+        self._mask_stager: Stager | None = None
         if device.type == "cpu":
             self.corpus_memory: CorpusMemory = "mapped"
             return
         is_asked_for = memory != "auto"
         if memory == "auto":
-            memory = choose_memory_here(stream.nbytes, device, self.world_size)
+            num_bytes = stream.nbytes + (0 if mask is None else mask.nbytes)
+            memory = choose_memory_here(num_bytes, device, self.world_size)
             if memory == "pinned" and self.backend == "reference":
                 memory = "mapped"  # which has no kernel that reads pinned memory
         if memory == "pinned":
             try:
                 self._tokens = pin_exactly(stream, device)
+                if mask is not None:
+                    self._loss_mask = pin_exactly(mask, device)
             except PinnedMemoryError as error:
                 if is_asked_for:
                     raise
                 warnings.warn(f"{error}; corpus_memory is 'mapped' now", stacklevel=3)
                 memory = "mapped"
-        self.corpus_memory, self._runs = memory, None
+        self.corpus_memory, self._runs, self._loss_mask_runs = memory, None, None
         if memory == "device":
-            there = torch.empty(len(stream), dtype=stream.dtype, device=device)
-            self._tokens = stream.copy_to(there)
+            self._tokens = _copy_to(stream, device)
+            self._loss_mask = None if mask is None else _copy_to(mask, device)
         elif memory == "mapped":
-            self._stager = Stager(
-                stream, self._window_starts, self.batch_size, self.dataset.seq_len, device
-            )
+            shape = self.batch_size, self.dataset.seq_len
+            self._stager = Stager(stream, self._window_starts, *shape, device)
+            if mask is not None:
+                self._mask_stager = Stager(mask, self._window_starts, *shape, device)
+            self._loss_mask = None
 
     def _make_step(self) -> CorruptStep:
         tokens = self._tokens
@@ -212,6 +240,8 @@ class MaskedLoader:
             seed=self.seed,
             device=self._compute_device,
             runs=self._runs,
+            loss_mask=self._loss_mask,
+            loss_mask_runs=self._loss_mask_runs,
             wanted=self._wanted,
             backend=self.backend,
         )
@@ -220,7 +250,7 @@ class MaskedLoader:
         state = self.__dict__.copy()
         # Device memory, threads and events are recreated in the copy. A pending check stays with
         # this loader.
-        for name in ("_tokens", "_runs", "_step", "_stager", "_deferred_check", "_residency"):
+        for name in _NOT_COPIED:
             del state[name]
         return state
 
@@ -283,7 +313,7 @@ class MaskedLoader:
             ValueError: ``step`` is negative, or a tensor while the kernel cannot read the corpus.
         """
         self._deferred_check.run()
-        starts = windows = None
+        starts = windows = maskable = None
         if isinstance(step, Tensor):
             in_kernel = self._order.in_kernel is not None
             if self._compute_device.type == "cpu" or self._stager is not None or not in_kernel:
@@ -298,13 +328,18 @@ class MaskedLoader:
             if self.corpus_memory == "mapped":
                 place = step * self.global_batch % self._order.num_windows
                 self._residency.before(begins_epoch=place < self.global_batch)
+                mask = self.dataset.corpus.loss_mask
+                if mask is not None and place < self.global_batch:
+                    mask.check_unchanged()
             if self._stager is not None:
                 windows = self._stager.windows(step)
+                if self._mask_stager is not None:
+                    maskable = self._mask_stager.windows(step)
             elif self._order.in_kernel is None:
                 starts = self._window_starts(step).to(self._compute_device)
         if self._step is None:
             self._step = self._make_step()
-        corrupted = self._step(step, starts=starts, windows=windows)
+        corrupted = self._step(step, starts=starts, windows=windows, maskable=maskable)
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))
@@ -349,6 +384,8 @@ class MaskedLoader:
         self.step += 1
         if self._stager is not None:
             self._stager.prefetch(self.step)
+            if self._mask_stager is not None:
+                self._mask_stager.prefetch(self.step)
         elif self._residency.is_cold:
             starts = self._window_starts(self.step)
             self._residency.read_ahead(starts, self.dataset.seq_len)

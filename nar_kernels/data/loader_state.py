@@ -5,10 +5,11 @@ from typing import Any
 
 from nar_kernels.ops.masking import MaskingConfig
 
-# 1 said nothing of the masking at first, nor of what 2 adds; 2 nothing of what 3 adds.
-VERSION = 3
+# 1 said nothing of the masking at first, nor of what 2 adds, and so on.
+VERSION = 4
 _NEW_IN_2 = {"shift_epochs": False, "table_digest": None}
 _NEW_IN_3 = {"time_range": [0.0, 1.0], "weighting": "elbo"}
+_NEW_IN_4 = {"loss_mask_digest": None}  # which was not used
 
 _HOW = "make the loader with the arguments it had when the state was taken"
 
@@ -63,11 +64,15 @@ def check_continues(
     old = _NEW_IN_2 | masking_state(masking) if version == 1 else {}
     if version < 3:
         old |= _NEW_IN_3
+    of_sources: dict[str, Any] = {}
+    if version < 4:
+        old |= _NEW_IN_4
+        of_sources = _NEW_IN_4
     _compare("", ours, theirs, old, corpora, repr(masking.schedule))
     for i, (one, two) in enumerate(
         zip(ours.get("sources", ()), theirs.get("sources", ()), strict=True)
     ):
-        _compare(f"sources[{i}].", one, two, {}, corpora, "")
+        _compare(f"sources[{i}].", one, two, of_sources, corpora, "")
 
 
 def _compare(
@@ -86,7 +91,12 @@ def _compare(
         there = theirs.get(name, old.get(name))
         if here == there:
             continue
-        named = {"corpus_digest": corpora.get(prefix, ""), "schedule_digest": schedule}.get(name)
+        corpus = corpora.get(prefix, "")
+        named = {
+            "corpus_digest": corpus,
+            "loss_mask_digest": corpus,
+            "schedule_digest": schedule,
+        }.get(name)
         where = f" of {named}" if named else ""
         what = "batch_size * world_size" if name == "global_batch" else prefix + name
         raise ValueError(

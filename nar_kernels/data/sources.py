@@ -5,7 +5,6 @@ Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 
 import glob
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,12 +111,6 @@ def open_data(
     _check_alike([source.data for source in sources], opened)
     for source, one in zip(sources, opened, strict=True):
         options |= _fixed_by(source.data, one, options)
-        if one.corpus.loss_mask is not None:
-            warnings.warn(
-                f"{source.data} has a loss mask, which training does not use: all of its tokens "
-                "are masked and learned, prompts too",
-                stacklevel=2,
-            )
     if options["num_tokens"] is None:
         options["num_tokens"] = _least_vocabulary([one.corpus for one in opened])
     spec = _spec_of(opened, options["num_tokens"], options["seq_len"] or _DEFAULT_SEQ_LEN)

@@ -53,7 +53,7 @@ def choose_memory_here(num_bytes: int, device: torch.device, world_size: int) ->
 
 
 class Stager:
-    """Prefetches windows of a corpus too large for memory to a device.
+    """Prefetches windows of a corpus too large for memory to a device, or of its loss mask.
 
     They are copied in the corpus's dtype; uint16 is a quarter of int64. Double-buffered: a thread
     fills one staging buffer, pinned if the device is a GPU, and copies it on its own stream, while

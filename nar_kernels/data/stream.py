@@ -118,8 +118,35 @@ class ArrayInMemory:
         return _array_in_memory, (self._ids.numpy(),)
 
 
+class Ones:
+    """So many uint8 that are 1, all of them one block of memory."""
+
+    name, dtype = "ones", torch.uint8
+
+    def __init__(self, count: int) -> None:
+        self._block = np.ones(min(count, _COPY_CHUNK), np.uint8)
+        full, rest = divmod(count, len(self._block)) if count else (0, 0)
+        self.lengths = np.array([len(self._block)] * full + [rest] * (rest > 0), np.int64)
+        self.addresses = np.full_like(self.lengths, self._block.ctypes.data)
+
+    def whole(self) -> Tensor | None:
+        return torch.from_numpy(self._block) if len(self.lengths) == 1 else None
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def release_memory(self) -> None:
+        pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ones, (int(self.lengths.sum()),)
+
+
 def _array_in_memory(array: np.ndarray) -> ArrayInMemory:
     return ArrayInMemory(as_tensor(array))
+
+
+Part = MappedFile | ArrayInMemory | Ones
 
 
 class TokenStream:
@@ -134,7 +161,7 @@ class TokenStream:
         flat: ``[T]``, that run; otherwise empty, of the same dtype.
     """
 
-    def __init__(self, parts: Sequence[MappedFile | ArrayInMemory]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         self.parts, self.dtype = tuple(parts), parts[0].dtype
         self._part_begins = np.cumsum([0, *(int(part.lengths.sum()) for part in parts)])
         whole = parts[0].whole() if len(parts) == 1 else None
@@ -149,6 +176,11 @@ class TokenStream:
     def of_array(cls, ids: Tensor) -> "TokenStream":
         """Of a contiguous tensor ``[T]``."""
         return cls([ArrayInMemory(ids)])
+
+    @classmethod
+    def of_ones(cls, count: int) -> "TokenStream":
+        """A loss mask by which all of so many tokens count."""
+        return cls([Ones(count)])
 
     @classmethod
     def joined(cls, streams: "Sequence[TokenStream]") -> "TokenStream":
@@ -210,7 +242,7 @@ class TokenStream:
             out[start:stop].copy_(self.read(start, stop))
         return out
 
-    def place(self, offset: int) -> tuple[MappedFile | ArrayInMemory, int]:
+    def place(self, offset: int) -> tuple[Part, int]:
         """The part that an id lies in, and its offset there."""
         number = int(np.searchsorted(self._part_begins, offset, "right")) - 1
         return self.parts[number], offset - int(self._part_begins[number])

@@ -41,11 +41,14 @@ class WindowOrder(NamedTuple):
 
 
 class CorruptArgs(NamedTuple):
-    """Checked arguments of ``corrupt``. Shapes: B batch, L ``seq_len``, V ``num_tokens``.
+    """Checked arguments of ``corrupt``. Shapes: B batch, L ``seq_len``, V ``num_tokens``, N
+    ``num_positions``.
 
     The windows of the batch begin at ``starts``; or, where ``num_windows`` is not 0, at
     ``phase + index * stride`` with the index that the sample slot has in the order of its epoch; or
     one after the other.
+
+    With ``spans`` samples have lengths of their own, and L is the space of the longest.
     """
 
     tokens: Tensor  # the corpus, any integer type; empty if it lies in runs
@@ -55,6 +58,13 @@ class CorruptArgs(NamedTuple):
     starts: Tensor | None  # int64 [B]
     batch: int
     seq_len: int
+    # int64 [3, B + 1], of each sample: where it begins in the outputs; how many of its ids are in
+    # the corpus; and of how many positions it is. The ids that follow are eos_id. What follows up
+    # to the next sample is padding. Last N, and nothing.
+    spans: Tensor | None
+    num_positions: int  # of the outputs: B * L without spans
+    eos_id: int  # a valid id in any case, as is the next
+    pad_id: int
     num_tokens: int
     mask_id: int
     sample_ids: Tensor | None  # int64 [B]; or first_sample, first_sample + 1, ...
@@ -64,9 +74,12 @@ class CorruptArgs(NamedTuple):
     phase: int
     stride: int
     shuffle: bool
-    # [B, L], elements of maskable_bytes: 1 for flags, else labels, of which -100 is not maskable.
+    # [N], elements of maskable_bytes: 1 for flags, else labels, of which -100 is not maskable.
     maskable: Tensor | None
     maskable_bytes: int
+    # A byte for each token of the corpus: 0 is not maskable. On the CPU it may lie in runs.
+    loss_mask: Tensor | None
+    loss_mask_runs: Tensor | None
     prompt_lengths: Tensor | None  # int64 [B], positions before it are not maskable
     ratio_table: Tensor  # uint32 [65536]; all outputs go to its device
     weight_table: Tensor  # float32 [65536]

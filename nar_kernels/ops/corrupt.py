@@ -1,6 +1,7 @@
 """``corrupt``: windows, validation, masks, labels and loss weights in one kernel.
 
-Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens.
+Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``), T corpus tokens, n
+documents, N their positions.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,6 +16,7 @@ from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt_launch import PlannedCorrupt, memory_of, run_corrupt
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
 from nar_kernels.ops.dispatch import needs_dispatcher
+from nar_kernels.ops.documents import Documents, check_documents
 from nar_kernels.ops.host_counts import count_on_host, num_strata
 from nar_kernels.ops.maskable import EVERY_POSITION, Maskable, check_maskable
 from nar_kernels.ops.masking import MaskingConfig
@@ -77,6 +79,68 @@ def _check_slots(
     return slots, sample_ids
 
 
+class Samples(NamedTuple):
+    """What a batch is made of.
+
+    Attributes:
+        seq_len: L; of documents, the space of the longest.
+        slots, sample_ids: as a range, and as a tensor, if they are known so.
+    """
+
+    starts: Tensor | None
+    batch: int
+    seq_len: int
+    device: torch.device
+    slots: range | None
+    sample_ids: Tensor | None
+    documents: Documents | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch, self.seq_len) if self.documents is None else self.documents.shape
+
+
+def _check_seq_len(seq_len: int) -> int:
+    seq_len = as_int("seq_len", seq_len)
+    if not 1 <= seq_len < 1 << 31:
+        raise ValueError(f"seq_len is {seq_len}: it must be in [1, 2**31)")
+    return seq_len
+
+
+def _samples_of_windows(
+    tokens: Tensor,
+    starts: Tensor | None,
+    seq_len: int | None,
+    sample_ids: Tensor | range | None,
+) -> Samples:
+    device = tokens.device
+    if starts is None:
+        batch, seq_len = _batch_shape(tokens, seq_len)
+        _check_seq_len(seq_len)
+    else:
+        starts, seq_len = _check_windows(tokens, starts, seq_len)
+        batch, device = starts.shape[0], starts.device
+    slots: range | None = range(batch)
+    ids = None
+    if sample_ids is not None:
+        slots, ids = _check_slots(sample_ids, batch, device)
+    return Samples(starts, batch, seq_len, device, slots, ids, None)
+
+
+def _samples_of_documents(documents: Documents, tokens: Tensor, starts: Tensor | None) -> Samples:
+    if starts is None or tokens.dim() != 1:
+        raise ValueError(
+            "lengths are given: tokens must be a flat corpus [T], and starts say where in it each "
+            "document begins"
+        )
+    starts = _check_starts(starts, tokens)
+    if len(starts) != len(documents):
+        raise ValueError(f"there are {len(starts)} starts but {len(documents)} lengths")
+    device, ids = starts.device, documents.ids_on_host
+    longest = documents.longest
+    return Samples(starts, len(documents), longest, device, None, ids.to(device), documents)
+
+
 def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
     if scalar.dtype != torch.int64 or scalar.numel() != 1:
         raise ValueError(
@@ -137,6 +201,12 @@ def corrupt(
     labels: Tensor | None = None,
     loss_mask: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
+    lengths: Tensor | None = None,
+    eos_lengths: Tensor | None = None,
+    eos_id: int | None = None,
+    places: Tensor | None = None,
+    num_rows: int | None = None,
+    pad_id: int | None = None,
     outputs: Collection[Output] = OUTPUTS,
     ids_dtype: torch.dtype = torch.int64,
     out: Corrupted | None = None,
@@ -167,9 +237,26 @@ def corrupt(
         maskable: bool ``[B, L]``, positions that may be masked. Default: all.
         labels: int64 or int32 ``[B, L]``, in place of ``maskable``: those that are -100, as
             Hugging Face has it, are given and may not be masked.
-        loss_mask: ``[B, L]`` of 0 and 1, in place of ``maskable``: bool or integers.
+        loss_mask: ``[B, L]`` of 0 and 1, in place of ``maskable``: bool or integers. Or, with
+            ``starts``, bool or uint8 ``[T]``, beside the corpus, and where it is.
         prompt_lengths: int64 or int32 ``[B]`` in [0, L], beside any of these or alone: positions
             before it may not be masked. (A GPU takes a length outside of that as 0 or L.)
+        lengths: int64 ``[n]`` on the CPU, with ``starts`` ``[n]``: a ragged batch of documents, of
+            so many ids each; B is n. The batch is flat, ``[N]``, one document after the other; or,
+            with ``seq_len``, ``[n, L]``, each padded to L, or as ``places`` say. Time, count and
+            noise of a document follow from its ``sample_ids`` entry and its own positions: they are
+            the same in any batch. Pass its number in the corpus, plus the number of documents for
+            each epoch, which is also the ``global_batch`` of stratified times. ``maskable`` and
+            ``labels`` have the shape of the batch.
+        eos_lengths: int64 ``[n]`` on the CPU: so many ``eos_id`` follow each document. They belong
+            to it, and may be masked (but by ``maskable`` and ``labels``).
+        eos_id: id of the end of a sequence, for ``eos_lengths``.
+        places: int64 ``[n]`` on the CPU, with ``lengths``, ``seq_len`` and ``num_rows``: where
+            each document begins in the flat batch ``[num_rows * L]``, ascending. Each row must
+            begin with one, of length 0 if it is empty; none reaches over the end of its row.
+        num_rows: of the batch ``[num_rows, L]`` that ``places`` describe.
+        pad_id: id of positions behind a document. Default: ``eos_id``, or else 0 (1 if the mask
+            is 0).
         outputs: what to write beside ``input_ids`` and one number a sample, which is most of the
             time of a batch: any of ``"labels"``, ``"masked_indices"`` and ``"masked_rows"``. What
             is left out is None. :func:`masked_nll` needs the first and the last.
@@ -193,30 +280,47 @@ def corrupt(
     that would be a sync, by ``raise_if_invalid()`` of the result.
     """
     check_token_dtype(tokens.dtype)
-    seq_len = None if seq_len is None else as_int("seq_len", seq_len)
-    if starts is None:
-        batch, seq_len = _batch_shape(tokens, seq_len)
+    seq_len = None if seq_len is None else _check_seq_len(seq_len)
+    if lengths is None:
+        given = (eos_lengths, eos_id, places, num_rows, pad_id)
+        if any(option is not None for option in given):
+            raise ValueError(
+                "eos_lengths, eos_id, places, num_rows and pad_id are for documents: give their "
+                "lengths, and starts"
+            )
+        samples = _samples_of_windows(tokens, starts, seq_len, sample_ids)
     else:
-        starts, seq_len = _check_windows(tokens, starts, seq_len)
-        batch = starts.shape[0]
-    if not 1 <= seq_len < 1 << 31:
-        raise ValueError(f"seq_len is {seq_len}: it must be in [1, 2**31)")
-    device = tokens.device if starts is None else starts.device
-    slots: range | None = range(batch)
-    if sample_ids is not None:
-        slots, sample_ids = _check_slots(sample_ids, batch, device)
-    global_batch = max(batch, 1) if global_batch is None else as_int("global_batch", global_batch)
+        documents = check_documents(
+            lengths,
+            eos_lengths=eos_lengths,
+            places=places,
+            num_rows=num_rows,
+            seq_len=seq_len,
+            sample_ids=sample_ids,
+        )
+        samples = _samples_of_documents(documents, tokens, starts)
+    starts, device = samples.starts, samples.device
+    global_batch = samples.batch if global_batch is None else as_int("global_batch", global_batch)
+    if global_batch == samples.batch == 0:
+        global_batch = 1
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
+    beside_corpus = None
+    if starts is not None and loss_mask is not None and loss_mask.dim() == 1:
+        beside_corpus, loss_mask = _check_beside(loss_mask, tokens), None
     supervised = check_maskable(
-        (batch, seq_len),
+        samples.shape,
         device,
+        lengths=None if samples.documents is None else samples.documents.lengths,
         maskable=maskable,
         labels=labels,
         loss_mask=loss_mask,
         prompt_lengths=prompt_lengths,
     )
     wanted = Wanted.of(outputs, ids_dtype)
+    spans = None
+    if samples.documents is not None:
+        spans = _spans(samples.documents, masking, eos_id, pad_id, device)
     arguments = _arguments(
         masking,
         seed,
@@ -224,19 +328,67 @@ def corrupt(
         wanted,
         tokens=tokens.contiguous(),
         starts=starts,
-        batch=batch,
-        seq_len=seq_len,
-        sample_ids=sample_ids,
+        batch=samples.batch,
+        seq_len=samples.seq_len,
+        sample_ids=samples.sample_ids,
         maskable=supervised,
+        loss_mask=beside_corpus,
+        spans=spans,
         global_batch=global_batch,
     )
     backend = _resolve(backend, tokens, device)
     memory = None if out is None else memory_of(out, arguments, device)
     tensors = run_corrupt(arguments, backend, memory)
-    corrupted = _batch(tensors, arguments, masking, wanted, slots)
+    corrupted = _batch(tensors, arguments, masking, wanted, samples.slots, samples.documents)
     if device.type == "cpu" and not torch.compiler.is_compiling():
         corrupted.raise_if_invalid(None if starts is None else source)
     return corrupted
+
+
+def _check_beside(loss_mask: Tensor, tokens: Tensor) -> Tensor:
+    """uint8 or bool ``[T]``, where the tokens are."""
+    if loss_mask.dtype not in (torch.bool, torch.uint8) or loss_mask.shape != tokens.shape:
+        raise ValueError(
+            f"loss_mask is {loss_mask.dtype} {list(loss_mask.shape)}: beside a corpus it must be "
+            f"bool or uint8 {list(tokens.shape)}; of the windows it is [B, L]"
+        )
+    if loss_mask.device != tokens.device:
+        raise ValueError(f"loss_mask is on {loss_mask.device} but tokens are on {tokens.device}")
+    return loss_mask.contiguous()
+
+
+class Spans(NamedTuple):
+    """Fields of :class:`CorruptArgs`."""
+
+    spans: Tensor | None
+    num_positions: int
+    eos_id: int
+    pad_id: int
+
+
+def _spans(
+    documents: Documents,
+    masking: MaskingConfig,
+    eos_id: int | None,
+    pad_id: int | None,
+    device: torch.device,
+) -> Spans:
+    if eos_id is None and not torch.equal(documents.stored, documents.lengths):
+        raise ValueError("eos_lengths are given without eos_id, the id that they stand for")
+    filler = int(masking.mask_id == 0)
+    eos_id = filler if eos_id is None else _check_id("eos_id", eos_id, masking)
+    pad_id = eos_id if pad_id is None else _check_id("pad_id", pad_id, masking)
+    return Spans(documents.spans().to(device), documents.num_positions, eos_id, pad_id)
+
+
+def _check_id(name: str, value: int, masking: MaskingConfig) -> int:
+    value = as_int(name, value)
+    if not 0 <= value < masking.num_tokens or value == masking.mask_id:
+        raise ValueError(
+            f"{name} is {value}: it must be in [0, {masking.num_tokens}), and not mask_id "
+            f"{masking.mask_id}"
+        )
+    return value
 
 
 class CorruptStep:
@@ -245,10 +397,11 @@ class CorruptStep:
 
     Args:
         tokens: contiguous, on ``device`` or in pinned memory: the corpus ``[T]``.
+        loss_mask: uint8 ``[T]`` likewise, or None.
         order: which windows the slots hold; None: each call says.
         batch_size, rank, global_batch: slots are ``step * global_batch + rank * batch_size + j``
             for j in [0, ``batch_size``).
-        runs: as in :class:`CorruptArgs`, on the CPU.
+        runs, loss_mask_runs: as in :class:`CorruptArgs`, on the CPU.
         device: of the batches, and of the kernel.
 
     The other arguments are those of :func:`corrupt`.
@@ -267,6 +420,8 @@ class CorruptStep:
         seed: int | Tensor,
         device: torch.device,
         runs: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        loss_mask_runs: Tensor | None = None,
         wanted: Wanted = EVERYTHING,
         backend: str = "auto",
     ) -> None:
@@ -279,6 +434,8 @@ class CorruptStep:
             wanted,
             tokens=tokens,
             runs=runs,
+            loss_mask=loss_mask,
+            loss_mask_runs=loss_mask_runs,
             batch=batch_size,
             seq_len=seq_len,
             first_sample=rank * batch_size,
@@ -290,7 +447,12 @@ class CorruptStep:
             self._run_here = PlannedCorrupt(self._arguments)
 
     def __call__(
-        self, step: int | Tensor, *, starts: Tensor | None = None, windows: Tensor | None = None
+        self,
+        step: int | Tensor,
+        *,
+        starts: Tensor | None = None,
+        windows: Tensor | None = None,
+        maskable: Tensor | None = None,
     ) -> Corrupted:
         """
         Args:
@@ -298,6 +460,7 @@ class CorruptStep:
                 reads.
             starts: int64 ``[B]``, where the windows begin, if there is no order.
             windows: ``[B, L]`` on ``device``, instead of the corpus.
+            maskable: uint8 ``[B, L]`` there, of them.
 
         Raises nothing for invalid data: the result records it.
         """
@@ -317,6 +480,8 @@ class CorruptStep:
             a = a._replace(first_sample=first_sample, starts=starts)
             if windows is not None:
                 a = a._replace(tokens=windows, runs=None, num_windows=0)
+            if maskable is not None:
+                a = a._replace(maskable=maskable, maskable_bytes=1)
             tensors = run_corrupt(a, self._backend)
         return _batch(tensors, a, masking, self._wanted, slots)
 
@@ -348,12 +513,18 @@ def _arguments(
     stride: int = 0,
     shuffle: bool = False,
     maskable: Maskable = EVERY_POSITION,
+    loss_mask: Tensor | None = None,
+    loss_mask_runs: Tensor | None = None,
+    spans: Spans | None = None,
 ) -> CorruptArgs:
     seed_tensor = None
     if isinstance(seed, Tensor):
         seed_tensor = _check_scalar("seed", seed, device)
         seed = 0
-    if wanted.narrow and batch * seq_len >= 1 << 31:
+    if spans is None:
+        filler = int(masking.mask_id == 0)
+        spans = Spans(None, batch * seq_len, filler, filler)
+    if wanted.narrow and spans.num_positions >= 1 << 31:
         raise ValueError(
             f"ids_dtype is torch.int32, but a batch of {batch} x {seq_len} positions has indices "
             "that do not fit: use torch.int64"
@@ -364,6 +535,7 @@ def _arguments(
         starts,
         batch,
         seq_len,
+        *spans,
         masking.num_tokens,
         masking.mask_id,
         sample_ids,
@@ -375,6 +547,8 @@ def _arguments(
         shuffle,
         maskable.positions,
         maskable.positions_bytes,
+        loss_mask,
+        loss_mask_runs,
         maskable.prompt_lengths,
         *masking.tables(device),
         signed_seed(seed),
@@ -396,6 +570,7 @@ def _batch(
     masking: MaskingConfig,
     wanted: Wanted,
     slots: range | None,
+    documents: Documents | None = None,
 ) -> Corrupted:
     outputs: Sequence[Tensor | None] = tensors
     if wanted is not EVERYTHING:
@@ -405,6 +580,9 @@ def _batch(
                 outputs[i] = None
     counts = None
     if wanted.masked_rows and outputs[0].device.type == "cuda":  # type: ignore[union-attr]
-        counts = count_on_host(a, masking, slots)
+        counts = count_on_host(a, masking, slots, documents)
+    if documents is not None:
+        of_positions, others = outputs[:3], outputs[3:]
+        outputs = [x if x is None else x.view(documents.shape) for x in of_positions] + [*others]
     strata = num_strata(masking, slots, a.global_batch)
-    return Corrupted(*outputs, masking, counts, strata)  # type: ignore[call-arg, arg-type]
+    return Corrupted(*outputs, masking, counts, strata, documents)  # type: ignore[call-arg, arg-type]

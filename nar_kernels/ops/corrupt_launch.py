@@ -22,7 +22,7 @@ def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[T
         batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
         batch.num_masked, batch.num_maskable, batch.row_buffer,
     )  # fmt: skip
-    size, rows = a.batch * a.seq_len, a.batch
+    size, rows = a.num_positions, a.batch
     ids = torch.int32 if a.narrow else torch.int64
     kinds = (
         (ids, size), (ids, size * a.labels), (torch.bool, size * a.masked_indices),
@@ -34,10 +34,16 @@ def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[T
         fits = tensor.numel() == numel and tensor.is_contiguous() and tensor.device == device
         if not fits or (x is not None and x.dtype != dtype):
             raise ValueError(
-                f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
-                f"[{rows}, {a.seq_len}] and {ids} on {device}, made with the same outputs"
+                f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of "
+                f"{_shape(a)} and {ids} on {device}, made with the same outputs"
             )
     return memory
+
+
+def _shape(a: CorruptArgs) -> str:
+    if a.spans is None:
+        return f"shape [{a.batch}, {a.seq_len}]"
+    return f"{a.batch} documents in {a.num_positions} positions"
 
 
 def empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
@@ -45,12 +51,15 @@ def empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:
     # Sizes one by one, empty_like and new_empty: they save 6 us in all.
     batch, seq_len = a.batch, a.seq_len
     dtype = torch.int32 if a.narrow else torch.int64
-    ids = torch.empty(batch, seq_len, dtype=dtype, device=device)
+    if a.spans is None:
+        ids = torch.empty(batch, seq_len, dtype=dtype, device=device)
+    else:
+        ids = torch.empty(a.num_positions, dtype=dtype, device=device)
     labels = torch.empty_like(ids) if a.labels else ids.new_empty(0)
     masked = torch.empty_like(ids if a.masked_indices else ids.new_empty(0), dtype=torch.bool)
     times = ids.new_empty(batch, dtype=torch.float32)
     counts = ids.new_empty(batch, dtype=torch.int64)
-    row_buffer = ids.new_empty(batch * seq_len if a.masked_rows else 0)
+    row_buffer = ids.new_empty(a.num_positions if a.masked_rows else 0)
     weight, num_maskable = torch.empty_like(times), torch.empty_like(counts)
     return ids, labels, masked, times, weight, counts, num_maskable, row_buffer
 
@@ -143,6 +152,6 @@ register("corrupt", CorruptArgs, f"({', '.join(['Tensor'] * 9)})", _launch_corru
 
 def run_corrupt(a: CorruptArgs, backend: str, memory: Memory = None) -> tuple[Tensor, ...]:
     """The tensors of :class:`Corrupted`, in ``memory`` if that is given."""
-    if needs_dispatcher(a.tokens, a.maskable, a.prompt_lengths):
+    if needs_dispatcher(a.tokens, a.maskable, a.loss_mask, a.prompt_lengths):
         return _moved(torch.ops.nar_kernels.corrupt.default(*a, backend), memory)
     return _launch_corrupt(a, backend, memory)

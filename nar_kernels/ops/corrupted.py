@@ -1,10 +1,11 @@
 """Corrupted batches: :class:`Corrupted`.
 
-Shapes: B batch, L sequence length, R masked rows of a batch.
+Shapes: B batch, L sequence length, R masked rows of a batch; n documents (:class:`Documents`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int, check_device
 from nar_kernels.errors import InvalidTokenError
+from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.host_counts import HostCounts
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.spec.schedules import NUM_TIMES
@@ -53,16 +55,9 @@ OUTPUTS: tuple[Output, ...] = get_args(Output)
 _FIELD_OF = {"labels": "labels", "masked_indices": "masked_indices", "masked_rows": "row_buffer"}
 
 
-# Fields with one entry per sample.
-_PER_SAMPLE = (
-    "input_ids",
-    "labels",
-    "masked_indices",
-    "times",
-    "loss_weight",
-    "num_masked",
-    "num_maskable",
-)
+# Fields with one entry per position, and per sample.
+_PER_POSITION = "input_ids", "labels", "masked_indices"
+_PER_SAMPLE = "times", "loss_weight", "num_masked", "num_maskable"
 
 
 def _unless_none(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Any:
@@ -100,7 +95,8 @@ def _compact(value: Any) -> Any:
 class Corrupted:
     """A corrupted batch: everything a masked-prediction step needs.
 
-    ``batch[2:4]`` and ``batch[[5, 0]]`` select samples, :meth:`cat` concatenates batches. A
+    ``batch[2:4]`` and ``batch[[5, 0]]`` select samples, :meth:`cat` concatenates batches. (Of
+    documents in rows ``[B, L]`` these are rows, of a flat batch ``[N]`` documents.) A
     ``DataLoader`` over batches takes ``batch_size=None`` or ``collate_fn=Corrupted.cat``, and any
     number of workers.
 
@@ -128,6 +124,9 @@ class Corrupted:
             device must be asked.
         num_strata: of the times, if each sample is known to have a stratum of its own; else 0.
             Bounds R by ``row_capacity``: set it to 0 if you change ``masked_indices``.
+        documents: of a ragged or packed batch, where its documents lie; else None. A sample is a
+            document then: shapes ``[B]`` are ``[n]``, and ``[B, L]`` is ``documents.shape``, which
+            may be flat, ``[N]``.
     """
 
     input_ids: Tensor
@@ -142,9 +141,11 @@ class Corrupted:
     masking: MaskingConfig
     counts_on_host: HostCounts | None = None
     num_strata: int = 0
+    documents: Documents | None = None
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
+        is_flat = self.documents is not None and self.documents.row_length is None
+        return len(self.times) if is_flat else self.input_ids.shape[0]
 
     def need(self, *outputs: Output) -> None:
         """Raises ValueError where one of these outputs is missing."""
@@ -171,8 +172,79 @@ class Corrupted:
         """float32 ``[B, L]``, of stride 0 along L: m(t), the probability with which a maskable
         position of the sample is masked. Exact draws mask ``clamp(ceil(m(t) n), 1, n)`` of n."""
         ratio = self.masking.tables(self.times.device)[0].index_select(0, self.quantised_times)
-        share = (ratio.long() & 0xFFFFFFFF).double() / 2**32
-        return share.float()[:, None].expand(self.input_ids.shape)
+        share = ((ratio.long() & 0xFFFFFFFF).double() / 2**32).float()
+        if self.documents is None:
+            return share[:, None].expand(self.input_ids.shape)
+        return share.index_select(0, self.sample_indices.flatten()).view(self.input_ids.shape)
+
+    def samples_of(self, rows: Tensor) -> Tensor:
+        """int64 ``[R']``: the sample that each of these indices into the flat batch is in."""
+        if self.documents is None:
+            return rows // self.input_ids.shape[1]
+        return torch.searchsorted(self.cu_seqlens[1:], rows.to(torch.int32), right=True)
+
+    def sum_by_sample(self, values: Tensor) -> Tensor:
+        """int64 or float64 ``[B]``: sums of ``[B, L]`` over the positions of each sample."""
+        if self.documents is None:
+            return values.sum(1)
+        wide = torch.float64 if values.is_floating_point() else torch.int64
+        sums = torch.zeros(len(self.times), dtype=wide, device=values.device)
+        return sums.index_add_(0, self.sample_indices.flatten(), values.flatten().to(wide))
+
+    @cached_property
+    def sample_indices(self) -> Tensor:
+        """int64 ``[B, L]``: the sample that each position is in, padding in that before it."""
+        shape, device = self.input_ids.shape, self.input_ids.device
+        return self.samples_of(torch.arange(self.input_ids.numel(), device=device)).view(shape)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 ``[n + 1]``: where each document begins in the flat batch, last its length, as
+        attention of variable length has it; without documents, multiples of L."""
+        device, shape = self.input_ids.device, self.input_ids.shape
+        if self.documents is not None:
+            return self.documents.begins.to(device, torch.int32)
+        return torch.arange(shape[0] + 1, dtype=torch.int32, device=device) * shape[1]
+
+    @property
+    def max_seqlen(self) -> int:
+        """The largest difference of ``cu_seqlens``."""
+        return self.input_ids.shape[1] if self.documents is None else self.documents.longest
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 ``[n]``: how many positions each document has; the others of its space are
+        padding."""
+        if self.documents is not None:
+            return self.documents.lengths.to(self.input_ids.device)
+        return torch.full_like(self.num_masked, self.input_ids.shape[1])
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """int64 ``[B, L]``: places in the document, from 0 on; they go on through padding."""
+        shape, device = self.input_ids.shape, self.input_ids.device
+        places = torch.arange(self.input_ids.numel(), device=device).view(shape)
+        begins = self.cu_seqlens.to(torch.int64)
+        return places - begins.index_select(0, self.sample_indices.flatten()).view(shape)
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """bool ``[B, L]``: where there is a document, not padding."""
+        lengths = self.lengths.index_select(0, self.sample_indices.flatten())
+        return self.position_ids < lengths.view(self.input_ids.shape)
+
+    @cached_property
+    def document_ids(self) -> Tensor:
+        """int64 ``[B, L]``: the sample slot of the document at each position; -1 at padding.
+
+        Raises:
+            ValueError: the batch is not one of documents.
+        """
+        if self.documents is None:
+            raise ValueError("the batch has no documents: make it with lengths=... of `corrupt`")
+        ids = self.documents.ids_on_host.to(self.input_ids.device)
+        of_positions = ids.index_select(0, self.sample_indices.flatten())
+        return of_positions.view(self.input_ids.shape).masked_fill(~self.attention_mask, -1)
 
     @property
     def masked_rows(self) -> Tensor:
@@ -190,6 +262,8 @@ class Corrupted:
     def row_capacity(self) -> int:
         """C, the most rows that a batch like this can have, whatever its step, seed and ids:
         :meth:`MaskingConfig.row_capacity`."""
+        if self.documents is not None:
+            return self.input_ids.numel()
         return self.masking.row_capacity(*self.input_ids.shape, num_strata=self.num_strata)
 
     def padded_rows(self) -> tuple[Tensor, Tensor]:
@@ -235,9 +309,11 @@ class Corrupted:
         def where(offset: int) -> str:
             if source is not None:
                 return f"offset {offset} of {source}"
+            if self.documents is not None:
+                return f"offset {offset} of the tokens"
             return place_in_batch(self.input_ids.shape[1], offset)
 
-        check_record(self.invalid, len(self), self.masking, where)
+        check_record(self.invalid, len(self.times), self.masking, where)
 
     def __repr__(self) -> str:
         device = self.input_ids.device
@@ -258,6 +334,8 @@ class Corrupted:
             IndexError: an index is outside [-B, B).
             TypeError: any other index, such as a single integer.
         """
+        if self.documents is not None:
+            return self._rows_of_documents(index)
         size, length = self.input_ids.shape
         if isinstance(index, slice):
             samples = range(size)[index]
@@ -282,6 +360,29 @@ class Corrupted:
             part.row_buffer = rows.to(part.row_buffer.dtype)
         return part
 
+    def _rows_of_documents(self, index: slice | list[int] | np.ndarray | Tensor) -> "Corrupted":
+        assert self.documents is not None
+        size, device = len(self), self.input_ids.device
+        rows = _sample_indices(
+            list(range(size)[index]) if isinstance(index, slice) else index, size
+        ).tolist()
+        documents, chosen, positions = self.documents.of_rows(rows)
+        positions, chosen_there = positions.to(device), chosen.to(device)
+        tensors: dict[str, Any] = {}
+        for name in _PER_POSITION:
+            of_all = getattr(self, name)
+            if of_all is not None:
+                of_all = of_all.flatten().index_select(0, positions).view(documents.shape)
+            tensors[name] = of_all
+        for name in _PER_SAMPLE:
+            tensors[name] = getattr(self, name).index_select(0, chosen_there)
+        if self.row_buffer is not None:
+            self.need("masked_indices")
+            masked = tensors["masked_indices"].flatten().nonzero().flatten()
+            tensors["row_buffer"] = masked.to(self.row_buffer.dtype)
+        counts = None if self.counts_on_host is None else self.counts_on_host[chosen]
+        return replace(self, **tensors, counts_on_host=counts, documents=documents)
+
     def _host_can_count(self) -> bool:
         """Whether the host knows how many rows each sample has, without a sync or a graph break."""
         on_host = self.num_masked.is_cpu and not torch.compiler.is_compiling()
@@ -304,9 +405,8 @@ class Corrupted:
     def _select(self, index: slice | Tensor) -> "Corrupted":
         """Selects samples; ``row_buffer`` is still that of the whole batch."""
         counts = None if self.counts_on_host is None else self.counts_on_host[index]
-        tensors = {
-            name: _unless_none(lambda x: x[index], getattr(self, name)) for name in _PER_SAMPLE
-        }
+        names = *_PER_POSITION, *_PER_SAMPLE
+        tensors = {name: _unless_none(lambda x: x[index], getattr(self, name)) for name in names}
         return replace(self, **tensors, counts_on_host=counts)
 
     @classmethod
@@ -329,7 +429,7 @@ class Corrupted:
             )
         tensors: dict[str, Any] = {
             name: None if getattr(batches[0], name) is None else torch.cat(parts)
-            for name in _PER_SAMPLE
+            for name in (*_PER_POSITION, *_PER_SAMPLE)
             if (parts := [getattr(b, name) for b in batches])
         }
         rows, num_rows = [], 0
@@ -342,9 +442,11 @@ class Corrupted:
         invalid[1:3] = records[offsets.argmin(), 1:3]
         counts = [b.counts_on_host for b in batches if b.counts_on_host is not None]
         whole = HostCounts(lambda: torch.cat([count() for count in counts]))
+        documents = [batch.documents for batch in batches if batch.documents is not None]
         return replace(
             batches[0],
             **tensors,
+            documents=Documents.cat(documents) if documents else None,
             row_buffer=torch.cat(rows) if rows else None,  # type: ignore[arg-type]
             invalid=invalid,
             num_strata=0,  # two samples may have the same
@@ -353,10 +455,13 @@ class Corrupted:
 
     def _is_compatible(self, other: "Corrupted") -> bool:
         kinds = [
-            (b.input_ids.shape[1], b.input_ids.device, b.input_ids.dtype, b._missing())
+            (b._row_shape(), b.input_ids.device, b.input_ids.dtype, b._missing())
             for b in (self, other)
         ]
         return kinds[0] == kinds[1] and self.masking.masks_like(other.masking)
+
+    def _row_shape(self) -> tuple[bool, torch.Size]:
+        return self.documents is None, self.input_ids.shape[1:]
 
     def _missing(self) -> list[str]:
         return [name for name in _FIELD_OF.values() if getattr(self, name) is None]
@@ -389,7 +494,7 @@ class Corrupted:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """Applies ``function`` to all tensors on the device."""
-        others = ("masking", "counts_on_host", "num_strata")
+        others = ("masking", "counts_on_host", "num_strata", "documents")
         names = (f.name for f in fields(self) if f.name not in others)
         tensors = {name: _unless_none(function, getattr(self, name)) for name in names}
         return replace(self, **tensors)
@@ -397,7 +502,8 @@ class Corrupted:
     def __getstate__(self) -> dict[str, Any]:
         # Entries after the masked rows are undefined.
         rows = None if self.row_buffer is None else self.masked_rows
-        state = vars(self) | {"row_buffer": rows}
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        state["row_buffer"] = rows
         return {name: _compact(value) for name, value in state.items()}
 
     def __copy__(self) -> "Corrupted":

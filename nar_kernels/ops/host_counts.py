@@ -9,6 +9,7 @@ from torch import Tensor
 from nar_kernels.ops.arguments import CorruptArgs
 from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.dispatch import host_address
+from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import MaskingConfig
 
 
@@ -48,31 +49,39 @@ class HostCounts:
         return cls(lambda: counts)
 
 
-def count_on_host(a: CorruptArgs, masking: MaskingConfig, slots: range | None) -> HostCounts | None:
+def count_on_host(
+    a: CorruptArgs, masking: MaskingConfig, slots: range | None, documents: Documents | None = None
+) -> HostCounts | None:
     """The counts of a batch without a sync; None where they depend on device memory.
 
     Args:
         slots: of the samples, up to whole steps, if known.
+        documents: which the samples are, if they have spans.
     """
-    on_device = (a.step, a.maskable, a.prompt_lengths, a.never_mask, a.seed_tensor)
-    if slots is None or any(tensor is not None for tensor in on_device):
+    on_device = (
+        a.step, a.maskable, a.loss_mask, a.prompt_lengths, a.never_mask, a.seed_tensor,
+    )  # fmt: skip
+    if any(tensor is not None for tensor in on_device) or (slots is None and documents is None):
         return None
     if cpp is None or torch.compiler.is_compiling():
         return None
     count = cpp.count_masked
-    is_listed = slots.step != 1 or a.sample_ids is not None
+    listed = slots is None or slots.step != 1 or a.sample_ids is not None
     # Not ``a`` itself, which would keep its tensors.
     shape, slot = (a.batch, a.seq_len), (a.first_sample, a.global_batch)
     draw = (a.exact, a.stratified, a.seed)
 
     def counts() -> Tensor:
-        sample_ids = None
-        if is_listed:
+        sample_ids = spans = None
+        if documents is not None:
+            sample_ids, spans = documents.ids_on_host, documents.spans()
+        elif listed:
+            assert slots is not None
             sample_ids = torch.arange(slots.start, slots.stop, slots.step, device="cpu")
-        at = 0 if sample_ids is None else host_address(sample_ids)
+        lists = [0 if x is None else host_address(x) for x in (spans, sample_ids)]
         made = torch.empty(shape[0], dtype=torch.int64, device="cpu")
         tables = host_address(masking.table.ratio), host_address(made)
-        count(*shape, at, *slot, *draw, *tables, torch.get_num_threads())
+        count(*shape, *lists, *slot, *draw, *tables, torch.get_num_threads())
         return made
 
     return HostCounts(counts)

@@ -1,6 +1,6 @@
 """Which positions may be masked, in the terms that codes have for it.
 
-Shapes: B batch, L sequence length.
+Shapes: B batch, L sequence length; of documents, n and the shape of their batch.
 """
 
 from typing import NamedTuple
@@ -34,15 +34,20 @@ EVERY_POSITION = Maskable()
 
 
 def check_maskable(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     device: torch.device,
     *,
+    lengths: Tensor | None = None,
     maskable: Tensor | None = None,
     labels: Tensor | None = None,
     loss_mask: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
 ) -> Maskable:
     """The arguments of :func:`nar_kernels.corrupt` of these names, checked.
+
+    Args:
+        shape: of the batch.
+        lengths: int64 ``[n]`` on the CPU, of documents.
 
     Raises:
         TypeError: no tensor, or a wrong dtype.
@@ -64,8 +69,9 @@ def check_maskable(
         if loss_mask.itemsize > 1:
             loss_mask = loss_mask != 0
     if prompt_lengths is not None:
-        _check("prompt_lengths", prompt_lengths, _LABEL_DTYPES, shape[:1], device)
-        _check_lengths(prompt_lengths, shape[1])
+        of_samples = shape[:1] if lengths is None else (len(lengths),)
+        _check("prompt_lengths", prompt_lengths, _LABEL_DTYPES, of_samples, device)
+        _check_lengths(prompt_lengths, shape[-1] if lengths is None else lengths)
         prompt_lengths = prompt_lengths.to(torch.int64).contiguous()
     positions = maskable if maskable is not None else labels if labels is not None else loss_mask
     return Maskable(None if positions is None else positions.contiguous(), prompt_lengths)
@@ -88,13 +94,14 @@ def _check(
         raise ValueError(f"{name} is on {tensor.device}, but the kernel runs on {device}")
 
 
-def _check_lengths(prompt_lengths: Tensor, seq_len: int) -> None:
+def _check_lengths(prompt_lengths: Tensor, seq_len: int | Tensor) -> None:
     if not prompt_lengths.is_cpu or torch.compiler.is_compiling():
         return
     wrong = (prompt_lengths < 0) | (prompt_lengths > seq_len)
     if wrong.any():
         row = int(wrong.nonzero()[0])
+        most = seq_len if isinstance(seq_len, int) else int(seq_len[row])
         raise ValueError(
-            f"prompt_lengths[{row}] is {int(prompt_lengths[row])}: it must be in [0, {seq_len}], "
+            f"prompt_lengths[{row}] is {int(prompt_lengths[row])}: it must be in [0, {most}], "
             "the length of the sequence"
         )

@@ -228,9 +228,9 @@ def _num_ignored(corrupted: Corrupted) -> Tensor:
     corrupted.need("labels")
     is_ignored = corrupted.labels == IGNORE_INDEX
     if corrupted.masked_indices is not None:
-        return (is_ignored & corrupted.masked_indices).sum(1)
-    num_unmasked = corrupted.labels.shape[1] - corrupted.num_masked  # -100, too
-    return is_ignored.sum(1) - num_unmasked
+        return corrupted.sum_by_sample(is_ignored & corrupted.masked_indices)
+    num_labels = corrupted.cu_seqlens.diff()  # with padding's, which are -100, too
+    return corrupted.sum_by_sample(is_ignored) - (num_labels - corrupted.num_masked)
 
 
 def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Ten
     if reduction == "sequence":
         lengths = corrupted.num_maskable - _num_ignored(corrupted)
         weight = weight.double() / lengths.clamp(min=1)
-    return weight.index_select(0, rows // corrupted.labels.shape[1])
+    return weight.index_select(0, corrupted.samples_of(rows))
 
 
 def _check(
@@ -291,10 +291,10 @@ def _check(
         raise ValueError(
             f"labels are {_kind(labels)}: they must be integers {list(shape)}, or -100"
         )
-    if hidden.dim() != 3 or hidden.shape[:2] != shape:
+    if hidden.dim() != len(shape) + 1 or hidden.shape[:-1] != shape:
         raise ValueError(
-            f"hidden has shape {list(hidden.shape)}: it must be [{shape[0]}, {shape[1]}, D], the "
-            "hidden states of the corrupted batch"
+            f"hidden has shape {list(hidden.shape)}: it must be [{', '.join(map(str, shape))}, D], "
+            "the hidden states of the corrupted batch"
         )
     if hidden.device != corrupted.labels.device:
         raise ValueError(
@@ -357,8 +357,8 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, corrupted: 
         if not isinstance(tensor, Tensor) and not (name == "bias" and bias is None):
             raise TypeError(f"{name} is {_kind(tensor)}: it must be a tensor")
     widths = head_widths(corrupted.masking)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2] or weight.shape[0] not in widths:
-        valid = " or ".join(f"[{width}, {hidden.shape[2]}]" for width in sorted(widths))
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] not in widths:
+        valid = " or ".join(f"[{width}, {hidden.shape[-1]}]" for width in sorted(widths))
         raise ValueError(f"weight has shape {list(weight.shape)}: it must be [V, D] = {valid}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}: it must be [{weight.shape[0]}]")

@@ -175,11 +175,14 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     if (sample_ids < 0).any():
         raise ValueError(f"sample id {int(sample_ids.min())} is negative: slots count from 0")
     starts = starts_ref(a, seed, sample_ids)
-    clean, invalid = windows_ref(
-        a.tokens.flatten(), a.runs, starts, a.seq_len, a.num_tokens, a.mask_id
-    )
+    if a.spans is None:
+        clean, invalid = windows_ref(
+            a.tokens.flatten(), a.runs, starts, a.seq_len, a.num_tokens, a.mask_id
+        )
+    else:
+        clean, invalid = _documents_ref(a, starts)
 
-    can_mask = _can_mask(a, clean)
+    can_mask = _can_mask(a, starts, clean)
     num_maskable = can_mask.sum(1)
     t16 = draw_times(seed, sample_ids, a.global_batch, a.stratified)
     order, kept, replaced, k = _order_and_bounds(a, seed, sample_ids, t16, can_mask)
@@ -190,11 +193,15 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     input_ids = torch.where(masked, a.mask_id, clean)
     input_ids = torch.where(masked & (order < replaced), random, input_ids)
     input_ids = torch.where(masked & (order < kept), clean, input_ids)
+    labels = torch.where(masked, clean, IGNORE_INDEX)
+    if a.spans is not None:  # flat, as the spaces lie
+        in_space = _places(a) < a.spans[0].diff()[:, None]
+        input_ids, labels, masked = input_ids[in_space], labels[in_space], masked[in_space]
     dtype = torch.int32 if a.narrow else torch.int64
     nothing = masked.new_empty(0)
     return (
         input_ids.to(dtype),
-        torch.where(masked, clean, IGNORE_INDEX).to(dtype) if a.labels else nothing.to(dtype),
+        labels.to(dtype) if a.labels else nothing.to(dtype),
         masked if a.masked_indices else nothing,
         a.time_low + a.time_span * ((t16.to(torch.float32) + 0.5) / NUM_TIMES),
         _loss_weight(a, t16, num_maskable, num_masked),
@@ -205,18 +212,64 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     )
 
 
-def _can_mask(a: CorruptArgs, clean: Tensor) -> Tensor:
+def _places(a: CorruptArgs) -> Tensor:
+    """int64 ``[1, L]``: places in a sample."""
+    return torch.arange(a.seq_len, device=a.ratio_table.device)[None]
+
+
+def _documents_ref(a: CorruptArgs, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`windows_ref`, of samples of different lengths, each padded to L."""
+    assert a.spans is not None
+    begins, stored, lengths = a.spans
+    invalid = torch.zeros(3, dtype=torch.int64, device=starts.device)
+    rows = []
+    for start, count, length in zip(
+        starts.tolist(), stored.tolist(), lengths.tolist(), strict=False
+    ):
+        first = torch.tensor([start], device=starts.device)
+        row, found = windows_ref(a.tokens.flatten(), a.runs, first, count, a.num_tokens, a.mask_id)
+        if found[0] and (not invalid[0] or found[1] < invalid[1]):
+            invalid[1:] = found[1:]
+        invalid[0] += found[0]
+        eos = row.new_full((length - count,), a.eos_id)
+        pad = row.new_full((a.seq_len - length,), a.pad_id)
+        rows.append(torch.cat([row[0], eos, pad]))
+    if not rows:
+        return starts.new_empty(0, a.seq_len), invalid
+    return torch.stack(rows), invalid
+
+
+def _can_mask(a: CorruptArgs, starts: Tensor, clean: Tensor) -> Tensor:
     """bool ``[B, L]``: the positions that may be masked."""
+    places = _places(a)
     can_mask = torch.ones_like(clean, dtype=torch.bool)
-    if a.maskable is not None:
-        can_mask = a.maskable != (0 if a.maskable_bytes == 1 else IGNORE_INDEX)
+    stored = torch.full_like(starts, a.seq_len)
+    begins = torch.arange(len(starts), device=starts.device) * a.seq_len
+    if a.spans is not None:
+        begins, stored, lengths = a.spans[:, :-1]
+        can_mask = places < lengths[:, None]
+    if a.maskable is not None and a.maskable.numel():
+        at = (begins[:, None] + places).clamp(max=a.maskable.numel() - 1)
+        given = 0 if a.maskable_bytes == 1 else IGNORE_INDEX
+        can_mask = can_mask & (a.maskable.flatten()[at] != given)
+    if a.loss_mask is not None or a.loss_mask_runs is not None:
+        can_mask = can_mask & _flags_ref(a, starts, stored)
     if a.prompt_lengths is not None:
-        can_mask = can_mask & (
-            torch.arange(a.seq_len, device=clean.device) >= a.prompt_lengths[:, None]
-        )
+        can_mask = can_mask & (places >= a.prompt_lengths[:, None])
     if a.never_mask is None:
         return can_mask
     return can_mask & ~a.never_mask[clean]
+
+
+def _flags_ref(a: CorruptArgs, starts: Tensor, stored: Tensor) -> Tensor:
+    """bool ``[B, L]``: what the loss mask of the corpus says; true behind the stored ids."""
+    flags = torch.ones(len(starts), a.seq_len, dtype=torch.bool, device=starts.device)
+    of_corpus = a.loss_mask
+    if of_corpus is None:
+        of_corpus = torch.empty(0, dtype=torch.uint8, device=starts.device)
+    for row, start, count in zip(flags, starts[:, None], stored.tolist(), strict=True):
+        row[:count] = gather_ref(of_corpus, a.loss_mask_runs, start, count)[0] != 0
+    return flags
 
 
 def _order_and_bounds(

@@ -18,9 +18,11 @@ from torch import Tensor
 from nar_kernels.data import loader as loader_module
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.staging import Stager
+from nar_kernels.data.stream import ArrayInMemory, TokenStream
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.errors import BackendUnavailableError
 from nar_kernels.ops.backends import backends, device_type
+from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.spec.philox import Stream, permute
 from tests.helpers.windows import (
@@ -33,6 +35,60 @@ from tests.helpers.windows import (
     numbered,
     tensors,
 )
+
+
+def with_loss_mask(dataset: TokenDataset, flags: np.ndarray, num_runs: int = 1) -> TokenDataset:
+    dataset = copy.copy(dataset)
+    dataset.corpus = copy.copy(dataset.corpus)
+    parts = np.array_split(flags.astype(np.uint8), num_runs)
+    dataset.corpus.loss_mask = TokenStream([ArrayInMemory(torch.from_numpy(p)) for p in parts])
+    return dataset
+
+
+@pytest.mark.parametrize("num_runs", [1, 7])
+def test_only_what_counts_in_the_loss_is_masked(num_runs: int) -> None:
+    whole = make_dataset()
+    flags = np.random.default_rng(0).random(len(whole.corpus)) < 0.5
+    loader = MaskedLoader(with_loss_mask(whole, flags, num_runs), MASKING, 8, seed=3)
+    for step in (0, 4, 15):  # the last straddles epochs
+        batch = loader.batch(step)
+        windows = loader.window_indices(step)
+        starts = loader.dataset.starts(windows)
+        expected = torch.from_numpy(flags)[starts[:, None] + torch.arange(whole.seq_len)]
+        assert torch.equal(batch.num_maskable, expected.sum(1))
+        assert (expected | ~batch.masked_indices).all() and batch.masked_indices.any()
+        same = corrupt(
+            whole.windows(windows),
+            MASKING,
+            seed=3,
+            sample_ids=loader.sample_ids(step),
+            loss_mask=expected,
+            global_batch=8,
+        )
+        assert_same(batch, same)
+    assert torch.equal(loader.dataset.loss_mask(windows), expected.to(torch.uint8))
+
+
+def test_a_window_without_answers_weighs_nothing() -> None:
+    dataset = make_dataset(np.arange(14))
+    flags = np.arange(len(dataset.corpus)) < 2
+    batch = MaskedLoader(with_loss_mask(dataset, flags), MASKING, 2, shuffle=False).batch(0)
+    assert batch.num_masked[1] == 0 and batch.loss_weight.isfinite().all()
+    assert batch.loss_weight[1] == 0
+
+
+def test_a_state_knows_the_loss_mask() -> None:
+    dataset = make_dataset(np.arange(63))
+    flags = np.arange(len(dataset.corpus)) % 2
+    loaders = [
+        MaskedLoader(of, MASKING, 3) for of in (dataset, *(
+            with_loss_mask(dataset, some) for some in (flags, 1 - flags)))
+    ]  # fmt: skip
+    states = [loader.state_dict() for loader in loaders]
+    loaders[1].load_state_dict(states[1])
+    for i in (0, 2):
+        with pytest.raises(ValueError, match="loss_mask_digest"):
+            loaders[1].load_state_dict(states[i])
 
 
 def expected_window(slot: int, num_windows: int, seed: int) -> int:
@@ -357,7 +413,7 @@ def test_another_device() -> None:
     loader = MaskedLoader(make_dataset(), MASKING, 4)
     loader.device = torch.device("meta")  # the only other one that is everywhere
     batch = loader.batch(0)
-    others = ("masking", "counts_on_host", "num_strata")
+    others = ("masking", "counts_on_host", "num_strata", "documents")
     assert {tensor.device.type for name, tensor in vars(batch).items() if name not in others} == {
         "meta"
     }

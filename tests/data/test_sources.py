@@ -177,14 +177,23 @@ def test_a_file_named_like_a_built_in_data_set(tmp_path, monkeypatch):
     assert bytes(data.train.windows([0])[0].tolist()) == b"my own "
 
 
-def test_a_loss_mask_that_is_not_used_is_said(tmp_path):
+def test_a_mixture_of_answers_and_of_all_tokens(tmp_path):
+    """Where there is no loss mask, all tokens count."""
     pytest.importorskip("fsspec")
     pytest.importorskip("tqdm")
     pair = json.dumps({"prompt": "to be or not to be", "completion": "that is the question"})
     (tmp_path / "a.jsonl").write_text(f"{pair}\n" * 9)
-    prepare(tmp_path / "a.jsonl", tmp_path / "a", tokenizer="bytes", workers=1, quiet=True)
-    with pytest.warns(UserWarning, match="a has a loss mask, which training does not use"):
-        open_data(tmp_path / "a", seq_len=16)
+    (tmp_path / "b.txt").write_text("whether tis nobler in the mind to suffer\n" * 9)
+    for name in ("a.jsonl", "b.txt"):
+        prepare(tmp_path / name, tmp_path / name[0], tokenizer="bytes", workers=1, quiet=True)
+    data = open_data(write_mixture(tmp_path, {"data": "a"}, {"data": "b"}), seq_len=16)
+    assert isinstance(data.train, Mixture)
+    corpus = data.train.corpus
+    text = bytes(corpus.read(0, len(corpus)).tolist())
+    flags = corpus.loss_mask.read(0, len(corpus)).numpy()
+    is_answer = [text[flags_at : flags_at + 2] for flags_at in np.flatnonzero(flags[:60])[:1]]
+    assert is_answer == [b"th"] and 0 < flags.mean() < 1
+    assert flags[text.index(b"whether") :].all()
 
 
 def test_a_mixture_of_what_comes_along(tmp_path):

@@ -19,10 +19,17 @@ TENSORS = (
 )
 
 
+# Arguments of documents.
+ON_HOST = "lengths", "eos_lengths", "places"
+
+
 def corrupt(tokens, masking, *, backend="auto", **kwargs):
     """`nar_kernels.corrupt` where the backend runs, checked; the result on the CPU."""
     device = device_of(backend)
-    kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    kwargs = {
+        name: value.to(device) if isinstance(value, torch.Tensor) and name not in ON_HOST else value
+        for name, value in kwargs.items()
+    }
     got = nar_kernels.corrupt(tokens.to(device), masking, backend=backend, **kwargs)
     got.raise_if_invalid(kwargs.get("source", "tokens") if "starts" in kwargs else None)
     return got.to("cpu")
@@ -53,6 +60,9 @@ def arguments(tokens, masking, **others):
             "tokens": tokens,
             "batch": tokens.shape[0],
             "seq_len": tokens.shape[1],
+            "num_positions": tokens.numel(),
+            "eos_id": int(masking.mask_id == 0),
+            "pad_id": int(masking.mask_id == 0),
             "num_tokens": masking.num_tokens,
             "mask_id": masking.mask_id,
             "shuffle": False,

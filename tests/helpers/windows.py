@@ -32,9 +32,8 @@ def masking_for(dataset: TokenDataset) -> MaskingConfig:
 
 
 def tensors(batch: Corrupted) -> dict[str, Tensor]:
-    names = [
-        f.name for f in fields(batch) if f.name not in ("masking", "counts_on_host", "num_strata")
-    ]
+    others = ("masking", "counts_on_host", "num_strata", "documents")
+    names = [f.name for f in fields(batch) if f.name not in others]
     return {name: getattr(batch, name) for name in names} | {
         "row_buffer": batch.masked_rows  # the rest of the buffer is undefined
     }

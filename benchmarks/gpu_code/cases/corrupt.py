@@ -91,7 +91,7 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
         corrupt_cu("__global__ void", "if (is_restricted(a)) {"),
         corrupt_cu("uint32_t count_ranked("),
         corrupt_cu("void write_ranked("),
-        corrupt_cu("if (tied || !a.in_pairs)"),
+        corrupt_cu("if (tied || (!kRagged && !a.in_pairs))"),
     ]
     weights = [Weight(0, region) for region in never]
     searches = corrupt_cu("RowBounds<kRanks> row_bounds(", "if (a.exact) {")
@@ -126,7 +126,7 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
     return CudaCase(
         f"corrupt, {name}, L {length}, " + (f"{held} tiles a warp" if held else "long rows"),
         "corrupt/corrupt.cu",
-        f"corrupt_kernelILi{held}ELi{ranks}E",
+        f"corrupt_kernelILi{held}ELi{ranks}ELb0E",
         Work("token", length * rows, warps, BYTES, weights),
     )
 

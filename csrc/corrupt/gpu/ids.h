@@ -14,9 +14,9 @@ constexpr int kItems = 4;
 constexpr int kTile = kWarp * kItems;
 
 struct Row {
-  int64_t b, start;
+  int64_t b, start, begin;  // in the corpus, and in the outputs
   uint64_t sample, seed;
-  int32_t length;
+  int32_t stored, length, space;  // as of Span: equal without spans
 };
 
 // Lane l has the positions 2l, 2l + 1, 64 + 2l and 65 + 2l of a tile, so that a warp reads and
@@ -53,15 +53,15 @@ __device__ void load_words(const char* first, const bool (&is_inside)[kItems], I
 }
 
 // The ids of a lane from `first`, its position in a tile, on. What lies behind the end of the row
-// is a valid id.
+// is a valid id, of an end of sequence where there are any.
 __device__ inline Ids load_ids(const KernelArgs& a, const Row& row, const char* first,
                                int32_t position) {
   Ids ids;
   bool is_inside[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    ids.word[i] = static_cast<uint32_t>(a.windows.safe_id());
-    is_inside[i] = position + item_offset(i) < row.length;
+    ids.word[i] = static_cast<uint32_t>(a.windows.spans.eos_id);
+    is_inside[i] = position + item_offset(i) < row.stored;
   }
   switch (a.id_bytes) {
     case 1: load_words<uint8_t>(first, is_inside, &ids); break;
@@ -78,12 +78,12 @@ __device__ inline const char* address_of(const KernelArgs& a, int64_t offset) {
 
 // Which of a lane's ids have 8 bytes and more than their lower halves, as bits.
 __device__ __attribute__((noinline)) uint32_t find_wide(const KernelArgs& a, int64_t start,
-                                                        int32_t tile, int lane) {
+                                                        int32_t stored, int32_t tile, int lane) {
   uint32_t wide = 0;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int32_t position = position_of(tile, lane, i);
-    if (position >= a.windows.seq_len) continue;
+    if (position >= stored) continue;
     const uint64_t id = static_cast<const uint64_t*>(a.windows.tokens)[start + position];
     wide |= static_cast<uint32_t>(id >> 32 != 0) << i;
   }
@@ -97,16 +97,16 @@ __device__ inline bool is_bad(const KernelArgs& a, uint32_t word) {
 
 __device__ inline bool any_bad(const KernelArgs& a, const Row& row, int32_t tile, int lane,
                                const Ids& ids) {
-  bool bad = a.id_bytes == 8 && find_wide(a, row.start, tile, lane);
+  bool bad = a.id_bytes == 8 && find_wide(a, row.start, row.stored, tile, lane);
 #pragma unroll
   for (uint32_t word : ids.word) bad |= is_bad(a, word);
   return bad;
 }
 
 // Replaces the bad ids of a lane by a valid one; returns which they were, as bits.
-__device__ inline uint32_t replace_bad(const KernelArgs& a, int64_t start, int32_t tile, int lane,
-                                       Ids* ids) {
-  uint32_t bad = a.id_bytes == 8 ? find_wide(a, start, tile, lane) : 0;
+__device__ inline uint32_t replace_bad(const KernelArgs& a, int64_t start, int32_t stored,
+                                       int32_t tile, int lane, Ids* ids) {
+  uint32_t bad = a.id_bytes == 8 ? find_wide(a, start, stored, tile, lane) : 0;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     bad |= static_cast<uint32_t>(is_bad(a, ids->word[i])) << i;
@@ -145,18 +145,22 @@ __device__ inline void record_bad(const KernelArgs& a, int64_t start, int32_t ti
 }
 
 // Rare: the ids of a tile, with the bad ones recorded and replaced.
-__device__ __attribute__((noinline)) Ids mend(const KernelArgs& a, int64_t start, int32_t tile,
-                                              int lane, Ids ids) {
-  const uint32_t bad = replace_bad(a, start, tile, lane, &ids);
+__device__ __attribute__((noinline)) Ids mend(const KernelArgs& a, int64_t start, int32_t stored,
+                                              int32_t tile, int lane, Ids ids) {
+  const uint32_t bad = replace_bad(a, start, stored, tile, lane, &ids);
   record_bad(a, start, tile, lane, bad);
   return ids;
 }
 
-// Whether position i of row b may be masked, whatever its id.
-__device__ inline bool may_mask(const CorruptArgs& a, int64_t b, int64_t i) {
-  if (a.prompt_lengths && i < a.prompt_lengths[b]) return false;
+// Whether position i of a row may be masked, whatever its id.
+__device__ inline bool may_mask(const CorruptArgs& a, const Row& row, int64_t i) {
+  if (a.prompt_lengths && i < a.prompt_lengths[row.b]) return false;
+  if (a.loss_mask.flat && i < row.stored &&
+      !static_cast<const uint8_t*>(a.loss_mask.flat)[row.start + i]) {
+    return false;
+  }
   if (!a.maskable) return true;
-  const int64_t at = b * a.windows.seq_len + i;
+  const int64_t at = row.begin + i;
   switch (a.maskable_bytes) {
     case 1: return static_cast<const uint8_t*>(a.maskable)[at] != 0;
     case 4: return static_cast<const int32_t*>(a.maskable)[at] != kIgnoreIndex;
@@ -164,22 +168,35 @@ __device__ inline bool may_mask(const CorruptArgs& a, int64_t b, int64_t i) {
   }
 }
 
+// Without what its keys are drawn from.
+__device__ inline Row row_at(const CorruptArgs& a, int64_t b, int64_t start) {
+  const Span span = a.windows.span(b);
+  return {b,
+          start,
+          span.begin,
+          0,
+          0,
+          static_cast<int32_t>(span.stored),
+          static_cast<int32_t>(span.length),
+          static_cast<int32_t>(span.space)};
+}
+
 // Which positions may be masked, as bits.
 __device__ __attribute__((noinline)) uint32_t find_maskable(const KernelArgs& a, int64_t b,
                                                             int64_t start, int32_t tile, int lane) {
-  const Row row = {b, start, 0, 0, static_cast<int32_t>(a.windows.seq_len)};
+  const Row row = row_at(a, b, start);
   Ids ids = {};
   if (a.never_mask) {
     const int32_t position = position_of(tile, lane, 0);
     ids = load_ids(a, row, address_of(a, start + position), position);
-    replace_bad(a, start, tile, lane, &ids);
+    replace_bad(a, start, row.stored, tile, lane, &ids);
   }
   uint32_t can_mask = 0;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int32_t position = position_of(tile, lane, i);
     bool can = position < row.length;
-    if (can) can = may_mask(a, row.b, position);
+    if (can) can = may_mask(a, row, position);
     if (can && a.never_mask) can = !a.never_mask[ids[i]];
     can_mask |= static_cast<uint32_t>(can) << i;
   }

@@ -80,7 +80,7 @@ __device__ inline void draw_slots(const KernelArgs& a, int64_t first, int num_ro
   const uint64_t seed = seed_of(a), sample = a.sample(b);
   int64_t start = a.windows.start(b);
   if (a.order.num_windows) start = ordered_start(a, seed, sample, slot);
-  const bool outside = start < 0 || start > a.windows.num_corpus_tokens - a.windows.seq_len;
+  const bool outside = start < 0 || start > a.windows.num_corpus_tokens - a.windows.span(b).stored;
   const uint32_t time = sample_time(a, seed, sample, slot);
   if (lane < kMaxRows) {  // also of rows that are not there: what is read is valid
     memory.start[lane] = outside ? 0 : start;

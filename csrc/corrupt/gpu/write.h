@@ -45,7 +45,7 @@ struct LaneOutputs {
   uint8_t* masked;
 
   __device__ LaneOutputs(const KernelArgs& a, const Row& row, int32_t tile, int lane)
-      : index(row.b * row.length + position_of(tile, lane, 0)),
+      : index(row.begin + position_of(tile, lane, 0)),
         input_ids(a, a.input_ids, index),
         labels(a, a.labels, index),
         masked(a.masked_indices + index) {}
@@ -127,6 +127,17 @@ __device__ inline int write_rows(const IdOutput& rows, int64_t index, int lane,
 }
 
 // Everything of a row. `tiles` is such that pivots tell its keys apart.
+// Behind the end of a row.
+__device__ inline void write_padding(const KernelArgs& a, const Row& row, const Team& team) {
+  const IdOutput input_ids(a, a.input_ids, row.begin), labels(a, a.labels, row.begin);
+  const int32_t threads = team.num_warps * kWarp;
+  for (int32_t i = row.length + team.warp * kWarp + team.lane; i < row.space; i += threads) {
+    input_ids.store(i, a.windows.spans.pad_id);
+    if (a.labels) labels.store(i, kIgnoreIndex);
+    if (a.masked_indices) a.masked_indices[row.begin + i] = 0;
+  }
+}
+
 template <bool kInPairs, int kRanks, typename Tiles>
 __device__ void write_row(const KernelArgs& a, const Row& row, const Team& team, Tiles& tiles,
                           const RowBounds<kRanks>& bounds) {

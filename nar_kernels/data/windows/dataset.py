@@ -180,6 +180,12 @@ class TokenDataset(Dataset[Tensor]):
             where=self.corpus.where,
         )
 
+    def loss_mask(self, indices: Tensor | Sequence[int]) -> Tensor | None:
+        """uint8 ``[B, L]`` of these windows: 0 where a token does not count in a loss, such as in a
+        prompt. None if the corpus has no loss mask."""
+        mask = self.corpus.loss_mask
+        return None if mask is None else mask.windows(self.starts(indices), self.seq_len)
+
     def document_ids(self, indices: Tensor | Sequence[int]) -> Tensor:
         """int64 ``[B, L]``: which document of the corpus each token of these windows is in, counted
         from 0; such as for attention that does not cross from one into another.

@@ -77,6 +77,7 @@ class EpochOrder:
         dataset = self.dataset
         return {
             "corpus_digest": dataset.corpus.digest,
+            "loss_mask_digest": dataset.corpus.loss_mask_digest,
             "seq_len": dataset.seq_len,
             "stride": dataset.stride,
             "phase": dataset.phase,

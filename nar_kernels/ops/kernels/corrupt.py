@@ -58,11 +58,17 @@ class Row(NamedTuple):
     seed: tl.tensor
     tokens: tl.tensor  # pointers; None where there is no such tensor
     maskable: tl.tensor | None
+    loss_mask: tl.tensor | None
     prompt_lengths: tl.tensor | None
     never_mask: tl.tensor | None
     start: tl.tensor  # of the window, in tokens
-    seq_len: tl.tensor
+    begin: tl.tensor  # in the outputs
+    stored: tl.tensor  # ids in the corpus; ends of sequence up to length, padding up to space
+    length: tl.tensor
+    space: tl.tensor
     end: tl.tensor  # of loops over tiles: a constant for a row of one tile, so that they vanish
+    eos_id: tl.tensor
+    pad_id: tl.tensor
     num_tokens: tl.tensor
     mask_id: tl.tensor
 
@@ -123,16 +129,27 @@ def _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE: tl.constex
 
 
 @triton.jit
-def _checked_start(record, sample, start, num_corpus_tokens, seq_len):
+def _checked_start(record, sample, start, num_corpus_tokens, stored):
     """The start, or 0 of a window that reaches outside the corpus, which is recorded, as is a
     negative slot."""
-    outside = (start < 0) | (start > num_corpus_tokens - seq_len)
+    outside = (start < 0) | (start > num_corpus_tokens - stored)
     start = tl.where(outside, 0, start)
     if outside:
         tl.atomic_add(record + 3, 1)
     if sample < 0:
         tl.atomic_add(record + 4, 1)
     return start
+
+
+@triton.jit
+def _span(spans, index, batch):
+    """Of a sample: where it begins in the outputs, ids in the corpus, positions, and those with the
+    padding behind them."""
+    begin = tl.load(spans + index)
+    space = (tl.load(spans + index + 1) - begin).to(tl.int32)
+    stored = tl.load(spans + batch + 1 + index).to(tl.int32)
+    length = tl.load(spans + 2 * (batch + 1) + index).to(tl.int32)
+    return begin, stored, length, space
 
 
 # ---- time and corruption, from the slot alone
@@ -174,21 +191,28 @@ def _load_tile(row, first, record, TILE: tl.constexpr):
     A pass that leaves some of a tile unused does not load or compute that.
     """
     position = first + tl.arange(0, TILE)
-    inside = position < row.seq_len
-    raw = tl.load(row.tokens + row.start + position, mask=inside, other=0)
+    stored = position < row.stored
+    raw = tl.load(row.tokens + row.start + position, mask=stored, other=0)
     if row.tokens.dtype.element_ty == tl.int64:
         bad = (raw < 0) | (raw >= row.num_tokens)
     else:
         raw = raw.to(tl.uint32) if row.tokens.dtype.element_ty == tl.uint32 else raw.to(tl.int32)
         bad = raw.to(tl.uint32, bitcast=True) >= row.num_tokens.to(tl.uint32)
-    bad = inside & (bad | (raw == row.mask_id))
+    bad = stored & (bad | (raw == row.mask_id))
     clean = tl.where(bad, (row.mask_id == 0).to(tl.int32), raw.to(tl.int32))
+    inside = stored
+    if row.eos_id is not None:
+        inside = position < row.length
+        clean = tl.where(stored, clean, row.eos_id)
     can_mask = inside
     if row.maskable is not None:
-        at = row.maskable + row.index * row.seq_len + position
+        at = row.maskable + row.begin + position
         is_label: tl.constexpr = row.maskable.dtype.element_ty.primitive_bitwidth > 8
         given: tl.constexpr = -100 if is_label else 0
         can_mask = can_mask & (tl.load(at, mask=inside, other=given) != given)
+    if row.loss_mask is not None:
+        flag = tl.load(row.loss_mask + row.start + position, mask=stored, other=1)
+        can_mask = can_mask & (flag != 0)
     if row.prompt_lengths is not None:
         can_mask = can_mask & (position >= tl.load(row.prompt_lengths + row.index))
     if row.never_mask is not None:
@@ -422,8 +446,11 @@ def _write_positions(
         tile = held if held is not None else _load_tile(row, first, record, TILE)
         masked = tile.can_mask & _is_below(tile, bounds.mask)
         ids = _corrupt_ids(row, tile, first, masked, bounds, RANKS, TILE)
-        inside = tile.position < row.seq_len
-        at = row.index * row.seq_len + tile.position
+        inside = tile.position < row.length
+        at = row.begin + tile.position
+        if row.pad_id is not None:
+            ids = tl.where(inside, ids, row.pad_id)
+            inside = tile.position < row.space
         tl.store(input_ids + at, ids.to(kind), mask=inside)
         if labels is not None:
             tl.store(labels + at, tl.where(masked, tile.clean, _IGNORE).to(kind), mask=inside)
@@ -442,15 +469,16 @@ def _write_positions(
 _VARYING = [
     "seed", "num_corpus_tokens", "num_tokens", "mask_id", "first_sample", "num_windows", "phase",
     "stride", "global_batch", "keep_share", "random_share", "coin_share", "time_low", "time_span",
+    "eos_id", "pad_id",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def corrupt_kernel(
-    tokens, starts, sample_ids, step, maskable, prompt_lengths, never_mask, ratio_table,
-    weight_table, seed: tl.int64, seed_tensor, input_ids, labels, masked_indices, times,
-    loss_weight, num_masked, num_maskable, rows, record, num_corpus_tokens: tl.int64, seq_len,
-    num_tokens, mask_id,
+    tokens, starts, spans, sample_ids, step, maskable, loss_mask, prompt_lengths, never_mask,
+    ratio_table, weight_table, seed: tl.int64, seed_tensor, input_ids, labels, masked_indices,
+    times, loss_weight, num_masked, num_maskable, rows, record, num_corpus_tokens: tl.int64,
+    seq_len, eos_id, pad_id, num_tokens, mask_id,
     first_sample: tl.int64, num_windows: tl.int64, phase: tl.int64, stride: tl.int64,
     global_batch: tl.int64, keep_share: tl.int64, random_share: tl.int64, coin_share: tl.int64,
     time_low: tl.float32, time_span: tl.float32,
@@ -472,11 +500,16 @@ def corrupt_kernel(
         start = tl.load(starts + index)
     if ORDERED:
         start = _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE)
-    start = _checked_start(record, sample, start, num_corpus_tokens, seq_len)
+    begin = index * seq_len
+    stored, length, space = seq_len, seq_len, seq_len
+    if spans is not None:
+        begin, stored, length, space = _span(spans, index, tl.num_programs(0))
+    start = _checked_start(record, sample, start, num_corpus_tokens, stored)
     row = Row(
         index=index, sample=sample, seed=seed, tokens=tokens, maskable=maskable,
-        prompt_lengths=prompt_lengths, never_mask=never_mask, start=start, seq_len=seq_len,
-        end=TILE if FITS else seq_len, num_tokens=num_tokens, mask_id=mask_id,
+        loss_mask=loss_mask, prompt_lengths=prompt_lengths, never_mask=never_mask, start=start,
+        begin=begin, stored=stored, length=length, space=space, end=TILE if FITS else space,
+        eos_id=eos_id, pad_id=pad_id, num_tokens=num_tokens, mask_id=mask_id,
     )  # fmt: skip
 
     time = _row_time(seed, sample, global_batch, STRATIFIED)
@@ -484,8 +517,9 @@ def corrupt_kernel(
     shares = _corruption_shares(seed, sample, keep_share, random_share, coin_share, RANKS)
 
     held = _load_tile(row, 0, record, TILE) if FITS else None
-    n = tl.full((), seq_len, tl.int32)
-    if maskable is not None or prompt_lengths is not None or never_mask is not None:
+    n = tl.zeros((), tl.int32) + length
+    restricted: tl.constexpr = maskable is not None or prompt_lengths is not None
+    if restricted or loss_mask is not None or never_mask is not None:
         n = _count_maskable(row, held, TILE)
     # The count is published as soon as it is known, since other rows wait for it.
     if EXACT:
@@ -541,13 +575,17 @@ _launch = Launcher(corrupt_kernel, _VARYING)
 def kernel_arguments(outputs: tuple[Tensor, ...], a: CorruptArgs) -> tuple[Any, ...]:
     """All but the compile-time ones, in the order of the kernel."""
     ids, labels, masked_indices, *of_rows, row_buffer, record = outputs
+    # Spans tell lengths: no kernel for each longest one.
+    is_ragged = a.spans is not None
+    seq_len = 1 if is_ragged else a.seq_len
+    fillers = (a.eos_id, a.pad_id) if is_ragged else (None, None)
     return (
-        a.tokens, a.starts, a.sample_ids, a.step, a.maskable, a.prompt_lengths, a.never_mask,
-        a.ratio_table, a.weight_table, a.seed, a.seed_tensor, ids, labels if a.labels else None,
-        masked_indices if a.masked_indices else None, *of_rows,
-        row_buffer if a.masked_rows else None, record, a.tokens.numel(),
-        a.seq_len, a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride,
-        a.global_batch, a.keep_share, a.random_share, a.coin_share, a.time_low, a.time_span,
+        a.tokens, a.starts, a.spans, a.sample_ids, a.step, a.maskable, a.loss_mask,
+        a.prompt_lengths, a.never_mask, a.ratio_table, a.weight_table, a.seed, a.seed_tensor,
+        ids, labels if a.labels else None, masked_indices if a.masked_indices else None, *of_rows,
+        row_buffer if a.masked_rows else None, record, a.tokens.numel(), seq_len, *fillers,
+        a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride, a.global_batch,
+        a.keep_share, a.random_share, a.coin_share, a.time_low, a.time_span,
     )  # fmt: skip
 
 
@@ -563,5 +601,6 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     order = a.num_windows > 0, a.shuffle
     wanted = a.narrow, a.labels, a.masked_indices, a.masked_rows
     draw = a.exact, a.weighs_counts, a.stratified, corrupts
-    variant = device, a.tokens.dtype, a.maskable_bytes, order, draw, wanted
+    given = a.maskable_bytes, a.loss_mask is not None, a.spans is not None
+    variant = device, a.tokens.dtype, given, order, draw, wanted
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))

@@ -76,7 +76,6 @@ def test_names_beside_a_file() -> None:
     assert path_beside(Path("b/a.json"), "c/d.bin", "file") == Path("b/c/d.bin")
 
 
-@pytest.mark.filterwarnings("ignore:.* has a loss mask, which training does not use")
 def test_what_the_command_line_reads_as_ids(tmp_path: Path) -> None:
     """Folders, and files with a suffix of these."""
     documents = [np.arange(300, dtype="uint16"), np.arange(700, dtype="uint16")]

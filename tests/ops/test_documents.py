@@ -1,0 +1,294 @@
+"""Ragged and packed batches: backends agree, and a document is the same wherever it lies."""
+
+import random
+
+import pytest
+import torch
+
+from nar_kernels import InvalidTokenError, MaskingConfig
+from tests.helpers.batches import assert_same, corrupt
+
+COMPILED = [
+    pytest.param("cpp", marks=pytest.mark.cpp),
+    pytest.param("cuda", marks=pytest.mark.cuda),
+    pytest.param("triton", marks=pytest.mark.triton),
+]
+BACKENDS = ["reference", *COMPILED]
+
+NUM_TOKENS, MASK, EOS, PAD = 60, 59, 1, 2
+
+
+def corpus(num_documents, longest, rng, dtype=torch.uint16):
+    """Tokens, and starts and lengths of documents, some of which are empty."""
+    lengths = torch.tensor(
+        [rng.choice([0, 1, rng.randint(1, longest)]) for _ in range(num_documents)]
+    )
+    starts = lengths.cumsum(0) - lengths
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    tokens = torch.randint(3, MASK, (max(int(lengths.sum()), 1),), generator=generator)
+    return tokens.to(dtype), starts, lengths
+
+
+def rows_of(lengths, seq_len, rng):
+    """``places`` and ``num_rows``: rows filled in order, with gaps here and there."""
+    places, row, used = [], 0, 0
+    for length in lengths.tolist():
+        gap = rng.choice([0, 0, 3]) if used else 0
+        if used and used + gap + length > seq_len:
+            row, used, gap = row + 1, 0, 0
+        places.append(row * seq_len + used + gap)
+        used += gap + length
+    return {"places": torch.tensor(places), "num_rows": row + 1, "seq_len": seq_len}
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize(
+    "longest", [5, 127, 300, pytest.param(5000, marks=pytest.mark.slow_interpreted)]
+)
+def test_equals_reference(longest, backend):
+    rng = random.Random(longest)
+    for draw in ("exact", "bernoulli"):
+        for layout in ("flat", "padded", "rows"):
+            masking = MaskingConfig(
+                NUM_TOKENS,
+                MASK,
+                draw=draw,
+                no_replace_prob=rng.choice([0, 0.1]),
+                random_token_prob=rng.choice([0, 0.1]),
+                never_mask_ids=rng.choice([(), (EOS, 7)]),
+            )
+            n = rng.randint(1, 9)
+            tokens, starts, lengths = corpus(
+                n, longest, rng, rng.choice([torch.uint8, torch.int64])
+            )
+            eos_lengths = torch.tensor([rng.randint(0, 4) for _ in range(n)])
+            ids = torch.tensor([rng.randrange(1 << 40) for _ in range(n)])
+            how = {"starts": starts, "lengths": lengths, "sample_ids": ids, "seed": 7}
+            how |= {"eos_lengths": eos_lengths, "eos_id": EOS, "pad_id": PAD}
+            how |= {"global_batch": 1000}
+            if layout == "padded":
+                how["seq_len"] = longest + 4 + rng.randint(0, 3)
+            if layout == "rows":
+                how |= rows_of(lengths + eos_lengths, longest + 4, rng)
+            if rng.random() < 0.5:
+                how["loss_mask"] = torch.tensor([rng.random() < 0.7 for _ in range(len(tokens))])
+            if rng.random() < 0.5:
+                how["prompt_lengths"] = (lengths * rng.random()).long()
+            expected = corrupt(tokens, masking, backend="reference", **how)
+            got = corrupt(tokens, masking, backend=backend, **how)
+            assert_same(got, expected)
+            if rng.random() < 0.5:
+                rest = {k: v for k, v in how.items() if k != "loss_mask"}
+                rest["labels"] = expected.clean_ids.masked_fill(
+                    expected.position_ids % 3 == 0, -100
+                )
+                assert_same(
+                    corrupt(tokens, masking, backend=backend, **rest),
+                    corrupt(tokens, masking, backend="reference", **rest),
+                )
+
+
+# ---- a document is the same wherever it lies
+
+
+def by_document(batch):
+    """What each document of a batch became, by its id."""
+    documents, found = batch.documents, {}
+    for i, sample in enumerate(documents.ids_on_host.tolist()):
+        begin, length = int(documents.begins[i]), int(documents.lengths[i])
+        here = slice(begin, begin + length)
+        found[sample] = (
+            batch.input_ids.flatten()[here].tolist(),
+            batch.labels.flatten()[here].tolist(),
+            float(batch.times[i]),
+            float(batch.loss_weight[i]),
+            int(batch.num_masked[i]),
+        )
+    return found
+
+
+def arrangement(num_documents, rng):
+    """Documents in batches of any size and order."""
+    order = list(range(num_documents))
+    rng.shuffle(order)
+    while order:
+        size = rng.randint(1, len(order))
+        yield torch.tensor(order[:size])
+        del order[:size]
+
+
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_independent_of_packing_order_batch_and_world_size(backend, draw):
+    rng = random.Random(5)
+    n, longest = 23, 60
+    tokens, starts, lengths = corpus(n, longest, rng)
+    masking = MaskingConfig(NUM_TOKENS, MASK, draw=draw, random_token_prob=0.1)
+    first_slot = 3 * n  # epoch 3
+    whole = corrupt(
+        tokens,
+        masking,
+        seed=9,
+        starts=starts,
+        lengths=lengths,
+        sample_ids=first_slot + torch.arange(n),
+        global_batch=n,
+        backend=backend,
+    )
+    expected = by_document(whole)
+    assert sorted(expected) == [*range(first_slot, first_slot + n)]
+    # Stratified over the documents of the epoch: one time in each stratum.
+    strata = (whole.times.double() * n).long()
+    assert strata.sort().values.tolist() == list(range(n))
+    for turn in range(2 if backend == "triton" else 12):
+        layout = ("rows", "flat", "padded")[turn % 3]
+        found = {}
+        for chosen in arrangement(n, rng):
+            how = {"starts": starts[chosen], "lengths": lengths[chosen]}
+            if layout == "padded":
+                how["seq_len"] = longest + turn
+            if layout == "rows":
+                how |= rows_of(lengths[chosen], longest + turn, rng)
+            batch = corrupt(
+                tokens,
+                masking,
+                seed=9,
+                sample_ids=first_slot + chosen,
+                global_batch=n,
+                backend=backend,
+                **how,
+            )
+            found |= by_document(batch)
+        assert found == expected
+
+
+def test_views_of_a_batch_of_documents():
+    """Position ids, document ids and the attention mask are those of a loop over documents."""
+    rng = random.Random(2)
+    masking = MaskingConfig(NUM_TOKENS, MASK)
+    for _ in range(20):
+        tokens, starts, lengths = corpus(7, 9, rng)
+        how = rng.choice([{}, {"seq_len": 11}, rows_of(lengths, 12, rng)])
+        ids = torch.tensor([rng.randrange(1000) for _ in range(7)])
+        batch = corrupt(
+            tokens, masking, seed=1, starts=starts, lengths=lengths, sample_ids=ids, **how
+        )
+        positions, documents, real = [], [], []
+        begins = batch.cu_seqlens.tolist()
+        for i, length in enumerate(lengths.tolist()):
+            space = begins[i + 1] - begins[i]
+            positions += range(space)
+            documents += [int(ids[i])] * length + [-1] * (space - length)
+            real += [True] * length + [False] * (space - length)
+        assert batch.position_ids.flatten().tolist() == positions
+        assert batch.document_ids.flatten().tolist() == documents
+        assert batch.attention_mask.flatten().tolist() == real
+        assert batch.max_seqlen == max(1, *batch.cu_seqlens.diff().tolist())
+        clean = [tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]
+        assert batch.clean_ids[batch.attention_mask].tolist() == sum(clean, [])
+
+
+@pytest.mark.parametrize("layout", ["flat", "rows"])
+def test_parts_of_a_batch_of_documents(layout):
+    rng = random.Random(3)
+    masking = MaskingConfig(NUM_TOKENS, MASK)
+    tokens, starts, lengths = corpus(12, 9, rng)
+    how = {} if layout == "flat" else rows_of(lengths, 12, rng)
+    batch = corrupt(tokens, masking, seed=1, starts=starts, lengths=lengths, **how)
+    parts = list(batch.microbatches(2))
+    assert len(parts) == -(-len(batch) // 2) > 2
+    joined = type(batch).cat(parts)
+    assert_same(joined, batch)
+    assert torch.equal(joined.cu_seqlens, batch.cu_seqlens)
+    assert by_document(joined) == by_document(batch)
+    chosen = [2, 0]
+    expected = {}
+    for i in chosen:
+        expected |= by_document(batch[i : i + 1])
+    part = batch[chosen]
+    assert by_document(part) == expected
+    assert torch.equal(part.masked_rows, part.masked_indices.flatten().nonzero().flatten())
+
+
+# ---- bad input
+
+
+T6 = torch.arange(3, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lengths": [2, -1]}, ValueError, r"lengths\[1\] is -1: it must be at least 0"),
+        ({"lengths": [2]}, ValueError, "2 starts but 1 lengths"),
+        ({"lengths": [2.0, 1.0]}, ValueError, "lengths must be int64"),
+        ({"lengths": [2, 5]}, IndexError, "length 5 reaches outside the corpus of 6"),
+        ({"starts": None}, ValueError, "starts say where"),
+        ({"eos_lengths": [1, 1]}, ValueError, "eos_lengths are given without eos_id"),
+        ({"eos_lengths": [1], "eos_id": 1}, ValueError, "2 lengths but 1 eos_lengths"),
+        ({"eos_lengths": [1, 1], "eos_id": MASK}, ValueError, "eos_id is 59: .*not mask_id"),
+        ({"pad_id": 60}, ValueError, r"pad_id is 60: it must be in \[0, 60\)"),
+        ({"places": [0, 2]}, ValueError, "give seq_len"),
+        ({"places": [0, 2], "seq_len": 4}, ValueError, "without num_rows"),
+        (
+            {"places": [0, 1], "seq_len": 4, "num_rows": 1},
+            ValueError,
+            "document 0 has 2 tokens from position 0 on, but the next begins at 1",
+        ),
+        (
+            {"places": [0, 3], "seq_len": 4, "num_rows": 2},
+            ValueError,
+            "document 1 has 3 tokens from position 3 on, which reaches over the end of its row",
+        ),
+        (
+            {"places": [0, 5], "seq_len": 4, "num_rows": 2},
+            ValueError,
+            "no document begins at position 4, where row 1 does",
+        ),
+        ({"seq_len": 2}, ValueError, "reaches over the end of its row of 2|leave each its"),
+        ({"sample_ids": [0, -3]}, ValueError, "sample id -3 is negative"),
+        ({"prompt_lengths": [3, 0]}, ValueError, r"prompt_lengths\[0\] is 3: .* \[0, 2\]"),
+        ({"loss_mask": [1, 0]}, ValueError, r"beside a corpus it must be bool or uint8 \[6\]"),
+    ],
+)
+def test_errors(change, error, message):
+    how = {"starts": [0, 3], "lengths": [2, 3]} | change
+    how = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in how.items()}
+    with pytest.raises(error, match=message):
+        corrupt(T6, MaskingConfig(NUM_TOKENS, MASK), seed=1, **how)
+
+
+def test_options_of_documents_need_their_lengths():
+    with pytest.raises(ValueError, match="are for documents: give their lengths, and starts"):
+        corrupt(T6, MaskingConfig(NUM_TOKENS, MASK), seed=1, starts=T6[:1], seq_len=2, pad_id=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_mask_weighs_nothing(backend):
+    """An empty document, a prompt that fills one, and no documents."""
+    masking = MaskingConfig(NUM_TOKENS, MASK)
+    how = {"seed": 1, "backend": backend}
+    batch = corrupt(
+        T6,
+        masking,
+        starts=torch.tensor([0, 2, 2]),
+        lengths=torch.tensor([2, 0, 4]),
+        prompt_lengths=torch.tensor([2, 0, 1]),
+        **how,
+    )
+    assert batch.num_maskable.tolist() == [0, 0, 3] and batch.num_masked[:2].tolist() == [0, 0]
+    assert batch.loss_weight[:2].tolist() == [0, 0] and batch.loss_weight.isfinite().all()
+    nothing = torch.empty(0, dtype=torch.int64)
+    empty = corrupt(T6, masking, starts=nothing, lengths=nothing, **how)
+    assert empty.input_ids.shape == (0,) and len(empty) == 0 and empty.masked_rows.numel() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_ids_of_documents_are_named(backend):
+    tokens = torch.tensor([3, 99, 4, 5, 59, 6])
+    how = {"seed": 1, "backend": backend, "starts": torch.tensor([4, 0])}
+    with pytest.raises(InvalidTokenError, match="offset 4 of tokens") as found:
+        corrupt(tokens, MaskingConfig(90, 59), lengths=torch.tensor([2, 1]), **how)
+    assert found.value.count == 1
+    with pytest.raises(InvalidTokenError, match="offset 1 of tokens"):
+        corrupt(tokens, MaskingConfig(90, 59), lengths=torch.tensor([2, 3]), **how)
