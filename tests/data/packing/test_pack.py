@@ -73,7 +73,8 @@ def test_many(method, backend, capacity):
     lengths = np.minimum(rng.lognormal(3, 1.2, 3000).astype(np.int64) + 1, capacity)
     assert check(lengths.tolist(), capacity, method, backend) > 1
     check(rng.integers(1, capacity + 1, 1500).tolist(), capacity, method, backend)
-    # Just above a half and a third: most rows for their sum.
+    # Just above a half, and a third: most rows for their sum.
+    assert check([capacity // 2 + 1] * 1000, capacity, method, backend) == 1000
     check([capacity // 2 + 1, capacity // 3 + 1] * 700, capacity, method, backend)
 
 
