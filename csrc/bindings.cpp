@@ -14,6 +14,7 @@
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
 #include "nll/nll.h"
+#include "packing/pack.h"
 #include "rng/permutation_cpu.h"
 #include "runtime/cpu_features.h"
 #include "scan/scan.h"
@@ -92,6 +93,16 @@ void permute(int64_t index, int64_t count, int64_t n, int64_t seed, int stream, 
   const nar::Permutation permutation(static_cast<uint64_t>(seed), stream,
                                      static_cast<uint64_t>(round), n);
   permutation.apply(pointer<int64_t>(out), count);
+}
+
+int64_t pack(int64_t lengths, int64_t count, int64_t capacity, bool in_order, int64_t rows,
+             int64_t offsets) {
+  nar::PackArgs a = {};
+  a.lengths = pointer<const int64_t>(lengths);
+  a.count = count, a.capacity = capacity;
+  a.method = in_order ? nar::PackMethod::kInOrder : nar::PackMethod::kFirstFitDecreasing;
+  a.rows = pointer<int64_t>(rows), a.offsets = pointer<int64_t>(offsets);
+  return nar::pack(a);
 }
 
 void read_ahead(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
@@ -273,6 +284,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("gather", &gather, release_gil());
   m.def("read_ahead", &read_ahead, release_gil());
   m.def("permute", &permute, release_gil());
+  m.def("pack", &pack, release_gil());
   m.def("scan", &scan, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });
   m.def("simd_level", [] { return static_cast<int>(nar::simd_level()); });

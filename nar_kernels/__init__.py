@@ -3,6 +3,7 @@
 from nar_kernels import train
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.packing.plan import PackingPlan
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.mixture import Mixture
 from nar_kernels.errors import (
@@ -42,6 +43,7 @@ __all__ = [
     "Mixture",
     "NetAdapter",
     "NonAutoregressiveWrapper",
+    "PackingPlan",
     "PinnedMemoryError",
     "SamplingConfig",
     "TokenDataset",

@@ -177,6 +177,17 @@ def test_scan(tmp_path):
     assert not [*tmp_path.glob("*/corpus.bin")]
 
 
+def test_packing(tmp_path):
+    figures, output = run("bench_packing.py", tmp_path)
+    assert [setting["seq_len"] for setting in figures["settings"]] == [1024, 1024, 4096, 4096]
+    for setting in figures["settings"]:
+        rows = {row["who"]: row for row in setting["rows"]}
+        assert {"PackingPlan", "PackingPlan, in order", "pack alone"} <= {*rows}
+        assert all(row["documents_per_second"] > 0 for row in rows.values())
+        assert 0 < rows["PackingPlan"]["padding"] <= rows["PackingPlan, in order"]["padding"] < 1
+    assert "| PackingPlan, in order |" in output
+
+
 def test_prepare(tmp_path):
     for package in ("tokenizers", "datatrove", "orjson"):
         pytest.importorskip(package)

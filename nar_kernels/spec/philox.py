@@ -41,6 +41,7 @@ class Stream(IntEnum):
     CRITIC_NOISE = 8
     GENERATOR_SEED = 9
     WINDOW_PHASE = 10
+    ROW_ORDER = 11
 
 
 def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:

@@ -62,6 +62,7 @@ def test_streams_are_frozen():
         "CRITIC_NOISE": 8,
         "GENERATOR_SEED": 9,
         "WINDOW_PHASE": 10,
+        "ROW_ORDER": 11,
     }
 
 

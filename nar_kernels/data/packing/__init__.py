@@ -1,0 +1,1 @@
+"""How whole documents share rows of ``seq_len`` tokens."""
