@@ -33,6 +33,13 @@ nar::Runs runs_of(int64_t runs, int64_t num_runs) {
   return {num_runs, begins, begins + num_runs + 1};
 }
 
+// A table of spans at an address, or none.
+nar::Spans spans_of(int64_t spans, int64_t batch) {
+  if (!spans) return {};
+  const int64_t* begins = pointer<const int64_t>(spans);
+  return {begins, begins + batch + 1, begins + 2 * (batch + 1), 0, 0};
+}
+
 nar::Windows windows_of(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
                         int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len) {
   nar::Windows w = {};
@@ -55,10 +62,11 @@ void windows(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t 
 }
 
 void gather(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
-            int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len, int64_t out,
-            int num_threads) {
-  const nar::Windows w =
+            int64_t num_runs, int64_t starts, int64_t batch, int64_t seq_len, int64_t spans,
+            int64_t out, int num_threads) {
+  nar::Windows w =
       windows_of(tokens, token_type, num_corpus_tokens, runs, num_runs, starts, batch, seq_len);
+  w.spans = spans_of(spans, batch);
   nar::gather_windows(w, pointer<void>(out), num_threads);
 }
 
@@ -158,9 +166,7 @@ void count_masked(int64_t batch, int64_t seq_len, int64_t spans, int64_t sample_
                   int64_t seed, int64_t ratio_table, int64_t counts, int num_threads) {
   nar::CorruptArgs args = {};
   args.windows.batch = batch, args.windows.seq_len = seq_len;
-  if (const int64_t* begins = pointer<const int64_t>(spans)) {
-    args.windows.spans = {begins, begins + batch + 1, begins + 2 * (batch + 1), 0, 0};
-  }
+  args.windows.spans = spans_of(spans, batch);
   args.sample_ids = pointer<const int64_t>(sample_ids), args.first_sample = first_sample;
   args.global_batch = global_batch;
   args.exact = exact, args.stratified = stratified;

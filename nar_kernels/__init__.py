@@ -3,6 +3,7 @@
 from nar_kernels import train
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.packed_loader import PackedLoader
 from nar_kernels.data.packing.plan import PackingPlan
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.mixture import Mixture
@@ -43,6 +44,7 @@ __all__ = [
     "Mixture",
     "NetAdapter",
     "NonAutoregressiveWrapper",
+    "PackedLoader",
     "PackingPlan",
     "PinnedMemoryError",
     "SamplingConfig",

@@ -114,11 +114,14 @@ InvalidTokens copy_windows(const Windows& w, int64_t* out) {
 void gather_windows(const Windows& w, void* out, int num_threads) {
   check_windows(w);
   constexpr int64_t kBytesPerChunk = 1 << 15;
-  const int64_t row = w.seq_len * size_of(w.token_type);
-  const int64_t chunk = std::max<int64_t>(kBytesPerChunk / std::max<int64_t>(row, 1), 1);
+  const Items tokens = tokens_of(w);
+  const int64_t bytes = std::max<int64_t>(w.num_positions() * tokens.itemsize, 1);
+  const int64_t chunk = std::max<int64_t>(kBytesPerChunk * w.batch / bytes, 1);
   parallel_for((w.batch + chunk - 1) / chunk, num_threads, [&](int64_t c, int) {
     for (int64_t b = c * chunk; b < std::min((c + 1) * chunk, w.batch); ++b) {
-      copy_window(tokens_of(w), w.start(b), w.seq_len, static_cast<char*>(out) + b * row);
+      const Span span = w.span(b);
+      char* to = static_cast<char*>(out) + span.begin * tokens.itemsize;
+      copy_window(tokens, w.start(b), span.stored, to);
     }
   });
 }

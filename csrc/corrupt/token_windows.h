@@ -105,7 +105,7 @@ const uint8_t* locate_flags(const Windows& windows, const Flags& flags, int64_t 
 // The windows as int64 [batch, seq_len], bad ids replaced.
 InvalidTokens copy_windows(const Windows& windows, int64_t* out);
 
-// The windows as they are, [batch, seq_len] of the corpus's type.
+// The windows as they are, of the corpus's type, where their spans begin: [batch, seq_len] without.
 void gather_windows(const Windows& windows, void* out, int num_threads);
 
 // Asks the system to read the pages of the windows from their files, in the order of addresses.

@@ -6,7 +6,7 @@ Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,15 +14,13 @@ from torch import Tensor
 from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device, check_seed
 from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
-from nar_kernels.data.pinned import pin_exactly
+from nar_kernels.data.placement import PlacedCorpus
 from nar_kernels.data.residency import Residency
-from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager, choose_memory_here
-from nar_kernels.data.stream import TokenStream
+from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.documents import document_ids
 from nar_kernels.data.windows.mixture import Mixture
 from nar_kernels.data.windows.order import order_of
-from nar_kernels.errors import PinnedMemoryError
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import CorruptStep, Wanted
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
@@ -30,13 +28,10 @@ from nar_kernels.ops.masking import MaskingConfig
 
 _MOST_SLOTS = (1 << 63) - 1
 
-_NOT_COPIED = (
-    *("_tokens", "_runs", "_loss_mask", "_loss_mask_runs"),
-    *("_step", "_stager", "_mask_stager", "_deferred_check", "_residency"),
-)
+_NOT_COPIED = "_place", "_step", "_stager", "_mask_stager", "_deferred_check", "_residency"
 
 
-def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """``rank`` and ``world_size`` as given, or those of the process group."""
     if (rank is None) != (world_size is None):
         raise ValueError(
@@ -53,17 +48,6 @@ def _resolve_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
             stacklevel=3,
         )
     return distributed.rank(), distributed.world_size()
-
-
-def _flat_and_runs(stream: TokenStream | None) -> tuple[Tensor | None, Tensor | None]:
-    """Where a stream is on the host: in one piece, or in runs."""
-    if stream is None:
-        return None, None
-    return (stream.flat, None) if stream.runs is None else (None, stream.runs)
-
-
-def _copy_to(stream: TokenStream, device: torch.device) -> Tensor:
-    return stream.copy_to(torch.empty(len(stream), dtype=stream.dtype, device=device))
 
 
 class MaskedLoader:
@@ -160,7 +144,7 @@ class MaskedLoader:
         batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        rank, world_size = _resolve_rank(rank, world_size)
+        rank, world_size = resolve_rank(rank, world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}: it must be in [0, world_size) = [0, {world_size})")
         for name in ("num_tokens", "mask_id"):
@@ -183,52 +167,24 @@ class MaskedLoader:
         self._place_corpus(corpus_memory)
 
     def _place_corpus(self, memory: CorpusMemory | Literal["auto"]) -> None:
-        if memory not in ("auto", *get_args(CorpusMemory)):
-            raise ValueError(
-                f"corpus_memory is {memory!r}: it must be 'auto', 'device', 'pinned' or 'mapped'"
-            )
-        stream, device = self.dataset.corpus.stream, self._compute_device
-        mask = self.dataset.corpus.loss_mask
-        self._tokens, self._runs = stream.flat, stream.runs
-        self._loss_mask, self._loss_mask_runs = _flat_and_runs(mask)
+        corpus, device = self.dataset.corpus, self._compute_device
+        self._place = PlacedCorpus(corpus, device, memory, self.backend, self.world_size)
+        self.corpus_memory: CorpusMemory = self._place.memory
         self._step: CorruptStep | None = None  # made when it is needed, with tables on the device
-        self._residency = Residency(stream)
-        self._stager: Stager | None = None
-        self._mask_stager: Stager | None = None
-        if device.type == "cpu":
-            self.corpus_memory: CorpusMemory = "mapped"
-            return
-        is_asked_for = memory != "auto"
-        if memory == "auto":
-            num_bytes = stream.nbytes + (0 if mask is None else mask.nbytes)
-            memory = choose_memory_here(num_bytes, device, self.world_size)
-            if memory == "pinned" and self.backend == "reference":
-                memory = "mapped"  # which has no kernel that reads pinned memory
-        if memory == "pinned":
-            try:
-                self._tokens = pin_exactly(stream, device)
-                if mask is not None:
-                    self._loss_mask = pin_exactly(mask, device)
-            except PinnedMemoryError as error:
-                if is_asked_for:
-                    raise
-                warnings.warn(f"{error}; corpus_memory is 'mapped' now", stacklevel=3)
-                memory = "mapped"
-        self.corpus_memory, self._runs, self._loss_mask_runs = memory, None, None
-        if memory == "device":
-            self._tokens = _copy_to(stream, device)
-            self._loss_mask = None if mask is None else _copy_to(mask, device)
-        elif memory == "mapped":
+        self._residency = Residency(corpus.stream)
+        self._stager = self._mask_stager = None
+        if device.type != "cpu" and self.corpus_memory == "mapped":
             shape = self.batch_size, self.dataset.seq_len
-            self._stager = Stager(stream, self._window_starts, *shape, device)
-            if mask is not None:
-                self._mask_stager = Stager(mask, self._window_starts, *shape, device)
-            self._loss_mask = None
+            self._stager = Stager(corpus.stream, self._window_starts, *shape, device)
+            if corpus.loss_mask is not None:
+                self._mask_stager = Stager(corpus.loss_mask, self._window_starts, *shape, device)
 
     def _make_step(self) -> CorruptStep:
-        tokens = self._tokens
+        place = self._place
+        tokens, loss_mask, runs = place.tokens, place.loss_mask, place.runs
         if self._stager is not None:  # which gives each call its windows
             tokens = torch.empty(0, dtype=tokens.dtype, device=self._compute_device)
+            loss_mask = runs = None
         return CorruptStep(
             tokens,
             self.masking,
@@ -239,9 +195,9 @@ class MaskedLoader:
             seq_len=self.dataset.seq_len,
             seed=self.seed,
             device=self._compute_device,
-            runs=self._runs,
-            loss_mask=self._loss_mask,
-            loss_mask_runs=self._loss_mask_runs,
+            runs=runs,
+            loss_mask=loss_mask,
+            loss_mask_runs=None if self._stager is not None else place.loss_mask_runs,
             wanted=self._wanted,
             backend=self.backend,
         )

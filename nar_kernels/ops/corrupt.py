@@ -391,6 +391,52 @@ def _check_id(name: str, value: int, masking: MaskingConfig) -> int:
     return value
 
 
+def corrupt_documents(
+    documents: Documents,
+    tokens: Tensor,
+    starts: Tensor,
+    masking: MaskingConfig,
+    *,
+    seed: int,
+    global_batch: int,
+    runs: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    loss_mask_runs: Tensor | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    wanted: Wanted = EVERYTHING,
+    backend: str = "auto",
+) -> Corrupted:
+    """``corrupt`` of documents whose arguments have been checked, also of a corpus in runs.
+
+    Args:
+        starts: int64 ``[n]`` on the device of the kernel.
+        runs, loss_mask_runs: as in :class:`CorruptArgs`, on the CPU.
+
+    The other arguments are those of :func:`corrupt`. Raises nothing for invalid data: the result
+    records it.
+    """
+    device = starts.device
+    arguments = _arguments(
+        masking,
+        seed,
+        device,
+        wanted,
+        tokens=tokens,
+        runs=runs,
+        starts=starts,
+        batch=len(documents),
+        seq_len=documents.longest,
+        sample_ids=documents.ids_on_host.to(device, non_blocking=True),
+        loss_mask=loss_mask,
+        loss_mask_runs=loss_mask_runs,
+        spans=_spans(documents, masking, eos_id, pad_id, device),
+        global_batch=global_batch,
+    )
+    tensors = run_corrupt(arguments, _resolve(backend, tokens, device))
+    return _batch(tensors, arguments, masking, wanted, None, documents)
+
+
 class CorruptStep:
     """``corrupt`` for one rank's part of any step: what does not depend on the step is checked and
     resolved once, and the kernel finds slots and windows itself.

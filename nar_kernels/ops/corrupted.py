@@ -191,6 +191,15 @@ class Corrupted:
         sums = torch.zeros(len(self.times), dtype=wide, device=values.device)
         return sums.index_add_(0, self.sample_indices.flatten(), values.flatten().to(wide))
 
+    def sum_over_rows(self, values: Tensor) -> Tensor:
+        """``[n]``: for each sample, the sum of integers ``[n]`` over the samples of its row. (Rows
+        of a flat batch, and of one without documents, have one.)"""
+        if self.documents is None or self.documents.row_length is None:
+            return values
+        row = self.cu_seqlens[:-1].to(torch.int64) // self.documents.row_length
+        sums = values.new_zeros(self.input_ids.shape[0]).index_add_(0, row, values)
+        return sums.index_select(0, row)
+
     @cached_property
     def sample_indices(self) -> Tensor:
         """int64 ``[B, L]``: the sample that each position is in, padding in that before it."""

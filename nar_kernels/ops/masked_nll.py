@@ -22,9 +22,9 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.vocab_parallel import is_dtensor, local_head
 
-Reduction = Literal["nelbo", "mean", "token", "sequence", "batch", "none"]
+Reduction = Literal["nelbo", "mean", "token", "sequence", "answer", "batch", "none"]
 REDUCTIONS = get_args(Reduction)
-_BY_SAMPLE = ("sequence", "batch")  # these divide by the number of samples
+_BY_SAMPLE = ("sequence", "answer", "batch")  # these divide by a number of samples
 
 _NUMBERS = Tensor, float, int  # Dynamo of PyTorch 2.6 knows no unions of types
 
@@ -39,6 +39,7 @@ def masked_nll(
     bias: Tensor | None = None,
     reduction: Reduction = "nelbo",
     normalizer: float | Tensor | None = None,
+    position_weight: Tensor | None = None,
     static_shapes: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -67,16 +68,22 @@ def masked_nll(
             * ``"nelbo"``: ``sum(loss_weight * nll)`` over the number of maskable positions, in
               expectation a bound on the negative log-likelihood in nats per token.
             * ``"token"``: the same sum and number for any loss weights, also of no bound.
-            * ``"sequence"``: ``sum(loss_weight * nll)`` of each sample over its own number of
-              maskable positions, then the mean over samples: each counts the same, however long its
-              answer is (LLaDA's loss of fine-tuning, arXiv:2502.09992).
-            * ``"batch"``: ``sum(loss_weight * nll)`` over the number of samples.
+            * ``"sequence"``: ``sum(loss_weight * nll)`` of each row of the batch over its own
+              number of maskable positions, then the mean over rows: each counts the same.
+            * ``"answer"``: the same of each document of a packed batch, however long its answer is
+              (LLaDA's loss of fine-tuning, arXiv:2502.09992). Of other batches, whose samples are
+              rows, it is ``"sequence"``.
+            * ``"batch"``: ``sum(loss_weight * nll)`` over the number of rows (of a flat batch of
+              documents, of those).
             * ``"mean"``: the mean over masked positions, without weights.
             * ``"none"``: ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
         normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``,
             ``"token"``) or masked (``"mean"``) positions or samples: that of the whole batch where
             this is a part of it (:func:`count`). One positive number; on a GPU its value is not
             checked, to avoid a sync.
+        position_weight: float ``[B, L]``: factors of the losses at these positions, such as
+            :func:`cart_weights`; not with ``"nelbo"``, of which no bound would be left, and
+            ``"none"``.
         static_shapes: pad the masked rows to C, ``corrupted.row_capacity``, so that shapes do not
             depend on data: the host never waits for the device, and a CUDA graph can capture this.
             Padding adds exactly 0 to the loss and, if hidden states are finite, to every gradient.
@@ -103,10 +110,12 @@ def masked_nll(
             bias=bias,
             reduction=reduction,
             normalizer=normalizer,
+            position_weight=position_weight,
             static_shapes=static_shapes,
             backend=backend,
         )
     _check(hidden, corrupted, reduction, normalizer, static_shapes)
+    _check_position_weight(position_weight, corrupted, reduction)
     _check_head(hidden, weight, bias, corrupted)
     device, dtype = hidden.device, product_dtype(hidden, weight)
     wide = torch.promote_types(dtype, torch.float32)
@@ -120,10 +129,13 @@ def masked_nll(
         # needs_input_grad of a Function ignores torch.no_grad.
         if not torch.is_grad_enabled():
             nll = _zero(losses(LinearNllArgs(*inputs), backend, shard), is_ignored)
-            return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
+            return reduce_nll(
+                nll, rows, corrupted, reduction, normalizer, static_shapes, position_weight
+            )
         if reduction == "none":
             return _zero(losses_by_row(LinearNllArgs(*inputs), backend, shard), is_ignored)
-        row_weight = _zero(_row_weight(corrupted, rows, reduction), is_ignored).to(wide)
+        row_weight = _row_weight(corrupted, rows, reduction, position_weight)
+        row_weight = _zero(row_weight, is_ignored).to(wide)
         total = weighted_sum(LinearNllArgs(*inputs, row_weight), backend, shard)
         if normalizer is None and reduction in _BY_SAMPLE:
             normalizer = count(corrupted, reduction)
@@ -190,13 +202,15 @@ def reduce_nll(
     reduction: Reduction,
     normalizer: float | Tensor | None = None,
     static_shapes: bool = False,
+    position_weight: Tensor | None = None,
 ) -> Tensor:
     """The losses of the masked rows ``[R]`` or, with 0 at padding, ``[C]``, reduced as
     :func:`masked_nll` does; the rows are those of :func:`masked_labels`."""
     if reduction == "none":
         return nll
     _check_reduction(corrupted, reduction, normalizer, static_shapes)
-    total = (_row_weight(corrupted, rows, reduction).to(nll.dtype) * nll).sum()
+    row_weight = _row_weight(corrupted, rows, reduction, position_weight)
+    total = (row_weight.to(nll.dtype) * nll).sum()
     return _normalized(total, count(corrupted, reduction) if normalizer is None else normalizer)
 
 
@@ -215,11 +229,14 @@ def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
 
 
 def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
-    """int64 scalar on the device: how many samples there are (``"sequence"``, ``"batch"``), or
-    positions that are maskable (``"nelbo"``, ``"token"``) or masked, without those whose label was
-    set to -100."""
+    """int64 scalar on the device: how many rows there are (``"sequence"``, ``"batch"``) or
+    documents (``"answer"``), or positions that are maskable (``"nelbo"``, ``"token"``) or masked,
+    without those whose label was set to -100."""
     if reduction in _BY_SAMPLE:
-        return corrupted.num_masked.new_full((), len(corrupted))
+        number = len(corrupted)
+        if reduction == "answer" and corrupted.documents is not None:
+            number = corrupted.documents.num_filled
+        return corrupted.num_masked.new_full((), number)
     return _count(corrupted, reduction, _num_ignored(corrupted).sum())
 
 
@@ -262,15 +279,23 @@ def _zero(values: Tensor, where: Tensor | None) -> Tensor:
     return values if where is None else values.masked_fill(where, 0)
 
 
-def _row_weight(corrupted: Corrupted, rows: Tensor, reduction: Reduction) -> Tensor:
+def _row_weight(
+    corrupted: Corrupted, rows: Tensor, reduction: Reduction, position_weight: Tensor | None
+) -> Tensor:
     """``[R]``: of each masked row, what its loss is multiplied by before the sum."""
     if reduction == "mean":
-        return torch.ones_like(rows, dtype=torch.float32)
-    weight = corrupted.loss_weight
-    if reduction == "sequence":
-        lengths = corrupted.num_maskable - _num_ignored(corrupted)
-        weight = weight.double() / lengths.clamp(min=1)
-    return weight.index_select(0, corrupted.samples_of(rows))
+        of_rows = torch.ones_like(rows, dtype=torch.float32)
+    else:
+        weight = corrupted.loss_weight
+        if reduction in ("sequence", "answer"):
+            lengths = corrupted.num_maskable - _num_ignored(corrupted)
+            if reduction == "sequence":
+                lengths = corrupted.sum_over_rows(lengths)
+            weight = weight.double() / lengths.clamp(min=1)
+        of_rows = weight.index_select(0, corrupted.samples_of(rows))
+    if position_weight is not None:
+        of_rows = of_rows * position_weight.reshape(-1).index_select(0, rows)
+    return of_rows
 
 
 def _check(
@@ -299,6 +324,25 @@ def _check(
     if hidden.device != corrupted.labels.device:
         raise ValueError(
             f"corrupted is on {corrupted.labels.device}, but hidden on {hidden.device}"
+        )
+
+
+def _check_position_weight(
+    position_weight: Tensor | None, corrupted: Corrupted, reduction: Reduction
+) -> None:
+    if position_weight is None:
+        return
+    if reduction in ("nelbo", "none"):
+        raise ValueError(
+            f"position_weight was given with reduction {reduction!r}: use 'token', 'mean', "
+            "'sequence', 'answer' or 'batch'"
+        )
+    shape, device = corrupted.input_ids.shape, corrupted.input_ids.device
+    is_float = isinstance(position_weight, Tensor) and position_weight.is_floating_point()
+    if not is_float or position_weight.shape != shape or position_weight.device != device:
+        raise ValueError(
+            f"position_weight is {_kind(position_weight)}: it must be floats {list(shape)} on "
+            f"{device}"
         )
 
 

@@ -67,6 +67,8 @@ def _read_runs(
         address = addresses[run] + (start - begins[run]) * dtype.itemsize
         content += ctypes.string_at(address, (stop - start) * dtype.itemsize)
         start, run = stop, run + 1
+    if not content:
+        return torch.empty(0, dtype=dtype, device="cpu")
     return torch.frombuffer(content, dtype=dtype)
 
 

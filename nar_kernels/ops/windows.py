@@ -117,7 +117,41 @@ def gather(
     if out is None:
         out = torch.empty((starts.shape[0], seq_len), dtype=tokens.dtype, device="cpu")
     source = _source(tokens.contiguous(), runs, starts)
-    cpp.gather(*source, *out.shape, host_address(out), torch.get_num_threads())
+    cpp.gather(*source, *out.shape, 0, host_address(out), torch.get_num_threads())
+    return out
+
+
+def gather_ragged(
+    tokens: Tensor,
+    runs: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """Copies parts of a corpus, not checked, one after the other: ``[sum(lengths)]`` in its dtype.
+
+    Args:
+        tokens, runs, starts: as in :func:`windows`.
+        lengths: int64 ``[B]``.
+
+    Raises:
+        IndexError: a part reaches outside the corpus.
+    """
+    starts = check_ids("starts", starts, tokens.device)
+    if resolve_backend(backend, tokens.device, _ON_CPU) == "reference":
+        parts = [
+            gather_ref(tokens, runs, start, length)[0]
+            for start, length in zip(starts.split(1), lengths.tolist(), strict=True)
+        ]
+        return torch.cat(parts) if parts else tokens.new_empty(0)
+    assert cpp is not None
+    last = lengths.new_zeros(1)
+    begins, counts = torch.cat([last, lengths.cumsum(0)]), torch.cat([lengths, last])
+    spans = torch.stack([begins, counts, counts])
+    out = torch.empty(int(begins[-1]), dtype=tokens.dtype, device="cpu")
+    source = _source(tokens.contiguous(), runs, starts)
+    where = host_address(spans), host_address(out)
+    cpp.gather(*source, len(starts), 1, *where, torch.get_num_threads())
     return out
 
 

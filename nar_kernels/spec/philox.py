@@ -42,6 +42,7 @@ class Stream(IntEnum):
     GENERATOR_SEED = 9
     WINDOW_PHASE = 10
     ROW_ORDER = 11
+    RANDOM_LENGTH = 12
 
 
 def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from nar_kernels import MaskedLoader, MaskingConfig, PinnedMemoryError, TokenDataset
 from nar_kernels.data import loader as loader_module
 from nar_kernels.data import pinned as pinned_module
+from nar_kernels.data import placement
 from nar_kernels.data.pinned import pin_exactly, pinned_bytes
 from nar_kernels.data.stream import TokenStream
 
@@ -150,9 +151,9 @@ def test_a_loader_has_one_copy_and_gives_it_back(runtime, fake_loader):
     loader = fake_loader()
     assert loader.corpus_memory == "pinned"
     assert list(runtime.registered.values()) == [pinned_bytes(6000)]
-    assert loader._tokens.is_pinned()
+    assert loader._place.tokens.is_pinned()
     copied = pickle.loads(pickle.dumps(loader))  # which has memory of its own
-    assert len(runtime.registered) == 2 and torch.equal(copied._tokens, loader._tokens)
+    assert len(runtime.registered) == 2 and torch.equal(copied._place.tokens, loader._place.tokens)
     del loader
     assert len(runtime.registered) == 1
     del copied
@@ -168,7 +169,7 @@ def test_a_loader_that_was_asked_to_pin_does_or_raises(runtime, fake_loader):
 def test_a_loader_that_chooses_warns_and_leaves_the_corpus_where_it_is(
     runtime, fake_loader, monkeypatch
 ):
-    monkeypatch.setattr(loader_module, "choose_memory_here", lambda *arguments: "pinned")
+    monkeypatch.setattr(placement, "choose_memory_here", lambda *arguments: "pinned")
     monkeypatch.setattr(loader_module, "Stager", lambda *arguments: "stager")
     assert fake_loader(memory="auto").corpus_memory == "pinned"
     runtime.result = 2

@@ -63,6 +63,7 @@ def test_streams_are_frozen():
         "GENERATOR_SEED": 9,
         "WINDOW_PHASE": 10,
         "ROW_ORDER": 11,
+        "RANDOM_LENGTH": 12,
     }
 
 

@@ -239,10 +239,10 @@ def test_invalid_ids_are_reported_with_the_next_flush(sentences, tmp_path):
     """Also if the steps after the first such batch had none."""
     config = small(sentences, tmp_path, cuda_graph=True)
     with run_on_a_gpu(config) as (run, gpu):
-        clean = run.loader._tokens
+        clean = run.loader._place.tokens
         bad = torch.full_like(clean, 300, dtype=torch.int64)
         for step, tokens in ((2, bad), (3, clean)):
-            run.loader._tokens, run.loader._step = tokens, None
+            run.loader._place.tokens, run.loader._step = tokens, None
             run.step(None, step)
         assert gpu.waits == []
         with pytest.raises(InvalidTokenError, match=r"token id 300 at offset \d+ of .*fox.txt"):
