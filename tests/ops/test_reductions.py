@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from nar_kernels import MaskingConfig, corrupt, masked_nll
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masked_nll import count
 
 B, L, V, D = 5, 24, 40, 8
@@ -79,6 +80,7 @@ THEIRS = {
     "dLLM, sequence": (lambda of: dllm(of, "sequence"), "sequence"),
     "dLLM, batch": (lambda of: dllm(of, "batch"), "batch"),
     "LLaDA": (llada_sft, "sequence"),
+    "LLaDA, answer": (llada_sft, "answer"),
 }
 
 
@@ -90,7 +92,7 @@ def test_equals_the_loss_of(name: str) -> None:
     assert abs(got / formula(of) - 1) < 1e-6
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("reduction", ["token", "sequence", "answer", "batch"])
 def test_parts_of_a_batch_add_up(reduction: str) -> None:
     """Of gradient accumulation, or of ranks: each divides by the count of the whole."""
     of = Theirs()
@@ -128,3 +130,84 @@ def test_token_needs_no_bound() -> None:
     assert abs(got / (nll.sum() / of.supervised.sum()) - 1) < 1e-12
     with pytest.raises(ValueError, match="weighting is 'unit', which gives no bound"):
         masked_nll(of.hidden, of.head, batch, reduction="nelbo")
+
+
+def packed(of: Theirs) -> tuple[Corrupted, torch.Tensor]:
+    """The same answers, two or three to a row, and the hidden states there."""
+    batch, order = of.ours(), torch.tensor([3, 0, 4, 1, 2])
+    begins = torch.tensor([0, L, 3 * L, 4 * L, 5 * L, 6 * L])  # padding behind the second
+    documents = Documents(begins, *torch.full((2, B), L), order, 3 * L)
+    at = (begins[:-1, None] + torch.arange(L)).flatten()
+
+    def there(x: torch.Tensor, fill: float) -> torch.Tensor:
+        moved = torch.full((6 * L, *x.shape[2:]), fill, dtype=x.dtype)
+        moved[at] = x[order].flatten(0, 1)
+        return moved.view(2, 3 * L, *x.shape[2:])
+
+    masked = there(batch.masked_indices, False)
+    rows = masked.flatten().nonzero().flatten()
+    moved = replace(
+        batch,
+        input_ids=there(batch.input_ids, 0),
+        labels=there(batch.labels, -100),
+        masked_indices=masked,
+        times=batch.times[order],
+        loss_weight=batch.loss_weight[order],
+        num_masked=batch.num_masked[order],
+        num_maskable=batch.num_maskable[order],
+        row_buffer=torch.cat([rows, rows.new_zeros(6 * L - len(rows))]),
+        documents=documents,
+    )
+    return moved, there(of.hidden, 0.0)
+
+
+def test_packed_answers() -> None:
+    """Of answers that share rows, "answer" and "token" are what they are of answers apart;
+    "sequence" is of rows."""
+    of = Theirs()
+    batch, hidden = packed(of)
+    for reduction, expected in (
+        ("answer", llada_sft(of)),
+        ("token", nemo(of)),
+        ("batch", dllm(of, "batch") * B / 2),
+    ):
+        got = masked_nll(hidden, of.head, batch, reduction=reduction)
+        assert abs(got / expected - 1) < 1e-6, reduction
+    of_answers = (of.ce * of.masked / of.p).sum(1)[[3, 0, 4, 1, 2]]
+    lengths = of.supervised.sum(1)[[3, 0, 4, 1, 2]]
+    expected = sum(of_answers[i].sum() / lengths[i].sum() for i in (slice(2), slice(2, 5))) / 2
+    assert abs(masked_nll(hidden, of.head, batch, reduction="sequence") / expected - 1) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "answer", "batch", "mean"])
+def test_parts_of_packed_answers_add_up(reduction: str) -> None:
+    batch, hidden = packed(of := Theirs())
+    expected = masked_nll(hidden, of.head, batch, reduction=reduction)
+    divisor = count(batch, reduction)
+    parts = (
+        masked_nll(h[None], of.head, part, reduction=reduction, normalizer=divisor)
+        for h, part in zip(hidden, batch.microbatches(1), strict=True)
+    )
+    assert abs(sum(parts) / expected - 1) < 1e-12
+
+
+def test_weights_of_positions() -> None:
+    of = Theirs()
+    batch = of.ours()
+    weight = torch.rand(B, L, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for reduction, divisor in (
+        ("token", of.supervised.sum()),
+        ("batch", B),
+        ("mean", of.masked.sum()),
+    ):
+        each = of.ce * of.masked * weight * (1 if reduction == "mean" else 1 / of.p)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                got = masked_nll(
+                    of.hidden, of.head, batch, reduction=reduction, position_weight=weight
+                )
+            assert abs(got / (each.sum() / divisor) - 1) < 1e-6
+    with pytest.raises(ValueError, match="position_weight was given with reduction 'nelbo'"):
+        masked_nll(of.hidden, of.head, batch, position_weight=weight)
+    with pytest.raises(ValueError, match=r"it must be floats \[5, 24\]"):
+        masked_nll(of.hidden, of.head, batch, reduction="token", position_weight=weight[0])
