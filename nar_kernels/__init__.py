@@ -15,6 +15,7 @@ from nar_kernels.errors import (
 )
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import NetAdapter, TokenNet
+from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
 from nar_kernels.ops.backends import backends
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
@@ -50,8 +51,11 @@ __all__ = [
     "Unmasked",
     "backends",
     "corrupt",
+    "dense_mask",
+    "flex_block_mask",
     "load_model",
     "masked_nll",
     "train",
     "unmask",
+    "varlen_arguments",
 ]
