@@ -17,6 +17,7 @@ from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import NetAdapter, TokenNet
 from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
 from nar_kernels.ops.backends import backends
+from nar_kernels.ops.cart import cart_weights
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masked_nll import masked_nll
@@ -50,6 +51,7 @@ __all__ = [
     "TrainConfig",
     "Unmasked",
     "backends",
+    "cart_weights",
     "corrupt",
     "dense_mask",
     "flex_block_mask",

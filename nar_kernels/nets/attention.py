@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
+from nar_kernels.ops.segments import can_read, check_cu_seqlens, check_integers, segment_ids
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def flex_block_mask(
@@ -114,7 +113,7 @@ def varlen_arguments(
     longest = length if max_seqlen is None else as_int("max_seqlen", max_seqlen)
     if not 1 <= longest <= rows * length:
         raise ValueError(f"max_seqlen is {longest}: it must be in [1, {rows * length}]")
-    if _can_read(bounds) and (needed := int(bounds.diff().max())) > longest:
+    if can_read(bounds) and (needed := int(bounds.diff().max())) > longest:
         raise ValueError(
             f"max_seqlen is {longest}, but a segment has {needed} positions: give at least that "
             "(gaps of padding are segments, too)"
@@ -161,28 +160,17 @@ class _Segments(NamedTuple):
 
     def ids(self) -> Tensor:
         """int32 `[B, L]`: ascending, the same within a segment alone."""
-        marks = self.bounds.new_zeros(self.rows * self.length + 1)
-        marks.index_add_(0, self.bounds, torch.ones_like(self.bounds))
-        return marks.cumsum(0, dtype=torch.int32)[:-1].view(self.rows, self.length)
+        return segment_ids(self.bounds, self.rows * self.length).view(self.rows, self.length)
 
 
 def _segments(cu_seqlens: Tensor, lengths: Tensor | None, shape: Sequence[int]) -> _Segments:
     rows, length = _rows_and_length(shape)
-    _check("cu_seqlens", cu_seqlens, "[n + 1], n > 0")
-    if len(cu_seqlens) < 2:
-        raise ValueError("cu_seqlens has no document: it must be [0, ..., T]")
-    if lengths is not None:
-        _check("lengths", lengths, f"[{len(cu_seqlens) - 1}]", len(cu_seqlens) - 1)
-        if lengths.device != cu_seqlens.device:
-            raise ValueError(
-                f"lengths is on {lengths.device}, but cu_seqlens on {cu_seqlens.device}: "
-                "move one to the other"
-            )
-    if _can_read(cu_seqlens):
-        _check_values(cu_seqlens, lengths, rows, length)
+    check_cu_seqlens(cu_seqlens, rows * length)
+    _check_rows(cu_seqlens, rows, length)
     begins = cu_seqlens.to(torch.int32).contiguous()
     if lengths is None:
         return _Segments(begins, rows, length)
+    _check_lengths(lengths, cu_seqlens)
     ends = begins[:-1] + lengths.to(torch.int32)
     both = torch.stack((begins[:-1], ends), 1).flatten()
     return _Segments(torch.cat((both, begins[-1:])), rows, length)
@@ -200,47 +188,39 @@ def _rows_and_length(shape: Sequence[int]) -> tuple[int, int]:
     return rows, length
 
 
-def _check(name: str, tensor: object, wanted: str, size: int | None = None) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} is {got}: it must be a tensor of int32 or int64, {wanted}")
-    if tensor.ndim != 1 or size not in (None, len(tensor)):
-        raise ValueError(f"{name} is {list(tensor.shape)}: it must be {wanted}")
+def _check_rows(cu_seqlens: Tensor, rows: int, length: int) -> None:
+    if rows == 1 or not can_read(cu_seqlens):
+        return
+    row_begins = torch.arange(
+        0, rows * length, length, dtype=cu_seqlens.dtype, device=cu_seqlens.device
+    )
+    at_or_after = torch.searchsorted(cu_seqlens, row_begins)
+    if (is_crossed := cu_seqlens[at_or_after] != row_begins).any():
+        row = int(is_crossed.nonzero()[0])
+        document = int(at_or_after[row]) - 1
+        begin, end = cu_seqlens[document : document + 2].tolist()
+        raise ValueError(
+            f"document {document}, from {begin} to {end}, crosses the end of row {row - 1} at "
+            f"{row * length}: each row must begin with a document"
+        )
 
 
-def _can_read(tensor: Tensor) -> bool:
-    return tensor.is_cpu and not torch.compiler.is_compiling()
-
-
-def _check_values(cu_seqlens: Tensor, lengths: Tensor | None, rows: int, length: int) -> None:
+def _check_lengths(lengths: Tensor, cu_seqlens: Tensor) -> None:
+    num_documents = len(cu_seqlens) - 1
+    check_integers("lengths", lengths, f"[{num_documents}]", num_documents)
+    if lengths.device != cu_seqlens.device:
+        raise ValueError(
+            f"lengths is on {lengths.device}, but cu_seqlens on {cu_seqlens.device}: "
+            "move one to the other"
+        )
+    if not can_read(lengths):
+        return
     extents = cu_seqlens.diff()
-    if (extents < 0).any():
-        at = int((extents < 0).nonzero()[0])
-        raise ValueError(
-            f"cu_seqlens[{at + 1}] is {int(cu_seqlens[at + 1])}, after {int(cu_seqlens[at])}: "
-            "documents must begin in order"
-        )
-    if (ends := (int(cu_seqlens[0]), int(cu_seqlens[-1]))) != (0, rows * length):
-        raise ValueError(
-            f"cu_seqlens goes from {ends[0]} to {ends[1]}: it must go from 0 to {rows * length}, "
-            "the positions of the batch"
-        )
-    if lengths is not None and ((lengths < 0) | (lengths > extents)).any():
-        at = int(((lengths < 0) | (lengths > extents)).nonzero()[0])
+    if (is_wrong := (lengths < 0) | (lengths > extents)).any():
+        at = int(is_wrong.nonzero()[0])
         raise ValueError(
             f"lengths[{at}] is {int(lengths[at])}: it must be in [0, {int(extents[at])}], up to "
             "where the next document begins"
-        )
-    row_begins = torch.arange(0, rows * length, length, dtype=cu_seqlens.dtype)
-    at_or_after = torch.searchsorted(cu_seqlens, row_begins)
-    crossed = (cu_seqlens[at_or_after] != row_begins).nonzero()
-    if len(crossed):
-        row = int(crossed[0])
-        document = int(at_or_after[row]) - 1
-        raise ValueError(
-            f"document {document}, from {int(cu_seqlens[document])} to "
-            f"{int(cu_seqlens[document + 1])}, crosses the end of row {row - 1} at {row * length}: "
-            "each row must begin with a document"
         )
 
 
