@@ -17,7 +17,9 @@ from nar_kernels.errors import (
 )
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import NetAdapter, TokenNet
+from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
 from nar_kernels.ops.backends import backends
+from nar_kernels.ops.cart import cart_weights
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masked_nll import masked_nll
@@ -53,9 +55,13 @@ __all__ = [
     "TrainConfig",
     "Unmasked",
     "backends",
+    "cart_weights",
     "corrupt",
+    "dense_mask",
+    "flex_block_mask",
     "load_model",
     "masked_nll",
     "train",
     "unmask",
+    "varlen_arguments",
 ]

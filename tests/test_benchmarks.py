@@ -188,6 +188,26 @@ def test_packing(tmp_path):
     assert "| PackingPlan, in order |" in output
 
 
+def test_block_mask(tmp_path):
+    figures, output = run("bench_block_mask.py", tmp_path)
+    assert [setting["shape"] for setting in figures["settings"]] == [[2, 300], [600]]
+    for setting in figures["settings"]:
+        assert 0 < setting["partial"] + setting["full"] <= setting["tiles"]
+        names = [row["mask"] for row in setting["rows"]]
+        assert names == ["flex_block_mask", "create_block_mask", "create_block_mask, compiled"]
+        assert all(row["ms"] > 0 and row["times ours"] > 0 for row in setting["rows"])
+    assert "| create_block_mask |" in output
+
+
+def test_cart(tmp_path):
+    figures, output = run("bench_cart.py", tmp_path)
+    assert [setting["p"] for setting in figures["settings"]] == [0.8, 0.3]
+    for setting in figures["settings"]:
+        assert setting["greatest_difference"] < 1e-6
+        assert all(row["ms"] > 0 and row["times ours"] > 0 for row in setting["rows"])
+    assert "| cart_weights, with documents |" in output
+
+
 def test_prepare(tmp_path):
     for package in ("tokenizers", "datatrove", "orjson"):
         pytest.importorskip(package)
