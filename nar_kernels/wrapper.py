@@ -23,6 +23,7 @@ from nar_kernels.nets.adapter import causal_module, net_attribute
 from nar_kernels.nets.critic import SelfCritic
 from nar_kernels.nets.keywords import merge_net_kwargs
 from nar_kernels.nets.modes import ModeLocks, no_grad
+from nar_kernels.nets.packed import packed_keywords
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted, check_record, place_in_batch
@@ -239,7 +240,12 @@ class NonAutoregressiveWrapper(nn.Module):
         :class:`~nar_kernels.TokenNet`), by :func:`nar_kernels.masked_nll`.
 
         Args:
-            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already. On a
+            x: clean ids ``[B, L]`` of any integer dtype, or a batch that is corrupted already; of
+                documents, too, packed into rows ``[B, L]`` or flat ``[N]``, which the net gets as
+                ``[1, N]``. The net then gets what keeps them apart, by names that its ``forward``
+                declares: ``block_mask`` (FlexAttention), ``cu_seqlens`` and ``max_seqlen``,
+                ``attn_mask`` or ``attention_mask`` (bool ``[B, 1, L, L]``); and ``position_ids`` or
+                ``pos``, and ``document_ids``. On a
                 GPU, where looking at clean ids is a sync, an invalid one is reported by the next
                 call, or :meth:`raise_if_invalid`; in a CUDA graph it is not.
             only_train_generator: skip the critic.
@@ -276,6 +282,10 @@ class NonAutoregressiveWrapper(nn.Module):
             "prompt_lengths": prompt_lengths,
         }
         corrupted = self._corrupted(x, supervised, seed)
+        if corrupted.documents is not None:
+            if self.token_critic is not None and corrupted.input_ids.dim() == 1:
+                raise ValueError("a critic takes rows [B, L]: give the batch seq_len")
+            kwargs = packed_keywords(self.net, corrupted, kwargs) | kwargs
         with ModeLocks(self.net, self.token_critic):
             return self._losses(
                 corrupted,
@@ -357,7 +367,9 @@ class NonAutoregressiveWrapper(nn.Module):
             raise TypeError(f"x is a {type(x).__name__}: it must be a tensor of ids, or Corrupted")
         if ids.is_meta:
             raise ValueError("x is on the device meta, which holds no ids: move it to the net's")
-        if ids.dim() != 2 or ids.shape[1] != self.max_seq_len:
+        if isinstance(x, Corrupted) and x.documents is not None:
+            self._check_documents(x)
+        elif ids.dim() != 2 or ids.shape[1] != self.max_seq_len:
             raise ValueError(
                 f"x has shape {list(ids.shape)}: it must be [batch, {self.max_seq_len}], windows "
                 "of exactly the net's max_seq_len"
@@ -397,10 +409,24 @@ class NonAutoregressiveWrapper(nn.Module):
             outside_graphs(self._check_later)(corrupted)
         return corrupted
 
+    def _check_documents(self, batch: Corrupted) -> None:
+        assert batch.documents is not None
+        length, longest = batch.documents.row_length, batch.documents.longest
+        if length is not None and length > self.max_seq_len:
+            raise ValueError(
+                f"x has rows of {length}, but the net takes {self.max_seq_len} positions: pack "
+                "documents into rows of at most that"
+            )
+        if length is None and longest > self.max_seq_len:
+            raise ValueError(
+                f"x has a document of {longest} tokens, but the net takes {self.max_seq_len}: "
+                "split it, or leave it out"
+            )
+
     def _check_later(self, corrupted: Corrupted) -> None:
         if torch.cuda.is_current_stream_capturing():
             return  # nobody looks at a batch of a CUDA graph
-        size, length = corrupted.input_ids.shape
+        size, length = len(corrupted), corrupted.input_ids.shape[-1]
 
         def where(offset: int) -> str:
             return f"{place_in_batch(length, offset)} of the batch before this call"
@@ -423,9 +449,11 @@ class NonAutoregressiveWrapper(nn.Module):
                     embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
             kwargs = {**kwargs, "sum_embeds": self._self_condition(embed)}
 
-        prediction = TrunkAndHead(self.net)(input_ids, kwargs)
-        prediction.check(input_ids, self.masking)
-        return prediction
+        is_flat = input_ids.dim() == 1
+        rows = input_ids[None] if is_flat else input_ids
+        prediction = TrunkAndHead(self.net)(rows, kwargs)
+        prediction.check(rows, self.masking)
+        return prediction._replace(output=prediction.output[0]) if is_flat else prediction
 
     def _self_condition(self, embed: Tensor) -> Tensor:
         if embed.dim() > 3 or embed.shape[-1] != self.dim:
