@@ -40,9 +40,8 @@ class Group(NamedTuple):
 
 
 def make_groups(begin: Tensor, config: SamplingConfig, mask_id: int) -> list[Group]:
-    """Sequences of equal lengths, with something to fill in the same blocks, since the steps are
-    divided among those: so what a sequence becomes does not depend on the others. If no length is
-    given, all are one group.
+    """Sequences of one length, whose steps are the same, too: so what a sequence becomes does not
+    depend on the others. If no length is given, all are one group.
 
     Args:
         begin: from :func:`nar_kernels.sampling.prompt.read_prompt`.
@@ -50,23 +49,20 @@ def make_groups(begin: Tensor, config: SamplingConfig, mask_id: int) -> list[Gro
     batch, longest = begin.shape
     if (config.length is None and config.max_new_tokens is None) or batch == 0:
         return [Group(np.ones(batch, bool), longest, 0)]
-    masked = begin == mask_id
-    members: dict[tuple[int, int, tuple[bool, ...]], list[int]] = defaultdict(list)
+    masked = (begin == mask_id).numpy()
+    members: dict[tuple[int, int, tuple[int, ...]], list[int]] = defaultdict(list)
     for b, length in enumerate((begin != NO_ID).sum(1).tolist()):
         first_block = 0 if config.max_new_tokens is None else length - config.max_new_tokens
-        parts = (
-            []
-            if config.block_length is None
-            else block_parts(length, config.block_length, first_block)
-        )
-        filled = tuple(bool(masked[b, part].any()) for part in parts)
-        members[length, first_block, filled].append(b)
-    groups = []
-    for (length, first_block, _), numbers in members.items():
-        which = np.zeros(batch, bool)
-        which[numbers] = True
-        groups.append(Group(which, length, first_block))
-    return groups
+        parts = block_parts(length, config.block_length, first_block)
+        counts = [int(masked[b, part].sum()) for part in parts]
+        if config.strategy != "threshold":  # which fills something in each step that others need
+            # Steps are divided among the blocks with something to fill.
+            counts = [min(count, 1) for count in counts] if len(parts) > 1 else []
+        members[length, first_block, tuple(counts)].append(b)
+    return [
+        Group(np.isin(np.arange(batch), numbers), length, first_block)
+        for (length, first_block, _), numbers in members.items()
+    ]
 
 
 def side_by_side(
