@@ -70,7 +70,8 @@ class Ends:
 
     def unfinished(self, ids: Tensor) -> np.ndarray:
         """bool ``[B]``: whether anything up to the end is masked. Synchronises with the device."""
-        return ((ids == self._mask_id) & ~self.behind(ids)).any(1).cpu().numpy()
+        unfilled = (ids == self._mask_id).logical_and(self.behind(ids).logical_not())
+        return unfilled.any(1).cpu().numpy()
 
     def _is_end(self, ids: Tensor) -> Tensor:
         found = ids == self._ids[0]

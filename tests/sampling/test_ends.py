@@ -79,7 +79,7 @@ def test_decoding_stops_when_all_answers_have_ended():
     net.asked.clear()
     # An end that may be masked again is none yet.
     model.generate(prompt=[1], eos_id=EOS, can_mask_prev_unmasked=True, **GREEDY)
-    assert len(net.asked) == 15
+    assert len(net.asked) >= without
 
 
 @pytest.mark.parametrize("remask", [False, True])
