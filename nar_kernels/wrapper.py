@@ -610,8 +610,9 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> DecodeIterator:
         """Samples sequences step by step. Never draws ``mask_id`` or ``never_mask_ids``.
 
-        A sequence is the same in a batch of any size, up to the rounding of the net. If all prompts
-        are equal, the first step runs the net on one of them, if the net is batch-independent (see
+        A sequence is the same in a batch of any size, up to the rounding of the net. Sequences of
+        different lengths are decoded in calls of their own. If all prompts are equal, the first
+        step runs the net on one of them, if the net is batch-independent (see
         :class:`~nar_kernels.TokenNet`).
 
         Args:
@@ -621,20 +622,26 @@ class NonAutoregressiveWrapper(nn.Module):
             first_sequence: index of the first of B consecutive sequences, at least 0: sequence i of
                 a seed is the same in any batch. Default: 0; under ``torch.distributed`` rank r of W
                 has the sequences r, r + W, ..., so that ranks with equal seeds generate different
-                ones. (A sharded net must be called by all ranks, and ``"threshold"`` makes as many
-                calls as the sequences need: give all ranks the same index then.)
+                ones. (A sharded net must be called by all ranks, and ``"threshold"``, ``eos_id``
+                and different lengths make as many calls as the sequences need: give all ranks the
+                same index and prompts then.)
             prompt: given ids: one sequence (for the whole batch) or one for each, of any length up
                 to L: lists, arrays or tensors. Positions with ``mask_id`` and those after the
                 prompt are filled.
+            eos_id: an id that ends an answer, or several, as ``eos`` of the config allows. The
+                answer is what follows the last given id. In the last state all positions behind
+                the end have the (first) id; they are decoded no further than the others need.
             unconditional: keyword arguments of the net's unconditional call for classifier-free
                 guidance, overriding ``kwargs``. Default: the prompt is masked for that call.
             logits_processor: called with logits ``[C, V]``, which it may keep or modify, and their
                 positions, indices into the flat ``[B * L]``; returns the logits to sample from.
-            kwargs: for the net, if its ``forward`` declares them.
+            kwargs: for the net, if its ``forward`` declares them. Tensors whose first dimension is
+                B are taken to have a row for each sequence, where lengths or ends divide the batch.
             net_kwargs: for the net, which takes them as ``**kwargs``.
 
         Returns:
-            An iterator: a :class:`DecodeState` before the first step, and one after each.
+            An iterator: a :class:`DecodeState` before the first step, and one after each. Behind
+            the end of a shorter sequence is (the first) ``eos_id``, or -1 without one.
 
         Raises:
             TypeError, ValueError: an argument is out of range, contradicts another, or is unknown.

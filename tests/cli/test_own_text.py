@@ -63,7 +63,7 @@ def test_answers_end_with_the_token_of_the_tokenizer(run: Path, tmp_path: Path) 
     out = tmp_path / "ids.npy"
     options = "--prompt", "It opens at", "--temperature", 1e6, "--out", out, "--num-samples", 64
     drawn = {}
-    for how in ([], ["--eos", "allow"], ["--eos", "never"], ["--max-new-tokens", 20]):
+    for how in ([], ["--eos", "allow"], ["--eos", "never"], ["--max-new-tokens", "20"]):
         assert generate(run, *options, *how) == 0
         drawn[" ".join(how)] = np.load(out) == eos_id
     assert drawn[""].any() and not drawn["--eos never"].any()
