@@ -1,4 +1,4 @@
-"""Prompts of ``generate``: parsed, validated and padded with ``mask_id`` to the length decoded.
+"""Prompts of ``generate``: parsed, validated and padded with ``mask_id`` to what is decoded.
 
 Shapes: B batch, L sequence length.
 """

@@ -216,6 +216,7 @@ def test_all_of_it_by_a_config():
     assert ids.tolist() == [LATE[:10], [1, 2] + [EOS] * 8]
 
 
+@pytest.mark.seconds
 @given(
     st.lists(st.lists(st.sampled_from([1, 2, 5, M]), max_size=16), min_size=1, max_size=4),
     st.sampled_from(STRATEGIES),

@@ -117,6 +117,7 @@ def test_a_sequence_of_any_length_does_not_depend_on_the_others(name, lengths):
         assert torch.equal(row[: ends[i]], together[i, : ends[i]])
 
 
+@pytest.mark.seconds
 def test_self_conditioning_of_a_group_is_its_own():
     from x_transformers import Encoder, TransformerWrapper
 
@@ -284,6 +285,7 @@ SEQUENCES = st.lists(
 )
 
 
+@pytest.mark.seconds
 @given(
     SEQUENCES,
     st.sampled_from(STRATEGIES),
