@@ -20,6 +20,12 @@ def as_int(name: str, value: Any) -> int:
         raise TypeError(f"{name} is {value!r}: it must be an int") from None
 
 
+def is_sequence(value: Any) -> bool:
+    """Whether ``value`` is several numbers rather than one: a list, tuple, range, array or tensor
+    with a dimension."""
+    return isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) > 0
+
+
 def as_float(name: str, value: Any) -> float:
     """``value`` as a float; accepts NumPy scalars and one-element tensors.
 

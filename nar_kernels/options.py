@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from nar_kernels.checks import as_float, as_int
+from nar_kernels.checks import as_float, as_int, is_sequence
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -25,7 +25,8 @@ def option_of(name: str) -> str:
 def coerce_fields(options: Any) -> None:
     """Converts each field of a frozen dataclass to a Python value of its declared type, in place.
 
-    Accepts NumPy scalars, one-element tensors and any ``os.PathLike``.
+    Accepts NumPy scalars, one-element tensors and any ``os.PathLike``; where a tuple of ints is
+    declared, any sequence of them.
 
     Raises:
         TypeError: a value is not of the field's type.
@@ -47,6 +48,8 @@ def _coerce(f: Field[Any], value: Any) -> Any:
     types = get_args(f.type) or (f.type,)
     if value is None and type(None) in types:
         return None
+    if tuple[int, ...] in types and is_sequence(value):
+        return tuple(as_int(f.name, number) for number in value)
     if bool in types and isinstance(value, bool | np.bool_):
         return bool(value)
     if int in types and not isinstance(value, bool | np.bool_):

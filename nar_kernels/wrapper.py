@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nar_kernels import distributed
-from nar_kernels.checks import as_int
+from nar_kernels.checks import as_int, is_sequence
 from nar_kernels.data.staging import DeferredCheck
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import causal_module, net_attribute
@@ -32,13 +32,13 @@ from nar_kernels.ops.masked_nll import Reduction, num_counted
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
-from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres
-from nar_kernels.sampling.decode import decode, sample_tokens
-from nar_kernels.sampling.plan import make_plan
+from nar_kernels.sampling.batch import decode_batch
+from nar_kernels.sampling.config import EndPolicy, SamplingConfig, Strategy, top_k_from_filter_thres
+from nar_kernels.sampling.decode import sample_tokens
+from nar_kernels.sampling.ends import read_eos
 from nar_kernels.sampling.predictor import LogitsProcessor, Predictor, make_guidance
-from nar_kernels.sampling.prompt import Prompt, is_one_sequence, read_prompt
+from nar_kernels.sampling.prompt import NO_ID, Prompt, is_one_sequence, read_prompt
 from nar_kernels.sampling.states import DecodeIterator
-from nar_kernels.sampling.strategies import make_policy
 from nar_kernels.spec.philox import Stream, noise_generator
 from nar_kernels.spec.schedules import Schedule, resolve
 
@@ -536,14 +536,16 @@ class NonAutoregressiveWrapper(nn.Module):
             kwargs: other arguments of :meth:`generate_steps`, and of the net.
 
         Returns:
-            int64 ``[B, L]``, or ``[L]`` without ``batch_size`` and a batch of prompts; never holds
-            ``mask_id``.
+            int64 ``[B, L]``, or ``[L]`` without ``batch_size`` and a batch of prompts or lengths;
+            never holds ``mask_id``. L is the longest; shorter sequences are padded at the right,
+            with the (first) ``eos_id``, or -1 without one.
         """
         states = self.generate_steps(
             batch_size, start_temperature, filter_thres, noise_level_scale, **kwargs
         )
         ids = states.last(progress=progress).ids
         is_one = batch_size is None and is_one_sequence(kwargs.get("prompt"))
+        is_one = is_one and not is_sequence(kwargs.get("length"))
         return ids[0] if is_one else ids
 
     def generate_steps(
@@ -562,6 +564,10 @@ class NonAutoregressiveWrapper(nn.Module):
         threshold: float = 0.9,
         grid: tuple[int, int] | None = None,
         block_length: int | None = None,
+        length: int | Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
+        eos: EndPolicy = "allow",
         can_mask_prev_unmasked: bool | None = None,
         guidance_scale: float = 1.0,
         unconditional: dict[str, Any] | None = None,
@@ -572,16 +578,16 @@ class NonAutoregressiveWrapper(nn.Module):
         """:meth:`sample` with the argument names and defaults of x-transformers.
 
         Args:
-            batch_size, seed, first_sequence, prompt, unconditional, logits_processor, net_kwargs,
-                kwargs: as in :meth:`sample`.
+            batch_size, seed, first_sequence, prompt, eos_id, unconditional, logits_processor,
+                net_kwargs, kwargs: as in :meth:`sample`.
             start_temperature: ``temperature`` of :class:`SamplingConfig`.
             filter_thres: fraction of the vocabulary, in [0, 1], that is never sampled: the least
                 probable. None: no filter.
             noise_level_scale: scale of the noise on the critic's scores.
             steps: default: those of the wrapper; with ``"threshold"``, as many as needed.
             strategy: default: ``"critic"`` if there is one, else ``"confidence"``.
-            choice_temperature, threshold, grid, block_length, guidance_scale: as in
-                :class:`SamplingConfig`.
+            choice_temperature, threshold, grid, block_length, length, max_new_tokens, eos,
+                guidance_scale: as in :class:`SamplingConfig`.
             can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
         """
         kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
@@ -599,6 +605,9 @@ class NonAutoregressiveWrapper(nn.Module):
             block_length=block_length,
             remask=bool(can_mask_prev_unmasked),
             guidance_scale=guidance_scale,
+            length=length,  # type: ignore[arg-type]  # a sequence becomes a tuple
+            max_new_tokens=max_new_tokens,
+            eos=eos,
             grid=grid,
         )
         return self.sample(
@@ -607,6 +616,7 @@ class NonAutoregressiveWrapper(nn.Module):
             seed=seed,
             first_sequence=first_sequence,
             prompt=prompt,
+            eos_id=eos_id,
             unconditional=unconditional,
             logits_processor=logits_processor,
             net_kwargs=kwargs,
@@ -620,6 +630,7 @@ class NonAutoregressiveWrapper(nn.Module):
         seed: int | Tensor | None = None,
         first_sequence: int | None = None,
         prompt: Prompt | None = None,
+        eos_id: int | Sequence[int] | None = None,
         unconditional: dict[str, Any] | None = None,
         logits_processor: LogitsProcessor | None = None,
         net_kwargs: Mapping[str, Any] | None = None,
@@ -627,8 +638,9 @@ class NonAutoregressiveWrapper(nn.Module):
     ) -> DecodeIterator:
         """Samples sequences step by step. Never draws ``mask_id`` or ``never_mask_ids``.
 
-        A sequence is the same in a batch of any size, up to the rounding of the net. If all prompts
-        are equal, the first step runs the net on one of them, if the net is batch-independent (see
+        A sequence is the same in a batch of any size, up to the rounding of the net. Sequences of
+        different lengths are decoded in calls of their own. If all prompts are equal, the first
+        step runs the net on one of them, if the net is batch-independent (see
         :class:`~nar_kernels.TokenNet`).
 
         Args:
@@ -638,20 +650,26 @@ class NonAutoregressiveWrapper(nn.Module):
             first_sequence: index of the first of B consecutive sequences, at least 0: sequence i of
                 a seed is the same in any batch. Default: 0; under ``torch.distributed`` rank r of W
                 has the sequences r, r + W, ..., so that ranks with equal seeds generate different
-                ones. (A sharded net must be called by all ranks, and ``"threshold"`` makes as many
-                calls as the sequences need: give all ranks the same index then.)
+                ones. (A sharded net must be called by all ranks, and ``"threshold"``, ``eos_id``
+                and different lengths make as many calls as the sequences need: give all ranks the
+                same index and prompts then.)
             prompt: given ids: one sequence (for the whole batch) or one for each, of any length up
                 to L: lists, arrays or tensors. Positions with ``mask_id`` and those after the
                 prompt are filled.
+            eos_id: an id that ends an answer, or several, as ``eos`` of the config allows. The
+                answer is what follows the last given id. In the last state all positions behind
+                the end have the (first) id; they are decoded no further than the others need.
             unconditional: keyword arguments of the net's unconditional call for classifier-free
                 guidance, overriding ``kwargs``. Default: the prompt is masked for that call.
             logits_processor: called with logits ``[C, V]``, which it may keep or modify, and their
                 positions, indices into the flat ``[B * L]``; returns the logits to sample from.
-            kwargs: for the net, if its ``forward`` declares them.
+            kwargs: for the net, if its ``forward`` declares them. Tensors whose first dimension is
+                B are taken to have a row for each sequence, where lengths or ends divide the batch.
             net_kwargs: for the net, which takes them as ``**kwargs``.
 
         Returns:
-            An iterator: a :class:`DecodeState` before the first step, and one after each.
+            An iterator: a :class:`DecodeState` before the first step, and one after each. Behind
+            the end of a shorter sequence is (the first) ``eos_id``, or -1 without one.
 
         Raises:
             TypeError, ValueError: an argument is out of range, contradicts another, or is unknown.
@@ -659,42 +677,41 @@ class NonAutoregressiveWrapper(nn.Module):
         """
         kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
         device = self._device()
-        begin = read_prompt(prompt, batch_size, self.max_seq_len, self.masking)
-        masked = begin == self.mask_id
-        plan = make_plan(
-            masked,
-            self.masking.ratio_at,
-            config.num_steps(self.max_seq_len),
-            block_length=config.block_length,
-            every_step=config.remask or self.self_cond,
+        eos_ids = read_eos(eos_id, config, self.masking)
+        begin = read_prompt(
+            prompt,
+            batch_size,
+            self.max_seq_len,
+            self.masking,
+            length=config.length,
+            max_new_tokens=config.max_new_tokens,
         )
+        is_given = (begin != self.mask_id) & (begin != NO_ID)
         predictor = Predictor(
             self.net,
             self.masking,
             kwargs,
             condition=self._condition if self.self_cond else None,
             null_embed=self.null_embed if self.self_cond else None,
-            guidance=make_guidance(config, unconditional, masked, self.mask_id, device),
+            guidance=make_guidance(config, unconditional, ~is_given, self.mask_id, device),
             logits_processor=logits_processor,
+            width=begin.shape[1],
         )
-        states = decode(
+        states, refresh = decode_batch(
             predictor,
-            begin.to(device),
-            plan,
-            make_policy(config, self.max_seq_len, device, self._critic_scores_or_none()),
-            mask_id=self.mask_id,
+            begin,
+            config,
+            self.masking,
+            max_seq_len=self.max_seq_len,
+            eos_ids=eos_ids,
+            critic=self._critic_scores_or_none(),
+            every_step=config.remask or self.self_cond,
             seed=_draw_seed() if seed is None else as_int("seed", seed),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            forbidden_ids=self.masking.never_mask_ids,
-            remask=config.remask,
-            share_first_step=predictor.is_batch_independent and bool((begin == begin[:1]).all()),
             sequences=_sequence_numbers(first_sequence, len(begin)),
+            device=device,
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
-        return DecodeIterator(
-            states, self, self.net, self.token_critic, refresh=predictor.split_net
-        )
+        return DecodeIterator(states, self, self.net, self.token_critic, refresh=refresh)
 
     def _device(self) -> torch.device:
         """The device of the net."""

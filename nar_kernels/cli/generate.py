@@ -13,6 +13,7 @@ from nar_kernels.checks import check_seed
 from nar_kernels.cli import prompts
 from nar_kernels.cli.arguments import add_options
 from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.tokenizer import tokenizer_from_json
 from nar_kernels.files import check_writable
 from nar_kernels.options import option_of
 from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres
@@ -30,7 +31,7 @@ _NUM_SAMPLES = 16
 # From Python arguments, as error messages name them, to command-line options.
 NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(SamplingConfig) if f.metadata} | {
     **{"seed": "--seed", "device": "--device", "filter_thres": "--filter-thres"},
-    "batch_size": "--num-samples",
+    **{"batch_size": "--num-samples", "eos_id": "--eos-id"},
 }
 
 
@@ -58,6 +59,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         help="in place of --top-k: fraction of the vocabulary, the least probable ids, that is "
         "filtered out (default: 0; in Python it is 0.7, as in x-transformers)",
     )
+    parser.add_argument(
+        "--eos-id",
+        type=int,
+        nargs="+",
+        help="ids that end an answer: what follows is cut (default: that of the model's tokenizer "
+        "with --eos or --max-new-tokens, else none)",
+    )
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--prompt", help="prefix: text, whitespace-separated ids, or a .npy file of ids"
@@ -81,8 +89,9 @@ def _run(arguments: argparse.Namespace) -> None:
     model, spec = load_model(arguments.checkpoint)
     if out is not None:
         samples.check_suffix(out, spec)
-    config = _resolve(config, arguments, spec)
-    states = _states(arguments, config, model.to(choose_device(arguments.device)), spec)
+    config, eos_ids = _resolve(config, arguments, spec), _eos_ids(arguments, spec)
+    model = model.to(choose_device(arguments.device))
+    states = _states(arguments, config, model, spec, eos_ids)
     kept = None
     if html is not None:
         states = iter(kept := list(states))
@@ -94,9 +103,9 @@ def _run(arguments: argparse.Namespace) -> None:
         ids = last.ids
     ids = ids.cpu()
     if out is None:
-        print(samples.text(ids, spec), end="")
+        print(samples.text(ids, spec, padding=eos_ids), end="")
     else:
-        samples.write(out, ids, spec)
+        samples.write(out, ids, spec, padding=eos_ids)
         print(out)
     if kept is not None:
         title = f"{Path(arguments.checkpoint).parent.name}: {config.strategy}"
@@ -116,19 +125,43 @@ def _resolve(
     config: SamplingConfig, arguments: argparse.Namespace, spec: SequenceSpec
 ) -> SamplingConfig:
     """Completes the config with what depends on the model: ``steps``, ``grid`` and ``top_k``."""
-    if config.strategy == "halton" and spec.image_shape is None:
-        if math.isqrt(spec.seq_len) ** 2 != spec.seq_len:
+    length = spec.seq_len
+    if isinstance(config.length, int):
+        length = config.length
+    if spec.image_shape is not None and (config.length, config.max_new_tokens) != (None, None):
+        raise ValueError(
+            f"this model makes images of {spec.image_shape[0]} x {spec.image_shape[1]}: leave out "
+            "--length and --max-new-tokens"
+        )
+    if config.strategy == "halton" and spec.image_shape is None and config.max_new_tokens is None:
+        if math.isqrt(length) ** 2 != length:
             raise ValueError(
-                f"--strategy halton fills a grid, and this model makes {spec.seq_len} tokens, "
-                "which are neither an image nor a square: use another one"
+                f"--strategy halton fills a grid, and this model makes {length} tokens, which are "
+                "neither an image nor a square: use another one"
             )
     top_k = config.top_k
     if arguments.filter_thres is not None:
         top_k = top_k_from_filter_thres(arguments.filter_thres, spec.num_tokens)
     if config.steps is None and spec.render in ("bytes", "text"):
         # Neighbours that are drawn at once do not know of each other, which words do not bear.
-        config = dataclasses.replace(config, steps=spec.seq_len)
+        config = dataclasses.replace(config, steps=length)
     return dataclasses.replace(config, grid=spec.image_shape, top_k=top_k)
+
+
+def _eos_ids(arguments: argparse.Namespace, spec: SequenceSpec) -> list[int] | None:
+    """The ids that end an answer, if it is to be ended."""
+    if arguments.eos_id is not None:
+        return arguments.eos_id
+    given = [name for name in ("eos", "max_new_tokens") if name in arguments]
+    eos_id = None
+    if given and spec.tokenizer is not None:
+        eos_id = tokenizer_from_json(spec.tokenizer).eos_id
+    if eos_id is None and "eos" in given:
+        raise ValueError(
+            f"--eos is {arguments.eos}, but the model has no tokenizer that says which token ends "
+            "an answer: give its --eos-id"
+        )
+    return None if eos_id is None else [eos_id]
 
 
 def _validate(
@@ -176,6 +209,7 @@ def _states(
     config: SamplingConfig,
     model: NonAutoregressiveWrapper,
     spec: SequenceSpec,
+    eos_ids: list[int] | None,
 ) -> Iterator[DecodeState]:
     prompt, has_gaps = arguments.prompt, arguments.infill is not None
     if has_gaps:
@@ -184,4 +218,4 @@ def _states(
     num_samples = arguments.num_samples
     if num_samples is None and (ids is None or ids.dim() == 1):
         num_samples = _NUM_SAMPLES
-    return model.sample(config, num_samples, seed=arguments.seed, prompt=ids)
+    return model.sample(config, num_samples, seed=arguments.seed, prompt=ids, eos_id=eos_ids)

@@ -23,7 +23,8 @@ class TokenNet(Protocol):
 
     Attributes:
         num_tokens: V, rows of the embedding, the mask token's included.
-        max_seq_len: L, the length of every sequence, in training and generation.
+        max_seq_len: L, the length of every sequence in training, and of those generated unless
+            another is asked for: then the net is called with shorter ones, ``[B, length]``.
 
     Optional attributes:
         output_is_log_prob: true if the output is log-probabilities. Default: false.

@@ -8,6 +8,7 @@ from nar_kernels.checks import as_float, as_int
 from nar_kernels.options import coerce_fields, option
 
 Strategy = Literal["confidence", "margin", "entropy", "threshold", "random", "halton", "critic"]
+EndPolicy = Literal["allow", "last", "never"]
 
 _COUNT = 1, (1 << 31) - 1, "in [1, 2**31)"
 _SHARE = 0, 1, "in [0, 1]"
@@ -15,6 +16,7 @@ _SCALE = 0, math.nextafter(math.inf, 0), "at least 0 and finite"
 # Range of each number: minimum, maximum, and how an error message states it.
 _RANGES = {
     **{"steps": _COUNT, "block_length": _COUNT, "top_k": _COUNT},
+    **{"length": _COUNT, "max_new_tokens": _COUNT},
     **{"temperature": _SCALE, "choice_temperature": _SCALE, "threshold": _SHARE},
     "guidance_scale": (-_SCALE[1], _SCALE[1], "finite"),
 }
@@ -75,16 +77,44 @@ class SamplingConfig:
     guidance_scale: float = option(
         1.0, "classifier-free guidance on the prompt (arXiv:2207.12598); 1 is none"
     )
+    length: int | tuple[int, ...] | None = option(
+        None,
+        "positions of a sequence, prompt included; in Python also one number per sequence",
+        type=int,
+        otherwise="all that the net has",
+    )
+    max_new_tokens: int | None = option(
+        None,
+        "positions after the prompt, instead of length; blocks begin at the end of the prompt then",
+        type=int,
+    )
+    eos: str = option(
+        "allow",
+        "the token that ends an answer: drawn like any other (allow), filled last, when nothing "
+        "else is left (last, for strategies that go by confidence), or not drawn (never)",
+        choices=get_args(EndPolicy),
+    )
     grid: tuple[int, int] | None = None  # (height, width) for halton; None for a square
 
     def __post_init__(self) -> None:
         coerce_fields(self)
         for name, (least, most, words) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:  # also rejects NaN
-                raise ValueError(f"{name} is {value}: it must be {words}")
+            field = getattr(self, name)
+            for value in field if isinstance(field, tuple) else (field,):
+                if value is not None and not least <= value <= most:  # also rejects NaN
+                    raise ValueError(f"{name} is {value}: it must be {words}")
         if self.choice_temperature > 0 and self.strategy in ("threshold", "random", "halton"):
             raise ValueError(f"choice_temperature has no meaning for strategy {self.strategy!r}")
+        if self.length is not None and self.max_new_tokens is not None:
+            raise ValueError(
+                f"length is {self.length} and max_new_tokens is {self.max_new_tokens}: give one of "
+                "them; length counts the prompt, too"
+            )
+        if self.eos == "last" and self.strategy in ("random", "halton", "critic"):
+            raise ValueError(
+                f"eos is 'last', but strategy {self.strategy!r} does not go by the confidence of "
+                "ids: use confidence, margin, entropy or threshold, or eos='never'"
+            )
         if self.grid is not None:
             height, width = (as_int("grid", size) for size in self.grid)
             object.__setattr__(self, "grid", (height, width))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.ops.unmask import LOGIT_DTYPES, unmask
+from nar_kernels.sampling.ends import Ends
 from nar_kernels.sampling.nans import DeferredNanCheck, is_nan_row, nan_mask
 from nar_kernels.sampling.plan import Block, Plan
 from nar_kernels.sampling.strategies import (
@@ -27,6 +28,9 @@ from nar_kernels.sampling.strategies import (
 # Maps ids [B, L] and rows [R] to logits [R, V], in chunks of rows.
 Predict = Callable[[Tensor, Tensor], Iterable[Tensor]]
 
+# So many steps of a block are done between two looks at whether all answers have ended.
+_STEPS_BETWEEN_LOOKS = 8
+
 
 class DecodeState(NamedTuple):
     """Snapshot of the batch, yielded by :func:`decode` before the first step and after each. Later
@@ -38,7 +42,7 @@ class DecodeState(NamedTuple):
         ids: int64 ``[B, L]``, with ``mask_id`` at masked positions.
         masked: bool ``[B, L]``.
         log_prob: float32 ``[B, L]``: log-probability of each id when it was sampled, as in
-            ``Unmasked``; 0 for ids of the prompt, NaN where masked.
+            ``Unmasked``; 0 for ids of the prompt and padding, NaN where masked.
     """
 
     step: int
@@ -62,6 +66,9 @@ def decode(
     remask: bool = False,
     share_first_step: bool = False,
     sequences: range | None = None,
+    noise_length: int | None = None,
+    ends: Ends | None = None,
+    narrow: Callable[[np.ndarray], None] | None = None,
     backend: str = "auto",
 ) -> Iterator[DecodeState]:
     """Fills the masked positions of a batch step by step.
@@ -69,7 +76,8 @@ def decode(
     Each step samples ids for all masked positions of a block, keeps those that ``policy`` ranks
     first, and masks the others again. The result for a sequence is a function of its logits, its
     sequence number and the seed. All counts are known on the host, so nothing synchronises with the
-    device before the last step, except for the strategy ``"threshold"``.
+    device before the last step, except for the strategy ``"threshold"``, and with ``ends`` after
+    each block and every few steps.
 
     Args:
         predict: calls the net; see :data:`Predict`.
@@ -83,6 +91,14 @@ def decode(
         share_first_step: the first step runs ``predict`` on one sequence and uses its logits for
             all. Correct only if all prompts are equal and ``predict`` is independent of the batch.
         sequences: the number of each sequence, which selects its noise. Default: 0, 1, ...
+        noise_length: at least L: ids are drawn at noise slot ``(sequence * steps + step) *
+            noise_length + position``. Default: L.
+        ends: where answers end. What is behind the end of an answer is cut in the last state, and
+            not decoded after the block in which the answer ends; decoding ends when all have.
+            With ``remask`` an answer ends no sooner than its block, since its end may be masked
+            again.
+        narrow: called with bool ``[B]`` when there are fewer sequences that ``predict`` gets rows
+            of from now on.
 
     Raises:
         InvalidLogitsError: the logits of a row, or a critic's score, are NaN: at once on the CPU;
@@ -90,13 +106,17 @@ def decode(
     """
     (batch, length), device = prompt.shape, prompt.device
     sequences = range(batch) if sequences is None else sequences
+    noise_length = length if noise_length is None else noise_length
     num_steps = sum(len(block.steps) for block in plan.blocks)
     buffer, nans = _TokenBuffer(prompt, mask_id), DeferredNanCheck(num_steps, length)
-    first_slots = _noise_slots(sequences, length, plan.num_steps, device)
+    first_slots = _noise_slots(sequences, length, noise_length * plan.num_steps, device)
     blocks = [_on_device(block, device) for block in plan.blocks]
-    done = 0
+    done, is_last, going = 0, False, np.ones(batch, bool)
     yield buffer.state(done, num_steps)
-    for candidates, steps in blocks:
+    for block, (candidates, steps) in zip(plan.blocks, blocks, strict=True):
+        if not going.all():
+            rest = block.only(going, length, every_step=plan.every_step)
+            candidates, steps = _on_device(rest, device)
         for number, annealing, left in steps:
             noise = StepNoise(seed, plan.num_steps, number, length, sequences)
             selected, remaining = candidates.rows, None
@@ -108,7 +128,7 @@ def decode(
                 predict,
                 buffer,
                 selected,
-                first_slots.index_select(0, selected) + number * length,
+                first_slots.index_select(0, selected) + number * noise_length,
                 again=remask,
                 share=share_first_step and done == 0,
                 same_rows=not policy.order_is_fixed,
@@ -122,8 +142,12 @@ def decode(
             )
             nans.record("logits", sampled.is_nan, selected, done)
             buffer.fill(selected, sampled)
+            if ends is not None:
+                confidence = ends.confidence(sampled.tokens, sampled.confidence)
+                sampled = sampled._replace(confidence=confidence)
             if policy.strategy == "threshold":
-                left = _below_threshold(left, candidates.counts, sampled.log_prob, policy.threshold)
+                sure = sampled.confidence
+                left = _below_threshold(left, candidates.counts, sure, policy.threshold)
             if left.total > 0:
                 if remaining is None:
                     score = policy.score(buffer.ids, candidates.rows, sampled.confidence)
@@ -135,9 +159,23 @@ def decode(
                 if not remask:
                     candidates = Candidates(remaining, left)
             done += 1
+            is_filled = left.total == 0
+            is_last = is_filled and block is plan.blocks[-1]
+            looks = is_filled or (not remask and done % _STEPS_BETWEEN_LOOKS == 0)
+            if ends is not None and looks and not is_last:
+                unfinished = ends.unfinished(buffer.ids)
+                is_last = not unfinished.any()
+                if is_filled and not is_last and (unfinished != going).any():
+                    going = unfinished
+                    if narrow is not None:
+                        narrow(going)
+            if ends is not None and is_last:
+                buffer.cut(ends)
             yield buffer.state(done, num_steps)
-            if left.total == 0:
+            if is_filled or is_last:
                 break
+        if is_last:
+            break
     nans.check()
 
 
@@ -177,16 +215,21 @@ class _TokenBuffer:
         self._flat_ids.index_copy_(0, rows, sampled.tokens)
         self._flat_log_prob.index_copy_(0, rows, sampled.log_prob)
 
+    def cut(self, ends: Ends) -> None:
+        behind = ends.behind(self.ids)
+        self.ids.masked_fill_(behind, ends.padding)
+        self._log_prob.masked_fill_(behind, 0.0)
+
     def mask(self, rows: Tensor) -> None:
         self._flat_ids.index_fill_(0, rows, self._mask_id)
         self._flat_log_prob.index_fill_(0, rows, math.nan)
 
 
-def _noise_slots(sequences: range, length: int, num_steps: int, device: torch.device) -> Tensor:
-    """int64 ``[B * L]``: noise slots of step 0; those of step i are ``i * length`` higher."""
+def _noise_slots(sequences: range, length: int, stride: int, device: torch.device) -> Tensor:
+    """int64 ``[B * L]``: noise slots of step 0, ``stride`` apart from sequence to sequence."""
     places = torch.arange(len(sequences) * length, device=device)
     numbers = places // length * sequences.step + sequences.start
-    return places % length + numbers * (length * num_steps)
+    return places % length + numbers * stride
 
 
 def _sample_rows(

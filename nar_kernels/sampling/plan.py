@@ -6,6 +6,7 @@ Shapes: B batch, L sequence length.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,13 @@ class Block(NamedTuple):
     rows: Tensor
     steps: list[Step]
 
+    def only(self, which: np.ndarray, length: int, *, every_step: bool) -> "Block":
+        """The block without the sequences that are false in ``which``, bool ``[B]``."""
+        going = torch.from_numpy(which)
+        counts, rows = self.counts * going, self.rows[going[self.rows // length]]
+        steps = [step._replace(left=step.left * going) for step in self.steps]
+        return Block(counts, rows, steps if every_step else _that_unmask(steps, counts))
+
 
 class Plan(NamedTuple):
     """The decoding plan of a batch.
@@ -47,10 +55,12 @@ class Plan(NamedTuple):
     Attributes:
         blocks: in decoding order.
         num_steps: number of steps requested; every ``Step.number`` is below it.
+        every_step: whether steps that would not unmask anything were kept.
     """
 
     blocks: list[Block]
     num_steps: int
+    every_step: bool = False
 
 
 def num_masked_after(schedule: Schedule, steps: int, counts: Tensor) -> Tensor:
@@ -79,6 +89,7 @@ def make_plan(
     steps: int,
     *,
     block_length: int | None = None,
+    first_block: int = 0,
     every_step: bool = False,
 ) -> Plan:
     """Distributes steps over blocks, and positions over steps.
@@ -88,44 +99,56 @@ def make_plan(
         schedule: mask ratio m(t) within a block.
         steps: for all blocks together; the first blocks get the remainder.
         block_length: positions of a block; blocks go from left to right. Default: one block.
+        first_block: a position at which a block begins.
         every_step: keep steps that would not unmask anything.
 
     Raises:
         ValueError: ``block_length`` is not positive, or there are more blocks than steps.
     """
-    length = masked.shape[1]
-    block_length = length if block_length is None else block_length
-    if block_length < 1:
+    if block_length is not None and block_length < 1:
         raise ValueError(f"block_length is {block_length}: it must be at least 1")
-    starts = [s for s in range(0, length, block_length) if masked[:, s : s + block_length].any()]
-    if steps < max(len(starts), 1):
+    parts = [
+        part
+        for part in block_parts(masked.shape[1], block_length, first_block)
+        if masked[:, part].any()
+    ]
+    if steps < max(len(parts), 1):
         raise ValueError(
-            f"steps is {steps}: it must be at least {max(len(starts), 1)}, one for each block with "
+            f"steps is {steps}: it must be at least {max(len(parts), 1)}, one for each block with "
             "something to fill"
         )
     blocks, number = [], 0
-    for i, start in enumerate(starts):
-        share = steps // len(starts) + (i < steps % len(starts))
-        blocks.append(_block(masked, start, block_length, schedule, share, number, every_step))
+    for i, part in enumerate(parts):
+        share = steps // len(parts) + (i < steps % len(parts))
+        blocks.append(_block(masked, part, schedule, share, number, every_step))
         number += share
-    return Plan(blocks, steps)
+    return Plan(blocks, steps, every_step)
+
+
+def block_parts(length: int, block_length: int | None, first_block: int = 0) -> list[slice]:
+    """The positions of each block, the first and last of which may be cut off."""
+    if block_length is None:
+        return [slice(0, length)]
+    starts = range(-(-first_block % block_length), length, block_length)
+    return [slice(max(start, 0), start + block_length) for start in starts]
 
 
 def _block(
-    masked: Tensor,
-    start: int,
-    block_length: int,
-    schedule: Schedule,
-    steps: int,
-    number: int,
-    every_step: bool,
+    masked: Tensor, part: slice, schedule: Schedule, steps: int, number: int, every_step: bool
 ) -> Block:
     here = torch.zeros_like(masked)
-    here[:, start : start + block_length] = masked[:, start : start + block_length]
+    here[:, part] = masked[:, part]
     counts = here.sum(1)
-    before, kept = counts, []
-    for i, left in enumerate(num_masked_after(schedule, steps, counts)):
-        if every_step or not torch.equal(left, before):
-            kept.append(Step(number + i, 1 - (i + 1) / steps, left))
-        before = left
+    kept = [
+        Step(number + i, 1 - (i + 1) / steps, left)
+        for i, left in enumerate(num_masked_after(schedule, steps, counts))
+    ]
+    if not every_step:
+        kept = _that_unmask(kept, counts)
     return Block(counts, here.flatten().nonzero()[:, 0], kept)
+
+
+def _that_unmask(steps: list[Step], counts: Tensor) -> list[Step]:
+    """Without the steps after which as many positions are masked as before."""
+    before = [counts, *(step.left for step in steps)]
+    return [step for step, n in zip(steps, before, strict=False) if not torch.equal(step.left, n)]

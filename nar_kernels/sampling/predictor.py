@@ -4,16 +4,18 @@ Shapes: B batch, L sequence length, V vocabulary, R candidate positions, C rows 
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.nets.adapter import batch_independent
+from nar_kernels.nets.adapter import batch_independent, is_compiled
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.linear import LogitsMemory
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.sampling.config import SamplingConfig
+from nar_kernels.sampling.members import Members
 
 # Maps logits [C, V] and their rows [C], indices into the flat [B * L], to new logits [C, V].
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -27,7 +29,8 @@ class Guidance(NamedTuple):
         scale: 1 for none.
         unconditional: keyword arguments of the net for the unconditional call, which replace those
             of the same names; None to mask the prompt instead (LLaDA, arXiv:2502.09992).
-        prompt_masked: int64 ``[B, L]``: ``mask_id`` at the positions of the prompt, -1 elsewhere.
+        prompt_masked: int64 ``[B, L]``: ``mask_id`` at the positions of the prompt, -1 elsewhere;
+            L is the longest of the batch.
     """
 
     scale: float
@@ -75,6 +78,7 @@ class Predictor:
         null_embed: with self-conditioning, the embeddings for the first call.
         guidance: classifier-free guidance, which doubles the calls of the net.
         logits_processor: applied to each chunk of logits, after guidance.
+        width: the processor is given rows as indices into the flat ``[B * width]``. Default: L.
     """
 
     def __init__(
@@ -87,17 +91,52 @@ class Predictor:
         null_embed: Tensor | None = None,
         guidance: Guidance | None = None,
         logits_processor: LogitsProcessor | None = None,
+        width: int | None = None,
     ) -> None:
         self._net, self._masking, self._kwargs = net, masking, kwargs
         self.split_net()
         self._condition, self._embeddings = condition, null_embed
         self._guidance, self._logits_processor = guidance, logits_processor
-        self._memory = LogitsMemory(), LogitsMemory()
+        self._width, self._memory = width, (LogitsMemory(), LogitsMemory())
+        self._members: Members | None = None
+        self._own_kwargs, self._own_guidance = kwargs, guidance  # of the members
 
     def split_net(self) -> None:
         """Splits the net into trunk and head, for all calls until the next time: hooks, modules and
         parameters must stay in between."""
         self._trunk_and_head = TrunkAndHead(self._net)
+
+    def up_to(self, length: int) -> "Predictor":
+        """A predictor for shorter sequences, with the same buffers."""
+        other = copy(self)
+        if self._guidance is not None:
+            prompt_masked = self._guidance.prompt_masked[:, :length]
+            other._guidance = self._guidance._replace(prompt_masked=prompt_masked)
+            other._own_guidance = other._guidance
+        return other
+
+    @property
+    def may_narrow(self) -> bool:
+        """Whether the batch of the net may shrink on the way: not if it is compiled, which would
+        recompile for another batch size."""
+        return not any(map(is_compiled, self._net.modules()))
+
+    def narrow(self, members: Members) -> None:
+        """From now on calls the net for these sequences only: the others have no rows. Who is left
+        out stays out."""
+        embeddings = self._embeddings
+        if embeddings is not None and embeddings.dim() == 3 and len(embeddings) > 1:
+            stay = members.which
+            if self._members is not None:
+                stay = stay[self._members.which]
+            places = torch.from_numpy(stay.nonzero()[0]).to(embeddings.device, non_blocking=True)
+            self._embeddings = embeddings.index_select(0, places)
+        self._members = members
+        self._own_kwargs = members.kwargs(self._kwargs)
+        if self._guidance is not None:
+            scale, unconditional, prompt_masked = self._guidance
+            unconditional = None if unconditional is None else members.kwargs(unconditional)
+            self._own_guidance = Guidance(scale, unconditional, members.of(prompt_masked))
 
     @property
     def is_batch_independent(self) -> bool:
@@ -106,10 +145,14 @@ class Predictor:
         return not may_differ and batch_independent(self._net)
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        first = 0
+        first, places, length = 0, rows, ids.shape[1]
+        if self._logits_processor is not None and self._width not in (None, length):
+            places = rows + rows // length * (self._width - length)
+        if self._members is not None:
+            ids, rows = self._members.of(ids), self._members.rows(rows, length)
         for logits in self._logits(ids, rows):
             if self._logits_processor is not None:
-                logits = self._apply_processor(logits, rows[first : first + len(logits)])
+                logits = self._apply_processor(logits, places[first : first + len(logits)])
                 first += len(logits)
             yield logits
 
@@ -125,7 +168,7 @@ class Predictor:
         return processed
 
     def _logits(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        kwargs, guidance = self._kwargs, self._guidance
+        kwargs, guidance = self._own_kwargs, self._own_guidance
         if self._condition is not None and self._embeddings is not None:
             embeddings = self._embeddings
             if embeddings.dim() == 3:  # B may be 1 after a shared first step
@@ -135,11 +178,12 @@ class Predictor:
         chunks = prediction.logits_at(rows, self._memory[0])
         if self._condition is not None:
             self._embeddings = prediction.embeddings
+            # Those of a CUDA graph do not outlive another call.
+            if self._embeddings is not None and (guidance or self._members):
+                self._embeddings = self._embeddings.clone()
         if guidance is None:
             yield from chunks
             return
-        if self._embeddings is not None:  # those of a CUDA graph do not outlive the second call
-            self._embeddings = self._embeddings.clone()
         if guidance.unconditional is None:
             ids = ids.where(guidance.prompt_masked < 0, guidance.prompt_masked)
         unguided = self._predict(ids, {**kwargs, **(guidance.unconditional or {})})

@@ -1,4 +1,4 @@
-"""Prompts of ``generate``: parsed, validated and padded with ``mask_id``.
+"""Prompts of ``generate``: parsed, validated and padded with ``mask_id`` to what is decoded.
 
 Shapes: B batch, L sequence length.
 """
@@ -18,14 +18,27 @@ Prompt = (
 )
 
 
+# Behind the end of a sequence that is shorter than others of its batch.
+NO_ID = -1
+
+
 def read_prompt(
-    prompt: Prompt | None, batch_size: int | None, seq_len: int, masking: MaskingConfig
+    prompt: Prompt | None,
+    batch_size: int | None,
+    seq_len: int,
+    masking: MaskingConfig,
+    *,
+    length: int | tuple[int, ...] | None = None,
+    max_new_tokens: int | None = None,
 ) -> Tensor:
-    """int64 ``[B, L]`` on the CPU: the prompt, right-padded with ``mask_id``.
+    """int64 ``[B, L]`` on the CPU: the prompt, right-padded with ``mask_id`` to the length of its
+    sequence, and with :data:`NO_ID` from there to L, the longest.
 
     Args:
         prompt: one sequence or several, of any lengths up to L; None for unconditional samples.
         batch_size: number of samples of a single sequence; None for one sample per sequence.
+        seq_len: the most that the net takes; the length of all sequences if none is given.
+        length, max_new_tokens: as in ``SamplingConfig``, at most one of them.
 
     Raises:
         TypeError, ValueError: wrong types, lengths or ids.
@@ -35,6 +48,8 @@ def read_prompt(
     sequences = (
         [torch.empty(0, dtype=torch.int64, device="cpu")] if prompt is None else _sequences(prompt)
     )
+    if batch_size is None and isinstance(length, tuple) and len(sequences) == 1:
+        batch_size = len(length)
     if batch_size is not None and len(sequences) == 1:
         sequences = sequences * batch_size
     if batch_size is not None and len(sequences) != batch_size:
@@ -42,18 +57,56 @@ def read_prompt(
             f"batch_size is {batch_size}, but the prompt has {len(sequences)} sequences: leave "
             "batch_size out, or give one sequence"
         )
-    ids = torch.full((len(sequences), seq_len), masking.mask_id, device="cpu")
-    for row, sequence in zip(ids, sequences, strict=True):
+    for sequence in sequences:
         if len(sequence) > seq_len:
             raise ValueError(f"a prompt has {len(sequence)} ids: the net takes {seq_len} at most")
+        bad = (sequence < 0) | (sequence >= masking.num_tokens)
+        if bad.any():
+            raise ValueError(
+                f"the prompt holds id {int(sequence[bad][0])}: ids must be in "
+                f"[0, {masking.num_tokens}), with {masking.mask_id} where there is something to "
+                "fill"
+            )
+    lengths = _lengths([len(s) for s in sequences], seq_len, length, max_new_tokens)
+    longest = max(lengths, default=length if isinstance(length, int) else seq_len)
+    ids = torch.full((len(sequences), longest), NO_ID, device="cpu")
+    for row, sequence, end in zip(ids, sequences, lengths, strict=True):
         row[: len(sequence)] = sequence
-    bad = (ids < 0) | (ids >= masking.num_tokens)
-    if bad.any():
-        raise ValueError(
-            f"the prompt holds id {int(ids[bad][0])}: ids must be in [0, {masking.num_tokens}), "
-            f"with {masking.mask_id} where there is something to fill"
-        )
+        row[len(sequence) : end] = masking.mask_id
     return ids
+
+
+def _lengths(
+    given: list[int],
+    seq_len: int,
+    length: int | tuple[int, ...] | None,
+    max_new_tokens: int | None,
+) -> list[int]:
+    """How long each sequence is to be, by how many ids are given of it."""
+    if max_new_tokens is not None:
+        lengths = [number + max_new_tokens for number in given]
+        if lengths and max(lengths) > seq_len:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}, after a prompt of {max(given)} ids: the net "
+                f"takes {seq_len} in all"
+            )
+        return lengths
+    if not isinstance(length, tuple):
+        length = (seq_len if length is None else length,) * len(given)
+    if len(length) != len(given):
+        raise ValueError(
+            f"length has {len(length)} numbers for {len(given)} sequences: give one for each, or "
+            "one for all"
+        )
+    for number, end in zip(given, length, strict=True):
+        if end > seq_len:
+            raise ValueError(f"length is {end}: the net takes {seq_len} at most")
+        if number > end:
+            raise ValueError(
+                f"a prompt has {number} ids, but length is {end}, which counts them, too: give "
+                "more, or max_new_tokens to count from the end of each prompt"
+            )
+    return list(length)
 
 
 def is_one_sequence(prompt: Prompt | None) -> bool:

@@ -21,15 +21,24 @@ _SHADES = " .:-=+*#%@"
 _GRID_COLUMNS = 8
 
 
-def text(ids: Tensor, spec: SequenceSpec) -> str:
-    """Samples ``[N, L]`` as text, one below the other; images as ASCII art."""
+def text(ids: Tensor, spec: SequenceSpec, *, padding: Sequence[int] | None = None) -> str:
+    """Samples ``[N, L]`` as text, one below the other; images as ASCII art. Of text, ids of
+    ``padding`` at the end of a sample are left out."""
     if spec.image_shape is not None:
         pages = [_ascii_image(sample.view(spec.image_shape), spec.mask_id) for sample in ids]
         return "\n\n".join(pages) + "\n"
     if spec.render in ("bytes", "text"):
         of_sample = pieces_of(spec).text if spec.render == "text" else _text_of_bytes
-        return f"\n{'-' * 72}\n".join(map(of_sample, ids.tolist())) + "\n"
+        shown = [_without_end(sample, padding or ()) for sample in ids.tolist()]
+        return f"\n{'-' * 72}\n".join(map(of_sample, shown)) + "\n"
     return "".join(" ".join(map(str, sample)) + "\n" for sample in ids.tolist())
+
+
+def _without_end(sample: list[int], padding: Sequence[int]) -> list[int]:
+    length = len(sample)
+    while length > 0 and sample[length - 1] in padding:
+        length -= 1
+    return sample[:length]
 
 
 def _text_of_bytes(ids: Sequence[int]) -> str:
@@ -56,8 +65,11 @@ def check_suffix(path: Path, spec: SequenceSpec) -> None:
         raise ValueError(f"{path}: the model makes {spec.render}, not images; write .txt or .npy")
 
 
-def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
-    """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text.
+def write(
+    path: Path, ids: Tensor, spec: SequenceSpec, *, padding: Sequence[int] | None = None
+) -> None:
+    """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text, of which
+    :func:`text` leaves out the ``padding``.
 
     Raises:
         ValueError: as :func:`check_suffix` says.
@@ -75,7 +87,7 @@ def write(path: Path, ids: Tensor, spec: SequenceSpec) -> None:
         table = torch.cat([ids, blank]).view(-1, columns, *spec.image_shape)
         images(path, table, mask_id=spec.mask_id)
     else:
-        write_text(path, text(ids, spec))
+        write_text(path, text(ids, spec, padding=padding))
 
 
 def write_text(path: Path, content: str) -> None:

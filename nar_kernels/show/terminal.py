@@ -39,13 +39,14 @@ def _frame(state: DecodeState, spec: SequenceSpec) -> list[str]:
     lines = [f"step {state.step} of {state.num_steps}, {share:.0%} masked"]
     if spec.render == "text":
         return lines + _flowing(state, spec)
-    cells = [_cell(state, i, spec) for i in range(spec.seq_len)]
+    length = state.ids.shape[1]
+    cells = [_cell(state, i, spec) for i in range(length)]
     if spec.image_shape is not None:
         width = spec.image_shape[1]
-        return lines + ["".join(cells[i : i + width]) for i in range(0, spec.seq_len, width)]
+        return lines + ["".join(cells[i : i + width]) for i in range(0, length, width)]
     between = "" if spec.render == "bytes" else " "
     columns = max(_WIDTH // (len(between) + (1 if spec.render == "bytes" else 6)), 1)
-    return lines + [between.join(cells[i : i + columns]) for i in range(0, spec.seq_len, columns)]
+    return lines + [between.join(cells[i : i + columns]) for i in range(0, length, columns)]
 
 
 def _flowing(state: DecodeState, spec: SequenceSpec) -> list[str]:

@@ -232,6 +232,48 @@ def test_prompts(text_run, digits_run, capsys, tmp_path):
     assert np.load(out).shape == (2, 64) and (np.load(out)[:, :32] == half[:, :32]).all()
 
 
+def test_lengths(text_run, digits_run, capsys, tmp_path):
+    out = tmp_path / "a.npy"
+    assert generate(text_run, "--length", 5, "--num-samples", 3, "--out", out) == 0
+    assert np.load(out).shape == (3, 5)
+    assert generate(text_run, "--prompt", "ab", "--max-new-tokens", 4, "--out", out) == 0
+    assert np.load(out).shape == (16, 6)
+    halton = "--strategy", "halton", "--length", 4, "--out", out
+    assert generate(text_run, *halton) == 0 and np.load(out).shape == (16, 4)
+    for options, message in (
+        (["--length", 9], "--length is 9: the net takes 8 at most"),
+        (["--length", 1, "--prompt", "ab"], "a prompt has 2 ids, but length is 1"),
+        (["--max-new-tokens", 7, "--prompt", "ab"], "--max-new-tokens is 7, after a prompt of 2"),
+        (["--length", 2, "--max-new-tokens", 7], "--length is 2 and --max-new-tokens is 7: give"),
+        (["--strategy", "halton", "--length", 5], "this model makes 5 tokens"),
+        (["--eos", "never"], "--eos is never, but the model has no tokenizer that says"),
+        (["--eos-id", 300], "--eos-id is 300: it must be in [0, 257)"),
+    ):
+        last = text_run / "last.pt"
+        assert message in fails(capsys, "generate", "--checkpoint", last, *options)
+    last = digits_run / "last.pt"
+    error = fails(capsys, "generate", "--checkpoint", last, "--length", 49)
+    assert "this model makes images of 8 x 8: leave out --length" in error
+
+
+def test_ends(text_run, capsys, tmp_path):
+    out, options = tmp_path / "a.npy", ["--prompt", "ab", "--num-samples", 4]
+    assert generate(text_run, *options, "--out", out) == 0
+    ids = np.load(out)
+    end = ids[0, 4]
+    first = (ids[:, 2:] == end).argmax(1) + 3
+    for i, row in enumerate(ids):
+        if end in row[2:]:
+            row[first[i] :] = end
+    assert generate(text_run, *options, "--eos-id", end, "--out", out) == 0
+    assert (np.load(out) == ids).all()
+    capsys.readouterr()
+    assert generate(text_run, *options, "--eos-id", end) == 0
+    shown = capsys.readouterr().out.split("\n" + "-" * 72 + "\n")
+    text = bytes(ids[0, : first[0] - 1].tolist()).decode(errors="replace")
+    assert shown[0] == text
+
+
 @pytest.mark.parametrize("strategy", ["confidence", "entropy", "threshold"])
 def test_strategies(text_run, capsys, strategy):
     options = ["--strategy", strategy, "--block-length", 4, "--remask", "--num-samples", 2]

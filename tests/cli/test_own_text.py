@@ -10,6 +10,7 @@ import torch
 
 from nar_kernels.cli.main import main
 from nar_kernels.data.sources import open_data
+from nar_kernels.data.tokenizer import tokenizer_from_json
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.show.terminal import _frame
 from nar_kernels.training.model import load_model
@@ -54,6 +55,22 @@ def test_gaps_in_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(run, "--infill", "It opens at[MASK:3] it closes") == 0
     shown = capsys.readouterr().out.split("\n" + "-" * 72 + "\n")
     assert all(re.match("It opens at.* it closes", sample, re.DOTALL) for sample in shown)
+
+
+def test_answers_end_with_the_token_of_the_tokenizer(run: Path, tmp_path: Path) -> None:
+    eos_id = tokenizer_from_json(load_model(run / "best.pt")[1].tokenizer or "").eos_id
+    assert eos_id is not None
+    out = tmp_path / "ids.npy"
+    options = "--prompt", "It opens at", "--temperature", 1e6, "--out", out, "--num-samples", 64
+    drawn = {}
+    for how in ([], ["--eos", "allow"], ["--eos", "never"], ["--max-new-tokens", "20"]):
+        assert generate(run, *options, *how) == 0
+        drawn[" ".join(how)] = np.load(out) == eos_id
+    assert drawn[""].any() and not drawn["--eos never"].any()
+    assert (drawn["--eos allow"] == np.maximum.accumulate(drawn[""], 1)).all()
+    short = drawn["--max-new-tokens 20"]
+    assert short.shape[1] < 32 and (short == np.maximum.accumulate(short, 1)).all() and short.any()
+    assert generate(run, *options, "--strategy", "margin", "--eos", "last") == 0
 
 
 def test_the_tokenizer_is_in_the_checkpoint(run: Path, tmp_path: Path) -> None:

@@ -28,6 +28,12 @@ CPU = torch.device("cpu")
         ({"top_k": 0}, "top_k is 0"),
         ({"temperature": math.inf}, "temperature is inf: it must be at least 0 and finite"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan: it must be finite"),
+        ({"length": 0}, r"length is 0: it must be in \[1, 2\*\*31\)"),
+        ({"length": (3, 0)}, r"length is 0: it must be in \[1, 2\*\*31\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"length": 3, "max_new_tokens": 2}, "length is 3 and max_new_tokens is 2: give one"),
+        ({"eos": "first"}, "eos is 'first': it must be one of allow, last, never"),
+        ({"eos": "last"}, "eos is 'last', but strategy 'random' does not go by the confidence"),
     ],
 )
 def test_values_out_of_range(options, message):
@@ -60,12 +66,14 @@ def test_numbers_of_other_libraries_become_plain():
         temperature=torch.tensor(0.5),
         threshold=np.float32(0.25),
         guidance_scale=-2,
+        length=np.array([3, 4], np.uint8),
         grid=(np.int32(2), torch.tensor(3)),
     )
     expected = {"steps": 3, "temperature": 0.5, "threshold": 0.25, "guidance_scale": -2.0}
     for name, value in expected.items():
         assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
-    assert config.grid == (2, 3)
+    assert config.grid == (2, 3) and config.length == (3, 4)
+    assert SamplingConfig(length=torch.tensor(5)).length == 5
     assert dataclasses.replace(config, steps=None).num_steps(7) == 18
     assert SamplingConfig(strategy="threshold").num_steps(7) == 7
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from x_transformers import nonautoregressive_wrapper as original
 
 from nar_kernels.sampling.halton import halton_order
-from nar_kernels.sampling.plan import make_plan, num_masked_after
+from nar_kernels.sampling.plan import block_parts, make_plan, num_masked_after
 from nar_kernels.spec.schedules import SCHEDULES, cosine, linear
 
 
@@ -157,3 +158,29 @@ def test_halton_keeps_its_distance():
     # The first cells by hand: (vdc2(n), vdc3(n)) * 16.
     first = halton_order(height, width).argsort()[:4].tolist()
     assert first == [0, 8 * 16 + 5, 4 * 16 + 10, 12 * 16 + 1]
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 40))
+def test_blocks_from_any_position(length, block_length, first_block):
+    """They cover each position once, and one begins there."""
+    parts = block_parts(length, block_length, min(first_block, length))
+    assert [i for part in parts for i in range(length)[part]] == list(range(length))
+    assert all(part.start < part.stop for part in parts)
+    if first_block < length:
+        assert first_block in [part.start for part in parts]
+    assert all(part.stop - part.start == block_length for part in parts[1:])
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+def test_a_block_without_some_of_its_sequences(every_step):
+    is_open = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    plan = make_plan(is_open, linear, 30, block_length=20, every_step=every_step)
+    which = np.array([True, False, True])
+    rest = plan.blocks[1].only(which, 40, every_step=plan.every_step)
+    alone = is_open & torch.from_numpy(which)[:, None]
+    expected = make_plan(alone, linear, 30, block_length=20, every_step=every_step).blocks[1]
+    assert rest.rows.tolist() == expected.rows.tolist()
+    assert rest.counts.tolist() == expected.counts.tolist()
+    assert [(*step[:2], step.left.tolist()) for step in rest.steps] == [
+        (*step[:2], step.left.tolist()) for step in expected.steps
+    ]

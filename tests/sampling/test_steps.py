@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_kernels import NonAutoregressiveWrapper, SamplingConfig
 from nar_kernels.sampling import decode
+from nar_kernels.sampling.ends import Ends
 from nar_kernels.sampling.plan import Block, make_plan
 from nar_kernels.sampling.strategies import Candidates, Counts, UnmaskingPolicy
 from nar_kernels.spec.schedules import linear
@@ -97,11 +98,12 @@ def operations_of_steps(strategy: str, **options: Any) -> list[list[str]]:
     operations = Operations()
     critic = Critic(operations) if strategy == "critic" else None
     model = NonAutoregressiveWrapper(Net(operations), mask_id=MASK_ID, token_critic=critic)
-    prompt = options.pop("prompt", None)
+    prompt, eos_id = options.pop("prompt", None), options.pop("eos_id", None)
     options = {"steps": STEPS, "strategy": strategy, "top_k": 4, **options}
+    config, given = SamplingConfig(**options), {"prompt": prompt, "eos_id": eos_id}
     found = []
     with operations:
-        states = model.sample(SamplingConfig(**options), BATCH, seed=3, prompt=prompt)
+        states = model.sample(config, BATCH, seed=3, **given)
         next(states)
         while True:
             operations.names.clear()
@@ -122,6 +124,34 @@ def test_operations_of_a_step(strategy, noise, options):
     for own in operations_of_steps(strategy, choice_temperature=noise, **OPTIONS[options])[1:]:
         most = 23 if "remask" in OPTIONS[options] and strategy in ("threshold", "critic") else 20
         assert len(own) <= most + HEAD, own
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("strategy", ["confidence", "threshold", "random"])
+def test_operations_of_ends(strategy):
+    """Whether all answers have ended is looked at after every eighth step: 9 operations, and 6 to
+    cut what is behind the ends. To rank the ends that are drawn is 2 a step."""
+    options = {"prompt": RAGGED, "steps": 12, "eos_id": 1}
+    plain = list(map(len, operations_of_steps(strategy, prompt=RAGGED, steps=12)))
+    ended = list(map(len, operations_of_steps(strategy, **options)))
+    assert ended[:7] == plain[:7] and len(ended) > 7
+    assert all(b <= a + 15 for a, b in zip(plain, ended, strict=False))
+    if strategy != "random":
+        last = list(map(len, operations_of_steps(strategy, eos="last", **options)))
+        assert last[:7] == [n + 2 for n in plain[:7]]
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_operations_of_each_length(strategy):
+    """Those of a batch, 5 to pick its sequences (4 more for a critic), and 9 to put their states
+    into that of the batch, which is 3."""
+    if strategy == "halton":
+        pytest.skip("these are no grids")
+    plain = max(map(len, operations_of_steps(strategy)[1:]))
+    more = 5 + 4 * (strategy == "critic") + 9
+    found = operations_of_steps(strategy, length=[9, 16, 9])
+    assert all(len(own) <= 2 * (plain + more) + 3 for own in found[1:]), found
 
 
 @pytest.mark.cpp
@@ -153,6 +183,7 @@ def decoded(monkeypatch):
 
     def decoded(strategy: str, noise: float = 0.0, **options: Any) -> tuple[Any, Operations]:
         prompt, remask = options.pop("prompt", PROMPT), options.pop("remask", False)
+        ended = options.pop("ended", False)
         plan = make_plan(prompt == MASK_ID, linear, STEPS, every_step=remask, **options)
         blocks = {id(block): decode._on_device(block, torch.device("cpu")) for block in plan.blocks}
         fake.__enter__()
@@ -180,6 +211,8 @@ def decoded(monkeypatch):
         order = torch.arange(LENGTH, dtype=torch.float32).to(device)
         policy = UnmaskingPolicy(strategy, noise, order=order, critic=lambda ids: ids.float())
         options = dict(mask_id=MASK_ID, seed=1, top_k=4, remask=remask)
+        if ended:
+            options["ends"] = Ends([1, 3], to_gpu(prompt), MASK_ID, filled_last=True)
         return decode.decode(predict, to_gpu(prompt), plan, policy, **options), operations
 
     yield decoded
@@ -203,6 +236,26 @@ def test_steps_do_not_wait_for_the_device(strategy, noise, options, decoded):
             assert len(operations.names) <= most, operations.names
         with pytest.raises(DataDependentOutputException):
             next(states)
+
+
+@pytest.mark.parametrize("strategy", ["confidence", "random"])
+def test_ends_wait_for_the_device_after_a_block(strategy, decoded):
+    states, operations = decoded(strategy, ended=True, block_length=LENGTH // 2)
+    next(states)
+    with operations:
+        for _ in range(STEPS // 2 - 1):
+            next(states)
+        with pytest.raises(AssertionError, match="_to_copy.default has tensors on"):
+            next(states)
+
+
+@pytest.mark.parametrize("strategy", ["confidence", "random"])
+def test_ends_wait_for_nothing_between_two_looks(strategy, decoded):
+    states, operations = decoded(strategy, ended=True)
+    state = next(states)
+    with operations:
+        while state.step < STEPS:
+            state = next(states)
 
 
 def test_threshold_waits_once_a_step(decoded):
