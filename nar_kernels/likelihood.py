@@ -4,18 +4,24 @@ Shapes: B batch, L sequence length, V vocabulary, N windows, R masked rows, E dr
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nar_kernels.checks import as_int
+from nar_kernels.data.packing.document_range import DocumentRange
+from nar_kernels.data.packing.pack import pack
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.distributed import rank, sum_over_ranks, world_size
 from nar_kernels.nets.modes import eval_mode
+from nar_kernels.nets.packed import packed_keywords
 from nar_kernels.nets.prediction import TrunkAndHead
-from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.corrupt import corrupt, corrupt_documents
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import MaskingConfig
 
 NATS_PER_BIT = math.log(2)
@@ -73,29 +79,96 @@ def evaluate(
         draws: E, masks per window.
     """
     draws = as_int("draws", draws)
+    samples = len(windows) * draws
+
+    def batch(part: slice) -> tuple[Tensor, Corrupted]:
+        chosen = torch.arange(samples, device="cpu")[part]
+        return chosen, evaluation_batch(dataset, windows, draws, part)
+
     parts = evaluation_parts(dataset, len(windows), draws)
-    nats = torch.zeros(len(windows) * draws, dtype=torch.float64, device="cpu")  # per token
-    counts = torch.zeros_like(nats)  # of tokens
-    for first in range(0, len(parts), world_size()):
+    nats, counts = _nats(net, [partial(batch, part) for part in parts], samples, device)
+    return _evaluation(nats, counts, draws, dataset.corpus.name)
+
+
+@torch.no_grad()
+def evaluate_documents(
+    net: nn.Module, documents: DocumentRange, *, draws: int, device: torch.device
+) -> Evaluation:
+    """:func:`evaluate` on whole documents, packed into rows in which ``net`` keeps them apart.
+
+    Args:
+        draws: E, masks per document. They depend on the document and the draw alone.
+    """
+    draws = as_int("draws", draws)
+    starts, lengths = (x.repeat_interleave(draws) for x in documents.pieces())
+    places = pack(lengths.numpy(), documents.seq_len, "in_order")
+    rows, offsets = torch.from_numpy(places.rows), torch.from_numpy(places.offsets)
+    masking = MaskingConfig(documents.num_tokens, documents.mask_id)
+    stream, mask = documents.corpus.stream, documents.corpus.loss_mask
+
+    def batch(first: int) -> tuple[Tensor, Corrupted]:
+        last = min(first + rows_at_once, places.num_rows)
+        chosen = ((rows >= first) & (rows < last)).nonzero().flatten()
+        begins = (rows[chosen] - first) * documents.seq_len + offsets[chosen]
+        begins = torch.cat([begins, begins.new_tensor([(last - first) * documents.seq_len])])
+        where = Documents(begins, lengths[chosen], lengths[chosen], chosen, documents.seq_len)
+        made = corrupt_documents(
+            where,
+            stream.flat,
+            starts[chosen],
+            masking,
+            seed=_EVALUATION_SEED,
+            global_batch=draws,
+            runs=stream.runs,
+            loss_mask=None if mask is None or mask.runs is not None else mask.flat,
+            loss_mask_runs=None if mask is None else mask.runs,
+        )
+        made.raise_if_invalid(documents.corpus.name)
+        return chosen, made
+
+    most = min(_MAX_TOKENS, _MAX_LOGITS // documents.num_tokens)
+    rows_at_once = max(most // documents.seq_len, 1)
+    firsts = range(0, places.num_rows, rows_at_once)
+    nats, counts = _nats(net, [partial(batch, first) for first in firsts], len(starts), device)
+    return _evaluation(nats, counts, draws, documents.corpus.name)
+
+
+def _nats(
+    net: nn.Module,
+    batches: Sequence[Callable[[], tuple[Tensor, Corrupted]]],
+    num_samples: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """float64 ``[num_samples]``: nats per token that counts, and how many do. The ranks share the
+    batches, of which each makes a part of the samples."""
+    nats = torch.zeros(num_samples, dtype=torch.float64, device="cpu")
+    counts = torch.zeros_like(nats)
+    for first in range(0, len(batches), world_size()):
         # Spare ranks in the last round join in: a sharded net must be called by all ranks.
         mine = first + rank()
-        part = parts[min(mine, len(parts) - 1)]
-        batch = evaluation_batch(dataset, windows, draws, part).to(device)
+        samples, batch = batches[min(mine, len(batches) - 1)]()
+        batch = batch.to(device)
+        kwargs = {} if batch.documents is None else packed_keywords(net, batch, {})
         with eval_mode(net, net):
-            nll = TrunkAndHead(net)(batch.input_ids, {}).loss(batch, reduction="none")  # [R]
-        samples = batch.masked_rows // dataset.seq_len
-        totals = nll.new_zeros(len(batch)).index_add_(0, samples, nll)
-        if mine < len(parts):
-            per_token = totals * batch.loss_weight / batch.num_maskable.clamp(min=1)
-            nats[part], counts[part] = per_token.double().cpu(), batch.num_maskable.cpu().double()
-    bits = sum_over_ranks(nats).view(-1, draws).mean(1) / NATS_PER_BIT
-    share = sum_over_ranks(counts).view(-1, draws)[:, 0]
+            nll = TrunkAndHead(net)(batch.input_ids, kwargs).loss(batch, reduction="none")  # [R]
+        of_rows = batch.samples_of(batch.masked_rows)
+        totals = nll.new_zeros(len(batch.times)).index_add_(0, of_rows, nll)
+        per_token = totals * batch.loss_weight / batch.num_maskable.clamp(min=1)
+        if mine < len(batches):
+            nats[samples] = per_token.double().cpu()
+            counts[samples] = batch.num_maskable.double().cpu()
+    return sum_over_ranks(nats), sum_over_ranks(counts)
+
+
+def _evaluation(nats: Tensor, counts: Tensor, draws: int, name: str) -> Evaluation:
+    """Of nats per token and counts of tokens, float64 ``[N * draws]``."""
+    bits = nats.view(-1, draws).mean(1) / NATS_PER_BIT
+    share = counts.view(-1, draws)[:, 0]
     if not share.any():
         raise ValueError(
-            f"no token of the held-out windows of {dataset.corpus.name} counts in a loss, by its "
-            "loss mask: hold out more windows, or longer ones"
+            f"no token that is held out of {name} counts in a loss, by its loss mask: hold out more"
         )
-    share /= share.mean()
+    share = share / share.mean()
     mean = (bits * share).mean()
     # Undefined for a single window.
     spread = ((bits - mean) * share).square().sum() / max(len(bits) - 1, 1)

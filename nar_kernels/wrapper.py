@@ -28,7 +28,7 @@ from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted, check_record, place_in_batch
 from nar_kernels.ops.dispatch import outside_graphs
-from nar_kernels.ops.masked_nll import Reduction, num_counted
+from nar_kernels.ops.masked_nll import REDUCTIONS, Reduction, num_counted
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
@@ -103,6 +103,8 @@ class NonAutoregressiveWrapper(nn.Module):
         critic_loss_weight: weight of the critic's loss in the sum.
         use_simple_mdlm_loss_weight: train the likelihood bound, in nats per token; otherwise the
             mean NLL of the masked positions.
+        reduction: of the loss, as in :func:`nar_kernels.masked_nll`, in place of the choice before;
+            not ``"none"``. (Not in x-transformers.)
         draw, times, never_mask_ids: as in :class:`MaskingConfig`. (Not in x-transformers.)
         backend: of the masking, as in :func:`nar_kernels.corrupt`; of loss and decoding if they
             have it, else ``"auto"``.
@@ -143,10 +145,14 @@ class NonAutoregressiveWrapper(nn.Module):
         draw: Literal["exact", "bernoulli"] = "exact",
         times: Literal["stratified", "uniform"] = "stratified",
         never_mask_ids: Sequence[int] = (),
+        reduction: Reduction | None = None,
         backend: str = "auto",
         average_tokens_across_devices: bool = True,
     ) -> None:
         super().__init__()
+        if reduction is not None and reduction not in REDUCTIONS[:-1]:
+            names = ", ".join(map(repr, REDUCTIONS[:-1]))
+            raise ValueError(f"reduction is {reduction!r}: it must be one of {names}")
         steps = as_int("steps", steps)
         if steps < 1:
             raise ValueError(f"steps is {steps}: generate needs at least 1")
@@ -173,7 +179,9 @@ class NonAutoregressiveWrapper(nn.Module):
             corruption_prob=0.5,
             never_mask_ids=never_mask_ids,
         )
-        if use_simple_mdlm_loss_weight:
+        self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
+        self._reduction = reduction
+        if self.reduction == "nelbo":
             self.masking.check_bound()
         _warn_if_causal(net)
         self.backend = backend
@@ -181,7 +189,6 @@ class NonAutoregressiveWrapper(nn.Module):
         self._deferred_check = DeferredCheck()
         self.steps = steps
         self.can_mask_prev_unmasked = can_mask_prev_unmasked
-        self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
 
         self.self_cond = self_cond
         if not 0 <= self_cond_train_prob <= 1:
@@ -196,6 +203,13 @@ class NonAutoregressiveWrapper(nn.Module):
         self.token_critic = SelfCritic(net) if self_token_critic else token_critic
         self.critic_loss_weight = critic_loss_weight
         self.register_state_dict_post_hook(_clone_shared_tensors)
+
+    @property
+    def reduction(self) -> Reduction:
+        """Of the loss."""
+        if self._reduction is not None:
+            return self._reduction
+        return "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
 
     @property
     def num_tokens(self) -> int:
@@ -310,7 +324,7 @@ class NonAutoregressiveWrapper(nn.Module):
         normalizer: float | Tensor | None,
         static_shapes: bool,
     ) -> Losses:
-        reduction: Reduction = "nelbo" if self.use_simple_mdlm_loss_weight else "mean"
+        reduction = self.reduction
         needs_counts = with_critic or normalizer is None
         counts = (
             self._all_reduce_counts(corrupted, reduction, with_critic) if needs_counts else None

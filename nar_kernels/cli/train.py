@@ -11,6 +11,7 @@ from nar_kernels.errors import CorpusFormatError
 from nar_kernels.options import option_of
 from nar_kernels.training import checkpoint
 from nar_kernels.training.config import PRESETS, TrainConfig
+from nar_kernels.training.model import net_options
 from nar_kernels.training.train import train
 
 HELP = "train a model; write checkpoints and a report"
@@ -38,7 +39,8 @@ def _run(arguments: argparse.Namespace) -> None:
     elif "data" not in options:
         raise ValueError("give --data: digits, text, or a file (or --resume and --out)")
     else:
-        train(TrainConfig.for_data(**options))
+        of_init = net_options(options["init"]) if options.get("init") else {}
+        train(TrainConfig.for_data(**of_init | options))
 
 
 def _with_data_that_moved(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:

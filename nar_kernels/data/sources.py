@@ -1,4 +1,5 @@
-"""Data for ``--data``: windows to train on and windows held out, of one source or a mixture.
+"""Data for ``--data``: windows to train on and windows held out, of one source or a mixture; or
+whole documents.
 
 Shapes: L sequence length (``seq_len``), V vocabulary (``num_tokens``).
 """
@@ -18,6 +19,7 @@ from nar_kernels.data.formats.prepared import is_prepared_text
 from nar_kernels.data.inspect.scan import known_scan, scan
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source
+from nar_kernels.data.packing.document_range import DocumentRange
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.mixture import Mixture, apportion
@@ -47,6 +49,14 @@ class Data(NamedTuple):
     held_out: TokenDataset
     held_out_windows: Tensor
 
+    @property
+    def corpus(self) -> Corpus:
+        return self.train.corpus
+
+    def sizes(self) -> tuple[int, int, str]:
+        """How much there is to train on, how much is held out, and of what."""
+        return len(self.train), len(self.held_out_windows), "windows"
+
     def validate(self) -> None:
         """Checks all ids up front, so that a bad one does not stop a run midway. All ranks must
         call this.
@@ -67,6 +77,39 @@ class Data(NamedTuple):
                 dataset.validate_all()
 
 
+class PackedData(NamedTuple):
+    """Documents to train on, which are packed into rows, and documents held out.
+
+    Attributes:
+        name, spec: as of :class:`Data`; a sequence is a row.
+        train, held_out: the first documents, and the last.
+    """
+
+    name: str
+    spec: SequenceSpec
+    train: DocumentRange
+    held_out: DocumentRange
+
+    @property
+    def corpus(self) -> Corpus:
+        return self.train.corpus
+
+    def sizes(self) -> tuple[int, int, str]:
+        """As of :class:`Data`."""
+        return self.train.num_documents, self.held_out.num_documents, "documents"
+
+    def validate(self) -> None:
+        """As of :class:`Data`."""
+        on_first_rank(self._validate)
+
+    def _validate(self) -> None:
+        corpus = self.corpus
+        if corpus.nbytes <= _MAX_VALIDATED or known_scan(corpus) is not None:
+            TokenDataset(
+                corpus, 1, num_tokens=self.spec.num_tokens, mask_id=self.spec.mask_id
+            ).validate_all()
+
+
 def open_data(
     name: str | os.PathLike[str],
     *,
@@ -77,9 +120,10 @@ def open_data(
     seq_len: int | None = None,
     stride: int | None = None,
     within_documents: bool = False,
+    pack: bool = False,
     num_held_out: int | None = None,
     folder: Path | None = None,
-) -> Data:
+) -> Data | PackedData:
     """Opens a built-in data set, a corpus or a mixture of several, and splits off its last windows
     for evaluation.
 
@@ -94,8 +138,10 @@ def open_data(
         seq_len: L. Default: that of the images; else 256.
         stride: tokens from one training window to the next; divides L. Default: L.
         within_documents: no window reaches beyond a document.
-        num_held_out: non-overlapping windows held out at the end. Default: 180 for ``digits``, else
-            a tenth of all, at most 256. Of a mixture: by weight, at least one of each source.
+        pack: whole documents instead of windows; of one source.
+        num_held_out: non-overlapping windows held out at the end, or documents. Default: 180 for
+            ``digits``, else a tenth of all, at most 256. Of a mixture: by weight, at least one of
+            each source.
         folder: where else to look for a relative path.
 
     Raises:
@@ -114,6 +160,13 @@ def open_data(
     if options["num_tokens"] is None:
         options["num_tokens"] = _least_vocabulary([one.corpus for one in opened])
     spec = _spec_of(opened, options["num_tokens"], options["seq_len"] or _DEFAULT_SEQ_LEN)
+    if pack:
+        if len(opened) > 1 or within_documents or options["stride"] is not None:
+            raise ValueError(
+                "pack is for the documents of one source, without within_documents and stride, "
+                "which are of windows: leave those out, or do not pack"
+            )
+        return PackedData(name, spec, *_split_documents(opened[0].corpus, spec, num_held_out))
     stride = _check_stride(spec.seq_len, options["stride"])
     datasets = [
         TokenDataset(
@@ -242,6 +295,32 @@ def _split(
         )
     train, held_out = windows.split((num_held_out - 1) * apart + 1)
     return train, held_out, torch.arange(0, len(held_out), apart, device="cpu")
+
+
+def _split_documents(
+    corpus: Corpus, spec: SequenceSpec, num_held_out: int | None
+) -> tuple[DocumentRange, DocumentRange]:
+    ends = corpus.document_ends
+    if ends is None:
+        raise ValueError(
+            f"{corpus.name} does not say where its documents end, so they cannot be packed: give "
+            "eos_id, the id that ends each"
+        )
+    total = len(ends)
+    if num_held_out is None:
+        num_held_out = min(max(total // 10, 1), _MAX_HELD_OUT)
+    if not 1 <= num_held_out < total:
+        raise ValueError(
+            f"num_held_out is {num_held_out}: {corpus.name} has {total} documents, of which at "
+            "least one must be held out and one not"
+        )
+    whole = DocumentRange(corpus, 0, total, spec.seq_len, spec.num_tokens, spec.mask_id)
+    first = total - num_held_out
+    parts = whole._replace(last=first), whole._replace(first=first)
+    for part, what in zip(parts, ("to train on", "held out"), strict=True):
+        if not part.spans()[1].any():
+            raise ValueError(f"the documents of {corpus.name} that are {what} are empty")
+    return parts
 
 
 def _a_tenth(windows: TokenDataset) -> int:

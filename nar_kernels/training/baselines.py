@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nar_kernels.data.packing.document_range import DocumentRange
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.mixture import Mixture
 
@@ -22,13 +23,18 @@ class Baseline(NamedTuple):
 
 
 def baselines(
-    train: TokenDataset | Mixture, held_out: TokenDataset, windows: Tensor, *, per_position: bool
+    train: TokenDataset | Mixture | DocumentRange,
+    held_out: TokenDataset | DocumentRange,
+    windows: Tensor | None,
+    *,
+    per_position: bool,
 ) -> dict[str, Baseline]:
-    """Unigram baselines: token frequencies over all positions, or at each position.
+    """Unigram baselines: token frequencies over all positions, or at each position; of documents,
+    of the tokens that count in the loss.
 
     Args:
-        windows: the held-out windows that are evaluated. At most 4 M tokens of each split are
-            counted.
+        windows: the held-out windows that are evaluated; None for documents. At most 4 M tokens of
+            each split are counted.
         per_position: also model each position separately; for data such as images, where a
             position has a meaning.
     """
@@ -64,9 +70,15 @@ def baselines(
     return known
 
 
-def _count(dataset: TokenDataset | Mixture, windows: Tensor | None, per_position: bool) -> Tensor:
+def _count(
+    dataset: TokenDataset | Mixture | DocumentRange, windows: Tensor | None, per_position: bool
+) -> Tensor:
     """float64 ``[L or 1, V - 1]``: counts of ids but ``mask_id``, at each position or pooled, in
     evenly spread windows of those with these indices, or of all."""
+    is_clean = torch.arange(dataset.num_tokens, device="cpu") != dataset.mask_id
+    if isinstance(dataset, DocumentRange):
+        ids = dataset.counted_ids(_TOKENS_COUNTED)
+        return ids.bincount(minlength=dataset.num_tokens).double()[None, is_clean]
     total = len(dataset) if windows is None else len(windows)
     most = min(total, max(_TOKENS_COUNTED // dataset.seq_len, 1))
     chosen = torch.arange(most, device="cpu") * (total - 1) // max(most - 1, 1)
@@ -78,7 +90,6 @@ def _count(dataset: TokenDataset | Mixture, windows: Tensor | None, per_position
         ids = dataset.windows(some)
         ids = ids.T if per_position else ids.view(1, -1)
         counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float64))
-    is_clean = torch.arange(dataset.num_tokens, device="cpu") != dataset.mask_id
     return counts[:, is_clean]
 
 

@@ -68,12 +68,17 @@ class TrainConfig:
         otherwise="seq-len",
     )
     within_documents: bool = option(False, "no window reaches beyond a document")
+    pack: bool = option(
+        False,
+        "train on whole documents, packed into rows of at most seq-len tokens, in which each "
+        "attends to itself alone; longer ones are split",
+    )
     shift_epochs: bool = option(
         False, "the windows of each epoch begin up to a stride later than those of the last"
     )
     held_out: int | None = option(
         None,
-        "windows held out for evaluation, at the end of the data",
+        "windows (with pack: documents) held out for evaluation, at the end of the data",
         type=int,
         otherwise="a tenth, at most 256, digits 180",
     )
@@ -102,10 +107,16 @@ class TrainConfig:
     )
     loss: str = option(
         "mean",
-        "training objective: mean over masked tokens, which has less variance, or nelbo, the "
-        "likelihood bound that evaluation reports",
-        choices=("mean", "nelbo"),
+        "training objective: mean over masked tokens, which has less variance; nelbo, the "
+        "likelihood bound that evaluation reports; or that bound of each row (sequence) or each "
+        "document (answer, as LLaDA) by its own number of tokens, so that all count the same",
+        choices=("mean", "nelbo", "sequence", "answer"),
     )
+    time_low: float = option(
+        0.0,
+        "times are drawn from here on: 0 masks everything, 1 nothing (with the linear schedule)",
+    )
+    time_high: float = option(1.0, "up to here")
 
     steps: int = option(
         2000,
@@ -234,6 +245,22 @@ class TrainConfig:
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} windows"
+            )
+        if not 0 <= self.time_low < self.time_high <= 1:
+            raise ValueError(
+                f"time_low is {self.time_low} and time_high {self.time_high}: they must be "
+                "0 <= time_low < time_high <= 1"
+            )
+        is_whole = (self.time_low, self.time_high) == (0, 1)
+        if self.loss == "nelbo" and not is_whole:
+            raise ValueError(
+                "loss is nelbo, which is a bound only with all times: use another loss, or leave "
+                "out time_low and time_high"
+            )
+        if self.pack and (self.cuda_graph or self.shift_epochs or self.within_documents):
+            raise ValueError(
+                "pack excludes cuda_graph, whose shapes do not change, and shift_epochs and "
+                "within_documents, which are of windows: leave these out"
             )
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")

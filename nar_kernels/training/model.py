@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _build_model(
             ff_dropout=config.dropout,
         ),
     )
-    return NonAutoregressiveWrapper(
+    model = NonAutoregressiveWrapper(
         net,
         mask_id=spec.mask_id,
         schedule=config.schedule,
@@ -75,7 +76,11 @@ def _build_model(
         no_replace_prob=0.0,
         random_token_prob=0.0,
         use_simple_mdlm_loss_weight=config.loss == "nelbo",
+        reduction=config.loss,  # type: ignore[arg-type]
     )
+    times = config.time_low, config.time_high
+    model.masking = replace(model.masking, time_range=times)
+    return model
 
 
 def blocks(model: NonAutoregressiveWrapper) -> list[list[nn.Module]]:
@@ -125,6 +130,14 @@ def prepare(
 # Options that must match to load weights, and fields of SequenceSpec that must, too.
 _SAME_NET = ("dim", "depth", "heads", "rotary", "shift_tokens")
 _SAME_SEQUENCES = ("num_tokens", "seq_len")
+
+
+def net_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options of a :class:`TrainConfig` that a net must share to start from a checkpoint."""
+    state = checkpoint.load(path)
+    saved = TrainConfig.continued(state["config"])
+    options = {name: getattr(saved, name) for name in _SAME_NET}
+    return options | {"seq_len": spec_of(state, path).seq_len}
 
 
 def init_from_checkpoint(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.data.sequence_spec import SequenceSpec
-from nar_kernels.data.sources import Data
+from nar_kernels.data.sources import Data, PackedData
 from nar_kernels.distributed import world_size
 from nar_kernels.extras import version
 from nar_kernels.sampling.config import SamplingConfig
@@ -63,7 +63,7 @@ def environment(device: torch.device, bf16: bool) -> dict[str, Any]:
 
 def describe(
     config: TrainConfig,
-    data: Data,
+    data: Data | PackedData,
     model: nn.Module,
     baselines: dict[str, Baseline],
     environment: dict[str, Any],
@@ -71,13 +71,18 @@ def describe(
     """The header of a run, for the terminal."""
     num_parameters = sum(p.numel() for p in model.parameters())
     vocabulary = data.spec.num_tokens - 1
+    to_train_on, held_out, of = data.sizes()
+    in_rows = f"windows of {data.spec.seq_len} tokens"
+    if of == "documents":
+        in_rows = f"documents in rows of {data.spec.seq_len} tokens"
     lines = {
-        "data": f"{data.name}: {len(data.train)} windows of {data.spec.seq_len} tokens to train on"
-        f", {len(data.held_out_windows)} held out; {vocabulary} ids and the mask",
+        "data": f"{data.name}: {to_train_on} {in_rows} to train on, {held_out} held out; "
+        f"{vocabulary} ids and the mask",
         "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
         f"{num_parameters:,} parameters",
         "masking": f"{config.schedule} schedule, {config.draw} draw; loss: {config.loss}",
-        "steps": f"{config.steps} of {config.batch_size} windows; AdamW, peak learning rate "
+        "steps": f"{config.steps} of {config.batch_size} {'rows' if config.pack else 'windows'}; "
+        "AdamW, peak learning rate "
         f"{config.lr:g}",
         **({} if config.init is None else {"from": f"the weights of {config.init}"}),
         "on": f"{environment['device']}, {environment['threads']} threads, "
@@ -102,7 +107,7 @@ def _shown(baselines: dict[str, Baseline]) -> dict[str, Baseline]:
 
 def make_report(
     config: TrainConfig,
-    data: Data,
+    data: Data | PackedData,
     model: NonAutoregressiveWrapper,
     log: Log,
     baselines: dict[str, Baseline],
@@ -112,6 +117,7 @@ def make_report(
     step, bits, error = log.curve[-1]
     best_step, best_bits, _ = log.best()
     tokens = len(log.losses) * config.batch_size * data.spec.seq_len
+    to_train_on, held_out, of = data.sizes()
     return {
         "bits_per_token": bits,
         "standard_error": None if math.isnan(error) else error,
@@ -126,9 +132,9 @@ def make_report(
             "name": data.name,
             "num_tokens": data.spec.num_tokens,
             "seq_len": data.spec.seq_len,
-            "train_windows": len(data.train),
-            "held_out_windows": len(data.held_out_windows),
-            "digest": data.train.corpus.digest,
+            f"train_{of}": to_train_on,
+            f"held_out_{of}": held_out,
+            "digest": data.corpus.digest,
         },
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "config": config.to_dict(),
@@ -154,18 +160,25 @@ def _samples_name(spec: SequenceSpec) -> str:
     return "samples.txt" if spec.render in ("bytes", "text") else "samples.npy"
 
 
-def draw_samples(config: TrainConfig, data: Data, model: NonAutoregressiveWrapper) -> Tensor:
+def draw_samples(
+    config: TrainConfig, data: Data | PackedData, model: NonAutoregressiveWrapper
+) -> Tensor:
     """Samples for the report: ids ``[N, L]``; of images every state, ``[N, S + 1, L]``."""
     if data.spec.image_shape is not None:
         states = model.sample(SamplingConfig(), _FILMSTRIP_ROWS, seed=config.seed)
         return torch.stack([state.ids.cpu() for state in states], 1)
     sampling = SamplingConfig(steps=data.spec.seq_len)
+    prompts = data.held_out.prompts(4) if isinstance(data, PackedData) else []
+    if prompts:  # and what the model answers
+        length = data.spec.seq_len
+        sampling = SamplingConfig(steps=length, length=length)
+        return model.sample(sampling, prompt=prompts, seed=config.seed).last().ids.cpu()
     return model.sample(sampling, 4, seed=config.seed).last().ids.cpu()
 
 
 def write_results(
     config: TrainConfig,
-    data: Data,
+    data: Data | PackedData,
     log: Log,
     baselines: dict[str, Baseline],
     report: dict[str, Any],

@@ -36,7 +36,7 @@ def loss_and_gradient(
         static_shapes: as in :func:`nar_kernels.masked_nll`.
     """
     wrapper: Any = getattr(model, "module", model)
-    counted = num_counted(batch, "nelbo" if wrapper.use_simple_mdlm_loss_weight else "mean")
+    counted = num_counted(batch, wrapper.reduction)
     normalizer = distributed.sum_over_ranks(counted).clamp(min=1) / distributed.world_size()
     device = next(model.parameters()).device
     parts = list(batch.microbatches(-(-len(batch) // as_int("accumulate", accumulate))))

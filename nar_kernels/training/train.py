@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
+from nar_kernels.data.packed_loader import PackedLoader
 from nar_kernels.data.sequence_spec import SequenceSpec
-from nar_kernels.data.sources import open_data
+from nar_kernels.data.sources import PackedData, open_data
 from nar_kernels.extras import import_extra
-from nar_kernels.likelihood import NATS_PER_BIT, evaluate
+from nar_kernels.likelihood import NATS_PER_BIT, evaluate, evaluate_documents
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.show.pieces import pieces_of
 from nar_kernels.spec.philox import Stream, derived_seed
@@ -177,6 +178,7 @@ class Run:
             seq_len=config.seq_len,
             stride=config.stride,
             within_documents=config.within_documents,
+            pack=config.pack,
             num_held_out=config.held_out,
             folder=config.folder if config.resume else None,
         )
@@ -195,26 +197,43 @@ class Run:
         stream = capture_stream(device) if config.cuda_graph else None
         self.trained = prepare(self.model, config, device, stream)
         self.ema = Ema(self.model, config.ema) if config.ema else None
-        self.loader = MaskedLoader(
-            self.data.train,
-            self.model.masking,
-            local_batch_size(config),
-            seed=config.seed,
-            device=device,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            shift_epochs=config.shift_epochs,
-        )
-        self.graph = StepGraph(self.update, self.loader, stream) if config.cuda_graph else None
+        self.loader = self.make_loader()
+        self.graph: StepGraph | None = None
+        if config.cuda_graph:
+            assert isinstance(self.loader, MaskedLoader)
+            self.graph = StepGraph(self.update, self.loader, stream)
         rate = None if self.graph is None else self.graph.rate
         self.optimizer = adamw(self.model, config, rate)
         self.noise_seed = derived_seed(config.seed, Stream.GENERATOR_SEED)
         self.log, self.progress = Log(), Progress(config)
+        is_packed = isinstance(self.data, PackedData)
         self.baselines = baselines(
             self.data.train,
             self.data.held_out,
-            self.data.held_out_windows,
-            per_position=self.data.spec.render == "image",
+            None if isinstance(self.data, PackedData) else self.data.held_out_windows,
+            per_position=self.data.spec.render == "image" and not is_packed,
+        )
+
+    def make_loader(self) -> MaskedLoader | PackedLoader:
+        config, data = self.config, self.data
+        batch_size = local_batch_size(config)
+        where: dict[str, Any] = {
+            "seed": config.seed,
+            "device": self.device,
+            "rank": distributed.rank(),
+            "world_size": distributed.world_size(),
+        }
+        if isinstance(data, PackedData):
+            return PackedLoader(
+                data.corpus,
+                data.spec.seq_len,
+                self.model.masking,
+                batch_size,
+                num_documents=data.train.last,
+                **where,
+            )
+        return MaskedLoader(
+            data.train, self.model.masking, batch_size, shift_epochs=config.shift_epochs, **where
         )
 
     def begin(self) -> None:
@@ -325,13 +344,12 @@ class Run:
     def evaluate(self, step: int) -> None:
         """Evaluates bits per token on the held-out windows; saves the best weights."""
         with self.ema_weights(), parallel.unsharded(self.model), self.autocast():
-            result = evaluate(
-                self.model.net,
-                self.data.held_out,
-                self.data.held_out_windows,
-                draws=self.config.eval_draws,
-                device=self.device,
-            )
+            net, data = self.model.net, self.data
+            how: dict[str, Any] = {"draws": self.config.eval_draws, "device": self.device}
+            if isinstance(data, PackedData):
+                result = evaluate_documents(net, data.held_out, **how)
+            else:
+                result = evaluate(net, data.held_out, data.held_out_windows, **how)
         bits = result.bits_per_token
         self.check_finite("held-out loss", bits, step)
         self.log.curve.append((step, *result))
