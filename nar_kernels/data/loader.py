@@ -15,6 +15,7 @@ from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device, check_seed
 from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
 from nar_kernels.data.placement import PlacedCorpus
+from nar_kernels.data.random_lengths import check_probability, random_lengths
 from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck, Stager
 from nar_kernels.data.windows.dataset import TokenDataset
@@ -22,8 +23,9 @@ from nar_kernels.data.windows.documents import document_ids
 from nar_kernels.data.windows.mixture import Mixture
 from nar_kernels.data.windows.order import order_of
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import CorruptStep, Wanted
+from nar_kernels.ops.corrupt import CorruptStep, Wanted, corrupt_documents
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
+from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import MaskingConfig
 
 _MOST_SLOTS = (1 << 63) - 1
@@ -104,6 +106,9 @@ class MaskedLoader:
         shuffle: if false, slot g is window ``g % N``.
         shift_epochs: the windows of each epoch begin up to ``stride - 1`` tokens later, so that
             they are not always cut at the same places. N is one less then.
+        random_length_prob: the share of windows that are cut to a random length in [1, L], by their
+            slots (LLaDA: 0.01). A batch then has ``documents``, and ``attention_mask`` says what is
+            padding.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
         outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
@@ -131,6 +136,7 @@ class MaskedLoader:
         world_size: int | None = None,
         shuffle: bool = True,
         shift_epochs: bool = False,
+        random_length_prob: float = 0.0,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
         outputs: Collection[Output] = OUTPUTS,
@@ -162,6 +168,7 @@ class MaskedLoader:
         self.backend = resolve_backend(backend, self._compute_device)
         self._wanted = Wanted.of(outputs, ids_dtype)
         self.step = 0
+        self.random_length_prob = check_probability("random_length_prob", random_length_prob)
         self._order = order_of(dataset, self.seed, self.shuffle, bool(shift_epochs))
         self._deferred_check = DeferredCheck()
         self._place_corpus(corpus_memory)
@@ -272,12 +279,14 @@ class MaskedLoader:
         starts = windows = maskable = None
         if isinstance(step, Tensor):
             in_kernel = self._order.in_kernel is not None
-            if self._compute_device.type == "cpu" or self._stager is not None or not in_kernel:
+            is_cut = self.random_length_prob > 0
+            on_cpu = self._compute_device.type == "cpu"
+            if on_cpu or self._stager is not None or not in_kernel or is_cut:
                 raise ValueError(
                     "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
-                    "'pinned', and windows at equal distances of one dataset, does the kernel find "
-                    f"the windows; here it is {self.device} and {self.corpus_memory!r}, so pass an "
-                    "int"
+                    "'pinned', and whole windows at equal distances of one dataset, does the "
+                    f"kernel find the windows; here it is {self.device} and "
+                    f"{self.corpus_memory!r}, so pass an int"
                 )
         else:
             step = self._check_step(step)
@@ -291,17 +300,52 @@ class MaskedLoader:
                 windows = self._stager.windows(step)
                 if self._mask_stager is not None:
                     maskable = self._mask_stager.windows(step)
-            elif self._order.in_kernel is None:
+            elif self._order.in_kernel is None or self.random_length_prob:
                 starts = self._window_starts(step).to(self._compute_device)
-        if self._step is None:
-            self._step = self._make_step()
-        corrupted = self._step(step, starts=starts, windows=windows, maskable=maskable)
+        if self.random_length_prob:
+            assert isinstance(step, int)
+            corrupted = self._corrupt_cut(step, starts, windows, maskable)
+        else:
+            if self._step is None:
+                self._step = self._make_step()
+            corrupted = self._step(step, starts=starts, windows=windows, maskable=maskable)
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))
             else:
                 self._check(step, corrupted.invalid)
         return corrupted if self._compute_device == self.device else corrupted.to(self.device)
+
+    def _corrupt_cut(
+        self, step: int, starts: Tensor | None, windows: Tensor | None, maskable: Tensor | None
+    ) -> Corrupted:
+        """Windows of random lengths, padded: documents that are their slots."""
+        place, length = self._place, self.dataset.seq_len
+        slots = self.sample_ids(step)
+        begins = torch.arange(len(slots) + 1, device="cpu") * length
+        lengths = random_lengths(
+            torch.full_like(slots, length), slots, self.random_length_prob, self.seed
+        )
+        tokens, runs = place.tokens, place.runs
+        loss_mask, loss_mask_runs = place.loss_mask, place.loss_mask_runs
+        if windows is not None:  # instead of the corpus
+            tokens, starts = windows.flatten(), begins[:-1].to(windows.device)
+            loss_mask = None if maskable is None else maskable.flatten()
+            runs = loss_mask_runs = None
+        assert starts is not None
+        return corrupt_documents(
+            Documents(begins, lengths, lengths, slots, length),
+            tokens,
+            starts,
+            self.masking,
+            seed=self.seed,
+            global_batch=self.global_batch,
+            runs=runs,
+            loss_mask=loss_mask,
+            loss_mask_runs=loss_mask_runs,
+            wanted=self._wanted,
+            backend=self.backend,
+        )
 
     def _check(self, step: int, record: Tensor) -> None:
         """Raises the error in the ``invalid`` record of the batch of ``step``, if any."""
@@ -359,6 +403,7 @@ class MaskedLoader:
             "seed": self.seed,
             "global_batch": self.global_batch,
             "shuffle": self.shuffle,
+            "random_length_prob": self.random_length_prob,
             **self._order.state(),
             **masking_state(self.masking),
         }

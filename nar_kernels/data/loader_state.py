@@ -9,7 +9,7 @@ from nar_kernels.ops.masking import MaskingConfig
 VERSION = 4
 _NEW_IN_2 = {"shift_epochs": False, "table_digest": None}
 _NEW_IN_3 = {"time_range": [0.0, 1.0], "weighting": "elbo"}
-_NEW_IN_4 = {"loss_mask_digest": None}  # which was not used
+_NEW_IN_4 = {"loss_mask_digest": None, "random_length_prob": 0.0}  # a loss mask was not used
 
 _HOW = "make the loader with the arguments it had when the state was taken"
 

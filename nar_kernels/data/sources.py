@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
-from nar_kernels.data.formats.prepared import is_prepared_text
+from nar_kernels.data.formats.prepared import has_answers, is_prepared_text
 from nar_kernels.data.inspect.scan import known_scan, scan
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source
@@ -208,6 +208,12 @@ def is_all_prepared_text(name: str | os.PathLike[str]) -> bool:
     what a glob matches, or the sources of a mixture."""
     sources = read_mixture(os.fspath(name)) or [MixtureSource(os.fspath(name))]
     return all(is_prepared_text(path) for source in sources for path in _paths(source.data))
+
+
+def is_all_answers(name: str | os.PathLike[str]) -> bool:
+    """Whether a ``--data`` names one source, of folders of prompts and answers."""
+    name = os.fspath(name)
+    return not read_mixture(name) and all(map(has_answers, _paths(name)))
 
 
 def _paths(name: str) -> list[str]:

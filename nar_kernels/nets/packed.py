@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from nar_kernels.nets.adapter import innermost
-from nar_kernels.nets.attention import dense_mask, flex_block_mask
+from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
 from nar_kernels.nets.keywords import declared_names
 from nar_kernels.ops.corrupted import Corrupted
 
@@ -25,6 +25,11 @@ def _blocks(batch: Corrupted) -> Any:
     return flex_block_mask(batch.cu_seqlens, batch.lengths, shape=_rows(batch))
 
 
+def _begins(batch: Corrupted) -> Any:
+    """Of documents, and of the padding behind them, which they must not see."""
+    return varlen_arguments(batch.cu_seqlens, batch.lengths, shape=_rows(batch))["cu_seqlens_q"]
+
+
 def _positions(batch: Corrupted) -> Any:
     return batch.position_ids.view(_rows(batch))
 
@@ -33,7 +38,7 @@ def _positions(batch: Corrupted) -> Any:
 # as x-transformers and Hugging Face call them; of blocks; where documents begin.
 _APART: dict[str, Callable[[Corrupted], Any]] = {
     "block_mask": _blocks,
-    "cu_seqlens": lambda batch: batch.cu_seqlens,
+    "cu_seqlens": _begins,
     "attn_mask": _dense,
     "attention_mask": _dense,
 }

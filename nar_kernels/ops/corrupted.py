@@ -209,7 +209,8 @@ class Corrupted:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """int32 ``[n + 1]``: where each document begins in the flat batch, last its length, as
-        attention of variable length has it; without documents, multiples of L."""
+        attention of variable length has it (:func:`nar_kernels.varlen_arguments`, which keeps the
+        padding of rows apart); without documents, multiples of L."""
         device, shape = self.input_ids.device, self.input_ids.shape
         if self.documents is not None:
             return self.documents.begins.to(device, torch.int32)

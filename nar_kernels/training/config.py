@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nar_kernels.checks import check_seed
-from nar_kernels.data.sources import is_all_prepared_text
+from nar_kernels.data.sources import is_all_answers, is_all_prepared_text
 from nar_kernels.options import coerce_fields, option, option_of
 from nar_kernels.spec.schedules import SCHEDULES
 
@@ -190,6 +190,8 @@ class TrainConfig:
         seq_len = options.get("seq_len")
         if isinstance(seq_len, int) and "stride" in preset and seq_len % preset["stride"]:
             del preset["stride"]  # which must divide it
+        if any(options.get(name) for name in _NOT_PACKED):
+            preset.pop("pack", None)
         return cls(**{"data": data, **preset, **options})
 
     @classmethod
@@ -257,10 +259,11 @@ class TrainConfig:
                 "loss is nelbo, which is a bound only with all times: use another loss, or leave "
                 "out time_low and time_high"
             )
-        if self.pack and (self.cuda_graph or self.shift_epochs or self.within_documents):
+        given = [name for name in _NOT_PACKED if getattr(self, name)]
+        if self.pack and given:
             raise ValueError(
-                "pack excludes cuda_graph, whose shapes do not change, and shift_epochs and "
-                "within_documents, which are of windows: leave these out"
+                f"pack and {given[0]} exclude each other: documents are packed whole, and a CUDA "
+                "graph has the same shapes in each step; leave one of them out"
             )
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
@@ -374,13 +377,19 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+# Options of windows, or of fixed shapes.
+_NOT_PACKED = ("stride", "within_documents", "shift_epochs", "cuda_graph")
+
+
 def _preset_of(data: str | os.PathLike[str]) -> dict[str, Any]:
+    if is_all_answers(data):
+        return PRESETS[ANSWERS]
     if is_all_prepared_text(data):
         return PRESETS[PREPARED_TEXT]
     return PRESETS.get(str(data), {})
 
 
-PREPARED_TEXT = "prepared text"
+PREPARED_TEXT, ANSWERS = "prepared text", "prompts and answers"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -395,5 +404,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     PREPARED_TEXT: {
         **{"seq_len": 128, "stride": 32, "batch_size": 16, "lr": 3e-3, "steps": 4000},
         **{"shift_tokens": 1, "eval_every": 500, "save_every": 500, "eval_draws": 4},
+    },
+    ANSWERS: {
+        **{"pack": True, "batch_size": 16, "lr": 1e-3, "steps": 1000},
+        **{"eval_every": 250, "eval_draws": 4},
     },
 }

@@ -69,6 +69,33 @@ def test_only_what_counts_in_the_loss_is_masked(num_runs: int) -> None:
     assert torch.equal(loader.dataset.loss_mask(windows), expected.to(torch.uint8))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_of_random_lengths(masked: bool) -> None:
+    """Those that are cut mask as they would of that length; the others are as ever."""
+    dataset = make_dataset(np.arange(3000) % 900, seq_len=11)
+    if masked:
+        dataset = with_loss_mask(dataset, np.arange(3000) % 4 > 0, num_runs=3)
+    whole = MaskedLoader(dataset, MASKING, 8, seed=2)
+    cut = MaskedLoader(dataset, MASKING, 8, seed=2, random_length_prob=0.4)
+    lengths: list[int] = []
+    for step in range(20):
+        expected, batch = whole.batch(step), cut.batch(step)
+        assert batch.input_ids.shape == (8, 11) and batch.documents is not None
+        assert torch.equal(batch.times, expected.times)
+        real = batch.attention_mask
+        assert torch.equal(batch.clean_ids[real], expected.clean_ids[real])
+        is_whole = batch.lengths == 11
+        assert torch.equal(batch.labels[is_whole], expected.labels[is_whole])
+        assert not batch.masked_indices[~real].any()
+        lengths += batch.lengths.tolist()
+    counts = np.bincount(lengths, minlength=12)
+    assert counts[0] == 0 and 0.5 < counts[11] / 160 < 0.75 and (counts[1:11] > 0).all()
+    assert_same(cut.batch(19), batch)
+    for state in (whole.state_dict(), {**whole.state_dict(), "version": 3}):
+        with pytest.raises(ValueError, match="random_length_prob is 0.0 in the state, but 0.4"):
+            cut.load_state_dict(state)
+
+
 def test_a_window_without_answers_weighs_nothing() -> None:
     dataset = make_dataset(np.arange(14))
     flags = np.arange(len(dataset.corpus)) < 2

@@ -97,6 +97,11 @@ def is_prepared_text(folder: str | os.PathLike[str]) -> bool:
     return folder.is_dir() and is_prepared(folder) and _read(folder).tokenizer is not None
 
 
+def has_answers(folder: str | os.PathLike[str]) -> bool:
+    """Whether this is a prepared folder of prompts and answers: of text with a loss mask."""
+    return is_prepared_text(folder) and all(shard.loss_mask for shard in _read(Path(folder)).shards)
+
+
 def check_files(folder: Path) -> None:
     """Reads all files of a prepared folder.
 
