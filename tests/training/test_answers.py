@@ -144,7 +144,6 @@ def test_a_packed_run_goes_on(pairs: Path, tmp_path: Path, loss: str) -> None:
     run = Run(config, CPU)
     run.begin()
     do_steps(run, 2)
-    run.flush()
     run.save("last.pt")
     do_steps(run, 2)
     saved = torch.load(config.folder / "last.pt", weights_only=False)
