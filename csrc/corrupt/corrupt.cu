@@ -13,7 +13,7 @@ namespace nar {
 namespace {
 
 // How many positions a row masks is known once its time is.
-__device__ bool counts_are_known(const KernelArgs& a) { return a.exact && !is_restricted(a); }
+__device__ bool counts_are_known(const KernelArgs& a) { return a.exact && !a.restricted; }
 
 // The warp of a block that works on no row.
 __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
   tiles.load_ahead();
 
   int32_t n = row.length;
-  if (is_restricted(a)) {
+  if (a.restricted) {
     uint32_t can_mask[1] = {tiles.exclude()};
     team.sum(can_mask);
     n = static_cast<int32_t>(can_mask[0]);
@@ -244,7 +244,7 @@ void corrupt_cuda(const CorruptArgs& args, int device, cudaStream_t stream) {
   if (batch == 0) return;
   const Division division =
       divide(batch, args.windows.seq_len, num_processors(device) * kWarpsPerProcessor);
-  KernelArgs a = {args, division.shape, 0, 0, stores_pairs(args)};
+  KernelArgs a = {args, division.shape, 0, 0, stores_pairs(args), is_restricted(args)};
   describe_ids(&a);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>((batch + a.shape.rows - 1) / a.shape.rows));

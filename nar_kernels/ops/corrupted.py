@@ -171,8 +171,9 @@ class Corrupted:
     def p_mask(self) -> Tensor:
         """float32 ``[B, L]``, of stride 0 along L: m(t), the probability with which a maskable
         position of the sample is masked. Exact draws mask ``clamp(ceil(m(t) n), 1, n)`` of n."""
-        ratio = self.masking.tables(self.times.device)[0].index_select(0, self.quantised_times)
-        share = ((ratio.long() & 0xFFFFFFFF).double() / 2**32).float()
+        share = self.masking.shares_of_times(self.times.device).index_select(
+            0, self.quantised_times
+        )
         if self.documents is None:
             return share[:, None].expand(self.input_ids.shape)
         return share.index_select(0, self.sample_indices.flatten()).view(self.input_ids.shape)

@@ -5,6 +5,7 @@ Shapes: n documents, N positions of the batch: ``[N]``, or ``[B, L]`` with B L =
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Documents:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def num_positions(self) -> int:
         return int(self.begins[-1])
 
@@ -51,7 +52,7 @@ class Documents:
             return (self.num_positions,)
         return self.num_positions // self.row_length, self.row_length
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Positions of the longest space, at least 1."""
         return max(int(self.begins.diff().max()), 1) if len(self) else 1

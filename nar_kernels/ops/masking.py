@@ -115,6 +115,9 @@ class MaskingConfig:
     # 2**-32.
     ratio_bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Results of _stratified_capacity, which take 100 us.
+    _shares_of_times: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _capacities: dict[tuple[int, int, int], int] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -188,6 +191,13 @@ class MaskingConfig:
             assert ratio is not None and weight is not None
             self._copies[device] = ratio, weight, never_mask
         return self._copies[device]
+
+    def shares_of_times(self, device: torch.device) -> Tensor:
+        """float32 ``[65536]``: m at each of the times of the tables, on a device; cached."""
+        if device not in self._shares_of_times:
+            ratio = (self.table.ratio.long() & _U32).double() / (_U32 + 1)
+            self._shares_of_times[device] = ratio.float().to(device)
+        return self._shares_of_times[device]
 
     def row_capacity(self, batch_size: int, seq_len: int, *, num_strata: int = 0) -> int:
         """The most positions that ``batch_size`` samples can have masked. No draw exceeds it.

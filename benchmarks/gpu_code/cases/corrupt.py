@@ -65,10 +65,13 @@ def _weights_of_leader(rows: int, warps: int, draws: str, is_step: bool) -> list
     return [*weights, Weight(1 / warps, corrupt_cu(lead))]
 
 
-def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> CudaCase:
+def _cuda_case(
+    name: str, held: int, length: int, draws: str, ranks: int, ragged: bool = False
+) -> CudaCase:
     """
     Args:
         held: tiles that a warp holds; 0 for long rows.
+        ragged: documents of this length, of which the longest fills what is held.
     """
     warps_per_row = -(-length // (TILE * held)) if held else constant(BLOCK_H, "kMaxWarps")
     rows = constant(BLOCK_H, "kMaxRows") if warps_per_row == 1 else 1
@@ -87,12 +90,13 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
         ids_h("Ids load_ids(", "case 4: load"),
         ids_h("Ids load_ids(", "default: load"),
         write_h("void store(", "if (narrow_)"),
-        write_h("void store_pair(", "if (narrow_)"),
-        corrupt_cu("__global__ void", "if (is_restricted(a)) {"),
+        corrupt_cu("__global__ void", "if (a.restricted) {"),
         corrupt_cu("uint32_t count_ranked("),
         corrupt_cu("void write_ranked("),
         corrupt_cu("if (tied || (!kRagged && !a.in_pairs))"),
     ]
+    if not ragged:  # whose documents begin anywhere: no pairs
+        never.append(write_h("void store_pair(", "if (narrow_)"))
     weights = [Weight(0, region) for region in never]
     searches = corrupt_cu("RowBounds<kRanks> row_bounds(", "if (a.exact) {")
     if draws == "exact":
@@ -109,9 +113,7 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
         weights.append(Weight(0, behind))
     if held == 0:
         weights.append(Weight(tiles, tiles_h("void each_made(", "for (int32_t tile = first_")))
-        made = tiles_h(
-            "Keys keys(int32_t tile, const RoundKeys& round_keys)", "if (is_restricted(a_))"
-        )
+        made = tiles_h("Keys keys(int32_t tile, const RoundKeys& round_keys)", "if (a_.restricted)")
         weights.append(Weight(0, made))
     elif tiles < held:
         for part in ("void each(Use use)", "void each_with_ids(", "__device__ Tiles("):
@@ -123,10 +125,13 @@ def _cuda_case(name: str, held: int, length: int, draws: str, ranks: int) -> Cud
     later = max(tiles - ahead, 0) / tiles
     weights.append(Weight(later, tiles_h("Ids take_ids(", "if (tile + kAhead < end_)")))
     weights += _weights_of_leader(rows, warps, draws, name.startswith("step"))
+    if ragged:
+        padding = write_h("void write_padding(", "for (int32_t i = row.length")
+        weights.append(Weight(0, padding))
     return CudaCase(
         f"corrupt, {name}, L {length}, " + (f"{held} tiles a warp" if held else "long rows"),
         "corrupt/corrupt.cu",
-        f"corrupt_kernelILi{held}ELi{ranks}ELb0E",
+        f"corrupt_kernelILi{held}ELi{ranks}ELb{int(ragged)}E",
         Work("token", length * rows, warps, BYTES, weights),
     )
 
@@ -147,11 +152,15 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_case("windows, exact", 8, 4096, "exact", 1),
         _cuda_case("windows, exact", 12, 16384, "exact", 1),
         _cuda_case("windows, exact", 0, 32768, "exact", 1),
+        _cuda_case("windows, exact", 8, 256, "exact", 1),
+        _cuda_case("documents, exact", 8, 256, "exact", 1, ragged=True),
+        _cuda_case("documents, exact, BERT", 8, 256, "exact", 3, ragged=True),
     ]
 
 
 # ---- Triton
 
+DOCUMENTS = ("starts", "spans", "sample_ids", "eos_id", "pad_id")
 # Name, type of the ids, optional pointers that are given, and differences from STEP: a step of a
 # loader with exact draws.
 CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
@@ -166,15 +175,18 @@ CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
     ("windows, exact, L 256", "*u16", ("starts",), {"num_windows": 0, "seq_len": 256}),
     ("windows, exact, L 4096", "*u16", ("starts",), {"num_windows": 0, "seq_len": 4096}),
     ("windows, exact, L 32768", "*u16", ("starts",), {"num_windows": 0, "seq_len": 32768}),
+    ("documents, exact, L 256", "*u16", DOCUMENTS, {"num_windows": 0, "seq_len": 256}),
     ("batch, exact", "*i64", (), {"num_windows": 0}),
     ("batch, exact, L 256", "*i64", (), {"num_windows": 0, "seq_len": 256}),
     ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), {"num_windows": 0}),
 ]
 POINTERS = {
     "starts": "*i64",
+    "spans": "*i64",
     "sample_ids": "*i64",
     "step": "*i64",
     "maskable": "*i1",
+    "loss_mask": "*i1",
     "prompt_lengths": "*i64",
     "never_mask": "*i1",
     "ratio_table": "*i32",
@@ -198,6 +210,8 @@ SCALARS = {
     "phase": "i64",
     "stride": "i64",
     "seq_len": "i32",
+    "eos_id": "i32",
+    "pad_id": "i32",
     "num_tokens": "i32",
     "mask_id": "i32",
     "global_batch": "i64",
@@ -208,7 +222,7 @@ SCALARS = {
     "time_span": "fp32",
 }
 OPTIONAL = {"starts", "sample_ids", "step", "maskable", "prompt_lengths"}
-OPTIONAL |= {"never_mask", "seed_tensor"}
+OPTIONAL |= {"never_mask", "seed_tensor", "spans", "loss_mask", "eos_id", "pad_id"}
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
     seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
 )

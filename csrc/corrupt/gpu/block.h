@@ -43,6 +43,7 @@ struct KernelArgs : CorruptArgs {
   int id_bytes;       // in the corpus
   uint32_t id_limit;  // ids, as unsigned words of their size, are below this
   bool in_pairs;      // outputs can be stored two neighbours at a time
+  bool restricted;    // some positions may not be masked: asked again for each tile of a long row
 };
 
 struct BlockMemory {

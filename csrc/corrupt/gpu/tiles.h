@@ -151,7 +151,7 @@ class Tiles {
 
   __device__ Keys keys(int32_t tile, const RoundKeys& round_keys) const {
     Keys made = make_keys(round_keys, row_, tile, lane_);
-    if (is_restricted(a_)) made.exclude(maskable(tile));
+    if (a_.restricted) made.exclude(maskable(tile));
     return made;
   }
 
