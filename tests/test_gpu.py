@@ -13,10 +13,12 @@ import torch
 
 import nar_kernels
 from nar_kernels import (
+    Corpus,
     InvalidTokenError,
     MaskedLoader,
     MaskingConfig,
     Mixture,
+    PackedLoader,
     PinnedMemoryError,
     TokenDataset,
 )
@@ -143,6 +145,27 @@ def test_windows_that_the_host_finds(tmp_path, kind, memory, backend):
     )
     for step in (0, 1, 7):
         assert_same(loader.batch(step).to("cpu"), cpu_batch(loader, step))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("layout", ["rows", "flat"])
+def test_packed_documents(layout, memory, backend):
+    ids = (np.arange(6000) % 299).astype(np.uint16)
+    corpus = Corpus(ids, eos_id=298)
+    corpus.loss_mask = TokenStream.of_array(torch.from_numpy((ids % 5 > 0).astype(np.uint8)))
+
+    def loader(**where):
+        return PackedLoader(
+            corpus, 128, MASKING, 5, seed=3, layout=layout, random_length_prob=0.3, **where
+        )
+
+    on_gpu = loader(device="cuda", backend=backend, corpus_memory=memory)
+    for step in (0, 1, 7):
+        got, expected = on_gpu.batch(step), loader().batch(step)
+        assert_same(got.to("cpu"), expected)
+        assert torch.equal(got.position_ids.cpu(), expected.position_ids)
+        assert got.cu_seqlens.is_cuda
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,7 +18,7 @@ from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
 from nar_kernels.ops.dispatch import needs_dispatcher
 from nar_kernels.ops.documents import Documents, check_documents
 from nar_kernels.ops.host_counts import count_on_host, num_strata
-from nar_kernels.ops.maskable import EVERY_POSITION, Maskable, check_maskable
+from nar_kernels.ops.maskable import EVERY_POSITION, Maskable, check_labels, check_maskable
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.tokens import check_ids, check_token_dtype
 from nar_kernels.spec.philox import signed_seed
@@ -236,7 +236,8 @@ def corrupt(
         global_batch: how many consecutive slots share one stratification of times. Default: B.
         maskable: bool ``[B, L]``, positions that may be masked. Default: all.
         labels: int64 or int32 ``[B, L]``, in place of ``maskable``: those that are -100, as
-            Hugging Face has it, are given and may not be masked.
+            Hugging Face has it, are given and may not be masked. The others are the ids themselves,
+            not those of the next position: on the CPU the first 4,096 positions are compared.
         loss_mask: ``[B, L]`` of 0 and 1, in place of ``maskable``: bool or integers. Or, with
             ``starts``, bool or uint8 ``[T]``, beside the corpus, and where it is.
         prompt_lengths: int64 or int32 ``[B]`` in [0, L], beside any of these or alone: positions
@@ -274,7 +275,8 @@ def corrupt(
     Raises:
         InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
         IndexError: a window reaches outside the corpus.
-        TypeError, ValueError: wrong dtypes, shapes or devices, a negative sample slot.
+        TypeError, ValueError: wrong dtypes, shapes or devices, a negative sample slot, labels that
+            are other ids.
 
     Values are checked on the device. On the CPU errors are raised at once; on other devices, where
     that would be a sync, by ``raise_if_invalid()`` of the result.
@@ -342,6 +344,8 @@ def corrupt(
     corrupted = _batch(tensors, arguments, masking, wanted, samples.slots, samples.documents)
     if device.type == "cpu" and not torch.compiler.is_compiling():
         corrupted.raise_if_invalid(None if starts is None else source)
+        if labels is not None and wanted.labels and wanted.masked_indices:
+            check_labels(labels, corrupted)
     return corrupted
 
 

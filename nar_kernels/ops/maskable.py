@@ -8,6 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masking import IGNORE_INDEX
+
+_COMPARED = 4096  # labels with ids
+
 _LABEL_DTYPES = torch.int64, torch.int32
 _FLAG_DTYPES = torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64
 
@@ -75,6 +80,29 @@ def check_maskable(
         prompt_lengths = prompt_lengths.to(torch.int64).contiguous()
     positions = maskable if maskable is not None else labels if labels is not None else loss_mask
     return Maskable(None if positions is None else positions.contiguous(), prompt_lengths)
+
+
+def check_labels(labels: Tensor, corrupted: Corrupted) -> None:
+    """Raises ValueError for labels that are neither -100 nor the ids of the batch they were given
+    for, among the first ones."""
+    given = labels.flatten()[:_COMPARED]
+    clean = corrupted.clean_ids.flatten()[:_COMPARED]
+    is_given = given == IGNORE_INDEX
+    wrong = (given != clean) & ~is_given
+    if not wrong.any():
+        return
+    at = int(wrong.nonzero()[0])
+    is_next = ~is_given[:-1] & (given[:-1] == clean[1:])
+    hint = "labels must be the ids themselves, or -100"
+    if is_next.sum() > (~is_given).sum() // 2:
+        hint = (
+            "they look shifted by one, as those of a causal model: a masked position predicts its "
+            "own id, so pass labels that are not shifted"
+        )
+    place = [at] if labels.dim() == 1 else list(divmod(at, labels.shape[1]))
+    raise ValueError(
+        f"labels{place} is {int(given[at])}, but the id there is {int(clean[at])}: {hint}"
+    )
 
 
 def _check(

@@ -292,3 +292,19 @@ def test_bad_ids_of_documents_are_named(backend):
     assert found.value.count == 1
     with pytest.raises(InvalidTokenError, match="offset 1 of tokens"):
         corrupt(tokens, MaskingConfig(90, 59), lengths=torch.tensor([2, 3]), **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_labels_are_the_ids(dtype):
+    ids = torch.randint(0, MASK, (3, 40), generator=torch.Generator().manual_seed(0))
+    masking, labels = MaskingConfig(NUM_TOKENS, MASK), ids.to(dtype, copy=True)
+    labels[:, :9] = -100
+    corrupt(ids, masking, seed=1, labels=labels)
+    wrong = labels.clone()
+    wrong[1, 20] = (ids[1, 20] + 1) % MASK
+    with pytest.raises(ValueError, match=r"labels\[1, 20\] is .* labels must be the ids"):
+        corrupt(ids, masking, seed=1, labels=wrong)
+    shifted = labels.roll(-1, 1)
+    shifted[:, -1] = -100
+    with pytest.raises(ValueError, match="they look shifted by one, as those of a causal model"):
+        corrupt(ids, masking, seed=1, labels=shifted)
