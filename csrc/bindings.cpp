@@ -129,9 +129,10 @@ void check_memory(std::initializer_list<const void*> addresses) {
 void run_corrupt(const nar::CorruptArgs& args, int num_threads) {
   check_memory({args.ratio_table, args.weight_table, args.invalid});
   if (args.windows.batch > 0) {
-    check_memory(
-        {args.input_ids, args.times, args.loss_weight, args.num_masked, args.num_maskable});
-    if (!args.windows.runs.count) check_memory({args.windows.tokens});
+    check_memory({args.times, args.loss_weight, args.num_masked, args.num_maskable});
+    if (args.windows.num_positions()) check_memory({args.input_ids});
+    const bool has_tokens = args.windows.num_corpus_tokens > 0;
+    if (has_tokens && !args.windows.runs.count) check_memory({args.windows.tokens});
   }
   const py::gil_scoped_release release;
   nar::corrupt_cpu(args, num_threads);

@@ -150,8 +150,9 @@ class NonAutoregressiveWrapper(nn.Module):
         average_tokens_across_devices: bool = True,
     ) -> None:
         super().__init__()
-        if reduction is not None and reduction not in REDUCTIONS[:-1]:
-            names = ", ".join(map(repr, REDUCTIONS[:-1]))
+        scalars = [name for name in REDUCTIONS if name != "none"]
+        if reduction is not None and reduction not in scalars:
+            names = ", ".join(map(repr, scalars))
             raise ValueError(f"reduction is {reduction!r}: it must be one of {names}")
         steps = as_int("steps", steps)
         if steps < 1:
@@ -259,7 +260,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 ``[1, N]``. The net then gets what keeps them apart, by names that its ``forward``
                 declares: ``block_mask`` (FlexAttention), ``cu_seqlens`` and ``max_seqlen``,
                 ``attn_mask`` or ``attention_mask`` (bool ``[B, 1, L, L]``); and ``position_ids`` or
-                ``pos``, and ``document_ids``. On a
+                ``pos``, and ``document_ids``. (Absolute embeddings of x-transformers need rows, or
+                N up to ``max_seq_len``.) Critics are not trained on documents. On a
                 GPU, where looking at clean ids is a sync, an invalid one is reported by the next
                 call, or :meth:`raise_if_invalid`; in a CUDA graph it is not.
             only_train_generator: skip the critic.
@@ -297,8 +299,11 @@ class NonAutoregressiveWrapper(nn.Module):
         }
         corrupted = self._corrupted(x, supervised, seed)
         if corrupted.documents is not None:
-            if self.token_critic is not None and corrupted.input_ids.dim() == 1:
-                raise ValueError("a critic takes rows [B, L]: give the batch seq_len")
+            if self.token_critic is not None and not only_train_generator:
+                raise ValueError(
+                    "the batch holds documents, which a critic would not keep apart: use "
+                    "only_train_generator=True, or a batch of windows"
+                )
             kwargs = packed_keywords(self.net, corrupted, kwargs) | kwargs
         with ModeLocks(self.net, self.token_critic):
             return self._losses(
@@ -454,17 +459,17 @@ class NonAutoregressiveWrapper(nn.Module):
         self._deferred_check.run()
 
     def _predict(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Prediction:
+        is_flat = input_ids.dim() == 1
+        rows = input_ids[None] if is_flat else input_ids
         if self.self_cond:
             embed: Tensor = self.null_embed
             # The same coin on all ranks: they must build the same graph.
             coin = _uniform(noise_generator(seed, Stream.CRITIC_NOISE))
             if coin < self.self_cond_train_prob:
                 with no_grad():
-                    embed = self.net(input_ids, return_embeddings=True, **kwargs).detach()
+                    embed = self.net(rows, return_embeddings=True, **kwargs).detach()
             kwargs = {**kwargs, "sum_embeds": self._self_condition(embed)}
 
-        is_flat = input_ids.dim() == 1
-        rows = input_ids[None] if is_flat else input_ids
         prediction = TrunkAndHead(self.net)(rows, kwargs)
         prediction.check(rows, self.masking)
         return prediction._replace(output=prediction.output[0]) if is_flat else prediction

@@ -67,7 +67,8 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   constexpr int64_t kAlign = 64;
   const int64_t padded = (seq_len + kWordPadding - 1) / kWordPadding * kWordPadding;
   const int64_t of_labels = a.labels ? 0 : padded * (a.narrow ? 4 : 8);
-  const int64_t of_window = a.windows.runs.count ? padded * size_of(a.windows.token_type) : 0;
+  const bool has_runs = a.windows.runs.count || a.loss_mask.runs.count;  // which are gathered
+  const int64_t of_window = has_runs ? padded * size_of(a.windows.token_type) : 0;
   const int64_t bytes =
       padded * (2 * sizeof(uint32_t) + sizeof(int16_t) + 2) + of_labels + of_window;
   std::unique_ptr<uint8_t[]> memory(new uint8_t[num_threads * bytes + kAlign]);

@@ -17,7 +17,7 @@ struct RowScratch {
   // In place of outputs that are not wanted.
   uint8_t* masked;  // [seq_len]
   void* labels;     // [seq_len]
-  void* window;     // [seq_len] of the corpus's type, if that lies in runs
+  void* window;     // [seq_len] of the corpus's type, if that or its loss mask lies in runs
 };
 
 // Row b: all outputs but its row indices, whose place depends on the counts of the rows before.

@@ -145,6 +145,8 @@ def _logits(head: Head | None, picked: Tensor, memory: LogitsMemory) -> Iterator
             yield head(some)
 
 
+_OF_DOCUMENTS = {"cu_seqlens", "block_mask"}
+
 # x-transformers' arguments for the head itself, or for what comes after it: no split.
 _UNSPLIT_KWARGS = {"to_logits_kwargs", "prepend_embeds", "excise_prepend_embeds"}
 
@@ -205,22 +207,28 @@ class TrunkAndHead:
 
 
 def _verify_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
-    """Verifies numerically, on one sequence, that the net's logits are the head applied to its
-    hidden states: changes to their values may be invisible from outside.
+    """Verifies numerically, on one sequence or a packed batch, that the net's logits are the head
+    applied to its hidden states: changes to their values may be invisible from outside.
 
     Raises:
         HeadMismatchError: they are not.
     """
     if any(map(is_compiled, adapter.modules())):
         return  # which would recompile for another batch size
-    one: dict[str, Any] = {
-        name: value[:1] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
-        for name, value in kwargs.items()
-    }
+    some, given = ids[:1], kwargs
+    if _OF_DOCUMENTS & kwargs.keys():  # which describe the whole batch
+        some = ids
+    else:
+        given = {
+            name: value[:1]
+            if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1]
+            else value
+            for name, value in kwargs.items()
+        }
     head: Any = adapter.output_head
     with eval_mode(adapter, adapter), no_grad():
-        logits = adapter.forward(ids[:1], **one)
-        hidden = adapter.forward(ids[:1], return_embeddings=True, **one)
+        logits = adapter.forward(some, **given)
+        hidden = adapter.forward(some, return_embeddings=True, **given)
         expected = nn.functional.linear(hidden, head.weight, head.bias)
     scale = expected.abs().amax().item() if expected.numel() else 0.0
     if logits.shape != expected.shape or not torch.allclose(

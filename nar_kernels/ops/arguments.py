@@ -58,9 +58,9 @@ class CorruptArgs(NamedTuple):
     starts: Tensor | None  # int64 [B]
     batch: int
     seq_len: int
-    # int64 [3, B + 1], of each sample: where it begins in the outputs; how many of its ids are in
-    # the corpus; and of how many positions it is. The ids that follow are eos_id. What follows up
-    # to the next sample is padding. Last N, and nothing.
+    # int64 [4, B + 1], of each sample: where it begins in the outputs; how many of its ids are in
+    # the corpus; of how many positions it is; and its slot. The ids that follow those of the corpus
+    # are eos_id. What follows up to the next sample is padding. Last N, and nothing.
     spans: Tensor | None
     num_positions: int  # of the outputs: B * L without spans
     eos_id: int  # a valid id in any case, as is the next

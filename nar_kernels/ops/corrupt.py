@@ -20,7 +20,7 @@ from nar_kernels.ops.documents import Documents, check_documents
 from nar_kernels.ops.host_counts import count_on_host, num_strata
 from nar_kernels.ops.maskable import EVERY_POSITION, Maskable, check_labels, check_maskable
 from nar_kernels.ops.masking import MaskingConfig
-from nar_kernels.ops.tokens import check_ids, check_token_dtype
+from nar_kernels.ops.tokens import check_ids, check_range, check_token_dtype
 from nar_kernels.spec.philox import signed_seed
 
 
@@ -67,10 +67,7 @@ def _check_slots(
     slots = None
     if isinstance(sample_ids, range):
         slots = sample_ids
-        if slots.step < 1 or slots.start < 0 or slots.stop > 1 << 63:
-            raise ValueError(
-                f"sample_ids is {slots}: a range must be in [0, 2**63), with a step of at least 1"
-            )
+        check_range("sample_ids", slots)
         sample_ids = torch.arange(slots.start, slots.stop, slots.step, device=device)
     else:
         sample_ids = check_ids("sample_ids", sample_ids, device)
@@ -136,9 +133,8 @@ def _samples_of_documents(documents: Documents, tokens: Tensor, starts: Tensor |
     starts = _check_starts(starts, tokens)
     if len(starts) != len(documents):
         raise ValueError(f"there are {len(starts)} starts but {len(documents)} lengths")
-    device, ids = starts.device, documents.ids_on_host
-    longest = documents.longest
-    return Samples(starts, len(documents), longest, device, None, ids.to(device), documents)
+    check_stored(documents, len(tokens))
+    return Samples(starts, len(documents), documents.longest, starts.device, None, None, documents)
 
 
 def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
@@ -230,7 +226,8 @@ def corrupt(
             holds.
         starts: int64 ``[B]``, first token of each window of a flat corpus, in [0, T - L].
         seq_len: L, for a flat corpus.
-        sample_ids: int64 ``[B]``, global sample slots, at least 0: ``step * global_batch + j``.
+        sample_ids: int64 ``[B]``, global sample slots, at least 0: ``step * global_batch + j``; of
+            documents on the CPU.
             Default: ``0 .. B - 1``. The slot picks the noise, so do not reuse slots under one seed.
             A range of them, with a positive step, lets the host count what a GPU masks.
         global_batch: how many consecutive slots share one stratification of times. Default: B.
@@ -239,7 +236,8 @@ def corrupt(
             Hugging Face has it, are given and may not be masked. The others are the ids themselves,
             not those of the next position: on the CPU the first 4,096 positions are compared.
         loss_mask: ``[B, L]`` of 0 and 1, in place of ``maskable``: bool or integers. Or, with
-            ``starts``, bool or uint8 ``[T]``, beside the corpus, and where it is.
+            ``starts``, bool or uint8 ``[T]``, beside the corpus and where it is, and beside any of
+            the others; of documents always this.
         prompt_lengths: int64 or int32 ``[B]`` in [0, L], beside any of these or alone: positions
             before it may not be masked. (A GPU takes a length outside of that as 0 or L.)
         lengths: int64 ``[n]`` on the CPU, with ``starts`` ``[n]``: a ragged batch of documents, of
@@ -257,7 +255,8 @@ def corrupt(
             begin with one, of length 0 if it is empty; none reaches over the end of its row.
         num_rows: of the batch ``[num_rows, L]`` that ``places`` describe.
         pad_id: id of positions behind a document. Default: ``eos_id``, or else 0 (1 if the mask
-            is 0).
+            is 0). A batch of documents has less than 2**31 positions, and is checked on the host,
+            which ``torch.compile`` leaves outside of its graphs.
         outputs: what to write beside ``input_ids`` and one number a sample, which is most of the
             time of a batch: any of ``"labels"``, ``"masked_indices"`` and ``"masked_rows"``. What
             is left out is None. :func:`masked_nll` needs the first and the last.
@@ -265,7 +264,7 @@ def corrupt(
             embeddings and indices may be int32, targets of ``F.cross_entropy`` may not.
         out: a batch of the same shape, dtype and outputs, whose memory the result takes over: it
             and its parts then show the new values. ``backward`` of what was computed from it must
-            be done: it raises afterwards, as after any change in place.
+            be done: it raises afterwards, as after any change in place. Not of documents.
         source: what errors call the flat corpus, such as its path.
         backend: ``"auto"``, or one of :func:`nar_kernels.backends`.
 
@@ -274,7 +273,7 @@ def corrupt(
 
     Raises:
         InvalidTokenError: an id outside [0, V), or equal to ``mask_id``.
-        IndexError: a window reaches outside the corpus.
+        IndexError: a window or a document reaches outside the corpus.
         TypeError, ValueError: wrong dtypes, shapes or devices, a negative sample slot, labels that
             are other ids.
 
@@ -308,8 +307,9 @@ def corrupt(
     if not 1 <= global_batch < 1 << 32:
         raise ValueError(f"global_batch is {global_batch}: it must be in [1, 2**32)")
     beside_corpus = None
-    if starts is not None and loss_mask is not None and loss_mask.dim() == 1:
-        beside_corpus, loss_mask = _check_beside(loss_mask, tokens), None
+    is_flat = isinstance(loss_mask, Tensor) and loss_mask.dim() == 1
+    if loss_mask is not None and starts is not None and (is_flat or samples.documents):
+        beside_corpus, loss_mask = _check_beside(loss_mask, tokens, starts.device), None
     supervised = check_maskable(
         samples.shape,
         device,
@@ -320,9 +320,12 @@ def corrupt(
         prompt_lengths=prompt_lengths,
     )
     wanted = Wanted.of(outputs, ids_dtype)
-    spans = None
+    spans, slot_ids = None, samples.sample_ids
     if samples.documents is not None:
+        if out is not None:
+            raise ValueError("out is given with lengths: the memory of documents is not reused")
         spans = _spans(samples.documents, masking, eos_id, pad_id, device)
+        slot_ids = spans.ids
     arguments = _arguments(
         masking,
         seed,
@@ -332,7 +335,7 @@ def corrupt(
         starts=starts,
         batch=samples.batch,
         seq_len=samples.seq_len,
-        sample_ids=samples.sample_ids,
+        sample_ids=slot_ids,
         maskable=supervised,
         loss_mask=beside_corpus,
         spans=spans,
@@ -349,16 +352,36 @@ def corrupt(
     return corrupted
 
 
-def _check_beside(loss_mask: Tensor, tokens: Tensor) -> Tensor:
-    """uint8 or bool ``[T]``, where the tokens are."""
+def check_stored(documents: Documents, num_tokens: int) -> None:
+    """Raises IndexError for a document of more ids than the corpus has: the kernels of a GPU, which
+    read the first ids in place of those outside, would read behind its end."""
+    if len(documents) and int(documents.stored.max()) > num_tokens:
+        at = int(documents.stored.argmax())
+        raise IndexError(
+            f"document {at} has length {int(documents.stored[at])}, which reaches outside the "
+            f"corpus of {num_tokens} tokens"
+        )
+
+
+def _check_beside(loss_mask: Tensor, tokens: Tensor, device: torch.device) -> Tensor:
+    """uint8 or bool ``[T]``, where the tokens are, for a kernel on this device."""
+    if not isinstance(loss_mask, Tensor):
+        raise TypeError(f"loss_mask is a {type(loss_mask).__name__}: it must be a tensor")
     if loss_mask.dtype not in (torch.bool, torch.uint8) or loss_mask.shape != tokens.shape:
         raise ValueError(
             f"loss_mask is {loss_mask.dtype} {list(loss_mask.shape)}: beside a corpus it must be "
-            f"bool or uint8 {list(tokens.shape)}; of the windows it is [B, L]"
+            f"bool or uint8 {list(tokens.shape)}; what says it of positions of the batch is "
+            "loss_mask [B, L] of windows, and maskable of documents"
         )
     if loss_mask.device != tokens.device:
         raise ValueError(f"loss_mask is on {loss_mask.device} but tokens are on {tokens.device}")
-    return loss_mask.contiguous()
+    loss_mask = loss_mask.contiguous()
+    if device.type == "cuda" and loss_mask.is_cpu and not loss_mask.is_pinned():
+        raise ValueError(
+            "loss_mask is in memory that a GPU cannot read, beside tokens that it can: use "
+            "loss_mask.pin_memory()"
+        )
+    return loss_mask
 
 
 class Spans(NamedTuple):
@@ -368,6 +391,11 @@ class Spans(NamedTuple):
     num_positions: int
     eos_id: int
     pad_id: int
+
+    @property
+    def ids(self) -> Tensor | None:
+        """int64 ``[n]`` on the device of the kernel: sample slots."""
+        return None if self.spans is None else self.spans[3, :-1]
 
 
 def _spans(
@@ -380,12 +408,13 @@ def _spans(
     if eos_id is None and not torch.equal(documents.stored, documents.lengths):
         raise ValueError("eos_lengths are given without eos_id, the id that they stand for")
     filler = int(masking.mask_id == 0)
-    eos_id = filler if eos_id is None else _check_id("eos_id", eos_id, masking)
-    pad_id = eos_id if pad_id is None else _check_id("pad_id", pad_id, masking)
-    return Spans(documents.spans().to(device), documents.num_positions, eos_id, pad_id)
+    eos_id = filler if eos_id is None else check_id("eos_id", eos_id, masking)
+    pad_id = eos_id if pad_id is None else check_id("pad_id", pad_id, masking)
+    return Spans(documents.spans(device), documents.num_positions, eos_id, pad_id)
 
 
-def _check_id(name: str, value: int, masking: MaskingConfig) -> int:
+def check_id(name: str, value: int, masking: MaskingConfig) -> int:
+    """``value`` as an int, if it is an id that data may have; otherwise ValueError."""
     value = as_int(name, value)
     if not 0 <= value < masking.num_tokens or value == masking.mask_id:
         raise ValueError(
@@ -421,6 +450,8 @@ def corrupt_documents(
     records it.
     """
     device = starts.device
+    check_stored(documents, len(tokens) if runs is None else int(runs[0, -1]))
+    spans = _spans(documents, masking, eos_id, pad_id, device)
     arguments = _arguments(
         masking,
         seed,
@@ -431,10 +462,10 @@ def corrupt_documents(
         starts=starts,
         batch=len(documents),
         seq_len=documents.longest,
-        sample_ids=documents.ids_on_host.to(device, non_blocking=True),
+        sample_ids=spans.ids,
         loss_mask=loss_mask,
         loss_mask_runs=loss_mask_runs,
-        spans=_spans(documents, masking, eos_id, pad_id, device),
+        spans=spans,
         global_batch=global_batch,
     )
     tensors = run_corrupt(arguments, _resolve(backend, tokens, device))
@@ -576,7 +607,7 @@ def _arguments(
         spans = Spans(None, batch * seq_len, filler, filler)
     if wanted.narrow and spans.num_positions >= 1 << 31:
         raise ValueError(
-            f"ids_dtype is torch.int32, but a batch of {batch} x {seq_len} positions has indices "
+            f"ids_dtype is torch.int32, but a batch of {spans.num_positions} positions has indices "
             "that do not fit: use torch.int64"
         )
     return CorruptArgs(
@@ -631,8 +662,10 @@ def _batch(
     counts = None
     if wanted.masked_rows and outputs[0].device.type == "cuda":  # type: ignore[union-attr]
         counts = count_on_host(a, masking, slots, documents)
+    spans = None
     if documents is not None:
         of_positions, others = outputs[:3], outputs[3:]
         outputs = [x if x is None else x.view(documents.shape) for x in of_positions] + [*others]
+        spans = a.spans
     strata = num_strata(masking, slots, a.global_batch)
-    return Corrupted(*outputs, masking, counts, strata, documents)  # type: ignore[call-arg, arg-type]
+    return Corrupted(*outputs, masking, counts, strata, documents, spans)  # type: ignore[call-arg, arg-type]

@@ -18,6 +18,8 @@ def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[T
     """The tensors of a batch, if it can take the outputs of ``a``: kernels trust their sizes."""
     if not isinstance(batch, Corrupted):
         raise TypeError(f"out is a {type(batch).__name__}: it must be a batch of `corrupt`")
+    if batch.documents is not None:
+        raise ValueError("out is a batch of documents: it must be one of windows")
     tensors = (
         batch.input_ids, batch.labels, batch.masked_indices, batch.times, batch.loss_weight,
         batch.num_masked, batch.num_maskable, batch.row_buffer,
@@ -34,16 +36,10 @@ def memory_of(batch: Corrupted, a: CorruptArgs, device: torch.device) -> tuple[T
         fits = tensor.numel() == numel and tensor.is_contiguous() and tensor.device == device
         if not fits or (x is not None and x.dtype != dtype):
             raise ValueError(
-                f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of "
-                f"{_shape(a)} and {ids} on {device}, made with the same outputs"
+                f"out is {batch} of {batch.input_ids.dtype}: it must be a whole batch of shape "
+                f"[{rows}, {a.seq_len}] and {ids} on {device}, made with the same outputs"
             )
     return memory
-
-
-def _shape(a: CorruptArgs) -> str:
-    if a.spans is None:
-        return f"shape [{a.batch}, {a.seq_len}]"
-    return f"{a.batch} documents in {a.num_positions} positions"
 
 
 def empty_outputs(a: CorruptArgs, device: torch.device) -> tuple[Tensor, ...]:

@@ -5,7 +5,6 @@ Shapes: B batch, L sequence length, R masked rows of a batch; n documents (:clas
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -28,7 +27,7 @@ def check_record(
     if bad_windows:
         raise IndexError(
             f"{bad_windows} of {batch_size} windows reach outside the corpus: starts must be in "
-            "[0, T - L]"
+            "[0, T - L], of documents with L the length of each"
         )
     if bad_slots:
         raise ValueError(f"{bad_slots} sample ids are negative: slots count from 0")
@@ -81,7 +80,7 @@ def _sample_indices(index: Any, size: int) -> Tensor:
     outside = (samples < -size) | (samples >= size)
     if outside.any():
         raise IndexError(f"sample {samples[outside][0].item()} is outside [-{size}, {size})")
-    return samples
+    return samples.remainder(max(size, 1))
 
 
 def _compact(value: Any) -> Any:
@@ -127,6 +126,7 @@ class Corrupted:
         documents: of a ragged or packed batch, where its documents lie; else None. A sample is a
             document then: shapes ``[B]`` are ``[n]``, and ``[B, L]`` is ``documents.shape``, which
             may be flat, ``[N]``.
+        spans: int64 ``[4, n + 1]`` on the device, what ``documents`` has on the host; else None.
     """
 
     input_ids: Tensor
@@ -142,6 +142,7 @@ class Corrupted:
     counts_on_host: HostCounts | None = None
     num_strata: int = 0
     documents: Documents | None = None
+    spans: Tensor | None = None
 
     def __len__(self) -> int:
         is_flat = self.documents is not None and self.documents.row_length is None
@@ -176,21 +177,20 @@ class Corrupted:
         )
         if self.documents is None:
             return share[:, None].expand(self.input_ids.shape)
-        return share.index_select(0, self.sample_indices.flatten()).view(self.input_ids.shape)
+        return self._of_positions(share)
 
     def samples_of(self, rows: Tensor) -> Tensor:
-        """int64 ``[R']``: the sample that each of these indices into the flat batch is in."""
+        """``[R']``: the sample that each of these indices into the flat batch is in."""
         if self.documents is None:
             return rows // self.input_ids.shape[1]
         return torch.searchsorted(self.cu_seqlens[1:], rows.to(torch.int32), right=True)
 
     def sum_by_sample(self, values: Tensor) -> Tensor:
-        """int64 or float64 ``[B]``: sums of ``[B, L]`` over the positions of each sample."""
+        """int64 ``[B]``: sums of integers or bools ``[B, L]`` over the positions of each sample."""
         if self.documents is None:
             return values.sum(1)
-        wide = torch.float64 if values.is_floating_point() else torch.int64
-        sums = torch.zeros(len(self.times), dtype=wide, device=values.device)
-        return sums.index_add_(0, self.sample_indices.flatten(), values.flatten().to(wide))
+        sums = torch.zeros(len(self.times), dtype=torch.int64, device=values.device)
+        return sums.index_add_(0, self.sample_indices.flatten(), values.flatten().to(torch.int64))
 
     def sum_over_rows(self, values: Tensor) -> Tensor:
         """``[n]``: for each sample, the sum of integers ``[n]`` over the samples of its row. (Rows
@@ -201,61 +201,62 @@ class Corrupted:
         sums = values.new_zeros(self.input_ids.shape[0]).index_add_(0, row, values)
         return sums.index_select(0, row)
 
-    @cached_property
+    @property
     def sample_indices(self) -> Tensor:
         """int64 ``[B, L]``: the sample that each position is in, padding in that before it."""
         shape, device = self.input_ids.shape, self.input_ids.device
         return self.samples_of(torch.arange(self.input_ids.numel(), device=device)).view(shape)
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> Tensor:
         """int32 ``[n + 1]``: where each document begins in the flat batch, last its length, as
         attention of variable length has it (:func:`nar_kernels.varlen_arguments`, which keeps the
         padding of rows apart); without documents, multiples of L."""
-        device, shape = self.input_ids.device, self.input_ids.shape
-        if self.documents is not None:
-            return self.documents.begins.to(device, torch.int32)
-        return torch.arange(shape[0] + 1, dtype=torch.int32, device=device) * shape[1]
+        if self.spans is not None:
+            return self.spans[0].to(torch.int32)
+        batch, length = self.input_ids.shape
+        return torch.arange(batch + 1, dtype=torch.int32, device=self.input_ids.device) * length
 
     @property
     def max_seqlen(self) -> int:
         """The largest difference of ``cu_seqlens``."""
         return self.input_ids.shape[1] if self.documents is None else self.documents.longest
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
         """int64 ``[n]``: how many positions each document has; the others of its space are
         padding."""
-        if self.documents is not None:
-            return self.documents.lengths.to(self.input_ids.device)
+        if self.spans is not None:
+            return self.spans[2, :-1]
         return torch.full_like(self.num_masked, self.input_ids.shape[1])
 
-    @cached_property
+    @property
     def position_ids(self) -> Tensor:
         """int64 ``[B, L]``: places in the document, from 0 on; they go on through padding."""
         shape, device = self.input_ids.shape, self.input_ids.device
         places = torch.arange(self.input_ids.numel(), device=device).view(shape)
-        begins = self.cu_seqlens.to(torch.int64)
-        return places - begins.index_select(0, self.sample_indices.flatten()).view(shape)
+        return places - self._of_positions(self.cu_seqlens[:-1].to(torch.int64))
 
-    @cached_property
+    @property
     def attention_mask(self) -> Tensor:
         """bool ``[B, L]``: where there is a document, not padding."""
-        lengths = self.lengths.index_select(0, self.sample_indices.flatten())
-        return self.position_ids < lengths.view(self.input_ids.shape)
+        return self.position_ids < self._of_positions(self.lengths)
 
-    @cached_property
+    @property
     def document_ids(self) -> Tensor:
         """int64 ``[B, L]``: the sample slot of the document at each position; -1 at padding.
 
         Raises:
             ValueError: the batch is not one of documents.
         """
-        if self.documents is None:
+        if self.spans is None:
             raise ValueError("the batch has no documents: make it with lengths=... of `corrupt`")
-        ids = self.documents.ids_on_host.to(self.input_ids.device)
-        of_positions = ids.index_select(0, self.sample_indices.flatten())
-        return of_positions.view(self.input_ids.shape).masked_fill(~self.attention_mask, -1)
+        return self._of_positions(self.spans[3, :-1]).masked_fill(~self.attention_mask, -1)
+
+    def _of_positions(self, of_samples: Tensor) -> Tensor:
+        """``[B, L]``: what each position's sample has."""
+        there = of_samples.index_select(0, self.sample_indices.flatten())
+        return there.view(self.input_ids.shape)
 
     @property
     def masked_rows(self) -> Tensor:
@@ -310,7 +311,8 @@ class Corrupted:
         """Raises :class:`InvalidTokenError` for a bad id, IndexError for a window outside the
         corpus, ValueError for a negative sample slot.
 
-        ``source`` names the corpus; without it, errors give a row and a column of the batch.
+        ``source`` names the corpus; without it, errors give a row and a column of the batch, or of
+        documents an offset in the tokens.
         Synchronises with the device.
         """
 
@@ -339,7 +341,7 @@ class Corrupted:
         """The samples of a slice, of a list, array or tensor of indices, or of a bool tensor
         ``[B]``.
 
-        Synchronises with the device, except for slices of step 1.
+        Synchronises with the device, except for slices of step 1 of a batch of windows.
 
         Raises:
             IndexError: an index is outside [-B, B).
@@ -388,11 +390,13 @@ class Corrupted:
         for name in _PER_SAMPLE:
             tensors[name] = getattr(self, name).index_select(0, chosen_there)
         if self.row_buffer is not None:
-            self.need("masked_indices")
-            masked = tensors["masked_indices"].flatten().nonzero().flatten()
+            is_masked = torch.zeros(self.input_ids.numel(), dtype=torch.bool, device=device)
+            is_masked[self.masked_rows.to(torch.int64)] = True
+            masked = is_masked.index_select(0, positions).nonzero().flatten()
             tensors["row_buffer"] = masked.to(self.row_buffer.dtype)
         counts = None if self.counts_on_host is None else self.counts_on_host[chosen]
-        return replace(self, **tensors, counts_on_host=counts, documents=documents)
+        spans = documents.spans(device)
+        return replace(self, **tensors, counts_on_host=counts, documents=documents, spans=spans)
 
     def _host_can_count(self) -> bool:
         """Whether the host knows how many rows each sample has, without a sync or a graph break."""
@@ -453,11 +457,14 @@ class Corrupted:
         invalid[1:3] = records[offsets.argmin(), 1:3]
         counts = [b.counts_on_host for b in batches if b.counts_on_host is not None]
         whole = HostCounts(lambda: torch.cat([count() for count in counts]))
-        documents = [batch.documents for batch in batches if batch.documents is not None]
+        parts_of = [batch.documents for batch in batches if batch.documents is not None]
+        documents = Documents.cat(parts_of) if parts_of else None
+        device = batches[0].input_ids.device
         return replace(
             batches[0],
             **tensors,
-            documents=Documents.cat(documents) if documents else None,
+            documents=documents,
+            spans=None if documents is None else documents.spans(device),
             row_buffer=torch.cat(rows) if rows else None,  # type: ignore[arg-type]
             invalid=invalid,
             num_strata=0,  # two samples may have the same

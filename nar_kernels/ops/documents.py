@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.ops.tokens import check_ids
+from nar_kernels.ops.tokens import check_ids, check_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +57,15 @@ class Documents:
         """Positions of the longest space, at least 1."""
         return max(int(self.begins.diff().max()), 1) if len(self) else 1
 
-    @property
-    def num_filled(self) -> int:
-        """How many documents have a position."""
-        return int((self.lengths > 0).sum())
-
-    def spans(self) -> Tensor:
-        """int64 ``[3, n + 1]``, as in ``CorruptArgs``."""
+    def spans(self, device: torch.device) -> Tensor:
+        """int64 ``[4, n + 1]``: the rows of ``CorruptArgs.spans``, and the ids; on a device, which
+        is not waited for."""
         last = self.lengths.new_zeros(1)
-        rows = self.begins, torch.cat([self.stored, last]), torch.cat([self.lengths, last])
-        return torch.stack(rows)
+        others = (torch.cat([x, last]) for x in (self.stored, self.lengths, self.ids_on_host))
+        spans = torch.stack([self.begins, *others])
+        if device.type != "cuda":
+            return spans.to(device)
+        return spans.pin_memory().to(device, non_blocking=True)
 
     def of_rows(self, rows: Sequence[int]) -> tuple["Documents", Tensor, Tensor]:
         """The documents of some rows (of a flat batch: some documents), which of these documents
@@ -119,53 +118,78 @@ def check_documents(
     seq_len: int | None,
     sample_ids: Tensor | range | None,
 ) -> Documents:
-    """The arguments of :func:`nar_kernels.corrupt` of these names, checked.
+    """The arguments of :func:`nar_kernels.corrupt` of these names, checked, and copied.
 
     Raises:
         TypeError, ValueError: wrong dtypes or shapes; lengths below 0; documents that overlap or
-            reach over the end of a row; a row that does not begin with a document.
+            reach over the end of a row; a row that does not begin with a document; 2**31 positions
+            or more.
     """
     stored = _counts("lengths", lengths, None)
     n = len(stored)
     total = stored
     if eos_lengths is not None:
         total = stored + _counts("eos_lengths", eos_lengths, n)
-    if isinstance(sample_ids, range):
-        sample_ids = torch.arange(sample_ids.start, sample_ids.stop, sample_ids.step, device="cpu")
-    if sample_ids is None:
-        ids = torch.arange(n, device="cpu")
-    else:
-        ids = check_ids("sample_ids", sample_ids.cpu(), torch.device("cpu"))
-    if len(ids) != n:
-        raise ValueError(f"there are {n} lengths but {len(ids)} sample_ids")
-    if len(ids) and int(ids.min()) < 0:
-        raise ValueError(f"sample id {int(ids.min())} is negative: slots count from 0")
+    _check_size(float(total.double().sum()))
+    ids = _slots(sample_ids, n)
+    if (places is None) != (num_rows is None):
+        raise ValueError("places and num_rows go together: where documents begin, in so many rows")
     if seq_len is None:
-        if places is not None or num_rows is not None:
-            raise ValueError("places and num_rows are for rows: give seq_len, the length of a row")
+        if places is not None:
+            raise ValueError("places are of rows: give seq_len, the length of a row")
         begins = torch.cat([total.new_zeros(1), total.cumsum(0)])
         return Documents(begins, stored, total, ids)
     if places is None:
-        num_rows = n if num_rows is None else as_int("num_rows", num_rows)
-        places = torch.arange(n, device="cpu") * seq_len
-    elif num_rows is None:
-        raise ValueError("places are given without num_rows, the number of rows [num_rows, L]")
+        num_rows, places = n, torch.arange(n, device="cpu") * seq_len
+    num_rows = as_int("num_rows", num_rows)
+    if num_rows < 0:
+        raise ValueError(f"num_rows is {num_rows}: it must be at least 0")
+    _check_size(float(num_rows) * seq_len)
     places = _counts("places", places, n)
-    begins = torch.cat([places, places.new_tensor([as_int("num_rows", num_rows) * seq_len])])
+    begins = torch.cat([places, places.new_tensor([num_rows * seq_len])])
     _check_places(begins, total, seq_len)
     return Documents(begins, stored, total, ids, seq_len)
 
 
-def _counts(name: str, counts: Tensor, n: int | None) -> Tensor:
-    """int64 ``[n]`` on the CPU."""
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"{name} is a {type(counts).__name__}: it must be a tensor, int64 [n]")
-    if not counts.is_cpu:
+def _check_size(num_positions: float) -> None:
+    if num_positions >= 1 << 31:
         raise ValueError(
-            f"{name} is on {counts.device}: it must be on the CPU, since the shape of the batch "
-            "depends on it"
+            f"the batch has {num_positions:.0f} positions: documents in one batch may have less "
+            "than 2**31, since cu_seqlens are int32; make several"
         )
-    counts = check_ids(name, counts, torch.device("cpu"))
+
+
+def _slots(sample_ids: Tensor | range | None, n: int) -> Tensor:
+    """int64 ``[n]`` on the CPU."""
+    if sample_ids is None:
+        return torch.arange(n, device="cpu")
+    if isinstance(sample_ids, range):
+        check_range("sample_ids", sample_ids)
+        ids = torch.arange(sample_ids.start, sample_ids.stop, sample_ids.step, device="cpu")
+    else:
+        ids = _on_host("sample_ids", sample_ids)
+    if len(ids) != n:
+        raise ValueError(f"there are {n} lengths but {len(ids)} sample_ids")
+    if len(ids) and int(ids.min()) < 0:
+        raise ValueError(f"sample id {int(ids.min())} is negative: slots count from 0")
+    return ids
+
+
+def _on_host(name: str, values: Tensor) -> Tensor:
+    """int64 ``[n]`` on the CPU, a copy."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} is a {type(values).__name__}: it must be a tensor, int64 [n]")
+    if not values.is_cpu:
+        raise ValueError(
+            f"{name} is on {values.device}: of documents it must be on the CPU, since the shape of "
+            "the batch, or what the host knows of it, depends on it"
+        )
+    return check_ids(name, values, torch.device("cpu")).clone()
+
+
+def _counts(name: str, counts: Tensor, n: int | None) -> Tensor:
+    """int64 ``[n]`` on the CPU, at least 0, a copy."""
+    counts = _on_host(name, counts)
     if n is not None and len(counts) != n:
         raise ValueError(f"there are {n} lengths but {len(counts)} {name}")
     if len(counts) and int(counts.min()) < 0:
@@ -175,7 +199,14 @@ def _counts(name: str, counts: Tensor, n: int | None) -> Tensor:
 
 
 def _check_places(begins: Tensor, lengths: Tensor, seq_len: int) -> None:
-    places = begins[:-1]
+    places, end = begins[:-1], int(begins[-1])
+    wrong = places >= end
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"document {at} begins at position {int(places[at])}, behind the last row, which ends "
+            f"at {end}: leave it out if it is empty, or give more rows"
+        )
     wrong = places + lengths > begins[1:]
     if wrong.any():
         at = int(wrong.nonzero()[0])

@@ -74,7 +74,8 @@ def count_on_host(
     def counts() -> Tensor:
         sample_ids = spans = None
         if documents is not None:
-            sample_ids, spans = documents.ids_on_host, documents.spans()
+            sample_ids = documents.ids_on_host
+            spans = documents.spans(torch.device("cpu"))
         elif listed:
             assert slots is not None
             sample_ids = torch.arange(slots.start, slots.stop, slots.step, device="cpu")

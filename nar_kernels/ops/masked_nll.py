@@ -70,11 +70,11 @@ def masked_nll(
             * ``"token"``: the same sum and number for any loss weights, also of no bound.
             * ``"sequence"``: ``sum(loss_weight * nll)`` of each row of the batch over its own
               number of maskable positions, then the mean over rows: each counts the same.
-            * ``"answer"``: the same of each document of a packed batch, however long its answer is
-              (LLaDA's loss of fine-tuning, arXiv:2502.09992). Of other batches, whose samples are
-              rows, it is ``"sequence"``.
-            * ``"batch"``: ``sum(loss_weight * nll)`` over the number of rows (of a flat batch of
-              documents, of those).
+            * ``"answer"``: the same of each sample, which in a packed batch is a document, however
+              long its answer is (LLaDA's loss of fine-tuning, arXiv:2502.09992): the mean over
+              those that have maskable positions.
+            * ``"batch"``: ``sum(loss_weight * nll)`` over the number of rows. (A flat batch of
+              documents has a row for each.)
             * ``"mean"``: the mean over masked positions, without weights.
             * ``"none"``: ``nll`` itself, ``[R]``, in the order of ``masked_rows``.
         normalizer: divide by this instead of the batch's own count of maskable (``"nelbo"``,
@@ -83,7 +83,7 @@ def masked_nll(
             checked, to avoid a sync.
         position_weight: float ``[B, L]``: factors of the losses at these positions, such as
             :func:`cart_weights`; not with ``"nelbo"``, of which no bound would be left, and
-            ``"none"``.
+            ``"none"``. A constant: no gradient goes there.
         static_shapes: pad the masked rows to C, ``corrupted.row_capacity``, so that shapes do not
             depend on data: the host never waits for the device, and a CUDA graph can capture this.
             Padding adds exactly 0 to the loss and, if hidden states are finite, to every gradient.
@@ -155,6 +155,7 @@ def head_nll(
     is_log_prob: bool = False,
     reduction: Reduction = "nelbo",
     normalizer: float | Tensor | None = None,
+    position_weight: Tensor | None = None,
     static_shapes: bool = False,
 ) -> Tensor:
     """:func:`masked_nll` for any head, from ``[C, D]`` to logits ``[C, V]``. Chunks of rows are
@@ -164,6 +165,7 @@ def head_nll(
         is_log_prob: the head returns log-probabilities.
     """
     _check(hidden, corrupted, reduction, normalizer, static_shapes)
+    _check_position_weight(position_weight, corrupted, reduction)
     rows, labels = masked_labels(corrupted, static_shapes)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
 
@@ -185,7 +187,7 @@ def head_nll(
         for some, of_them in zip(picked.split(size), labels.split(size), strict=True)
     ]
     nll = torch.cat(parts)
-    return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
+    return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes, position_weight)
 
 
 def logits_nll(logits: Tensor, labels: Tensor, is_log_prob: bool = False) -> Tensor:
@@ -229,14 +231,13 @@ def count(corrupted: Corrupted, reduction: Reduction) -> Tensor:
 
 
 def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
-    """int64 scalar on the device: how many rows there are (``"sequence"``, ``"batch"``) or
-    documents (``"answer"``), or positions that are maskable (``"nelbo"``, ``"token"``) or masked,
-    without those whose label was set to -100."""
+    """int64 scalar on the device: how many rows there are (``"sequence"``, ``"batch"``), or samples
+    with maskable positions (``"answer"``), or positions that are maskable (``"nelbo"``,
+    ``"token"``) or masked, without those whose label was set to -100."""
     if reduction in _BY_SAMPLE:
-        number = len(corrupted)
-        if reduction == "answer" and corrupted.documents is not None:
-            number = corrupted.documents.num_filled
-        return corrupted.num_masked.new_full((), number)
+        if reduction == "answer":
+            return (corrupted.num_maskable > _num_ignored(corrupted)).sum()
+        return corrupted.num_masked.new_full((), len(corrupted))
     return _count(corrupted, reduction, _num_ignored(corrupted).sum())
 
 
@@ -246,7 +247,9 @@ def _num_ignored(corrupted: Corrupted) -> Tensor:
     is_ignored = corrupted.labels == IGNORE_INDEX
     if corrupted.masked_indices is not None:
         return corrupted.sum_by_sample(is_ignored & corrupted.masked_indices)
-    num_labels = corrupted.cu_seqlens.diff()  # with padding's, which are -100, too
+    num_labels: int | Tensor = corrupted.labels.shape[-1]
+    if corrupted.documents is not None:
+        num_labels = corrupted.cu_seqlens.diff()  # with padding's, which are -100, too
     return corrupted.sum_by_sample(is_ignored) - (num_labels - corrupted.num_masked)
 
 
@@ -294,7 +297,7 @@ def _row_weight(
             weight = weight.double() / lengths.clamp(min=1)
         of_rows = weight.index_select(0, corrupted.samples_of(rows))
     if position_weight is not None:
-        of_rows = of_rows * position_weight.reshape(-1).index_select(0, rows)
+        of_rows = of_rows * position_weight.detach().reshape(-1).index_select(0, rows)
     return of_rows
 
 

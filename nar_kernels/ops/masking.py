@@ -114,10 +114,10 @@ class MaskingConfig:
     # For each of _NUM_PARTS equal parts of time, the largest ratio from its start on, in units of
     # 2**-32.
     ratio_bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    # Results of _stratified_capacity, which take 100 us.
     _shares_of_times: dict[torch.device, Tensor] = field(
-        default_factory=dict, init=False, repr=False, compare=False
+        init=False, repr=False, compare=False, default_factory=dict
     )
+    # Results of _stratified_capacity, which take 100 us.
     _capacities: dict[tuple[int, int, int], int] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )

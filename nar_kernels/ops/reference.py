@@ -222,7 +222,7 @@ def _places(a: CorruptArgs) -> Tensor:
 def _documents_ref(a: CorruptArgs, starts: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`windows_ref`, of samples of different lengths, each padded to L."""
     assert a.spans is not None
-    begins, stored, lengths = a.spans
+    begins, stored, lengths = a.spans[:3]
     invalid = torch.zeros(3, dtype=torch.int64, device=starts.device)
     rows = []
     for start, count, length in zip(
@@ -248,7 +248,7 @@ def _can_mask(a: CorruptArgs, starts: Tensor, clean: Tensor) -> Tensor:
     stored = torch.full_like(starts, a.seq_len)
     begins = torch.arange(len(starts), device=starts.device) * a.seq_len
     if a.spans is not None:
-        begins, stored, lengths = a.spans[:, :-1]
+        begins, stored, lengths = a.spans[:3, :-1]
         can_mask = places < lengths[:, None]
     if a.maskable is not None and a.maskable.numel():
         at = (begins[:, None] + places).clamp(max=a.maskable.numel() - 1)

@@ -19,11 +19,20 @@ DTYPE_CODE = {dtype: code for code, dtype in enumerate(TOKEN_DTYPES.values())}
 
 
 def check_ids(name: str, ids: Tensor, device: torch.device) -> Tensor:
+    """``ids``, contiguous, if they are int64 ``[B]`` on a device; otherwise ValueError."""
     if ids.dim() != 1 or ids.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 [B]; got {ids.dtype} {list(ids.shape)}")
     if ids.device != device:
         raise ValueError(f"{name} is on {ids.device} but tokens are on {device}")
     return ids.contiguous()
+
+
+def check_range(name: str, slots: range) -> None:
+    """Raises ValueError unless a range counts up, from 0 on and below 2**63."""
+    if slots.step < 1 or slots.start < 0 or slots.stop > 1 << 63:
+        raise ValueError(
+            f"{name} is {slots}: a range must be in [0, 2**63), with a step of at least 1"
+        )
 
 
 def check_token_dtype(dtype: torch.dtype, what: str = "tokens") -> None:

@@ -168,3 +168,44 @@ def test_unknown_reductions() -> None:
     for reduction in ("none", "sum"):
         with pytest.raises(ValueError, match=f"reduction is '{reduction}'"):
             NonAutoregressiveWrapper(model_of(ByMask).net, mask_id=MASK, reduction=reduction)  # type: ignore[arg-type]
+
+
+def test_critics_are_not_trained_on_documents() -> None:
+    packed, *_ = batches(0)
+    critic = nn.Sequential(nn.Embedding(V, 1))
+    net = model_of(ByMask).net
+    model = NonAutoregressiveWrapper(net, mask_id=MASK, token_critic=critic)
+    with pytest.raises(ValueError, match="documents, which a critic would not keep apart"):
+        model(packed)
+    assert model(packed, only_train_generator=True).loss.isfinite()
+
+
+def test_self_conditioning_of_a_flat_batch() -> None:
+    x_transformers = pytest.importorskip("x_transformers")
+    net = x_transformers.TransformerWrapper(
+        num_tokens=V,
+        max_seq_len=100,
+        attn_layers=x_transformers.Encoder(dim=D, depth=1, heads=2, attn_dim_head=8),
+    )
+    model = NonAutoregressiveWrapper(
+        net.double(), mask_id=MASK, self_cond=True, self_cond_train_prob=1.0
+    )
+    losses = [float(model.double()(batch, seed=1).loss.detach()) for batch in batches(5)]
+    assert losses == pytest.approx(losses[:1] * 3, 1e-9)
+
+
+def test_a_head_is_verified_on_the_whole_batch() -> None:
+    """What describes documents describes all of them."""
+
+    class Strict(ByBegins):
+        def forward(  # type: ignore[override]
+            self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, pos: Tensor
+        ) -> Tensor:
+            assert int(cu_seqlens[-1]) == ids.numel()
+            return super().forward(ids, cu_seqlens, max_seqlen, pos)
+
+    net = Strict()
+    adapter = NetAdapter(net, num_tokens=V, max_seq_len=L, head=net.head)
+    model = NonAutoregressiveWrapper(adapter.double(), mask_id=MASK)
+    for batch in batches(2):
+        assert model(batch).loss.isfinite()

@@ -1,11 +1,16 @@
 """Ragged and packed batches: backends agree, and a document is the same wherever it lies."""
 
+import copy
+import pickle
 import random
 
 import pytest
 import torch
 
+import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig
+from nar_kernels.data.stream import ArrayInMemory, TokenStream
+from nar_kernels.ops.corrupt import corrupt_documents
 from tests.helpers.batches import assert_same, corrupt
 
 COMPILED = [
@@ -205,9 +210,138 @@ def test_parts_of_a_batch_of_documents(layout):
     expected = {}
     for i in chosen:
         expected |= by_document(batch[i : i + 1])
-    part = batch[chosen]
-    assert by_document(part) == expected
-    assert torch.equal(part.masked_rows, part.masked_indices.flatten().nonzero().flatten())
+    parts = [batch[index] for index in (chosen, [2 - len(batch), 0], torch.tensor(chosen))]
+    mask = torch.zeros(len(batch), dtype=torch.bool)
+    mask[chosen] = True
+    parts += [batch[mask], batch[[]]]
+    for part in parts[:-1]:
+        assert by_document(part) == expected
+        assert torch.equal(part.masked_rows, part.masked_indices.flatten().nonzero().flatten())
+        assert torch.equal(part.lengths, part.documents.lengths)
+    assert len(parts[-1]) == 0 and parts[-1].input_ids.numel() == 0
+
+
+@pytest.mark.parametrize("layout", ["flat", "rows"])
+def test_parts_without_a_mask_of_positions(layout):
+    """What `masked_nll` needs is enough for gradient accumulation."""
+    rng = random.Random(3)
+    tokens, starts, lengths = corpus(12, 9, rng)
+    how = {"starts": starts, "lengths": lengths, "seed": 1}
+    how |= {} if layout == "flat" else rows_of(lengths, 12, rng)
+    masking = MaskingConfig(NUM_TOKENS, MASK)
+    whole = corrupt(tokens, masking, **how)
+    fewer = corrupt(tokens, masking, outputs=("labels", "masked_rows"), **how)
+    for some, part in zip(whole.microbatches(2), fewer.microbatches(2), strict=True):
+        assert torch.equal(some.masked_rows, part.masked_rows)
+        assert torch.equal(some.labels, part.labels) and part.masked_indices is None
+
+
+def test_batches_of_documents_travel():
+    lengths = torch.full((100_000,), 3)
+    ids = torch.arange(100_000)
+    batch = corrupt(
+        T6,
+        MaskingConfig(NUM_TOKENS, MASK),
+        seed=1,
+        starts=torch.tensor([0, 2, 1]),
+        lengths=lengths[:3],
+        sample_ids=ids[7:10],
+    )
+    lengths.fill_(1)  # of the user: the batch has its own
+    pickled = pickle.dumps(batch)
+    assert len(pickled) < 20_000
+    for other in (pickle.loads(pickled), copy.deepcopy(batch), batch.to("cpu")):
+        assert_same(other, batch)
+        assert by_document(other) == by_document(batch)
+        assert torch.equal(other.document_ids, batch.document_ids)
+    assert batch.lengths.tolist() == batch.documents.lengths.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_only_wanted_outputs(backend, narrow):
+    rng = random.Random(6)
+    tokens, starts, lengths = corpus(6, 40, rng)
+    how = {"starts": starts, "lengths": lengths, "seed": 1, "eos_id": EOS}
+    how |= {"eos_lengths": torch.ones_like(lengths), "seq_len": 50}
+    how["ids_dtype"] = torch.int32 if narrow else torch.int64
+    masking = MaskingConfig(NUM_TOKENS, MASK)
+    whole = corrupt(tokens, masking, backend="reference", **how)
+    for outputs in ((), ("labels",), ("masked_indices", "masked_rows")):
+        got = corrupt(tokens, masking, backend=backend, outputs=outputs, **how)
+        assert torch.equal(got.input_ids, whole.input_ids)
+        for name in ("labels", "masked_indices"):
+            value = getattr(got, name)
+            assert (
+                value is None if name not in outputs else torch.equal(value, getattr(whole, name))
+            )
+        if "masked_rows" in outputs:
+            assert torch.equal(got.masked_rows, whole.masked_rows)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_loss_mask_in_runs(backend):
+    """Beside tokens in one piece, as a file of several parts has it."""
+    if backend != "cpp":
+        pytest.skip("runs are of the host")
+    rng = random.Random(8)
+    tokens, starts, lengths = corpus(9, 30, rng)
+    flags = torch.tensor([rng.random() < 0.6 for _ in range(len(tokens))], dtype=torch.uint8)
+    parts = TokenStream([ArrayInMemory(part) for part in flags.clone().chunk(5)])
+    masking = MaskingConfig(NUM_TOKENS, MASK)
+    expected = corrupt(tokens, masking, seed=1, starts=starts, lengths=lengths, loss_mask=flags)
+    got = corrupt_documents(
+        expected.documents, tokens, starts, masking, seed=1, global_batch=9,
+        loss_mask_runs=parts.runs, backend=backend,
+    )  # fmt: skip
+    assert_same(got, expected)
+
+
+@pytest.mark.triton
+def test_rows_of_other_lengths_have_other_kernels(monkeypatch):
+    """What a kernel was compiled for, such as how long a tile is, tells it from others."""
+    kernels = pytest.importorskip("nar_kernels.ops.kernels.corrupt")
+    variants = []
+
+    def note(grid, arguments, variant, options):
+        variants.append((variant, tuple(sorted(options().items()))))
+
+    monkeypatch.setattr(kernels, "_launch", note)
+    tokens = torch.zeros(20_000, dtype=torch.uint8)
+    for length in (50, 60, 100, 3000, 4096, 9000, 12000):
+        nar_kernels.corrupt(
+            tokens,
+            MaskingConfig(NUM_TOKENS, MASK),
+            seed=1,
+            starts=torch.tensor([0]),
+            lengths=torch.tensor([length]),
+            backend="triton",
+        )
+    kernel_of = dict(variants)
+    assert all(kernel_of[variant] == options for variant, options in variants)
+    assert len(kernel_of) == 4
+
+
+@pytest.mark.parametrize("layout", ["flat", "rows"])
+def test_static_shapes(layout):
+    rng = random.Random(9)
+    tokens, starts, lengths = corpus(8, 9, rng)
+    how = {"starts": starts, "lengths": lengths, "seed": 1}
+    how |= {} if layout == "flat" else rows_of(lengths, 12, rng)
+    batch = corrupt(tokens, MaskingConfig(NUM_TOKENS, MASK), **how)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*batch.input_ids.shape, 6, generator=generator, dtype=torch.float64)
+    head = torch.randn(NUM_TOKENS, 6, generator=generator, dtype=torch.float64)
+    weight = torch.rand(batch.input_ids.shape, generator=generator, dtype=torch.float64)
+    for reduction in ("nelbo", "token", "mean", "sequence", "answer", "batch"):
+        given = {} if reduction == "nelbo" else {"position_weight": weight}
+        losses = [
+            nar_kernels.masked_nll(
+                hidden, head, batch, reduction=reduction, static_shapes=static, **given
+            )
+            for static in (False, True)
+        ]
+        assert losses[0] > 0 and abs(losses[0] / losses[1] - 1) < 1e-12
 
 
 # ---- bad input
@@ -223,13 +357,25 @@ T6 = torch.arange(3, 9)
         ({"lengths": [2]}, ValueError, "2 starts but 1 lengths"),
         ({"lengths": [2.0, 1.0]}, ValueError, "lengths must be int64"),
         ({"lengths": [2, 5]}, IndexError, "length 5 reaches outside the corpus of 6"),
+        ({"lengths": [2, 9]}, IndexError, "document 1 has length 9, which reaches outside"),
         ({"starts": None}, ValueError, "starts say where"),
         ({"eos_lengths": [1, 1]}, ValueError, "eos_lengths are given without eos_id"),
         ({"eos_lengths": [1], "eos_id": 1}, ValueError, "2 lengths but 1 eos_lengths"),
         ({"eos_lengths": [1, 1], "eos_id": MASK}, ValueError, "eos_id is 59: .*not mask_id"),
         ({"pad_id": 60}, ValueError, r"pad_id is 60: it must be in \[0, 60\)"),
-        ({"places": [0, 2]}, ValueError, "give seq_len"),
-        ({"places": [0, 2], "seq_len": 4}, ValueError, "without num_rows"),
+        ({"places": [0, 2], "num_rows": 1}, ValueError, "give seq_len"),
+        ({"places": [0, 2], "seq_len": 4}, ValueError, "places and num_rows go together"),
+        ({"num_rows": 2, "seq_len": 4}, ValueError, "places and num_rows go together"),
+        ({"places": [0, 4], "seq_len": 4, "num_rows": -1}, ValueError, "num_rows is -1"),
+        (
+            {"places": [0, 4], "seq_len": 4, "num_rows": 1},
+            ValueError,
+            "document 1 begins at position 4, behind the last row",
+        ),
+        ({"lengths": [1 << 40, 1]}, ValueError, r"less than 2\*\*31"),
+        ({"lengths": [1 << 62, 1 << 62]}, ValueError, r"less than 2\*\*31"),
+        ({"sample_ids": range(5, 3, -1)}, ValueError, "with a step of at least 1"),
+        ({"out": True}, ValueError, "the memory of documents is not reused"),
         (
             {"places": [0, 1], "seq_len": 4, "num_rows": 1},
             ValueError,
@@ -245,7 +391,7 @@ T6 = torch.arange(3, 9)
             ValueError,
             "no document begins at position 4, where row 1 does",
         ),
-        ({"seq_len": 2}, ValueError, "reaches over the end of its row of 2|leave each its"),
+        ({"seq_len": 2}, ValueError, "places must ascend and leave each its length"),
         ({"sample_ids": [0, -3]}, ValueError, "sample id -3 is negative"),
         ({"prompt_lengths": [3, 0]}, ValueError, r"prompt_lengths\[0\] is 3: .* \[0, 2\]"),
         ({"loss_mask": [1, 0]}, ValueError, r"beside a corpus it must be bool or uint8 \[6\]"),
@@ -256,6 +402,30 @@ def test_errors(change, error, message):
     how = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in how.items()}
     with pytest.raises(error, match=message):
         corrupt(T6, MaskingConfig(NUM_TOKENS, MASK), seed=1, **how)
+
+
+@pytest.mark.parametrize("name", ["lengths", "sample_ids", "loss_mask", "places"])
+def test_lists_are_no_tensors(name):
+    how = {"starts": torch.tensor([0, 3]), "lengths": torch.tensor([2, 3]), name: [0, 1]}
+    how |= {"seq_len": 4, "num_rows": 2} if name == "places" else {}
+    with pytest.raises(TypeError, match=f"{name} is a list"):
+        nar_kernels.corrupt(T6, MaskingConfig(NUM_TOKENS, MASK), seed=1, **how)
+
+
+def test_memory_of_windows_is_not_of_documents():
+    masking = MaskingConfig(NUM_TOKENS, MASK)
+    how = {"starts": torch.tensor([0, 3]), "lengths": torch.tensor([3, 3])}
+    documents = corrupt(T6, masking, seed=1, **how)
+    with pytest.raises(ValueError, match="out is a batch of documents"):
+        nar_kernels.corrupt(T6.view(2, 3), masking, seed=1, out=documents)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_documents_longer_than_the_corpus(backend):
+    """The kernels of a GPU would read behind its end."""
+    how = {"seed": 1, "starts": torch.tensor([0]), "lengths": torch.tensor([1000])}
+    with pytest.raises(IndexError, match="document 0 has length 1000, .* corpus of 6 tokens"):
+        corrupt(T6, MaskingConfig(NUM_TOKENS, MASK), backend=backend, **how)
 
 
 def test_options_of_documents_need_their_lengths():
@@ -278,6 +448,11 @@ def test_nothing_to_mask_weighs_nothing(backend):
     )
     assert batch.num_maskable.tolist() == [0, 0, 3] and batch.num_masked[:2].tolist() == [0, 0]
     assert batch.loss_weight[:2].tolist() == [0, 0] and batch.loss_weight.isfinite().all()
+    zeros = torch.zeros(3, dtype=torch.int64)
+    for how_many in ({}, {"seq_len": 4}, {"eos_lengths": torch.tensor([0, 2, 0]), "eos_id": EOS}):
+        all_empty = corrupt(T6, masking, starts=zeros, lengths=zeros, **how, **how_many)
+        eos = int(how_many.get("eos_lengths", zeros).sum())
+        assert int(all_empty.num_maskable.sum()) == int(all_empty.attention_mask.sum()) == eos
     nothing = torch.empty(0, dtype=torch.int64)
     empty = corrupt(T6, masking, starts=nothing, lengths=nothing, **how)
     assert empty.input_ids.shape == (0,) and len(empty) == 0 and empty.masked_rows.numel() == 0

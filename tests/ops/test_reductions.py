@@ -157,6 +157,7 @@ def packed(of: Theirs) -> tuple[Corrupted, torch.Tensor]:
         num_maskable=batch.num_maskable[order],
         row_buffer=torch.cat([rows, rows.new_zeros(6 * L - len(rows))]),
         documents=documents,
+        spans=documents.spans(torch.device("cpu")),
     )
     return moved, there(of.hidden, 0.0)
 
@@ -189,6 +190,26 @@ def test_parts_of_packed_answers_add_up(reduction: str) -> None:
         for h, part in zip(hidden, batch.microbatches(1), strict=True)
     )
     assert abs(sum(parts) / expected - 1) < 1e-12
+
+
+def test_answers_with_nothing_to_learn() -> None:
+    """Do not count as answers; rows and documents do."""
+    ids = torch.randint(0, MASK, (60,), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([10, 0, 20, 30])
+    batch = corrupt(
+        ids,
+        MaskingConfig(V, MASK),
+        seed=1,
+        starts=lengths.cumsum(0) - lengths,
+        lengths=lengths,
+        prompt_lengths=torch.tensor([10, 0, 5, 0]),
+    )
+    assert count(batch, "answer") == 2 and count(batch, "sequence") == count(batch, "batch") == 4
+    hidden = torch.zeros(60, D, dtype=torch.float64)
+    head = torch.zeros(V, D, dtype=torch.float64)
+    each = (batch.loss_weight * batch.num_masked / batch.num_maskable.clamp(min=1)).sum()
+    expected = each * torch.tensor(float(V)).log() / 2
+    assert abs(masked_nll(hidden, head, batch, reduction="answer") / expected - 1) < 1e-6
 
 
 def test_weights_of_positions() -> None:

@@ -126,7 +126,6 @@ __device__ inline int write_rows(const IdOutput& rows, int64_t index, int lane,
   return count;
 }
 
-// Everything of a row. `tiles` is such that pivots tell its keys apart.
 // Behind the end of a row.
 __device__ inline void write_padding(const KernelArgs& a, const Row& row, const Team& team) {
   const IdOutput input_ids(a, a.input_ids, row.begin), labels(a, a.labels, row.begin);
@@ -138,6 +137,7 @@ __device__ inline void write_padding(const KernelArgs& a, const Row& row, const 
   }
 }
 
+// Everything of a row. `tiles` is such that pivots tell its keys apart.
 template <bool kInPairs, int kRanks, typename Tiles>
 __device__ void write_row(const KernelArgs& a, const Row& row, const Team& team, Tiles& tiles,
                           const RowBounds<kRanks>& bounds) {

@@ -548,10 +548,15 @@ def workspace_size(batch: int) -> int:
     return NUM_INVALID + 1 + batch
 
 
+def _tile_of(seq_len: int) -> tuple[bool, int]:
+    """Whether a row is a single tile, and how long a tile is."""
+    fits = seq_len <= MAX_TILE
+    return fits, max(triton.next_power_of_2(seq_len), 64) if fits else LONG_ROW_TILE
+
+
 def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
-    fits = a.seq_len <= MAX_TILE
-    tile = max(triton.next_power_of_2(a.seq_len), 64) if fits else LONG_ROW_TILE
+    fits, tile = _tile_of(a.seq_len)
     # What a row does once, each of its warps does: 16 positions a thread.
     num_warps = max(tile // 512, 1) if fits else LONG_ROW_WARPS
     return {
@@ -601,6 +606,8 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     order = a.num_windows > 0, a.shuffle
     wanted = a.narrow, a.labels, a.masked_indices, a.masked_rows
     draw = a.exact, a.weighs_counts, a.stratified, corrupts
-    given = a.maskable_bytes, a.loss_mask is not None, a.spans is not None
-    variant = device, a.tokens.dtype, given, order, draw, wanted
+    given = a.maskable_bytes, a.loss_mask is not None
+    # The length of windows is an argument of the kernel; of documents, their spans are.
+    of_documents = None if a.spans is None else _tile_of(a.seq_len)
+    variant = device, a.tokens.dtype, given, of_documents, order, draw, wanted
     return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))
