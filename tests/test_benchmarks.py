@@ -188,6 +188,29 @@ def test_packing(tmp_path):
     assert "| PackingPlan, in order |" in output
 
 
+def test_documents(tmp_path):
+    figures, output = run("bench_documents.py", tmp_path)
+    assert [setting["lengths"] for setting in figures["documents"]] == ["uniform", "log-normal"]
+    for setting in figures["documents"]:
+        rows = {row["what"]: row["ns_per_token"] for row in setting["rows"]}
+        assert {"windows", "documents, flat", "documents, rows", "PackedLoader"} <= {*rows}
+        assert min(rows.values()) > 0
+    answers = {row["what"]: row["times_ours"] for row in figures["answers"]}
+    assert answers["ours"] == 1 and answers["ours, all outputs"] > 0
+    assert "| documents, flat |" in output
+
+
+def test_finetune_answers(tmp_path):
+    pytest.importorskip("fsspec")
+    figures, output = run("finetune_answers.py", tmp_path)
+    assert figures["pairs"] == 100 and figures["held_out"] == 20
+    rows = [(row["model"], row["given"]) for row in figures["rows"]]
+    assert rows == [(m, g) for m in ("text", "tuned") for g in ("prompt", "nothing")]
+    assert all(0 < row["bits_per_token"] < 20 for row in figures["rows"])
+    assert all(len(answers) == 8 for answers in figures["answers"].values())
+    assert output.count("written: ") == 8
+
+
 def test_block_mask(tmp_path):
     figures, output = run("bench_block_mask.py", tmp_path)
     assert [setting["shape"] for setting in figures["settings"]] == [[2, 300], [600]]

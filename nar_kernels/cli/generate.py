@@ -133,11 +133,12 @@ def _resolve(
             f"this model makes images of {spec.image_shape[0]} x {spec.image_shape[1]}: leave out "
             "--length and --max-new-tokens"
         )
-    if config.strategy == "halton" and spec.image_shape is None and config.max_new_tokens is None:
-        if math.isqrt(length) ** 2 != length:
+    if config.strategy == "halton" and spec.image_shape is None:
+        is_square = config.max_new_tokens is None and math.isqrt(length) ** 2 == length
+        if not is_square:
             raise ValueError(
-                f"--strategy halton fills a grid, and this model makes {length} tokens, which are "
-                "neither an image nor a square: use another one"
+                f"--strategy halton fills a grid, and this model makes {length} tokens, or what "
+                "--max-new-tokens says, which are neither an image nor a square: use another one"
             )
     top_k = config.top_k
     if arguments.filter_thres is not None:

@@ -69,7 +69,7 @@ class MaskedLoader:
     ``len(loader)`` is the number of steps in an epoch; iterating again continues with the next one.
 
     Where the corpus has a loss mask, only tokens that count in the loss are masked: prompts are
-    given, answers are learned. A window in which none counts has a loss weight of 0.
+    given, answers are learned. A window in which none counts adds nothing to a loss.
 
     Ids are always checked, whatever ``dataset.validate`` says: validation is fused into
     ``corrupt``. On the CPU an error is raised with the batch; on a GPU, to avoid a sync, with the
@@ -107,8 +107,8 @@ class MaskedLoader:
         shift_epochs: the windows of each epoch begin up to ``stride - 1`` tokens later, so that
             they are not always cut at the same places. N is one less then.
         random_length_prob: the share of windows that are cut to a random length in [1, L], by their
-            slots (LLaDA: 0.01). A batch then has ``documents``, and ``attention_mask`` says what is
-            padding.
+            slots (LLaDA, before fine-tuning: 0.01). A batch then has ``documents``, and
+            ``attention_mask`` says what is padding.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
         outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
@@ -178,7 +178,7 @@ class MaskedLoader:
         self._place = PlacedCorpus(corpus, device, memory, self.backend, self.world_size)
         self.corpus_memory: CorpusMemory = self._place.memory
         self._step: CorruptStep | None = None  # made when it is needed, with tables on the device
-        self._residency = Residency(corpus.stream)
+        self._residency = Residency(corpus.stream, corpus.loss_mask)
         self._stager = self._mask_stager = None
         if device.type != "cpu" and self.corpus_memory == "mapped":
             shape = self.batch_size, self.dataset.seq_len
@@ -285,17 +285,14 @@ class MaskedLoader:
                 raise ValueError(
                     "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
                     "'pinned', and whole windows at equal distances of one dataset, does the "
-                    f"kernel find the windows; here it is {self.device} and "
-                    f"{self.corpus_memory!r}, so pass an int"
+                    f"kernel find the windows (random_length_prob cuts some); here it is "
+                    f"{self.device} and {self.corpus_memory!r}, so pass an int"
                 )
         else:
             step = self._check_step(step)
             if self.corpus_memory == "mapped":
                 place = step * self.global_batch % self._order.num_windows
                 self._residency.before(begins_epoch=place < self.global_batch)
-                mask = self.dataset.corpus.loss_mask
-                if mask is not None and place < self.global_batch:
-                    mask.check_unchanged()
             if self._stager is not None:
                 windows = self._stager.windows(step)
                 if self._mask_stager is not None:

@@ -18,9 +18,10 @@ from nar_kernels.data.packing.pack import PackMethod
 from nar_kernels.data.packing.plan import Overlong, PackingPlan
 from nar_kernels.data.placement import PlacedCorpus
 from nar_kernels.data.random_lengths import check_probability, random_lengths
+from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import Wanted, corrupt_documents
+from nar_kernels.ops.corrupt import Wanted, check_id, corrupt_documents
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import MaskingConfig
@@ -30,7 +31,19 @@ Layout = Literal["rows", "flat"]
 EosFill = Literal["none", "fill_block", "fill_row"]
 
 _VERSION = 1
-_NOT_COPIED = "_place", "_deferred_check"
+_NOT_COPIED = "_place", "_residency", "_deferred_check"
+_CHECK_ALL = 1024  # batches after which all files are looked at: an epoch has no fixed number
+
+
+def check_vocabulary_of(corpus: Corpus, masking: MaskingConfig) -> None:
+    """Raises ValueError if a prepared corpus says that it has another vocabulary."""
+    for manifest in corpus.manifests[:1]:
+        for name in ("num_tokens", "mask_id"):
+            ours, theirs = getattr(masking, name), getattr(manifest, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"masking has {name} {ours} but {corpus.name} has {theirs}: they must be equal"
+                )
 
 
 class PackedLoader:
@@ -71,7 +84,9 @@ class PackedLoader:
         eos_id: id of the end of a sequence.
         block_size: for ``"fill_block"``; divides ``seq_len``.
         pad_id: id of padding. Default: ``eos_id``, or else 0 (1 if the mask is 0).
-        random_length_prob: the share of documents that are cut to a random length (LLaDA: 0.01).
+        random_length_prob: the share of documents that are cut to a random length (LLaDA, before
+            fine-tuning: 0.01), answers included; not with ``eos_fill``, which would put an end
+            there.
         corpus_memory: as of ``MaskedLoader``; from ``"mapped"`` the tokens of a batch are copied
             when it is made.
 
@@ -81,7 +96,8 @@ class PackedLoader:
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or the corpus does not say where documents end.
+        ValueError: an argument is out of range, the corpus does not say where documents end, or its
+            vocabulary is another than that of ``masking``.
         CorpusFormatError, FileNotFoundError: the corpus cannot be read.
     """
 
@@ -113,7 +129,10 @@ class PackedLoader:
         outputs: Collection[Output] = OUTPUTS,
         ids_dtype: torch.dtype = torch.int64,
     ) -> None:
+        if not isinstance(masking, MaskingConfig):
+            raise TypeError(f"masking is a {type(masking).__name__}: it must be a MaskingConfig")
         self.corpus = source if isinstance(source, Corpus) else Corpus(source)
+        check_vocabulary_of(self.corpus, masking)
         self.masking, self.seed = masking, as_int("seed", seed)
         check_seed(self.seed)
         self.batch_size = as_int("batch_size", batch_size)
@@ -128,8 +147,9 @@ class PackedLoader:
             raise ValueError(f"layout is {layout!r}: it must be 'rows' or 'flat'")
         self.layout, self.eos_fill = layout, eos_fill
         self.random_length_prob = check_probability("random_length_prob", random_length_prob)
-        self.eos_id, self.pad_id = eos_id, pad_id
-        self.block_size = self._check_fill(block_size)
+        self.eos_id = None if eos_id is None else check_id("eos_id", eos_id, masking)
+        self.pad_id = None if pad_id is None else check_id("pad_id", pad_id, masking)
+        self.block_size = self._check_fill(block_size, as_int("seq_len", seq_len))
         self.plan = PackingPlan(
             self._ends(num_documents),
             seq_len,
@@ -147,9 +167,10 @@ class PackedLoader:
         self.backend = resolve_backend(backend, self._compute_device)
         self._wanted = Wanted.of(outputs, ids_dtype)
         self.step = 0
+        self._num_rows: int | None = None  # of the first epoch
         self._place_corpus(corpus_memory)
 
-    def _check_fill(self, block_size: int | None) -> int:
+    def _check_fill(self, block_size: int | None, seq_len: int) -> int:
         """What the space of a document is a multiple of."""
         if self.eos_fill not in get_args(EosFill):
             raise ValueError(
@@ -162,7 +183,19 @@ class PackedLoader:
                 f"block_size is {block_size} and eos_fill {self.eos_fill!r}: a block size is for "
                 "'fill_block', which needs one"
             )
-        return 1 if block_size is None else as_int("block_size", block_size)
+        if self.eos_fill != "none" and self.random_length_prob:
+            raise ValueError(
+                f"random_length_prob is {self.random_length_prob} and eos_fill {self.eos_fill!r}: "
+                "a document that is cut has no end to be learned; leave one of them out"
+            )
+        if block_size is None:
+            return 1
+        block_size = as_int("block_size", block_size)
+        if block_size < 1 or seq_len % block_size:
+            raise ValueError(
+                f"block_size is {block_size}: it must divide seq_len, which is {seq_len}"
+            )
+        return block_size
 
     def _ends(self, num_documents: int | None) -> Any:
         ends = self.corpus.document_ends
@@ -186,6 +219,7 @@ class PackedLoader:
             self.corpus, self._compute_device, memory, self.backend, self.world_size
         )
         self.corpus_memory: CorpusMemory = self._place.memory
+        self._residency = Residency(self.corpus.stream, self.corpus.loss_mask)
         self._deferred_check = DeferredCheck()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,8 +236,11 @@ class PackedLoader:
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """Whole steps in the first epoch, at least 1; packs it. Iteration does not stop there."""
-        return max(self.plan.num_rows() // self.global_batch, 1)
+        """Whole steps in the first epoch, at least 1; packs it, once. Iteration does not stop
+        there."""
+        if self._num_rows is None:
+            self._num_rows = self.plan.num_rows()
+        return max(self._num_rows // self.global_batch, 1)
 
     def padding_share(self, epoch: int = 0) -> float:
         """As of ``PackingPlan``: of the layout ``"rows"``, ends of sequence included."""
@@ -225,6 +262,8 @@ class PackedLoader:
         step = as_int("step", step)
         if step < 0:
             raise ValueError(f"step is {step}: it must be at least 0")
+        if self.corpus_memory == "mapped":
+            self._residency.before(begins_epoch=step % _CHECK_ALL == 0)
         documents, starts = self._documents(step)
         corrupted = self._corrupt(documents, starts)
         check = partial(
@@ -337,8 +376,9 @@ class PackedLoader:
             ValueError: the state is of other data, packing or masking, so that this loader would
                 not continue the same sequence of batches.
         """
-        if not isinstance(state_dict, Mapping) or "place" not in state_dict:
-            raise ValueError("the state has no 'place': it is not one of a PackedLoader")
+        for name in ("place", "step"):
+            if not isinstance(state_dict, Mapping) or name not in state_dict:
+                raise ValueError(f"the state has no {name!r}: it is not one of a PackedLoader")
         if state_dict.get("version") != _VERSION:
             raise ValueError(
                 f"the state has version {state_dict.get('version')!r}, and this version of "

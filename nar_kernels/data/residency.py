@@ -31,15 +31,22 @@ class Residency:
 
     Args:
         stream: whose parts are looked after.
+        loss_mask: that of the corpus, likewise.
         most_resident: bytes.
 
     Attributes:
         is_cold: whether batches have lately come from a disk: then :meth:`read_ahead` helps.
     """
 
-    def __init__(self, stream: TokenStream, most_resident: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        loss_mask: TokenStream | None = None,
+        most_resident: int | None = None,
+    ) -> None:
         self._stream = stream
-        self._turn = itertools.cycle(stream.parts)
+        self._parts = (*stream.parts, *(() if loss_mask is None else loss_mask.parts))
+        self._turn = itertools.cycle(self._parts)
         self.is_cold, self._cold_until, self._reads = False, 0, _disk_reads()
         self._batches = 0
         if most_resident is None:
@@ -54,7 +61,8 @@ class Residency:
                 otherwise one, now and then.
         """
         if begins_epoch:
-            self._stream.check_unchanged()
+            for part in self._parts:
+                part.check_unchanged()
         self._batches += 1
         if self._batches % _OFTEN:
             return
@@ -63,7 +71,8 @@ class Residency:
             self._cold_until, self._reads = self._batches + _SELDOM, reads
         self.is_cold = self._batches < self._cold_until
         if self._batches % _SELDOM == 0 and _resident_file_bytes() > self._most_resident:
-            self._stream.release_memory()
+            for part in self._parts:
+                part.release_memory()
 
     def read_ahead(self, starts: Tensor, seq_len: int) -> None:
         """Asks for the pages of windows that begin at ``starts``, int64 ``[B]``."""

@@ -20,6 +20,7 @@ from nar_kernels.data.inspect.scan import known_scan, scan
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source
 from nar_kernels.data.packing.document_range import DocumentRange
+from nar_kernels.data.packing.plan import Overlong
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.mixture import Mixture, apportion
@@ -121,6 +122,7 @@ def open_data(
     stride: int | None = None,
     within_documents: bool = False,
     pack: bool = False,
+    overlong: Overlong = "split",
     num_held_out: int | None = None,
     folder: Path | None = None,
 ) -> Data | PackedData:
@@ -139,6 +141,7 @@ def open_data(
         stride: tokens from one training window to the next; divides L. Default: L.
         within_documents: no window reaches beyond a document.
         pack: whole documents instead of windows; of one source.
+        overlong: as of ``PackingPlan``, for ``pack``.
         num_held_out: non-overlapping windows held out at the end, or documents. Default: 180 for
             ``digits``, else a tenth of all, at most 256. Of a mixture: by weight, at least one of
             each source.
@@ -149,6 +152,11 @@ def open_data(
         ImportError: ``digits`` without scikit-learn.
     """
     name = os.fspath(name)
+    if pack and (within_documents or stride is not None):
+        raise ValueError(
+            "pack is given with stride or within_documents, which are of windows: leave them out, "
+            "or do not pack"
+        )
     options: dict[str, Any] = {"num_tokens": num_tokens, "seq_len": seq_len, "stride": stride}
     for option, value in options.items():
         options[option] = None if value is None else as_int(option, value)
@@ -161,12 +169,13 @@ def open_data(
         options["num_tokens"] = _least_vocabulary([one.corpus for one in opened])
     spec = _spec_of(opened, options["num_tokens"], options["seq_len"] or _DEFAULT_SEQ_LEN)
     if pack:
-        if len(opened) > 1 or within_documents or options["stride"] is not None:
+        if len(opened) > 1:
             raise ValueError(
-                "pack is for the documents of one source, without within_documents and stride, "
-                "which are of windows: leave those out, or do not pack"
+                f"pack is for the documents of one source, and {name} is a mixture of "
+                f"{len(opened)}: do not pack, or name one"
             )
-        return PackedData(name, spec, *_split_documents(opened[0].corpus, spec, num_held_out))
+        parts = _split_documents(opened[0].corpus, spec, num_held_out, overlong)
+        return PackedData(name, spec, *parts)
     stride = _check_stride(spec.seq_len, options["stride"])
     datasets = [
         TokenDataset(
@@ -181,8 +190,21 @@ def open_data(
     ]
     if len(datasets) == 1:
         split = _split(datasets[0], num_held_out, opened[0].num_held_out)
-        return Data(name, spec, *split)
-    return Data(name, spec, *_split_mixture(datasets, [s.weight for s in sources], num_held_out))
+        data = Data(name, spec, *split)
+    else:
+        weights = [source.weight for source in sources]
+        data = Data(name, spec, *_split_mixture(datasets, weights, num_held_out))
+    flags = data.held_out.loss_mask(data.held_out_windows)
+    if flags is not None and not flags.any():
+        raise ValueError(_nothing_counts(data.corpus, "held-out windows"))
+    return data
+
+
+def _nothing_counts(corpus: Corpus, where: str) -> str:
+    return (
+        f"no token in the {where} of {corpus.name} counts in a loss, by its loss mask: hold out "
+        "more or fewer, or mend the mask"
+    )
 
 
 def open_sources(
@@ -304,7 +326,7 @@ def _split(
 
 
 def _split_documents(
-    corpus: Corpus, spec: SequenceSpec, num_held_out: int | None
+    corpus: Corpus, spec: SequenceSpec, num_held_out: int | None, overlong: Overlong
 ) -> tuple[DocumentRange, DocumentRange]:
     ends = corpus.document_ends
     if ends is None:
@@ -320,12 +342,19 @@ def _split_documents(
             f"num_held_out is {num_held_out}: {corpus.name} has {total} documents, of which at "
             "least one must be held out and one not"
         )
-    whole = DocumentRange(corpus, 0, total, spec.seq_len, spec.num_tokens, spec.mask_id)
+    whole = DocumentRange(corpus, 0, total, spec.seq_len, spec.num_tokens, spec.mask_id, overlong)
+    if overlong == "refuse" and whole.num_longer:
+        raise ValueError(
+            f"{whole.num_longer} documents of {corpus.name} have more than seq_len "
+            f"{spec.seq_len} tokens: give a longer one, or overlong split or truncate"
+        )
     first = total - num_held_out
     parts = whole._replace(last=first), whole._replace(first=first)
     for part, what in zip(parts, ("to train on", "held out"), strict=True):
         if not part.spans()[1].any():
             raise ValueError(f"the documents of {corpus.name} that are {what} are empty")
+        if not len(part.counted_ids(1)):
+            raise ValueError(_nothing_counts(corpus, f"documents {what}"))
     return parts
 
 

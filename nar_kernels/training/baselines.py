@@ -29,8 +29,8 @@ def baselines(
     *,
     per_position: bool,
 ) -> dict[str, Baseline]:
-    """Unigram baselines: token frequencies over all positions, or at each position; of documents,
-    of the tokens that count in the loss.
+    """Unigram baselines: token frequencies over all positions, or at each position, of the tokens
+    that count in the loss.
 
     Args:
         windows: the held-out windows that are evaluated; None for documents. At most 4 M tokens of
@@ -88,8 +88,10 @@ def _count(
     counts = torch.zeros(rows, dataset.num_tokens, dtype=torch.float64, device="cpu")
     for some in chosen.split(1024):
         ids = dataset.windows(some)
-        ids = ids.T if per_position else ids.view(1, -1)
-        counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float64))
+        flags = dataset.loss_mask(some)  # of what counts
+        weight = torch.ones_like(ids) if flags is None else flags
+        ids, weight = (x.T if per_position else x.reshape(1, -1) for x in (ids, weight))
+        counts.scatter_add_(1, ids, weight.to(torch.float64))
     return counts[:, is_clean]
 
 
@@ -97,4 +99,4 @@ def _bits(counts: Tensor, model: Tensor) -> float:
     """Cross-entropy in bits of ``counts`` under probabilities proportional to ``model`` (last
     axis)."""
     log2 = (model / model.sum(-1, keepdim=True)).log2()
-    return -(counts * log2).nan_to_num(0).sum().item() / counts.sum().item()
+    return -(counts * log2).nan_to_num(0).sum().item() / max(counts.sum().item(), 1)

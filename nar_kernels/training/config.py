@@ -59,7 +59,7 @@ class TrainConfig:
         otherwise="what the data says, or two more than its greatest id",
     )
     seq_len: int | None = option(
-        None, "tokens per window (context length)", type=int, otherwise="256, digits 64"
+        None, "tokens per window or row (context length)", type=int, otherwise="256, digits 64"
     )
     stride: int | None = option(
         None,
@@ -71,7 +71,13 @@ class TrainConfig:
     pack: bool = option(
         False,
         "train on whole documents, packed into rows of at most seq-len tokens, in which each "
-        "attends to itself alone; longer ones are split",
+        "attends to itself alone (shift-tokens still looks at neighbours across documents)",
+    )
+    overlong: str = option(
+        "split",
+        "with pack, what becomes of documents longer than a row: pieces of seq-len tokens, of "
+        "which only the first has the prompt; cut off; or an error",
+        choices=("split", "truncate", "refuse"),
     )
     shift_epochs: bool = option(
         False, "the windows of each epoch begin up to a stride later than those of the last"
@@ -123,7 +129,7 @@ class TrainConfig:
         "optimiser steps, over which the learning rate decays to zero. May change with --resume; "
         "the rate from there on is that of a run with the new number",
     )
-    batch_size: int = option(32, "global batch size: windows per step over all processes")
+    batch_size: int = option(32, "global batch size: windows or rows per step over all processes")
     accumulate: int = option(
         1, "gradient accumulation: microbatches per step and process, to save memory"
     )
@@ -139,7 +145,7 @@ class TrainConfig:
     )
 
     eval_every: int = option(200, "steps between evaluations")
-    eval_draws: int = option(8, "masks per held-out window")
+    eval_draws: int = option(8, "masks per held-out window or document")
     save_every: int = option(200, "steps between checkpoints")
 
     seed: int = option(0, "random seed of weights, window order, masks and dropout")
@@ -190,7 +196,9 @@ class TrainConfig:
         seq_len = options.get("seq_len")
         if isinstance(seq_len, int) and "stride" in preset and seq_len % preset["stride"]:
             del preset["stride"]  # which must divide it
-        if any(options.get(name) for name in _NOT_PACKED):
+        if options.get("pack"):
+            preset.pop("stride", None)
+        elif any(options.get(name) for name in _NOT_PACKED):
             preset.pop("pack", None)
         return cls(**{"data": data, **preset, **options})
 
@@ -246,7 +254,7 @@ class TrainConfig:
             )
         if self.accumulate > self.batch_size:
             raise ValueError(
-                f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} windows"
+                f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} sequences"
             )
         if not 0 <= self.time_low < self.time_high <= 1:
             raise ValueError(
@@ -261,9 +269,12 @@ class TrainConfig:
             )
         given = [name for name in _NOT_PACKED if getattr(self, name)]
         if self.pack and given:
+            why = "it is of windows, and documents are packed whole"
+            if given[0] == "cuda_graph":
+                why = "a graph has the same shapes in each step"
             raise ValueError(
-                f"pack and {given[0]} exclude each other: documents are packed whole, and a CUDA "
-                "graph has the same shapes in each step; leave one of them out"
+                f"{option_of('pack')} and {option_of(given[0])} exclude each other, since {why}: "
+                f"leave one of them out"
             )
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")

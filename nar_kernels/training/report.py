@@ -78,6 +78,7 @@ def describe(
     lines = {
         "data": f"{data.name}: {to_train_on} {in_rows} to train on, {held_out} held out; "
         f"{vocabulary} ids and the mask",
+        **_longer(config, data),
         "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
         f"{num_parameters:,} parameters",
         "masking": f"{config.schedule} schedule, {config.draw} draw; loss: {config.loss}",
@@ -94,6 +95,19 @@ def describe(
         "folder": str(config.folder),
     }
     return "\n".join(f"{name:>8}  {line}" for name, line in lines.items())
+
+
+def _longer(config: TrainConfig, data: Data | PackedData) -> dict[str, str]:
+    """What to say of documents that do not fit into a row."""
+    if not isinstance(data, PackedData):
+        return {}
+    longer = data.train.num_longer + data.held_out.num_longer
+    if not longer:
+        return {}
+    done = "in pieces, of which only the first has the prompt"
+    if config.overlong == "truncate":
+        done = "cut off"
+    return {"note": f"{longer} documents are longer than that, {done}"}
 
 
 def _shown(baselines: dict[str, Baseline]) -> dict[str, Baseline]:

@@ -179,6 +179,7 @@ class Run:
             stride=config.stride,
             within_documents=config.within_documents,
             pack=config.pack,
+            overlong=config.overlong,  # type: ignore[arg-type]
             num_held_out=config.held_out,
             folder=config.folder if config.resume else None,
         )
@@ -230,6 +231,7 @@ class Run:
                 self.model.masking,
                 batch_size,
                 num_documents=data.train.last,
+                overlong=config.overlong,  # type: ignore[arg-type]
                 **where,
             )
         return MaskedLoader(

@@ -4,14 +4,24 @@ ranks, and a run goes on where it stopped."""
 import copy
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from nar_kernels import Corpus, Corrupted, InvalidTokenError, MaskingConfig, PackedLoader
+from nar_kernels import (
+    Corpus,
+    CorpusChangedError,
+    Corrupted,
+    InvalidTokenError,
+    MaskingConfig,
+    PackedLoader,
+)
+from nar_kernels.data.prepare import prepare
 from nar_kernels.data.stream import ArrayInMemory, TokenStream
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.windows import gather_ragged
@@ -219,6 +229,45 @@ def test_what_is_no_state() -> None:
     for state in ({}, {"place": 1, "version": 9}, make().plan.state(0)):
         with pytest.raises(ValueError, match="state"):
             make().load_state_dict(state)
+    without = make().state_dict()
+    del without["step"]
+    with pytest.raises(ValueError, match="the state has no 'step'"):
+        make().load_state_dict(without)
+
+
+def test_a_state_is_json_whatever_the_numbers() -> None:
+    loader = make(eos_fill="fill_row", eos_id=np.int64(EOS), pad_id=np.int32(PAD), seed=np.int64(3))
+    json.dumps(loader.state_dict())
+
+
+def test_workers() -> None:
+    """Batches made by forked processes are the same."""
+    loader = make()
+    made = DataLoader(loader, batch_size=None, sampler=range(3, 9), num_workers=2)
+    for step, batch in zip(range(3, 9), made, strict=True):
+        assert_same(batch, loader.batch(step))
+        assert by_document(batch) == by_document(loader.batch(step))
+
+
+def test_files_that_change(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(900, dtype=np.uint8) % 99)
+    loader = make(Corpus(tmp_path / "a.npy", eos_id=98))
+    loader.batch(0)
+    np.save(tmp_path / "a.npy", np.arange(900, dtype=np.uint8) % 97)
+    with pytest.raises(CorpusChangedError, match=r"a\.npy changed while it was in use"):
+        for step in range(1, 20):
+            loader.batch(step)
+
+
+def test_another_vocabulary(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    pytest.importorskip("tqdm")
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 9)
+    prepare(tmp_path / "a.jsonl", tmp_path / "a", tokenizer="bytes", workers=1, quiet=True)
+    with pytest.raises(ValueError, match="masking has num_tokens 100 but .* has 257"):
+        make(Corpus(tmp_path / "a"))
+    with pytest.raises(TypeError, match="masking is a NoneType"):
+        PackedLoader(make_corpus(), L, None, 2)  # type: ignore[arg-type]
 
 
 def test_copies() -> None:
@@ -304,7 +353,13 @@ def test_invalid_ids_are_named() -> None:
         ({"block_size": 4}, "block_size is 4 and eos_fill 'none'"),
         (
             {"block_size": 3, "eos_fill": "fill_block", "eos_id": 1},
-            "round_to is 3: it must divide seq_len",
+            "block_size is 3: it must divide seq_len",
+        ),
+        ({"eos_id": MASK}, "eos_id is 99: .* not mask_id"),
+        ({"pad_id": V}, r"pad_id is 100: it must be in \[0, 100\)"),
+        (
+            {"eos_fill": "fill_row", "eos_id": 1, "random_length_prob": 0.1},
+            "a document that is cut has no end to be learned",
         ),
         ({"random_length_prob": 1.5}, r"random_length_prob is 1.5: it must be in \[0, 1\]"),
         ({"rank": 3, "world_size": 2}, "rank is 3"),

@@ -52,7 +52,15 @@ def per_sample(batch: Corrupted) -> dict[str, Tensor]:
 
 
 def test_every_tensor_is_known_here() -> None:
-    others = {"row_buffer", "invalid", "masking", "counts_on_host", "num_strata", "documents"}
+    others = {
+        "row_buffer",
+        "invalid",
+        "masking",
+        "counts_on_host",
+        "num_strata",
+        "documents",
+        "spans",
+    }
     assert {f.name for f in fields(Corrupted)} == {*PER_SAMPLE, *others}
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from nar_kernels.data.prepare import prepare
 from nar_kernels.data.sources import PackedData, open_data
 from nar_kernels.likelihood import evaluate_documents
 from nar_kernels.training.config import ANSWERS, PRESETS
+from nar_kernels.training.report import describe
 from nar_kernels.training.step import loss_and_gradient
 from nar_kernels.training.train import Run, train
 
@@ -202,14 +205,18 @@ def test_presets(pairs: Path, tmp_path: Path) -> None:
     config = TrainConfig.for_data(pairs)
     assert config.pack and config.steps == PRESETS[ANSWERS]["steps"]
     assert not TrainConfig.for_data(pairs, stride=16).pack
-    assert not TrainConfig.for_data(write_answers(pairs, tmp_path).name).pack
+    without = write_answers(pairs, tmp_path).name
+    assert not TrainConfig.for_data(without).pack
+    # Packed on request, whatever the windows of its preset.
+    for data in (without, "text"):
+        assert TrainConfig.for_data(data, pack=True).stride is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": 8, "pack": True}, "pack and stride exclude each other"),
-        ({"cuda_graph": True, "pack": True}, "pack and cuda_graph exclude each other"),
+        ({"stride": 8, "pack": True}, "--pack and --stride exclude each other, since it is of"),
+        ({"cuda_graph": True, "pack": True}, "--pack and --cuda-graph exclude each other, since a"),
         ({"time_low": 0.7, "time_high": 0.2}, "time_low is 0.7 and time_high 0.2"),
         ({"time_low": 0.1, "loss": "nelbo"}, "loss is nelbo, which is a bound only with all times"),
     ],
@@ -227,5 +234,55 @@ def test_what_cannot_be_packed(pairs: Path, tmp_path: Path) -> None:
         open_data(pairs, pack=True, num_held_out=300)
     mixture = tmp_path / "mix.json"
     mixture.write_text(json.dumps({"mixture": [{"data": str(pairs)}] * 2}))
-    with pytest.raises(ValueError, match="pack is for the documents of one source"):
+    with pytest.raises(ValueError, match="pack is for the documents of one source, and .* of 2"):
         open_data(mixture, pack=True)
+    with pytest.raises(ValueError, match="digits|end"):
+        open_data("text", pack=True)
+    with pytest.raises(ValueError, match="pack is given with stride"):
+        open_data(pairs, pack=True, stride=8)
+    with pytest.raises(ValueError, match="300 documents of .* have more than seq_len 5 tokens"):
+        open_data(pairs, pack=True, seq_len=5, overlong="refuse")
+
+
+def with_answers_at(pairs: Path, folder: Path, chosen: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """The same pairs, but only some tokens count."""
+    shutil.copytree(pairs, folder)
+    path = folder / "loss-mask-00000.npy"
+    np.save(path, chosen(np.load(path)))
+    return folder
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_nothing_that_counts_is_held_out(pairs: Path, tmp_path: Path, pack: bool) -> None:
+    def first_half(mask: np.ndarray) -> np.ndarray:
+        return mask * (np.arange(len(mask)) < len(mask) // 2).astype(np.uint8)
+
+    folder = with_answers_at(pairs, tmp_path / "half", first_half)
+    with pytest.raises(ValueError, match="no token in the .*held.out.* counts in a loss"):
+        open_data(folder, pack=pack, seq_len=32)
+    if pack:
+        folder = with_answers_at(pairs, tmp_path / "other", lambda mask: mask - first_half(mask))
+        with pytest.raises(ValueError, match="no token in the documents to train on"):
+            open_data(folder, pack=True, seq_len=32, num_held_out=200)
+
+
+@pytest.mark.seconds
+def test_pairs_longer_than_a_row(pairs: Path, tmp_path: Path) -> None:
+    for overlong, of_train in (("split", 2), ("truncate", 1)):
+        config = config_of(pairs, tmp_path, seq_len=8, overlong=overlong)
+        run = Run(config, CPU)
+        assert isinstance(run.data, PackedData) and isinstance(run.loader, PackedLoader)
+        assert run.loader.plan.max_pieces == of_train
+        text = describe(config, run.data, run.model, run.baselines, run.environment)
+        assert f"{run.data.train.num_longer + run.data.held_out.num_longer} documents are" in text
+        lengths = run.data.held_out.pieces()[1]
+        assert int(lengths.max()) == 8 and (len(lengths) > 30) == (overlong == "split")
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("pack", [False, True])
+def test_baselines_are_of_what_counts(pairs: Path, tmp_path: Path, pack: bool) -> None:
+    """Letters of answers, not prompts: with them it would be 2.8 bits a token."""
+    config = config_of(pairs, tmp_path, pack=pack, **({} if pack else {"stride": 32}))
+    value = Run(config, CPU).baselines["unigram_cross_entropy"].bits_per_token
+    assert 2 < value < 2.6

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"ema": 1.0}, r"ema is 1.0: it must be in \[0, 1\)"),
         ({"schedule": "quadratic"}, "schedule is 'quadratic'.*cosine"),
-        ({"accumulate": 33}, "a batch has only 32 windows"),
+        ({"accumulate": 33}, "a batch has only 32 sequences"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"lr": math.inf}, "lr is inf"),
         ({"clip": math.nan}, "clip is nan"),

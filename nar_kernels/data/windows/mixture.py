@@ -87,6 +87,20 @@ class Mixture:
             out[here] = dataset.windows(numbers[here] % len(dataset))
         return out
 
+    def loss_mask(self, indices: Tensor | Sequence[int]) -> Tensor | None:
+        """uint8 ``[B, L]`` of these windows, as of ``TokenDataset``; None if no source has one."""
+        if self.corpus.loss_mask is None:
+            return None
+        slots = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        sources, numbers = self.assign(slots)
+        out = torch.ones(len(slots), self.seq_len, dtype=torch.uint8, device="cpu")
+        for source in sources.unique().tolist():
+            here, dataset = sources == source, self.datasets[source]
+            flags = dataset.loss_mask(numbers[here] % len(dataset))
+            if flags is not None:
+                out[here] = flags
+        return out
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_period"}
 
