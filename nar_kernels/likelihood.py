@@ -157,7 +157,8 @@ def _nats(
         if mine < len(batches):
             nats[samples] = per_token.double().cpu()
             counts[samples] = batch.num_maskable.double().cpu()
-    return sum_over_ranks(nats), sum_over_ranks(counts)
+    summed = sum_over_ranks(torch.stack([nats, counts]))
+    return summed[0], summed[1]
 
 
 def _evaluation(nats: Tensor, counts: Tensor, draws: int, name: str) -> Evaluation:

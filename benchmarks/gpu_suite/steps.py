@@ -15,6 +15,7 @@ TESTS = [
             "choose",
             "corrupt",
             "cuda_kernels",
+            "documents",
             "linear",
             "masked_nll",
             "nll",

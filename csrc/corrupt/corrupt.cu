@@ -159,8 +159,12 @@ struct Division {
   int held;  // tiles in the registers of a warp; 0: none
 };
 
+// Documents have fewer kernels, each of which takes as long to compile: their lengths differ
+// anyway.
+bool has_kernel(int held, bool ragged) { return !ragged || (held != 1 && held != kMostTiles); }
+
 // As many tiles a warp as leave enough warps to fill the device.
-Division divide(int64_t batch, int64_t seq_len, int64_t warps_to_fill) {
+Division divide(int64_t batch, int64_t seq_len, int64_t warps_to_fill, bool ragged) {
   const int64_t tiles = (seq_len + kTile - 1) / kTile;
   const auto warps_of = [&](int held) { return (tiles + held - 1) / held; };
   const auto fits = [&](int held) { return warps_of(held) <= max_warps(held); };
@@ -168,9 +172,9 @@ Division divide(int64_t batch, int64_t seq_len, int64_t warps_to_fill) {
   int held = 0;
   for (const int more : {1, kFewTiles, kManyTiles}) {
     const bool is_better = held == 0 || (tiles > held && fills(more));
-    if (fits(more) && is_better) held = more;
+    if (fits(more) && is_better && has_kernel(more, ragged)) held = more;
   }
-  if (held == 0 && fits(kMostTiles)) held = kMostTiles;
+  if (held == 0 && fits(kMostTiles) && has_kernel(kMostTiles, ragged)) held = kMostTiles;
   if (held == 0) return {{1, kMaxWarps}, 0};
   const int warps = static_cast<int>(warps_of(held));
   return {{warps == 1 && fills(held) ? kMaxRows : 1, warps}, held};
@@ -190,12 +194,14 @@ using Kernel = void (*)(KernelArgs);
 
 template <int kRanks, bool kRagged>
 Kernel kernel_of(int held) {
+  if constexpr (!kRagged) {
+    if (held == 1) return corrupt_kernel<1, kRanks, kRagged>;
+    if (held == kMostTiles) return corrupt_kernel<kMostTiles, kRanks, kRagged>;
+  }
   switch (held) {
     case 0: return corrupt_kernel<0, kRanks, kRagged>;
-    case 1: return corrupt_kernel<1, kRanks, kRagged>;
     case kFewTiles: return corrupt_kernel<kFewTiles, kRanks, kRagged>;
-    case kManyTiles: return corrupt_kernel<kManyTiles, kRanks, kRagged>;
-    default: return corrupt_kernel<kMostTiles, kRanks, kRagged>;
+    default: return corrupt_kernel<kManyTiles, kRanks, kRagged>;
   }
 }
 
@@ -243,7 +249,8 @@ void corrupt_cuda(const CorruptArgs& args, int device, cudaStream_t stream) {
              "cudaMemsetAsync");
   if (batch == 0) return;
   const Division division =
-      divide(batch, args.windows.seq_len, num_processors(device) * kWarpsPerProcessor);
+      divide(batch, args.windows.seq_len, num_processors(device) * kWarpsPerProcessor,
+             args.windows.spans.begins != nullptr);
   KernelArgs a = {args, division.shape, 0, 0, stores_pairs(args), is_restricted(args)};
   describe_ids(&a);
   cudaLaunchConfig_t config = {};

@@ -21,10 +21,11 @@ from nar_kernels.data.random_lengths import check_probability, random_lengths
 from nar_kernels.data.residency import Residency
 from nar_kernels.data.staging import CorpusMemory, DeferredCheck
 from nar_kernels.ops.backends import resolve_backend
-from nar_kernels.ops.corrupt import Wanted, check_id, corrupt_documents
+from nar_kernels.ops.corrupt import Wanted, corrupt_documents
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.ops.samples import check_id
 from nar_kernels.ops.windows import gather_ragged
 
 Layout = Literal["rows", "flat"]

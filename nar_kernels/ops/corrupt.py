@@ -20,121 +20,17 @@ from nar_kernels.ops.documents import Documents, check_documents
 from nar_kernels.ops.host_counts import count_on_host, num_strata
 from nar_kernels.ops.maskable import EVERY_POSITION, Maskable, check_labels, check_maskable
 from nar_kernels.ops.masking import MaskingConfig
-from nar_kernels.ops.tokens import check_ids, check_range, check_token_dtype
+from nar_kernels.ops.samples import (
+    Spans,
+    check_beside,
+    check_seq_len,
+    check_stored,
+    samples_of_documents,
+    samples_of_windows,
+    spans_of,
+)
+from nar_kernels.ops.tokens import check_token_dtype
 from nar_kernels.spec.philox import signed_seed
-
-
-def _check_starts(starts: Tensor, tokens: Tensor) -> Tensor:
-    if starts.is_cuda and tokens.device.type == "cpu":
-        if not tokens.is_pinned():
-            raise ValueError(
-                f"starts is on {starts.device} but tokens are on the CPU, in memory that a GPU "
-                "cannot read: use tokens.pin_memory(), or move either"
-            )
-        return check_ids("starts", starts, starts.device)
-    return check_ids("starts", starts, tokens.device)
-
-
-def _batch_shape(tokens: Tensor, seq_len: int | None) -> tuple[int, int]:
-    """B and L of a batch ``[B, L]``."""
-    if tokens.dim() != 2:
-        raise ValueError(
-            f"tokens have shape {list(tokens.shape)}: pass [B, L], or a flat corpus [T] with "
-            "starts and seq_len"
-        )
-    batch, length = tokens.shape
-    if seq_len is not None and seq_len != length:
-        raise ValueError(f"seq_len is {seq_len} but tokens have length {length}")
-    return batch, length
-
-
-def _check_windows(tokens: Tensor, starts: Tensor, seq_len: int | None) -> tuple[Tensor, int]:
-    """Starts and L of windows of a flat corpus."""
-    if tokens.dim() != 1 or seq_len is None:
-        raise ValueError("with starts, tokens must be a flat corpus [T] and seq_len given")
-    starts = _check_starts(starts, tokens)
-    if starts.shape[0] and tokens.shape[0] < seq_len:
-        raise IndexError(
-            f"a window of seq_len {seq_len} reaches outside the corpus of {tokens.shape[0]} tokens"
-        )
-    return starts, seq_len
-
-
-def _check_slots(
-    sample_ids: Tensor | range, batch: int, device: torch.device
-) -> tuple[range | None, Tensor]:
-    """Sample slots, as a range if they are given as one, and as a tensor."""
-    slots = None
-    if isinstance(sample_ids, range):
-        slots = sample_ids
-        check_range("sample_ids", slots)
-        sample_ids = torch.arange(slots.start, slots.stop, slots.step, device=device)
-    else:
-        sample_ids = check_ids("sample_ids", sample_ids, device)
-    if sample_ids.shape[0] != batch:
-        raise ValueError(f"there are {batch} windows but {sample_ids.shape[0]} sample_ids")
-    return slots, sample_ids
-
-
-class Samples(NamedTuple):
-    """What a batch is made of.
-
-    Attributes:
-        seq_len: L; of documents, the space of the longest.
-        slots, sample_ids: as a range, and as a tensor, if they are known so.
-    """
-
-    starts: Tensor | None
-    batch: int
-    seq_len: int
-    device: torch.device
-    slots: range | None
-    sample_ids: Tensor | None
-    documents: Documents | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.batch, self.seq_len) if self.documents is None else self.documents.shape
-
-
-def _check_seq_len(seq_len: int) -> int:
-    seq_len = as_int("seq_len", seq_len)
-    if not 1 <= seq_len < 1 << 31:
-        raise ValueError(f"seq_len is {seq_len}: it must be in [1, 2**31)")
-    return seq_len
-
-
-def _samples_of_windows(
-    tokens: Tensor,
-    starts: Tensor | None,
-    seq_len: int | None,
-    sample_ids: Tensor | range | None,
-) -> Samples:
-    device = tokens.device
-    if starts is None:
-        batch, seq_len = _batch_shape(tokens, seq_len)
-        _check_seq_len(seq_len)
-    else:
-        starts, seq_len = _check_windows(tokens, starts, seq_len)
-        batch, device = starts.shape[0], starts.device
-    slots: range | None = range(batch)
-    ids = None
-    if sample_ids is not None:
-        slots, ids = _check_slots(sample_ids, batch, device)
-    return Samples(starts, batch, seq_len, device, slots, ids, None)
-
-
-def _samples_of_documents(documents: Documents, tokens: Tensor, starts: Tensor | None) -> Samples:
-    if starts is None or tokens.dim() != 1:
-        raise ValueError(
-            "lengths are given: tokens must be a flat corpus [T], and starts say where in it each "
-            "document begins"
-        )
-    starts = _check_starts(starts, tokens)
-    if len(starts) != len(documents):
-        raise ValueError(f"there are {len(starts)} starts but {len(documents)} lengths")
-    check_stored(documents, len(tokens))
-    return Samples(starts, len(documents), documents.longest, starts.device, None, None, documents)
 
 
 def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> Tensor:
@@ -281,7 +177,7 @@ def corrupt(
     that would be a sync, by ``raise_if_invalid()`` of the result.
     """
     check_token_dtype(tokens.dtype)
-    seq_len = None if seq_len is None else _check_seq_len(seq_len)
+    seq_len = None if seq_len is None else check_seq_len(seq_len)
     if lengths is None:
         given = (eos_lengths, eos_id, places, num_rows, pad_id)
         if any(option is not None for option in given):
@@ -289,7 +185,7 @@ def corrupt(
                 "eos_lengths, eos_id, places, num_rows and pad_id are for documents: give their "
                 "lengths, and starts"
             )
-        samples = _samples_of_windows(tokens, starts, seq_len, sample_ids)
+        samples = samples_of_windows(tokens, starts, seq_len, sample_ids)
     else:
         documents = check_documents(
             lengths,
@@ -299,7 +195,7 @@ def corrupt(
             seq_len=seq_len,
             sample_ids=sample_ids,
         )
-        samples = _samples_of_documents(documents, tokens, starts)
+        samples = samples_of_documents(documents, tokens, starts)
     starts, device = samples.starts, samples.device
     global_batch = samples.batch if global_batch is None else as_int("global_batch", global_batch)
     if global_batch == samples.batch == 0:
@@ -309,7 +205,7 @@ def corrupt(
     beside_corpus = None
     is_flat = isinstance(loss_mask, Tensor) and loss_mask.dim() == 1
     if loss_mask is not None and starts is not None and (is_flat or samples.documents):
-        beside_corpus, loss_mask = _check_beside(loss_mask, tokens, starts.device), None
+        beside_corpus, loss_mask = check_beside(loss_mask, tokens, starts.device), None
     supervised = check_maskable(
         samples.shape,
         device,
@@ -324,7 +220,7 @@ def corrupt(
     if samples.documents is not None:
         if out is not None:
             raise ValueError("out is given with lengths: the memory of documents is not reused")
-        spans = _spans(samples.documents, masking, eos_id, pad_id, device)
+        spans = spans_of(samples.documents, masking, eos_id, pad_id, device)
         slot_ids = spans.ids
     arguments = _arguments(
         masking,
@@ -350,78 +246,6 @@ def corrupt(
         if labels is not None and wanted.labels and wanted.masked_indices:
             check_labels(labels, corrupted)
     return corrupted
-
-
-def check_stored(documents: Documents, num_tokens: int) -> None:
-    """Raises IndexError for a document of more ids than the corpus has: the kernels of a GPU, which
-    read the first ids in place of those outside, would read behind its end."""
-    if len(documents) and int(documents.stored.max()) > num_tokens:
-        at = int(documents.stored.argmax())
-        raise IndexError(
-            f"document {at} has length {int(documents.stored[at])}, which reaches outside the "
-            f"corpus of {num_tokens} tokens"
-        )
-
-
-def _check_beside(loss_mask: Tensor, tokens: Tensor, device: torch.device) -> Tensor:
-    """uint8 or bool ``[T]``, where the tokens are, for a kernel on this device."""
-    if not isinstance(loss_mask, Tensor):
-        raise TypeError(f"loss_mask is a {type(loss_mask).__name__}: it must be a tensor")
-    if loss_mask.dtype not in (torch.bool, torch.uint8) or loss_mask.shape != tokens.shape:
-        raise ValueError(
-            f"loss_mask is {loss_mask.dtype} {list(loss_mask.shape)}: beside a corpus it must be "
-            f"bool or uint8 {list(tokens.shape)}; what says it of positions of the batch is "
-            "loss_mask [B, L] of windows, and maskable of documents"
-        )
-    if loss_mask.device != tokens.device:
-        raise ValueError(f"loss_mask is on {loss_mask.device} but tokens are on {tokens.device}")
-    loss_mask = loss_mask.contiguous()
-    if device.type == "cuda" and loss_mask.is_cpu and not loss_mask.is_pinned():
-        raise ValueError(
-            "loss_mask is in memory that a GPU cannot read, beside tokens that it can: use "
-            "loss_mask.pin_memory()"
-        )
-    return loss_mask
-
-
-class Spans(NamedTuple):
-    """Fields of :class:`CorruptArgs`."""
-
-    spans: Tensor | None
-    num_positions: int
-    eos_id: int
-    pad_id: int
-
-    @property
-    def ids(self) -> Tensor | None:
-        """int64 ``[n]`` on the device of the kernel: sample slots."""
-        return None if self.spans is None else self.spans[3, :-1]
-
-
-def _spans(
-    documents: Documents,
-    masking: MaskingConfig,
-    eos_id: int | None,
-    pad_id: int | None,
-    device: torch.device,
-) -> Spans:
-    if eos_id is None and not torch.equal(documents.stored, documents.lengths):
-        raise ValueError("eos_lengths are given without eos_id, the id that they stand for")
-    filler = int(masking.mask_id == 0)
-    eos_id = filler if eos_id is None else check_id("eos_id", eos_id, masking)
-    pad_id = eos_id if pad_id is None else check_id("pad_id", pad_id, masking)
-    return Spans(documents.spans(device), documents.num_positions, eos_id, pad_id)
-
-
-def check_id(name: str, value: int, masking: MaskingConfig) -> int:
-    """``value`` as an int, if it is an id that data may have; otherwise ValueError."""
-    value = as_int(name, value)
-    if not 0 <= value < masking.num_tokens or value == masking.mask_id:
-        raise ValueError(
-            f"{name} is {value}: it must be in [0, {masking.num_tokens}), and not mask_id "
-            f"{masking.mask_id}"
-        )
-    return value
 
 
 def corrupt_documents(
@@ -451,7 +275,7 @@ def corrupt_documents(
     """
     device = starts.device
     check_stored(documents, len(tokens) if runs is None else int(runs[0, -1]))
-    spans = _spans(documents, masking, eos_id, pad_id, device)
+    spans = spans_of(documents, masking, eos_id, pad_id, device)
     arguments = _arguments(
         masking,
         seed,

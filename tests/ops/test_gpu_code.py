@@ -118,10 +118,14 @@ def check_no_two_threads_read_what_another_block_publishes(rows):
 def check_main_loads_and_stores_move_16_bytes(rows):
     for row in rows:
         narrow = any(
-            name in row["kernel"] for name in ("step", "windows", "at any address", "choose")
+            name in row["kernel"]
+            for name in ("step", "windows", "documents", "at any address", "choose")
         )
         assert row["16-byte loads"] > 0 or narrow, row
-        stores_little = any(name in row["kernel"] for name in ("no gradient", "unmask", "choose"))
+        # Documents begin anywhere, so their outputs are not aligned.
+        stores_little = any(
+            name in row["kernel"] for name in ("no gradient", "unmask", "choose", "documents")
+        )
         assert row["16-byte stores"] > 0 or stores_little, row
 
 

@@ -191,6 +191,7 @@ def test_windows_are_those_of_the_array(tmp_path: Path, format: str, backend: st
             backend=backend,
         )
         assert torch.equal(got, of_array.windows(everything))
+        of_array.corpus.loss_mask = of_files.corpus.loss_mask
         loaders = [
             MaskedLoader(dataset, MASKING, 6, seed=3, backend=backend)
             for dataset in (of_files, of_array)

@@ -444,5 +444,5 @@ def test_a_state_knows_where_documents_end() -> None:
 
 def test_states_of_later_versions() -> None:
     loader = MaskedLoader(dataset_of(40), MASKING, 2)
-    with pytest.raises(ValueError, match="state has version 4, and this version .* reads up to 3"):
-        loader.load_state_dict(loader.state_dict() | {"version": 4})
+    with pytest.raises(ValueError, match="state has version 5, and this version .* reads up to 4"):
+        loader.load_state_dict(loader.state_dict() | {"version": 5})
