@@ -127,11 +127,13 @@ def triton_row(case: TritonCase, architecture: int) -> dict:
 @cache
 def _compiled(source: str, architecture: int) -> tuple[dict, dict, dict, dict]:
     """Resources, launch bounds, machine code and instructions of each kernel of a source, by
-    symbol. Compiled as ``setup.py`` does, with line numbers, which change no instruction."""
+    symbol. Compiled as ``setup.py`` does, with line numbers, which change no instruction; a warning
+    is an error."""
     flags = runpy.run_path(os.fspath(ROOT / "setup.py"))["NVCC_FLAGS"].split()
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernels.cubin")
         command = ["nvcc", *flags, '-DNAR_CUDA_ARCHS=""', "-lineinfo", f"-arch=sm_{architecture}"]
+        command += ["-Werror", "all-warnings", "-Xcompiler=-Werror"]
         command += ["-cubin", "-o", cubin, f"csrc/{source}"]
         subprocess.run(command, cwd=ROOT, check=True)
         reports = run_tool("cuobjdump", "-res-usage", cubin).split("Function ")[1:]

@@ -56,8 +56,8 @@ def test_table(triton, architecture, tmp_path):
     """One test for all of a table, which takes two minutes to make."""
     languages = ["triton"]
     if triton == "installed" and shutil.which("nvcc"):
-        # Triton's kernels for sm_90, by two versions of it; those of CUDA differ more by GPU.
-        languages = ["cuda"] if architecture != 90 else ["triton", "cuda"]
+        # Triton's kernels for sm_80 and, by two versions of it, sm_90: each takes two minutes.
+        languages = ["cuda"] if architecture > 90 else ["triton", "cuda"]
     out = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.gpu_code", "--json", out]
     command += ["--architectures", str(architecture), "--languages", *languages]
@@ -179,29 +179,3 @@ def test_variants_are_counted():
     assert "   2 variants of corrupt_kernel\n" in result.stdout, result.stdout  # of two draws
     # Of three types and two strides, with a gradient or not.
     assert "  12 variants of nll_kernel\n" in result.stdout
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_no_warnings(tmp_path):
-    """The real setup.py, for one architecture, where every warning of nvcc is an error."""
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "nar_kernels").mkdir()
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=tmp_path,
-        env=os.environ
-        | {
-            "CXX": "/nonexistent",  # only the other extension, also where CI requires both
-            "NAR_KERNELS_REQUIRE_CPP": "0",
-            "NAR_KERNELS_REQUIRE_CUDA": "1",
-            "NAR_KERNELS_CUDA_ARCHS": "90",
-            "NVCC_APPEND_FLAGS": "-Werror all-warnings -Xcompiler -Werror",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
-    assert list(tmp_path.glob("nar_kernels/_cuda.*"))
