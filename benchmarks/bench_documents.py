@@ -4,7 +4,8 @@
 
 Documents: 65,536 ids, of lengths 128 to 384 with mean 256, or log-normal ones up to 1024; flat,
 packed into rows of 1024, and padded; beside 256 windows of 256 ids of the same corpus (uint16).
-`PackedLoader` also packs them, and the loss mask lies beside the corpus.
+`PackedLoader` also packs them, 4096 of 64 times as many at a time; the loss mask lies beside the
+corpus.
 
 Answers: 64 x 1024 int64 ids, a quarter of each row a prompt. NeMo (`pip install --no-deps
 nemo-automodel`): `corrupt_uniform`, and the loop of its trainer, which has a generator for each
@@ -28,6 +29,7 @@ from nar_kernels.data.packing.pack import pack
 
 V, MASK, EPS = 50258, 50257, 1e-3
 MEAN, ROW = 256, 1024
+EPOCH = 64  # batches of the loader's corpus
 
 
 def draw_lengths(kind: str, total: int) -> torch.Tensor:
@@ -53,9 +55,10 @@ def documents(kind: str, total: int, repeats: int) -> list[dict[str, Any]]:
     of = {"starts": starts, "lengths": lengths, "sample_ids": slots}
     in_rows = {name: values[chosen] for name, values in of.items()}
     in_rows |= {"places": places, "num_rows": packed.num_rows, "seq_len": ROW}
-    corpus = Corpus(ids[:count].numpy())
-    corpus.__dict__["document_ends"] = lengths.cumsum(0).numpy()
-    loader = PackedLoader(corpus, ROW, masking, packed.num_rows // 2, seed=1)
+    many = lengths.repeat(EPOCH)
+    corpus = Corpus(ids[:count].repeat(EPOCH).numpy())
+    corpus.__dict__["document_ends"] = many.cumsum(0).numpy()
+    loader = PackedLoader(corpus, ROW, masking, packed.num_rows, seed=1)
     per_batch = float(np.mean([loader.batch(s).lengths.sum() for s in range(8)]))
     steps = iter(range(1 << 30))
     window_starts = torch.arange(num) * MEAN

@@ -6,14 +6,17 @@
 
 #include <array>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "choose/choose.h"
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
 #include "nll/nll.h"
+#include "packing/lay_out.h"
 #include "packing/pack.h"
 #include "rng/permutation_cpu.h"
 #include "runtime/cpu_features.h"
@@ -111,6 +114,23 @@ int64_t pack(int64_t lengths, int64_t count, int64_t capacity, bool in_order, in
   a.method = in_order ? nar::PackMethod::kInOrder : nar::PackMethod::kFirstFitDecreasing;
   a.rows = pointer<int64_t>(rows), a.offsets = pointer<int64_t>(offsets);
   return nar::pack(a);
+}
+
+// Returns the fields of Extent, or None for arguments that are not right.
+std::optional<std::tuple<int64_t, int64_t, int64_t, bool>> lay_out(
+    int64_t lengths, int64_t eos_lengths, int64_t places, int64_t sample_ids, int64_t first_sample,
+    int64_t sample_step, int64_t count, int64_t row_length, int64_t num_rows, int64_t table) {
+  nar::LayOutArgs a = {};
+  a.lengths = pointer<const int64_t>(lengths);
+  a.eos_lengths = pointer<const int64_t>(eos_lengths);
+  a.places = pointer<const int64_t>(places);
+  a.sample_ids = pointer<const int64_t>(sample_ids);
+  a.first_sample = first_sample, a.sample_step = sample_step;
+  a.count = count, a.row_length = row_length, a.num_rows = num_rows;
+  a.table = pointer<int64_t>(table);
+  nar::Extent e;
+  if (!nar::lay_out(a, &e)) return std::nullopt;
+  return std::make_tuple(e.num_positions, e.longest, e.longest_stored, e.has_ends);
 }
 
 void read_ahead(int64_t tokens, int token_type, int64_t num_corpus_tokens, int64_t runs,
@@ -267,7 +287,7 @@ std::vector<uint64_t> key_bounds(int64_t keys, int64_t can_take, int64_t length,
                                  const std::vector<int32_t>& ranks) {
   if (ranks.size() != nar::kNumRanks) throw std::invalid_argument("three ranks are needed");
   std::vector<uint64_t> bounds(nar::kNumRanks);
-  std::vector<int16_t> upper(length);
+  std::vector<int16_t> upper(length + nar::kUpperPadding);
   nar::key_bounds(pointer<const uint32_t>(keys), pointer<const uint8_t>(can_take), length, num_keys,
                   ranks.data(), upper.data(), bounds.data());
   return bounds;
@@ -292,6 +312,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("read_ahead", &read_ahead, release_gil());
   m.def("permute", &permute, release_gil());
   m.def("pack", &pack, release_gil());
+  m.def("lay_out", &lay_out);
   m.def("scan", &scan, release_gil());
   m.def("limit_simd", [](int level) { nar::limit_simd(static_cast<nar::SimdLevel>(level)); });
   m.def("simd_level", [] { return static_cast<int>(nar::simd_level()); });

@@ -37,6 +37,8 @@ class Unpacker {
     }
   }
 
+  void skip() { next(); }
+
   int64_t integer() { return as_integer(next()); }
 
   // Of a tensor, or null for None.
@@ -145,7 +147,7 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
   a.windows.batch = next.integer();
   a.windows.seq_len = next.integer();
   a.windows.spans = next.spans();
-  next.integer();  // the number of positions
+  next.skip();  // the shape
   a.windows.spans.eos_id = next.integer();
   a.windows.spans.pad_id = next.integer();
   a.windows.num_tokens = next.integer();

@@ -21,7 +21,7 @@ from nar_kernels.nets.packed import packed_keywords
 from nar_kernels.nets.prediction import TrunkAndHead
 from nar_kernels.ops.corrupt import corrupt, corrupt_documents
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.ops.documents import Documents
+from nar_kernels.ops.documents import check_documents
 from nar_kernels.ops.masking import MaskingConfig
 
 NATS_PER_BIT = math.log(2)
@@ -109,9 +109,13 @@ def evaluate_documents(
     def batch(first: int) -> tuple[Tensor, Corrupted]:
         last = min(first + rows_at_once, places.num_rows)
         chosen = ((rows >= first) & (rows < last)).nonzero().flatten()
-        begins = (rows[chosen] - first) * documents.seq_len + offsets[chosen]
-        begins = torch.cat([begins, begins.new_tensor([(last - first) * documents.seq_len])])
-        where = Documents(begins, lengths[chosen], lengths[chosen], chosen, documents.seq_len)
+        where = check_documents(
+            lengths[chosen],
+            sample_ids=chosen,
+            places=(rows[chosen] - first) * documents.seq_len + offsets[chosen],
+            num_rows=last - first,
+            seq_len=documents.seq_len,
+        )
         made = corrupt_documents(
             where,
             stream.flat,

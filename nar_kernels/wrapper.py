@@ -430,7 +430,7 @@ class NonAutoregressiveWrapper(nn.Module):
 
     def _check_documents(self, batch: Corrupted) -> None:
         assert batch.documents is not None
-        length, longest = batch.documents.row_length, batch.documents.longest
+        length, longest = batch.documents.row_length, batch.documents.extent.longest
         if length is not None and length > self.max_seq_len:
             raise ValueError(
                 f"x has rows of {length}, but the net takes {self.max_seq_len} positions: pack "

@@ -49,12 +49,8 @@ int64_t exclude_keys(const CorruptArgs& a, int64_t b, const Span& span, const Ro
   uint32_t* keys = scratch.keys;
   find_maskable(a, b, span, scratch.window, can_mask);
   for (int64_t i = 0; a.never_mask && i < length; ++i) can_mask[i] &= !a.never_mask[clean[i]];
-  int64_t n = 0;
-  for (int64_t i = 0; i < length; ++i) {
-    keys[i] |= can_mask[i] - 1u;
-    n += can_mask[i];
-  }
-  return n;
+  for (int64_t i = 0; i < length; ++i) keys[i] |= can_mask[i] - 1u;
+  return count_set(can_mask, length);
 }
 
 // Key bounds of a row: the kept are below the first, the kept or random below the second, the

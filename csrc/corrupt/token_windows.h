@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "rng/philox.h"
+#include "runtime/blocks.h"
 
 namespace nar {
 
@@ -140,8 +141,8 @@ NAR_HOST_DEVICE inline bool outside_vocabulary(Token id, uint32_t num_tokens) {
 
 // Ids as Id (int32 or int64). Returns whether one was bad.
 template <typename Id, typename Token>
-bool load_window(const Windows& w, int64_t length, const Token* __restrict window,
-                 Id* __restrict clean) {
+inline uint32_t load_ids(const Windows& w, int64_t length, const Token* __restrict window,
+                         Id* __restrict clean) {
   const Id mask_id = static_cast<Id>(w.mask_id);
   const uint32_t num_tokens = static_cast<uint32_t>(w.num_tokens);
   uint32_t any_bad = 0;
@@ -150,6 +151,15 @@ bool load_window(const Windows& w, int64_t length, const Token* __restrict windo
     any_bad |= outside_vocabulary(window[i], num_tokens) | (id == mask_id);
     clean[i] = id;
   }
+  return any_bad;
+}
+
+template <typename Id, typename Token>
+bool load_window(const Windows& w, int64_t length, const Token* window, Id* clean) {
+  uint32_t any_bad = 0;
+  in_blocks<64>(length, [&](int64_t first, int64_t count) {
+    any_bad |= load_ids(w, count, window + first, clean + first);
+  });
   return any_bad != 0;
 }
 

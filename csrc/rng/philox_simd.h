@@ -76,8 +76,9 @@ inline void store(uint32_t* out, Vec a) { _mm256_storeu_si256(reinterpret_cast<V
 // multiplications.
 constexpr int kChains = 4;
 
+template <int kCount = kChains>
 struct Counters {
-  Vec word[4][kChains];
+  Vec word[4][kCount];
 };
 
 constexpr int kRounds = 10;
@@ -99,7 +100,8 @@ inline LateKeys late_keys(uint64_t seed) {
   return keys;
 }
 
-inline Counters philox4x32(Counters c, uint64_t seed, LateKeys& late) {
+template <int kCount>
+inline Counters<kCount> philox4x32(Counters<kCount> c, uint64_t seed, LateKeys& late) {
   // Seems to change the keys. Compilers would keep them in registers, which counters need.
   asm volatile("" : "+m"(late));
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -108,7 +110,7 @@ inline Counters philox4x32(Counters c, uint64_t seed, LateKeys& late) {
     const Vec key0 = round < 2 ? splat(k0) : late.of_round[round - 2][0];
     const Vec key1 = round < 2 ? splat(k1) : late.of_round[round - 2][1];
 #pragma GCC unroll 4
-    for (int u = 0; u < kChains; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       const Vec p0 = multiply(c.word[0][u], splat(kPhiloxM0));
       const Vec p1 = multiply(c.word[2][u], splat(kPhiloxM1));
       c.word[0][u] = xor3(high(p1), c.word[1][u], key0);
@@ -122,10 +124,11 @@ inline Counters philox4x32(Counters c, uint64_t seed, LateKeys& late) {
 }
 
 // The four words of each block of a sample, as random_block.
-inline Counters random_blocks(const Vec* block, uint64_t seed, uint32_t stream, uint64_t sample,
-                              LateKeys& late) {
-  Counters c;
-  for (int u = 0; u < kChains; ++u) {
+template <int kCount = kChains>
+inline Counters<kCount> random_blocks(const Vec* block, uint64_t seed, uint32_t stream,
+                                      uint64_t sample, LateKeys& late) {
+  Counters<kCount> c;
+  for (int u = 0; u < kCount; ++u) {
     c.word[0][u] = block[u];
     c.word[1][u] = splat(sample & 0xFFFFFFFF);
     c.word[2][u] = splat(sample >> 32);
@@ -134,25 +137,34 @@ inline Counters random_blocks(const Vec* block, uint64_t seed, uint32_t stream, 
   return philox4x32(c, seed, late);
 }
 
-// So many words of a sample from position `first` on, a multiple of 4, and on to the next multiple
-// of kWordPadding. (Never inlined, like the next: registers would not do for more.)
+// The words of kCount vectors of blocks from `next` on, in sequence.
+template <int kCount>
+inline void fill_blocks(uint32_t* out, Vec* next, uint64_t seed, uint32_t stream, uint64_t sample,
+                        LateKeys& late) {
+  Vec block[kCount];
+  for (int u = 0; u < kCount; ++u, *next = add(*next, splat(kLanes))) block[u] = *next;
+  const Counters<kCount> c = random_blocks<kCount>(block, seed, stream, sample, late);
+  for (int u = 0; u < kCount; ++u) {
+    const Vec words01 = even(c.word[0][u], c.word[1][u]);
+    const Vec words23 = even(c.word[2][u], c.word[3][u]);
+    store(out + 4 * u * kLanes, even(words01, words23));
+    store(out + (4 * u + 2) * kLanes, odd(words01, words23));
+  }
+}
+
+// So many words of a sample from position `first` on, a multiple of 4, and some more, up to the
+// next multiple of kWordPadding. (Never inlined, like the next: registers would not do for more.)
 __attribute__((noinline)) void fill_words(uint32_t* out, int64_t num_words, uint64_t seed,
                                           uint32_t stream, uint64_t sample, int64_t first = 0) {
   constexpr int kStep = 4 * kLanes * kChains;
   static_assert(kWordPadding % kStep == 0 && kLanes * kChains <= kWordsAtPadding);
   LateKeys late = late_keys(seed);
   Vec next = add(first_counters(), splat(static_cast<uint64_t>(first / 4)));
-  for (int64_t i = 0; i < num_words; i += kStep) {
-    Vec block[kChains];
-    for (int u = 0; u < kChains; ++u, next = add(next, splat(kLanes))) block[u] = next;
-    const Counters c = random_blocks(block, seed, stream, sample, late);
-    for (int u = 0; u < kChains; ++u) {
-      const Vec words01 = even(c.word[0][u], c.word[1][u]);
-      const Vec words23 = even(c.word[2][u], c.word[3][u]);
-      store(out + i + 4 * u * kLanes, even(words01, words23));
-      store(out + i + (4 * u + 2) * kLanes, odd(words01, words23));
-    }
+  int64_t i = 0;
+  for (; num_words - i > kStep / 2; i += kStep) {
+    fill_blocks<kChains>(out + i, &next, seed, stream, sample, late);
   }
+  if (i < num_words) fill_blocks<kChains / 2>(out + i, &next, seed, stream, sample, late);
 }
 
 // The words at some positions of a sample. Reads and writes up to kWordsAtPadding more.
@@ -165,7 +177,7 @@ __attribute__((noinline)) void words_at(uint32_t* out, const int64_t* positions,
       position[u] = load(positions + i + u * kLanes);
       block[u] = shift_right(position[u], 2);
     }
-    const Counters c = random_blocks(block, seed, stream, sample, late);
+    const Counters<> c = random_blocks(block, seed, stream, sample, late);
     for (int u = 0; u < kChains; ++u) {
       const Vec bit0 = shift_left(position[u], 63), bit1 = shift_left(position[u], 62);
       const Vec word = choose(bit1, choose(bit0, c.word[3][u], c.word[2][u]),
@@ -180,7 +192,7 @@ inline void first_words(uint32_t* out, const int64_t* samples, int64_t count, ui
                         uint32_t stream) {
   LateKeys late = late_keys(seed);
   for (int64_t i = 0; i < count; i += kLanes * kChains) {
-    Counters c;
+    Counters<> c;
     for (int u = 0; u < kChains; ++u) {
       const Vec sample = load(samples + i + u * kLanes);
       c.word[0][u] = splat(0);

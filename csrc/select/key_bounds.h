@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "runtime/blocks.h"
 #include "select/order_statistic.h"
 #include "select/set_positions.h"
 
@@ -27,8 +28,19 @@ inline bool all_set(Int4 v) {
 // Halves of keys are held with their sign bit flipped: x86 compares signed integers.
 constexpr int32_t kFlip = 0x8000;
 
-inline void upper_halves(const uint32_t* __restrict keys, int64_t n, int16_t* __restrict upper) {
-  for (int64_t i = 0; i < n; ++i) upper[i] = static_cast<int16_t>((keys[i] >> 16) ^ kFlip);
+// Upper halves are counted in blocks of so many. What fills the last one up is below no pivot.
+constexpr int64_t kUpperPadding = 64;
+
+// Returns how many there are then.
+inline int64_t upper_halves(const uint32_t* __restrict keys, int64_t n, int16_t* __restrict upper) {
+  in_blocks<kUpperPadding>(n, [&](int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; ++i) {
+      upper[i] = static_cast<int16_t>((keys[i] >> 16) ^ kFlip);
+    }
+  });
+  const int64_t padded = (n + kUpperPadding - 1) & -kUpperPadding;
+  std::fill(upper + n, upper + padded, INT16_MAX);
+  return padded;
 }
 
 // As many keys as 16-bit counts can count.
@@ -123,13 +135,13 @@ inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int6
 //
 // `can_take` is null when all may. Otherwise the keys of the others must be 0xFFFFFFFF, which keeps
 // them out of every count; `num_keys` counts only those that may. 0 <= rank <= num_keys. `upper` is
-// scratch for `length` numbers.
+// scratch for `length` numbers, rounded up to kUpperPadding.
 // (Inlined also where there are several callers: a call costs a row 13 ns.)
 __attribute__((always_inline)) inline void key_bounds(const uint32_t* keys, const uint8_t* can_take,
                                                       int64_t length, int32_t num_keys,
                                                       const int32_t* ranks, int16_t* upper,
                                                       KeyBound* bounds) {
-  upper_halves(keys, length, upper);
+  const int64_t padded = upper_halves(keys, length, upper);
   const Int4 rank = {ranks[0], ranks[1], ranks[2], ranks[2]};
   const Int4 last = Int4{} + ranks[2];
   const bool one_rank = all_set((rank == 0) | (rank == last));
@@ -138,9 +150,9 @@ __attribute__((always_inline)) inline void key_bounds(const uint32_t* keys, cons
     search.propose(pass);
     if (one_rank) {
       const Int4 pivot = Int4{} + search.pivot[2];
-      search.learn(Int4{} + count_below<1>(upper, length, pivot)[0]);
+      search.learn(Int4{} + count_below<1>(upper, padded, pivot)[0]);
     } else {
-      Int4 below = count_below<3>(upper, length, search.pivot);
+      Int4 below = count_below<3>(upper, padded, search.pivot);
       below[3] = below[2];
       search.learn(below);
     }

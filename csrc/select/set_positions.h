@@ -29,16 +29,29 @@ struct SetBits {
 constexpr SetBits kSetBits;
 #endif
 
+#if defined(__AVX512F__)
+// Which of the next 64 of n bytes are not 0.
+inline uint64_t set_bits(const uint8_t* bytes, int64_t n) {
+  const __mmask64 there = n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
+  const __m512i found = _mm512_maskz_loadu_epi8(there, bytes);
+  return _mm512_test_epi8_mask(found, found);
+}
+#endif
+
 // How many of n bytes are 1 and not 0.
 inline int64_t count_set(const uint8_t* bytes, int64_t n) {
-  constexpr int64_t kBlock = 31 * 8;  // sums of bytes that fit in a byte
   int64_t count = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < n; i += 64) count += _mm_popcnt_u64(set_bits(bytes + i, n - i));
+#else
+  constexpr int64_t kBlock = 31 * 8;  // sums of bytes that fit in a byte
   for (int64_t first = 0; first < n; first += kBlock) {
     uint64_t words[kBlock / 8] = {}, sum = 0;
     std::memcpy(words, bytes + first, static_cast<size_t>(std::min(kBlock, n - first)));
     for (uint64_t word : words) sum += word;
     count += static_cast<int64_t>(sum * 0x0101010101010101u >> 56);
   }
+#endif
   return count;
 }
 
@@ -92,9 +105,8 @@ int64_t set_positions(const uint8_t* __restrict flags, int64_t n, int64_t first,
   const Index *begin = out, *end = out + room;
   int64_t i = 0;
 #if defined(__AVX512F__)
-  for (; i + 64 <= n; i += 64) {
-    const __m512i bytes = _mm512_loadu_si512(flags + i);
-    uint64_t bits = _mm512_test_epi8_mask(bytes, bytes);
+  for (; i < n; i += 64) {
+    uint64_t bits = set_bits(flags + i, n - i);
     auto eight = eight_from(first + i, out);
     for (int group = 0; group < 8; ++group, bits >>= 8) {
       const uint32_t here = bits & 0xFF, count = static_cast<uint32_t>(_mm_popcnt_u32(here));

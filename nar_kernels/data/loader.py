@@ -25,7 +25,7 @@ from nar_kernels.data.windows.order import order_of
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import CorruptStep, Wanted, corrupt_documents
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
-from nar_kernels.ops.documents import Documents
+from nar_kernels.ops.documents import check_documents
 from nar_kernels.ops.masking import MaskingConfig
 
 _MOST_SLOTS = (1 << 63) - 1
@@ -319,19 +319,19 @@ class MaskedLoader:
         """Windows of random lengths, padded: documents that are their slots."""
         place, length = self._place, self.dataset.seq_len
         slots = self.sample_ids(step)
-        begins = torch.arange(len(slots) + 1, device="cpu") * length
         lengths = random_lengths(
             torch.full_like(slots, length), slots, self.random_length_prob, self.seed
         )
         tokens, runs = place.tokens, place.runs
         loss_mask, loss_mask_runs = place.loss_mask, place.loss_mask_runs
         if windows is not None:  # instead of the corpus
-            tokens, starts = windows.flatten(), begins[:-1].to(windows.device)
+            tokens = windows.flatten()
+            starts = torch.arange(len(slots), device=tokens.device) * length
             loss_mask = None if maskable is None else maskable.flatten()
             runs = loss_mask_runs = None
         assert starts is not None
         return corrupt_documents(
-            Documents(begins, lengths, lengths, slots, length),
+            check_documents(lengths, seq_len=length, sample_ids=slots),
             tokens,
             starts,
             self.masking,

@@ -23,7 +23,7 @@ from nar_kernels.data.staging import CorpusMemory, DeferredCheck
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt import Wanted, corrupt_documents
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
-from nar_kernels.ops.documents import Documents
+from nar_kernels.ops.documents import Documents, check_documents
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.samples import check_id
 from nar_kernels.ops.windows import gather_ragged
@@ -283,20 +283,22 @@ class PackedLoader:
         """The documents of a step, and where in the corpus they begin, int64 ``[n]``."""
         first = step * self.global_batch + self.rank * self.batch_size
         pieces = self.plan.rows(first, self.batch_size)
-        row, offset, starts, lengths, _, slots = map(torch.from_numpy, pieces)
+        given = (pieces.start, pieces.length, pieces.sample)
+        starts, lengths, slots = map(torch.from_numpy, given)
         if self.random_length_prob:
             lengths = random_lengths(lengths, slots, self.random_length_prob, self.seed)
-        filled = lengths
+        eos_lengths = None
         if self.eos_fill == "fill_row":
-            filled = torch.full_like(lengths, self.seq_len)
+            eos_lengths = self.seq_len - lengths
         elif self.eos_fill == "fill_block":
-            filled = (lengths + self.block_size - 1) // self.block_size * self.block_size
-        if self.layout == "flat":
-            begins = torch.cat([filled.new_zeros(1), filled.cumsum(0)])
-            return Documents(begins, lengths, filled, slots), starts
-        places = (row - first) * self.seq_len + offset
-        begins = torch.cat([places, places.new_tensor([self.batch_size * self.seq_len])])
-        return Documents(begins, lengths, filled, slots, self.seq_len), starts
+            eos_lengths = -lengths % self.block_size
+        in_rows: dict[str, Any] = {}
+        if self.layout == "rows":
+            places = (pieces.row - first) * self.seq_len + pieces.offset
+            in_rows = {"places": torch.from_numpy(places)}
+            in_rows |= {"num_rows": self.batch_size, "seq_len": self.seq_len}
+        documents = check_documents(lengths, eos_lengths=eos_lengths, sample_ids=slots, **in_rows)
+        return documents, starts
 
     def _corrupt(self, documents: Documents, starts: Tensor) -> Corrupted:
         place, device = self._place, self._compute_device

@@ -42,7 +42,7 @@ class WindowOrder(NamedTuple):
 
 class CorruptArgs(NamedTuple):
     """Checked arguments of ``corrupt``. Shapes: B batch, L ``seq_len``, V ``num_tokens``, N
-    ``num_positions``.
+    positions in all: of ``shape``.
 
     The windows of the batch begin at ``starts``; or, where ``num_windows`` is not 0, at
     ``phase + index * stride`` with the index that the sample slot has in the order of its epoch; or
@@ -62,7 +62,7 @@ class CorruptArgs(NamedTuple):
     # the corpus; of how many positions it is; and its slot. The ids that follow those of the corpus
     # are eos_id. What follows up to the next sample is padding. Last N, and nothing.
     spans: Tensor | None
-    num_positions: int  # of the outputs: B * L without spans
+    shape: list[int]  # of a batch: [B, L], or that of its documents, which may be flat
     eos_id: int  # a valid id in any case, as is the next
     pad_id: int
     num_tokens: int

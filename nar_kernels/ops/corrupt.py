@@ -4,6 +4,7 @@ Shapes: B batch, L sequence length (``seq_len``), V vocabulary (``num_tokens``),
 documents, N their positions.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -209,7 +210,7 @@ def corrupt(
     supervised = check_maskable(
         samples.shape,
         device,
-        lengths=None if samples.documents is None else samples.documents.lengths,
+        documents=samples.documents,
         maskable=maskable,
         labels=labels,
         loss_mask=loss_mask,
@@ -232,6 +233,7 @@ def corrupt(
         batch=samples.batch,
         seq_len=samples.seq_len,
         sample_ids=slot_ids,
+        first_sample=samples.slots.start if samples.slots else 0,
         maskable=supervised,
         loss_mask=beside_corpus,
         spans=spans,
@@ -285,7 +287,7 @@ def corrupt_documents(
         runs=runs,
         starts=starts,
         batch=len(documents),
-        seq_len=documents.longest,
+        seq_len=documents.extent.longest,
         sample_ids=spans.ids,
         loss_mask=loss_mask,
         loss_mask_runs=loss_mask_runs,
@@ -428,10 +430,10 @@ def _arguments(
         seed = 0
     if spans is None:
         filler = int(masking.mask_id == 0)
-        spans = Spans(None, batch * seq_len, filler, filler)
-    if wanted.narrow and spans.num_positions >= 1 << 31:
+        spans = Spans(None, [batch, seq_len], filler, filler)
+    if wanted.narrow and (num_positions := math.prod(spans.shape)) >= 1 << 31:
         raise ValueError(
-            f"ids_dtype is torch.int32, but a batch of {spans.num_positions} positions has indices "
+            f"ids_dtype is torch.int32, but a batch of {num_positions} positions has indices "
             "that do not fit: use torch.int64"
         )
     return CorruptArgs(
@@ -486,10 +488,5 @@ def _batch(
     counts = None
     if wanted.masked_rows and outputs[0].device.type == "cuda":  # type: ignore[union-attr]
         counts = count_on_host(a, masking, slots, documents)
-    spans = None
-    if documents is not None:
-        of_positions, others = outputs[:3], outputs[3:]
-        outputs = [x if x is None else x.view(documents.shape) for x in of_positions] + [*others]
-        spans = a.spans
     strata = num_strata(masking, slots, a.global_batch)
-    return Corrupted(*outputs, masking, counts, strata, documents, spans)  # type: ignore[call-arg, arg-type]
+    return Corrupted(*outputs, masking, counts, strata, documents, a.spans)  # type: ignore[call-arg, arg-type]

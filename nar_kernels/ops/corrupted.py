@@ -165,8 +165,8 @@ class Corrupted:
     @property
     def quantised_times(self) -> Tensor:
         """int64 ``[B]``: which of the 65536 times of the schedule's tables each sample has."""
-        share = (self.times - self.masking.time_low) / self.masking.time_span
-        return (share * NUM_TIMES).long().clamp(0, NUM_TIMES - 1)
+        since_low = self.times - self.masking.time_low
+        return since_low.mul_(NUM_TIMES / self.masking.time_span).long().clamp_(0, NUM_TIMES - 1)
 
     @property
     def p_mask(self) -> Tensor:
@@ -176,7 +176,7 @@ class Corrupted:
             0, self.quantised_times
         )
         if self.documents is None:
-            return share[:, None].expand(self.input_ids.shape)
+            return share.unsqueeze(1).expand_as(self.input_ids)
         return self._of_positions(share)
 
     def samples_of(self, rows: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class Corrupted:
     @property
     def max_seqlen(self) -> int:
         """The largest difference of ``cu_seqlens``."""
-        return self.input_ids.shape[1] if self.documents is None else self.documents.longest
+        return self.input_ids.shape[1] if self.documents is None else self.documents.extent.longest
 
     @property
     def lengths(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import IGNORE_INDEX
 
 _COMPARED = 4096  # labels with ids
@@ -42,7 +43,7 @@ def check_maskable(
     shape: tuple[int, ...],
     device: torch.device,
     *,
-    lengths: Tensor | None = None,
+    documents: Documents | None = None,
     maskable: Tensor | None = None,
     labels: Tensor | None = None,
     loss_mask: Tensor | None = None,
@@ -52,7 +53,7 @@ def check_maskable(
 
     Args:
         shape: of the batch.
-        lengths: int64 ``[n]`` on the CPU, of documents.
+        documents: of which the batch is made.
 
     Raises:
         TypeError: no tensor, or a wrong dtype.
@@ -74,9 +75,9 @@ def check_maskable(
         if loss_mask.itemsize > 1:
             loss_mask = loss_mask != 0
     if prompt_lengths is not None:
-        of_samples = shape[:1] if lengths is None else (len(lengths),)
+        of_samples = shape[:1] if documents is None else (len(documents),)
         _check("prompt_lengths", prompt_lengths, _LABEL_DTYPES, of_samples, device)
-        _check_lengths(prompt_lengths, shape[-1] if lengths is None else lengths)
+        _check_lengths(prompt_lengths, shape[-1] if documents is None else documents.lengths)
         prompt_lengths = prompt_lengths.to(torch.int64).contiguous()
     positions = maskable if maskable is not None else labels if labels is not None else loss_mask
     return Maskable(None if positions is None else positions.contiguous(), prompt_lengths)

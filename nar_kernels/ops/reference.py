@@ -196,9 +196,10 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
     input_ids = torch.where(masked & (order < replaced), random, input_ids)
     input_ids = torch.where(masked & (order < kept), clean, input_ids)
     labels = torch.where(masked, clean, IGNORE_INDEX)
-    if a.spans is not None:  # flat, as the spaces lie
+    if a.spans is not None:  # as the spaces lie
         in_space = _places(a) < a.spans[0].diff()[:, None]
-        input_ids, labels, masked = input_ids[in_space], labels[in_space], masked[in_space]
+        of_positions = (input_ids, labels, masked)
+        input_ids, labels, masked = (x[in_space].view(*a.shape) for x in of_positions)
     dtype = torch.int32 if a.narrow else torch.int64
     nothing = masked.new_empty(0)
     return (

@@ -60,7 +60,7 @@ def arguments(tokens, masking, **others):
             "tokens": tokens,
             "batch": tokens.shape[0],
             "seq_len": tokens.shape[1],
-            "num_positions": tokens.numel(),
+            "shape": list(tokens.shape),
             "eos_id": int(masking.mask_id == 0),
             "pad_id": int(masking.mask_id == 0),
             "num_tokens": masking.num_tokens,

@@ -11,6 +11,7 @@ import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig
 from nar_kernels.data.stream import ArrayInMemory, TokenStream
 from nar_kernels.ops.corrupt import corrupt_documents
+from nar_kernels.ops.documents import _lay_out_cpp, _lay_out_ref
 from tests.helpers.batches import assert_same, corrupt
 
 COMPILED = [
@@ -342,6 +343,46 @@ def test_static_shapes(layout):
             for static in (False, True)
         ]
         assert losses[0] > 0 and abs(losses[0] / losses[1] - 1) < 1e-12
+
+
+def random_layout(rng):
+    """Arguments of `lay_out`, about half of them right."""
+
+    def some(*values):
+        return torch.tensor([rng.choice(values) for _ in range(n)], dtype=torch.int64)
+
+    n, seq_len = rng.randint(0, 4), rng.choice([None, 1, 3, 8])
+    lengths, places, num_rows = some(0, 1, 2, 3), None, n
+    if seq_len is not None and n and rng.random() < 0.7:
+        rows = rows_of(lengths, seq_len, rng)
+        places, num_rows = rows["places"], rows["num_rows"]
+    given = [lengths, rng.choice([None, some(0, 0, 1)]), places, some(0, 7, 1 << 62)]
+    if rng.random() < 0.3:
+        wrong = rng.choice([x for x in given if x is not None])
+        wrong[rng.randrange(n) if n else slice(0)] = rng.choice(
+            [-1, 1, 4, 9, (1 << 31) - 1, 1 << 31]
+        )
+    if rng.random() < 0.2:
+        given[3] = range(5, 5 + 2 * n, 2)
+    return *given, rng.choice([num_rows] * 9 + [num_rows + 1]), seq_len
+
+
+@pytest.mark.cpp
+def test_layouts_of_both_backends():
+    rng, right = random.Random(11), 0
+    for _ in range(4000):
+        given = random_layout(rng)
+        got = _lay_out_cpp(*given)
+        try:
+            expected = _lay_out_ref(*given)
+        except ValueError:
+            assert got is None, given
+            continue
+        assert got is not None, given
+        assert torch.equal(got.table, expected.table), given
+        assert (got.extent, got.shape) == (expected.extent, expected.shape), given
+        right += 1
+    assert 1000 < right < 3000
 
 
 # ---- bad input

@@ -136,7 +136,7 @@ def packed(of: Theirs) -> tuple[Corrupted, torch.Tensor]:
     """The same answers, two or three to a row, and the hidden states there."""
     batch, order = of.ours(), torch.tensor([3, 0, 4, 1, 2])
     begins = torch.tensor([0, L, 3 * L, 4 * L, 5 * L, 6 * L])  # padding behind the second
-    documents = Documents(begins, *torch.full((2, B), L), order, 3 * L)
+    documents = Documents.of(begins, *torch.full((2, B), L), order, 3 * L)
     at = (begins[:-1, None] + torch.arange(L)).flatten()
 
     def there(x: torch.Tensor, fill: float) -> torch.Tensor:

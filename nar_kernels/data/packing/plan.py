@@ -178,7 +178,7 @@ class PackingPlan:
             raise ValueError(
                 f"rows {first} to {first + count} are asked for: they must ascend, in [0, 2**63)"
             )
-        parts = [Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))]
+        parts = []
         row, end = first, first + count
         with self._lock:
             while row < end:
@@ -189,6 +189,10 @@ class PackingPlan:
                 part = Pieces(*(field[here] for field in pieces))
                 parts.append(part._replace(row=part.row + begin))
                 row = begin + within[1]
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))
         return Pieces(*map(np.concatenate, zip(*parts, strict=True)))
 
     def state(self, row: int) -> dict[str, Any]:
