@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_float, as_int
-from nar_kernels.spec.schedules import WHOLE_RANGE, Schedule, ScheduleTable, resolve, tabulate
+from nar_kernels.spec.schedules import (
+    NUM_TIMES,
+    WHOLE_RANGE,
+    Schedule,
+    ScheduleTable,
+    resolve,
+    tabulate,
+)
 
 IGNORE_INDEX = -100
 
@@ -114,7 +121,7 @@ class MaskingConfig:
     # For each of _NUM_PARTS equal parts of time, the largest ratio from its start on, in units of
     # 2**-32.
     ratio_bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _shares_of_times: dict[torch.device, Tensor] = field(
+    _shares_of_times: dict[torch.device, tuple[Tensor, Tensor]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
     # Results of _stratified_capacity, which take 100 us.
@@ -192,11 +199,14 @@ class MaskingConfig:
             self._copies[device] = ratio, weight, never_mask
         return self._copies[device]
 
-    def shares_of_times(self, device: torch.device) -> Tensor:
-        """float32 ``[65536]``: m at each of the times of the tables, on a device; cached."""
+    def shares_of_times(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """float32 ``[65535]``: the times of the tables but the last, as kernels write them; and
+        ``[65536]``: m at each of the times. On a device, cached."""
         if device not in self._shares_of_times:
-            ratio = (self.table.ratio.long() & _U32).double() / (_U32 + 1)
-            self._shares_of_times[device] = ratio.float().to(device)
+            place = torch.arange(NUM_TIMES, dtype=torch.float32, device="cpu") + 0.5
+            times = self.time_low + self.time_span * (place / NUM_TIMES)
+            share = (self.table.ratio.long() & _U32).double() / (_U32 + 1)
+            self._shares_of_times[device] = times[:-1].to(device), share.float().to(device)
         return self._shares_of_times[device]
 
     def row_capacity(self, batch_size: int, seq_len: int, *, num_strata: int = 0) -> int:

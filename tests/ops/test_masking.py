@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nar_kernels import MaskingConfig, corrupt
+from nar_kernels.ops.reference import draw_times
 from nar_kernels.spec.schedules import SCHEDULES
 
 CORRECT = {
@@ -107,6 +108,16 @@ def test_a_range_is_the_eps_of_llada(draw, eps):
         assert torch.allclose(batch.loss_weight, 1 / batch.p_mask[:, 0], rtol=1e-4)
     else:
         assert torch.allclose(batch.loss_weight, 200 / batch.num_masked, rtol=1e-4)
+
+
+@pytest.mark.parametrize("time_range", [(0, 1), (0, 0.999), (0.3, 0.31)])
+def test_times_tell_which_of_the_tables(time_range):
+    masking = MaskingConfig(9, 8, time_range=time_range, times="uniform")
+    batch = corrupt(torch.zeros(70_000, 1, dtype=torch.int64), masking, seed=1)
+    drawn = draw_times(1, torch.arange(70_000), 70_000, False)
+    assert torch.equal(batch.quantised_times, drawn)
+    shares = (masking.table.ratio.long() & 0xFFFFFFFF).double() / 2**32
+    assert torch.equal(batch.p_mask[:, 0], shares[drawn].float())
 
 
 def test_unit_weights():
