@@ -12,13 +12,17 @@ nemo-automodel`): `corrupt_uniform`, and the loop of its trainer, which has a ge
 sample, so that a sample's mask does not depend on the world size; as ours never does. Ours writes
 what theirs returns: ids, mask and, without memory, `p_mask`.
 
+"kernel": without the arguments' checks, the memory's allocation and Python around them.
+
 Functions take turns; medians. `--dry-run` is tiny; its figures are meaningless.
 """
 
+import importlib
 import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,6 +30,8 @@ from measure import begin, make_parser, print_table, turns_ns, write_json
 
 from nar_kernels import Corpus, MaskingConfig, PackedLoader, corrupt
 from nar_kernels.data.packing.pack import pack
+
+corrupt_module = importlib.import_module("nar_kernels.ops.corrupt")  # `corrupt` is a function, too
 
 V, MASK, EPS = 50258, 50257, 1e-3
 MEAN, ROW = 256, 1024
@@ -39,6 +45,21 @@ def draw_lengths(kind: str, total: int) -> torch.Tensor:
     else:
         drawn = rng.lognormal(np.log(MEAN) - 0.5, 1, num).astype(np.int64).clip(1, ROW)
     return torch.from_numpy(drawn)
+
+
+def kernel_of(call: Callable[[], object]) -> Callable[[], object]:
+    """The kernel of a call of `corrupt` alone."""
+    found = []
+    run = corrupt_module.run_corrupt
+
+    def note(arguments: Any, backend: str, memory: Any) -> Any:
+        found.append((arguments, backend, run(arguments, backend, memory)))
+        return found[-1][-1]
+
+    with mock.patch.object(corrupt_module, "run_corrupt", note):
+        call()
+    ((arguments, backend, outputs),) = found
+    return lambda: run(arguments, backend, outputs[:-1])
 
 
 def documents(kind: str, total: int, repeats: int) -> list[dict[str, Any]]:
@@ -86,13 +107,16 @@ def documents(kind: str, total: int, repeats: int) -> list[dict[str, Any]]:
         ),
         "PackedLoader": (lambda: loader.batch(next(steps)), per_batch),
     }
-    times = turns_ns({name: call for name, (call, _) in calls.items()}, repeats, timed=3)
+    for name in ("windows", "documents, flat", "documents, rows"):
+        call, num_tokens = calls[name]
+        calls[f"kernel: {name}"] = kernel_of(call), num_tokens
+    times = turns_ns({name: call for name, (call, _) in calls.items()}, repeats, warm_up=3, timed=5)
     per_token = {name: statistics.median(times[name]) / n for name, (_, n) in calls.items()}
-    base = per_token["windows"]
-    return [
-        {"what": name, "ns_per_token": ns, "times_windows": ns / base}
-        for name, ns in per_token.items()
-    ]
+    rows = []
+    for name, ns in per_token.items():
+        base = per_token["kernel: windows" if "kernel" in name else "windows"]
+        rows.append({"what": name, "ns_per_token": ns, "times_windows": ns / base})
+    return rows
 
 
 def answers(batch: int, length: int, repeats: int) -> list[dict[str, Any]]:
@@ -135,7 +159,7 @@ def answers(batch: int, length: int, repeats: int) -> list[dict[str, Any]]:
 
         calls["NeMo"] = lambda: corrupt_uniform(ids, loss_mask, MASK, EPS, generator=generator)
         calls["NeMo, by sample"] = by_sample
-    times = turns_ns(calls, repeats, timed=3)
+    times = turns_ns(calls, repeats, warm_up=3, timed=5)
     per_token = {name: statistics.median(of) / ids.numel() for name, of in times.items()}
     return [
         {"what": name, "ns_per_token": ns, "times_ours": ns / per_token["ours"]}

@@ -121,12 +121,11 @@ def samples_of_documents(documents: Documents, tokens: Tensor, starts: Tensor | 
             "document begins"
         )
     starts = _check_starts(starts, tokens)
-    if len(starts) != len(documents):
-        raise ValueError(f"there are {len(starts)} starts but {len(documents)} lengths")
-    check_stored(documents, len(tokens))
-    return Samples(
-        starts, len(documents), documents.extent.longest, starts.device, None, None, documents
-    )
+    n, longest = len(documents), documents.extent.longest
+    if starts.shape[0] != n:
+        raise ValueError(f"there are {starts.shape[0]} starts but {n} lengths")
+    check_stored(documents, tokens.shape[0])
+    return Samples(starts, n, longest, starts.device, None, None, documents)
 
 
 def check_stored(documents: Documents, num_tokens: int) -> None:
