@@ -42,8 +42,7 @@ inline void store_ids(int64_t* to, __m256i ids) {
 }
 #endif
 
-// Keys below `mask` are masked; of those, the ones below `keep` keep their token. The scratch of
-// keys and clean ids goes on to a multiple of kWordPadding, the outputs do not.
+// Keys below `mask` are masked; of those, the ones below `keep` keep their token.
 template <typename Id>
 void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
                const uint32_t* __restrict keys, const int32_t* __restrict clean,
@@ -55,7 +54,8 @@ void write_row(uint32_t keep, uint32_t mask, int64_t length, int32_t mask_id,
   const __m512i hidden_id = _mm512_set1_epi32(mask_id), ignored = _mm512_set1_epi32(kIgnore);
   // Ids and labels of up to 16 positions, and which are masked.
   const auto write = [&](int64_t i, __mmask16 there) {
-    const __m512i key = _mm512_loadu_si512(keys + i), id = _mm512_loadu_si512(clean + i);
+    const __m512i key = _mm512_maskz_loadu_epi32(there, keys + i);
+    const __m512i id = _mm512_maskz_loadu_epi32(there, clean + i);
     const __mmask16 is_masked = _mm512_cmplt_epu32_mask(key, below_mask);
     const __mmask16 hidden = _mm512_mask_cmpge_epu32_mask(is_masked, key, below_keep);
     store_ids(out.input_ids + i, there, _mm512_mask_mov_epi32(id, hidden, hidden_id));

@@ -11,7 +11,7 @@ import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig
 from nar_kernels.data.stream import ArrayInMemory, TokenStream
 from nar_kernels.ops.corrupt import corrupt_documents
-from nar_kernels.ops.documents import _lay_out_cpp, _lay_out_ref
+from nar_kernels.ops.documents import _lay_out_cpp, _lay_out_ref, _LayOutArgs
 from tests.helpers.batches import assert_same, corrupt
 
 COMPILED = [
@@ -364,7 +364,7 @@ def random_layout(rng):
         )
     if rng.random() < 0.2:
         given[3] = range(5, 5 + 2 * n, 2)
-    return *given, rng.choice([num_rows] * 9 + [num_rows + 1]), seq_len
+    return _LayOutArgs(*given, rng.choice([num_rows] * 9 + [num_rows + 1]), seq_len)
 
 
 @pytest.mark.cpp
@@ -372,9 +372,9 @@ def test_layouts_of_both_backends():
     rng, right = random.Random(11), 0
     for _ in range(4000):
         given = random_layout(rng)
-        got = _lay_out_cpp(*given)
+        got = _lay_out_cpp(given)
         try:
-            expected = _lay_out_ref(*given)
+            expected = _lay_out_ref(given)
         except ValueError:
             assert got is None, given
             continue
