@@ -16,6 +16,7 @@ from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.host_counts import HostCounts
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.spec.schedules import NUM_TIMES
 
 
 def check_record(
@@ -164,15 +165,15 @@ class Corrupted:
     @property
     def quantised_times(self) -> Tensor:
         """int64 ``[B]``: which of the 65536 times of the schedule's tables each sample has."""
-        times, _ = self.masking.shares_of_times(self.times.device)
-        return torch.bucketize(self.times, times)
+        since_low = self.times - self.masking.time_low
+        return since_low.mul_(NUM_TIMES / self.masking.time_span).long().clamp_(0, NUM_TIMES - 1)
 
     @property
     def p_mask(self) -> Tensor:
         """float32 ``[B, L]``, of stride 0 along L: m(t), the probability with which a maskable
         position of the sample is masked. Exact draws mask ``clamp(ceil(m(t) n), 1, n)`` of n."""
-        _, share = self.masking.shares_of_times(self.times.device)
-        share = share.index_select(0, self.quantised_times)
+        shares = self.masking.shares_of_times(self.times.device)
+        share = shares.index_select(0, self.quantised_times)
         if self.documents is None:
             return share.unsqueeze(1).expand_as(self.input_ids)
         return self._of_positions(share)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
@@ -159,6 +160,13 @@ def _gemm_adds_in_float32(device: torch.device) -> bool:
     return _HAS_FLOAT32_SUMS and device.type == "cuda"
 
 
+def row_multiple(hidden: Tensor) -> int:
+    """What the rows of a product should be a multiple of. oneDNN, which multiplies narrow types on
+    a CPU, keeps the code of a thousand shapes it has met, some MB each; and hardly two batches mask
+    as many positions."""
+    return 64 if hidden.device.type == "cpu" and hidden.dtype.itemsize == 2 else 1
+
+
 class LogitsMemory:
     """One buffer that all chunks of logits share."""
 
@@ -218,6 +226,9 @@ def inferred_logits(
     # Autocast, which must not be switched off around a yield, does not change these products.
     for start in range(0, len(hidden), size):
         some = hidden[start : start + size]
+        num_rows = len(some)
+        if num_more := -num_rows % row_multiple(some):
+            some = F.pad(some, (0, 0, 0, num_more))
         logits = memory.rows(len(some), len(weight), some)
         run_linear(LinearArgs(logits, some, weight, bias))
-        yield logits
+        yield logits[:num_rows]

@@ -6,12 +6,19 @@ Shapes: R rows, V vocabulary (rows of the head), D width.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nar_kernels.ops.arguments import LinearNllArgs, NllArgs
 from nar_kernels.ops.dispatch import register
-from nar_kernels.ops.linear import NLL_LIMITS, add_product, chunk_size, linear_chunks
+from nar_kernels.ops.linear import (
+    NLL_LIMITS,
+    add_product,
+    chunk_size,
+    linear_chunks,
+    row_multiple,
+)
 from nar_kernels.ops.nll import run_nll
 from nar_kernels.ops.vocab_parallel import VocabularyShard, rows_of_a_shard, shard_nll
 
@@ -39,6 +46,20 @@ def weighted_sum(a: LinearNllArgs, backend: str, shard: VocabularyShard | None) 
     return _WeightedSum.apply(*a, backend, shard)
 
 
+def _padded(a: LinearNllArgs, num_more: int) -> LinearNllArgs:
+    """With so many more rows, of weight 0."""
+    if not num_more:
+        return a
+    row_weight = a.row_weight
+    if row_weight is None:
+        row_weight = torch.ones(len(a.hidden), device=a.hidden.device)
+    return a._replace(
+        hidden=F.pad(a.hidden, (0, 0, 0, num_more)),
+        labels=F.pad(a.labels, (0, num_more)),
+        row_weight=F.pad(row_weight, (0, num_more)),
+    )
+
+
 def _losses_and_gradients(
     a: LinearNllArgs, backend: str, shard: VocabularyShard | None
 ) -> tuple[Tensor, Gradients]:
@@ -49,6 +70,9 @@ def _losses_and_gradients(
     """
     if torch.compiler.is_compiling():  # with a shard, masked_nll is not compiled
         return _as_an_operator(a, backend)
+    num_rows = len(a.hidden)
+    multiple = row_multiple(a.hidden)
+    a = _padded(a, -num_rows % multiple)
     hidden = a.hidden
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -64,6 +88,7 @@ def _losses_and_gradients(
     size = chunk_size(
         len(hidden), width, hidden.device, NLL_LIMITS, same_on_ranks=shard is not None
     )
+    size = -(-size // multiple) * multiple
     wanted = a.of_hidden or a.of_weight or a.of_bias
     for logits, part in linear_chunks(hidden, weight, size, backend):
         row_weight = None if a.row_weight is None else a.row_weight[part]
@@ -77,7 +102,9 @@ def _losses_and_gradients(
             of_bias += logits.sum(0, dtype=wide)
     if of_hidden is not None and shard is not None:
         shard.sum_over_ranks(of_hidden)
-    return nll, (of_hidden, of_weight, of_bias)
+    if of_hidden is not None:
+        of_hidden = of_hidden[:num_rows]
+    return nll[:num_rows], (of_hidden, of_weight, of_bias)
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nar_kernels.checks import as_float, as_int
 from nar_kernels.spec.schedules import (
-    NUM_TIMES,
     WHOLE_RANGE,
     Schedule,
     ScheduleTable,
@@ -121,7 +120,7 @@ class MaskingConfig:
     # For each of _NUM_PARTS equal parts of time, the largest ratio from its start on, in units of
     # 2**-32.
     ratio_bounds: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _shares_of_times: dict[torch.device, tuple[Tensor, Tensor]] = field(
+    _shares_of_times: dict[torch.device, Tensor] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
     # Results of _stratified_capacity, which take 100 us.
@@ -199,14 +198,11 @@ class MaskingConfig:
             self._copies[device] = ratio, weight, never_mask
         return self._copies[device]
 
-    def shares_of_times(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """float32 ``[65535]``: the times of the tables but the last, as kernels write them; and
-        ``[65536]``: m at each of the times. On a device, cached."""
+    def shares_of_times(self, device: torch.device) -> Tensor:
+        """float32 ``[65536]``: m at each of the times of the tables, on a device; cached."""
         if device not in self._shares_of_times:
-            place = torch.arange(NUM_TIMES, dtype=torch.float32, device="cpu") + 0.5
-            times = self.time_low + self.time_span * (place / NUM_TIMES)
-            share = (self.table.ratio.long() & _U32).double() / (_U32 + 1)
-            self._shares_of_times[device] = times[:-1].to(device), share.float().to(device)
+            ratio = (self.table.ratio.long() & _U32).double() / (_U32 + 1)
+            self._shares_of_times[device] = ratio.float().to(device)
         return self._shares_of_times[device]
 
     def row_capacity(self, batch_size: int, seq_len: int, *, num_strata: int = 0) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_kernels.ops import linear
-from nar_kernels.ops.arguments import LinearArgs
+from nar_kernels.ops.arguments import LinearArgs, LinearNllArgs
 from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.linear import (
     ChunkLimits,
@@ -18,6 +18,7 @@ from nar_kernels.ops.linear import (
     inferred_logits,
     run_linear,
 )
+from nar_kernels.ops.linear_nll import losses, weighted_sum
 
 CPU = torch.device("cpu")
 needs_kernel = pytest.mark.skipif(
@@ -264,6 +265,52 @@ def test_which_gemm_adds_in_float32(monkeypatch):
         monkeypatch.setattr(linear, "_HAS_FLOAT32_SUMS", has)
         assert linear._gemm_adds_in_float32(torch.device("cuda")) == has
         assert not linear._gemm_adds_in_float32(CPU)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the sizes of all products."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.sizes |= {size for x in args for size in x.shape}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 64, 100, 1090])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_narrow_types_have_few_shapes(dtype, num_rows):
+    """oneDNN keeps some MB of code for each."""
+    vocabulary, width = 1030, 24
+    generator = torch.Generator().manual_seed(num_rows)
+    hidden = torch.randn(num_rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=generator) / 5).to(dtype).requires_grad_()
+    bias = torch.randn(vocabulary, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (num_rows,), generator=generator)
+    row_weight = torch.rand(num_rows, generator=generator)
+    inputs = (hidden, weight, bias, labels, row_weight)
+    with Shapes() as shapes:
+        loss = weighted_sum(LinearNllArgs(*inputs), "reference", None)
+        loss.backward()
+        with torch.no_grad():
+            each = losses(LinearNllArgs(*inputs[:4]), "reference", None)
+        chunks = inferred_logits(hidden, weight, bias, LogitsMemory())
+        logits = [chunk.clone() for chunk in chunks]
+    assert all(size % 64 == 0 for size in shapes.sizes - {vocabulary, width})
+    assert len(shapes.sizes) <= 4
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    expected = F.linear(*exact)
+    nll = F.cross_entropy(expected, labels, reduction="none")
+    (row_weight * nll).sum().backward()
+    assert hidden.grad.shape == hidden.shape and each.shape == (num_rows,)
+    for x, y in zip((hidden, weight, bias), exact, strict=True):
+        assert (x.grad - y.grad).norm() <= 0.02 * y.grad.norm()
+    assert (each - nll).norm() <= 0.01 * nll.norm()
+    if num_rows:
+        assert (torch.cat(logits) - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_nothing_is_behind_a_row_of_logits() -> None:
