@@ -231,6 +231,16 @@ def test_cart(tmp_path):
     assert "| cart_weights, with documents |" in output
 
 
+def test_row_counts(tmp_path):
+    figures, output = run("bench_row_counts.py", tmp_path)
+    assert [row["loss"] for row in figures["rows"]] == [
+        "masked_nll",
+        "F.cross_entropy, masked rows",
+    ]
+    assert all(row["us_per_row"] > 0 for row in figures["rows"]) and figures["batches"] == 8
+    assert "| masked_nll |" in output
+
+
 def test_prepare(tmp_path):
     for package in ("tokenizers", "datatrove", "orjson"):
         pytest.importorskip(package)
