@@ -58,6 +58,7 @@ bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_corrupt.py
 	$(BIN)/python benchmarks/bench_nll.py
 	$(BIN)/python benchmarks/bench_masked_nll.py --dtype float32
+	$(BIN)/python benchmarks/bench_row_counts.py
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_unmask.py
