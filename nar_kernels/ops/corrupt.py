@@ -16,7 +16,7 @@ from nar_kernels.ops.arguments import CorruptArgs, WindowOrder
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.corrupt_launch import PlannedCorrupt, memory_of, run_corrupt
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output
-from nar_kernels.ops.dispatch import needs_dispatcher
+from nar_kernels.ops.dispatch import needs_dispatcher, outside_graphs
 from nar_kernels.ops.documents import Documents, check_documents
 from nar_kernels.ops.host_counts import count_on_host, num_strata
 from nar_kernels.ops.maskable import EVERY_POSITION, Maskable, check_labels, check_maskable
@@ -188,7 +188,7 @@ def corrupt(
             )
         samples = samples_of_windows(tokens, starts, seq_len, sample_ids)
     else:
-        documents = check_documents(
+        documents = outside_graphs(check_documents)(
             lengths,
             eos_lengths=eos_lengths,
             places=places,

@@ -226,7 +226,7 @@ class Corrupted:
         """int64 ``[n]``: how many positions each document has; the others of its space are
         padding."""
         if self.spans is not None:
-            return self.spans[2, :-1]
+            return self.spans[2, :-1].clone()
         return torch.full_like(self.num_masked, self.input_ids.shape[1])
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nar_kernels.checks import as_int
 from nar_kernels.ops.backends import cpp
+from nar_kernels.ops.dispatch import needs_dispatcher
 from nar_kernels.ops.tokens import check_ids, check_range
 
 _MOST_POSITIONS = 1 << 31  # a batch has fewer
@@ -102,7 +103,7 @@ class Documents:
         return num_positions // self.row_length, self.row_length
 
     def spans(self, device: torch.device) -> Tensor:
-        """The table on a device, which is not waited for."""
+        """The table on a device, which is not waited for; not to be changed."""
         if device.type != "cuda":
             return self.table.to(device)
         return self.table.pin_memory().to(device, non_blocking=True)
@@ -179,8 +180,12 @@ def check_documents(
         raise ValueError(f"num_rows is {num_rows}: it must be at least 0")
     _check_size(num_rows * (seq_len or 0))
     arguments = _LayOutArgs(lengths, eos_lengths, places, sample_ids, num_rows, seq_len)
-    documents = None if cpp is None else _lay_out_cpp(arguments)
-    return _lay_out_ref(arguments) if documents is None else documents
+    slots = None if isinstance(sample_ids, range) else sample_ids
+    if not needs_dispatcher(lengths, eos_lengths, places, slots):
+        documents = None if cpp is None else _lay_out_cpp(arguments)
+        return _lay_out_ref(arguments) if documents is None else documents
+    int(lengths.sum())  # raises where a trace would keep these very documents, or there are none
+    return _lay_out_ref(arguments)
 
 
 class _LayOutArgs(NamedTuple):

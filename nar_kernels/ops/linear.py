@@ -93,6 +93,24 @@ _LARGE_HEAD = 1 << 20
 INFERENCE_LIMITS = {"cpu": ChunkLimits(1 << 24, 256), "cuda": ChunkLimits(1 << 28, 8192)}
 
 
+def has_few_shapes(hidden: Tensor) -> bool:
+    """Whether products of these should be of few shapes: oneDNN, which multiplies narrow types on a
+    CPU, compiles code for each and keeps a thousand of them, some MB each; and hardly two batches
+    mask as many positions."""
+    return hidden.device.type == "cpu" and hidden.dtype.itemsize == 2
+
+
+def round_up_rows(num_rows: int) -> int:
+    """To a multiple of 64, or below that to a power of two."""
+    if num_rows > 32:
+        return -(-num_rows // 64) * 64
+    return 1 << (num_rows - 1).bit_length() if num_rows else 0
+
+
+def _round_down_rows(num_rows: int) -> int:
+    return num_rows // 64 * 64 if num_rows >= 64 else 1 << (num_rows.bit_length() - 1)
+
+
 def chunk_size(
     num_rows: int,
     vocabulary: int,
@@ -100,15 +118,19 @@ def chunk_size(
     limits: dict[str, ChunkLimits],
     *,
     same_on_ranks: bool = False,
+    few_shapes: bool = False,
 ) -> int:
     """Rows of a chunk, at least 1: equal parts, within the limits and the memory of a GPU, unless
-    ranks whose GPUs may differ need the ``same``."""
+    ranks whose GPUs may differ need the ``same``; or, with ``few_shapes``, as many whatever the
+    number of rows."""
     most_logits, enough_rows = limits.get(device.type, limits["cuda"])
     if device.type == "cuda" and torch.cuda.is_available() and not same_on_ranks:
         memory = torch.cuda.get_device_properties(device).total_memory
         most_logits = min(most_logits, memory // _BYTES_PER_LOGIT)
     enough = max(enough_rows, _ENOUGH_LOGITS // vocabulary)
     most = max(min(most_logits // vocabulary, enough), 1)
+    if few_shapes:
+        return _round_down_rows(most)
     num_chunks = max(-(-num_rows // most), 1)
     return max(-(-num_rows // num_chunks), 1)
 
@@ -158,13 +180,6 @@ def _gemm_adds_in_float32(device: torch.device) -> bool:
     """Whether a GEMM of narrow matrices can add to a float32 one, which saves a pass over a narrow
     product and its rounding."""
     return _HAS_FLOAT32_SUMS and device.type == "cuda"
-
-
-def row_multiple(hidden: Tensor) -> int:
-    """What the rows of a product should be a multiple of. oneDNN, which multiplies narrow types on
-    a CPU, keeps the code of a thousand shapes it has met, some MB each; and hardly two batches mask
-    as many positions."""
-    return 64 if hidden.device.type == "cpu" and hidden.dtype.itemsize == 2 else 1
 
 
 class LogitsMemory:
@@ -222,13 +237,14 @@ def inferred_logits(
     bias = None if bias is None else bias.to(dtype)
     needs_many_rows = hidden.device.type == "cpu" and not (HAS_LINEAR and dtype == torch.float32)
     limits = TRAINING_LIMITS if needs_many_rows else INFERENCE_LIMITS
-    size = chunk_size(len(hidden), len(weight), hidden.device, limits)
+    few = has_few_shapes(hidden)
+    size = chunk_size(len(hidden), len(weight), hidden.device, limits, few_shapes=few)
     # Autocast, which must not be switched off around a yield, does not change these products.
     for start in range(0, len(hidden), size):
         some = hidden[start : start + size]
         num_rows = len(some)
-        if num_more := -num_rows % row_multiple(some):
-            some = F.pad(some, (0, 0, 0, num_more))
+        if few:
+            some = F.pad(some, (0, 0, 0, round_up_rows(num_rows) - num_rows))
         logits = memory.rows(len(some), len(weight), some)
         run_linear(LinearArgs(logits, some, weight, bias))
         yield logits[:num_rows]

@@ -16,8 +16,9 @@ from nar_kernels.ops.linear import (
     NLL_LIMITS,
     add_product,
     chunk_size,
+    has_few_shapes,
     linear_chunks,
-    row_multiple,
+    round_up_rows,
 )
 from nar_kernels.ops.nll import run_nll
 from nar_kernels.ops.vocab_parallel import VocabularyShard, rows_of_a_shard, shard_nll
@@ -71,8 +72,9 @@ def _losses_and_gradients(
     if torch.compiler.is_compiling():  # with a shard, masked_nll is not compiled
         return _as_an_operator(a, backend)
     num_rows = len(a.hidden)
-    multiple = row_multiple(a.hidden)
-    a = _padded(a, -num_rows % multiple)
+    few = has_few_shapes(a.hidden)
+    if few:
+        a = _padded(a, round_up_rows(num_rows) - num_rows)
     hidden = a.hidden
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -85,10 +87,10 @@ def _losses_and_gradients(
     bias = None if a.bias is None else a.bias.to(wide).contiguous()
     # Ranks wait for each other at every chunk.
     width = len(weight) if shard is None else rows_of_a_shard(shard.vocabulary, shard.num_ranks)
+    is_shared = shard is not None
     size = chunk_size(
-        len(hidden), width, hidden.device, NLL_LIMITS, same_on_ranks=shard is not None
+        len(hidden), width, hidden.device, NLL_LIMITS, same_on_ranks=is_shared, few_shapes=few
     )
-    size = -(-size // multiple) * multiple
     wanted = a.of_hidden or a.of_weight or a.of_bias
     for logits, part in linear_chunks(hidden, weight, size, backend):
         row_weight = None if a.row_weight is None else a.row_weight[part]

@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_float, as_int
-from nar_kernels.spec.schedules import (
-    WHOLE_RANGE,
-    Schedule,
-    ScheduleTable,
-    resolve,
-    tabulate,
-)
+from nar_kernels.spec.schedules import WHOLE_RANGE, Schedule, ScheduleTable, resolve, tabulate
 
 IGNORE_INDEX = -100
 

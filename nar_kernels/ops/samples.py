@@ -55,11 +55,14 @@ def _check_slots(
 ) -> tuple[range | None, Tensor | None]:
     """Sample slots, as a range if they are given as one, and as a tensor unless they are a range of
     step 1, which kernels count up themselves."""
+    if isinstance(sample_ids, range):
+        check_range("sample_ids", sample_ids)
+    else:
+        sample_ids = check_ids("sample_ids", sample_ids, device)
     if len(sample_ids) != batch:
         raise ValueError(f"there are {batch} windows but {len(sample_ids)} sample_ids")
     if not isinstance(sample_ids, range):
-        return None, check_ids("sample_ids", sample_ids, device)
-    check_range("sample_ids", sample_ids)
+        return None, sample_ids
     if sample_ids.step == 1:
         return sample_ids, None
     ids = torch.arange(sample_ids.start, sample_ids.stop, sample_ids.step, device=device)

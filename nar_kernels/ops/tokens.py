@@ -29,9 +29,9 @@ def check_ids(name: str, ids: Tensor, device: torch.device) -> Tensor:
 
 def check_range(name: str, slots: range) -> None:
     """Raises ValueError unless a range counts up, from 0 on and below 2**63."""
-    if slots.step < 1 or slots.start < 0 or slots.stop > 1 << 63:
+    if not 1 <= slots.step < 1 << 63 or slots.start < 0 or slots.stop > 1 << 63:
         raise ValueError(
-            f"{name} is {slots}: a range must be in [0, 2**63), with a step of at least 1"
+            f"{name} is {slots}: a range must be in [0, 2**63), with a step of at least 1 in it"
         )
 
 

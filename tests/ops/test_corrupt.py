@@ -525,6 +525,7 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
         (dict(tokens=IDS[0], starts=torch.zeros(1), seq_len=2), ValueError, "starts must be int64"),
         (dict(sample_ids=torch.arange(3)), ValueError, "2 windows but 3 sample_ids"),
         (dict(sample_ids=torch.arange(2).int()), ValueError, "sample_ids must be int64"),
+        (dict(sample_ids=torch.tensor(2)), ValueError, "sample_ids must be int64"),
         (dict(global_batch=0), ValueError, "global_batch is 0"),
         (dict(maskable=IDS), TypeError, r"maskable is torch.int64.*it must be bool \[2, 4\]"),
         (dict(maskable=IDS[:1].bool()), ValueError, r"maskable is .*it must be bool \[2, 4\]"),

@@ -3,9 +3,12 @@
 import copy
 import pickle
 import random
+import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nar_kernels
 from nar_kernels import InvalidTokenError, MaskingConfig
@@ -255,6 +258,7 @@ def test_batches_of_documents_travel():
         assert_same(other, batch)
         assert by_document(other) == by_document(batch)
         assert torch.equal(other.document_ids, batch.document_ids)
+    batch.lengths.fill_(1)
     assert batch.lengths.tolist() == batch.documents.lengths.tolist() == [3, 3, 3]
 
 
@@ -416,6 +420,8 @@ T6 = torch.arange(3, 9)
         ({"lengths": [1 << 40, 1]}, ValueError, r"less than 2\*\*31"),
         ({"lengths": [1 << 62, 1 << 62]}, ValueError, r"less than 2\*\*31"),
         ({"sample_ids": range(5, 3, -1)}, ValueError, "with a step of at least 1"),
+        ({"sample_ids": range(0, 1, 1 << 70)}, ValueError, r"must be in \[0, 2\*\*63\)"),
+        ({"sample_ids": torch.tensor(0)}, ValueError, "sample_ids must be int64"),
         ({"out": True}, ValueError, "the memory of documents is not reused"),
         (
             {"places": [0, 1], "seq_len": 4, "num_rows": 1},
@@ -443,6 +449,49 @@ def test_errors(change, error, message):
     how = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in how.items()}
     with pytest.raises(error, match=message):
         corrupt(T6, MaskingConfig(NUM_TOKENS, MASK), seed=1, **how)
+
+
+@pytest.mark.seconds
+def test_documents_of_a_compiled_step():
+    """`corrupt` runs between graphs: any number of documents, and slots as a range."""
+
+    def step(tokens, starts, lengths):
+        slots = range(7, 7 + len(lengths))
+        batch = nar_kernels.corrupt(
+            tokens, masking, seed=1, starts=starts, lengths=lengths, sample_ids=slots
+        )
+        return batch.input_ids * 2, batch.cu_seqlens
+
+    masking, tokens = MaskingConfig(NUM_TOKENS, MASK), torch.arange(50)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="eager")
+    for n in (3, 4, 6):
+        of = tokens, torch.arange(n) * 2, torch.arange(n) + 1
+        for got, expected in zip(compiled(*of), step(*of), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.seconds
+def test_documents_that_are_traced():
+    """Their layout is read on the host, so a trace that would keep it is refused."""
+    masking, of = MaskingConfig(NUM_TOKENS, MASK), (T6, torch.tensor([0, 3]), torch.tensor([2, 3]))
+
+    def step(tokens, starts, lengths):
+        return nar_kernels.corrupt(
+            tokens, masking, seed=1, starts=starts, lengths=lengths
+        ).input_ids
+
+    for mode in ("real", "fake"):
+        with pytest.raises(RuntimeError, match="get value out of a tracing tensor|data-dependent"):
+            make_fx(step, tracing_mode=mode)(*of)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException):
+        step(*of)
+    with FakeTensorMode() as fake, pytest.raises(DataDependentOutputException):
+        step(*map(fake.from_tensor, of))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(step, of, check_trace=False)
+    assert torch.equal(traced(*of), step(*of))
 
 
 @pytest.mark.parametrize("name", ["lengths", "sample_ids", "loss_mask", "places"])

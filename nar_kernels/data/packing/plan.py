@@ -186,7 +186,7 @@ class PackingPlan:
                 pieces, num_rows = self._window(number)
                 within = row - begin, min(end - begin, num_rows)
                 here = slice(*np.searchsorted(pieces.row, within))
-                part = Pieces(*(field[here] for field in pieces))
+                part = Pieces(*(field[here].copy() for field in pieces))
                 parts.append(part._replace(row=part.row + begin))
                 row = begin + within[1]
         if len(parts) == 1:
