@@ -53,7 +53,7 @@ def _padded(a: LinearNllArgs, num_more: int) -> LinearNllArgs:
         return a
     row_weight = a.row_weight
     if row_weight is None:
-        row_weight = torch.ones(len(a.hidden), device=a.hidden.device)
+        row_weight = torch.ones(len(a.hidden), dtype=torch.float32, device=a.hidden.device)
     return a._replace(
         hidden=F.pad(a.hidden, (0, 0, 0, num_more)),
         labels=F.pad(a.labels, (0, num_more)),
