@@ -181,10 +181,12 @@ def check_documents(
     _check_size(num_rows * (seq_len or 0))
     arguments = _LayOutArgs(lengths, eos_lengths, places, sample_ids, num_rows, seq_len)
     slots = None if isinstance(sample_ids, range) else sample_ids
-    if not needs_dispatcher(lengths, eos_lengths, places, slots):
-        documents = None if cpp is None else _lay_out_cpp(arguments)
-        return _lay_out_ref(arguments) if documents is None else documents
-    int(lengths.sum())  # raises where a trace would keep these very documents, or there are none
+    if needs_dispatcher(lengths, eos_lengths, places, slots):
+        int(
+            lengths.sum()
+        )  # raises where a trace would keep these documents, or they have no values
+    elif cpp is not None and (documents := _lay_out_cpp(arguments)) is not None:
+        return documents
     return _lay_out_ref(arguments)
 
 

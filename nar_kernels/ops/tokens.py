@@ -31,7 +31,8 @@ def check_range(name: str, slots: range) -> None:
     """Raises ValueError unless a range counts up, from 0 on and below 2**63."""
     if not 1 <= slots.step < 1 << 63 or slots.start < 0 or slots.stop > 1 << 63:
         raise ValueError(
-            f"{name} is {slots}: a range must be in [0, 2**63), with a step of at least 1 in it"
+            f"{name} is {slots}: a range must be in [0, 2**63), with a step of at least 1, "
+            "and below 2**63"
         )
 
 
