@@ -182,9 +182,8 @@ def check_documents(
     arguments = _LayOutArgs(lengths, eos_lengths, places, sample_ids, num_rows, seq_len)
     slots = None if isinstance(sample_ids, range) else sample_ids
     if needs_dispatcher(lengths, eos_lengths, places, slots):
-        int(
-            lengths.sum()
-        )  # raises where a trace would keep these documents, or they have no values
+        # Raises where a trace would keep these very documents, or where they have no values.
+        int(lengths.sum())
     elif cpp is not None and (documents := _lay_out_cpp(arguments)) is not None:
         return documents
     return _lay_out_ref(arguments)
