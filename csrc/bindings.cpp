@@ -188,6 +188,7 @@ void count_masked(int64_t batch, int64_t seq_len, int64_t spans, int64_t sample_
   nar::CorruptArgs args = {};
   args.windows.batch = batch, args.windows.seq_len = seq_len;
   args.windows.spans = spans_of(spans, batch);
+  args.division = {seq_len, 1, 1, 1, 0, nar::Pairing::kIndependent};
   args.sample_ids = pointer<const int64_t>(sample_ids), args.first_sample = first_sample;
   args.global_batch = global_batch;
   args.exact = exact, args.stratified = stratified;

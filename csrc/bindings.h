@@ -137,7 +137,7 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
                                     int64_t num_corpus_tokens) {
   CorruptInputs inputs = {};
   CorruptArgs& a = inputs.args;
-  Unpacker next(arguments, 41);
+  Unpacker next(arguments, 50);
   a.windows.tokens = next.address<const void>();
   a.windows.runs = next.runs();
   a.windows.token_type = static_cast<TokenType>(token_type);
@@ -146,8 +146,14 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
   a.windows.starts = next.address<const int64_t>();
   a.windows.batch = next.integer();
   a.windows.seq_len = next.integer();
+  next.skip(), next.skip();  // shapes
+  a.division.block_length = next.integer();
+  a.division.num_blocks = next.integer();
+  a.division.blocks_per_slot = next.integer();
+  a.division.views = next.integer();
+  a.division.first_view = next.integer();
+  a.division.pairing = static_cast<Pairing>(next.integer());
   a.windows.spans = next.spans();
-  next.skip();  // the shape
   a.windows.spans.eos_id = next.integer();
   a.windows.spans.pad_id = next.integer();
   a.windows.num_tokens = next.integer();
@@ -166,6 +172,8 @@ inline CorruptInputs unpack_corrupt(const pybind11::tuple& arguments, int token_
   a.prompt_lengths = next.address<const int64_t>();
   a.ratio_table = next.address<const uint32_t>();
   a.weight_table = next.address<const float>();
+  a.weights_by_view = next.integer() != 0;
+  a.view_times = next.address<const int64_t>();
   a.never_mask = next.address<const uint8_t>();
   a.seed = static_cast<uint64_t>(next.integer());
   a.seed_tensor = next.address<const uint64_t>();

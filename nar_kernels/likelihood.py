@@ -155,7 +155,7 @@ def _nats(
         kwargs = {} if batch.documents is None else packed_keywords(net, batch, {})
         with eval_mode(net, net):
             nll = TrunkAndHead(net)(batch.input_ids, kwargs).loss(batch, reduction="none")  # [R]
-        of_rows = batch.samples_of(batch.masked_rows)
+        of_rows = batch.draws_of(batch.masked_rows)
         totals = nll.new_zeros(len(batch.times)).index_add_(0, of_rows, nll)
         per_token = totals * batch.loss_weight / batch.num_maskable.clamp(min=1)
         if mine < len(batches):

@@ -19,7 +19,7 @@ __device__ bool counts_are_known(const KernelArgs& a) { return a.exact && !a.res
 __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
   const int lane = threadIdx.x % kWarp;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * a.shape.rows;
-  const int num_rows = static_cast<int>(min(a.windows.batch - first, int64_t{a.shape.rows}));
+  const int num_rows = static_cast<int>(min(a.num_draws() - first, int64_t{a.shape.rows}));
   draw_slots(a, first, num_rows, lane, memory);
   sync_block();
   const auto finish = [&](uint32_t n, uint32_t k) {
@@ -28,8 +28,9 @@ __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
   if (counts_are_known(a)) {  // other blocks need not wait for the keys of this one
     uint32_t n = 0, k = 0;
     if (lane < num_rows) {
-      n = static_cast<uint32_t>(a.windows.span(first + lane).length);
-      k = exact_count(a, memory.time[lane], n);
+      const Draw draw = draw_at(a, first + lane);
+      n = static_cast<uint32_t>(span_of(a, draw).length);
+      k = exact_count(a, a.division.view(draw.view), memory.time[lane], n);
     }
     finish(n, k);
     sync_block();
@@ -52,79 +53,82 @@ template <int kRanks, int kHeld>
 __device__ RowBounds<kRanks> row_bounds(const KernelArgs& a, const Row& row, Team& team,
                                         const Tiles<kHeld>& tiles, uint32_t t16, int32_t n) {
   CorruptionShares shares = {};
-  if (kRanks > 1) shares = corruption_shares(a, row.seed, row.sample);
+  if (kRanks > 1) shares = corruption_shares(a, row.seed, row.view, row.slot);
   const uint64_t share[kNumRanks] = {kProbabilityOne, shares.replace, shares.keep};
-  if (a.exact) {
-    const int32_t k = exact_count(a, t16, n);
+  if (is_exact(a, row.view)) {
+    const int32_t k = exact_count(a, row.view, t16, n);
     int32_t ranks[kRanks] = {k};
 #pragma unroll
     for (int j = 1; j < kRanks; ++j) ranks[j] = shares.of_count(share[j], k);
     return select_keys(tiles, team, ranks, n);
   }
   RowBounds<kRanks> bounds;
-  const uint64_t ratio = a.ratio_table[t16];
+  const uint64_t ratio = view_ratio(a, row.view, t16);
 #pragma unroll
   for (int j = 0; j < kRanks; ++j) bounds.bound[j] = (ratio * share[j] >> 31) << 32;
   return bounds;
 }
 
 // The row of a warp; an empty one behind the end of the batch.
-template <bool kRagged>
+template <bool kDivided>
 __device__ Row row_of(const KernelArgs& a, const Team& team) {
-  Row row;
+  Row row = {};
   row.b = static_cast<int64_t>(blockIdx.x) * a.shape.rows + team.row;
-  const bool is_there = row.b < a.windows.batch;
-  if (!is_there) row.b = 0;
-  if constexpr (kRagged) {
-    row = row_at(a, row.b, 0);
+  if constexpr (kDivided) {
+    const bool is_there = row.b < a.num_draws();
+    if (!is_there) row.b = 0;
+    const Draw draw = draw_at(a, row.b);
+    row = row_at(a, row.b, draw, 0);
     if (!is_there) row.stored = row.length = row.space = 0;
+    row.slot = a.slot(draw);
   } else {
+    const bool is_there = row.b < a.windows.batch;
+    if (!is_there) row.b = 0;
     row.length = is_there ? static_cast<int32_t>(a.windows.seq_len) : 0;
     row.stored = row.space = row.length;
     row.begin = row.b * row.length;
+    row.slot = a.slot(row.b);
   }
   row.seed = seed_of(a);
-  row.sample = a.sample(row.b);
-  row.start = 0;  // not known yet
-  return row;
+  return row;  // whose start is not known yet
 }
 
 // The same, once the slots are there.
-template <bool kRagged>
+template <bool kDivided>
 __device__ Row row_with_window(const KernelArgs& a, const Team& team) {
-  Row row = row_of<kRagged>(a, team);
+  Row row = row_of<kDivided>(a, team);
   row.start = team.memory.start[team.row];
   return row;
 }
 
 // Rows that are rare, with tied bounds or outputs that cannot be stored in pairs. Functions of
 // their own, which keep the code of all other rows short.
-template <int kRanks, bool kRagged>
+template <int kRanks, bool kDivided>
 __device__ __attribute__((noinline)) uint32_t count_ranked(const KernelArgs& a, BlockMemory& memory,
                                                            RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  const Row row = row_with_window<kRagged>(a, team);
+  const Row row = row_with_window<kDivided>(a, team);
   const RankedTiles<kRanks> tiles(a, row, team, bounds);
   return count_below(tiles, tiles.bounds().pivot(0));
 }
 
-template <int kRanks, bool kRagged>
+template <int kRanks, bool kDivided>
 __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, BlockMemory& memory,
                                                        RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  const Row row = row_with_window<kRagged>(a, team);
+  const Row row = row_with_window<kDivided>(a, team);
   RankedTiles<kRanks> tiles(a, row, team, bounds);
   write_row<false>(a, row, team, tiles, tiles.bounds());
 }
 
-template <int kHeld, int kRanks, bool kRagged>
+template <int kHeld, int kRanks, bool kDivided>
 __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHeld))
     corrupt_kernel(const __grid_constant__ KernelArgs a) {
   NAR_SHARED(BlockMemory, memory);
   Team team(memory, a.shape);
   if (team.row == a.shape.rows) return lead_block(a, memory);
 
-  Row row = row_of<kRagged>(a, team);
+  Row row = row_of<kDivided>(a, team);
   Tiles<kHeld> tiles(a, row, team);
   sync_block();  // the slots are there
   row.start = memory.start[team.row];
@@ -139,42 +143,43 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
   const auto bounds = row_bounds<kRanks>(a, row, team, tiles, memory.time[team.row], n);
   const bool tied = bounds.any_tied();
 
-  const uint32_t num_masked =
-      tied ? count_ranked<kRanks, kRagged>(a, memory, bounds) : count_below(tiles, bounds.pivot(0));
+  const uint32_t num_masked = tied ? count_ranked<kRanks, kDivided>(a, memory, bounds)
+                                   : count_below(tiles, bounds.pivot(0));
   if (team.is_first()) memory.num_maskable[team.row] = static_cast<uint32_t>(n);
   if (team.lane == 0) memory.num_masked[team.first_warp + team.warp] = num_masked;
   sync_block();  // the counts of all warps are there
   sync_block();  // and those of the blocks before
-  if (tied || (!kRagged && !a.in_pairs)) {
-    write_ranked<kRanks, kRagged>(a, memory, bounds);
+  if (tied || (!kDivided && !a.in_pairs)) {
+    write_ranked<kRanks, kDivided>(a, memory, bounds);
   } else {
-    write_row<!kRagged>(a, row, team, tiles, bounds);
+    write_row<!kDivided>(a, row, team, tiles, bounds);
   }
-  if constexpr (kRagged) write_padding(a, row, team);
+  if constexpr (kDivided) write_padding(a, row, team);
 }
 
 // Which warps take which tiles of a batch.
-struct Division {
+struct Work {
   Shape shape;
   int held;  // tiles in the registers of a warp; 0: none
 };
 
-// Documents have fewer kernels, each of which takes as long to compile: their lengths differ
-// anyway.
-bool has_kernel(int held, bool ragged) { return !ragged || (held != 1 && held != kMostTiles); }
+// Documents, blocks and views have a kernel of their own, in fewer variants, each of which takes as
+// long to compile.
+bool is_divided(const CorruptArgs& a) { return a.windows.spans.begins || !a.division.is_trivial(); }
+bool has_kernel(int held, bool divided) { return !divided || (held != 1 && held != kMostTiles); }
 
 // As many tiles a warp as leave enough warps to fill the device.
-Division divide(int64_t batch, int64_t seq_len, int64_t warps_to_fill, bool ragged) {
+Work divide(int64_t rows, int64_t seq_len, int64_t warps_to_fill, bool divided) {
   const int64_t tiles = (seq_len + kTile - 1) / kTile;
   const auto warps_of = [&](int held) { return (tiles + held - 1) / held; };
   const auto fits = [&](int held) { return warps_of(held) <= max_warps(held); };
-  const auto fills = [&](int held) { return batch * warps_of(held) >= warps_to_fill; };
+  const auto fills = [&](int held) { return rows * warps_of(held) >= warps_to_fill; };
   int held = 0;
   for (const int more : {1, kFewTiles, kManyTiles}) {
     const bool is_better = held == 0 || (tiles > held && fills(more));
-    if (fits(more) && is_better && has_kernel(more, ragged)) held = more;
+    if (fits(more) && is_better && has_kernel(more, divided)) held = more;
   }
-  if (held == 0 && fits(kMostTiles) && has_kernel(kMostTiles, ragged)) held = kMostTiles;
+  if (held == 0 && fits(kMostTiles) && has_kernel(kMostTiles, divided)) held = kMostTiles;
   if (held == 0) return {{1, kMaxWarps}, 0};
   const int warps = static_cast<int>(warps_of(held));
   return {{warps == 1 && fills(held) ? kMaxRows : 1, warps}, held};
@@ -192,22 +197,22 @@ int64_t num_processors(int device) {
 
 using Kernel = void (*)(KernelArgs);
 
-template <int kRanks, bool kRagged>
+template <int kRanks, bool kDivided>
 Kernel kernel_of(int held) {
-  if constexpr (!kRagged) {
-    if (held == 1) return corrupt_kernel<1, kRanks, kRagged>;
-    if (held == kMostTiles) return corrupt_kernel<kMostTiles, kRanks, kRagged>;
+  if constexpr (!kDivided) {
+    if (held == 1) return corrupt_kernel<1, kRanks, kDivided>;
+    if (held == kMostTiles) return corrupt_kernel<kMostTiles, kRanks, kDivided>;
   }
   switch (held) {
-    case 0: return corrupt_kernel<0, kRanks, kRagged>;
-    case kFewTiles: return corrupt_kernel<kFewTiles, kRanks, kRagged>;
-    default: return corrupt_kernel<kManyTiles, kRanks, kRagged>;
+    case 0: return corrupt_kernel<0, kRanks, kDivided>;
+    case kFewTiles: return corrupt_kernel<kFewTiles, kRanks, kDivided>;
+    default: return corrupt_kernel<kManyTiles, kRanks, kDivided>;
   }
 }
 
 Kernel kernel_of(int held, const KernelArgs& a) {
   const bool corrupts = a.keep_share || a.random_share;
-  if (a.windows.spans.begins) {
+  if (is_divided(a)) {
     return corrupts ? kernel_of<kNumRanks, true>(held) : kernel_of<1, true>(held);
   }
   return corrupts ? kernel_of<kNumRanks, false>(held) : kernel_of<1, false>(held);
@@ -243,21 +248,20 @@ bool stores_pairs(const CorruptArgs& a) {
 }  // namespace
 
 void corrupt_cuda(const CorruptArgs& args, int device, cudaStream_t stream) {
-  const int64_t batch = args.windows.batch;
+  const int64_t draws = args.num_draws();
   check_cuda(cudaSetDevice(device), "cudaSetDevice");
-  check_cuda(cudaMemsetAsync(args.invalid, 0, workspace_size(batch) * sizeof(int64_t), stream),
+  check_cuda(cudaMemsetAsync(args.invalid, 0, workspace_size(draws) * sizeof(int64_t), stream),
              "cudaMemsetAsync");
-  if (batch == 0) return;
-  const Division division =
-      divide(batch, args.windows.seq_len, num_processors(device) * kWarpsPerProcessor,
-             args.windows.spans.begins != nullptr);
-  KernelArgs a = {args, division.shape, 0, 0, stores_pairs(args), is_restricted(args)};
+  if (draws == 0) return;
+  const Work work = divide(draws, args.division.block_length,
+                           num_processors(device) * kWarpsPerProcessor, is_divided(args));
+  KernelArgs a = {args, work.shape, 0, 0, stores_pairs(args), is_restricted(args)};
   describe_ids(&a);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((batch + a.shape.rows - 1) / a.shape.rows));
+  config.gridDim = dim3(static_cast<unsigned>((draws + a.shape.rows - 1) / a.shape.rows));
   config.blockDim = dim3((a.shape.num_warps() + 1) * kWarp);
   config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel_of(division.held, a), a),
+  check_cuda(cudaLaunchKernelEx(&config, kernel_of(work.held, a), a),
              "the launch of corrupt_kernel");
 }
 

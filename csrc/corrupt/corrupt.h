@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "corrupt/division.h"
 #include "corrupt/token_windows.h"
 #include "rng/philox.h"
 
@@ -28,9 +29,12 @@ struct WindowOrder {
   }
 };
 
+// Sizes: `batch` samples, `num_positions` of them in one view, `draws`: a batch of blocks in each
+// view. Outputs have all views one after the other.
 struct CorruptArgs {
   // Inputs.
   Windows windows;
+  Division division;
   WindowOrder order;
   const int64_t* sample_ids;  // [batch], or null: first_sample, first_sample + 1, ...
   int64_t first_sample;
@@ -40,8 +44,10 @@ struct CorruptArgs {
   Flags loss_mask;       // beside the corpus: 0 may not be masked; neither flat nor runs: 1
   const int64_t* prompt_lengths;  // [batch] or null
   const uint32_t* ratio_table;    // [65536], 0.32 fixed point
-  const float* weight_table;      // [65536]
-  const uint8_t* never_mask;      // [num_tokens] or null
+  const float* weight_table;      // [65536], or of each view
+  bool weights_by_view;
+  const int64_t* view_times;  // [views], 16-bit times in place of drawn ones, or null
+  const uint8_t* never_mask;  // [num_tokens] or null
   uint64_t seed;
   const uint64_t* seed_tensor;  // [1], in place of seed, or null
   int64_t global_batch;
@@ -51,21 +57,33 @@ struct CorruptArgs {
 
   // Outputs. Ids, labels and row indices are int32 if `narrow`, else int64; null is not wanted.
   bool narrow;
-  void* input_ids;          // [num_positions]: batch * seq_len without spans
-  void* labels;             // [num_positions] or null
-  uint8_t* masked_indices;  // [num_positions] or null
-  float* times;             // [batch]
-  float* loss_weight;       // [batch]
-  int64_t* num_masked;      // [batch]
-  int64_t* num_maskable;    // [batch]
-  void* row_buffer;         // [num_positions] or null
+  void* input_ids;          // [views * num_positions]
+  void* labels;             // [views * num_positions] or null
+  uint8_t* masked_indices;  // [views * num_positions] or null
+  float* times;             // [draws]
+  float* loss_weight;       // [draws]
+  int64_t* num_masked;      // [draws]
+  int64_t* num_maskable;    // [draws]
+  void* row_buffer;         // [views * num_positions] or null
   int64_t* invalid;         // [kNumInvalid]
 
   NAR_HOST_DEVICE bool has_loss_mask() const { return loss_mask.flat || loss_mask.runs.count; }
 
-  NAR_HOST_DEVICE uint64_t sample(int64_t b) const {
-    if (sample_ids) return static_cast<uint64_t>(sample_ids[b]);
-    return static_cast<uint64_t>(first_sample + (step ? *step * global_batch : 0) + b);
+  NAR_HOST_DEVICE int64_t num_draws() const { return division.num_draws(windows.batch); }
+
+  // The slot of a sample, and the one that a block of it is drawn from.
+  NAR_HOST_DEVICE uint64_t slot(int64_t row) const {
+    if (sample_ids) return static_cast<uint64_t>(sample_ids[row]);
+    return static_cast<uint64_t>(first_sample + (step ? *step * global_batch : 0) + row);
+  }
+  NAR_HOST_DEVICE uint64_t slot(const Draw& draw) const {
+    return slot(draw.row) * static_cast<uint64_t>(division.blocks_per_slot) +
+           static_cast<uint64_t>(draw.block);
+  }
+
+  // Of how many slots each has a stratum of time.
+  NAR_HOST_DEVICE uint64_t num_strata() const {
+    return static_cast<uint64_t>(global_batch * division.blocks_per_slot);
   }
 };
 
@@ -83,11 +101,30 @@ NAR_HOST_DEVICE inline bool is_restricted(const CorruptArgs& a) {
   return a.maskable || a.has_loss_mask() || a.prompt_lengths || a.never_mask;
 }
 
+// Whether a view masks a number of positions that is known, not those below the ratio.
+NAR_HOST_DEVICE inline bool is_exact(const CorruptArgs& a, const View& view) {
+  return a.exact || view.is_all;
+}
+
+// The ratio of a view, in units of 2^-32.
+NAR_HOST_DEVICE inline uint64_t view_ratio(const CorruptArgs& a, const View& view, uint32_t t16) {
+  const uint64_t ratio = a.ratio_table[t16];
+  return view.is_rest ? (uint64_t{1} << 32) - ratio : ratio;
+}
+
 // How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
 NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, uint32_t t16, int32_t n) {
   const int32_t k = static_cast<int32_t>(
       (uint64_t{a.ratio_table[t16]} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);
   return k > n ? n : k < 1 && n > 0 ? 1 : k;
+}
+
+// The same of a view.
+NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, const View& view, uint32_t t16,
+                                           int32_t n) {
+  if (view.is_all) return n;
+  const int32_t k = exact_count(a, t16, n);
+  return view.is_rest ? n - k : k;
 }
 
 // Shares of the masked positions that keep their token, or keep it or get a random one, and the
@@ -101,9 +138,9 @@ struct CorruptionShares {
 };
 
 NAR_HOST_DEVICE inline CorruptionShares corruption_shares(const CorruptArgs& a, uint64_t seed,
-                                                          uint64_t sample) {
+                                                          const View& view, uint64_t slot) {
   if (a.keep_share == 0 && a.random_share == 0) return {};
-  const Words4 coin = random_block(seed, kCorruption, sample, 0);
+  const Words4 coin = random_block(seed, view.stream(kCorruption), slot, 0);
   const uint64_t keep = coin.word[0] >> 1 < a.coin_share ? a.keep_share : 0;
   const uint64_t random = coin.word[1] >> 1 < a.coin_share ? a.random_share : 0;
   return {keep, keep + random, coin.word[2] >> 1};
@@ -116,18 +153,22 @@ NAR_HOST_DEVICE inline int32_t random_token(uint32_t word, int32_t num_tokens, i
   return token + (token >= mask_id);
 }
 
-// What is known of row b once k of its n maskable positions are masked.
-NAR_HOST_DEVICE inline void write_scalars(const CorruptArgs& a, int64_t b, uint32_t t16, int64_t n,
-                                          int64_t k) {
-  float weight = a.weight_table[t16];
+// What is known of a draw, by its number and the index of its view, once k of its n maskable
+// positions are masked.
+NAR_HOST_DEVICE inline void write_scalars(const CorruptArgs& a, int64_t draw, int64_t view,
+                                          uint32_t t16, int64_t n, int64_t k) {
+  float weight = a.weight_table[(a.weights_by_view ? view << 16 : 0) + t16];
   if (a.weighs_counts) {
     weight *= static_cast<float>(n);
     weight = k == 0 ? 0.0f : weight / static_cast<float>(k);
+    // A pair has the counts k and n - k. Where that leaves nothing, n would count half of what it
+    // is in an integral over ratios.
+    if (a.division.pairing == Pairing::kComplement && view == 0 && k == n) weight *= 2.0f;
   }
-  a.times[b] = a.time_low + a.time_span * ((static_cast<float>(t16) + 0.5f) / 65536.0f);
-  a.loss_weight[b] = weight;
-  a.num_masked[b] = k;
-  a.num_maskable[b] = n;
+  a.times[draw] = a.time_low + a.time_span * ((static_cast<float>(t16) + 0.5f) / 65536.0f);
+  a.loss_weight[draw] = weight;
+  a.num_masked[draw] = k;
+  a.num_maskable[draw] = n;
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "rng/philox_simd.h"
 #include "select/key_bounds.h"
 #include "select/set_positions.h"
+#include "select/short_bounds.h"
 
 namespace nar {
 namespace {
@@ -22,9 +23,8 @@ void differ_from(const void* values, T given, int64_t first, int64_t length, uin
 
 // Which positions of a row may be masked, whatever their ids. The loss mask of a corpus says
 // nothing of ends of sequence that are added, which may.
-void find_maskable(const CorruptArgs& a, int64_t b, const Span& span, void* scratch,
-                   uint8_t* can_mask) {
-  const int64_t length = span.length, first = span.begin;
+void find_maskable(const CorruptArgs& a, const Row& row, void* scratch, uint8_t* can_mask) {
+  const int64_t length = row.span.length, first = row.given;
   switch (a.maskable ? a.maskable_bytes : 0) {
     case 0: std::fill(can_mask, can_mask + length, uint8_t{1}); break;
     case 1: differ_from<uint8_t>(a.maskable, 0, first, length, can_mask); break;
@@ -32,86 +32,164 @@ void find_maskable(const CorruptArgs& a, int64_t b, const Span& span, void* scra
     default: differ_from<int64_t>(a.maskable, kIgnoreIndex, first, length, can_mask);
   }
   if (a.has_loss_mask()) {
-    const uint8_t* flags = locate_flags(a.windows, a.loss_mask, b, scratch);
-    for (int64_t i = 0; i < span.stored; ++i) can_mask[i] &= flags[i] != 0;
+    const uint8_t* flags = locate_flags(a.windows, a.loss_mask, row.sample, scratch);
+    for (int64_t i = 0; i < row.span.stored; ++i) can_mask[i] &= flags[i] != 0;
   }
   if (!a.prompt_lengths) return;
-  const int64_t prompt = std::min(std::max(a.prompt_lengths[b], int64_t{0}), length);
+  const int64_t prompt = std::min(std::max(a.prompt_lengths[row.sample], int64_t{0}), length);
   std::fill(can_mask, can_mask + prompt, uint8_t{0});
 }
 
-// Finds the maskable positions and returns their number. The other keys become the largest, so
-// that no bound selects them.
-int64_t exclude_keys(const CorruptArgs& a, int64_t b, const Span& span, const RowScratch& scratch) {
-  const int64_t length = span.length;
+// Finds the maskable positions. The keys of the others become the largest, so that no bound selects
+// them.
+void exclude_keys(const CorruptArgs& a, const Row& row, const RowScratch& scratch) {
+  const int64_t length = row.span.length;
   const int32_t* clean = scratch.clean;
   uint8_t* can_mask = scratch.can_mask;
   uint32_t* keys = scratch.keys;
-  find_maskable(a, b, span, scratch.window, can_mask);
+  find_maskable(a, row, scratch.window, can_mask);
   for (int64_t i = 0; a.never_mask && i < length; ++i) can_mask[i] &= !a.never_mask[clean[i]];
   for (int64_t i = 0; i < length; ++i) keys[i] |= can_mask[i] - 1u;
-  return count_set(can_mask, length);
 }
 
-// Key bounds of a row: the kept are below the first, the kept or random below the second, the
+// The words of a block begin at a group of four.
+int64_t groups_of_block(const Division& d) { return (d.block_length + 3) / 4; }
+
+void count_blocks(const Division& d, int64_t num_groups, uint64_t* counter, uint64_t* block) {
+  const int64_t of_block = groups_of_block(d);
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const int64_t at = group_order(g);
+    counter[at] = static_cast<uint64_t>(g % of_block);
+    block[at] = static_cast<uint64_t>(g / of_block);
+  }
+}
+
+// The keys of a row, of blocks from `slot` on.
+void fill_keys(const CorruptArgs& a, const Row& row, uint64_t slot, const BlockCounters& counters,
+               const RowScratch& scratch) {
+  const int64_t length = row.span.length, of_block = a.division.block_length;
+  uint32_t* keys = scratch.keys;
+  const uint32_t stream = row.view.stream(kMaskKey);
+  if (counters.num_groups == 0) {
+    fill_words(keys, length, a.seed, stream, slot);
+  } else {
+    uint32_t* words = of_block % 4 == 0 ? keys : scratch.words;
+    const int64_t padded = (of_block + 3) / 4 * 4;
+    const int64_t num_words = length / of_block * padded + length % of_block;
+    fill_groups(words, (num_words + 3) / 4, a.seed, stream, counters.counter, counters.block, slot);
+    for (int64_t to = 0; words != keys && to < length; to += of_block, words += padded) {
+      std::copy(words, words + std::min(of_block, length - to), keys + to);
+    }
+  }
+  for (int64_t i = 0; row.view.is_rest && i < length; ++i) keys[i] = ~keys[i];
+}
+
+// Key bounds of a block: the kept are below the first, the kept or random below the second, the
 // masked below the third.
-struct RowBounds {
+struct BlockBounds {
   KeyBound keep, replace, mask;
+
+  bool is_any_tied() const { return is_tied(keep) || is_tied(replace) || is_tied(mask); }
 };
 
-RowBounds row_bounds(const CorruptArgs& a, int64_t b, int64_t length, uint32_t t16,
-                     const RowScratch& scratch, const uint8_t* can_mask, int64_t n) {
-  const CorruptionShares shares = corruption_shares(a, a.seed, a.sample(b));
-  const uint64_t ratio = a.ratio_table[t16];
-  if (!a.exact) {
+// A block of a row: what of the scratch memory is its own.
+struct Block {
+  int64_t first, length;  // in the row
+  uint64_t slot;
+  uint32_t t16;
+};
+
+Block block_of(const CorruptArgs& a, const Row& row, uint64_t slot, int64_t j,
+               const uint32_t* t16) {
+  const int64_t of_block = a.division.block_length, first = j * of_block;
+  const int64_t length = std::min(std::max(row.span.length - first, int64_t{0}), of_block);
+  return {first, length, slot + static_cast<uint64_t>(j), t16[j]};
+}
+
+int64_t count_maskable(const Block& block, const uint8_t* can_mask) {
+  return can_mask ? count_set(can_mask + block.first, block.length) : block.length;
+}
+
+// Whose upper halves are those of the row, found at once. Of other blocks, key_bounds finds its
+// own.
+bool has_short_blocks(const CorruptArgs& a) {
+  return a.division.num_blocks > 1 && a.division.block_length <= kShort;
+}
+
+BlockBounds block_bounds(const CorruptArgs& a, const View& view, const Block& block,
+                         const RowScratch& scratch, const uint8_t* can_mask, int64_t n) {
+  const CorruptionShares shares = corruption_shares(a, a.seed, view, block.slot);
+  if (!is_exact(a, view)) {
+    const uint64_t ratio = view_ratio(a, view, block.t16);
     return {(ratio * shares.keep >> 31) << 32, (ratio * shares.replace >> 31) << 32, ratio << 32};
   }
-  const int32_t k = exact_count(a, t16, n);
+  const int32_t k = exact_count(a, view, block.t16, static_cast<int32_t>(n));
   const int32_t ranks[kNumRanks] = {shares.of_count(shares.keep, k),
                                     shares.of_count(shares.replace, k), k};
   KeyBound bounds[kNumRanks];
-  key_bounds(scratch.keys, can_mask, length, n, ranks, scratch.upper, bounds);
+  const uint32_t* keys = scratch.keys + block.first;
+  const uint8_t* can_take = can_mask ? can_mask + block.first : nullptr;
+  if (has_short_blocks(a)) {
+    short_bounds(keys, can_take, block.length, ranks, scratch.upper + block.first, view.order(0),
+                 bounds);
+  } else {
+    key_bounds(keys, can_take, block.length, n, ranks, scratch.upper, bounds, view.order(0));
+  }
   return {bounds[0], bounds[1], bounds[2]};
+}
+
+// In place of keys, whose bounds differ from block to block, what becomes of a position: these have
+// the same bounds throughout.
+constexpr uint32_t kRandom = 1, kMasked = 2, kLeft = 3;  // 0: masked, but kept
+constexpr BlockBounds kFateBounds = {KeyBound{kRandom} << 32, KeyBound{kMasked} << 32,
+                                     KeyBound{kLeft} << 32};
+
+void decide(const BlockBounds& bounds, const View& view, const uint8_t* can_mask, int64_t length,
+            uint32_t* keys) {
+  if (bounds.is_any_tied()) {  // rare: position decides between equal keys
+    for (int64_t i = 0; i < length; ++i) {
+      const KeyBound key = KeyBound{keys[i]} << 32 | view.order(i);
+      const bool can = !can_mask || can_mask[i];
+      keys[i] = can ? (key >= bounds.keep) + (key >= bounds.replace) + (key >= bounds.mask) : kLeft;
+    }
+    return;
+  }
+  const uint32_t keep = bounds.keep >> 32, replace = bounds.replace >> 32;
+  const uint32_t mask = bounds.mask >> 32;
+  for (int64_t i = 0; i < length; ++i) {
+    keys[i] = (keys[i] >= keep) + (keys[i] >= replace) + (keys[i] >= mask);
+  }
 }
 
 // A second pass over the few positions that get a random token, so that only they draw words.
 template <typename Id>
-void randomise_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample, int64_t end,
+void randomise_row(const CorruptArgs& a, const Row& row, const BlockBounds& bounds, uint64_t slot,
                    const uint32_t* __restrict keys, Id* __restrict input_ids) {
   constexpr int64_t kBlock = 512;
   uint8_t chosen[kBlock];
-  int64_t positions[kBlock + kWordsAtPadding];
+  int64_t positions[kBlock + kWordsAtPadding], places[kBlock + kWordsAtPadding];
+  int64_t slots[kBlock + kWordsAtPadding];
   uint32_t words[kBlock + kWordsAtPadding];
   const uint32_t keep = bounds.keep >> 32, width = (bounds.replace >> 32) - keep;
+  const uint32_t stream = row.view.stream(kRandomToken);
+  const int64_t end = row.span.length, of_block = a.division.block_length;
+  int64_t begin = 0;  // of the block that a position is in
   for (int64_t first = 0; first < end; first += kBlock) {
     const int64_t length = std::min(kBlock, end - first);
     for (int64_t i = 0; i < length; ++i) chosen[i] = keys[first + i] - keep < width;
     const int64_t count = set_positions(chosen, length, first, positions, kBlock + kWordsAtPadding);
-    words_at(words, positions, count, a.seed, kRandomToken, sample);
+    if (a.division.num_blocks == 1) {
+      words_at(words, positions, count, a.seed, stream, slot);
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        for (; positions[j] - begin >= of_block; begin += of_block) ++slot;
+        places[j] = positions[j] - begin, slots[j] = static_cast<int64_t>(slot);
+      }
+      words_at(words, places, slots, count, a.seed, stream);
+    }
     for (int64_t j = 0; j < count; ++j) {
       input_ids[positions[j]] = random_token(words[j], a.windows.num_tokens, a.windows.mask_id);
     }
-  }
-}
-
-// Rare: keys tie at a bound, and position decides.
-template <typename Id>
-void write_tied_row(const CorruptArgs& a, const RowBounds& bounds, uint64_t sample, int64_t length,
-                    const uint32_t* keys, const int32_t* clean, const uint8_t* can_mask,
-                    RowOutput<Id> out) {
-  for (int64_t i = 0; i < length; ++i) {
-    const uint64_t key = uint64_t{keys[i]} << 32 | static_cast<uint32_t>(i);
-    const bool is_masked = key < bounds.mask && (!can_mask || can_mask[i]);
-    Id id = clean[i];
-    if (is_masked && key >= bounds.replace) {
-      id = static_cast<Id>(a.windows.mask_id);
-    } else if (is_masked && key >= bounds.keep) {
-      const uint32_t word = random_word(a.seed, kRandomToken, sample, i);
-      id = random_token(word, a.windows.num_tokens, a.windows.mask_id);
-    }
-    out.input_ids[i] = id;
-    out.labels[i] = is_masked ? clean[i] : static_cast<Id>(kIgnoreIndex);
-    out.masked[i] = is_masked;
   }
 }
 
@@ -130,61 +208,89 @@ void write_padding(const CorruptArgs& a, const Span& span, RowOutput<Id> out) {
   std::fill(out.masked + span.length, out.masked + span.space, uint8_t{0});
 }
 
-// Returns where the masks of the row are.
-template <typename Id>
-const uint8_t* write_outputs(const CorruptArgs& a, int64_t b, const Span& span,
-                             const RowScratch& scratch, const RowBounds& bounds,
-                             const uint8_t* can_mask) {
-  const RowOutput<Id> out = outputs_of<Id>(a, span.begin, scratch);
-  if (is_tied(bounds.keep) || is_tied(bounds.replace) || is_tied(bounds.mask)) {
-    write_tied_row(a, bounds, a.sample(b), span.length, scratch.keys, scratch.clean, can_mask, out);
-  } else {
-    write_row(bounds.keep >> 32, bounds.mask >> 32, span.length, a.windows.mask_id, scratch.keys,
-              scratch.clean, out);
-    if (bounds.replace != bounds.keep) {
-      randomise_row(a, bounds, a.sample(b), span.length, scratch.keys, out.input_ids);
-    }
-  }
-  write_padding(a, span, out);
-  return out.masked;
-}
-
-void corrupt_row(const CorruptArgs& a, int64_t b, uint32_t t16, const RowScratch& scratch,
-                 InvalidTokens* invalid) {
-  const Span span = a.windows.span(b);
-  const int64_t length = span.length;
-  load_row(a.windows, b, scratch.clean, scratch.window, invalid);
-  std::fill(scratch.clean + span.stored, scratch.clean + length, a.windows.spans.eos_id);
-  fill_words(scratch.keys, length, a.seed, kMaskKey, a.sample(b));
-  const bool all_maskable = !is_restricted(a);
-  const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
-  const int64_t n = all_maskable ? length : exclude_keys(a, b, span, scratch);
-  const RowBounds bounds = row_bounds(a, b, length, t16, scratch, can_mask, n);
-  const uint8_t* masked = a.narrow ? write_outputs<int32_t>(a, b, span, scratch, bounds, can_mask)
-                                   : write_outputs<int64_t>(a, b, span, scratch, bounds, can_mask);
-  write_scalars(a, b, t16, n, a.exact ? exact_count(a, t16, n) : count_set(masked, length));
-}
-
-int64_t count_row(const CorruptArgs& a, int64_t b, uint32_t t16) {
-  const int64_t length = a.windows.span(b).length;
-  if (a.exact) return exact_count(a, t16, static_cast<int32_t>(length));
+// How many keys of a block are below its ratio.
+int64_t count_drawn(const CorruptArgs& a, const View& view, const Block& block) {
   constexpr int64_t kBlock = 1024;
   uint32_t keys[kBlock];
-  const uint32_t bound = a.ratio_table[t16];
+  const uint64_t bound = view_ratio(a, view, block.t16);
   int64_t count = 0;
-  for (int64_t first = 0; first < length; first += kBlock) {
-    const int64_t block = std::min(kBlock, length - first);
-    fill_words(keys, block, a.seed, kMaskKey, a.sample(b), first);
+  for (int64_t first = 0; first < block.length; first += kBlock) {
+    const int64_t length = std::min(kBlock, block.length - first);
+    fill_words(keys, length, a.seed, view.stream(kMaskKey), block.slot, first);
     int32_t below = 0;
-    for (int64_t i = 0; i < block; ++i) below += keys[i] < bound;
+    for (int64_t i = 0; i < length; ++i) below += view.key(keys[i]) < bound;
     count += below;
   }
   return count;
 }
 
-void write_rows(const CorruptArgs& a, int64_t b, const uint8_t* masked, int64_t first,
+// Returns where the masks of the row are.
+template <typename Id>
+const uint8_t* write_outputs(const CorruptArgs& a, const Row& row, uint64_t slot,
+                             const RowScratch& scratch, const BlockBounds& bounds) {
+  const RowOutput<Id> out = outputs_of<Id>(a, row.span.begin, scratch);
+  write_row(bounds.keep >> 32, bounds.mask >> 32, row.span.length, a.windows.mask_id, scratch.keys,
+            scratch.clean, out);
+  if (bounds.replace != bounds.keep) {
+    randomise_row(a, row, bounds, slot, scratch.keys, out.input_ids);
+  }
+  write_padding(a, row.span, out);
+  return out.masked;
+}
+
+void corrupt_row(const CorruptArgs& a, int64_t index, const uint32_t* t16,
+                 const BlockCounters& counters, const RowScratch& scratch, InvalidTokens* invalid) {
+  const Row row(a, index);
+  const View& view = row.view;
+  const int64_t length = row.span.length, num_blocks = a.division.num_blocks;
+  load_row(a.windows, row.sample, scratch.clean, scratch.window, invalid);
+  std::fill(scratch.clean + row.span.stored, scratch.clean + length, a.windows.spans.eos_id);
+  const uint64_t slot = a.slot(Draw{row.sample, 0, row.view_index});
+  fill_keys(a, row, slot, counters, scratch);
+  const bool all_maskable = !is_restricted(a);
+  const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
+  if (!all_maskable) exclude_keys(a, row, scratch);
+  if (has_short_blocks(a)) upper_halves(scratch.keys, length, scratch.upper);
+
+  BlockBounds bounds = kFateBounds;
+  for (int64_t j = 0; j < num_blocks; ++j) {
+    const Block block = block_of(a, row, slot, j, t16);
+    const int64_t n = count_maskable(block, can_mask);
+    const BlockBounds own = block_bounds(a, view, block, scratch, can_mask, n);
+    if (num_blocks == 1 && !own.is_any_tied()) {
+      bounds = own;
+    } else {
+      const uint8_t* can = can_mask ? can_mask + block.first : nullptr;
+      decide(own, view, can, block.length, scratch.keys + block.first);
+    }
+  }
+  const uint8_t* masked = a.narrow ? write_outputs<int32_t>(a, row, slot, scratch, bounds)
+                                   : write_outputs<int64_t>(a, row, slot, scratch, bounds);
+  for (int64_t j = 0; j < num_blocks; ++j) {
+    const Block block = block_of(a, row, slot, j, t16);
+    const int64_t n = count_maskable(block, can_mask);
+    const int64_t k = is_exact(a, view) ? exact_count(a, view, block.t16, static_cast<int32_t>(n))
+                                        : count_set(masked + block.first, block.length);
+    write_scalars(a, index * num_blocks + j, row.view_index, block.t16, n, k);
+  }
+}
+
+int64_t count_row(const CorruptArgs& a, int64_t index, const uint32_t* t16) {
+  const Row row(a, index);
+  const uint64_t slot = a.slot(Draw{row.sample, 0, row.view_index});
+  int64_t count = 0;
+  for (int64_t j = 0; j < a.division.num_blocks; ++j) {
+    const Block block = block_of(a, row, slot, j, t16);
+    count += is_exact(a, row.view)
+                 ? exact_count(a, row.view, block.t16, static_cast<int32_t>(block.length))
+                 : count_drawn(a, row.view, block);
+  }
+  return count;
+}
+
+void write_rows(const CorruptArgs& a, int64_t index, const uint8_t* masked, int64_t first,
                 int64_t room) {
-  const Span span = a.windows.span(b);
+  const Span span = Row(a, index).span;
   const int64_t length = span.length, base = span.begin;
   if (a.narrow) {
     set_positions(masked, length, base, static_cast<int32_t*>(a.row_buffer) + first, room);

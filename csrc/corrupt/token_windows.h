@@ -73,7 +73,9 @@ struct Windows {
     const int64_t begin = spans.begins[b];
     return {begin, spans.stored[b], spans.lengths[b], spans.begins[b + 1] - begin};
   }
-  int64_t num_positions() const { return spans.begins ? spans.begins[batch] : batch * seq_len; }
+  NAR_HOST_DEVICE int64_t num_positions() const {
+    return spans.begins ? spans.begins[batch] : batch * seq_len;
+  }
   NAR_HOST_DEVICE int64_t safe_id() const {
     return mask_id == 0 ? 1 : 0;
   }  // takes the place of a bad one

@@ -11,7 +11,7 @@
 namespace nar {
 
 constexpr Kernels kAvx2Kernels = {
-    {draw_times, ordered_starts, count_row, corrupt_row, write_rows},
+    {draw_times, ordered_starts, count_blocks, count_row, corrupt_row, write_rows},
     nll_row,
     unmask_row,
     choose_row,

@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdint>
+#include <cstring>
 
 #include "rng/philox.h"
 
@@ -123,18 +124,31 @@ inline Counters<kCount> philox4x32(Counters<kCount> c, uint64_t seed, LateKeys& 
   return c;
 }
 
-// The four words of each block of a sample, as random_block.
-template <int kCount = kChains>
+// The four words of each block of a sample, as random_block. `sample_of(u)`: of the lanes of
+// block[u].
+template <int kCount = kChains, typename SampleOf>
 inline Counters<kCount> random_blocks(const Vec* block, uint64_t seed, uint32_t stream,
-                                      uint64_t sample, LateKeys& late) {
+                                      const SampleOf& sample_of, LateKeys& late) {
   Counters<kCount> c;
   for (int u = 0; u < kCount; ++u) {
+    const Vec sample = sample_of(u);
     c.word[0][u] = block[u];
-    c.word[1][u] = splat(sample & 0xFFFFFFFF);
-    c.word[2][u] = splat(sample >> 32);
+    c.word[1][u] = sample;
+    c.word[2][u] = high(sample);
     c.word[3][u] = splat(stream);
   }
   return philox4x32(c, seed, late);
+}
+
+// The words of kCount vectors of counters, in sequence.
+template <int kCount>
+inline void store_words(uint32_t* out, const Counters<kCount>& c) {
+  for (int u = 0; u < kCount; ++u) {
+    const Vec words01 = even(c.word[0][u], c.word[1][u]);
+    const Vec words23 = even(c.word[2][u], c.word[3][u]);
+    store(out + 4 * u * kLanes, even(words01, words23));
+    store(out + (4 * u + 2) * kLanes, odd(words01, words23));
+  }
 }
 
 // The words of kCount vectors of blocks from `next` on, in sequence.
@@ -143,13 +157,8 @@ inline void fill_blocks(uint32_t* out, Vec* next, uint64_t seed, uint32_t stream
                         LateKeys& late) {
   Vec block[kCount];
   for (int u = 0; u < kCount; ++u, *next = add(*next, splat(kLanes))) block[u] = *next;
-  const Counters<kCount> c = random_blocks<kCount>(block, seed, stream, sample, late);
-  for (int u = 0; u < kCount; ++u) {
-    const Vec words01 = even(c.word[0][u], c.word[1][u]);
-    const Vec words23 = even(c.word[2][u], c.word[3][u]);
-    store(out + 4 * u * kLanes, even(words01, words23));
-    store(out + (4 * u + 2) * kLanes, odd(words01, words23));
-  }
+  const auto sample_of = [sample](int) { return splat(sample); };
+  store_words(out, random_blocks<kCount>(block, seed, stream, sample_of, late));
 }
 
 // So many words of a sample from position `first` on, a multiple of 4, and some more, up to the
@@ -167,9 +176,39 @@ __attribute__((noinline)) void fill_words(uint32_t* out, int64_t num_words, uint
   if (i < num_words) fill_blocks<kChains / 2>(out + i, &next, seed, stream, sample, late);
 }
 
-// The words at some positions of a sample. Reads and writes up to kWordsAtPadding more.
-__attribute__((noinline)) void words_at(uint32_t* out, const int64_t* positions, int64_t count,
-                                        uint64_t seed, uint32_t stream, uint64_t sample) {
+// The words of groups of four neighbours: that at counter[g] of sample `first_sample + sample[g]`.
+// Groups are in the order of `group_order`. Writes some more, up to the next multiple of
+// kWordPadding, for which there must be counters, too.
+__attribute__((noinline)) void fill_groups(uint32_t* out, int64_t num_groups, uint64_t seed,
+                                           uint32_t stream, const uint64_t* counter,
+                                           const uint64_t* sample, uint64_t first_sample) {
+  LateKeys late = late_keys(seed);
+  for (int64_t g = 0; g < num_groups; g += kLanes * kChains) {
+    Vec block[kChains];
+    const auto at = [g](const uint64_t* from, int u) {
+      return load(reinterpret_cast<const int64_t*>(from) + g + u * kLanes);
+    };
+    for (int u = 0; u < kChains; ++u) block[u] = at(counter, u);
+    const auto sample_of = [&](int u) { return add(at(sample, u), splat(first_sample)); };
+    store_words(out + 4 * g, random_blocks(block, seed, stream, sample_of, late));
+  }
+}
+
+// Where the counter of group g has to be for words to come out in sequence.
+inline int64_t group_order(int64_t g) {
+  uint64_t lane[kLanes];
+  const Vec counters = first_counters();
+  std::memcpy(lane, &counters, sizeof lane);
+  for (int i = 0; i < kLanes; ++i) {
+    if (lane[i] == static_cast<uint64_t>(g % kLanes)) return g - g % kLanes + i;
+  }
+  return g;
+}
+
+// The words at some positions, each of a sample. Reads and writes up to kWordsAtPadding more.
+template <typename SampleOf>
+inline void words_of(uint32_t* out, const int64_t* positions, int64_t count, uint64_t seed,
+                     uint32_t stream, const SampleOf& sample_of) {
   LateKeys late = late_keys(seed);
   for (int64_t i = 0; i < count; i += kLanes * kChains) {
     Vec position[kChains], block[kChains];
@@ -177,7 +216,8 @@ __attribute__((noinline)) void words_at(uint32_t* out, const int64_t* positions,
       position[u] = load(positions + i + u * kLanes);
       block[u] = shift_right(position[u], 2);
     }
-    const Counters<> c = random_blocks(block, seed, stream, sample, late);
+    const Counters<> c =
+        random_blocks(block, seed, stream, [&](int u) { return sample_of(i + u * kLanes); }, late);
     for (int u = 0; u < kChains; ++u) {
       const Vec bit0 = shift_left(position[u], 63), bit1 = shift_left(position[u], 62);
       const Vec word = choose(bit1, choose(bit0, c.word[3][u], c.word[2][u]),
@@ -185,6 +225,17 @@ __attribute__((noinline)) void words_at(uint32_t* out, const int64_t* positions,
       store_low(out + i + u * kLanes, word);
     }
   }
+}
+
+__attribute__((noinline)) void words_at(uint32_t* out, const int64_t* positions, int64_t count,
+                                        uint64_t seed, uint32_t stream, uint64_t sample) {
+  words_of(out, positions, count, seed, stream, [sample](int64_t) { return splat(sample); });
+}
+
+__attribute__((noinline)) void words_at(uint32_t* out, const int64_t* positions,
+                                        const int64_t* samples, int64_t count, uint64_t seed,
+                                        uint32_t stream) {
+  words_of(out, positions, count, seed, stream, [=](int64_t i) { return load(samples + i); });
 }
 
 // The word at position 0 of each of some samples. Reads and writes up to kWordsAtPadding more.
@@ -215,9 +266,28 @@ inline void fill_words(uint32_t* out, int64_t num_words, uint64_t seed, uint32_t
   }
 }
 
+inline void fill_groups(uint32_t* out, int64_t num_groups, uint64_t seed, uint32_t stream,
+                        const uint64_t* counter, const uint64_t* sample, uint64_t first_sample) {
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const uint32_t block = static_cast<uint32_t>(counter[g]);
+    const Words4 made = random_block(seed, stream, first_sample + sample[g], block);
+    for (int j = 0; j < 4; ++j) out[4 * g + j] = made.word[j];
+  }
+}
+
+inline int64_t group_order(int64_t g) { return g; }
+
 inline void words_at(uint32_t* out, const int64_t* positions, int64_t count, uint64_t seed,
                      uint32_t stream, uint64_t sample) {
   for (int64_t i = 0; i < count; ++i) out[i] = random_word(seed, stream, sample, positions[i]);
+}
+
+inline void words_at(uint32_t* out, const int64_t* positions, const int64_t* samples, int64_t count,
+                     uint64_t seed, uint32_t stream) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t sample = static_cast<uint64_t>(samples[i]);
+    out[i] = random_word(seed, stream, sample, positions[i]);
+  }
 }
 
 inline void first_words(uint32_t* out, const int64_t* samples, int64_t count, uint64_t seed,

@@ -104,9 +104,10 @@ struct OrderedKey {
 };
 
 // Of the keys whose upper half is `half` and whose position may be taken, the bound that has
-// `wanted` below it; there must be as many.
+// `wanted` below it; there must be as many. Of equal keys, the lowest `position ^ flip` comes
+// first.
 inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int64_t length,
-                             const int16_t* upper, int32_t half, int32_t wanted) {
+                             const int16_t* upper, int32_t half, int32_t wanted, uint32_t flip) {
   const int16_t flipped = static_cast<int16_t>(half ^ kFlip);
   constexpr int64_t kBlock = 512;
   uint8_t chosen[kBlock];
@@ -119,7 +120,7 @@ inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int6
     for (int64_t j = 0; j < found; ++j) {
       const int64_t at = positions[j];
       if (can_take && !can_take[at]) continue;
-      ordered.push_back({KeyBound{keys[at]} << 32 | static_cast<uint32_t>(at)});
+      ordered.push_back({KeyBound{keys[at]} << 32 | (static_cast<uint32_t>(at) ^ flip)});
     }
   }
   const auto last = ordered.begin() + (wanted - 1);
@@ -135,12 +136,12 @@ inline KeyBound bound_within(const uint32_t* keys, const uint8_t* can_take, int6
 //
 // `can_take` is null when all may. Otherwise the keys of the others must be 0xFFFFFFFF, which keeps
 // them out of every count; `num_keys` counts only those that may. 0 <= rank <= num_keys. `upper` is
-// scratch for `length` numbers, rounded up to kUpperPadding.
+// scratch for `length` numbers, rounded up to kUpperPadding. `flip`: as of bound_within.
 // (Inlined also where there are several callers: a call costs a row 13 ns.)
 __attribute__((always_inline)) inline void key_bounds(const uint32_t* keys, const uint8_t* can_take,
                                                       int64_t length, int32_t num_keys,
                                                       const int32_t* ranks, int16_t* upper,
-                                                      KeyBound* bounds) {
+                                                      KeyBound* bounds, uint32_t flip = 0) {
   const int64_t padded = upper_halves(keys, length, upper);
   const Int4 rank = {ranks[0], ranks[1], ranks[2], ranks[2]};
   const Int4 last = Int4{} + ranks[2];
@@ -164,7 +165,7 @@ __attribute__((always_inline)) inline void key_bounds(const uint32_t* keys, cons
     }
     bounds[j] = search.found[j] ? static_cast<KeyBound>(search.pivot[j]) << 48
                                 : bound_within(keys, can_take, length, upper, search.low[j],
-                                               search.rank[j] - search.below_low[j]);
+                                               search.rank[j] - search.below_low[j], flip);
   }
 }
 

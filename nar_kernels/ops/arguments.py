@@ -42,13 +42,17 @@ class WindowOrder(NamedTuple):
 
 class CorruptArgs(NamedTuple):
     """Checked arguments of ``corrupt``. Shapes: B batch, L ``seq_len``, V ``num_tokens``, N
-    positions in all: of ``shape``.
+    positions of the B samples; outputs have ``views`` times as many.
 
     The windows of the batch begin at ``starts``; or, where ``num_windows`` is not 0, at
     ``phase + index * stride`` with the index that the sample slot has in the order of its epoch; or
     one after the other.
 
     With ``spans`` samples have lengths of their own, and L is the space of the longest.
+
+    A sample falls into ``num_blocks`` blocks of ``block_length`` positions, of which the last may
+    be shorter, or some empty. Block j of slot g is drawn as a window of slot
+    ``g * blocks_per_slot + j`` is, of ``global_batch * blocks_per_slot``.
     """
 
     tokens: Tensor  # the corpus, any integer type; empty if it lies in runs
@@ -58,11 +62,18 @@ class CorruptArgs(NamedTuple):
     starts: Tensor | None  # int64 [B]
     batch: int
     seq_len: int
+    shape: list[int]  # of all views: [views * B, L], or that of documents, which may be flat
+    of_samples: list[int]  # shape of what there is one of: [views * B], or [views * B, num_blocks]
+    block_length: int  # L without blocks
+    num_blocks: int  # ceil(L / block_length)
+    blocks_per_slot: int  # at least num_blocks
+    views: int
+    first_view: int  # of independent views
+    pairing: int  # Pairing
     # int64 [4, B + 1], of each sample: where it begins in the outputs; how many of its ids are in
     # the corpus; of how many positions it is; and its slot. The ids that follow those of the corpus
     # are eos_id. What follows up to the next sample is padding. Last N, and nothing.
     spans: Tensor | None
-    shape: list[int]  # of a batch: [B, L], or that of its documents, which may be flat
     eos_id: int  # a valid id in any case, as is the next
     pad_id: int
     num_tokens: int
@@ -82,7 +93,9 @@ class CorruptArgs(NamedTuple):
     loss_mask_runs: Tensor | None
     prompt_lengths: Tensor | None  # int64 [B], positions before it are not maskable
     ratio_table: Tensor  # uint32 [65536]; all outputs go to its device
-    weight_table: Tensor  # float32 [65536]
+    weight_table: Tensor  # float32 [65536], or with weights_by_view [views, 65536]
+    weights_by_view: bool
+    view_times: Tensor | None  # int64 [views], 16-bit times in place of drawn ones
     never_mask: Tensor | None  # bool [V]
     seed: int  # signed, with the bits of the unsigned one
     seed_tensor: Tensor | None  # int64 [1], in place of seed

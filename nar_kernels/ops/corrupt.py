@@ -6,7 +6,7 @@ documents, N their positions.
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,16 @@ from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.samples import (
     Spans,
     check_beside,
+    check_max_length,
     check_seq_len,
     check_stored,
+    divide,
     samples_of_documents,
     samples_of_windows,
     spans_of,
 )
 from nar_kernels.ops.tokens import check_token_dtype
+from nar_kernels.ops.views import ONE_VIEW, Views, check_views, view_tables
 from nar_kernels.spec.philox import signed_seed
 
 
@@ -100,6 +103,8 @@ def corrupt(
     places: Tensor | None = None,
     num_rows: int | None = None,
     pad_id: int | None = None,
+    max_length: int | None = None,
+    views: int | range | Literal["complement", "coupled"] = 1,
     outputs: Collection[Output] = OUTPUTS,
     ids_dtype: torch.dtype = torch.int64,
     out: Corrupted | None = None,
@@ -154,6 +159,19 @@ def corrupt(
         pad_id: id of positions behind a document. Default: ``eos_id``, or else 0 (1 if the mask
             is 0). A batch of documents has less than 2**31 positions, and is checked on the host,
             which ``torch.compile`` leaves outside of its graphs.
+        max_length: of documents, where ``masking`` has a ``block_length``: the most positions that
+            any of them has, here or in another batch, since the slots of their blocks are counted
+            by it. Default: ``seq_len``; a flat batch needs it.
+        views: how many masks of each sample: the batch is ``[n * B, L]``, all samples in the first
+            view, then all in the next (of a flat batch, ``[n * N]``).
+
+            * n: independent ones, or those of a range of numbers. View v of a sample follows from
+              the seed, its ``sample_ids`` entry and v alone; view 0 is what ``views=1`` gives.
+            * ``"complement"``: the mask, then all other maskable positions, so that each is
+              predicted once (Fast-dLLM v2, arXiv:2509.26328). Weights are those of ratios m and
+              1 - m: the pair gives the bound on the likelihood, too.
+            * ``"coupled"``: every maskable position, then a pair, with the weights 1, 1 / m,
+              1 / (1 - m) (DiffuCoder, arXiv:2506.20639).
         outputs: what to write beside ``input_ids`` and one number a sample, which is most of the
             time of a batch: any of ``"labels"``, ``"masked_indices"`` and ``"masked_rows"``. What
             is left out is None. :func:`masked_nll` needs the first and the last.
@@ -180,11 +198,11 @@ def corrupt(
     check_token_dtype(tokens.dtype)
     seq_len = None if seq_len is None else check_seq_len(seq_len)
     if lengths is None:
-        given = (eos_lengths, eos_id, places, num_rows, pad_id)
+        given = (eos_lengths, eos_id, places, num_rows, pad_id, max_length)
         if any(option is not None for option in given):
             raise ValueError(
-                "eos_lengths, eos_id, places, num_rows and pad_id are for documents: give their "
-                "lengths, and starts"
+                "eos_lengths, eos_id, places, num_rows, pad_id and max_length are for documents: "
+                "give their lengths, and starts"
             )
         samples = samples_of_windows(tokens, starts, seq_len, sample_ids)
     else:
@@ -217,21 +235,26 @@ def corrupt(
         prompt_lengths=prompt_lengths,
     )
     wanted = Wanted.of(outputs, ids_dtype)
+    kind = check_views(views, masking)
     spans, slot_ids = None, samples.sample_ids
     if samples.documents is not None:
         if out is not None:
             raise ValueError("out is given with lengths: the memory of documents is not reused")
         spans = spans_of(samples.documents, masking, eos_id, pad_id, device)
         slot_ids = spans.ids
+        max_length = check_max_length(samples.documents, masking, max_length)
     arguments = _arguments(
         masking,
         seed,
         device,
         wanted,
+        kind,
         tokens=tokens.contiguous(),
         starts=starts,
         batch=samples.batch,
         seq_len=samples.seq_len,
+        shape=samples.shape,
+        max_length=max_length,
         sample_ids=slot_ids,
         first_sample=samples.slots.start if samples.slots else 0,
         maskable=supervised,
@@ -242,7 +265,7 @@ def corrupt(
     backend = _resolve(backend, tokens, device)
     memory = None if out is None else memory_of(out, arguments, device)
     tensors = run_corrupt(arguments, backend, memory)
-    corrupted = _batch(tensors, arguments, masking, wanted, samples.slots, samples.documents)
+    corrupted = _batch(tensors, arguments, masking, wanted, kind, samples.slots, samples.documents)
     if device.type == "cpu" and not torch.compiler.is_compiling():
         corrupted.raise_if_invalid(None if starts is None else source)
         if labels is not None and wanted.labels and wanted.masked_indices:
@@ -263,6 +286,8 @@ def corrupt_documents(
     loss_mask_runs: Tensor | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    max_length: int | None = None,
+    views: Views = ONE_VIEW,
     wanted: Wanted = EVERYTHING,
     backend: str = "auto",
 ) -> Corrupted:
@@ -283,11 +308,14 @@ def corrupt_documents(
         seed,
         device,
         wanted,
+        views,
         tokens=tokens,
         runs=runs,
         starts=starts,
         batch=len(documents),
         seq_len=documents.extent.longest,
+        shape=documents.shape,
+        max_length=check_max_length(documents, masking, max_length),
         sample_ids=spans.ids,
         loss_mask=loss_mask,
         loss_mask_runs=loss_mask_runs,
@@ -295,7 +323,7 @@ def corrupt_documents(
         global_batch=global_batch,
     )
     tensors = run_corrupt(arguments, _resolve(backend, tokens, device))
-    return _batch(tensors, arguments, masking, wanted, None, documents)
+    return _batch(tensors, arguments, masking, wanted, views, None, documents)
 
 
 class CorruptStep:
@@ -329,16 +357,19 @@ class CorruptStep:
         runs: Tensor | None = None,
         loss_mask: Tensor | None = None,
         loss_mask_runs: Tensor | None = None,
+        views: Views = ONE_VIEW,
         wanted: Wanted = EVERYTHING,
         backend: str = "auto",
     ) -> None:
         self._masking, self._wanted, self._device = masking, wanted, device
+        self._views = views
         self._backend = _resolve(backend, tokens, device)
         self._arguments = _arguments(
             masking,
             seed,
             device,
             wanted,
+            views,
             tokens=tokens,
             runs=runs,
             loss_mask=loss_mask,
@@ -390,7 +421,7 @@ class CorruptStep:
             if maskable is not None:
                 a = a._replace(maskable=maskable, maskable_bytes=1)
             tensors = run_corrupt(a, self._backend)
-        return _batch(tensors, a, masking, self._wanted, slots)
+        return _batch(tensors, a, masking, self._wanted, self._views, slots)
 
 
 def _resolve(backend: str, tokens: Tensor, device: torch.device) -> str:
@@ -405,11 +436,14 @@ def _arguments(
     seed: int | Tensor,
     device: torch.device,
     wanted: Wanted,
+    views: Views,
     *,
     tokens: Tensor,
     batch: int,
     seq_len: int,
     global_batch: int,
+    shape: Sequence[int] | None = None,
+    max_length: int | None = None,
     runs: Tensor | None = None,
     starts: Tensor | None = None,
     sample_ids: Tensor | None = None,
@@ -430,18 +464,26 @@ def _arguments(
         seed = 0
     if spans is None:
         filler = int(masking.mask_id == 0)
-        spans = Spans(None, [batch, seq_len], filler, filler)
-    if wanted.narrow and (num_positions := math.prod(spans.shape)) >= 1 << 31:
+        spans = Spans(None, filler, filler)
+    division = divide(masking, views, shape or (batch, seq_len), batch, seq_len, max_length)
+    if division.blocks_per_slot > 1 and global_batch * division.blocks_per_slot >= 1 << 32:
+        raise ValueError(
+            f"global_batch is {global_batch} with {division.blocks_per_slot} blocks a sample: "
+            "together there must be less than 2**32"
+        )
+    if wanted.narrow and (num_positions := math.prod(division.shape)) >= 1 << 31:
         raise ValueError(
             f"ids_dtype is torch.int32, but a batch of {num_positions} positions has indices "
             "that do not fit: use torch.int64"
         )
+    tables = view_tables(masking, views, device)
     return CorruptArgs(
         tokens,
         runs,
         starts,
         batch,
         seq_len,
+        *division,
         *spans,
         masking.num_tokens,
         masking.mask_id,
@@ -457,7 +499,11 @@ def _arguments(
         loss_mask,
         loss_mask_runs,
         maskable.prompt_lengths,
-        *masking.tables(device),
+        tables.ratio,
+        tables.weight,
+        tables.by_view,
+        tables.times,
+        masking.tables(device)[2],
         signed_seed(seed),
         seed_tensor,
         global_batch,
@@ -476,6 +522,7 @@ def _batch(
     a: CorruptArgs,
     masking: MaskingConfig,
     wanted: Wanted,
+    views: Views,
     slots: range | None,
     documents: Documents | None = None,
 ) -> Corrupted:
@@ -489,4 +536,8 @@ def _batch(
     if wanted.masked_rows and outputs[0].device.type == "cuda":  # type: ignore[union-attr]
         counts = count_on_host(a, masking, slots, documents)
     strata = num_strata(masking, slots, a.global_batch)
-    return Corrupted(*outputs, masking, counts, strata, documents, a.spans)  # type: ignore[call-arg, arg-type]
+    spans = a.spans
+    if documents is not None and views.num > 1:
+        documents = Documents.cat([documents] * views.num)
+        spans = documents.spans(a.ratio_table.device)
+    return Corrupted(*outputs, masking, counts, strata, documents, spans, views)  # type: ignore[call-arg, arg-type]

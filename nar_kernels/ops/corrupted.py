@@ -1,6 +1,7 @@
 """Corrupted batches: :class:`Corrupted`.
 
-Shapes: B batch, L sequence length, R masked rows of a batch; n documents (:class:`Documents`).
+Shapes: B batch, L sequence length, nb blocks of a sample, R masked rows of a batch; n documents
+(:class:`Documents`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from nar_kernels.errors import InvalidTokenError
 from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.host_counts import HostCounts
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.ops.views import ONE_VIEW, Views
 from nar_kernels.spec.schedules import NUM_TIMES
 
 
@@ -83,6 +85,14 @@ def _sample_indices(index: Any, size: int) -> Tensor:
     return samples.remainder(max(size, 1))
 
 
+def _as_wide(parts: list[Tensor]) -> list[Tensor]:
+    """``[B, nb]`` with the same number of blocks, of which those that are added are empty."""
+    if parts[0].dim() == 1:
+        return parts
+    most = max(part.shape[1] for part in parts)
+    return [torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in parts]
+
+
 def _compact(value: Any) -> Any:
     """Clones a view, with which the whole storage would be pickled; else returns ``value``."""
     if not isinstance(value, Tensor) or value.untyped_storage().nbytes() == value.nbytes:
@@ -98,6 +108,11 @@ class Corrupted:
     documents in rows ``[B, L]`` these are rows, of a flat batch ``[N]`` documents.) A
     ``DataLoader`` over batches takes ``batch_size=None`` or ``collate_fn=Corrupted.cat``, and any
     number of workers.
+
+    Of several views B is their number times that of the samples. With blocks
+    (``MaskingConfig(block_length=)``), what is ``[B]`` here is ``[B, nb]``: each is drawn as a
+    sample of its own would be. (A document that is shorter than others has empty blocks at its end,
+    with counts of 0.)
 
     Attributes:
         input_ids: int64 or int32 ``[B, L]``, the input of the net.
@@ -127,6 +142,7 @@ class Corrupted:
             document then: shapes ``[B]`` are ``[n]``, and ``[B, L]`` is ``documents.shape``, which
             may be flat, ``[N]``.
         spans: int64 ``[4, n + 1]`` on the device, what ``documents`` has on the host; else None.
+        views: which views the whole batch has; a part of it has a count of 1.
     """
 
     input_ids: Tensor
@@ -143,6 +159,7 @@ class Corrupted:
     num_strata: int = 0
     documents: Documents | None = None
     spans: Tensor | None = None
+    views: Views = ONE_VIEW
 
     def __len__(self) -> int:
         is_flat = self.documents is not None and self.documents.row_length is None
@@ -170,13 +187,19 @@ class Corrupted:
 
     @property
     def p_mask(self) -> Tensor:
-        """float32 ``[B, L]``, of stride 0 along L: m(t), the probability with which a maskable
-        position of the sample is masked. Exact draws mask ``clamp(ceil(m(t) n), 1, n)`` of n."""
+        """float32 ``[B, L]``: m(t), the probability with which a maskable position of the sample is
+        masked, in a complement with 1 - m(t). Exact draws mask ``clamp(ceil(m(t) n), 1, n)`` of n.
+        Of stride 0 along L where there are neither documents nor blocks."""
         shares = self.masking.shares_of_times(self.times.device)
-        share = shares.index_select(0, self.quantised_times)
-        if self.documents is None:
+        share = shares[self.quantised_times]
+        if self.documents is None and not self.has_blocks:
             return share.unsqueeze(1).expand_as(self.input_ids)
-        return self._of_positions(share)
+        return share.flatten().index_select(0, self._draw_indices).view(self.input_ids.shape)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether shapes ``[B]`` are ``[B, nb]``."""
+        return self.masking.block_length is not None
 
     def samples_of(self, rows: Tensor) -> Tensor:
         """``[R']``: the sample that each of these indices into the flat batch is in."""
@@ -184,27 +207,60 @@ class Corrupted:
             return rows // self.input_ids.shape[1]
         return torch.searchsorted(self.cu_seqlens[1:], rows.to(torch.int32), right=True)
 
-    def sum_by_sample(self, values: Tensor) -> Tensor:
-        """int64 ``[B]``: sums of integers or bools ``[B, L]`` over the positions of each sample."""
+    def draws_of(self, rows: Tensor) -> Tensor:
+        """``[R']``: the sample, or with blocks the place in the flattened ``[B, nb]``, that each of
+        these indices into the flat batch is drawn in."""
+        samples = self.samples_of(rows)
+        if self.masking.block_length is None:
+            return samples
         if self.documents is None:
+            place = rows % self.input_ids.shape[1]
+        else:
+            place = rows - self.cu_seqlens.index_select(0, samples)
+        num_blocks = self.times.shape[1]
+        block = (place // self.masking.block_length).clamp(max=num_blocks - 1)
+        return samples * num_blocks + block
+
+    def sum_by_draw(self, values: Tensor) -> Tensor:
+        """int64 ``[B]``: sums of integers or bools ``[B, L]`` over the positions of each sample, or
+        block."""
+        if self.documents is None and not self.has_blocks:
             return values.sum(1)
-        sums = torch.zeros(len(self.times), dtype=torch.int64, device=values.device)
-        return sums.index_add_(0, self.sample_indices.flatten(), values.flatten().to(torch.int64))
+        sums = torch.zeros_like(self.num_masked).flatten()
+        added = values.flatten().to(torch.int64)
+        return sums.index_add_(0, self._draw_indices, added).view_as(self.num_masked)
+
+    def sum_over_samples(self, values: Tensor) -> Tensor:
+        """``[B]``: for each block, the sum of ``[B, nb]`` over its sample; without blocks
+        ``values``."""
+        return values.sum(1, keepdim=True).expand_as(values) if self.has_blocks else values
 
     def sum_over_rows(self, values: Tensor) -> Tensor:
         """``[n]``: for each sample, the sum of integers ``[n]`` over the samples of its row. (Rows
         of a flat batch, and of one without documents, have one.)"""
+        of_samples = self.sum_over_samples(values)
         if self.documents is None or self.documents.row_length is None:
-            return values
+            return of_samples
         row = self.cu_seqlens[:-1].to(torch.int64) // self.documents.row_length
-        sums = values.new_zeros(self.input_ids.shape[0]).index_add_(0, row, values)
-        return sums.index_select(0, row)
+        once = of_samples[:, 0] if self.has_blocks else of_samples
+        sums = values.new_zeros(self.input_ids.shape[0]).index_add_(0, row, once)
+        there = sums.index_select(0, row)
+        return there[:, None].expand_as(values) if self.has_blocks else there
+
+    @property
+    def _positions(self) -> Tensor:
+        """int64 ``[B * L]``: all indices into the flat batch."""
+        return torch.arange(self.input_ids.numel(), device=self.input_ids.device)
+
+    @property
+    def _draw_indices(self) -> Tensor:
+        """int64 ``[B * L]``: where each position is drawn, padding where what is before it is."""
+        return self.draws_of(self._positions)
 
     @property
     def sample_indices(self) -> Tensor:
         """int64 ``[B, L]``: the sample that each position is in, padding in that before it."""
-        shape, device = self.input_ids.shape, self.input_ids.device
-        return self.samples_of(torch.arange(self.input_ids.numel(), device=device)).view(shape)
+        return self.samples_of(self._positions).view(self.input_ids.shape)
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -227,13 +283,13 @@ class Corrupted:
         padding."""
         if self.spans is not None:
             return self.spans[2, :-1].clone()
-        return torch.full_like(self.num_masked, self.input_ids.shape[1])
+        batch, length = self.input_ids.shape
+        return torch.full((batch,), length, dtype=torch.int64, device=self.input_ids.device)
 
     @property
     def position_ids(self) -> Tensor:
         """int64 ``[B, L]``: places in the document, from 0 on; they go on through padding."""
-        shape, device = self.input_ids.shape, self.input_ids.device
-        places = torch.arange(self.input_ids.numel(), device=device).view(shape)
+        places = self._positions.view(self.input_ids.shape)
         return places - self._of_positions(self.cu_seqlens[:-1].to(torch.int64))
 
     @property
@@ -273,9 +329,14 @@ class Corrupted:
     def row_capacity(self) -> int:
         """C, the most rows that a batch like this can have, whatever its step, seed and ids:
         :meth:`MaskingConfig.row_capacity`."""
+        size, count = self.input_ids.numel(), self.views.num
+        if self.views.is_paired:  # whole ones of each pair mask L positions
+            return size * min(count - 1, 2) // count if count > 1 else size
         if self.documents is not None:
-            return self.input_ids.numel()
-        return self.masking.row_capacity(*self.input_ids.shape, num_strata=self.num_strata)
+            return size
+        rows, length = self.input_ids.shape
+        of_view = self.masking.row_capacity(rows // count, length, num_strata=self.num_strata)
+        return count * of_view
 
     def padded_rows(self) -> tuple[Tensor, Tensor]:
         """``masked_rows`` and padding, ``[C]``, and which are padding, bool ``[C]``, with C
@@ -395,7 +456,10 @@ class Corrupted:
             tensors["row_buffer"] = masked.to(self.row_buffer.dtype)
         counts = None if self.counts_on_host is None else self.counts_on_host[chosen]
         spans = documents.spans(device)
-        return replace(self, **tensors, counts_on_host=counts, documents=documents, spans=spans)
+        views = self.views._replace(num=1)
+        return replace(
+            self, **tensors, counts_on_host=counts, documents=documents, spans=spans, views=views
+        )
 
     def _host_can_count(self) -> bool:
         """Whether the host knows how many rows each sample has, without a sync or a graph break."""
@@ -421,7 +485,9 @@ class Corrupted:
         counts = None if self.counts_on_host is None else self.counts_on_host[index]
         names = *_PER_POSITION, *_PER_SAMPLE
         tensors = {name: _unless_none(lambda x: x[index], getattr(self, name)) for name in names}
-        return replace(self, **tensors, counts_on_host=counts)
+        strata = self.num_strata if self.views.num == 1 else 0  # each view has all of them
+        views = self.views._replace(num=1)
+        return replace(self, **tensors, counts_on_host=counts, num_strata=strata, views=views)
 
     @classmethod
     def cat(cls, batches: Iterable["Corrupted"]) -> "Corrupted":
@@ -443,9 +509,11 @@ class Corrupted:
             )
         tensors: dict[str, Any] = {
             name: None if getattr(batches[0], name) is None else torch.cat(parts)
-            for name in (*_PER_POSITION, *_PER_SAMPLE)
+            for name in _PER_POSITION
             if (parts := [getattr(b, name) for b in batches])
         }
+        for name in _PER_SAMPLE:
+            tensors[name] = torch.cat(_as_wide([getattr(b, name) for b in batches]))
         rows, num_rows = [], 0
         for batch in batches if batches[0].row_buffer is not None else ():
             rows.append(batch.masked_rows + num_rows)
@@ -467,12 +535,13 @@ class Corrupted:
             row_buffer=torch.cat(rows) if rows else None,  # type: ignore[arg-type]
             invalid=invalid,
             num_strata=0,  # two samples may have the same
+            views=batches[0].views._replace(num=1),
             counts_on_host=whole if len(counts) == len(batches) else None,
         )
 
     def _is_compatible(self, other: "Corrupted") -> bool:
         kinds = [
-            (b._row_shape(), b.input_ids.device, b.input_ids.dtype, b._missing())
+            (b.views.pairing, b._row_shape(), b.input_ids.device, b.input_ids.dtype, b._missing())
             for b in (self, other)
         ]
         return kinds[0] == kinds[1] and self.masking.masks_like(other.masking)
@@ -511,7 +580,7 @@ class Corrupted:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """Applies ``function`` to all tensors on the device."""
-        others = ("masking", "counts_on_host", "num_strata", "documents")
+        others = ("masking", "counts_on_host", "num_strata", "documents", "views")
         names = (f.name for f in fields(self) if f.name not in others)
         tensors = {name: _unless_none(function, getattr(self, name)) for name in names}
         return replace(self, **tensors)

@@ -20,6 +20,7 @@ from nar_kernels.ops.linear import TRAINING_LIMITS, chunk_size, product_dtype
 from nar_kernels.ops.linear_nll import losses, losses_by_row, weighted_sum
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
+from nar_kernels.ops.views import Pairing
 from nar_kernels.ops.vocab_parallel import is_dtensor, local_head
 
 Reduction = Literal["nelbo", "mean", "token", "sequence", "answer", "batch", "none"]
@@ -71,8 +72,8 @@ def masked_nll(
             * ``"sequence"``: ``sum(loss_weight * nll)`` of each row of the batch over its own
               number of maskable positions, then the mean over rows: each counts the same.
             * ``"answer"``: the same of each sample, which in a packed batch is a document, however
-              long its answer is (LLaDA's loss of fine-tuning, arXiv:2502.09992): the mean over
-              those that have maskable positions.
+              long its answer is and of however many blocks (LLaDA's loss of fine-tuning,
+              arXiv:2502.09992): the mean over those that have maskable positions.
             * ``"batch"``: ``sum(loss_weight * nll)`` over the number of rows. (A flat batch of
               documents has a row for each.)
             * ``"mean"``: the mean over masked positions, without weights.
@@ -236,21 +237,21 @@ def num_counted(corrupted: Corrupted, reduction: Reduction) -> Tensor:
     ``"token"``) or masked, without those whose label was set to -100."""
     if reduction in _BY_SAMPLE:
         if reduction == "answer":
-            return (corrupted.num_maskable > _num_ignored(corrupted)).sum()
+            counted = corrupted.num_maskable - _num_ignored(corrupted)
+            if corrupted.has_blocks:
+                counted = counted.sum(1)
+            return (counted > 0).sum()
         return corrupted.num_masked.new_full((), len(corrupted))
     return _count(corrupted, reduction, _num_ignored(corrupted).sum())
 
 
 def _num_ignored(corrupted: Corrupted) -> Tensor:
-    """int64 ``[B]``: how many masked positions of each sample have the label -100."""
+    """int64 ``[B]``: how many masked positions of each sample, or block, have the label -100."""
     corrupted.need("labels")
     is_ignored = corrupted.labels == IGNORE_INDEX
     if corrupted.masked_indices is not None:
-        return corrupted.sum_by_sample(is_ignored & corrupted.masked_indices)
-    num_labels: int | Tensor = corrupted.labels.shape[-1]
-    if corrupted.documents is not None:
-        num_labels = corrupted.cu_seqlens.diff()  # with padding's, which are -100, too
-    return corrupted.sum_by_sample(is_ignored) - (num_labels - corrupted.num_masked)
+        return corrupted.sum_by_draw(is_ignored & corrupted.masked_indices)
+    return corrupted.num_masked - corrupted.sum_by_draw(~is_ignored)
 
 
 def _count(corrupted: Corrupted, reduction: Reduction, num_ignored: int | Tensor) -> Tensor:
@@ -292,10 +293,11 @@ def _row_weight(
         weight = corrupted.loss_weight
         if reduction in ("sequence", "answer"):
             lengths = corrupted.num_maskable - _num_ignored(corrupted)
-            if reduction == "sequence":
-                lengths = corrupted.sum_over_rows(lengths)
-            weight = weight.double() / lengths.clamp(min=1)
-        of_rows = weight.index_select(0, corrupted.samples_of(rows))
+            sums = (
+                corrupted.sum_over_rows if reduction == "sequence" else corrupted.sum_over_samples
+            )
+            weight = weight.double() / sums(lengths).clamp(min=1)
+        of_rows = weight.flatten().index_select(0, corrupted.draws_of(rows))
     if position_weight is not None:
         of_rows = of_rows * position_weight.detach().reshape(-1).index_select(0, rows)
     return of_rows
@@ -365,6 +367,11 @@ def _check_reduction(
     if reduction not in REDUCTIONS:
         names = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"reduction is {reduction!r}: it must be one of {names}")
+    if reduction == "nelbo" and corrupted.views.pairing is Pairing.COUPLED:
+        raise ValueError(
+            "the batch has views 'coupled', whose weights give no bound on the likelihood: use "
+            "reduction 'token', or views 'complement'"
+        )
     if reduction == "nelbo" and not corrupted.masking.is_bound:
         # Whether they are is read from the device: never with static shapes there.
         is_unread = static_shapes and not corrupted.loss_weight.is_cpu
@@ -389,7 +396,9 @@ def _check_reduction(
 def _weights_are_drawn(corrupted: Corrupted) -> bool:
     """Whether ``loss_weight`` is that of the schedule, not a user's own. Syncs."""
     masking = corrupted.masking
-    weight = masking.tables(corrupted.times.device)[1].index_select(0, corrupted.quantised_times)
+    if corrupted.views.is_paired or masking.is_quadrature:  # depends on the view: taken as drawn
+        return True
+    weight = masking.tables(corrupted.times.device)[1][corrupted.quantised_times]
     if masking.weighs_counts:
         weight = weight * corrupted.num_maskable / corrupted.num_masked.clamp(min=1)
     return torch.allclose(weight, corrupted.loss_weight)

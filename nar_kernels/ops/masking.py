@@ -58,7 +58,9 @@ class MaskingConfig:
             with probability m(t) (MDLM, arXiv:2406.07524).
         times: ``"stratified"`` spreads the times of a global batch evenly over [0, 1), with a
             jitter per sample; ``"uniform"`` draws them independently. Either way, each sample's
-            time is uniform.
+            time is uniform. ``"quadrature"`` draws none: view v of n (``views=n`` of
+            :func:`nar_kernels.corrupt`) is at the v-th node of Gauss-Legendre quadrature, whose
+            weights are in the loss weights (GDPO, arXiv:2510.08554).
         time_range: the times that are drawn from, ``(low, high)`` with 0 <= low < high <= 1. Other
             codes count time the other way, from 0 (clean) to 1: the ``eps`` of LLaDA is
             ``(0, 1 - eps)`` here, ``sampling_eps_min`` and ``sampling_eps_max`` of BD3LM are
@@ -72,6 +74,10 @@ class MaskingConfig:
         corruption_prob: probability, per sample and for each of the two fractions independently,
             that it is applied at all: 1 in BERT, 0.5 in x-transformers.
         never_mask_ids: ids whose positions are never masked: BOS, padding, separators.
+        block_length: positions of a block, each of which is masked at a time of its own, as block
+            diffusion has it (BD3LM, arXiv:2503.09573): block j of sample slot g as a window of slot
+            ``g * blocks + j`` would be, of ``global_batch * blocks``, with ``blocks`` those of a
+            sample. The last one may be shorter. Default: a sample is one block.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, or is out of range.
@@ -82,13 +88,14 @@ class MaskingConfig:
     _: KW_ONLY
     schedule: str | Schedule = "linear"
     draw: Literal["exact", "bernoulli"] = "exact"
-    times: Literal["stratified", "uniform"] = "stratified"
+    times: Literal["stratified", "uniform", "quadrature"] = "stratified"
     time_range: tuple[float, float] = WHOLE_RANGE
     weighting: Literal["elbo", "unit"] = "elbo"
     no_replace_prob: float = 0.0
     random_token_prob: float = 0.0
     corruption_prob: float = 1.0
     never_mask_ids: Sequence[int] = ()
+    block_length: int | None = None
 
     # The schedule over the 65536 times, on the CPU.
     table: ScheduleTable = field(init=False, repr=False, compare=False)
@@ -99,6 +106,10 @@ class MaskingConfig:
     never_mask_table: Tensor | None = field(init=False, repr=False, compare=False)
     # The three tables, cached per device.
     _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor | None]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+    # Those of nar_kernels.ops.views.
+    tables_of_views: dict[Any, Any] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
     # no_replace_prob, random_token_prob and corruption_prob in units of 1 / PROBABILITY_ONE.
@@ -128,7 +139,7 @@ class MaskingConfig:
         check_vocabulary(self.num_tokens, self.mask_id)
         choices = {
             "draw": ("exact", "bernoulli"),
-            "times": ("stratified", "uniform"),
+            "times": ("stratified", "uniform", "quadrature"),
             "weighting": ("elbo", "unit"),
         }
         for name, valid in choices.items():
@@ -153,6 +164,13 @@ class MaskingConfig:
         for i in self.never_mask_ids:
             if not 0 <= i < self.num_tokens:
                 raise ValueError(f"never_mask_ids holds {i}, outside [0, {self.num_tokens})")
+        if self.block_length is not None:
+            object.__setattr__(self, "block_length", as_int("block_length", self.block_length))
+            if not 1 <= self.block_length < 1 << 31:
+                raise ValueError(
+                    f"block_length is {self.block_length}: it must be in [1, 2**31), or None for "
+                    "one block a sample"
+                )
         # Precomputed as plain attributes, which torch.compile can trace.
         object.__setattr__(self, "table", tabulate(self.schedule, self.time_range))
         weight = self.table.exact_weight if self.exact else self.table.bernoulli_weight
@@ -203,11 +221,12 @@ class MaskingConfig:
         """The most positions that ``batch_size`` samples can have masked. No draw exceeds it.
 
         Args:
-            num_strata: if each sample has a stratum of time of its own, of so many; else 0.
+            num_strata: if each sample has a stratum of time of its own, of so many; else 0. (Each
+                of its blocks then has one of as many times more.)
 
-        A sample of an exact draw has at most ``max(ceil(m L), 1)``, with m the largest ratio of its
-        stratum; without strata that is the largest of all, mostly 1. A Bernoulli draw may mask
-        everything.
+        A sample, or block, of an exact draw has at most ``max(ceil(m L), 1)``, with m the largest
+        ratio of its stratum; without strata that is the largest of all, mostly 1. A Bernoulli draw
+        may mask everything.
 
         Raises:
             ValueError: fewer strata than samples.
@@ -217,16 +236,19 @@ class MaskingConfig:
                 f"num_strata is {num_strata}: it must be at least the {batch_size} samples, which "
                 "have one each, or 0"
             )
+        most = batch_size * seq_len
         if not self.exact:
-            return batch_size * seq_len
+            return most
+        num_blocks, seq_len = self.num_blocks(seq_len), self.block_length_of(seq_len)
+        batch_size, num_strata = batch_size * num_blocks, num_strata * num_blocks
         if not num_strata:
-            return batch_size * self._largest_count(0, seq_len)
+            return min(batch_size * self._largest_count(0, seq_len), most)
         key = batch_size, seq_len, num_strata
         if torch.compiler.is_compiling():
-            return self._stratified_capacity(*key)
+            return min(self._stratified_capacity(*key), most)
         if key not in self._capacities:
             self._capacities[key] = self._stratified_capacity(*key)
-        return self._capacities[key]
+        return min(self._capacities[key], most)
 
     def _stratified_capacity(self, batch_size: int, seq_len: int, num_strata: int) -> int:
         rows = first = 0  # strata, from that of the largest ratios
@@ -284,6 +306,18 @@ class MaskingConfig:
     @property
     def stratified(self) -> bool:
         return self.times == "stratified"
+
+    @property
+    def is_quadrature(self) -> bool:
+        return self.times == "quadrature"
+
+    def block_length_of(self, seq_len: int) -> int:
+        """Positions of a block of a sample of L positions: L without blocks."""
+        return seq_len if self.block_length is None else min(self.block_length, seq_len)
+
+    def num_blocks(self, seq_len: int) -> int:
+        """How many blocks a sample of L positions has."""
+        return -(-seq_len // self.block_length_of(seq_len))
 
     @cached_property
     def schedule_digest(self) -> str:

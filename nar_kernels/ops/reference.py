@@ -5,21 +5,23 @@ Shapes: B batch, L sequence length, V vocabulary, T corpus length in tokens, R r
 
 import bisect
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nar_kernels.ops.arguments import ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
 from nar_kernels.ops.masking import IGNORE_INDEX
+from nar_kernels.ops.views import Pairing
 from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
-from nar_kernels.spec.philox import Stream, permute, words
+from nar_kernels.spec.philox import Stream, of_view, permute, words
 from nar_kernels.spec.schedules import NUM_TIMES
 
 _U32 = 0xFFFFFFFF
 _SCAN_CHUNK = 1 << 20  # ids
 
 
-def permute_rounds(seed: int, stream: Stream, rounds: Tensor, index: Tensor, n: int) -> Tensor:
+def permute_rounds(seed: int, stream: int, rounds: Tensor, index: Tensor, n: int) -> Tensor:
     """Where the permutation of its round sends each index."""
     out = torch.empty_like(index)
     for r in rounds.unique().tolist():
@@ -28,13 +30,15 @@ def permute_rounds(seed: int, stream: Stream, rounds: Tensor, index: Tensor, n: 
     return out
 
 
-def draw_times(seed: int, sample_ids: Tensor, global_batch: int, stratified: bool) -> Tensor:
-    """int64 ``[B]`` in [0, 65536): the 16-bit time of each sample."""
-    word = words(seed, Stream.TIME, sample_ids, torch.zeros_like(sample_ids))
+def draw_times(
+    seed: int, slots: Tensor, global_batch: int, stratified: bool, view: int = 0
+) -> Tensor:
+    """int64 in [0, 65536): the 16-bit time of each slot."""
+    word = words(seed, of_view(Stream.TIME, view), slots, torch.zeros_like(slots))
     if not stratified:
         return word >> 16
-    step, slot = sample_ids // global_batch, sample_ids % global_batch
-    stratum = permute_rounds(seed, Stream.STRATUM, step, slot, global_batch)
+    step, slot = slots // global_batch, slots % global_batch
+    stratum = permute_rounds(seed, of_view(Stream.STRATUM, view), step, slot, global_batch)
     return ((stratum << 16) + (word >> 16)) // global_batch
 
 
@@ -136,18 +140,6 @@ def scan_ref(
     return least, greatest, outside, masked, uncounted, places
 
 
-def _shares(
-    seed: int, sample_ids: Tensor, keep_share: int, random_share: int, coin_share: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per sample ``[B, 1]``: the share to keep, to keep or randomise, and a rounding word."""
-    device = sample_ids.device
-    draw = words(seed, Stream.CORRUPTION, sample_ids[:, None], torch.arange(3, device=device))
-    keep_coin, random_coin, rounding = (draw >> 1).split(1, dim=1)
-    keep = torch.where(keep_coin < coin_share, keep_share, 0)
-    random = torch.where(random_coin < coin_share, random_share, 0)
-    return keep, keep + random, rounding
-
-
 def slots_ref(a: CorruptArgs) -> Tensor:
     """int64 ``[B]``: the global sample slots."""
     if a.sample_ids is not None:
@@ -183,21 +175,12 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
         )
     else:
         clean, invalid = _documents_ref(a, starts)
-
     can_mask = _can_mask(a, starts, clean)
-    num_maskable = can_mask.sum(1)
-    t16 = draw_times(seed, sample_ids, a.global_batch, a.stratified)
-    order, kept, replaced, k = _order_and_bounds(a, seed, sample_ids, t16, can_mask)
-    masked = can_mask & (order < k)
-    num_masked = masked.sum(1)
 
-    random = _random_tokens(a, seed, sample_ids)
-    input_ids = torch.where(masked, a.mask_id, clean)
-    input_ids = torch.where(masked & (order < replaced), random, input_ids)
-    input_ids = torch.where(masked & (order < kept), clean, input_ids)
-    labels = torch.where(masked, clean, IGNORE_INDEX)
+    views = [_view_ref(a, v, seed, sample_ids, clean, can_mask) for v in range(a.views)]
+    input_ids, labels, masked, *of_blocks = (torch.cat(parts) for parts in zip(*views, strict=True))
     if a.spans is not None:  # as the spaces lie
-        in_space = _places(a) < a.spans[0].diff()[:, None]
+        in_space = (_places(a) < a.spans[0].diff()[:, None]).repeat(a.views, 1)
         of_positions = (input_ids, labels, masked)
         input_ids, labels, masked = (x[in_space].view(*a.shape) for x in of_positions)
     dtype = torch.int32 if a.narrow else torch.int64
@@ -206,12 +189,85 @@ def corrupt_ref(a: CorruptArgs) -> tuple[Tensor, ...]:
         input_ids.to(dtype),
         labels.to(dtype) if a.labels else nothing.to(dtype),
         masked if a.masked_indices else nothing,
-        a.time_low + a.time_span * ((t16.to(torch.float32) + 0.5) / NUM_TIMES),
-        _loss_weight(a, t16, num_maskable, num_masked),
-        num_masked,
-        num_maskable,
+        *(x.view(*a.of_samples) for x in of_blocks),
         _row_buffer(masked).to(dtype) if a.masked_rows else nothing.to(dtype),
         torch.cat([invalid, torch.zeros_like(invalid[:2])]),  # bad rows have raised
+    )
+
+
+class _Draw(NamedTuple):
+    """What a view of the samples is drawn from.
+
+    Attributes:
+        view: the number of its streams.
+        shows_rest, shows_all: in place of what is drawn it masks the rest, or everything.
+        slots: int64 ``[B, nb]`` of the blocks.
+        t16: int64 ``[B, nb]``.
+        block, place: int64 ``[L]``: the block of each position, and its place there.
+    """
+
+    view: int
+    shows_rest: bool
+    shows_all: bool
+    slots: Tensor
+    t16: Tensor
+    block: Tensor
+    place: Tensor
+
+    def at_positions(self, of_blocks: Tensor) -> Tensor:
+        """``[..., nb]`` to ``[..., L]``."""
+        return of_blocks[..., self.block]
+
+    def by_block(self, positions: Tensor) -> Tensor:
+        """int64 ``[B, nb]``: how many of bool ``[B, L]`` are true."""
+        counts = torch.zeros_like(self.slots)
+        return counts.index_add_(1, self.block, positions.to(torch.int64))
+
+    def words(self, seed: int, stream: Stream) -> Tensor:
+        """``[B, L]``: the random words of the positions."""
+        return words(seed, of_view(stream, self.view), self.at_positions(self.slots), self.place)
+
+
+def _draw_of(a: CorruptArgs, index: int, seed: int, sample_ids: Tensor) -> _Draw:
+    device = sample_ids.device
+    blocks = torch.arange(a.num_blocks, device=device)
+    slots = sample_ids[:, None] * a.blocks_per_slot + blocks
+    positions = torch.arange(a.seq_len, device=device)
+    block, place = positions // a.block_length, positions % a.block_length
+    is_paired = a.pairing != Pairing.INDEPENDENT
+    view = 0 if is_paired else a.first_view + index
+    if a.view_times is None:
+        t16 = draw_times(seed, slots, a.global_batch * a.blocks_per_slot, a.stratified, view)
+    else:
+        t16 = a.view_times[index].expand_as(slots)
+    shows_rest = is_paired and index == a.views - 1
+    shows_all = a.pairing == Pairing.COUPLED and index == 0
+    return _Draw(view, shows_rest, shows_all, slots, t16, block, place)
+
+
+def _view_ref(
+    a: CorruptArgs, index: int, seed: int, sample_ids: Tensor, clean: Tensor, can_mask: Tensor
+) -> tuple[Tensor, ...]:
+    """Of one view: ids, labels and mask ``[B, L]``; time, loss weight, number of masked and of
+    maskable positions ``[B]``, with blocks ``[B, nb]``."""
+    draw = _draw_of(a, index, seed, sample_ids)
+    num_maskable = draw.by_block(can_mask)
+    order, (kept, replaced, k) = _order_and_bounds(a, seed, draw, can_mask, num_maskable)
+    masked = can_mask & (order < k)
+    num_masked = draw.by_block(masked)
+
+    random = _random_tokens(a, draw.words(seed, Stream.RANDOM_TOKEN))
+    input_ids = torch.where(masked, a.mask_id, clean)
+    input_ids = torch.where(masked & (order < replaced), random, input_ids)
+    input_ids = torch.where(masked & (order < kept), clean, input_ids)
+    return (
+        input_ids,
+        torch.where(masked, clean, IGNORE_INDEX),
+        masked,
+        a.time_low + a.time_span * ((draw.t16.to(torch.float32) + 0.5) / NUM_TIMES),
+        _loss_weight(a, index, draw, num_maskable, num_masked),
+        num_masked,
+        num_maskable,
     )
 
 
@@ -276,38 +332,65 @@ def _flags_ref(a: CorruptArgs, starts: Tensor, stored: Tensor) -> Tensor:
 
 
 def _order_and_bounds(
-    a: CorruptArgs, seed: int, sample_ids: Tensor, t16: Tensor, can_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``[B, L]``, what positions are ordered by, and three bounds ``[B, 1]`` on it: the maskable
-    ones below the third are masked; below the first they keep their token, below the second they
-    get a random one."""
-    device = a.ratio_table.device
-    ratio = (a.ratio_table[t16].to(torch.int64) & _U32)[:, None]
-    keep, replace, rounding = _shares(seed, sample_ids, a.keep_share, a.random_share, a.coin_share)
-    keys = words(seed, Stream.MASK_KEY, sample_ids[:, None], torch.arange(a.seq_len, device=device))
-    if not a.exact:
-        return keys, (ratio * keep) >> 31, (ratio * replace) >> 31, ratio
-    # Masked are the k smallest (key, position); of those, the first few are kept, and so on.
-    rank = keys.masked_fill(~can_mask, 1 << 32).argsort(dim=1, stable=True).argsort(dim=1)
-    n = can_mask.sum(1, keepdim=True)
+    a: CorruptArgs, seed: int, draw: _Draw, can_mask: Tensor, num_maskable: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``[B, L]``, what positions are ordered by, and ``[3, B, L]``, bounds on it: the maskable ones
+    below the third are masked; below the first they keep their token, below the second they get a
+    random one."""
+    ratio = a.ratio_table[draw.t16].to(torch.int64) & _U32
+    coins = torch.arange(3, device=ratio.device)
+    stream = of_view(Stream.CORRUPTION, draw.view)
+    keep_coin, random_coin, rounding = words(seed, stream, draw.slots[..., None], coins).unbind(-1)
+    keep = torch.where(keep_coin >> 1 < a.coin_share, a.keep_share, 0)
+    replace = keep + torch.where(random_coin >> 1 < a.coin_share, a.random_share, 0)
+    keys = draw.words(seed, Stream.MASK_KEY)
+    if draw.shows_rest:
+        keys = _U32 - keys
+    if not a.exact and not draw.shows_all:
+        ratio = _U32 + 1 - ratio if draw.shows_rest else ratio
+        bounds = torch.stack([(ratio * keep) >> 31, (ratio * replace) >> 31, ratio])
+        return keys, draw.at_positions(bounds)
+    # Masked are the k smallest (key, position) of a block; of those, the first few are kept, and so
+    # on. What a view has left is the largest of them: it takes them from the other end.
+    rank = _ranks(keys.masked_fill(~can_mask, 1 << 32), draw, from_last=draw.shows_rest)
+    n = num_maskable
     k = ((ratio * n + _U32) >> 32).clamp(min=1).minimum(n)
-    return rank, (k * keep + rounding) >> 31, (k * replace + rounding) >> 31, k
+    k = n if draw.shows_all else n - k if draw.shows_rest else k
+    rounding = rounding >> 1
+    bounds = torch.stack([(k * keep + rounding) >> 31, (k * replace + rounding) >> 31, k])
+    return rank, draw.at_positions(bounds)
 
 
-def _random_tokens(a: CorruptArgs, seed: int, sample_ids: Tensor) -> Tensor:
-    """int64 ``[B, L]``: uniform over the ids but ``mask_id``."""
-    positions = torch.arange(a.seq_len, device=sample_ids.device)
-    word = words(seed, Stream.RANDOM_TOKEN, sample_ids[:, None], positions)
+def _ranks(keys: Tensor, draw: _Draw, from_last: bool) -> Tensor:
+    """``[B, L]``: the rank of each key in its block; of equal ones the first position comes first,
+    or the last."""
+    keys = (draw.block << 33) + keys
+    if from_last:
+        keys = keys.flip(1)
+    rank = keys.argsort(dim=1, stable=True).argsort(dim=1)
+    if from_last:
+        rank = rank.flip(1)
+    return rank + draw.place - torch.arange(len(draw.place), device=rank.device)
+
+
+def _random_tokens(a: CorruptArgs, word: Tensor) -> Tensor:
+    """int64: uniform over the ids but ``mask_id``."""
     token = (word * (a.num_tokens - 1)) >> 32
     return token + (token >= a.mask_id).to(torch.int64)
 
 
-def _loss_weight(a: CorruptArgs, t16: Tensor, num_maskable: Tensor, num_masked: Tensor) -> Tensor:
-    """float32 ``[B]``."""
-    weight = a.weight_table[t16]
+def _loss_weight(
+    a: CorruptArgs, index: int, draw: _Draw, num_maskable: Tensor, num_masked: Tensor
+) -> Tensor:
+    """float32, of each block."""
+    weight = (a.weight_table[index] if a.weights_by_view else a.weight_table)[draw.t16]
     if not a.weighs_counts:
         return weight
     weight = weight * num_maskable.to(torch.float32) / num_masked.clamp(min=1).to(torch.float32)
+    if a.pairing == Pairing.COMPLEMENT:
+        # A pair has the counts k and n - k. Where that leaves nothing, n would count half of what
+        # it is in an integral over ratios.
+        weight = weight.where((num_masked < num_maskable) | draw.shows_rest, 2 * weight)
     return weight.masked_fill(num_masked == 0, 0)
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, L sequence length (``seq_len``), T corpus tokens, n documents.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from nar_kernels.checks import as_int
 from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.tokens import check_ids, check_range
+from nar_kernels.ops.views import Views
 
 
 def _check_starts(starts: Tensor, tokens: Tensor) -> Tensor:
@@ -142,6 +144,26 @@ def check_stored(documents: Documents, num_tokens: int) -> None:
         )
 
 
+def check_max_length(
+    documents: Documents, masking: MaskingConfig, max_length: int | None
+) -> int | None:
+    """The argument of :func:`nar_kernels.corrupt` of that name, of documents."""
+    if max_length is None:
+        if documents.row_length is None and masking.block_length is not None:
+            raise ValueError(
+                f"masking has block_length {masking.block_length}: a flat batch of documents needs "
+                "max_length, the most positions that any document of the corpus has"
+            )
+        return documents.row_length
+    max_length = check_seq_len(max_length)
+    if len(documents) and (longest := int(documents.lengths.max())) > max_length:
+        raise ValueError(
+            f"document {int(documents.lengths.argmax())} has {longest} positions: max_length is "
+            f"{max_length}, but must be at least those of any document"
+        )
+    return max_length
+
+
 def check_beside(loss_mask: Tensor, tokens: Tensor, device: torch.device) -> Tensor:
     """uint8 or bool ``[T]``, where the tokens are, for a kernel on this device."""
     if not isinstance(loss_mask, Tensor):
@@ -163,11 +185,54 @@ def check_beside(loss_mask: Tensor, tokens: Tensor, device: torch.device) -> Ten
     return loss_mask
 
 
+class Division(NamedTuple):
+    """Fields of :class:`CorruptArgs`: into views and blocks."""
+
+    shape: list[int]
+    of_samples: list[int]
+    block_length: int
+    num_blocks: int
+    blocks_per_slot: int
+    views: int
+    first_view: int
+    pairing: int
+
+
+def divide(
+    masking: MaskingConfig,
+    views: Views,
+    shape: Sequence[int],
+    batch: int,
+    seq_len: int,
+    max_length: int | None = None,
+) -> Division:
+    """
+    Args:
+        shape: of the batch in one view.
+        batch, seq_len: samples, and positions of the longest.
+        max_length: of any sample that has slots of this numbering. Default: ``seq_len``.
+    """
+    num_rows = views.num * batch
+    num_blocks = masking.num_blocks(seq_len)
+    block_length = masking.block_length_of(seq_len)
+    of_samples, per_slot = [num_rows], 1
+    if masking.block_length is not None:
+        of_samples.append(num_blocks)
+        per_slot = num_blocks if max_length is None else masking.num_blocks(max_length)
+    return Division(
+        [views.num * shape[0], *shape[1:]],
+        of_samples,
+        block_length,
+        num_blocks,
+        per_slot,
+        *views,
+    )
+
+
 class Spans(NamedTuple):
     """Fields of :class:`CorruptArgs`."""
 
     spans: Tensor | None
-    shape: list[int]
     eos_id: int
     pad_id: int
 
@@ -192,7 +257,7 @@ def spans_of(
     filler = int(masking.mask_id == 0)
     eos_id = filler if eos_id is None else check_id("eos_id", eos_id, masking)
     pad_id = eos_id if pad_id is None else check_id("pad_id", pad_id, masking)
-    return Spans(documents.spans(device), list(documents.shape), eos_id, pad_id)
+    return Spans(documents.spans(device), eos_id, pad_id)
 
 
 def check_id(name: str, value: int, masking: MaskingConfig) -> int:

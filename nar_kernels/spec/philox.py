@@ -45,6 +45,16 @@ class Stream(IntEnum):
     RANDOM_LENGTH = 12
 
 
+# A view of a sample has streams of its own: the number of the view is above that of the stream.
+VIEW_SHIFT = 8
+MAX_VIEWS = 1 << 32 - VIEW_SHIFT
+
+
+def of_view(stream: Stream, view: int) -> int:
+    """The stream of a use in one of several views of a sample; that of view 0 is the use's own."""
+    return stream + (view << VIEW_SHIFT)
+
+
 def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     c0, c1, c2, c3 = counter
     # int64 products wrap modulo 2**64: the bits are those of the unsigned 64-bit product.
@@ -69,7 +79,7 @@ def words(seed: int, stream: int, samples: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         seed: 64-bit integer; taken modulo 2**64.
-        stream: one of :class:`Stream`.
+        stream: one of :class:`Stream`, or of a view.
         samples: int64 global sample slots (broadcasts with ``positions``).
         positions: int64 in [0, 2**34).
 

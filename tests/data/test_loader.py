@@ -440,7 +440,7 @@ def test_another_device() -> None:
     loader = MaskedLoader(make_dataset(), MASKING, 4)
     loader.device = torch.device("meta")  # the only other one that is everywhere
     batch = loader.batch(0)
-    others = ("masking", "counts_on_host", "num_strata", "documents", "spans")
+    others = ("masking", "counts_on_host", "num_strata", "documents", "spans", "views")
     assert {tensor.device.type for name, tensor in vars(batch).items() if name not in others} == {
         "meta"
     }

@@ -624,8 +624,10 @@ def test_equal_keys_at_the_boundary(length, backend):
         masking = MaskingConfig(9, 8, schedule=lambda t, k=k: 0 * t + k / length, **shares)
         for maskable in (None, torch.ones(1, length, dtype=torch.bool)):
             args = dict(seed=0, sample_ids=torch.tensor([sample]), maskable=maskable)
+            args["views"] = "complement"  # of the pair, the other key is the other view's
             got = corrupt(tokens, masking, backend=backend, **args)
-            assert int(got.num_masked) == k
+            assert got.num_masked.tolist() == [k, length - k]
+            assert got.masked_indices.sum(0).eq(1).all()
             assert_same(got, corrupt(tokens, masking, backend="reference", **args))
 
 

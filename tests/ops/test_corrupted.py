@@ -60,6 +60,7 @@ def test_every_tensor_is_known_here() -> None:
         "num_strata",
         "documents",
         "spans",
+        "views",
     }
     assert {f.name for f in fields(Corrupted)} == {*PER_SAMPLE, *others}
 

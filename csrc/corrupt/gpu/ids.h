@@ -13,11 +13,18 @@ namespace {
 constexpr int kItems = 4;
 constexpr int kTile = kWarp * kItems;
 
+// A draw: a sample or a block of it, in one view.
 struct Row {
-  int64_t b, start, begin;  // in the corpus, and in the outputs
-  uint64_t sample, seed;
+  int64_t b, start, begin;  // its number; where it is in the corpus, and in the outputs
+  uint64_t slot, seed;
   int32_t stored, length, space;  // as of Span: equal without spans
+  View view;
 };
+
+__device__ inline Draw draw_at(const CorruptArgs& a, int64_t b) {
+  if (a.division.is_trivial()) return {b, 0, 0};
+  return a.division.draw(b, a.windows.batch);
+}
 
 // Lane l has the positions 2l, 2l + 1, 64 + 2l and 65 + 2l of a tile, so that a warp reads and
 // writes whole lines, 16 bytes a lane where ids are int64.
@@ -144,23 +151,24 @@ __device__ inline void record_bad(const KernelArgs& a, int64_t start, int32_t ti
   atomicExch(lock, 0);
 }
 
-// Rare: the ids of a tile, with the bad ones recorded and replaced.
-__device__ __attribute__((noinline)) Ids mend(const KernelArgs& a, int64_t start, int32_t stored,
-                                              int32_t tile, int lane, Ids ids) {
+// Rare: the ids of a tile, with the bad ones replaced, and recorded if this is the first view.
+__device__ __attribute__((noinline)) Ids mend(const KernelArgs& a, int64_t b, int64_t start,
+                                              int32_t stored, int32_t tile, int lane, Ids ids) {
   const uint32_t bad = replace_bad(a, start, stored, tile, lane, &ids);
-  record_bad(a, start, tile, lane, bad);
+  if (draw_at(a, b).view == 0) record_bad(a, start, tile, lane, bad);
   return ids;
 }
 
 // Whether position i of a row may be masked, whatever its id.
-__device__ inline bool may_mask(const CorruptArgs& a, const Row& row, int64_t i) {
-  if (a.prompt_lengths && i < a.prompt_lengths[row.b]) return false;
+__device__ inline bool may_mask(const CorruptArgs& a, const Row& row, const Draw& draw, int64_t i) {
+  const int64_t in_sample = draw.block * a.division.block_length + i;
+  if (a.prompt_lengths && in_sample < a.prompt_lengths[draw.row]) return false;
   if (a.loss_mask.flat && i < row.stored &&
       !static_cast<const uint8_t*>(a.loss_mask.flat)[row.start + i]) {
     return false;
   }
   if (!a.maskable) return true;
-  const int64_t at = row.begin + i;
+  const int64_t at = row.begin + i - draw.view * a.windows.num_positions();
   switch (a.maskable_bytes) {
     case 1: return static_cast<const uint8_t*>(a.maskable)[at] != 0;
     case 4: return static_cast<const int32_t*>(a.maskable)[at] != kIgnoreIndex;
@@ -168,9 +176,21 @@ __device__ inline bool may_mask(const CorruptArgs& a, const Row& row, int64_t i)
   }
 }
 
+// Where a draw lies: of a batch whose division is trivial, the sample itself.
+__device__ inline Span span_of(const CorruptArgs& a, const Draw& draw) {
+  Span span = a.windows.span(draw.row);
+  if (a.division.is_trivial()) return span;
+  const int64_t of_block = a.division.block_length, first = draw.block * of_block;
+  const auto in_block = [&](int64_t count) {
+    return min(max(count - first, int64_t{0}), of_block);
+  };
+  return {span.begin + draw.view * a.windows.num_positions() + first, in_block(span.stored),
+          in_block(span.length), in_block(span.space)};
+}
+
 // Without what its keys are drawn from.
-__device__ inline Row row_at(const CorruptArgs& a, int64_t b, int64_t start) {
-  const Span span = a.windows.span(b);
+__device__ inline Row row_at(const CorruptArgs& a, int64_t b, const Draw& draw, int64_t start) {
+  const Span span = span_of(a, draw);
   return {b,
           start,
           span.begin,
@@ -178,13 +198,15 @@ __device__ inline Row row_at(const CorruptArgs& a, int64_t b, int64_t start) {
           0,
           static_cast<int32_t>(span.stored),
           static_cast<int32_t>(span.length),
-          static_cast<int32_t>(span.space)};
+          static_cast<int32_t>(span.space),
+          a.division.view(draw.view)};
 }
 
 // Which positions may be masked, as bits.
 __device__ __attribute__((noinline)) uint32_t find_maskable(const KernelArgs& a, int64_t b,
                                                             int64_t start, int32_t tile, int lane) {
-  const Row row = row_at(a, b, start);
+  const Draw draw = draw_at(a, b);
+  const Row row = row_at(a, b, draw, start);
   Ids ids = {};
   if (a.never_mask) {
     const int32_t position = position_of(tile, lane, 0);
@@ -196,7 +218,7 @@ __device__ __attribute__((noinline)) uint32_t find_maskable(const KernelArgs& a,
   for (int i = 0; i < kItems; ++i) {
     const int32_t position = position_of(tile, lane, i);
     bool can = position < row.length;
-    if (can) can = may_mask(a, row, position);
+    if (can) can = may_mask(a, row, draw, position);
     if (can && a.never_mask) can = !a.never_mask[ids[i]];
     can_mask |= static_cast<uint32_t>(can) << i;
   }

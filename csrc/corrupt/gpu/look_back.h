@@ -4,7 +4,7 @@
 #pragma once
 
 #include "corrupt/corrupt_cuda.h"
-#include "corrupt/gpu/block.h"
+#include "corrupt/gpu/ids.h"
 
 namespace nar {
 namespace {
@@ -65,7 +65,7 @@ __device__ inline void finish_rows(const KernelArgs& a, int64_t block, int64_t f
   }
   if (lane >= num_rows) return;
   memory.rows_before[lane] = before + up_to - k;
-  write_scalars(a, first + lane, memory.time[lane], n, k);
+  write_scalars(a, first + lane, draw_at(a, first + lane).view, memory.time[lane], n, k);
 }
 
 }  // namespace

@@ -63,10 +63,24 @@ struct RowBounds {
   __device__ uint32_t pivot(int j) const { return static_cast<uint32_t>(bound[j] >> 32); }
 };
 
-// Rare: equal keys straddle the boundary. The bound is behind the `wanted`-th of them. Every warp
-// goes through the whole row by itself.
+// How many keys of the whole row equal one, of those that may be masked.
 template <int kHeld>
-__device__ KeyBound tied_bound(const Tiles<kHeld>& tiles, int lane, uint32_t key, uint32_t wanted) {
+__device__ uint32_t count_equal(const Tiles<kHeld>& tiles, uint32_t key) {
+  uint32_t count = 0;
+  for (int32_t tile = 0; tile < tiles.all(); ++tile) {
+    const Keys keys = tiles.keys(tile);
+    const uint32_t can_mask = tiles.maskable(tile);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) count += keys[i] == key && can_mask >> i & 1;
+  }
+  return __reduce_add_sync(kAllLanes, count);
+}
+
+// Behind which position the `wanted`-th key is that equals one. Every warp goes through the whole
+// row by itself.
+template <int kHeld>
+__device__ uint32_t end_of_equal(const Tiles<kHeld>& tiles, int lane, uint32_t key,
+                                 uint32_t wanted) {
   for (int32_t tile = 0;; ++tile) {
     const Keys keys = tiles.keys(tile);
     const uint32_t can_mask = tiles.maskable(tile);
@@ -87,9 +101,21 @@ __device__ KeyBound tied_bound(const Tiles<kHeld>& tiles, int lane, uint32_t key
       uint32_t end = 0;
       if (equal0 && before + 1 == wanted) end = position + 1;
       if (equal1 && before + equal0 + 1 == wanted) end = position + 2;
-      return KeyBound{key} << 32 | __reduce_max_sync(kAllLanes, end);
+      return __reduce_max_sync(kAllLanes, end);
     }
   }
+}
+
+// Rare: equal keys straddle the boundary. The bound is behind the `wanted`-th of them, in the order
+// of the view: from the first on, or from the last on.
+template <int kHeld>
+__device__ KeyBound tied_bound(const Tiles<kHeld>& tiles, int lane, uint32_t key, uint32_t wanted) {
+  if (!tiles.from_last()) {
+    return KeyBound{key} << 32 | end_of_equal(tiles, lane, key, wanted);
+  }
+  const uint32_t equal = count_equal(tiles, key);
+  const uint32_t end = end_of_equal(tiles, lane, key, equal - wanted + 1);
+  return (KeyBound{key} << 32 | ~(end - 1)) + 1;
 }
 
 // The value of a rank for the lane that follows it, the first for all others.
@@ -173,7 +199,7 @@ class RankedTiles {
     const uint32_t can_mask = tiles_.maskable(tile);  // an excluded key may be at a boundary
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const KeyBound own = KeyBound{keys[i]} << 32 | tiles_.position(tile, i);
+      const KeyBound own = KeyBound{keys[i]} << 32 | tiles_.order(tile, i);
       keys.key[i] = 0;
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {

@@ -49,10 +49,10 @@ struct Keys {
 // Of all positions of the row, whether they may be masked or not; behind its end the largest.
 __device__ inline Keys make_keys(const RoundKeys& round_keys, const Row& row, int32_t tile,
                                  int lane) {
-  const Words4 words = tile_words(round_keys, kMaskKey, row.sample, tile, lane);
+  const Words4 words = tile_words(round_keys, row.view.stream(kMaskKey), row.slot, tile, lane);
   Keys keys;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) keys.key[i] = words.word[i];
+  for (int i = 0; i < kItems; ++i) keys.key[i] = row.view.key(words.word[i]);
   if (!is_whole(row, tile)) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -94,6 +94,7 @@ class Tiles {
   }
 
   __device__ int32_t first() const { return first_; }
+  __device__ int32_t all() const { return num_tiles(row_); }  // of the row
 
   // Takes positions that may not be masked out of the keys; returns how many the lane has left.
   __device__ uint32_t exclude() {
@@ -138,9 +139,11 @@ class Tiles {
     return find_maskable(a_, row_.b, row_.start, tile, lane_);
   }
 
-  __device__ uint32_t position(int32_t tile, int item) const {
-    return static_cast<uint32_t>(position_of(tile, lane_, item));
+  __device__ uint32_t order(int32_t tile, int item) const {
+    return row_.view.order(position_of(tile, lane_, item));
   }
+
+  __device__ bool from_last() const { return row_.view.is_rest; }
 
   __device__ Keys keys(int32_t tile) const { return keys(tile, RoundKeys(row_.seed)); }
 
@@ -173,7 +176,7 @@ class Tiles {
     Ids ids = loaded;
     if (tile + kAhead < end_) loaded = load_next(tile + kAhead);
     if (__any_sync(kAllLanes, any_bad(a_, row_, tile, lane_, ids))) {
-      ids = mend(a_, row_.start, row_.stored, tile, lane_, ids);
+      ids = mend(a_, row_.b, row_.start, row_.stored, tile, lane_, ids);
     }
     return ids;
   }

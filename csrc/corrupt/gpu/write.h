@@ -74,7 +74,8 @@ __device__ inline void corrupt_ids(const KernelArgs& a, const Row& row, int32_t 
                                    const Keys& keys, const Ids& clean,
                                    const RowBounds<kNumRanks>& bounds, int32_t* ids) {
   const Below replace(keys, bounds.pivot(1)), keep(keys, bounds.pivot(2));
-  const Words4 random = tile_words(RoundKeys(row.seed), kRandomToken, row.sample, tile, lane);
+  const Words4 random =
+      tile_words(RoundKeys(row.seed), row.view.stream(kRandomToken), row.slot, tile, lane);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int32_t token = random_token(random.word[i], static_cast<int32_t>(a.windows.num_tokens),

@@ -5,6 +5,7 @@ same launch: each program publishes how many positions it masks, and adds up wha
 published (decoupled look-back: Merrill, Garland, "Single-pass Parallel Prefix Scan", 2016).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -22,7 +23,7 @@ from nar_kernels.ops.kernels.order_statistic import (
 )
 from nar_kernels.ops.kernels.random import permute, random_block, random_words
 from nar_kernels.ops.masking import IGNORE_INDEX, NUM_INVALID
-from nar_kernels.spec.philox import Stream
+from nar_kernels.spec.philox import VIEW_SHIFT, Stream
 
 _TIME = tl.constexpr(int(Stream.TIME))
 _STRATUM = tl.constexpr(int(Stream.STRATUM))
@@ -31,6 +32,7 @@ _RANDOM_TOKEN = tl.constexpr(int(Stream.RANDOM_TOKEN))
 _WINDOW_ORDER = tl.constexpr(int(Stream.WINDOW_ORDER))
 _CORRUPTION = tl.constexpr(int(Stream.CORRUPTION))
 _IGNORE = tl.constexpr(IGNORE_INDEX)
+_VIEW_SHIFT = tl.constexpr(VIEW_SHIFT)
 
 # Words of the workspace: Corrupted.invalid, a lock, and for each row what it has published.
 _LOCK = tl.constexpr(NUM_INVALID)
@@ -52,17 +54,29 @@ LONG_ROW_TILE, LONG_ROW_WARPS = 1024, 8
 # does not see in which order the fields are.
 
 
+class View(NamedTuple):
+    """As ``View`` of ``csrc/corrupt/division.h``; None are false, and 0."""
+
+    streams: tl.tensor | None
+    is_rest: tl.tensor | None
+    is_all: tl.tensor | None
+
+
 class Row(NamedTuple):
-    index: tl.tensor
-    sample: tl.tensor
+    """A draw: a sample or a block of it, in one view."""
+
+    slot: tl.tensor
+    view: View
+    is_first_view: tl.tensor
     seed: tl.tensor
     tokens: tl.tensor  # pointers; None where there is no such tensor
     maskable: tl.tensor | None
     loss_mask: tl.tensor | None
-    prompt_lengths: tl.tensor | None
+    prompt: tl.tensor | None  # positions that are given
     never_mask: tl.tensor | None
-    start: tl.tensor  # of the window, in tokens
+    start: tl.tensor  # in tokens
     begin: tl.tensor  # in the outputs
+    given: tl.tensor  # in inputs of the batch
     stored: tl.tensor  # ids in the corpus; ends of sequence up to length, padding up to space
     length: tl.tensor
     space: tl.tensor
@@ -75,6 +89,7 @@ class Row(NamedTuple):
 
 class Tile(NamedTuple):
     position: tl.tensor
+    order: tl.tensor  # of equal keys, the lowest comes first
     clean: tl.tensor  # ids, bad ones replaced
     can_mask: tl.tensor
     keys: tl.tensor  # the largest where nothing may be masked
@@ -89,7 +104,7 @@ class CorruptionShares(NamedTuple):
 
 
 class KeyBound(NamedTuple):
-    """Below it are smaller keys, and equal ones at positions below ``tie``."""
+    """Below it are smaller keys, and equal ones whose order is below ``tie``."""
 
     key: tl.tensor
     tie: tl.tensor
@@ -104,7 +119,7 @@ class RowBounds(NamedTuple):
     mask: KeyBound
 
 
-# ---- which sample and window this is
+# ---- which sample, view and window this is
 
 
 @triton.jit
@@ -119,6 +134,27 @@ def _sample_slot(index, sample_ids, first_sample, step, global_batch):
 
 
 @triton.jit
+def _view(index, views, first_view, DIVIDED: tl.constexpr, PAIRING: tl.constexpr):
+    if PAIRING > 0:
+        is_all = (index == 0) & (PAIRING == 2)
+        view = View(streams=None, is_rest=index == views - 1, is_all=is_all)
+    elif DIVIDED:
+        view = View(streams=(first_view + index) << _VIEW_SHIFT, is_rest=None, is_all=None)
+    else:
+        view = View(streams=None, is_rest=None, is_all=None)
+    return view
+
+
+@triton.jit
+def _stream(view, use: tl.constexpr):
+    if view.streams is not None:
+        stream = view.streams + use
+    else:
+        stream = tl.zeros((), tl.int64) + use
+    return stream
+
+
+@triton.jit
 def _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE: tl.constexpr):
     """Where the window of a sample slot starts."""
     slot = tl.maximum(sample, 0)
@@ -129,16 +165,22 @@ def _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE: tl.constex
 
 
 @triton.jit
-def _checked_start(record, sample, start, num_corpus_tokens, stored):
-    """The start, or 0 of a window that reaches outside the corpus, which is recorded, as is a
+def _checked_start(record, sample, start, num_corpus_tokens, stored, is_first):
+    """The start, or 0 of a window that reaches outside the corpus, which is recorded once, as is a
     negative slot."""
     outside = (start < 0) | (start > num_corpus_tokens - stored)
     start = tl.where(outside, 0, start)
-    if outside:
+    if outside & is_first:
         tl.atomic_add(record + 3, 1)
-    if sample < 0:
+    if (sample < 0) & is_first:
         tl.atomic_add(record + 4, 1)
     return start
+
+
+@triton.jit
+def _in_block(count, first, block_length):
+    """Of the first positions of a sample, how many are in a block."""
+    return tl.minimum(tl.maximum(count - first, 0), block_length).to(tl.int32)
 
 
 @triton.jit
@@ -156,24 +198,26 @@ def _span(spans, index, batch):
 
 
 @triton.jit
-def _row_time(seed, sample, global_batch, STRATIFIED: tl.constexpr):
-    """The 16-bit time of a sample slot."""
-    word, _, _, _ = random_block(seed, _TIME, sample, tl.zeros((), tl.int32))
+def _row_time(seed, view, slot, num_strata, STRATIFIED: tl.constexpr):
+    """The 16-bit time of a slot."""
+    word, _, _, _ = random_block(seed, _stream(view, _TIME), slot, tl.zeros((), tl.int32))
     time = (word >> 16).to(tl.int64)
     if STRATIFIED:
-        step = sample // global_batch
-        stratum = permute(sample % global_batch, global_batch, seed, _STRATUM, step)
-        time = ((stratum << 16) + time) // global_batch
+        step = slot // num_strata
+        stream = _stream(view, _STRATUM)
+        stratum = permute(slot % num_strata, num_strata, seed, stream, step)
+        time = ((stratum << 16) + time) // num_strata
     return time
 
 
 @triton.jit
-def _corruption_shares(seed, sample, keep_share, random_share, coin_share, RANKS: tl.constexpr):
+def _corruption_shares(seed, view, slot, keep_share, random_share, coin_share, RANKS: tl.constexpr):
     keep = tl.zeros((), tl.int64)
     replace = tl.zeros((), tl.int64)
     rounding = tl.zeros((), tl.int64)
     if RANKS == 3:
-        coin0, coin1, coin2, _ = random_block(seed, _CORRUPTION, sample, tl.zeros((), tl.int32))
+        stream, first = _stream(view, _CORRUPTION), tl.zeros((), tl.int32)
+        coin0, coin1, coin2, _ = random_block(seed, stream, slot, first)
         keep += tl.where((coin0 >> 1).to(tl.int64) < coin_share, keep_share, 0)
         replace += keep
         replace += tl.where((coin1 >> 1).to(tl.int64) < coin_share, random_share, 0)
@@ -206,29 +250,34 @@ def _load_tile(row, first, record, TILE: tl.constexpr):
         clean = tl.where(stored, clean, row.eos_id)
     can_mask = inside
     if row.maskable is not None:
-        at = row.maskable + row.begin + position
+        at = row.maskable + row.given + position
         is_label: tl.constexpr = row.maskable.dtype.element_ty.primitive_bitwidth > 8
         given: tl.constexpr = -100 if is_label else 0
         can_mask = can_mask & (tl.load(at, mask=inside, other=given) != given)
     if row.loss_mask is not None:
         flag = tl.load(row.loss_mask + row.start + position, mask=stored, other=1)
         can_mask = can_mask & (flag != 0)
-    if row.prompt_lengths is not None:
-        can_mask = can_mask & (position >= tl.load(row.prompt_lengths + row.index))
+    if row.prompt is not None:
+        can_mask = can_mask & (position >= row.prompt)
     if row.never_mask is not None:
         can_mask = can_mask & (tl.load(row.never_mask + clean, mask=inside, other=0) == 0)
     if record is not None:
         _record_bad_ids(record, row, position, bad)
-    keys = random_words(row.seed, _MASK_KEY, row.sample, first, TILE)
+    keys = random_words(row.seed, _stream(row.view, _MASK_KEY), row.slot, first, TILE)
+    order = position
+    if row.view.is_rest is not None:  # the largest keys, and of equal ones the last
+        keys = tl.where(row.view.is_rest, ~keys, keys)
+        order = tl.where(row.view.is_rest, 0x7FFFFFFF - position, position)
     keys = tl.where(can_mask, keys, 0xFFFFFFFF)
-    return Tile(position=position, clean=clean, can_mask=can_mask, keys=keys)
+    return Tile(position=position, order=order, clean=clean, can_mask=can_mask, keys=keys)
 
 
 @triton.jit
 def _record_bad_ids(record, row, position, bad):
-    """The record is the same for any order of the rows: they take turns, by a lock. Rare."""
+    """The record is the same for any order of the rows: they take turns, by a lock. Rare. An id
+    counts once, whatever the views."""
     num_bad = tl.sum(bad.to(tl.int32))
-    if num_bad > 0:
+    if (num_bad > 0) & row.is_first_view:
         offset = row.start + tl.min(tl.where(bad, position, 0x7FFFFFFF))
         value = tl.load(row.tokens + offset).to(tl.int64)
         free = tl.zeros((), tl.int64)
@@ -260,10 +309,20 @@ def _count_maskable(row, held, TILE: tl.constexpr):
 
 
 @triton.jit
-def _exact_count(ratio, n):
-    """ceil(ratio * n), at least one of n."""
+def _exact_count(ratio, n, view):
+    """ceil(ratio * n), at least one of n; or what a view makes of it."""
     k = (ratio * n.to(tl.int64) + 0xFFFFFFFF) >> 32
-    return tl.minimum(tl.maximum(k, 1), n.to(tl.int64)).to(tl.int32)
+    k = tl.minimum(tl.maximum(k, 1), n.to(tl.int64)).to(tl.int32)
+    if view.is_rest is not None:
+        k = tl.where(view.is_all, n, tl.where(view.is_rest, n - k, k))
+    return k
+
+
+@triton.jit
+def _view_ratio(ratio, view):
+    if view.is_rest is not None:
+        ratio = tl.where(view.is_rest, (tl.zeros((), tl.int64) + 1 << 32) - ratio, ratio)
+    return ratio
 
 
 @triton.jit
@@ -329,6 +388,10 @@ def _break_ties(row, held, keep, replace, mask, TILE: tl.constexpr):
     tie0, tie1, tie2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     wanted0, wanted1, wanted2 = num_wanted(keep), num_wanted(replace), num_wanted(mask)
     if (wanted0 > 0) | (wanted1 > 0) | (wanted2 > 0):
+        if row.view.is_rest is not None:
+            wanted0 = _from_first(row, held, keep.low, wanted0, TILE)
+            wanted1 = _from_first(row, held, replace.low, wanted1, TILE)
+            wanted2 = _from_first(row, held, mask.low, wanted2, TILE)
         for first in range(0, row.end, TILE):
             tile = _tile(row, held, first, TILE)
             tie0, wanted0 = _break_tie(tile, keep.low, tie0, wanted0)
@@ -338,12 +401,23 @@ def _break_ties(row, held, keep, replace, mask, TILE: tl.constexpr):
 
 
 @triton.jit
+def _from_first(row, held, key, wanted, TILE: tl.constexpr):
+    """Which of the equal keys, from the first position on, is the ``wanted``-th in the order of the
+    view."""
+    equal = tl.zeros((), tl.int32)
+    for first in range(0, row.end, TILE):
+        tile = _tile(row, held, first, TILE)
+        equal += tl.sum((tile.can_mask & (tile.keys == key)).to(tl.int32))
+    return tl.where(row.view.is_rest & (wanted > 0), equal - wanted + 1, wanted)
+
+
+@triton.jit
 def _break_tie(tile, key, tie, wanted):
-    """The position behind the ``wanted``-th of the equal keys, once a tile has it, and how many
-    are wanted of the next tiles."""
+    """The order behind that of the ``wanted``-th of the equal keys, once a tile has it, and how
+    many are wanted of the next tiles."""
     equal = tile.can_mask & (tile.keys == key)
-    order = tl.cumsum(equal.to(tl.int32), 0)
-    tie += tl.max(tl.where(equal & (order == wanted), tile.position + 1, 0))
+    number = tl.cumsum(equal.to(tl.int32), 0)
+    tie += tl.max(tl.where(equal & (number == wanted), tile.order + 1, 0))
     return tie, wanted - tl.sum(equal.to(tl.int32))
 
 
@@ -391,13 +465,15 @@ def _rows_before(record, index, WINDOW: tl.constexpr):
 
 @triton.jit
 def _write_scalars(
-    times, loss_weight, num_masked, num_maskable, weight_table, index, time, time_low, time_span,
-    n, count, WEIGHS_COUNTS: tl.constexpr,
+    times, loss_weight, num_masked, num_maskable, weight_table, index, view, time, time_low,
+    time_span, n, count, WEIGHS_COUNTS: tl.constexpr, PAIRING: tl.constexpr,
 ):  # fmt: skip
     weight = tl.load(weight_table + time)
     if WEIGHS_COUNTS:
         weight = tl.div_rn(weight * n.to(tl.float32), tl.maximum(count, 1).to(tl.float32))
         weight = tl.where(count == 0, 0.0, weight)
+        if PAIRING == 1:  # what has no complement counts for it, too
+            weight = tl.where((count == n) & (not view.is_rest), 2 * weight, weight)
     tl.store(times + index, time_low + time_span * ((time.to(tl.float32) + 0.5) / 65536))
     tl.store(loss_weight + index, weight)
     tl.store(num_masked + index, count.to(tl.int64))
@@ -406,7 +482,7 @@ def _write_scalars(
 
 @triton.jit
 def _is_below(tile, bound):
-    return (tile.keys < bound.key) | ((tile.keys == bound.key) & (tile.position < bound.tie))
+    return (tile.keys < bound.key) | ((tile.keys == bound.key) & (tile.order < bound.tie))
 
 
 @triton.jit
@@ -415,7 +491,8 @@ def _corrupt_ids(row, tile, first, masked, bounds, RANKS: tl.constexpr, TILE: tl
     ids = tl.where(masked, row.mask_id, tile.clean)
     if RANKS == 3:
         if (bounds.replace.key != bounds.keep.key) | (bounds.replace.tie != bounds.keep.tie):
-            word = random_words(row.seed, _RANDOM_TOKEN, row.sample, first, TILE)
+            stream = _stream(row.view, _RANDOM_TOKEN)
+            word = random_words(row.seed, stream, row.slot, first, TILE)
             token = tl.umulhi(word, (row.num_tokens - 1).to(tl.uint32)).to(tl.int32)
             token += (token >= row.mask_id).to(tl.int32)
             ids = tl.where(masked & _is_below(tile, bounds.replace), token, ids)
@@ -469,52 +546,86 @@ def _write_positions(
 _VARYING = [
     "seed", "num_corpus_tokens", "num_tokens", "mask_id", "first_sample", "num_windows", "phase",
     "stride", "global_batch", "keep_share", "random_share", "coin_share", "time_low", "time_span",
-    "eos_id", "pad_id",
+    "eos_id", "pad_id", "batch", "num_positions", "block_length", "num_blocks", "blocks_per_slot",
+    "views", "first_view",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def corrupt_kernel(
     tokens, starts, spans, sample_ids, step, maskable, loss_mask, prompt_lengths, never_mask,
-    ratio_table, weight_table, seed: tl.int64, seed_tensor, input_ids, labels, masked_indices,
-    times, loss_weight, num_masked, num_maskable, rows, record, num_corpus_tokens: tl.int64,
-    seq_len, eos_id, pad_id, num_tokens, mask_id,
+    ratio_table, weight_table, view_times, seed: tl.int64, seed_tensor, input_ids, labels,
+    masked_indices, times, loss_weight, num_masked, num_maskable, rows, record,
+    num_corpus_tokens: tl.int64, seq_len, eos_id, pad_id, num_tokens, mask_id,
     first_sample: tl.int64, num_windows: tl.int64, phase: tl.int64, stride: tl.int64,
     global_batch: tl.int64, keep_share: tl.int64, random_share: tl.int64, coin_share: tl.int64,
-    time_low: tl.float32, time_span: tl.float32,
+    time_low: tl.float32, time_span: tl.float32, batch: tl.int64, num_positions: tl.int64,
+    block_length: tl.int64, num_blocks: tl.int64, blocks_per_slot: tl.int64, views: tl.int64,
+    first_view: tl.int64,
     ORDERED: tl.constexpr, SHUFFLE: tl.constexpr, EXACT: tl.constexpr, STRATIFIED: tl.constexpr,
     WEIGHS_COUNTS: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr,
-    LOOK_BACK: tl.constexpr,
+    LOOK_BACK: tl.constexpr, DIVIDED: tl.constexpr, PAIRING: tl.constexpr, BY_VIEW: tl.constexpr,
 ):  # fmt: skip
-    """One row. Arguments as in ``CorruptArgs``; ``record`` is the workspace, zeros.
+    """One draw: a sample or a block of it, in one view. Arguments as in ``CorruptArgs``; ``record``
+    is the workspace, zeros, ``num_positions`` those of a view.
 
     ``ORDERED``: sample slots tell which windows. ``RANKS``: 3 with kept or random tokens, else 1.
-    ``FITS``: the row is a single tile. ``LOOK_BACK``: see ``_rows_before``.
+    ``FITS``: the row is a single tile. ``LOOK_BACK``: see ``_rows_before``. ``DIVIDED``: there are
+    blocks or views. ``BY_VIEW``: each view has a table of weights.
     """
     index = tl.program_id(0).to(tl.int64)
     if seed_tensor is not None:
         seed = tl.load(seed_tensor)
-    sample = _sample_slot(index, sample_ids, first_sample, step, global_batch)
-    start = index * seq_len
+    which, number, first_of_block = index, tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    block = first_of_block
+    if DIVIDED:
+        block = index % num_blocks
+        number = index // num_blocks // batch  # of the view
+        which = index // num_blocks % batch
+        first_of_block = block * block_length
+    view = _view(number, views, first_view, DIVIDED, PAIRING)
+    sample = _sample_slot(which, sample_ids, first_sample, step, global_batch)
+    start = which * seq_len
     if starts is not None:
-        start = tl.load(starts + index)
+        start = tl.load(starts + which)
     if ORDERED:
         start = _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE)
-    begin = index * seq_len
+    given = which * seq_len
     stored, length, space = seq_len, seq_len, seq_len
     if spans is not None:
-        begin, stored, length, space = _span(spans, index, tl.num_programs(0))
-    start = _checked_start(record, sample, start, num_corpus_tokens, stored)
+        given, stored, length, space = _span(spans, which, batch)
+    is_first = (number == 0) & (block == 0)
+    start = _checked_start(record, sample, start, num_corpus_tokens, stored, is_first)
+    slot, num_strata = sample, global_batch
+    begin = given
+    if DIVIDED:
+        slot = sample * blocks_per_slot + block
+        num_strata = global_batch * blocks_per_slot
+        start += first_of_block
+        given += first_of_block
+        begin = given + number * num_positions
+        stored = _in_block(stored, first_of_block, block_length)
+        length = _in_block(length, first_of_block, block_length)
+        space = _in_block(space, first_of_block, block_length)
+    prompt = None
+    if prompt_lengths is not None:
+        prompt = tl.load(prompt_lengths + which) - first_of_block
     row = Row(
-        index=index, sample=sample, seed=seed, tokens=tokens, maskable=maskable,
-        loss_mask=loss_mask, prompt_lengths=prompt_lengths, never_mask=never_mask, start=start,
-        begin=begin, stored=stored, length=length, space=space, end=TILE if FITS else space,
-        eos_id=eos_id, pad_id=pad_id, num_tokens=num_tokens, mask_id=mask_id,
+        slot=slot, view=view, is_first_view=number == 0, seed=seed, tokens=tokens,
+        maskable=maskable, loss_mask=loss_mask, prompt=prompt, never_mask=never_mask, start=start,
+        begin=begin, given=given, stored=stored, length=length, space=space,
+        end=TILE if FITS else space, eos_id=eos_id, pad_id=pad_id, num_tokens=num_tokens,
+        mask_id=mask_id,
     )  # fmt: skip
 
-    time = _row_time(seed, sample, global_batch, STRATIFIED)
+    if view_times is not None:
+        time = tl.load(view_times + number)
+    else:
+        time = _row_time(seed, view, slot, num_strata, STRATIFIED)
     ratio = tl.load(ratio_table + time).to(tl.int64) & 0xFFFFFFFF
-    shares = _corruption_shares(seed, sample, keep_share, random_share, coin_share, RANKS)
+    shares = _corruption_shares(seed, view, slot, keep_share, random_share, coin_share, RANKS)
+    if BY_VIEW:
+        weight_table += number << 16
 
     held = _load_tile(row, 0, record, TILE) if FITS else None
     n = tl.zeros((), tl.int32) + length
@@ -523,16 +634,21 @@ def corrupt_kernel(
         n = _count_maskable(row, held, TILE)
     # The count is published as soon as it is known, since other rows wait for it.
     if EXACT:
-        count = _exact_count(ratio, n)
+        count = _exact_count(ratio, n, view)
         _publish(record, index, _OWN, count)
         bounds = _exact_bounds(row, held, n, count, shares, RANKS, TILE)
     else:
+        ratio = _view_ratio(ratio, view)
         bounds = _bernoulli_bounds(ratio, shares)
         count = _bernoulli_count(row, held, ratio, TILE)
+        if PAIRING == 2:  # the first view masks everything, which no ratio below 1 does
+            if view.is_all:
+                count = n
+                bounds = _exact_bounds(row, held, n, count, shares, RANKS, TILE)
         _publish(record, index, _OWN, count)
     _write_scalars(
-        times, loss_weight, num_masked, num_maskable, weight_table, index, time, time_low,
-        time_span, n, count, WEIGHS_COUNTS,
+        times, loss_weight, num_masked, num_maskable, weight_table, index, view, time, time_low,
+        time_span, n, count, WEIGHS_COUNTS, PAIRING,
     )  # fmt: skip
 
     before = tl.zeros((), tl.int64)
@@ -544,8 +660,8 @@ def corrupt_kernel(
     )
 
 
-def workspace_size(batch: int) -> int:
-    return NUM_INVALID + 1 + batch
+def workspace_size(num_draws: int) -> int:
+    return NUM_INVALID + 1 + num_draws
 
 
 def _tile_of(seq_len: int) -> tuple[bool, int]:
@@ -554,9 +670,13 @@ def _tile_of(seq_len: int) -> tuple[bool, int]:
     return fits, max(triton.next_power_of_2(seq_len), 64) if fits else LONG_ROW_TILE
 
 
+def is_divided(a: CorruptArgs) -> bool:
+    return (a.num_blocks, a.blocks_per_slot, a.views, a.first_view) != (1, 1, 1, 0)
+
+
 def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
-    fits, tile = _tile_of(a.seq_len)
+    fits, tile = _tile_of(a.block_length)
     # What a row does once, each of its warps does: 16 positions a thread.
     num_warps = max(tile // 512, 1) if fits else LONG_ROW_WARPS
     return {
@@ -569,6 +689,9 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
         "TILE": tile,
         "FITS": fits,
         "LOOK_BACK": max(32 * num_warps, 128),
+        "DIVIDED": is_divided(a),
+        "PAIRING": a.pairing,
+        "BY_VIEW": a.weights_by_view,
         "num_warps": num_warps,
         "enable_fp_fusion": False,
     }
@@ -584,13 +707,16 @@ def kernel_arguments(outputs: tuple[Tensor, ...], a: CorruptArgs) -> tuple[Any, 
     is_ragged = a.spans is not None
     seq_len = 1 if is_ragged else a.seq_len
     fillers = (a.eos_id, a.pad_id) if is_ragged else (None, None)
+    num_positions = math.prod(a.shape) // a.views
     return (
         a.tokens, a.starts, a.spans, a.sample_ids, a.step, a.maskable, a.loss_mask,
-        a.prompt_lengths, a.never_mask, a.ratio_table, a.weight_table, a.seed, a.seed_tensor,
-        ids, labels if a.labels else None, masked_indices if a.masked_indices else None, *of_rows,
+        a.prompt_lengths, a.never_mask, a.ratio_table, a.weight_table, a.view_times, a.seed,
+        a.seed_tensor, ids, labels if a.labels else None,
+        masked_indices if a.masked_indices else None, *of_rows,
         row_buffer if a.masked_rows else None, record, a.tokens.numel(), seq_len, *fillers,
         a.num_tokens, a.mask_id, a.first_sample, a.num_windows, a.phase, a.stride, a.global_batch,
-        a.keep_share, a.random_share, a.coin_share, a.time_low, a.time_span,
+        a.keep_share, a.random_share, a.coin_share, a.time_low, a.time_span, a.batch,
+        num_positions, a.block_length, a.num_blocks, a.blocks_per_slot, a.views, a.first_view,
     )  # fmt: skip
 
 
@@ -599,7 +725,8 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
 
     Returns the compiled kernel, if there is one.
     """
-    if a.batch == 0:
+    num_draws = math.prod(a.of_samples)
+    if num_draws == 0:
         return None
     device = a.ratio_table.get_device()
     corrupts = bool(a.keep_share or a.random_share)
@@ -608,6 +735,7 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     draw = a.exact, a.weighs_counts, a.stratified, corrupts
     given = a.maskable_bytes, a.loss_mask is not None
     # The length of windows is an argument of the kernel; of documents, their spans are.
-    of_documents = None if a.spans is None else _tile_of(a.seq_len)
-    variant = device, a.tokens.dtype, given, of_documents, order, draw, wanted
-    return _launch(a.batch, kernel_arguments(outputs, a), variant, lambda: launch_options(a))
+    tile = _tile_of(a.block_length) if is_divided(a) or a.spans is not None else None
+    division = tile, a.spans is None, a.pairing, a.weights_by_view, a.view_times is None
+    variant = device, a.tokens.dtype, given, division, order, draw, wanted
+    return _launch(num_draws, kernel_arguments(outputs, a), variant, lambda: launch_options(a))

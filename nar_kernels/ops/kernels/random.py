@@ -21,7 +21,7 @@ def _multiply(a: tl.constexpr, b):
 
 
 @triton.jit
-def random_block(seed, stream: tl.constexpr, sample, block):
+def random_block(seed, stream, sample, block):
     """The four uint32 words at positions ``4 * block .. 4 * block + 3`` of a sample: Philox4x32-10
     (Salmon et al., SC 2011)."""
     bits = sample.to(tl.uint64, bitcast=True)
@@ -29,7 +29,7 @@ def random_block(seed, stream: tl.constexpr, sample, block):
     key = (tl.zeros((), tl.int64) + seed).to(tl.uint64, bitcast=True)
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     c0, c1 = block.to(tl.uint32), bits.to(tl.uint32)
-    c2, c3 = (bits >> 32).to(tl.uint32), tl.full((), stream, tl.uint32)
+    c2, c3 = (bits >> 32).to(tl.uint32), (tl.zeros((), tl.int64) + stream).to(tl.uint32)
     for _ in tl.static_range(10):
         high0, low0 = _multiply(_M0, c0)
         high1, low1 = _multiply(_M1, c2)
@@ -40,7 +40,7 @@ def random_block(seed, stream: tl.constexpr, sample, block):
 
 
 @triton.jit
-def random_words(seed, stream: tl.constexpr, sample, first, COUNT: tl.constexpr):
+def random_words(seed, stream, sample, first, COUNT: tl.constexpr):
     """uint32 ``[COUNT]``: the words at positions ``first ..`` of a sample; both multiples of 4.
 
     A thread holds the four words of a block: four neighbouring positions.
@@ -51,7 +51,7 @@ def random_words(seed, stream: tl.constexpr, sample, first, COUNT: tl.constexpr)
 
 
 @triton.jit
-def random_word(seed, stream: tl.constexpr, sample, position):
+def random_word(seed, stream, sample, position):
     a, b, c, d = random_block(seed, stream, sample, position // 4)
     item = position % 4
     return tl.where(item < 2, tl.where(item == 0, a, b), tl.where(item == 2, c, d))
@@ -65,7 +65,7 @@ def _mix(x):
 
 
 @triton.jit
-def _feistel(x, seed, stream: tl.constexpr, round, right_bits, left_mask, right_mask):
+def _feistel(x, seed, stream, round, right_bits, left_mask, right_mask):
     left = (x >> right_bits).to(tl.uint32)
     right = (x & right_mask).to(tl.uint32)
     for block in tl.static_range(FEISTEL_ROUNDS // 4):
@@ -89,7 +89,7 @@ def _bit_length(x):
 
 
 @triton.jit
-def permute(index, n, seed, stream: tl.constexpr, round):
+def permute(index, n, seed, stream, round):
     """Where permutation ``round`` of [0, n) sends ``index`` (int64 scalars)."""
     result = index
     if n <= EXACT_PERMUTATION_MAX:
