@@ -247,10 +247,8 @@ def _described(
     if cu_seqlens is None:
         if lengths is not None:
             raise ValueError("lengths are given without cu_seqlens: give both, or none")
-        bounds = torch.arange(
-            *(0, rows * seq_len + 1, seq_len), dtype=torch.int32, device=found or "cpu"
-        )
-        return Segments(bounds, rows, seq_len), block_length
+        row_bounds = torch.arange(rows + 1, dtype=torch.int32, device=found or "cpu")
+        return Segments(seq_len * row_bounds, rows, seq_len), block_length
     segments = find_segments(cu_seqlens, lengths, (rows, seq_len))
     if found not in (None, cu_seqlens.device):
         raise ValueError(
@@ -272,9 +270,7 @@ class _Places(NamedTuple):
 def _find_places(segments: Segments, block_length: int) -> _Places:
     bounds, rows, length = segments
     positions = torch.arange(length, dtype=torch.int32, device=bounds.device)
-    row_begins = torch.arange(*(0, rows * length, length), dtype=torch.int32, device=bounds.device)[
-        :, None
-    ]
+    row_begins = length * torch.arange(rows, dtype=torch.int32, device=bounds.device)[:, None]
     ids = segments.ids()
     document, document_end = bounds[ids - 1] - row_begins, bounds[ids] - row_begins
     block = positions - (positions - document) % block_length
@@ -315,15 +311,15 @@ def _attends(
     length: int,
     noisy: bool,
 ) -> Tensor:
-    """Whether queries attend to keys, given where document and block of each query begin, and where
-    its block ends: keys are looked at no further than their index."""
+    """Whether queries attend to keys, given where the document and the block of each query begin,
+    and where its block ends. Of a key no more than its index is needed."""
     if not noisy:
         return (kv_idx >= document) & (kv_idx < end)
     is_noisy = q_idx < length
-    is_in_block = is_noisy & (kv_idx >= begin) & (kv_idx < end)
+    to_noisy = is_noisy & (kv_idx >= begin) & (kv_idx < end)
     clean_idx = kv_idx - length
-    is_before = (clean_idx >= document) & (clean_idx < torch.where(is_noisy, begin, end))
-    return is_in_block | is_before
+    to_clean = (clean_idx >= document) & (clean_idx < torch.where(is_noisy, begin, end))
+    return to_noisy | to_clean
 
 
 def _tiles_of_one(
