@@ -78,8 +78,8 @@ def block_lengths(seq_len: int) -> list[int]:
 @pytest.mark.parametrize("seq_len", range(1, 41))
 def test_rows_of_one_document(seq_len, block_size):
     documents = torch.zeros(1, seq_len, dtype=torch.int64)
-    # Some for each length, and all of them in turn.
-    for block_length in block_lengths(seq_len)[seq_len % 3 :: 3]:
+    every = block_lengths(seq_len)
+    for block_length in every if seq_len < 10 else every[seq_len % 3 :: 3]:
         blocks = torch.arange(seq_len)[None] // block_length
         pairs = pairs_by_definition(documents, blocks, noisy=True)
         ours = block_mask(seq_len, block_length, block_size=block_size)
