@@ -18,6 +18,11 @@ from nar_kernels.errors import (
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import NetAdapter, TokenNet
 from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
+from nar_kernels.nets.block_attention import (
+    block_mask,
+    block_varlen_arguments,
+    dense_block_mask,
+)
 from nar_kernels.ops.backends import backends
 from nar_kernels.ops.cart import cart_weights
 from nar_kernels.ops.corrupt import corrupt
@@ -55,8 +60,11 @@ __all__ = [
     "TrainConfig",
     "Unmasked",
     "backends",
+    "block_mask",
+    "block_varlen_arguments",
     "cart_weights",
     "corrupt",
+    "dense_block_mask",
     "dense_mask",
     "flex_block_mask",
     "load_model",

@@ -222,6 +222,18 @@ def test_block_mask(tmp_path):
     assert "| create_block_mask |" in output
 
 
+def test_block_attention(tmp_path):
+    figures, output = run("bench_block_attention.py", tmp_path)
+    peers = ["create_block_mask", "create_block_mask, compiled"]
+    names = {False: ["block_mask", "block_mask, again", *peers], True: ["block_mask", *peers]}
+    assert [setting["documents"] for setting in figures["settings"]] == [False, True]
+    for setting in figures["settings"]:
+        assert 0 < setting["partial"] + setting["full"] <= setting["tiles"]
+        assert [row["mask"] for row in setting["rows"]] == names[setting["documents"]]
+        assert all(row["ms"] > 0 and row["times ours"] > 0 for row in setting["rows"])
+    assert "| block_mask, again |" in output
+
+
 def test_cart(tmp_path):
     figures, output = run("bench_cart.py", tmp_path)
     assert [setting["p"] for setting in figures["settings"]] == [0.8, 0.3]

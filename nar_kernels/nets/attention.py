@@ -51,7 +51,7 @@ def flex_block_mask(
     block_size = as_int("block_size", block_size)
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}: it must be positive, such as 128")
-    segments = _segments(cu_seqlens, lengths, shape).ids()
+    segments = find_segments(cu_seqlens, lengths, shape).ids()
     length = segments.shape[1]
     first, last = segments[:, ::block_size], segments[:, block_size - 1 :: block_size]
     if is_ragged := length % block_size > 0:
@@ -62,8 +62,8 @@ def flex_block_mask(
         is_one[:, -1] = False  # as create_block_mask has it: positions behind the end are masked
     meet = (first[:, :, None] <= last[:, None, :]) & (first[:, None, :] <= last[:, :, None])
     full = meet & is_one[:, :, None] & is_one[:, None, :]
-    partial_count, partial_indices = _ordered(meet & ~full)
-    full_count, full_indices = _ordered(full)
+    partial_count, partial_indices = ordered(meet & ~full)
+    full_count, full_indices = ordered(full)
 
     def same_segment(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return segments[b, q_idx] == segments[b, kv_idx]
@@ -109,7 +109,7 @@ def varlen_arguments(
         TypeError, ValueError: as :func:`flex_block_mask`; ``max_seqlen`` is not in [1, T], or, on
             the CPU, less than a segment.
     """
-    bounds, rows, length = _segments(cu_seqlens, lengths, shape)
+    bounds, rows, length = find_segments(cu_seqlens, lengths, shape)
     longest = length if max_seqlen is None else as_int("max_seqlen", max_seqlen)
     if not 1 <= longest <= rows * length:
         raise ValueError(f"max_seqlen is {longest}: it must be in [1, {rows * length}]")
@@ -143,12 +143,12 @@ def dense_mask(
     Raises:
         TypeError, ValueError: as :func:`flex_block_mask`.
     """
-    ids = _segments(cu_seqlens, lengths, shape).ids()
+    ids = find_segments(cu_seqlens, lengths, shape).ids()
     mask = ids[:, None, :, None] == ids[:, None, None, :]
     return mask[0, 0] if len(shape) == 1 else mask
 
 
-class _Segments(NamedTuple):
+class Segments(NamedTuple):
     """Attributes:
     bounds: int32: where each segment begins, some of them empty, and at last T.
     rows, length: B and L; 1 and T of a flat batch.
@@ -163,17 +163,17 @@ class _Segments(NamedTuple):
         return segment_ids(self.bounds, self.rows * self.length).view(self.rows, self.length)
 
 
-def _segments(cu_seqlens: Tensor, lengths: Tensor | None, shape: Sequence[int]) -> _Segments:
+def find_segments(cu_seqlens: Tensor, lengths: Tensor | None, shape: Sequence[int]) -> Segments:
     rows, length = _rows_and_length(shape)
     check_cu_seqlens(cu_seqlens, rows * length)
     _check_rows(cu_seqlens, rows, length)
     begins = cu_seqlens.to(torch.int32).contiguous()
     if lengths is None:
-        return _Segments(begins, rows, length)
+        return Segments(begins, rows, length)
     _check_lengths(lengths, cu_seqlens)
     ends = begins[:-1] + lengths.to(torch.int32)
     both = torch.stack((begins[:-1], ends), 1).flatten()
-    return _Segments(torch.cat((both, begins[-1:])), rows, length)
+    return Segments(torch.cat((both, begins[-1:])), rows, length)
 
 
 def _rows_and_length(shape: Sequence[int]) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def _check_lengths(lengths: Tensor, cu_seqlens: Tensor) -> None:
         )
 
 
-def _ordered(member: Tensor) -> tuple[Tensor, Tensor]:
+def ordered(member: Tensor) -> tuple[Tensor, Tensor]:
     """How a block mask has a set of tiles: bool `[B, N, N]` to counts int32 `[B, 1, N]` and
     indices int32 `[B, 1, N, N]`, members first, both parts ascending: a counting sort."""
     columns = torch.arange(member.shape[-1], dtype=torch.int32, device=member.device)
