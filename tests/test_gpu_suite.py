@@ -841,6 +841,7 @@ def test_a_dry_run_is_no_result_of_a_gpu(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_dry_run(tmp_path):
     for package in ("triton", "x_transformers"):
