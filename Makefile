@@ -22,11 +22,14 @@ demo: build
 	$(BIN)/nar-kernels train --data digits --steps 700 --out runs/demo --overwrite
 
 # Before a commit: lint and all tests but those marked slow.
-test: lint .venv/built-for-tests
+# mypy needs one core for about as long as the CUDA extension takes.
+test:
+	@$(MAKE) --no-print-directory -j 2 lint .venv/built-for-tests
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # What CI runs: every test.
-test-all: lint .venv/built-for-tests .venv/triton-3.6.0
+test-all:
+	@$(MAKE) --no-print-directory -j 2 lint .venv/built-for-tests .venv/triton-3.6.0
 	$(PYTEST) $(PYTEST_ARGS)
 
 # All but the slow tests, with the oldest supported versions and with the newest that pip installs:

@@ -38,6 +38,8 @@ if importlib.util.find_spec("hypothesis"):
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items):
     """Tests are marked with what they need; where it is missing they skip, and say why."""
+    # One that takes minutes would else begin when nothing is left for the other workers.
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
     # A test file that imports what changes this would make tests of Triton skip.
     assert os.environ.get("TRITON_INTERPRET") == TRITON_INTERPRET
     from nar_kernels import backends

@@ -71,6 +71,7 @@ LEFT_OUT = ("reference", "triton", "cuda", "generic", "avx2", "compile")
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_the_suite_under_other_defaults():
     """A good part of it, on the C++ backend, which a tensor without memory would crash."""
     command = [

@@ -64,7 +64,8 @@ def table(architectures: list[int], languages: list[str]) -> list[dict]:
     if "triton" in languages:
         rows += [triton_row(case, sm) for case in triton_cases() for sm in architectures]
     if "cuda" in languages:
-        rows += [cuda_row(case, sm) for case in cuda_cases() for sm in architectures]
+        cases = cuda_cases()
+        rows += [cuda_row(case, sm, cases) for case in cases for sm in architectures]
     return [row | shares_of_copy(row) for row in rows]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -14,12 +15,13 @@ from triton.compiler import ASTSource
 
 from benchmarks.gpu_code import sass
 from benchmarks.gpu_code.cases.case import CudaCase, TritonCase, Work
+from benchmarks.gpu_code.cubin import Cubin
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def run_tool(name: str, *arguments: str) -> str:
+def run_tool(name: str, *arguments: str | Path) -> str:
     result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
     return result.stdout
 
@@ -80,16 +82,6 @@ def expected(work: Work | None, instructions: list[sass.Instruction]) -> dict:
     }
 
 
-def launch_bounds(disassembly: str) -> dict[str, int]:
-    """The most threads of a block for which each kernel is compiled, by symbol."""
-    sections = re.split(r"^\t\.section\t\.nv\.info\.([^,]+),.*$", disassembly, flags=re.MULTILINE)
-    bounds = {}
-    for symbol, text in zip(sections[1::2], sections[2::2], strict=True):
-        attribute = re.search(r"EIATTR_MAX_THREADS\n(?:.*\n){5}.*\.word\t0x(\w+)", text)
-        bounds[symbol] = int(attribute[1], 16)
-    return bounds
-
-
 def triton_row(case: TritonCase, architecture: int) -> dict:
     arguments = case.kernel.arg_names
     constants = {a: case.options.get(a) for a in arguments if a not in case.types}
@@ -124,39 +116,51 @@ def triton_row(case: TritonCase, architecture: int) -> dict:
     }
 
 
+class Machine(NamedTuple):
+    """Of one kernel."""
+
+    resources: dict[str, int]
+    threads: int  # the most of a block
+    text: str
+    instructions: list[sass.Instruction]
+
+
 @cache
-def _compiled(source: str, architecture: int) -> tuple[dict, dict, dict, dict]:
-    """Resources, launch bounds, machine code and instructions of each kernel of a source, by
-    symbol. Compiled as ``setup.py`` does, with line numbers, which change no instruction; a warning
-    is an error."""
+def _compiled(source: str, architecture: int, parts: tuple[str, ...]) -> dict[str, Machine]:
+    """The kernels of a source whose symbols have one of ``parts``, by symbol.
+
+    Compiled as ``setup.py`` does, with line numbers, which change no instruction; a warning is an
+    error. All is compiled, and only these are disassembled, which takes as long."""
     flags = runpy.run_path(os.fspath(ROOT / "setup.py"))["NVCC_FLAGS"].split()
     with tempfile.TemporaryDirectory() as folder:
-        cubin = os.path.join(folder, "kernels.cubin")
+        path = Path(folder, "kernels.cubin")
         command = ["nvcc", *flags, '-DNAR_CUDA_ARCHS=""', "-lineinfo", f"-arch=sm_{architecture}"]
         command += ["-Werror", "all-warnings", "-Xcompiler=-Werror"]
-        command += ["-cubin", "-o", cubin, f"csrc/{source}"]
+        command += ["-cubin", "-o", os.fspath(path), f"csrc/{source}"]
         subprocess.run(command, cwd=ROOT, check=True)
-        reports = run_tool("cuobjdump", "-res-usage", cubin).split("Function ")[1:]
-        disassembly = run_tool("nvdisasm", "-c", "-gi", cubin)
-        bounds = launch_bounds(run_tool("nvdisasm", cubin))
+        cubin = Cubin(path.read_bytes())
+        symbols = [s for s in cubin.indices if any(part in s for part in parts)]
+        indices = ",".join(str(cubin.indices[symbol]) for symbol in symbols)
+        reports = run_tool("cuobjdump", "-res-usage", path).split("Function ")[1:]
+        disassembly = run_tool("nvdisasm", "-c", "-gi", "-fun", indices, path)
+    used = {report.partition(":")[0]: resources(report) for report in reports}
     texts = re.split(r"^//-+ \.text\.(\S+) -+$", disassembly, flags=re.MULTILINE)
-    return (
-        {report.partition(":")[0]: resources(report) for report in reports},
-        bounds,
-        dict(zip(texts[1::2], texts[2::2], strict=True)),
-        sass.functions(disassembly),
-    )
+    text_of = dict(zip(texts[1::2], texts[2::2], strict=True))
+    instructions = sass.functions(disassembly)
+    return {s: Machine(used[s], cubin.max_threads[s], text_of[s], instructions[s]) for s in symbols}
 
 
-def cuda_row(case: CudaCase, architecture: int) -> dict:
-    used, bounds, texts, instructions = _compiled(case.source, architecture)
-    (symbol,) = (symbol for symbol in instructions if case.symbol in symbol)
+def cuda_row(case: CudaCase, architecture: int, cases: list[CudaCase]) -> dict:
+    """``cases``: all that will be asked for, which are disassembled together."""
+    parts = tuple(sorted({other.symbol for other in cases if other.source == case.source}))
+    kernels = _compiled(case.source, architecture, parts)
+    (kernel,) = (kernels[symbol] for symbol in kernels if case.symbol in symbol)
     return {
         "kernel": f"CUDA: {case.name}",
         "sm": architecture,
-        "threads": bounds[symbol],
-        **used[symbol],
-        **count(texts[symbol]),
+        "threads": kernel.threads,
+        **kernel.resources,
+        **count(kernel.text),
         "torn reads": 0,  # look-back by one warp, one word per lane
-        **expected(case.work, instructions[symbol]),
+        **expected(case.work, kernel.instructions),
     }

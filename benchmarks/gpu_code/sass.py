@@ -184,11 +184,12 @@ def functions(disassembly: str) -> dict[str, list[Instruction]]:
 
 def issued(instructions: Sequence[Instruction], weights: list[Weight]) -> list[float]:
     """How often each warp is expected to issue each instruction."""
-    loops = _loops(instructions, weights)
+    frames = _frames(instructions, weights)
+    loops = _loops(instructions, frames)
     of_block: dict[int, list[float]] = {}
     result = {}
     for instruction in instructions:
-        weight = _weight_of(instruction, weights, loops)
+        weight = _weight_of(instruction, frames[instruction.lines], loops)
         of_block.setdefault(instruction.block, []).append(weight)
         if instruction.back_to == instruction.block:  # a loop of one block
             result[instruction.block] = weight
@@ -197,34 +198,42 @@ def issued(instructions: Sequence[Instruction], weights: list[Weight]) -> list[f
     return [result[instruction.block] for instruction in instructions]
 
 
+# The weights that are for a chain of lines, and for which of them each is.
+_Frames = dict[tuple[Line, ...], list[tuple[Weight, int]]]
+
+
+def _frames(instructions: Sequence[Instruction], weights: list[Weight]) -> _Frames:
+    """Looked up once for all instructions of a chain, which are a hundred times as many."""
+    return {
+        lines: [(w, frame) for w in weights if (frame := _frame_of(lines, w)) is not None]
+        for lines in dict.fromkeys(instruction.lines for instruction in instructions)
+    }
+
+
 # The blocks of the machine code's loops, by the weight that is for them and the calls by which they
 # are where they are.
 _Loops = dict[tuple[Weight, tuple[Line, ...]], list[range]]
 
 
-def _loops(instructions: Sequence[Instruction], weights: list[Weight]) -> _Loops:
+def _loops(instructions: Sequence[Instruction], frames: _Frames) -> _Loops:
     loops: _Loops = {}
     for instruction in instructions:
         if instruction.back_to is None:
             continue
         at = _line_of_loop(instruction.lines)
-        for weight in weights:
-            frame = _frame_of(instruction.lines, weight)
-            if frame is not None and at is not None and _is_for_loop(weight, *at):
+        for weight, frame in frames[instruction.lines]:
+            if at is not None and _is_for_loop(weight, *at):
                 blocks = range(instruction.back_to, instruction.block + 1)
                 loops.setdefault((weight, instruction.lines[frame + 1 :]), []).append(blocks)
     return loops
 
 
-def _weight_of(instruction: Instruction, weights: list[Weight], loops: _Loops) -> float:
+def _weight_of(instruction: Instruction, weights: list[tuple[Weight, int]], loops: _Loops) -> float:
     """By its lines alone."""
-    return math.prod(_factor(instruction, weight, loops) for weight in weights)
+    return math.prod(_factor(instruction, weight, frame, loops) for weight, frame in weights)
 
 
-def _factor(instruction: Instruction, weight: Weight, loops: _Loops) -> float:
-    frame = _frame_of(instruction.lines, weight)
-    if frame is None:
-        return 1.0
+def _factor(instruction: Instruction, weight: Weight, frame: int, loops: _Loops) -> float:
     blocks = loops.get((weight, instruction.lines[frame + 1 :]))
     if blocks and not any(instruction.block in some for some in blocks):
         return float(weight.factor > 0) if weight.outside is None else weight.outside
@@ -269,15 +278,17 @@ class WeightError(ValueError):
 def check(instructions: Sequence[Instruction], weights: list[Weight]) -> None:
     """Refuses weights that count something twice, or nothing, and loops without one."""
     used = set()
-    for instruction in instructions:
-        found = [w for w in weights if _frame_of(instruction.lines, w) is not None]
-        used.update(weights.index(w) for w in found)
-        counted = [w for w in found if w.factor not in (0, 1)]
+    frames = _frames(instructions, weights)
+    for lines, found in frames.items():
+        used.update(weights.index(w) for w, _ in found)
+        counted = [w for w, _ in found if w.factor not in (0, 1)]
         for i, a in enumerate(counted):
             for b in counted[:i]:
-                _check_pair(instruction.lines, a, b)
-        if instruction.back_to is not None and all(w.factor for w in found):
-            _check_loop(instruction.lines, found)
+                _check_pair(lines, a, b)
+    for instruction in instructions:
+        found_here = [w for w, _ in frames[instruction.lines]]
+        if instruction.back_to is not None and all(w.factor for w in found_here):
+            _check_loop(instruction.lines, found_here)
     for i, weight in enumerate(weights):
         if i not in used and not weight.is_optional:
             raise WeightError(f"no instruction lies in {weight.region} within {weight.within}")

@@ -43,6 +43,7 @@ def environment_with(triton):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("triton", "architecture"),
     [

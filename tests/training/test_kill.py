@@ -62,6 +62,7 @@ def steps_done(folder: Path) -> int:
     return int(checkpoint.read(folder / "last.pt")["loader"]["step"])
 
 
+@pytest.mark.minutes
 @pytest.mark.timeout(1200)
 def test_the_log_of_a_run_that_was_killed(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 298, 40_000).astype("uint16")
