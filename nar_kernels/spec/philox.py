@@ -43,6 +43,7 @@ class Stream(IntEnum):
     WINDOW_PHASE = 10
     ROW_ORDER = 11
     RANDOM_LENGTH = 12
+    REMASK_COUNT = 13
 
 
 def _round(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
