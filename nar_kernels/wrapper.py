@@ -33,7 +33,13 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
 from nar_kernels.sampling.batch import decode_batch
-from nar_kernels.sampling.config import EndPolicy, SamplingConfig, Strategy, top_k_from_filter_thres
+from nar_kernels.sampling.config import (
+    ADAPTIVE,
+    EndPolicy,
+    SamplingConfig,
+    Strategy,
+    top_k_from_filter_thres,
+)
 from nar_kernels.sampling.decode import sample_tokens
 from nar_kernels.sampling.ends import read_eos
 from nar_kernels.sampling.predictor import LogitsProcessor, Predictor, make_guidance
@@ -581,6 +587,10 @@ class NonAutoregressiveWrapper(nn.Module):
         strategy: Strategy | None = None,
         choice_temperature: float = 0.0,
         threshold: float = 0.9,
+        factor: float = 1.0,
+        entropy_bound: float = 0.1,
+        editing_threshold: float | None = None,
+        eta: float = 0.02,
         grid: tuple[int, int] | None = None,
         block_length: int | None = None,
         length: int | Sequence[int] | None = None,
@@ -603,10 +613,12 @@ class NonAutoregressiveWrapper(nn.Module):
             filter_thres: fraction of the vocabulary, in [0, 1], that is never sampled: the least
                 probable. None: no filter.
             noise_level_scale: scale of the noise on the critic's scores.
-            steps: default: those of the wrapper; with ``"threshold"``, as many as needed.
+            steps: default: those of the wrapper; with ``"threshold"``, ``"quota"``, ``"factor"``
+                and ``"entropy_bound"``, as many as needed.
             strategy: default: ``"critic"`` if there is one, else ``"confidence"``.
-            choice_temperature, threshold, grid, block_length, length, max_new_tokens, eos,
-                guidance_scale: as in :class:`SamplingConfig`.
+            choice_temperature, threshold, factor, entropy_bound, editing_threshold, eta, grid,
+                block_length, length, max_new_tokens, eos, guidance_scale: as in
+                :class:`SamplingConfig`.
             can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
         """
         kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _GENERATE_ARGUMENTS)
@@ -615,12 +627,16 @@ class NonAutoregressiveWrapper(nn.Module):
         if can_mask_prev_unmasked is None:
             can_mask_prev_unmasked = self.can_mask_prev_unmasked
         config = SamplingConfig(
-            steps=self.steps if steps is None and strategy != "threshold" else steps,
+            steps=self.steps if steps is None and strategy not in ADAPTIVE else steps,
             strategy=strategy,
             temperature=start_temperature,
             top_k=top_k_from_filter_thres(filter_thres, self.num_tokens),
             choice_temperature=noise_level_scale if strategy == "critic" else choice_temperature,
             threshold=threshold,
+            factor=factor,
+            entropy_bound=entropy_bound,
+            editing_threshold=editing_threshold,
+            eta=eta,
             block_length=block_length,
             remask=bool(can_mask_prev_unmasked),
             guidance_scale=guidance_scale,
@@ -669,9 +685,9 @@ class NonAutoregressiveWrapper(nn.Module):
             first_sequence: index of the first of B consecutive sequences, at least 0: sequence i of
                 a seed is the same in any batch. Default: 0; under ``torch.distributed`` rank r of W
                 has the sequences r, r + W, ..., so that ranks with equal seeds generate different
-                ones. (A sharded net must be called by all ranks, and ``"threshold"``, ``eos_id``
-                and different lengths make as many calls as the sequences need: give all ranks the
-                same index and prompts then.)
+                ones. (A sharded net must be called by all ranks, and adaptive strategies such as
+                ``"threshold"``, ``editing_threshold``, ``eos_id`` and different lengths make as
+                many calls as the sequences need: give all ranks the same index and prompts then.)
             prompt: given ids: one sequence (for the whole batch) or one for each, of any length up
                 to L: lists, arrays or tensors. Positions with ``mask_id`` and those after the
                 prompt are filled.
@@ -724,7 +740,7 @@ class NonAutoregressiveWrapper(nn.Module):
             max_seq_len=self.max_seq_len,
             eos_ids=eos_ids,
             critic=self._critic_scores_or_none(),
-            every_step=config.remask or self.self_cond,
+            every_step=config.may_change or self.self_cond,
             seed=_draw_seed() if seed is None else as_int("seed", seed),
             sequences=_sequence_numbers(first_sequence, len(begin)),
             device=device,

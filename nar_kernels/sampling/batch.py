@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.ops.masking import MaskingConfig
-from nar_kernels.sampling.config import SamplingConfig
+from nar_kernels.sampling.config import REMASKING, SamplingConfig
 from nar_kernels.sampling.decode import DecodeState, decode
 from nar_kernels.sampling.ends import Ends
 from nar_kernels.sampling.groups import make_groups, side_by_side
@@ -19,6 +19,7 @@ from nar_kernels.sampling.members import Members
 from nar_kernels.sampling.plan import make_plan
 from nar_kernels.sampling.predictor import Predictor
 from nar_kernels.sampling.prompt import NO_ID
+from nar_kernels.sampling.remasking import with_remasking
 from nar_kernels.sampling.strategies import make_policy
 
 
@@ -66,12 +67,14 @@ def decode_batch(
         ids = group.of(begin, masking.mask_id)
         plan = make_plan(
             ids == masking.mask_id,
-            masking.ratio_at,
+            None if config.strategy == "quota" else masking.ratio_at,
             config.num_steps(max_seq_len),
             block_length=config.block_length,
             first_block=group.first_block,
             every_step=every_step,
         )
+        if config.strategy in REMASKING:
+            plan = with_remasking(plan, config.strategy, config.eta, seed=seed, sequences=sequences)
         ids = ids.to(device)
         ends = None
         if eos_ids and config.eos != "never":
@@ -92,6 +95,7 @@ def decode_batch(
                     *(eos_ids if config.eos == "never" else ()),
                 ),
                 remask=config.remask,
+                editing_threshold=config.editing_threshold,
                 share_first_step=alike and len(groups) == 1,
                 sequences=sequences,
                 noise_length=max_seq_len,

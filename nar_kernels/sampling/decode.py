@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.ops.unmask import LOGIT_DTYPES, unmask
+from nar_kernels.sampling.config import REMASKING
 from nar_kernels.sampling.ends import Ends
 from nar_kernels.sampling.nans import DeferredNanCheck, is_nan_row, nan_mask
 from nar_kernels.sampling.plan import Block, Plan
@@ -64,6 +65,7 @@ def decode(
     top_k: int | None = None,
     forbidden_ids: Sequence[int] = (),
     remask: bool = False,
+    editing_threshold: float | None = None,
     share_first_step: bool = False,
     sequences: range | None = None,
     noise_length: int | None = None,
@@ -76,8 +78,8 @@ def decode(
     Each step samples ids for all masked positions of a block, keeps those that ``policy`` ranks
     first, and masks the others again. The result for a sequence is a function of its logits, its
     sequence number and the seed. All counts are known on the host, so nothing synchronises with the
-    device before the last step, except for the strategy ``"threshold"``, and with ``ends`` after
-    each block and every few steps.
+    device before the last step, except for adaptive strategies, with ``editing_threshold`` once a
+    block is filled, and with ``ends`` after each block and every few steps.
 
     Args:
         predict: calls the net; see :data:`Predict`.
@@ -88,6 +90,11 @@ def decode(
         top_k, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
         remask: whether a filled position of the block may be masked again because its id has become
             improbable. Positions of the prompt never are.
+        editing_threshold: in [0, 1]: filled positions of the block get the id that is now the most
+            probable one, if its probability is higher than this (LLaDA 2.1). In the steps of a
+            block that are left when it is filled, too, until nothing changes: the plan has every
+            step. Positions of the prompt stay. Only for a policy that goes by confidence, and
+            without ``remask``.
         share_first_step: the first step runs ``predict`` on one sequence and uses its logits for
             all. Correct only if all prompts are equal and ``predict`` is independent of the batch.
         sequences: the number of each sequence, which selects its noise. Default: 0, 1, ...
@@ -95,8 +102,8 @@ def decode(
             noise_length + position``. Default: L.
         ends: where answers end. What is behind the end of an answer is cut in the last state, and
             not decoded after the block in which the answer ends; decoding ends when all have.
-            With ``remask`` an answer ends no sooner than its block, since its end may be masked
-            again.
+            Where ids may change, by ``remask``, ``editing_threshold`` or a plan that masks
+            positions again, an answer ends no sooner than its block, since its end may go again.
         narrow: called with bool ``[B]`` when there are fewer sequences that ``predict`` gets rows
             of from now on.
 
@@ -111,24 +118,31 @@ def decode(
     buffer, nans = _TokenBuffer(prompt, mask_id), DeferredNanCheck(num_steps, length)
     first_slots = _noise_slots(sequences, length, noise_length * plan.num_steps, device)
     blocks = [_on_device(block, device) for block in plan.blocks]
+    nothing, editing = prompt.new_empty(0), editing_threshold is not None
+    may_change = remask or editing or policy.strategy in REMASKING
     done, is_last, going = 0, False, np.ones(batch, bool)
     yield buffer.state(done, num_steps)
     for block, (candidates, steps) in zip(plan.blocks, blocks, strict=True):
         if not going.all():
             rest = block.only(going, length, every_step=plan.every_step)
             candidates, steps = _on_device(rest, device)
-        for number, annealing, left in steps:
+        planned, filled = candidates.counts.of_sequence, nothing
+        for step in steps:
+            number, annealing, left, again = step
             noise = StepNoise(seed, plan.num_steps, number, length, sequences)
-            selected, remaining = candidates.rows, None
-            if policy.order_is_fixed and left.total > 0:  # sample only the positions that are kept
+            selected, remaining = candidates.rows, nothing
+            stay = left if again is None else again.stay
+            if policy.order_is_fixed and stay.total > 0:  # sample only the positions that are kept
                 selected, remaining = policy.choose(
-                    candidates, left, None, annealing, noise, backend
+                    candidates, stay, None, annealing, noise, backend
                 )
-            sampled = _sample_rows(
+            kept, was_filled = selected, candidates.counts.total == 0
+            sampled, newest = _sample_rows(
                 predict,
                 buffer,
                 selected,
                 first_slots.index_select(0, selected) + number * noise_length,
+                filled if editing else nothing,
                 again=remask,
                 share=share_first_step and done == 0,
                 same_rows=not policy.order_is_fixed,
@@ -145,23 +159,38 @@ def decode(
             if ends is not None:
                 confidence = ends.confidence(sampled.tokens, sampled.confidence)
                 sampled = sampled._replace(confidence=confidence)
-            if policy.strategy == "threshold":
-                sure = sampled.confidence
-                left = _below_threshold(left, candidates.counts, sure, policy.threshold)
-            if left.total > 0:
-                if remaining is None:
-                    score = policy.score(buffer.ids, candidates.rows, sampled.confidence)
-                    if policy.strategy == "critic":
-                        nans.record("critic's scores", nan_mask(score), candidates.rows, done)
-                    _, remaining = policy.choose(candidates, left, score, annealing, noise, backend)
-                if remask or not policy.order_is_fixed:  # else they are still masked
-                    buffer.mask(remaining)
-                if not remask:
-                    candidates = Candidates(remaining, left)
-            done += 1
+            before, planned = planned, left.of_sequence
+            if policy.is_adaptive:
+                left = policy.num_left(left, before, candidates.counts, sampled.confidence)
+            if left.total > 0 and not policy.order_is_fixed:
+                score = policy.score(buffer.ids, candidates.rows, sampled.confidence)
+                if policy.strategy == "critic":
+                    nans.record("critic's scores", nan_mask(score), candidates.rows, done)
+                kept, remaining = policy.choose(candidates, left, score, annealing, noise, backend)
+            if left.total > 0 and (remask or not policy.order_is_fixed):  # else they are masked
+                buffer.mask(remaining)
             is_filled = left.total == 0
+            if editing_threshold is not None:
+                changed = None
+                if newest is not None:
+                    nans.record("logits", newest.is_nan, filled, done)
+                    changed = buffer.edit(filled, newest, editing_threshold, ends)
+                if is_filled and step is not steps[-1]:
+                    is_filled = was_filled and (changed is None or not changed.any().item())
+                filled = torch.cat([filled, kept])
+            if again is not None and left.total > 0:
+                if again.masked.total > 0:
+                    filled, masked = policy.choose(
+                        Candidates(filled, again.filled), again.masked, None, 0.0, noise, backend
+                    )
+                    buffer.mask(masked)
+                    remaining = torch.cat([remaining, masked]).sort().values
+                filled = torch.cat([filled, kept]).sort().values
+            if not remask:
+                candidates = Candidates(remaining, left)
+            done += 1
             is_last = is_filled and block is plan.blocks[-1]
-            looks = is_filled or (not remask and done % _STEPS_BETWEEN_LOOKS == 0)
+            looks = is_filled or (not may_change and done % _STEPS_BETWEEN_LOOKS == 0)
             if ends is not None and looks and not is_last:
                 unfinished = ends.unfinished(buffer.ids)
                 is_last = not unfinished.any()
@@ -179,14 +208,46 @@ def decode(
     nans.check()
 
 
-def _on_device(
-    block: Block, device: torch.device
-) -> tuple[Candidates, list[tuple[int, float, Counts]]]:
-    """The first candidates of a block, and of each step the number, the annealing and how many
-    positions stay masked at most."""
-    of_all = [block.counts.numpy(), *(step.left.numpy() for step in block.steps)]
-    counts, *left = Counts.of(np.stack(of_all), device)
-    steps = [(step.number, step.annealing, n) for step, n in zip(block.steps, left, strict=True)]
+class _Again(NamedTuple):
+    """What a step masks again.
+
+    Attributes:
+        stay: how many of the candidates stay masked.
+        filled: how many positions are filled before the step.
+        masked: how many of those are masked again.
+    """
+
+    stay: Counts
+    filled: Counts
+    masked: Counts
+
+
+class _Step(NamedTuple):
+    """A step of the plan, on the device.
+
+    Attributes:
+        left: how many positions stay masked, at most.
+    """
+
+    number: int
+    annealing: float
+    left: Counts
+    again: _Again | None
+
+
+def _on_device(block: Block, device: torch.device) -> tuple[Candidates, list[_Step]]:
+    """The first candidates of a block, and its steps."""
+    masked = np.stack([block.counts.numpy(), *(step.left.numpy() for step in block.steps)])
+    counts, *left = Counts.of(masked, device)
+    again: list[_Again | None] = [None] * len(left)
+    numbers = [step.again.numpy() for step in block.steps if step.again is not None]
+    if numbers:
+        parts = masked[1:] - numbers, masked[0] - masked[:-1], np.stack(numbers)
+        again = list(map(_Again, *(Counts.of(part, device) for part in parts)))
+    steps = [
+        _Step(step.number, step.annealing, n, of_step)
+        for step, n, of_step in zip(block.steps, left, again, strict=True)
+    ]
     return Candidates(block.rows.to(device, non_blocking=True), counts), steps
 
 
@@ -215,6 +276,20 @@ class _TokenBuffer:
         self._flat_ids.index_copy_(0, rows, sampled.tokens)
         self._flat_log_prob.index_copy_(0, rows, sampled.log_prob)
 
+    def edit(
+        self, rows: Tensor, sampled: "SampledTokens", threshold: float, ends: Ends | None
+    ) -> Tensor:
+        """Replaces the ids of filled rows where another has a probability above the threshold:
+        bool ``[R]``."""
+        ids, log_prob = self._flat_ids.index_select(0, rows), sampled.log_prob
+        sure = log_prob if ends is None else ends.confidence(sampled.tokens, log_prob)
+        is_sure = sure > (math.log(threshold) if threshold > 0 else -math.inf)
+        changed = is_sure.logical_and_(sampled.tokens != ids)
+        old = self._flat_log_prob.index_select(0, rows)
+        self._flat_ids.index_copy_(0, rows, sampled.tokens.where(changed, ids))
+        self._flat_log_prob.index_copy_(0, rows, log_prob.where(changed, old))
+        return changed
+
     def cut(self, ends: Ends) -> None:
         behind = ends.behind(self.ids)
         self.ids.masked_fill_(behind, ends.padding)
@@ -237,16 +312,18 @@ def _sample_rows(
     buffer: _TokenBuffer,
     rows: Tensor,
     slots: Tensor,
+    filled: Tensor,
     *,
     again: bool,
     share: bool,
     same_rows: bool,
     **options: Any,
-) -> "SampledTokens":
-    """Samples ids for ``rows``.
+) -> "tuple[SampledTokens, SampledTokens | None]":
+    """Samples ids for ``rows``, and the most probable ids for ``filled`` ones, None without any.
 
     Args:
         slots: int64 ``[R]``, noise slots.
+        filled: int64 ``[F]``; none in the first step.
         again: filled rows keep their ids and get their current probability.
         share: all sequences are equal: run the net on one of them.
         same_rows: the rows are the same positions of each sequence.
@@ -258,18 +335,29 @@ def _sample_rows(
         ids, rows, given = ids[:1], rows % length, None  # the first step has only masked rows
         if same_rows:
             rows, slots = rows[: len(rows) // batch], slots.view(batch, -1)
-    return sample_tokens(predict(ids, rows), slots, given, **options)
+    if len(filled) == 0:
+        return sample_tokens(predict(ids, rows), slots, given, **options), None
+    of_rows, of_filled = _split(predict(ids, torch.cat([rows, filled])), len(rows))
+    sampled = sample_tokens(of_rows, slots, given, **options)
+    options |= {"temperature": 0.0, "confidence": "probability"}
+    return sampled, sample_tokens(of_filled, filled, **options)
 
 
-def _below_threshold(left: Counts, counts: Counts, log_prob: Tensor, threshold: float) -> Counts:
-    """How many positions stay masked. Kept are all of at least a probability, at least one, and at
-    least as many as the plan requires. Synchronises with the device."""
-    probability = log_prob.cpu().exp().numpy()  # on the CPU: the same numbers for all devices
-    up_to = np.concatenate([[0], (probability >= np.float32(threshold)).cumsum()])
-    ends = counts.of_sequence.cumsum()
-    confident = up_to[ends] - up_to[ends - counts.of_sequence]
-    most = (counts.of_sequence - np.maximum(confident, 1)).clip(min=0)
-    return Counts.of(np.minimum(left.of_sequence, most)[None], log_prob.device)[0]
+def _split(chunks: Iterable[Tensor], number: int) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+    """Chunks of the first rows and of the others, which are read in this order: a chunk is valid
+    until the next."""
+    chunks, rest = iter(chunks), []
+
+    def first() -> Iterator[Tensor]:
+        left = number
+        while left > 0:
+            chunk = next(chunks)
+            if len(chunk) > left:
+                rest.append(chunk[left:])
+            yield chunk[:left]
+            left -= len(chunk)
+
+    return first(), chain(rest, chunks)
 
 
 class SampledTokens(NamedTuple):

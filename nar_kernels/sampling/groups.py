@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nar_kernels.sampling.config import SamplingConfig
+from nar_kernels.sampling.config import ADAPTIVE, SamplingConfig
 from nar_kernels.sampling.decode import DecodeState
 from nar_kernels.sampling.plan import block_parts
 from nar_kernels.sampling.prompt import NO_ID
@@ -55,7 +55,9 @@ def make_groups(begin: Tensor, config: SamplingConfig, mask_id: int) -> list[Gro
         first_block = 0 if config.max_new_tokens is None else length - config.max_new_tokens
         parts = block_parts(length, config.block_length, first_block)
         counts = [int(masked[b, part].sum()) for part in parts]
-        if config.strategy != "threshold":  # which fills something in each step that others need
+        # A plan leaves out steps in which nothing is due. An adaptive strategy would make use of
+        # one that others need. (By a quota, these are the last steps of a block for all.)
+        if config.strategy == "quota" or config.strategy not in ADAPTIVE:
             # Steps are divided among the blocks with something to fill.
             counts = [min(count, 1) for count in counts] if len(parts) > 1 else []
         members[length, first_block, tuple(counts)].append(b)

@@ -20,11 +20,13 @@ class Step(NamedTuple):
         number: index in the plan from 0; skipped steps count.
         annealing: factor on temperatures, which falls linearly to 0 at the last step of a block.
         left: int64 ``[B]`` on the CPU: how many positions of the block stay masked, at most.
+        again: int64 ``[B]`` on the CPU: how many of them were filled before; None for none.
     """
 
     number: int
     annealing: float
     left: Tensor
+    again: Tensor | None = None
 
 
 class Block(NamedTuple):
@@ -45,7 +47,12 @@ class Block(NamedTuple):
         """The block without the sequences that are false in ``which``, bool ``[B]``."""
         going = torch.from_numpy(which)
         counts, rows = self.counts * going, self.rows[going[self.rows // length]]
-        steps = [step._replace(left=step.left * going) for step in self.steps]
+        steps = [
+            step._replace(
+                left=step.left * going, again=None if step.again is None else step.again * going
+            )
+            for step in self.steps
+        ]
         return Block(counts, rows, steps if every_step else _that_unmask(steps, counts))
 
 
@@ -83,9 +90,15 @@ def num_masked_after(schedule: Schedule, steps: int, counts: Tensor) -> Tensor:
     return left
 
 
+def _evenly(size: Tensor, steps: int) -> Tensor:
+    """int64 ``[S, B]``: how many of ``size`` positions, ``[B]``, are due after each step."""
+    done = torch.arange(1, steps + 1, dtype=torch.int64, device="cpu")[:, None]
+    return done * (size // steps) + done.minimum(size % steps)
+
+
 def make_plan(
     masked: Tensor,
-    schedule: Schedule,
+    schedule: Schedule | None,
     steps: int,
     *,
     block_length: int | None = None,
@@ -96,7 +109,9 @@ def make_plan(
 
     Args:
         masked: bool ``[B, L]`` on the CPU, the positions to fill.
-        schedule: mask ratio m(t) within a block.
+        schedule: mask ratio m(t) within a block. None: its positions, also those of the prompt, are
+            divided evenly, the first steps getting the remainder (LLaDA 2); without
+            ``block_length``, those to fill.
         steps: for all blocks together; the first blocks get the remainder.
         block_length: positions of a block; blocks go from left to right. Default: one block.
         first_block: a position at which a block begins.
@@ -120,7 +135,7 @@ def make_plan(
     blocks, number = [], 0
     for i, part in enumerate(parts):
         share = steps // len(parts) + (i < steps % len(parts))
-        blocks.append(_block(masked, part, schedule, share, number, every_step))
+        blocks.append(_block(masked, part, schedule, share, number, every_step, block_length))
         number += share
     return Plan(blocks, steps, every_step)
 
@@ -134,15 +149,25 @@ def block_parts(length: int, block_length: int | None, first_block: int = 0) -> 
 
 
 def _block(
-    masked: Tensor, part: slice, schedule: Schedule, steps: int, number: int, every_step: bool
+    masked: Tensor,
+    part: slice,
+    schedule: Schedule | None,
+    steps: int,
+    number: int,
+    every_step: bool,
+    block_length: int | None,
 ) -> Block:
     here = torch.zeros_like(masked)
     here[:, part] = masked[:, part]
     counts = here.sum(1)
-    kept = [
-        Step(number + i, 1 - (i + 1) / steps, left)
-        for i, left in enumerate(num_masked_after(schedule, steps, counts))
-    ]
+    if schedule is not None:
+        num_left = num_masked_after(schedule, steps, counts)
+    else:
+        size = counts
+        if block_length is not None:
+            size = torch.full_like(counts, min(block_length, masked.shape[1]))
+        num_left = (counts - _evenly(size, steps)).clamp(min=0)
+    kept = [Step(number + i, 1 - (i + 1) / steps, left) for i, left in enumerate(num_left.unbind())]
     if not every_step:
         kept = _that_unmask(kept, counts)
     return Block(counts, here.flatten().nonzero()[:, 0], kept)

@@ -15,7 +15,7 @@ from nar_kernels.ops.arguments import ChooseArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.choose import CHOOSE_BACKENDS, run_choose
 from nar_kernels.ops.unmask import Confidence
-from nar_kernels.sampling.config import SamplingConfig, Strategy
+from nar_kernels.sampling.config import ADAPTIVE, BLIND, SamplingConfig, Strategy
 from nar_kernels.sampling.halton import grid_order
 from nar_kernels.spec.philox import signed_seed
 
@@ -82,16 +82,27 @@ class UnmaskingPolicy(NamedTuple):
             * ``"margin"``: gap between the two highest probabilities (arXiv:2502.06768);
             * ``"entropy"``: lowest entropy of the distribution (Dream, arXiv:2508.15487);
             * ``"threshold"``: all positions whose sampled id reaches the threshold, and the most
-              probable one (Fast-dLLM, arXiv:2505.22618); the plan sets the minimum per step;
+              probable one (Fast-dLLM, arXiv:2505.22618); the plan says how many are filled after
+              each step at least;
+            * ``"quota"``: all positions whose sampled id is above the threshold, but no fewer than
+              the plan has for the step (LLaDA 2), the most probable ones;
+            * ``"factor"``: the n most probable ids, where each has at least ``1 - factor / (n +
+              1)``, and one in any case (Fast-dLLM); the plan as for ``"threshold"``;
+            * ``"entropy_bound"``: lowest entropy first, as long as the entropies of those before
+              add up to no more than the bound (arXiv:2505.24857); the plan as for ``"threshold"``;
             * ``"random"``: random order, as in masked diffusion (arXiv:2406.07524);
+            * ``"remdm_cap"``, ``"remdm_rescale"``: random order, and the plan masks some again at
+              random (ReMDM, arXiv:2503.00307);
             * ``"halton"``: far apart on a grid (arXiv:2503.17076);
             * ``"critic"``: lowest score of a critic (Token-Critic, arXiv:2209.04439).
         temperature: scale of Gumbel noise on the scores of the first three and of the critic,
             annealed linearly to 0 at the last step.
-        threshold: probability for ``"threshold"``, in [0, 1].
+        threshold: probability for ``"threshold"`` and ``"quota"``, in [0, 1].
         order: ``[L]`` on the net's device, the rank of each position, for ``"halton"``. Quickest in
             float32.
         critic: maps ids ``[B, L]`` to scores ``[B, L]``, higher where an id looks wrong.
+        factor: for ``"factor"``, at least 0.
+        entropy_bound: in nats, for ``"entropy_bound"``, at least 0.
     """
 
     strategy: Strategy = "confidence"
@@ -99,18 +110,66 @@ class UnmaskingPolicy(NamedTuple):
     threshold: float = 0.9
     order: Tensor | None = None
     critic: Callable[[Tensor], Tensor] | None = None
+    factor: float = 1.0
+    entropy_bound: float = 0.1
 
     @property
     def confidence(self) -> Confidence:
         """The confidence measure that :func:`nar_kernels.unmask` computes for each row."""
         if self.strategy == "margin" or self.strategy == "entropy":
             return self.strategy
-        return "probability"
+        return "entropy" if self.strategy == "entropy_bound" else "probability"
 
     @property
     def order_is_fixed(self) -> bool:
         """Whether the order is independent of the net's predictions."""
-        return self.strategy in ("random", "halton")
+        return self.strategy in BLIND
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether :meth:`num_left` has a say in how many positions are filled."""
+        return self.strategy in ADAPTIVE
+
+    def num_left(
+        self, left: Counts, before: np.ndarray, counts: Counts, confidence: Tensor
+    ) -> Counts:
+        """How many candidates stay masked; only if ``is_adaptive``. Synchronises with the device.
+
+        Filled are all of which the net is sure, at least one, and at least as many as the plan
+        requires.
+
+        Args:
+            left: how many stay masked after this step, by the plan.
+            before: int64 ``[B]``, how many were masked before it, by the plan.
+            counts: of the candidates.
+            confidence: float32 ``[R]``, from :func:`nar_kernels.unmask`.
+        """
+        candidates = counts.of_sequence
+        required = (before if self.strategy == "quota" else candidates) - left.of_sequence
+        # On the CPU: the same numbers for all devices.
+        filled = np.maximum(self._num_sure(confidence.cpu(), candidates), required)
+        num_left = (candidates - np.maximum(filled, 1)).clip(min=0)
+        return Counts.of(num_left[None], confidence.device)[0]
+
+    def _num_sure(self, confidence: Tensor, counts: np.ndarray) -> np.ndarray:
+        """int64 ``[B]``: of how many candidates the net is sure. Padding may be among them."""
+        if self.strategy == "entropy_bound":
+            entropy = np.sort(_by_sequence(-confidence, counts, np.inf), axis=1)
+            # Of those before each. An end that is to be filled last is at infinity.
+            total = np.zeros(entropy.shape)
+            entropy[:, :-1].cumsum(1, np.float64, out=total[:, 1:])
+            is_sure = (total <= self.entropy_bound) & (entropy < np.inf)
+        else:
+            probability = _by_sequence(confidence.exp(), counts, -np.inf)
+            if self.strategy == "threshold":
+                is_sure = probability >= np.float32(self.threshold)
+            elif self.strategy == "quota":
+                is_sure = probability > np.float32(self.threshold)
+            else:
+                probability = -np.sort(-probability, axis=1)
+                rank = np.arange(1, probability.shape[1] + 1)
+                is_sure = (probability >= 1 - self.factor / (rank + 1)) & (probability > 0)
+        return is_sure.sum(1)
 
     def score(self, ids: Tensor, rows: Tensor, confidence: Tensor) -> Tensor:
         """float32 ``[R]``, what :meth:`choose` takes; only if not ``order_is_fixed``.
@@ -162,6 +221,14 @@ class UnmaskingPolicy(NamedTuple):
         return run_choose(arguments, resolve_backend(backend, rows.device, CHOOSE_BACKENDS))
 
 
+def _by_sequence(values: Tensor, counts: np.ndarray, padding: float) -> np.ndarray:
+    """float32 ``[B, N]`` of ``[R]``, with N the most candidates of a sequence."""
+    is_candidate = np.arange(counts.max(initial=0)) < counts[:, None]
+    padded = np.full(is_candidate.shape, padding, np.float32)
+    padded[is_candidate] = values.numpy()
+    return padded
+
+
 def make_policy(
     config: SamplingConfig,
     seq_len: int,
@@ -184,4 +251,6 @@ def make_policy(
         config.threshold,
         order,
         critic,
+        config.factor,
+        config.entropy_bound,
     )

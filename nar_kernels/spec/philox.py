@@ -43,6 +43,7 @@ class Stream(IntEnum):
     WINDOW_PHASE = 10
     ROW_ORDER = 11
     RANDOM_LENGTH = 12
+    REMASK_COUNT = 13
 
 
 # A view of a sample has streams of its own: the number of the view is above that of the stream.

@@ -274,9 +274,22 @@ def test_ends(text_run, capsys, tmp_path):
     assert shown[0] == text
 
 
-@pytest.mark.parametrize("strategy", ["confidence", "entropy", "threshold"])
-def test_strategies(text_run, capsys, strategy):
-    options = ["--strategy", strategy, "--block-length", 4, "--remask", "--num-samples", 2]
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("confidence", "--remask"),
+        ("entropy", "--remask"),
+        ("threshold", "--remask"),
+        ("quota", "--steps", 32, "--threshold", 0.5, "--editing-threshold", 0.3),
+        ("factor", "--factor", 2),
+        ("entropy_bound", "--entropy-bound", 0.5),
+        ("remdm_cap", "--eta", 0.2),
+        ("remdm_rescale", "--eta", 0.5),
+    ],
+    ids=lambda chosen: chosen[0],
+)
+def test_strategies(text_run, capsys, chosen):
+    options = ["--strategy", *chosen, "--block-length", 4, "--num-samples", 2]
     assert generate(text_run, *options, "--temperature", 0.5) == 0
     assert "-" * 72 in capsys.readouterr().out
 
@@ -354,6 +367,10 @@ def test_mistakes_in_prompts_of_ids(digits_run, capsys, tmp_path):
         *(("--top-k", value, "in [1, 2**31)") for value in (0, -1)),
         *(("--filter-thres", value, "in [0, 1]") for value in ("-0.1", "1.5", "nan", "inf")),
         *(("--threshold", value, "in [0, 1]") for value in ("-0.1", "90.0", "nan", "inf")),
+        *(("--eta", value, "in [0, 1]") for value in ("-0.1", "1.5")),
+        *(("--editing-threshold", value, "in [0, 1]") for value in ("-0.1", "1.5")),
+        *(("--factor", value, "at least 0 and finite") for value in ("-0.1", "inf")),
+        *(("--entropy-bound", value, "at least 0 and finite") for value in ("-0.1", "nan")),
         *(("--seed", value, "64 bits") for value in (1 << 64, -(1 << 63) - 1)),
     ],
 )

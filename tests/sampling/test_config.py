@@ -34,6 +34,36 @@ CPU = torch.device("cpu")
         ({"length": 3, "max_new_tokens": 2}, "length is 3 and max_new_tokens is 2: give one"),
         ({"eos": "first"}, "eos is 'first': it must be one of allow, last, never"),
         ({"eos": "last"}, "eos is 'last', but strategy 'random' does not go by the confidence"),
+        (
+            {"eos": "last", "strategy": "remdm_cap"},
+            "use confidence, margin, entropy, threshold, quota, factor, entropy_bound, or eos=",
+        ),
+        ({"factor": -0.1}, "factor is -0.1: it must be at least 0 and finite"),
+        ({"entropy_bound": math.inf}, "entropy_bound is inf: it must be at least 0 and finite"),
+        ({"eta": 1.5}, r"eta is 1.5: it must be in \[0, 1\]"),
+        ({"editing_threshold": -0.5}, r"editing_threshold is -0.5: it must be in \[0, 1\]"),
+        (
+            {"editing_threshold": 0.5, "strategy": "random"},
+            "editing_threshold is 0.5, but strategy 'random' does not go by the confidence of ids: "
+            "use confidence, .*, entropy_bound, or leave editing_threshold out",
+        ),
+        (
+            {"editing_threshold": 0.5, "strategy": "threshold", "remask": True},
+            "editing_threshold is 0.5 and remask is True: .* leave one of them out",
+        ),
+        (
+            {"remask": True, "strategy": "quota"},
+            "remask is True, but strategy 'quota' itself says .*: leave remask .* out, or use "
+            "threshold",
+        ),
+        (
+            {"remask": True, "strategy": "remdm_rescale"},
+            "strategy 'remdm_rescale' itself .* masked again: leave remask .* out, or use random",
+        ),
+        (
+            {"choice_temperature": 1.0, "strategy": "entropy_bound"},
+            "choice_temperature has no meaning for strategy 'entropy_bound'",
+        ),
     ],
 )
 def test_values_out_of_range(options, message):
@@ -75,7 +105,8 @@ def test_numbers_of_other_libraries_become_plain():
     assert config.grid == (2, 3) and config.length == (3, 4)
     assert SamplingConfig(length=torch.tensor(5)).length == 5
     assert dataclasses.replace(config, steps=None).num_steps(7) == 18
-    assert SamplingConfig(strategy="threshold").num_steps(7) == 7
+    for strategy in ("threshold", "quota", "factor", "entropy_bound"):
+        assert SamplingConfig(strategy=strategy).num_steps(7) == 7
 
 
 def test_filter_thres_is_a_share_of_the_vocabulary():

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nar_kernels import SamplingConfig
+from nar_kernels.sampling.config import BY_CONFIDENCE
 from nar_kernels.sampling.ends import Ends
+from tests.helpers.modes import MODES, PLAIN, STRATEGIES
 from tests.helpers.neighbours import LENGTH, MASK_ID, NUM_TOKENS, Neighbours, neighbours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 M, EOS = MASK_ID, 5
-STRATEGIES = ["confidence", "margin", "entropy", "threshold", "random"]
 
 
 class Sure(nn.Module):
@@ -49,13 +50,13 @@ def cut(ids: Tensor, prompts: list[list[int]], eos_ids: tuple[int, ...]) -> Tens
     return ids
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("options", [{}, {"block_length": 4}, {"can_mask_prev_unmasked": True}])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"block_length": 4}])
 @pytest.mark.parametrize("eos_id", [EOS, [EOS], (7, EOS)])
-def test_an_answer_ends_with_its_first_eos(strategy, options, eos_id):
+def test_an_answer_ends_with_its_first_eos(mode, options, eos_id):
     """It is what it would be without, up to there."""
     prompts = [[], [EOS, 1, 2], [1, M, M, 3], [EOS] * 16, [2] * 12, [7], [3, 3]]
-    options = {"strategy": strategy, "prompt": prompts, "seed": 2, "steps": 16, **options}
+    options = {**mode, "prompt": prompts, "seed": 2, "steps": 16, **options}
     model = neighbours()
     whole, ended = model.generate(**options), model.generate(eos_id=eos_id, **options)
     expected = cut(whole, prompts, (EOS,) if eos_id in (EOS, [EOS]) else (7, EOS))
@@ -109,12 +110,17 @@ def test_the_batch_of_a_compiled_net_stays():
     assert {len(ids) for ids in net.asked} == {2}
 
 
-@pytest.mark.parametrize("strategy", ["confidence", "margin", "entropy", "threshold"])
-def test_eos_is_filled_last(strategy):
+@pytest.mark.parametrize(
+    "mode",
+    [mode for mode in PLAIN if mode["strategy"] in BY_CONFIDENCE]
+    + [{"strategy": "threshold", "editing_threshold": 0.0}],
+    ids=str,
+)
+def test_eos_is_filled_last(mode):
     """Where the net is sure of it first."""
     wanted = [1, 2, EOS, 3, 7, 6, EOS, 1, 2, 3, 4, 6, 7, 1, 2, 3]
     model = neighbours(Sure(wanted, wanted), steps=15)
-    options = {**GREEDY, "strategy": strategy, "prompt": [1], "threshold": 0.9}
+    options = {**GREEDY, "prompt": [1], **mode, "threshold": 0.9}
     states = list(model.generate_steps(eos_id=[EOS, 7], eos="last", **options))
     is_end = torch.tensor(wanted) == EOS
     is_end |= torch.tensor(wanted) == 7
@@ -219,15 +225,14 @@ def test_all_of_it_by_a_config():
 @pytest.mark.seconds
 @given(
     st.lists(st.lists(st.sampled_from([1, 2, 5, M]), max_size=16), min_size=1, max_size=4),
-    st.sampled_from(STRATEGIES),
+    st.sampled_from(MODES),
     st.sampled_from([None, 2, 5]),
-    st.booleans(),
     st.sampled_from([(5,), (7, 2)]),
     st.sampled_from([16, 31]),
 )
-def test_any_answer_is_cut(prompts, strategy, block_length, remask, eos_ids, steps):
+def test_any_answer_is_cut(prompts, mode, block_length, eos_ids, steps):
     model = neighbours(Neighbours())
-    options = dict(strategy=strategy, block_length=block_length, steps=steps, seed=1)
-    options |= dict(can_mask_prev_unmasked=remask, prompt=prompts, length=LENGTH)
+    options = dict(block_length=block_length, steps=steps, seed=1, prompt=prompts, **mode)
+    options["length"] = LENGTH
     expected = cut(model.generate(**options), prompts, eos_ids)
     assert torch.equal(model.generate(eos_id=eos_ids, **options), expected)

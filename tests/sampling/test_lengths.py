@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nar_kernels import NonAutoregressiveWrapper, SamplingConfig
+from tests.helpers.modes import MODES, STRATEGIES
 from tests.helpers.neighbours import LENGTH, MASK_ID, NUM_TOKENS, Neighbours, neighbours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 M = MASK_ID
-STRATEGIES = ["confidence", "margin", "entropy", "threshold", "random"]
 PROMPTS = [[1], [], [2, 3, M, 5], [1] * 7, [7]]
 LENGTHS = [6, 16, 9, 9, 6]
 
@@ -43,11 +43,11 @@ def alone(model: NonAutoregressiveWrapper, i: int, **options) -> Tensor:
     return model.generate(1, first_sequence=i, **options)[0]
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "halton"])
-@pytest.mark.parametrize("options", [{}, {"block_length": 4}, {"can_mask_prev_unmasked": True}])
-def test_the_whole_length_is_the_default(strategy, options):
+@pytest.mark.parametrize("mode", [*MODES, {"strategy": "halton"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"block_length": 4}])
+def test_the_whole_length_is_the_default(mode, options):
     model = neighbours()
-    options = {"prompt": [1, 2], "strategy": strategy, "seed": 3, **options}
+    options = {"prompt": [1, 2], "seed": 3, **mode, **options}
     expected = model.generate(3, **options)
     assert torch.equal(model.generate(3, length=LENGTH, **options), expected)
     assert torch.equal(model.generate(length=[LENGTH] * 3, **options), expected)
@@ -75,6 +75,9 @@ OPTIONS = {
     "noise": {"choice_temperature": 2.0, "strategy": "margin"},
     "random": {"strategy": "random"},
     "threshold": {"strategy": "threshold", "threshold": 0.3, "steps": None},
+    "quota": {"strategy": "quota", "threshold": 0.3},
+    "editing": {"strategy": "quota", "editing_threshold": 0.3, "block_length": 4},
+    "masked again": {"strategy": "remdm_rescale", "eta": 0.8, "block_length": 4},
     "blocks": {"block_length": 4},
     "remask": {"can_mask_prev_unmasked": True, "block_length": 5},
     "guidance": {"guidance_scale": 1.5, "unconditional": {"shift": 3}},
@@ -288,16 +291,14 @@ SEQUENCES = st.lists(
 @pytest.mark.seconds
 @given(
     SEQUENCES,
-    st.sampled_from(STRATEGIES),
+    st.sampled_from(MODES),
     st.sampled_from([None, 1, 3, 5, 16]),
-    st.booleans(),
     st.sampled_from([None, 5, (2, 7)]),
-    st.sampled_from([1, 3, 16, 20]),
+    st.sampled_from([16, 20]),
 )
-def test_any_batch_is_its_sequences(sequences, strategy, block_length, remask, eos_id, steps):
+def test_any_batch_is_its_sequences(sequences, mode, block_length, eos_id, steps):
     model = neighbours(Neighbours())
-    options = dict(strategy=strategy, block_length=block_length, seed=1)
-    options |= dict(can_mask_prev_unmasked=remask, eos_id=eos_id, steps=max(steps, 16))
+    options = dict(block_length=block_length, seed=1, eos_id=eos_id, steps=steps, **mode)
     prompts, lengths = zip(*sequences, strict=True)
     together = model.generate(prompt=list(prompts), length=lengths, **options)
     assert not (together == MASK_ID).any()

@@ -11,6 +11,7 @@ from x_transformers import nonautoregressive_wrapper as original
 
 from nar_kernels.sampling.halton import halton_order
 from nar_kernels.sampling.plan import block_parts, make_plan, num_masked_after
+from nar_kernels.sampling.remasking import with_remasking
 from nar_kernels.spec.schedules import SCHEDULES, cosine, linear
 
 
@@ -171,16 +172,49 @@ def test_blocks_from_any_position(length, block_length, first_block):
     assert all(part.stop - part.start == block_length for part in parts[1:])
 
 
+@pytest.mark.parametrize(("size", "steps"), [(4, 4), (7, 3), (8, 3), (8, 5), (5, 9), (32, 32)])
+def test_quotas_divide_a_block_evenly(size, steps):
+    """The first steps get the remainder, whatever of the block is given; a block that is cut off is
+    done sooner."""
+    is_open = torch.ones(2, 2 * size - 1, dtype=torch.bool)
+    is_open[1, : size // 2] = False
+    quotas = [size // steps + (i < size % steps) for i in range(steps)]
+    plan = make_plan(is_open, None, 2 * steps, block_length=size, every_step=True)
+    for block in plan.blocks:
+        left = block.counts
+        for quota, step in zip(quotas, block.steps, strict=True):
+            assert step.left.tolist() == (left - quota).clamp(min=0).tolist()
+            left = step.left
+        assert left.tolist() == [0, 0]
+    # No block is longer than a sequence.
+    (whole,) = make_plan(is_open, None, 2, block_length=99 * size).blocks
+    assert whole.steps[0].left[0] == 2 * size - 1 - size
+    # Without blocks, of what there is to fill.
+    (block,) = make_plan(is_open, None, steps, every_step=True).blocks
+    for b, count in enumerate(block.counts.tolist()):
+        left = torch.stack([block.counts, *(step.left for step in block.steps)])[:, b]
+        expected = [count // steps + (i < count % steps) for i in range(steps)]
+        assert (-left.diff()).tolist() == expected
+
+
 @pytest.mark.parametrize("every_step", [False, True])
 def test_a_block_without_some_of_its_sequences(every_step):
     is_open = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     plan = make_plan(is_open, linear, 30, block_length=20, every_step=every_step)
+    if every_step:
+        plan = with_remasking(plan, "remdm_rescale", 0.8, seed=1, sequences=range(3))
     which = np.array([True, False, True])
     rest = plan.blocks[1].only(which, 40, every_step=plan.every_step)
     alone = is_open & torch.from_numpy(which)[:, None]
-    expected = make_plan(alone, linear, 30, block_length=20, every_step=every_step).blocks[1]
+    expected = make_plan(alone, linear, 30, block_length=20, every_step=every_step)
+    if every_step:
+        expected = with_remasking(expected, "remdm_rescale", 0.8, seed=1, sequences=range(3))
+    expected = expected.blocks[1]
     assert rest.rows.tolist() == expected.rows.tolist()
     assert rest.counts.tolist() == expected.counts.tolist()
     assert [(*step[:2], step.left.tolist()) for step in rest.steps] == [
         (*step[:2], step.left.tolist()) for step in expected.steps
     ]
+    for step, other in zip(rest.steps, expected.steps, strict=True):
+        assert (step.again is None) == (not every_step)
+        assert step.again is None or step.again.tolist() == other.again.tolist()

@@ -1,6 +1,6 @@
 """What a step of decoding costs: torch operations beside the net's, and no waiting for a GPU."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nar_kernels import NonAutoregressiveWrapper, SamplingConfig
 from nar_kernels.sampling import decode
+from nar_kernels.sampling.config import ADAPTIVE, BLIND, NO_REMASK, REMASKING, Strategy
 from nar_kernels.sampling.ends import Ends
 from nar_kernels.sampling.plan import Block, make_plan
+from nar_kernels.sampling.remasking import with_remasking
 from nar_kernels.sampling.strategies import Candidates, Counts, UnmaskingPolicy
 from nar_kernels.spec.schedules import linear
 
@@ -80,7 +82,7 @@ class Critic(nn.Module):
         return score
 
 
-STRATEGIES = ["confidence", "margin", "entropy", "threshold", "random", "halton", "critic"]
+STRATEGIES = get_args(Strategy)
 OPTIONS = {
     "plain": {},
     "prompts": {"prompt": RAGGED},
@@ -119,11 +121,24 @@ def operations_of_steps(strategy: str, **options: Any) -> list[list[str]]:
 def test_operations_of_a_step(strategy, noise, options):
     """At most 20 beside those of the head, and three more where ids in place are judged by a critic
     or a threshold. The first step may share the net's call, which takes a few more."""
-    if noise and strategy in ("threshold", "random", "halton"):
+    if noise and strategy in (*ADAPTIVE, *BLIND):
         pytest.skip("has no choice_temperature")
-    for own in operations_of_steps(strategy, choice_temperature=noise, **OPTIONS[options])[1:]:
-        most = 23 if "remask" in OPTIONS[options] and strategy in ("threshold", "critic") else 20
+    remask = "remask" in OPTIONS[options]
+    if remask and strategy in NO_REMASK:
+        pytest.skip("has no remask")
+    given = {"choice_temperature": noise, "eta": 0.5, **OPTIONS[options]}
+    for own in operations_of_steps(strategy, **given)[1:]:
+        most = 23 if remask and strategy in (*ADAPTIVE, "critic") else 20
         assert len(own) <= most + HEAD, own
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("strategy", ["confidence", "entropy", *ADAPTIVE])
+def test_operations_of_editing(strategy):
+    """15 more: another call of `unmask`, and what is replaced."""
+    for options in ({}, {"prompt": RAGGED}, {"block_length": 8}):
+        for own in operations_of_steps(strategy, editing_threshold=0.2, **options)[1:]:
+            assert len(own) <= 20 + 15 + HEAD, own
 
 
 @pytest.mark.cpp
@@ -184,7 +199,10 @@ def decoded(monkeypatch):
     def decoded(strategy: str, noise: float = 0.0, **options: Any) -> tuple[Any, Operations]:
         prompt, remask = options.pop("prompt", PROMPT), options.pop("remask", False)
         ended = options.pop("ended", False)
-        plan = make_plan(prompt == MASK_ID, linear, STEPS, every_step=remask, **options)
+        remasks = strategy in REMASKING
+        plan = make_plan(prompt == MASK_ID, linear, STEPS, every_step=remask or remasks, **options)
+        if remasks:
+            plan = with_remasking(plan, strategy, 0.5, seed=1, sequences=range(BATCH))
         blocks = {id(block): decode._on_device(block, torch.device("cpu")) for block in plan.blocks}
         fake.__enter__()
 
@@ -197,7 +215,13 @@ def decoded(monkeypatch):
         def on_device(block: Block, _: torch.device) -> Any:
             (rows, counts), steps = blocks[id(block)]
             candidates = Candidates(to_gpu(rows), moved(counts))
-            return candidates, [(*step, moved(left)) for *step, left in steps]
+            return candidates, [
+                step._replace(
+                    left=moved(step.left),
+                    again=step.again and decode._Again(*map(moved, step.again)),
+                )
+                for step in steps
+            ]
 
         monkeypatch.setattr(decode, "_on_device", on_device)
         operations = Operations()
@@ -221,11 +245,12 @@ def decoded(monkeypatch):
 
 @pytest.mark.parametrize("options", ["plain", "prompts", "all"])
 @pytest.mark.parametrize("noise", [0.0, 4.5])
-@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "threshold"])
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ADAPTIVE])
 def test_steps_do_not_wait_for_the_device(strategy, noise, options, decoded):
     """No value is read, and nothing is copied between devices, from the first step to the last;
     then it is asked for NaN, once."""
-    states, operations = decoded(strategy, noise, **OPTIONS[options])
+    given = OPTIONS[options] | ({"remask": False} if strategy in REMASKING else {})
+    states, operations = decoded(strategy, noise, **given)
     state = next(states)
     with operations:
         while state.step < state.num_steps:
@@ -233,6 +258,7 @@ def test_steps_do_not_wait_for_the_device(strategy, noise, options, decoded):
             state = next(states)
             # A NaN is recorded on the device, which takes more than looking for it on the CPU.
             most = 20 + 9 * ("remask" in OPTIONS[options]) + 9 * (strategy == "critic")
+            most += 5 * (strategy in REMASKING)
             assert len(operations.names) <= most, operations.names
         with pytest.raises(DataDependentOutputException):
             next(states)
@@ -258,8 +284,9 @@ def test_ends_wait_for_nothing_between_two_looks(strategy, decoded):
             state = next(states)
 
 
-def test_threshold_waits_once_a_step(decoded):
-    states, operations = decoded("threshold")
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_adaptive_strategies_wait_once_a_step(strategy, decoded):
+    states, operations = decoded(strategy)
     next(states)
     with operations, pytest.raises(AssertionError, match="_to_copy.default has tensors on"):
         next(states)

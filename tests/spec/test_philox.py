@@ -64,6 +64,7 @@ def test_streams_are_frozen():
         "WINDOW_PHASE": 10,
         "ROW_ORDER": 11,
         "RANDOM_LENGTH": 12,
+        "REMASK_COUNT": 13,
     }
 
 
