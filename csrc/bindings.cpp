@@ -182,13 +182,16 @@ class CorruptPlan {
   nar::CorruptInputs inputs_;
 };
 
-void count_masked(int64_t batch, int64_t seq_len, int64_t spans, int64_t sample_ids,
-                  int64_t first_sample, int64_t global_batch, bool exact, bool stratified,
-                  int64_t seed, int64_t ratio_table, int64_t counts, int num_threads) {
+void count_masked(int64_t batch, int64_t seq_len, int64_t block_length, int64_t num_blocks,
+                  int64_t blocks_per_slot, int64_t views, int64_t first_view, int pairing,
+                  int64_t spans, int64_t sample_ids, int64_t first_sample, int64_t global_batch,
+                  bool exact, bool stratified, int64_t seed, int64_t ratio_table, int64_t counts,
+                  int num_threads) {
   nar::CorruptArgs args = {};
   args.windows.batch = batch, args.windows.seq_len = seq_len;
   args.windows.spans = spans_of(spans, batch);
-  args.division = {seq_len, 1, 1, 1, 0, nar::Pairing::kIndependent};
+  args.division = {block_length, num_blocks, blocks_per_slot,
+                   views,        first_view, static_cast<nar::Pairing>(pairing)};
   args.sample_ids = pointer<const int64_t>(sample_ids), args.first_sample = first_sample;
   args.global_batch = global_batch;
   args.exact = exact, args.stratified = stratified;

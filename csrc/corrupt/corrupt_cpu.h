@@ -81,7 +81,7 @@ struct CorruptKernels {
 // corpus, std::invalid_argument for a negative sample slot.
 void corrupt_cpu(const CorruptArgs& args, int num_threads);
 
-// How many positions each draw masks where none is excluded: known on the host, which avoids a sync
+// How many positions each row masks where none is excluded: known on the host, which avoids a sync
 // with the device. Reads only the arguments that times and keys depend on, in host memory.
 void count_masked(const CorruptArgs& args, int64_t* counts, int num_threads);
 

@@ -266,7 +266,8 @@ const uint8_t* write_outputs(const CorruptArgs& a, const Row& row, uint64_t slot
 void decide_blocks(const CorruptArgs& a, const Row& row, uint64_t slot, const uint32_t* t16,
                    const RowScratch& scratch, const uint8_t* can_mask) {
   const View& view = row.view;
-  const bool exact = is_exact(a, view), is_short = a.division.block_length <= kShort;
+  const bool exact = is_exact(a, view);
+  const bool is_short = pays_side_by_side(a.division.block_length, a.division.num_blocks);
   if (exact && is_short) upper_halves(scratch.keys, row.span.length, scratch.upper);
   Block blocks[kBlocksAtOnce];
   BlockBounds bounds[kBlocksAtOnce];

@@ -10,7 +10,7 @@
 
 namespace nar {
 
-// Up to how many keys it is faster, and how many blocks are looked at together.
+// The most keys, and how many blocks are looked at together.
 constexpr int64_t kShort = 256;
 constexpr int kBlocksAtOnce = 32;
 
@@ -19,6 +19,11 @@ constexpr int64_t kTilePadding = 8;
 
 // Compiled once per instruction set (see levels/kernels.h).
 namespace {
+
+// Whether it is faster than one block after the other: lanes cost the same without a block.
+inline bool pays_side_by_side(int64_t of_block, int64_t num_blocks) {
+  return of_block <= kShort && of_block <= 32 * num_blocks;
+}
 
 // Some neighbouring blocks of a row.
 struct ShortBlocks {

@@ -11,6 +11,7 @@ from nar_kernels.ops.backends import cpp
 from nar_kernels.ops.dispatch import host_address
 from nar_kernels.ops.documents import Documents
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.ops.views import Pairing, Views, view_tables
 
 
 def num_strata(masking: MaskingConfig, slots: range | None, global_batch: int) -> int:
@@ -25,8 +26,9 @@ def num_strata(masking: MaskingConfig, slots: range | None, global_batch: int) -
 
 
 class HostCounts:
-    """int64 ``[B]`` on the CPU: how many positions each row masks. Counted when first asked for,
-    since only an unknown number of rows needs it, and a draw takes the host as long as a GPU."""
+    """int64 ``[B]`` on the CPU: how many positions each sample masks, in each view. Counted when
+    first asked for, since only an unknown number of rows needs it, and a draw takes the host as
+    long as a GPU."""
 
     def __init__(self, count: Callable[[], Tensor]) -> None:
         self._count = count
@@ -63,12 +65,14 @@ def count_on_host(
     )  # fmt: skip
     if any(tensor is not None for tensor in on_device) or (slots is None and documents is None):
         return None
-    if cpp is None or torch.compiler.is_compiling():
+    if cpp is None or a.view_times is not None or torch.compiler.is_compiling():
         return None
     count = cpp.count_masked
     listed = slots is None or slots.step != 1 or a.sample_ids is not None
     # Not ``a`` itself, which would keep its tensors.
     shape, slot = (a.batch, a.seq_len), (a.first_sample, a.global_batch)
+    blocks = (a.block_length, a.num_blocks, a.blocks_per_slot)
+    views = Views(a.views, a.first_view, Pairing(a.pairing))
     draw = (a.exact, a.stratified, a.seed)
 
     def counts() -> Tensor:
@@ -80,9 +84,10 @@ def count_on_host(
             assert slots is not None
             sample_ids = torch.arange(slots.start, slots.stop, slots.step, device="cpu")
         lists = [0 if x is None else host_address(x) for x in (spans, sample_ids)]
-        made = torch.empty(shape[0], dtype=torch.int64, device="cpu")
-        tables = host_address(masking.table.ratio), host_address(made)
-        count(*shape, *lists, *slot, *draw, *tables, torch.get_num_threads())
+        made = torch.empty(views.num * shape[0], dtype=torch.int64, device="cpu")
+        ratio = view_tables(masking, views, made.device).ratio
+        tables = host_address(ratio), host_address(made)
+        count(*shape, *blocks, *views, *lists, *slot, *draw, *tables, torch.get_num_threads())
         return made
 
     return HostCounts(counts)

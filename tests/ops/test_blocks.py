@@ -7,6 +7,8 @@ import torch
 
 import nar_kernels
 from nar_kernels import Corrupted, MaskingConfig, masked_nll
+from nar_kernels.ops import corrupt as corrupt_module
+from nar_kernels.ops.host_counts import count_on_host
 from tests.helpers.batches import assert_same, clean_batch, corrupt
 from tests.helpers.devices import device_of
 
@@ -324,6 +326,32 @@ def test_parts_of_documents_with_blocks():
     whole = Corrupted.cat([alone, two])
     assert torch.equal(whole.input_ids, batch.input_ids)
     assert torch.equal(whole.num_masked, batch.num_masked)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("views", [1, range(1, 3), "complement", "coupled"])
+@pytest.mark.parametrize("draw", ["exact", "bernoulli"])
+def test_counts_on_the_host(draw, views, monkeypatch):
+    """What spares a GPU a sync."""
+    calls = []
+    run = corrupt_module.run_corrupt
+    monkeypatch.setattr(
+        corrupt_module, "run_corrupt", lambda a, *rest: calls.append(a) or run(a, *rest)
+    )
+    masking = config(block_length=4, draw=draw)
+    how = {"seed": 3, "views": views, "backend": "cpp"}
+    batch = corrupt(clean_batch(masking, 3, 10), masking, sample_ids=range(6, 9), **how)
+    counts = count_on_host(calls[-1], masking, range(6, 9))()
+    assert torch.equal(counts, batch.num_masked.sum(1))
+    lengths = torch.tensor([7, 2, 11])
+    tokens = clean_batch(masking, 1, 20).flatten()
+    where = {"starts": lengths.cumsum(0) - lengths, "lengths": lengths, "max_length": 12}
+    batch = corrupt(tokens, masking, **where, **how)
+    documents = batch.documents
+    if views != 1:
+        documents = batch[:3].documents
+    counts = count_on_host(calls[-1], masking, None, documents)()
+    assert torch.equal(counts, batch.num_masked.sum(1))
 
 
 def test_probabilities_of_positions():

@@ -33,7 +33,7 @@ def _weights_of_leader(rows: int, warps: int, draws: str, is_step: bool) -> list
     corrupt_cu, slots_h = regions_of("corrupt.cu"), regions_of("gpu/slots.h")
     look_back_h = regions_of("gpu/look_back.h")
     lead, permute = "void lead_block(", "uint64_t permute("
-    order, time = slots_h("int64_t ordered_start("), slots_h("uint32_t sample_time(")
+    order, time = slots_h("int64_t ordered_start("), slots_h("uint32_t time_of(")
     feistel = regions_of("rng/permutation.h")("uint64_t feistel_permute(", "do {")
 
     def of_permutation(walks: float, within, ranks: int = 0) -> list[Weight]:
@@ -93,12 +93,12 @@ def _cuda_case(
         corrupt_cu("__global__ void", "if (a.restricted) {"),
         corrupt_cu("uint32_t count_ranked("),
         corrupt_cu("void write_ranked("),
-        corrupt_cu("if (tied || (!kRagged && !a.in_pairs))"),
+        corrupt_cu("if (tied || (!kDivided && !a.in_pairs))"),
     ]
     if not ragged:  # whose documents begin anywhere: no pairs
         never.append(write_h("void store_pair(", "if (narrow_)"))
     weights = [Weight(0, region) for region in never]
-    searches = corrupt_cu("RowBounds<kRanks> row_bounds(", "if (a.exact) {")
+    searches = corrupt_cu("RowBounds<kRanks> row_bounds(", "if (is_exact(a, row.view)) {")
     if draws == "exact":
         passes = num_passes(length, ranks)
         weights += [
@@ -161,6 +161,7 @@ def cuda_cases() -> list[CudaCase]:
 # ---- Triton
 
 DOCUMENTS = ("starts", "spans", "sample_ids", "eos_id", "pad_id")
+BLOCKS = {"seq_len": 32, "num_blocks": 32, "blocks_per_slot": 32}  # of which a program has one
 # Name, type of the ids, optional pointers that are given, and differences from STEP: a step of a
 # loader with exact draws.
 CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
@@ -176,6 +177,8 @@ CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
     ("windows, exact, L 4096", "*u16", ("starts",), {"num_windows": 0, "seq_len": 4096}),
     ("windows, exact, L 32768", "*u16", ("starts",), {"num_windows": 0, "seq_len": 32768}),
     ("documents, exact, L 256", "*u16", DOCUMENTS, {"num_windows": 0, "seq_len": 256}),
+    ("blocks of 32, exact", "*u16", ("starts",), {"num_windows": 0, **BLOCKS}),
+    ("pairs, exact", "*u16", ("starts",), {"num_windows": 0, "views": 2, "pairing": 1}),
     ("batch, exact", "*i64", (), {"num_windows": 0}),
     ("batch, exact, L 256", "*i64", (), {"num_windows": 0, "seq_len": 256}),
     ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), {"num_windows": 0}),
@@ -185,6 +188,7 @@ POINTERS = {
     "spans": "*i64",
     "sample_ids": "*i64",
     "step": "*i64",
+    "view_times": "*i64",
     "maskable": "*i1",
     "loss_mask": "*i1",
     "prompt_lengths": "*i64",
@@ -220,12 +224,15 @@ SCALARS = {
     "coin_share": "i64",
     "time_low": "fp32",
     "time_span": "fp32",
+    **dict.fromkeys(("batch", "num_positions", "block_length", "num_blocks"), "i64"),
+    **dict.fromkeys(("blocks_per_slot", "views", "first_view"), "i64"),
 }
 OPTIONAL = {"starts", "sample_ids", "step", "maskable", "prompt_lengths"}
-OPTIONAL |= {"never_mask", "seed_tensor", "spans", "loss_mask", "eos_id", "pad_id"}
+OPTIONAL |= {"never_mask", "seed_tensor", "spans", "loss_mask", "eos_id", "pad_id", "view_times"}
 STEP = CorruptArgs(**dict.fromkeys(CorruptArgs._fields))._replace(
-    seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True
-)
+    seq_len=1024, num_windows=1, shuffle=True, exact=True, stratified=True, num_blocks=1,
+    blocks_per_slot=1, views=1, first_view=0, pairing=0, weights_by_view=False,
+)  # fmt: skip
 
 
 def _triton_work(options: dict, length: int, ids: str, given: tuple[str, ...]) -> Work:
@@ -235,9 +242,9 @@ def _triton_work(options: dict, length: int, ids: str, given: tuple[str, ...]) -
     order, time = corrupt_py("def _ordered_start("), corrupt_py("def _row_time(")
     rows_before = "def _rows_before(", "while end > 0"
     weights = [
-        Weight(0, corrupt_py("def _checked_start(", "if outside:")),
-        Weight(0, corrupt_py("def _checked_start(", "if sample < 0:")),
-        Weight(0, corrupt_py("def _record_bad_ids(", "if num_bad > 0")),
+        Weight(0, corrupt_py("def _checked_start(", "if outside")),
+        Weight(0, corrupt_py("def _checked_start(", "if (sample < 0)")),
+        Weight(0, corrupt_py("def _record_bad_ids(", "if (num_bad > 0)")),
         Weight(LOOK_BACKS, corrupt_py(*rows_before)),
     ]
     if options["ORDERED"]:
@@ -269,9 +276,10 @@ def triton_cases() -> list[TritonCase]:
         types = {"tokens": ids} | POINTERS | SCALARS
         types = {k: v for k, v in types.items() if k not in OPTIONAL - {*given}}
         arguments = STEP._replace(**changes)
-        arguments = arguments._replace(weighs_counts=arguments.exact)
+        length = arguments.seq_len
+        arguments = arguments._replace(weighs_counts=arguments.exact, block_length=length)
         options = corrupt.launch_options(arguments)
-        work = _triton_work(options, arguments.seq_len, ids, given)
+        work = _triton_work(options, length, ids, given)
         kernel = corrupt.corrupt_kernel
         cases.append(TritonCase(f"corrupt, {name}", kernel, types, options, ("seq_len",), work))
     return cases
