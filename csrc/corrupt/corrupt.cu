@@ -16,21 +16,24 @@ namespace {
 __device__ bool counts_are_known(const KernelArgs& a) { return a.exact && !a.restricted; }
 
 // The warp of a block that works on no row.
+template <bool kDivided>
 __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
   const int lane = threadIdx.x % kWarp;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * a.shape.rows;
-  const int num_rows = static_cast<int>(min(a.num_draws() - first, int64_t{a.shape.rows}));
-  draw_slots(a, first, num_rows, lane, memory);
+  const int num_rows = static_cast<int>(
+      min((kDivided ? a.num_draws() : a.windows.batch) - first, int64_t{a.shape.rows}));
+  draw_slots<kDivided>(a, first, num_rows, lane, memory);
   sync_block();
   const auto finish = [&](uint32_t n, uint32_t k) {
-    finish_rows(a, blockIdx.x, first, num_rows, lane, n, k, memory);
+    finish_rows<kDivided>(a, blockIdx.x, first, num_rows, lane, n, k, memory);
   };
   if (counts_are_known(a)) {  // other blocks need not wait for the keys of this one
     uint32_t n = 0, k = 0;
     if (lane < num_rows) {
-      const Draw draw = draw_at(a, first + lane);
-      n = static_cast<uint32_t>(span_of(a, draw).length);
-      k = exact_count(a, a.division.view(draw.view), memory.time[lane], n);
+      const Draw draw = draw_at<kDivided>(a, first + lane);
+      n = static_cast<uint32_t>(span_of<kDivided>(a, draw).length);
+      const View view = kDivided ? a.division.view(draw.view) : View{};
+      k = exact_count(a, view, memory.time[lane], n);
     }
     finish(n, k);
     sync_block();
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
     corrupt_kernel(const __grid_constant__ KernelArgs a) {
   NAR_SHARED(BlockMemory, memory);
   Team team(memory, a.shape);
-  if (team.row == a.shape.rows) return lead_block(a, memory);
+  if (team.row == a.shape.rows) return lead_block<kDivided>(a, memory);
 
   Row row = row_of<kDivided>(a, team);
   Tiles<kHeld> tiles(a, row, team);

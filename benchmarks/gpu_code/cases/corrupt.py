@@ -85,7 +85,7 @@ def _cuda_case(
         ids_h("Ids mend("),
         ids_h("uint32_t find_wide("),
         ids_h("uint32_t find_maskable("),
-        tiles_h("Ids take_ids(", "if (__any_sync", "mend("),
+        tiles_h("Ids take_ids(", "if (__any_sync", "mend"),
         ids_h("Ids load_ids(", "case 1: load"),
         ids_h("Ids load_ids(", "case 4: load"),
         ids_h("Ids load_ids(", "default: load"),
@@ -98,6 +98,7 @@ def _cuda_case(
     if not ragged:  # whose documents begin anywhere: no pairs
         never.append(write_h("void store_pair(", "if (narrow_)"))
     weights = [Weight(0, region) for region in never]
+    weights.append(Weight(0, ids_h("Ids mend_again("), is_optional=True))
     searches = corrupt_cu("RowBounds<kRanks> row_bounds(", "if (is_exact(a, row.view)) {")
     if draws == "exact":
         passes = num_passes(length, ranks)
@@ -125,6 +126,12 @@ def _cuda_case(
     later = max(tiles - ahead, 0) / tiles
     weights.append(Weight(later, tiles_h("Ids take_ids(", "if (tile + kAhead < end_)")))
     weights += _weights_of_leader(rows, warps, draws, name.startswith("step"))
+    if ragged and not name.startswith("blocks"):  # documents without blocks are what rows are
+        division_h = regions_of("corrupt/division.h")
+        weights += [
+            Weight(0, region, is_optional=True)
+            for region in (division_h("Draw draw(int64_t index"), ids_h("Span part_of("))
+        ]
     if ragged:
         padding = write_h("void write_padding(", "for (int32_t i = row.length")
         weights.append(Weight(0, padding))
@@ -155,6 +162,7 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_case("windows, exact", 8, 256, "exact", 1),
         _cuda_case("documents, exact", 8, 256, "exact", 1, ragged=True),
         _cuda_case("documents, exact, BERT", 8, 256, "exact", 3, ragged=True),
+        _cuda_case("blocks, exact", 4, 32, "exact", 1, ragged=True),
     ]
 
 

@@ -19,11 +19,24 @@ struct Row {
   uint64_t slot, seed;
   int32_t stored, length, space;  // as of Span: equal without spans
   View view;
+  bool is_later_view;  // whose bad ids have been counted
 };
 
-__device__ inline Draw draw_at(const CorruptArgs& a, int64_t b) {
-  if (a.division.is_trivial()) return {b, 0, 0};
+// Of documents, too, the division may be trivial: then a draw is a sample.
+template <bool kDivided = true>
+__device__ Draw draw_at(const CorruptArgs& a, int64_t b) {
+  if (!kDivided || a.division.is_trivial()) return {b, 0, 0};
   return a.division.draw(b, a.windows.batch);
+}
+
+// A block in one of the views of its sample, of which the first view has this span.
+__device__ inline Span part_of(const CorruptArgs& a, const Draw& draw, const Span& span) {
+  const int64_t of_block = a.division.block_length, first = draw.block * of_block;
+  const auto in_block = [&](int64_t count) {
+    return min(max(count - first, int64_t{0}), of_block);
+  };
+  return {span.begin + draw.view * a.windows.num_positions() + first, in_block(span.stored),
+          in_block(span.length), in_block(span.space)};
 }
 
 // Lane l has the positions 2l, 2l + 1, 64 + 2l and 65 + 2l of a tile, so that a warp reads and
@@ -151,11 +164,19 @@ __device__ inline void record_bad(const KernelArgs& a, int64_t start, int32_t ti
   atomicExch(lock, 0);
 }
 
-// Rare: the ids of a tile, with the bad ones replaced, and recorded if this is the first view.
-__device__ __attribute__((noinline)) Ids mend(const KernelArgs& a, int64_t b, int64_t start,
-                                              int32_t stored, int32_t tile, int lane, Ids ids) {
+// Rare: the ids of a tile, with the bad ones recorded and replaced.
+__device__ __attribute__((noinline)) Ids mend(const KernelArgs& a, int64_t start, int32_t stored,
+                                              int32_t tile, int lane, Ids ids) {
   const uint32_t bad = replace_bad(a, start, stored, tile, lane, &ids);
-  if (draw_at(a, b).view == 0) record_bad(a, start, tile, lane, bad);
+  record_bad(a, start, tile, lane, bad);
+  return ids;
+}
+
+// The same in another view, where they have been recorded.
+__device__ __attribute__((noinline)) Ids mend_again(const KernelArgs& a, int64_t start,
+                                                    int32_t stored, int32_t tile, int lane,
+                                                    Ids ids) {
+  replace_bad(a, start, stored, tile, lane, &ids);
   return ids;
 }
 
@@ -176,16 +197,12 @@ __device__ inline bool may_mask(const CorruptArgs& a, const Row& row, const Draw
   }
 }
 
-// Where a draw lies: of a batch whose division is trivial, the sample itself.
-__device__ inline Span span_of(const CorruptArgs& a, const Draw& draw) {
-  Span span = a.windows.span(draw.row);
-  if (a.division.is_trivial()) return span;
-  const int64_t of_block = a.division.block_length, first = draw.block * of_block;
-  const auto in_block = [&](int64_t count) {
-    return min(max(count - first, int64_t{0}), of_block);
-  };
-  return {span.begin + draw.view * a.windows.num_positions() + first, in_block(span.stored),
-          in_block(span.length), in_block(span.space)};
+// Where a draw lies.
+template <bool kDivided = true>
+__device__ Span span_of(const CorruptArgs& a, const Draw& draw) {
+  const Span span = a.windows.span(draw.row);
+  if (!kDivided || a.division.is_trivial()) return span;
+  return part_of(a, draw, span);
 }
 
 // Without what its keys are drawn from.
@@ -199,7 +216,8 @@ __device__ inline Row row_at(const CorruptArgs& a, int64_t b, const Draw& draw, 
           static_cast<int32_t>(span.stored),
           static_cast<int32_t>(span.length),
           static_cast<int32_t>(span.space),
-          a.division.view(draw.view)};
+          a.division.view(draw.view),
+          draw.view > 0};
 }
 
 // Which positions may be masked, as bits.

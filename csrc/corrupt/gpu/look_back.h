@@ -48,8 +48,9 @@ __device__ inline uint64_t masked_in_blocks_before(const KernelArgs& a, int64_t 
 
 // Publishes the counts of the block, finds where its row indices go, and writes what is known of
 // its rows: a lane a row, which masks k of n positions.
-__device__ inline void finish_rows(const KernelArgs& a, int64_t block, int64_t first, int num_rows,
-                                   int lane, uint32_t n, uint32_t k, BlockMemory& memory) {
+template <bool kDivided>
+__device__ void finish_rows(const KernelArgs& a, int64_t block, int64_t first, int num_rows,
+                            int lane, uint32_t n, uint32_t k, BlockMemory& memory) {
   uint64_t up_to = lane < num_rows ? k : 0;
 #pragma unroll
   for (int step = 1; step < kMaxRows; step *= 2) {
@@ -65,7 +66,7 @@ __device__ inline void finish_rows(const KernelArgs& a, int64_t block, int64_t f
   }
   if (lane >= num_rows) return;
   memory.rows_before[lane] = before + up_to - k;
-  write_scalars(a, first + lane, draw_at(a, first + lane).view, memory.time[lane], n, k);
+  write_scalars(a, first + lane, draw_at<kDivided>(a, first + lane).view, memory.time[lane], n, k);
 }
 
 }  // namespace

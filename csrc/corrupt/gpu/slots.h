@@ -62,34 +62,41 @@ __device__ inline int64_t ordered_start(const KernelArgs& a, uint64_t seed, uint
                                        : position);
 }
 
-__device__ inline uint32_t time_of(const KernelArgs& a, uint64_t seed, const Draw& draw,
-                                   const SlotLane& slot) {
-  if (a.view_times) return static_cast<uint32_t>(a.view_times[draw.view]);
-  const View view = a.division.view(draw.view);
-  const uint64_t own = a.slot(draw);
-  const uint32_t word = random_block(seed, view.stream(kTime), own, 0).word[0];
+template <bool kDivided>
+__device__ uint32_t time_of(const KernelArgs& a, uint64_t seed, const Draw& draw, uint64_t sample,
+                            const SlotLane& slot) {
+  View view = {};
+  uint64_t n = static_cast<uint64_t>(a.global_batch);
+  if constexpr (kDivided) {
+    if (a.view_times) return static_cast<uint32_t>(a.view_times[draw.view]);
+    view = a.division.view(draw.view);
+    sample = a.slot(draw), n = a.num_strata();
+  }
+  const uint32_t word = random_block(seed, view.stream(kTime), sample, 0).word[0];
   if (!a.stratified) return word >> 16;
-  const uint64_t n = a.num_strata();
-  const uint64_t step = own / n, index = own - step * n;
+  const uint64_t step = sample / n, index = sample - step * n;
   return stratified_time(permute(seed, view.stream(kStratum), step, n, index, slot), word, n);
 }
 
 // All rows from `first` on that the block takes. What is wrong with them goes into the record.
-__device__ inline void draw_slots(const KernelArgs& a, int64_t first, int num_rows, int lane,
-                                  BlockMemory& memory) {
+template <bool kDivided>
+__device__ void draw_slots(const KernelArgs& a, int64_t first, int num_rows, int lane,
+                           BlockMemory& memory) {
   const SlotLane slot = {lane, num_rows, memory.words};
   const bool has_row = lane < num_rows;
   const int64_t b = first + (has_row ? lane : 0);  // lanes without a row do what the first does
-  const Draw draw = draw_at(a, b);
+  const Draw draw = draw_at<kDivided>(a, b);
   const uint64_t seed = seed_of(a), sample = a.slot(draw.row);
   int64_t start = a.windows.start(draw.row);
   if (a.order.num_windows) start = ordered_start(a, seed, sample, slot);
   // Of the whole window, whatever the block.
   const int64_t stored = a.windows.span(draw.row).stored;
   const bool outside = start < 0 || start > a.windows.num_corpus_tokens - stored;
-  const uint32_t time = time_of(a, seed, draw, slot);
+  const uint32_t time = time_of<kDivided>(a, seed, draw, sample, slot);
+  if (outside) start = 0;
+  if constexpr (kDivided) start += draw.block * a.division.block_length;
   if (lane < kMaxRows) {  // also of rows that are not there: what is read is valid
-    memory.start[lane] = (outside ? 0 : start) + draw.block * a.division.block_length;
+    memory.start[lane] = start;
     memory.time[lane] = time;
   }
   if (!has_row || draw.block > 0 || draw.view > 0) return;
