@@ -33,6 +33,7 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
 from nar_kernels.sampling.batch import decode_batch
+from nar_kernels.sampling.blocks import make_block_calls, with_blocks_of
 from nar_kernels.sampling.config import (
     ADAPTIVE,
     EndPolicy,
@@ -58,8 +59,9 @@ def _uniform(generator: torch.Generator) -> float:
     return torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
 
 
-def _warn_if_causal(net: nn.Module) -> None:
-    causal = causal_module(net)
+def _warn_if_causal(net: nn.Module, *, is_masked: bool) -> None:
+    """``is_masked``: the net is given masks, which replace what transformers declares."""
+    causal = causal_module(net, ("causal",) if is_masked else ("is_causal", "causal"))
     if causal is not None:
         warnings.warn(
             f"{type(net).__name__} holds a {type(causal).__name__} that is causal: a masked token "
@@ -119,6 +121,10 @@ class NonAutoregressiveWrapper(nn.Module):
             gradients is that of the global batch, however its tokens are distributed. One
             all-reduce of two numbers, overlapped with the net. All ranks must then call
             ``forward``, so turn it off within DistributedDataParallel's ``join()``.
+        block_length: the net is block-causal in blocks of this length, counted from position 0: a
+            position attends to its own block and those before. :meth:`generate` gives it masks that
+            say so, and keeps keys and values of finished blocks where it can. (Not in
+            x-transformers.)
 
     ``masking`` holds the :class:`MaskingConfig` in use; assign another to change it in training.
 
@@ -154,6 +160,7 @@ class NonAutoregressiveWrapper(nn.Module):
         reduction: Reduction | None = None,
         backend: str = "auto",
         average_tokens_across_devices: bool = True,
+        block_length: int | None = None,
     ) -> None:
         super().__init__()
         scalars = [name for name in REDUCTIONS if name != "none"]
@@ -163,10 +170,15 @@ class NonAutoregressiveWrapper(nn.Module):
         steps = as_int("steps", steps)
         if steps < 1:
             raise ValueError(f"steps is {steps}: generate needs at least 1")
+        if block_length is not None and (block_length := as_int("block_length", block_length)) < 1:
+            raise ValueError(
+                f"block_length is {block_length}: it must be positive, or None for a net that "
+                "attends to everything"
+            )
         if self_token_critic and token_critic is not None:
             raise ValueError("pass either token_critic or self_token_critic, not both")
 
-        self.net = net
+        self.net, self.block_length = net, block_length
         self.max_seq_len = as_int("max_seq_len", net_attribute(net, "max_seq_len"))
         self.dim = net_attribute(net, "emb_dim", None)
         if self.dim is None and (self_cond or self_token_critic):
@@ -190,7 +202,7 @@ class NonAutoregressiveWrapper(nn.Module):
         self._reduction = reduction
         if self.reduction == "nelbo":
             self.masking.check_bound()
-        _warn_if_causal(net)
+        _warn_if_causal(net, is_masked=block_length is not None)
         self.backend = backend
         self.average_tokens_across_devices = average_tokens_across_devices
         self._deferred_check = DeferredCheck()
@@ -593,6 +605,7 @@ class NonAutoregressiveWrapper(nn.Module):
         eta: float = 0.02,
         grid: tuple[int, int] | None = None,
         block_length: int | None = None,
+        cache: bool | None = None,
         length: int | Sequence[int] | None = None,
         max_new_tokens: int | None = None,
         eos_id: int | Sequence[int] | None = None,
@@ -617,7 +630,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 and ``"entropy_bound"``, as many as needed.
             strategy: default: ``"critic"`` if there is one, else ``"confidence"``.
             choice_temperature, threshold, factor, entropy_bound, editing_threshold, eta, grid,
-                block_length, length, max_new_tokens, eos, guidance_scale: as in
+                block_length, cache, length, max_new_tokens, eos, guidance_scale: as in
                 :class:`SamplingConfig`.
             can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
         """
@@ -638,6 +651,7 @@ class NonAutoregressiveWrapper(nn.Module):
             editing_threshold=editing_threshold,
             eta=eta,
             block_length=block_length,
+            cache=cache,
             remask=bool(can_mask_prev_unmasked),
             guidance_scale=guidance_scale,
             length=length,  # type: ignore[arg-type]  # a sequence becomes a tuple
@@ -712,6 +726,13 @@ class NonAutoregressiveWrapper(nn.Module):
         """
         kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
         device = self._device()
+        config = with_blocks_of(config, self.block_length)
+        is_block_causal = self.block_length is not None or config.cache is True
+        if is_block_causal and self.self_cond:
+            raise ValueError(
+                "self_cond gives each call of the net the hidden states of the one before, which a "
+                "block-causal net has for the block before: train without it"
+            )
         eos_ids = read_eos(eos_id, config, self.masking)
         begin = read_prompt(
             prompt,
@@ -722,6 +743,17 @@ class NonAutoregressiveWrapper(nn.Module):
             max_new_tokens=config.max_new_tokens,
         )
         is_given = (begin != self.mask_id) & (begin != NO_ID)
+        block_calls = None
+        if is_block_causal:
+            block_calls = make_block_calls(
+                self.net,
+                config,
+                {**(unconditional or {}), **kwargs},
+                len(begin),
+                num_tokens=self.num_tokens,
+                max_seq_len=self.max_seq_len,
+                device=device,
+            )
         predictor = Predictor(
             self.net,
             self.masking,
@@ -731,6 +763,7 @@ class NonAutoregressiveWrapper(nn.Module):
             guidance=make_guidance(config, unconditional, ~is_given, self.mask_id, device),
             logits_processor=logits_processor,
             width=begin.shape[1],
+            block_calls=block_calls,
         )
         states, refresh = decode_batch(
             predictor,

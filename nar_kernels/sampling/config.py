@@ -1,6 +1,7 @@
 """The options of ``generate``."""
 
 import math
+from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -126,6 +127,13 @@ class SamplingConfig:
         "left to right, the steps divided among them",
         type=int,
         otherwise="one block",
+    )
+    cache: bool | None = option(
+        None,
+        "keep the keys and values of finished blocks, of a net that is trained so that a block "
+        "attends to itself and those before",
+        action=BooleanOptionalAction,
+        otherwise="where the net is known to be such a net, and can",
     )
     remask: bool = option(False, "allow tokens that became improbable to be masked again")
     guidance_scale: float = option(
