@@ -198,7 +198,7 @@ def _dynamic_cache() -> Any:
                 return super().update(key_states, value_states, layer_idx, *args, **more)
             if self.get_seq_length(layer_idx) == 0:
                 return key_states, value_states
-            layer = self.layers[layer_idx]
+            layer: Any = self.layers[layer_idx]
             return (
                 torch.cat([layer.keys, key_states], -2),
                 torch.cat([layer.values, value_states], -2),

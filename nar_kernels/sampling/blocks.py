@@ -144,7 +144,7 @@ def make_block_calls(
     if problem is not None and config.cache:
         raise ValueError(f"cache is True, but {problem}: leave it out, or use cache=False")
     if problem is not None:
-        warnings.warn(f"decoding without a cache, since {problem}", stacklevel=4)
+        warnings.warn(f"decoding without a cache, since {problem}", stacklevel=3)
     cached = problem is None and config.cache is not False and can_keep(net)
     return partial(BlockCalls, net, config.block_length, device, cached=cached)
 
@@ -190,8 +190,8 @@ def _problem(
                 calls.enter(ids, block, kwargs)
                 prediction = TrunkAndHead(net)(calls.of(ids), {**kwargs, **calls.arguments})
                 rows = calls.rows(torch.arange(block.start, block.stop, device=device), max_seq_len)
-                logits = [chunk.clone() for chunk in prediction.logits_at(rows)]
-                with_and_without.append(torch.cat(logits))
+                chunks = [chunk.clone() for chunk in prediction.logits_at(rows)]
+                with_and_without.append(torch.cat(chunks))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

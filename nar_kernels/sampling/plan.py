@@ -148,7 +148,7 @@ def block_parts(length: int, block_length: int | None, first_block: int = 0) -> 
     if block_length is None:
         return [slice(0, length)]
     starts = range(-(-first_block % block_length), length, block_length)
-    return [slice(max(start, 0), min(start + block_length, length)) for start in starts]
+    return [slice(max(start, 0), start + block_length) for start in starts]
 
 
 def _block(
@@ -173,6 +173,7 @@ def _block(
     kept = [Step(number + i, 1 - (i + 1) / steps, left) for i, left in enumerate(num_left.unbind())]
     if not every_step:
         kept = _that_unmask(kept, counts)
+    part = slice(part.start, min(part.stop, masked.shape[1]))
     return Block(counts, here.flatten().nonzero()[:, 0], kept, part)
 
 

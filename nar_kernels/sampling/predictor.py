@@ -167,8 +167,8 @@ class Predictor:
     def is_batch_independent(self) -> bool:
         """Whether sequences with the same ids are sure to get the same logits."""
         may_differ = self._kwargs or self._guidance or self._logits_processor
-        may_differ = may_differ or self.is_block_causal  # what is kept is of all sequences
-        return not may_differ and batch_independent(self._net)
+        # The keys and values that are kept are those of all sequences.
+        return not (may_differ or self.is_block_causal) and batch_independent(self._net)
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         first, places, length = 0, rows, ids.shape[1]
