@@ -153,8 +153,8 @@ class _OfHuggingFace:
 
     def __init__(self, net: nn.Module) -> None:
         self._net, self._cache = net, _dynamic_cache()()
-        self._dtype = next(net.parameters()).dtype
-        # Of what the last call stores no logits are needed.
+        self._dtype = next(p.dtype for p in net.parameters() if p.is_floating_point())
+        # A call that stores needs no logits, and this is the fewest that there can be.
         names = declared_names(net) or frozenset()
         self._storing = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
