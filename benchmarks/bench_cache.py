@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     heads: int
 
 
-SETTINGS = [Setting(8193, 1, 1024, 32, 4, 256, 4, 4)]
+SETTINGS = [Setting(8193, 1, 1024, 32, 4, 128, 4, 2)]
 TINY = Setting(33, 2, 16, 4, 2, 32, 1, 2)
 # Minimum speed-up over the whole sequence.
 GOAL = 5.0
