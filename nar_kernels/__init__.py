@@ -24,6 +24,7 @@ from nar_kernels.nets.block_attention import (
     dense_block_mask,
 )
 from nar_kernels.nets.cache import BlockCache, CachingNet
+from nar_kernels.nets.packed import block_diffusion_inputs
 from nar_kernels.ops.backends import backends
 from nar_kernels.ops.cart import cart_weights
 from nar_kernels.ops.corrupt import corrupt
@@ -63,6 +64,7 @@ __all__ = [
     "TrainConfig",
     "Unmasked",
     "backends",
+    "block_diffusion_inputs",
     "block_mask",
     "block_varlen_arguments",
     "cart_weights",

@@ -17,8 +17,8 @@ from nar_kernels.data.packing.pack import pack
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.distributed import rank, sum_over_ranks, world_size
 from nar_kernels.nets.modes import eval_mode
-from nar_kernels.nets.packed import packed_keywords
-from nar_kernels.nets.prediction import TrunkAndHead
+from nar_kernels.nets.packed import block_keywords, packed_keywords, predict_blocks
+from nar_kernels.nets.prediction import Prediction, TrunkAndHead
 from nar_kernels.ops.corrupt import corrupt, corrupt_documents
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.documents import check_documents
@@ -46,7 +46,13 @@ def evaluation_parts(dataset: TokenDataset, num_windows: int, draws: int) -> lis
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 
-def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: slice) -> Corrupted:
+def evaluation_batch(
+    dataset: TokenDataset,
+    windows: Tensor,
+    draws: int,
+    part: slice,
+    block_length: int | None = None,
+) -> Corrupted:
     """A part of the samples: each window ``draws`` times in a row, times stratified over its draws.
 
     Masks depend only on the window's index in ``windows`` and the draw, and on the loss mask of
@@ -55,7 +61,7 @@ def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: s
     chosen = windows.repeat_interleave(draws)[part]
     return corrupt(
         dataset.windows(chosen),
-        MaskingConfig(dataset.num_tokens, dataset.mask_id),
+        MaskingConfig(dataset.num_tokens, dataset.mask_id, block_length=block_length),
         seed=_EVALUATION_SEED,
         sample_ids=torch.arange(len(windows) * draws, device="cpu")[part],
         global_batch=draws,
@@ -65,7 +71,13 @@ def evaluation_batch(dataset: TokenDataset, windows: Tensor, draws: int, part: s
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, dataset: TokenDataset, windows: Tensor, *, draws: int, device: torch.device
+    net: nn.Module,
+    dataset: TokenDataset,
+    windows: Tensor,
+    *,
+    draws: int,
+    device: torch.device,
+    block_length: int | None = None,
 ) -> Evaluation:
     """The likelihood bound of ``net`` (ids ``[B, L]`` to logits ``[B, L, V]``) on some windows.
 
@@ -77,13 +89,14 @@ def evaluate(
     Args:
         windows: int64 ``[N]``, indices into ``dataset``.
         draws: E, masks per window.
+        block_length: of block diffusion: each block is predicted given the clean ones before it.
     """
     draws = as_int("draws", draws)
     samples = len(windows) * draws
 
     def batch(part: slice) -> tuple[Tensor, Corrupted]:
         chosen = torch.arange(samples, device="cpu")[part]
-        return chosen, evaluation_batch(dataset, windows, draws, part)
+        return chosen, evaluation_batch(dataset, windows, draws, part, block_length)
 
     parts = evaluation_parts(dataset, len(windows), draws)
     nats, counts = _nats(net, [partial(batch, part) for part in parts], samples, device)
@@ -92,18 +105,24 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_documents(
-    net: nn.Module, documents: DocumentRange, *, draws: int, device: torch.device
+    net: nn.Module,
+    documents: DocumentRange,
+    *,
+    draws: int,
+    device: torch.device,
+    block_length: int | None = None,
 ) -> Evaluation:
     """:func:`evaluate` on whole documents, packed into rows in which ``net`` keeps them apart.
 
     Args:
         draws: E, masks per document. They depend on the document and the draw alone.
+        block_length: as there.
     """
     draws = as_int("draws", draws)
     starts, lengths = (x.repeat_interleave(draws) for x in documents.pieces())
     places = pack(lengths.numpy(), documents.seq_len, "in_order")
     rows, offsets = torch.from_numpy(places.rows), torch.from_numpy(places.offsets)
-    masking = MaskingConfig(documents.num_tokens, documents.mask_id)
+    masking = MaskingConfig(documents.num_tokens, documents.mask_id, block_length=block_length)
     stream, mask = documents.corpus.stream, documents.corpus.loss_mask
 
     def batch(first: int) -> tuple[Tensor, Corrupted]:
@@ -152,17 +171,28 @@ def _nats(
         mine = first + rank()
         samples, batch = batches[min(mine, len(batches) - 1)]()
         batch = batch.to(device)
-        kwargs = {} if batch.documents is None else packed_keywords(net, batch, {})
         with eval_mode(net, net):
-            nll = TrunkAndHead(net)(batch.input_ids, kwargs).loss(batch, reduction="none")  # [R]
+            nll = _predict(net, batch).loss(batch, reduction="none")  # [R]
         of_rows = batch.draws_of(batch.masked_rows)
-        totals = nll.new_zeros(len(batch.times)).index_add_(0, of_rows, nll)
-        per_token = totals * batch.loss_weight / batch.num_maskable.clamp(min=1)
+        totals = nll.new_zeros(batch.times.numel()).index_add_(0, of_rows, nll)
+        weighted, maskable = totals.view_as(batch.times) * batch.loss_weight, batch.num_maskable
+        if batch.has_blocks:
+            weighted, maskable = weighted.sum(1), maskable.sum(1)
+        per_token = weighted / maskable.clamp(min=1)
         if mine < len(batches):
             nats[samples] = per_token.double().cpu()
-            counts[samples] = batch.num_maskable.double().cpu()
+            counts[samples] = maskable.double().cpu()
     summed = sum_over_ranks(torch.stack([nats, counts]))
     return summed[0], summed[1]
+
+
+def _predict(net: nn.Module, batch: Corrupted) -> Prediction:
+    block_length = batch.masking.block_length
+    if block_length is not None:
+        kwargs = block_keywords(net, batch, block_length, {})
+        return predict_blocks(TrunkAndHead(net), batch, kwargs)
+    kwargs = {} if batch.documents is None else packed_keywords(net, batch, {})
+    return TrunkAndHead(net)(batch.input_ids, kwargs)
 
 
 def _evaluation(nats: Tensor, counts: Tensor, draws: int, name: str) -> Evaluation:

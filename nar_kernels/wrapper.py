@@ -23,7 +23,7 @@ from nar_kernels.nets.adapter import causal_module, net_attribute
 from nar_kernels.nets.critic import SelfCritic
 from nar_kernels.nets.keywords import merge_net_kwargs
 from nar_kernels.nets.modes import ModeLocks, no_grad
-from nar_kernels.nets.packed import packed_keywords
+from nar_kernels.nets.packed import block_keywords, packed_keywords, predict_blocks
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted, check_record, place_in_batch
@@ -59,9 +59,8 @@ def _uniform(generator: torch.Generator) -> float:
     return torch.rand((), generator=generator, dtype=torch.float32, device="cpu").item()
 
 
-def _warn_if_causal(net: nn.Module, *, is_masked: bool) -> None:
-    """``is_masked``: the net is given masks, which replace what transformers declares."""
-    causal = causal_module(net, ("causal",) if is_masked else ("is_causal", "causal"))
+def _warn_if_causal(net: nn.Module) -> None:
+    causal = causal_module(net)
     if causal is not None:
         warnings.warn(
             f"{type(net).__name__} holds a {type(causal).__name__} that is causal: a masked token "
@@ -114,6 +113,14 @@ class NonAutoregressiveWrapper(nn.Module):
         reduction: of the loss, as in :func:`nar_kernels.masked_nll`, in place of the choice before;
             not ``"none"``. (Not in x-transformers.)
         draw, times, never_mask_ids: as in :class:`MaskingConfig`. (Not in x-transformers.)
+        block_length: block diffusion (BD3LM, arXiv:2503.09573): positions of a block, each of which
+            is denoised given the clean blocks before it. A training step calls the net on noisy and
+            clean tokens, ids ``[B, 2 L]``: its ``forward`` must declare ``pos`` or
+            ``position_ids``, and one of ``block_mask``, ``attn_mask`` and ``attention_mask``;
+            x-transformers' needs rotary embeddings or ``max_seq_len`` of 2 L where L is shorter.
+            Causal nets such as Hugging Face's decoders are as good. Not with ``self_cond`` or
+            critics. (Not in x-transformers.) :meth:`generate` decodes in such blocks, and keeps the
+            keys and values of finished ones where it can.
         backend: of the masking, as in :func:`nar_kernels.corrupt`; of loss and decoding if they
             have it, else ``"auto"``.
         average_tokens_across_devices: under ``torch.distributed``, in training mode and with
@@ -121,10 +128,6 @@ class NonAutoregressiveWrapper(nn.Module):
             gradients is that of the global batch, however its tokens are distributed. One
             all-reduce of two numbers, overlapped with the net. All ranks must then call
             ``forward``, so turn it off within DistributedDataParallel's ``join()``.
-        block_length: the net is block-causal in blocks of this length, counted from position 0: a
-            position attends to its own block and those before. :meth:`generate` gives it masks that
-            say so, and keeps keys and values of finished blocks where it can. (Not in
-            x-transformers.)
 
     ``masking`` holds the :class:`MaskingConfig` in use; assign another to change it in training.
 
@@ -157,10 +160,10 @@ class NonAutoregressiveWrapper(nn.Module):
         draw: Literal["exact", "bernoulli"] = "exact",
         times: Literal["stratified", "uniform"] = "stratified",
         never_mask_ids: Sequence[int] = (),
+        block_length: int | None = None,
         reduction: Reduction | None = None,
         backend: str = "auto",
         average_tokens_across_devices: bool = True,
-        block_length: int | None = None,
     ) -> None:
         super().__init__()
         scalars = [name for name in REDUCTIONS if name != "none"]
@@ -170,15 +173,10 @@ class NonAutoregressiveWrapper(nn.Module):
         steps = as_int("steps", steps)
         if steps < 1:
             raise ValueError(f"steps is {steps}: generate needs at least 1")
-        if block_length is not None and (block_length := as_int("block_length", block_length)) < 1:
-            raise ValueError(
-                f"block_length is {block_length}: it must be positive, or None for a net that "
-                "attends to everything"
-            )
         if self_token_critic and token_critic is not None:
             raise ValueError("pass either token_critic or self_token_critic, not both")
 
-        self.net, self.block_length = net, block_length
+        self.net = net
         self.max_seq_len = as_int("max_seq_len", net_attribute(net, "max_seq_len"))
         self.dim = net_attribute(net, "emb_dim", None)
         if self.dim is None and (self_cond or self_token_critic):
@@ -197,12 +195,20 @@ class NonAutoregressiveWrapper(nn.Module):
             random_token_prob=random_token_prob,
             corruption_prob=0.5,
             never_mask_ids=never_mask_ids,
+            block_length=block_length,
         )
+        if block_length is not None and (self_cond or self_token_critic or token_critic):
+            name = "self_cond" if self_cond else "a critic"
+            raise ValueError(
+                f"block_length is {block_length}, with which {name} does not go: leave one of them "
+                "out"
+            )
         self.use_simple_mdlm_loss_weight = use_simple_mdlm_loss_weight
         self._reduction = reduction
         if self.reduction == "nelbo":
             self.masking.check_bound()
-        _warn_if_causal(net, is_masked=block_length is not None)
+        if block_length is None:  # otherwise it gets a mask
+            _warn_if_causal(net)
         self.backend = backend
         self.average_tokens_across_devices = average_tokens_across_devices
         self._deferred_check = DeferredCheck()
@@ -237,6 +243,11 @@ class NonAutoregressiveWrapper(nn.Module):
     @property
     def mask_id(self) -> int:
         return self.masking.mask_id
+
+    @property
+    def block_length(self) -> int | None:
+        """Of block diffusion; None if every position attends to all others."""
+        return self.masking.block_length
 
     @property
     def no_replace_prob(self) -> float:
@@ -322,7 +333,10 @@ class NonAutoregressiveWrapper(nn.Module):
                     "the batch holds documents, which a critic would not keep apart: use "
                     "only_train_generator=True, or a batch of windows"
                 )
-            kwargs = packed_keywords(self.net, corrupted, kwargs) | kwargs
+        if self.block_length is not None:
+            kwargs |= block_keywords(self.net, corrupted, self.block_length, kwargs)
+        elif corrupted.documents is not None:
+            kwargs |= packed_keywords(self.net, corrupted, kwargs)
         with ModeLocks(self.net, self.token_critic):
             return self._losses(
                 corrupted,
@@ -353,7 +367,7 @@ class NonAutoregressiveWrapper(nn.Module):
             self._all_reduce_counts(corrupted, reduction, with_critic) if needs_counts else None
         )
         with nullcontext() if with_generator else no_grad():
-            prediction = self._predict(corrupted.input_ids, seed, kwargs)
+            prediction = self._predict(corrupted, seed, kwargs)
         mean_counts = None if counts is None else counts.mean().clamp(min=1 / counts.world_size)
         loss: Tensor | None = None
         if with_generator:
@@ -424,6 +438,11 @@ class NonAutoregressiveWrapper(nn.Module):
                     f"the batch was corrupted for (num_tokens, mask_id) = {got}, but this wrapper "
                     f"has {(self.num_tokens, self.mask_id)}"
                 )
+            if x.masking.block_length != self.block_length:
+                raise ValueError(
+                    f"the batch was corrupted with block_length {x.masking.block_length}, but this "
+                    f"wrapper has {self.block_length}: make it with wrapper.masking"
+                )
             corrupted = x
         else:
             batch, slots, world_size = x.shape[0], None, distributed.world_size()
@@ -476,7 +495,10 @@ class NonAutoregressiveWrapper(nn.Module):
         :class:`InvalidTokenError`, if it has not been raised yet."""
         self._deferred_check.run()
 
-    def _predict(self, input_ids: Tensor, seed: int, kwargs: dict[str, Any]) -> Prediction:
+    def _predict(self, corrupted: Corrupted, seed: int, kwargs: dict[str, Any]) -> Prediction:
+        if self.block_length is not None:
+            return predict_blocks(TrunkAndHead(self.net), corrupted, kwargs)
+        input_ids = corrupted.input_ids
         is_flat = input_ids.dim() == 1
         rows = input_ids[None] if is_flat else input_ids
         if self.self_cond:
@@ -730,8 +752,8 @@ class NonAutoregressiveWrapper(nn.Module):
         is_block_causal = self.block_length is not None or config.cache is True
         if is_block_causal and self.self_cond:
             raise ValueError(
-                "self_cond gives each call of the net the hidden states of the one before, which a "
-                "block-causal net has for the block before: train without it"
+                "cache is True, but self_cond gives each call of the net the hidden states of the "
+                "one before, which may be those of another block: leave cache out"
             )
         eos_ids = read_eos(eos_id, config, self.masking)
         begin = read_prompt(

@@ -36,12 +36,27 @@ void check_samples(const CorruptArgs& a) {
   for (int64_t row = 0; a.sample_ids && row <= last; ++row) check_sample(a, row);
 }
 
+std::vector<uint32_t> all_times(const CorruptArgs& a, int num_threads) {
+  const int64_t of_view = a.windows.batch * a.division.num_blocks;
+  const bool is_paired = a.division.pairing != Pairing::kIndependent;  // one time for all views
+  const int64_t num_chunks = (of_view + kDrawsAtOnce - 1) / kDrawsAtOnce;
+  std::vector<uint32_t> t16(a.num_draws());
+  parallel_for((is_paired ? 1 : a.division.views) * num_chunks, num_threads, [&](int64_t c, int) {
+    const int64_t at = c % num_chunks * kDrawsAtOnce, first = c / num_chunks * of_view + at;
+    kernels().corrupt.draw_times(a, first, std::min(of_view - at, kDrawsAtOnce), &t16[first]);
+  });
+  for (int64_t v = 1; is_paired && v < a.division.views; ++v) {
+    std::copy(t16.begin(), t16.begin() + of_view, t16.begin() + v * of_view);
+  }
+  return t16;
+}
+
 }  // namespace
 
 void count_masked(const CorruptArgs& a, int64_t* counts, int num_threads) {
   check_samples(a);
   const CorruptKernels& k = kernels().corrupt;
-  const std::vector<uint32_t> t16 = k.draw_times(a);
+  const std::vector<uint32_t> t16 = all_times(a, num_threads);
   const int64_t work = a.exact ? 1 : std::max<int64_t>(a.windows.seq_len, 1);
   const int64_t chunk = (kKeysPerChunk + work - 1) / work, rows = num_rows(a);
   parallel_for((rows + chunk - 1) / chunk, num_threads, [&](int64_t c, int) {
@@ -72,7 +87,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   num_threads =
       static_cast<int>(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_chunks, 1)));
 
-  const std::vector<uint32_t> t16 = k.draw_times(a);
+  const std::vector<uint32_t> t16 = all_times(a, num_threads);
 
   constexpr int64_t kAlign = 64;
   const auto padded_to = [](int64_t n) {
@@ -89,7 +104,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   const bool has_runs = a.windows.runs.count || a.loss_mask.runs.count;  // which are gathered
   const int64_t of_window = has_runs ? padded * size_of(a.windows.token_type) : 0;
   const int64_t bytes = (2 * padded + of_words) * sizeof(uint32_t) +
-                        padded * (sizeof(int16_t) + 2) + of_labels + of_window;
+                        padded * (sizeof(int16_t) + 2) + kAlign + of_labels + of_window;
   std::unique_ptr<uint8_t[]> memory(new uint8_t[num_threads * bytes + kAlign]);
   uint8_t* aligned =
       memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
@@ -119,7 +134,7 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
     uint32_t* words = keys + padded;
     int32_t* clean = reinterpret_cast<int32_t*>(words + of_words);
     int16_t* upper = reinterpret_cast<int16_t*>(clean + padded);
-    uint8_t* can_mask = reinterpret_cast<uint8_t*>(upper + padded);
+    uint8_t* can_mask = reinterpret_cast<uint8_t*>(upper + padded) + kAlign;  // kTilePadding
     uint8_t* labels = can_mask + 2 * padded;
     const RowScratch scratch = {
         keys, words, clean, upper, can_mask, can_mask + padded, labels, labels + of_labels};

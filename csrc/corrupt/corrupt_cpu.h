@@ -20,7 +20,7 @@ struct RowScratch {
   uint32_t* keys;     // [seq_len, rounded up to kWordPadding]
   uint32_t* words;    // [4 * num_groups, likewise], if blocks do not begin at multiples of 4
   int32_t* clean;     // [seq_len]
-  int16_t* upper;     // [seq_len]
+  int16_t* upper;     // [seq_len, likewise, and kTilePadding]
   uint8_t* can_mask;  // [seq_len]
   // In place of outputs that are not wanted.
   uint8_t* masked;  // [seq_len]
@@ -59,8 +59,9 @@ using WriteRows = void (*)(const CorruptArgs&, int64_t index, const uint8_t* mas
 using CountBlocks = void (*)(const Division&, int64_t num_groups, uint64_t* counter,
                              uint64_t* block);
 
-// The 16-bit times of all draws.
-using DrawTimes = std::vector<uint32_t> (*)(const CorruptArgs&);
+// The 16-bit times of up to kDrawsAtOnce draws from `first` on, all of one view.
+constexpr int64_t kDrawsAtOnce = 1024;
+using DrawTimes = void (*)(const CorruptArgs&, int64_t first, int64_t count, uint32_t* t16);
 // Where the windows of its slots begin.
 using OrderedStarts = std::vector<int64_t> (*)(const CorruptArgs&);
 

@@ -92,50 +92,74 @@ struct BlockBounds {
   bool is_any_tied() const { return is_tied(keep) || is_tied(replace) || is_tied(mask); }
 };
 
-// A block of a row: what of the scratch memory is its own.
 struct Block {
   int64_t first, length;  // in the row
   uint64_t slot;
   uint32_t t16;
+  int64_t num_maskable;
 };
 
-Block block_of(const CorruptArgs& a, const Row& row, uint64_t slot, int64_t j,
-               const uint32_t* t16) {
+Block block_of(const CorruptArgs& a, const Row& row, uint64_t slot, int64_t j, const uint32_t* t16,
+               const uint8_t* can_mask) {
   const int64_t of_block = a.division.block_length, first = j * of_block;
   const int64_t length = std::min(std::max(row.span.length - first, int64_t{0}), of_block);
-  return {first, length, slot + static_cast<uint64_t>(j), t16[j]};
+  const int64_t num_maskable = can_mask ? count_set(can_mask + first, length) : length;
+  return {first, length, slot + static_cast<uint64_t>(j), t16[j], num_maskable};
 }
 
-int64_t count_maskable(const Block& block, const uint8_t* can_mask) {
-  return can_mask ? count_set(can_mask + block.first, block.length) : block.length;
-}
+bool has_corruption(const CorruptArgs& a) { return a.keep_share || a.random_share; }
 
-// Whose upper halves are those of the row, found at once. Of other blocks, key_bounds finds its
-// own.
-bool has_short_blocks(const CorruptArgs& a) {
-  return a.division.num_blocks > 1 && a.division.block_length <= kShort;
-}
-
-BlockBounds block_bounds(const CorruptArgs& a, const View& view, const Block& block,
-                         const RowScratch& scratch, const uint8_t* can_mask, int64_t n) {
+BlockBounds drawn_bounds(const CorruptArgs& a, const View& view, const Block& block) {
   const CorruptionShares shares = corruption_shares(a, a.seed, view, block.slot);
-  if (!is_exact(a, view)) {
-    const uint64_t ratio = view_ratio(a, view, block.t16);
-    return {(ratio * shares.keep >> 31) << 32, (ratio * shares.replace >> 31) << 32, ratio << 32};
-  }
-  const int32_t k = exact_count(a, view, block.t16, static_cast<int32_t>(n));
-  const int32_t ranks[kNumRanks] = {shares.of_count(shares.keep, k),
-                                    shares.of_count(shares.replace, k), k};
+  const uint64_t ratio = view_ratio(a, view, block.t16);
+  return {(ratio * shares.keep >> 31) << 32, (ratio * shares.replace >> 31) << 32, ratio << 32};
+}
+
+// How many keys are below the bounds of an exact draw.
+struct Ranks {
+  int32_t keep, replace, mask;
+};
+
+Ranks exact_ranks(const CorruptArgs& a, const View& view, const Block& block) {
+  const CorruptionShares shares = corruption_shares(a, a.seed, view, block.slot);
+  const int32_t n = static_cast<int32_t>(block.num_maskable);
+  const int32_t k = exact_count(a, view, block.t16, n);
+  return {shares.of_count(shares.keep, k), shares.of_count(shares.replace, k), k};
+}
+
+BlockBounds exact_bounds(const CorruptArgs& a, const View& view, const Block& block,
+                         const RowScratch& scratch, const uint8_t* can_mask) {
+  const auto [keep, replace, mask] = exact_ranks(a, view, block);
+  const int32_t ranks[kNumRanks] = {keep, replace, mask};
   KeyBound bounds[kNumRanks];
-  const uint32_t* keys = scratch.keys + block.first;
-  const uint8_t* can_take = can_mask ? can_mask + block.first : nullptr;
-  if (has_short_blocks(a)) {
-    short_bounds(keys, can_take, block.length, ranks, scratch.upper + block.first, view.order(0),
-                 bounds);
-  } else {
-    key_bounds(keys, can_take, block.length, n, ranks, scratch.upper, bounds, view.order(0));
-  }
+  key_bounds(scratch.keys + block.first, can_mask ? can_mask + block.first : nullptr, block.length,
+             static_cast<int32_t>(block.num_maskable), ranks, scratch.upper, bounds, view.order(0));
   return {bounds[0], bounds[1], bounds[2]};
+}
+
+// The same of up to kBlocksAtOnce blocks of a row whose upper halves are there.
+void short_exact_bounds(const CorruptArgs& a, const Row& row, const Block* blocks, int count,
+                        const RowScratch& scratch, const uint8_t* can_mask, BlockBounds* bounds) {
+  const int64_t first = blocks[0].first;
+  const ShortBlocks of_keys = {scratch.keys + first,
+                               scratch.upper + first,
+                               can_mask ? can_mask + first : nullptr,
+                               a.division.block_length,
+                               count,
+                               row.span.length - first};
+  Lanes ranks[kNumRanks] = {};
+  for (int u = 0; u < count; ++u) {
+    const auto [keep, replace, mask] = exact_ranks(a, row.view, blocks[u]);
+    ranks[0][u] = static_cast<int16_t>(keep);
+    ranks[1][u] = static_cast<int16_t>(replace);
+    ranks[2][u] = static_cast<int16_t>(mask);
+  }
+  const Transposed upper(of_keys);
+  KeyBound found[kNumRanks][kBlocksAtOnce] = {};
+  for (int j = has_corruption(a) ? 0 : kNumRanks - 1; j < kNumRanks; ++j) {
+    short_bounds(of_keys, upper, ranks[j], row.view.order(0), found[j]);
+  }
+  for (int u = 0; u < count; ++u) bounds[u] = {found[0][u], found[1][u], found[2][u]};
 }
 
 // In place of keys, whose bounds differ from block to block, what becomes of a position: these have
@@ -231,11 +255,39 @@ const uint8_t* write_outputs(const CorruptArgs& a, const Row& row, uint64_t slot
   const RowOutput<Id> out = outputs_of<Id>(a, row.span.begin, scratch);
   write_row(bounds.keep >> 32, bounds.mask >> 32, row.span.length, a.windows.mask_id, scratch.keys,
             scratch.clean, out);
-  if (bounds.replace != bounds.keep) {
+  if (bounds.replace != bounds.keep && a.random_share) {
     randomise_row(a, row, bounds, slot, scratch.keys, out.input_ids);
   }
   write_padding(a, row.span, out);
   return out.masked;
+}
+
+// The keys of a row of several blocks become what they decide.
+void decide_blocks(const CorruptArgs& a, const Row& row, uint64_t slot, const uint32_t* t16,
+                   const RowScratch& scratch, const uint8_t* can_mask) {
+  const View& view = row.view;
+  const bool exact = is_exact(a, view), is_short = a.division.block_length <= kShort;
+  if (exact && is_short) upper_halves(scratch.keys, row.span.length, scratch.upper);
+  Block blocks[kBlocksAtOnce];
+  BlockBounds bounds[kBlocksAtOnce];
+  for (int64_t first = 0; first < a.division.num_blocks; first += kBlocksAtOnce) {
+    const int count =
+        static_cast<int>(std::min<int64_t>(a.division.num_blocks - first, kBlocksAtOnce));
+    for (int u = 0; u < count; ++u) blocks[u] = block_of(a, row, slot, first + u, t16, can_mask);
+    if (exact && is_short) {
+      short_exact_bounds(a, row, blocks, count, scratch, can_mask, bounds);
+    } else {
+      for (int u = 0; u < count; ++u) {
+        bounds[u] = exact ? exact_bounds(a, view, blocks[u], scratch, can_mask)
+                          : drawn_bounds(a, view, blocks[u]);
+      }
+    }
+    for (int u = 0; u < count; ++u) {
+      const int64_t at = blocks[u].first;
+      decide(bounds[u], view, can_mask ? can_mask + at : nullptr, blocks[u].length,
+             scratch.keys + at);
+    }
+  }
 }
 
 void corrupt_row(const CorruptArgs& a, int64_t index, const uint32_t* t16,
@@ -247,31 +299,31 @@ void corrupt_row(const CorruptArgs& a, int64_t index, const uint32_t* t16,
   std::fill(scratch.clean + row.span.stored, scratch.clean + length, a.windows.spans.eos_id);
   const uint64_t slot = a.slot(Draw{row.sample, 0, row.view_index});
   fill_keys(a, row, slot, counters, scratch);
-  const bool all_maskable = !is_restricted(a);
+  const bool all_maskable = !is_restricted(a), exact = is_exact(a, view);
   const uint8_t* can_mask = all_maskable ? nullptr : scratch.can_mask;
   if (!all_maskable) exclude_keys(a, row, scratch);
-  if (has_short_blocks(a)) upper_halves(scratch.keys, length, scratch.upper);
 
   BlockBounds bounds = kFateBounds;
-  for (int64_t j = 0; j < num_blocks; ++j) {
-    const Block block = block_of(a, row, slot, j, t16);
-    const int64_t n = count_maskable(block, can_mask);
-    const BlockBounds own = block_bounds(a, view, block, scratch, can_mask, n);
-    if (num_blocks == 1 && !own.is_any_tied()) {
-      bounds = own;
+  if (num_blocks > 1) {
+    decide_blocks(a, row, slot, t16, scratch, can_mask);
+  } else {
+    const Block block = block_of(a, row, slot, 0, t16, can_mask);
+    const BlockBounds own =
+        exact ? exact_bounds(a, view, block, scratch, can_mask) : drawn_bounds(a, view, block);
+    if (own.is_any_tied()) {
+      decide(own, view, can_mask, length, scratch.keys);
     } else {
-      const uint8_t* can = can_mask ? can_mask + block.first : nullptr;
-      decide(own, view, can, block.length, scratch.keys + block.first);
+      bounds = own;
     }
   }
   const uint8_t* masked = a.narrow ? write_outputs<int32_t>(a, row, slot, scratch, bounds)
                                    : write_outputs<int64_t>(a, row, slot, scratch, bounds);
   for (int64_t j = 0; j < num_blocks; ++j) {
-    const Block block = block_of(a, row, slot, j, t16);
-    const int64_t n = count_maskable(block, can_mask);
-    const int64_t k = is_exact(a, view) ? exact_count(a, view, block.t16, static_cast<int32_t>(n))
-                                        : count_set(masked + block.first, block.length);
-    write_scalars(a, index * num_blocks + j, row.view_index, block.t16, n, k);
+    const Block block = block_of(a, row, slot, j, t16, can_mask);
+    const int64_t k =
+        exact ? exact_count(a, view, block.t16, static_cast<int32_t>(block.num_maskable))
+              : count_set(masked + block.first, block.length);
+    write_scalars(a, index * num_blocks + j, row.view_index, block.t16, block.num_maskable, k);
   }
 }
 
@@ -280,7 +332,7 @@ int64_t count_row(const CorruptArgs& a, int64_t index, const uint32_t* t16) {
   const uint64_t slot = a.slot(Draw{row.sample, 0, row.view_index});
   int64_t count = 0;
   for (int64_t j = 0; j < a.division.num_blocks; ++j) {
-    const Block block = block_of(a, row, slot, j, t16);
+    const Block block = block_of(a, row, slot, j, t16, nullptr);
     count += is_exact(a, row.view)
                  ? exact_count(a, row.view, block.t16, static_cast<int32_t>(block.length))
                  : count_drawn(a, row.view, block);

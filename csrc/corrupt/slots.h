@@ -12,40 +12,37 @@ namespace nar {
 // Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
-// The 16-bit times of all draws.
-std::vector<uint32_t> draw_times(const CorruptArgs& a) {
-  const Division& d = a.division;
-  const int64_t num_slots = a.windows.batch * d.num_blocks;
-  std::vector<uint32_t> t16(d.views * num_slots + kWordsAtPadding);
-  std::vector<int64_t> slots(num_slots + kWordsAtPadding);  // padded for first_words
-  for (int64_t v = 0; v < d.views; ++v) {
-    uint32_t* times = t16.data() + v * num_slots;
-    if (a.view_times) {
-      std::fill(times, times + num_slots, static_cast<uint32_t>(a.view_times[v]));
-      continue;
-    }
-    if (v > 0 && d.pairing != Pairing::kIndependent) {  // the views of a pair share theirs
-      std::copy(t16.data(), t16.data() + num_slots, times);
-      continue;
-    }
-    for (int64_t row = 0, at = 0; row < a.windows.batch; ++row) {
-      const int64_t first = static_cast<int64_t>(a.slot(Draw{row, 0, v}));
-      for (int64_t j = 0; j < d.num_blocks; ++j) slots[at++] = first + j;
-    }
-    const View view = d.view(v);
-    first_words(times, slots.data(), num_slots, a.seed, view.stream(kTime));
-    if (a.stratified) {
-      const uint64_t strata = a.num_strata();
-      permute_slots(slots.data(), num_slots, static_cast<int64_t>(strata), a.seed,
-                    view.stream(kStratum));
-      for (int64_t i = 0; i < num_slots; ++i) {
-        times[i] = stratified_time(static_cast<uint64_t>(slots[i]), times[i], strata);
-      }
-    } else {
-      for (int64_t i = 0; i < num_slots; ++i) times[i] >>= 16;
-    }
+// The 16-bit times of up to kDrawsAtOnce draws from `first` on, all of one view.
+void draw_times(const CorruptArgs& a, int64_t first, int64_t count, uint32_t* t16) {
+  const Draw draw = a.division.draw(first, a.windows.batch);
+  if (a.view_times) {
+    return std::fill(t16, t16 + count, static_cast<uint32_t>(a.view_times[draw.view]));
   }
-  return t16;
+  const View view = a.division.view(draw.view);
+  // Padded for first_words.
+  int64_t slots[kDrawsAtOnce + kWordsAtPadding];
+  uint32_t words[kDrawsAtOnce + kWordsAtPadding];
+  int64_t row = draw.row, block = draw.block;
+  for (int64_t i = 0; i < count; ++row, block = 0) {
+    const int64_t slot = static_cast<int64_t>(a.slot(Draw{row, 0, draw.view}));
+    const int64_t here = std::min(a.division.num_blocks - block, count - i);
+    for (int64_t j = 0; j < here; ++j) slots[i + j] = slot + block + j;
+    i += here;
+  }
+  first_words(words, slots, count, a.seed, view.stream(kTime));
+  if (!a.stratified) {
+    for (int64_t i = 0; i < count; ++i) t16[i] = words[i] >> 16;
+    return;
+  }
+  const int64_t strata = static_cast<int64_t>(a.num_strata());
+  permute_slots(slots, count, strata, a.seed, view.stream(kStratum));
+  for (int64_t i = 0; i < count; ++i) {
+    // As stratified_time: a quotient below 2^16 of numbers below 2^48 and 2^32 is so far from the
+    // next whole number that a division of doubles does not reach it.
+    const int64_t at = (slots[i] << 16) + (words[i] >> 16);
+    t16[i] = static_cast<uint32_t>(static_cast<double>(at) / static_cast<double>(strata));
+  }
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(a.ratio_table + t16[i]);
 }
 
 // Where the windows of the slots begin, in the order of their epochs.

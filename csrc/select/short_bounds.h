@@ -1,76 +1,124 @@
-// The selection of a few keys on the CPU, such as those of a block: as key_bounds, without branches
-// that depend on the keys.
+// The selection of few keys on the CPU, such as those of blocks: as key_bounds, but for many blocks
+// side by side, one a lane, by bisection, without branches that depend on the keys.
 #pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "select/key_bounds.h"
 
 namespace nar {
 
-// Up to how many keys it is faster.
+// Up to how many keys it is faster, and how many blocks are looked at together.
 constexpr int64_t kShort = 256;
+constexpr int kBlocksAtOnce = 32;
+
+// How much of `upper` is read behind the last block.
+constexpr int64_t kTilePadding = 8;
 
 // Compiled once per instruction set (see levels/kernels.h).
 namespace {
 
-// Of n upper halves, how many are below a pivot in [0, 65535].
-struct UpperCounts {
-#if defined(__AVX512F__)
-  __m512i held[kShort / 32];
-  int num_vectors;
-
-  UpperCounts(const int16_t* upper, int64_t n) : num_vectors(static_cast<int>((n + 31) / 32)) {
-    const __m512i largest = _mm512_set1_epi16(INT16_MAX);
-    for (int v = 0; v < num_vectors; ++v) {
-      const int64_t left = n - 32 * v;
-      const __mmask32 there = left < 32 ? (1u << left) - 1 : ~0u;
-      held[v] = _mm512_mask_loadu_epi16(largest, there, upper + 32 * v);
-    }
-  }
-
-  int32_t below(int32_t pivot) const {
-    const __m512i of_all = _mm512_set1_epi16(static_cast<int16_t>(pivot ^ kFlip));
-    int32_t count = 0;
-    for (int v = 0; v < num_vectors; ++v) {
-      count += _mm_popcnt_u32(_mm512_cmplt_epi16_mask(held[v], of_all));
-    }
-    return count;
-  }
-#else
-  const int16_t* upper;
-  int64_t n;
-
-  UpperCounts(const int16_t* upper, int64_t n) : upper(upper), n(n) {}
-
-  int32_t below(int32_t pivot) const {
-    const int16_t flipped = static_cast<int16_t>(pivot ^ kFlip);
-    int16_t count = 0;
-    for (int64_t i = 0; i < n; ++i) count += upper[i] < flipped;
-    return count;
-  }
-#endif
+// Some neighbouring blocks of a row.
+struct ShortBlocks {
+  const uint32_t* keys;     // of the first block, as the next two
+  const int16_t* upper;     // upper halves
+  const uint8_t* can_take;  // or null
+  int64_t of_block;         // keys, at most kShort
+  int count;                // blocks, at most kBlocksAtOnce
+  int64_t length;           // of all of them: the last may be shorter, or some empty
 };
 
-// Bounds of the `ranks[j]` smallest of `length` keys, at most kShort. Arguments as of key_bounds,
-// but `upper` are their upper halves.
-inline void short_bounds(const uint32_t* keys, const uint8_t* can_take, int64_t length,
-                         const int32_t* ranks, const int16_t* upper, uint32_t flip,
-                         KeyBound* bounds) {
-  const UpperCounts counts(upper, length);
-  for (int j = 0; j < kNumRanks; ++j) {
-    if (j > 0 && ranks[j] == ranks[j - 1]) {
-      bounds[j] = bounds[j - 1];
-      continue;
+// A number of each block. Vector extensions of GCC and clang.
+typedef int16_t Lanes __attribute__((vector_size(2 * kBlocksAtOnce)));
+
+// Upper halves: those at place i of all blocks are neighbours.
+struct Transposed {
+  Lanes at[kShort + kTilePadding];
+
+  explicit Transposed(const ShortBlocks& blocks) {
+    for (int64_t i = 0; i < blocks.of_block; i += 8) {
+      for (int u = 0; u < kBlocksAtOnce; u += 8) {
+        const int16_t* from[8];
+        for (int j = 0; j < 8; ++j) {
+          from[j] = blocks.upper + std::min(u + j, blocks.count - 1) * blocks.of_block + i;
+        }
+        transpose(from, i, u);
+      }
     }
-    bounds[j] = 0;
-    if (ranks[j] == 0) continue;
-    int32_t half = 0;  // that of the key of this rank: fewer are below it, but not below the next
-    for (int32_t bit = 1 << 15; bit != 0; bit >>= 1) {
-      half += counts.below(half + bit) < ranks[j] ? bit : 0;
+    // The largest is below no pivot.
+    const int64_t whole = std::max<int64_t>(blocks.length, 0) / blocks.of_block;
+    for (int u = static_cast<int>(whole); u < blocks.count; ++u) {
+      const int64_t end = std::max<int64_t>(blocks.length - u * blocks.of_block, 0);
+      for (int64_t i = end; i < blocks.of_block; ++i) at[i][u] = INT16_MAX;
     }
-    const bool separates = half < 0xFFFF && counts.below(half + 1) == ranks[j];
-    bounds[j] = separates ? static_cast<KeyBound>(half + 1) << 48
-                          : bound_within(keys, can_take, length, upper, half,
-                                         ranks[j] - counts.below(half), flip);
+  }
+
+ private:
+  void transpose(const int16_t* const (&from)[8], int64_t first, int block) {
+#if defined(__SSE2__)
+    __m128i row[8], next[8];
+    for (int j = 0; j < 8; ++j) row[j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[j]));
+    for (int j = 0; j < 4; ++j) {
+      next[2 * j] = _mm_unpacklo_epi16(row[j], row[j + 4]);
+      next[2 * j + 1] = _mm_unpackhi_epi16(row[j], row[j + 4]);
+    }
+    for (int j = 0; j < 4; ++j) {
+      row[2 * j] = _mm_unpacklo_epi16(next[j], next[j + 4]);
+      row[2 * j + 1] = _mm_unpackhi_epi16(next[j], next[j + 4]);
+    }
+    for (int j = 0; j < 4; ++j) {
+      next[2 * j] = _mm_unpacklo_epi16(row[j], row[j + 4]);
+      next[2 * j + 1] = _mm_unpackhi_epi16(row[j], row[j + 4]);
+    }
+    for (int j = 0; j < 8; ++j) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(&at[first + j]) + block / 8, next[j]);
+    }
+#else
+    for (int j = 0; j < 8; ++j) {
+      for (int i = 0; i < 8; ++i) at[first + i][block + j] = from[j][i];
+    }
+#endif
+  }
+};
+
+// How many upper halves of each block are below its pivot, which is flipped as they are. (By
+// reference: how vectors are passed depends on the instruction set.)
+inline void count_below(const Transposed& upper, int64_t of_block, const Lanes& pivot,
+                        Lanes* below) {
+  Lanes count = {};
+  for (int64_t i = 0; i < of_block; ++i) count -= upper.at[i] < pivot;
+  *below = count;
+}
+
+// Bounds of the rank[u] smallest keys of each block. `flip`: as of bound_within.
+inline void short_bounds(const ShortBlocks& blocks, const Transposed& upper, const Lanes& rank,
+                         uint32_t flip, KeyBound* bounds) {
+  // The upper half of the key of that rank: fewer are below it. Flipped: from INT16_MIN on.
+  Lanes half = Lanes{} + INT16_MIN, below;
+  for (int bit = 15; bit >= 0; --bit) {
+    const Lanes trial = half + static_cast<int16_t>(1 << bit);
+    count_below(upper, blocks.of_block, trial, &below);
+    half = below < rank ? trial : half;
+  }
+  count_below(upper, blocks.of_block, half + 1, &below);
+  for (int u = 0; u < blocks.count; ++u) {
+    const uint32_t of_key = static_cast<uint16_t>(half[u] ^ kFlip);
+    if (rank[u] == 0) {
+      bounds[u] = 0;
+    } else if (below[u] == rank[u]) {  // never of the largest, behind which nothing is
+      bounds[u] = KeyBound{of_key + 1} << 48;
+    } else {  // rare: others have the same upper half
+      const int64_t first = u * blocks.of_block;
+      const int16_t* own = blocks.upper + first;
+      const int64_t length = std::min(blocks.of_block, blocks.length - first);
+      int32_t before = 0;
+      for (int64_t i = 0; i < length; ++i) before += own[i] < half[u];
+      bounds[u] =
+          bound_within(blocks.keys + first, blocks.can_take ? blocks.can_take + first : nullptr,
+                       length, own, static_cast<int32_t>(of_key), rank[u] - before, flip);
+    }
   }
 }
 

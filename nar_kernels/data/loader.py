@@ -27,6 +27,7 @@ from nar_kernels.ops.corrupt import CorruptStep, Wanted, corrupt_documents
 from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.documents import check_documents
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.ops.views import ViewsLike, check_views
 
 _MOST_SLOTS = (1 << 63) - 1
 
@@ -109,6 +110,7 @@ class MaskedLoader:
         random_length_prob: the share of windows that are cut to a random length in [1, L], by their
             slots (LLaDA, before fine-tuning: 0.01). A batch then has ``documents``, and
             ``attention_mask`` says what is padding.
+        views: as in :func:`nar_kernels.corrupt`: how many masks of each of the B sequences.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
         outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
@@ -137,6 +139,7 @@ class MaskedLoader:
         shuffle: bool = True,
         shift_epochs: bool = False,
         random_length_prob: float = 0.0,
+        views: ViewsLike = 1,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
         outputs: Collection[Output] = OUTPUTS,
@@ -166,7 +169,7 @@ class MaskedLoader:
         self.device = check_device(device)
         self._compute_device = self.device if self.device.type == "cuda" else torch.device("cpu")
         self.backend = resolve_backend(backend, self._compute_device)
-        self._wanted = Wanted.of(outputs, ids_dtype)
+        self._wanted, self._views = Wanted.of(outputs, ids_dtype), check_views(views, masking)
         self.step = 0
         self.random_length_prob = check_probability("random_length_prob", random_length_prob)
         self._order = order_of(dataset, self.seed, self.shuffle, bool(shift_epochs))
@@ -205,6 +208,7 @@ class MaskedLoader:
             runs=runs,
             loss_mask=loss_mask,
             loss_mask_runs=None if self._stager is not None else place.loss_mask_runs,
+            views=self._views,
             wanted=self._wanted,
             backend=self.backend,
         )
@@ -340,6 +344,8 @@ class MaskedLoader:
             runs=runs,
             loss_mask=loss_mask,
             loss_mask_runs=loss_mask_runs,
+            max_length=length,
+            views=self._views,
             wanted=self._wanted,
             backend=self.backend,
         )
@@ -402,6 +408,7 @@ class MaskedLoader:
             "shuffle": self.shuffle,
             "random_length_prob": self.random_length_prob,
             **self._order.state(),
+            "views": self._views.state(),
             **masking_state(self.masking),
         }
 

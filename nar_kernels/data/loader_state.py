@@ -6,10 +6,11 @@ from typing import Any
 from nar_kernels.ops.masking import MaskingConfig
 
 # 1 said nothing of the masking at first, nor of what 2 adds, and so on.
-VERSION = 4
+VERSION = 5
 _NEW_IN_2 = {"shift_epochs": False, "table_digest": None}
 _NEW_IN_3 = {"time_range": [0.0, 1.0], "weighting": "elbo"}
 _NEW_IN_4 = {"loss_mask_digest": None, "random_length_prob": 0.0}  # a loss mask was not used
+_NEW_IN_5 = {"block_length": None, "views": None}
 
 _HOW = "make the loader with the arguments it had when the state was taken"
 
@@ -25,6 +26,7 @@ def masking_state(masking: MaskingConfig) -> dict[str, Any]:
         "draw": str(masking.draw),
         "times": str(masking.times),
         "weighting": str(masking.weighting),
+        "block_length": masking.block_length,
         "never_mask_ids": sorted({int(i) for i in masking.never_mask_ids}),
         **{name: float(getattr(masking, name)) for name in shares},
     }
@@ -68,6 +70,8 @@ def check_continues(
     if version < 4:
         old |= _NEW_IN_4
         of_sources = _NEW_IN_4
+    if version < 5:
+        old |= _NEW_IN_5
     _compare("", ours, theirs, old, corpora, repr(masking.schedule))
     for i, (one, two) in enumerate(
         zip(ours.get("sources", ()), theirs.get("sources", ()), strict=True)

@@ -26,6 +26,7 @@ from nar_kernels.ops.corrupted import OUTPUTS, Corrupted, Output, check_record
 from nar_kernels.ops.documents import Documents, check_documents
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.samples import check_id
+from nar_kernels.ops.views import ViewsLike, check_views
 from nar_kernels.ops.windows import gather_ragged
 
 Layout = Literal["rows", "flat"]
@@ -88,6 +89,7 @@ class PackedLoader:
         random_length_prob: the share of documents that are cut to a random length (LLaDA, before
             fine-tuning: 0.01), answers included; not with ``eos_fill``, which would put an end
             there.
+        views: as in :func:`nar_kernels.corrupt`: how many masks of each document.
         corpus_memory: as of ``MaskedLoader``; from ``"mapped"`` the tokens of a batch are copied
             when it is made.
 
@@ -125,6 +127,7 @@ class PackedLoader:
         block_size: int | None = None,
         pad_id: int | None = None,
         random_length_prob: float = 0.0,
+        views: ViewsLike = 1,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
         outputs: Collection[Output] = OUTPUTS,
@@ -147,6 +150,7 @@ class PackedLoader:
         if layout not in get_args(Layout):
             raise ValueError(f"layout is {layout!r}: it must be 'rows' or 'flat'")
         self.layout, self.eos_fill = layout, eos_fill
+        self._views = check_views(views, masking)
         self.random_length_prob = check_probability("random_length_prob", random_length_prob)
         self.eos_id = None if eos_id is None else check_id("eos_id", eos_id, masking)
         self.pad_id = None if pad_id is None else check_id("pad_id", pad_id, masking)
@@ -324,6 +328,8 @@ class PackedLoader:
             loss_mask_runs=loss_mask_runs,
             eos_id=self.eos_id,
             pad_id=self.pad_id,
+            max_length=self.seq_len,
+            views=self._views,
             wanted=self._wanted,
             backend=self.backend,
         )
@@ -366,6 +372,7 @@ class PackedLoader:
             "eos_id": self.eos_id,
             "pad_id": self.pad_id,
             "random_length_prob": self.random_length_prob,
+            "views": self._views.state(),
             **masking_state(self.masking),
             "place": self.plan.state(self.step * self.global_batch),
         }

@@ -279,13 +279,11 @@ def is_transformer_wrapper(net: nn.Module) -> bool:
     return forward.__module__ == module.__name__ and not hasattr(forward, "__wrapped__")
 
 
-def causal_module(
-    net: nn.Module, names: tuple[str, ...] = ("is_causal", "causal")
-) -> nn.Module | None:
+def causal_module(net: nn.Module) -> nn.Module | None:
     """The first submodule that declares causal attention, by ``is_causal`` (transformers) or
     ``causal`` (x-transformers); None if none does."""
     for module in net.modules():
-        if any(getattr(module, name, None) is True for name in names):
+        if any(getattr(module, name, None) is True for name in ("is_causal", "causal")):
             return module
     return None
 

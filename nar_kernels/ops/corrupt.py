@@ -6,7 +6,7 @@ documents, N their positions.
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from nar_kernels.ops.samples import (
     spans_of,
 )
 from nar_kernels.ops.tokens import check_token_dtype
-from nar_kernels.ops.views import ONE_VIEW, Views, check_views, view_tables
+from nar_kernels.ops.views import ONE_VIEW, Views, ViewsLike, check_views, view_tables
 from nar_kernels.spec.philox import signed_seed
 
 
@@ -104,7 +104,7 @@ def corrupt(
     num_rows: int | None = None,
     pad_id: int | None = None,
     max_length: int | None = None,
-    views: int | range | Literal["complement", "coupled"] = 1,
+    views: ViewsLike = 1,
     outputs: Collection[Output] = OUTPUTS,
     ids_dtype: torch.dtype = torch.int64,
     out: Corrupted | None = None,

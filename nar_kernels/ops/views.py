@@ -4,7 +4,7 @@ Shapes: B batch, L sequence length, n views.
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ class Pairing(IntEnum):
     COUPLED = 2  # everything; what is drawn; and its complement
 
 
+# What is asked for: so many, a range of them, or related ones.
+ViewsLike = int | range | Literal["complement", "coupled"]
+
 _NAMES = {"complement": (2, Pairing.COMPLEMENT), "coupled": (3, Pairing.COUPLED)}
 
 
@@ -41,6 +44,10 @@ class Views(NamedTuple):
     first: int = 0
     pairing: Pairing = Pairing.INDEPENDENT
 
+    def state(self) -> list[int] | None:
+        """As plain values; None for one view."""
+        return None if self == ONE_VIEW else [*map(int, self)]
+
     @property
     def is_paired(self) -> bool:
         return self.pairing is not Pairing.INDEPENDENT
@@ -49,7 +56,7 @@ class Views(NamedTuple):
 ONE_VIEW = Views()
 
 
-def check_views(views: int | range | str, masking: MaskingConfig) -> Views:
+def check_views(views: ViewsLike, masking: MaskingConfig) -> Views:
     """
     Raises:
         ValueError, TypeError: no such views, or they do not go with quadrature.

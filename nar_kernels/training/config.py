@@ -111,6 +111,13 @@ class TrainConfig:
         "masks with an exact count, or an independent coin per token",
         choices=("exact", "bernoulli"),
     )
+    block_length: int | None = option(
+        None,
+        "block diffusion (BD3LM): tokens of a block, each denoised given the clean blocks before "
+        "it. A step takes twice the tokens through the net. Needs rotary, and no shift-tokens",
+        type=int,
+        otherwise="every token attends to all others",
+    )
     loss: str = option(
         "mean",
         "training objective: mean over masked tokens, which has less variance; nelbo, the "
@@ -252,6 +259,11 @@ class TrainConfig:
                 f"dim / heads is {self.dim // self.heads}: rotary embeddings need an even width of "
                 "a head; change them, or use --no-rotary"
             )
+        if self.block_length is not None and not (self.rotary and self.shift_tokens == 0):
+            why = "--rotary, since noisy and clean tokens have the same positions"
+            if self.rotary:
+                why = "--shift-tokens 0, since clean tokens would show what is to be predicted"
+            raise ValueError(f"block_length is {self.block_length}: it needs {why}")
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} sequences"
@@ -372,6 +384,7 @@ _MOST_THREADS = 1024  # PyTorch crashes if the OS cannot start as many as reques
 
 _AT_LEAST_ONE = (
     *("seq_len", "stride", "held_out", "dim", "depth", "heads", "steps", "batch_size"),
+    "block_length",
     *("accumulate", "eval_every", "eval_draws", "save_every", "threads"),
 )
 

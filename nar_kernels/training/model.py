@@ -62,7 +62,7 @@ def _build_model(
             shift_tokens=config.shift_tokens,
             rotary_pos_emb=config.rotary,
             rotary_emb_dim=config.dim // config.heads,
-            disable_abs_pos_emb=False,
+            disable_abs_pos_emb=config.block_length is not None,  # of twice as many tokens
             verbose=False,  # no advice to use larger nets
             attn_dropout=config.dropout,
             ff_dropout=config.dropout,
@@ -77,6 +77,7 @@ def _build_model(
         random_token_prob=0.0,
         use_simple_mdlm_loss_weight=config.loss == "nelbo",
         reduction=config.loss,  # type: ignore[arg-type]
+        block_length=config.block_length,
     )
     times = config.time_low, config.time_high
     model.masking = replace(model.masking, time_range=times)
@@ -128,7 +129,7 @@ def prepare(
 
 
 # Options that must match to load weights, and fields of SequenceSpec that must, too.
-_SAME_NET = ("dim", "depth", "heads", "rotary", "shift_tokens")
+_SAME_NET = ("dim", "depth", "heads", "rotary", "shift_tokens", "block_length")
 _SAME_SEQUENCES = ("num_tokens", "seq_len")
 
 

@@ -348,6 +348,7 @@ class Run:
         with self.ema_weights(), parallel.unsharded(self.model), self.autocast():
             net, data = self.model.net, self.data
             how: dict[str, Any] = {"draws": self.config.eval_draws, "device": self.device}
+            how["block_length"] = self.config.block_length
             if isinstance(data, PackedData):
                 result = evaluate_documents(net, data.held_out, **how)
             else:

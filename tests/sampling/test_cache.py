@@ -244,6 +244,11 @@ def test_a_config_has_the_option():
     assert torch.equal(model_of(net).sample(config, 2, seed=1).last().ids, expected.ids)
 
 
+def test_by_default_each_block_has_a_step():
+    model = NonAutoregressiveWrapper(rotary(), mask_id=MASK_ID, block_length=1)
+    assert len(list(model.sample(SamplingConfig(), 2))) == 1 + LENGTH > 1 + 18
+
+
 def test_a_net_that_looks_across_blocks():
     net = absolute(shift_tokens=1)
     with pytest.raises(ValueError, match=r"logits of TransformerWrapper differ by .* cache=False"):
@@ -277,15 +282,13 @@ def test_what_does_not_go_with_it():
         NonAutoregressiveWrapper(net, mask_id=MASK_ID).generate(cache=True)
     with pytest.raises(ValueError, match="attn_mask was given for the net"):
         model.generate(attn_mask=torch.ones(LENGTH, LENGTH, dtype=torch.bool))
+    blocks = {"block_length": BLOCK, "cache": True, "steps": 12}
     with pytest.raises(ValueError, match="strategy is 'critic'"):
-        model_of(net, self_token_critic=True).generate()
+        NonAutoregressiveWrapper(net, mask_id=MASK_ID, self_token_critic=True).generate(**blocks)
     with pytest.raises(ValueError, match="self_cond gives each call"):
-        model_of(net, self_cond=True).generate()
+        NonAutoregressiveWrapper(net, mask_id=MASK_ID, self_cond=True).generate(**blocks)
     with pytest.raises(TypeError, match="cache is 1"):
         model.generate(cache=1)
-    for length in (0, -1):
-        with pytest.raises(ValueError, match=f"block_length is {length}: it must be positive"):
-            NonAutoregressiveWrapper(net, mask_id=MASK_ID, block_length=length)
 
 
 class NoMask(nn.Module):
