@@ -67,7 +67,8 @@ class SamplingConfig:
         None,
         "decoding steps, one call of the net each",
         type=int,
-        otherwise="18, or one for each block; as many as it takes with threshold, quota, factor and entropy_bound",
+        otherwise="18, or one for each block; as many as it takes with threshold, quota, factor "
+        "and entropy_bound",
     )
     strategy: str = option(
         "random",
