@@ -64,6 +64,7 @@ bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_row_counts.py
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/bench_cache.py
 	$(BIN)/python benchmarks/bench_unmask.py
 	$(BIN)/python benchmarks/bench_choose.py
 	$(BIN)/python benchmarks/bench_loader.py

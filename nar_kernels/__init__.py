@@ -23,6 +23,7 @@ from nar_kernels.nets.block_attention import (
     block_varlen_arguments,
     dense_block_mask,
 )
+from nar_kernels.nets.cache import BlockCache, CachingNet
 from nar_kernels.nets.packed import block_diffusion_inputs
 from nar_kernels.ops.backends import backends
 from nar_kernels.ops.cart import cart_weights
@@ -39,6 +40,8 @@ from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 __all__ = [
     "BackendUnavailableError",
+    "BlockCache",
+    "CachingNet",
     "Corpus",
     "CorpusChangedError",
     "CorpusFormatError",

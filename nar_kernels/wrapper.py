@@ -33,6 +33,7 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 from nar_kernels.ops.nll import NLL_DTYPES
 from nar_kernels.ops.unmask import UNMASK_BACKENDS
 from nar_kernels.sampling.batch import decode_batch
+from nar_kernels.sampling.blocks import make_block_calls, with_blocks_of
 from nar_kernels.sampling.config import (
     ADAPTIVE,
     EndPolicy,
@@ -118,7 +119,8 @@ class NonAutoregressiveWrapper(nn.Module):
             ``position_ids``, and one of ``block_mask``, ``attn_mask`` and ``attention_mask``;
             x-transformers' needs rotary embeddings or ``max_seq_len`` of 2 L where L is shorter.
             Causal nets such as Hugging Face's decoders are as good. Not with ``self_cond`` or
-            critics. (Not in x-transformers.)
+            critics. (Not in x-transformers.) :meth:`generate` decodes in such blocks, and keeps the
+            keys and values of finished ones where it can.
         backend: of the masking, as in :func:`nar_kernels.corrupt`; of loss and decoding if they
             have it, else ``"auto"``.
         average_tokens_across_devices: under ``torch.distributed``, in training mode and with
@@ -625,6 +627,7 @@ class NonAutoregressiveWrapper(nn.Module):
         eta: float = 0.02,
         grid: tuple[int, int] | None = None,
         block_length: int | None = None,
+        cache: bool | None = None,
         length: int | Sequence[int] | None = None,
         max_new_tokens: int | None = None,
         eos_id: int | Sequence[int] | None = None,
@@ -649,7 +652,7 @@ class NonAutoregressiveWrapper(nn.Module):
                 and ``"entropy_bound"``, as many as needed.
             strategy: default: ``"critic"`` if there is one, else ``"confidence"``.
             choice_temperature, threshold, factor, entropy_bound, editing_threshold, eta, grid,
-                block_length, length, max_new_tokens, eos, guidance_scale: as in
+                block_length, cache, length, max_new_tokens, eos, guidance_scale: as in
                 :class:`SamplingConfig`.
             can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
         """
@@ -670,6 +673,7 @@ class NonAutoregressiveWrapper(nn.Module):
             editing_threshold=editing_threshold,
             eta=eta,
             block_length=block_length,
+            cache=cache,
             remask=bool(can_mask_prev_unmasked),
             guidance_scale=guidance_scale,
             length=length,  # type: ignore[arg-type]  # a sequence becomes a tuple
@@ -744,6 +748,13 @@ class NonAutoregressiveWrapper(nn.Module):
         """
         kwargs = merge_net_kwargs(self.net, kwargs, net_kwargs, _SAMPLE_ARGUMENTS)
         device = self._device()
+        config = with_blocks_of(config, self.block_length)
+        is_block_causal = self.block_length is not None or config.cache is True
+        if is_block_causal and self.self_cond:
+            raise ValueError(
+                "cache is True, but self_cond gives each call of the net the hidden states of the "
+                "one before, which may be those of another block: leave cache out"
+            )
         eos_ids = read_eos(eos_id, config, self.masking)
         begin = read_prompt(
             prompt,
@@ -754,6 +765,17 @@ class NonAutoregressiveWrapper(nn.Module):
             max_new_tokens=config.max_new_tokens,
         )
         is_given = (begin != self.mask_id) & (begin != NO_ID)
+        block_calls = None
+        if is_block_causal:
+            block_calls = make_block_calls(
+                self.net,
+                config,
+                {**(unconditional or {}), **kwargs},
+                len(begin),
+                num_tokens=self.num_tokens,
+                max_seq_len=self.max_seq_len,
+                device=device,
+            )
         predictor = Predictor(
             self.net,
             self.masking,
@@ -763,6 +785,7 @@ class NonAutoregressiveWrapper(nn.Module):
             guidance=make_guidance(config, unconditional, ~is_given, self.mask_id, device),
             logits_processor=logits_processor,
             width=begin.shape[1],
+            block_calls=block_calls,
         )
         states, refresh = decode_batch(
             predictor,

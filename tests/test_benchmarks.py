@@ -114,6 +114,16 @@ def test_generate(tmp_path):
     assert all(min(row.values()) > 0 for row in product["rows"])
 
 
+def test_cache(tmp_path):
+    pytest.importorskip("x_transformers")
+    figures, output = run("bench_cache.py", tmp_path)
+    (setting,) = figures["settings"]
+    assert [row["who"] for row in setting["rows"]] == ["whole sequence", "up to the block", "cache"]
+    for row in setting["rows"]:
+        assert row["ms"] > 0 and row["times_speed"] > 0 and row["equal_ids"] == 1
+        assert f"| {row['who']} |" in output
+
+
 def test_unmask(tmp_path):
     pytest.importorskip("x_transformers")
     figures, output = run("bench_unmask.py", tmp_path)

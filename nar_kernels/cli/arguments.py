@@ -33,7 +33,8 @@ def add_options(
         elif isinstance(f.default, bool):
             keywords.setdefault("action", argparse.BooleanOptionalAction)
         else:
-            keywords.setdefault("type", type(f.default))
+            if "action" not in keywords:
+                keywords.setdefault("type", type(f.default))
             help_text += _defaults(f, presets or {})
         parser.add_argument(
             option_of(f.name), default=argparse.SUPPRESS, help=help_text, **keywords

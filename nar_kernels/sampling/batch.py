@@ -54,7 +54,7 @@ def decode_batch(
     Raises:
         ValueError: the steps or the strategy do not fit.
     """
-    groups = make_groups(begin, config, masking.mask_id)
+    groups = make_groups(begin, config, masking.mask_id, from_zero=predictor.is_block_causal)
     alike = predictor.is_batch_independent and bool((begin == begin[:1]).all())
     predictors: list[Predictor] = []
     states = []
@@ -100,6 +100,7 @@ def decode_batch(
                 sequences=sequences,
                 noise_length=max_seq_len,
                 ends=ends,
+                enter=of_group.enter if of_group.is_block_causal else None,
                 narrow=partial(_narrow, of_group, device) if of_group.may_narrow else None,
                 backend=backend,
             )

@@ -1,6 +1,7 @@
 """The options of ``generate``."""
 
 import math
+from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -66,7 +67,8 @@ class SamplingConfig:
         None,
         "decoding steps, one call of the net each",
         type=int,
-        otherwise="18; as many as it takes with threshold, quota, factor and entropy_bound",
+        otherwise="18, or one for each block; as many as it takes with threshold, quota, factor "
+        "and entropy_bound",
     )
     strategy: str = option(
         "random",
@@ -126,6 +128,13 @@ class SamplingConfig:
         "left to right, the steps divided among them",
         type=int,
         otherwise="one block",
+    )
+    cache: bool | None = option(
+        None,
+        "keep the keys and values of finished blocks, of a net that is trained so that a block "
+        "attends to itself and those before",
+        action=BooleanOptionalAction,
+        otherwise="where the net is known to be such a net, and can",
     )
     remask: bool = option(False, "allow tokens that became improbable to be masked again")
     guidance_scale: float = option(
@@ -197,10 +206,13 @@ class SamplingConfig:
         return self.remask or self.editing_threshold is not None or self.strategy in REMASKING
 
     def num_steps(self, seq_len: int) -> int:
-        """``steps``, or the default: 18, or ``seq_len`` for those of :data:`ADAPTIVE`."""
+        """``steps``, or the default: 18, or one for each block if that is more; ``seq_len`` for
+        those of :data:`ADAPTIVE`."""
         if self.steps is not None:
             return self.steps
-        return seq_len if self.strategy in ADAPTIVE else 18
+        if self.strategy in ADAPTIVE:
+            return seq_len
+        return max(18, -(-seq_len // (self.block_length or seq_len)))
 
 
 def top_k_from_filter_thres(filter_thres: float | None, num_tokens: int) -> int | None:

@@ -70,6 +70,7 @@ def decode(
     sequences: range | None = None,
     noise_length: int | None = None,
     ends: Ends | None = None,
+    enter: Callable[[Tensor, slice], None] | None = None,
     narrow: Callable[[np.ndarray], None] | None = None,
     backend: str = "auto",
 ) -> Iterator[DecodeState]:
@@ -104,6 +105,8 @@ def decode(
             not decoded after the block in which the answer ends; decoding ends when all have.
             Where ids may change, by ``remask``, ``editing_threshold`` or a plan that masks
             positions again, an answer ends no sooner than its block, since its end may go again.
+        enter: called before the first step of each block, with the ids ``[B, L]`` and where the
+            block is: from now on ``predict`` gets rows of this block, and those before are final.
         narrow: called with bool ``[B]`` when there are fewer sequences that ``predict`` gets rows
             of from now on.
 
@@ -126,6 +129,8 @@ def decode(
         if not going.all():
             rest = block.only(going, length, every_step=plan.every_step)
             candidates, steps = _on_device(rest, device)
+        if enter is not None:
+            enter(buffer.ids, block.part)
         planned, filled = candidates.counts.of_sequence, nothing
         for step in steps:
             number, annealing, left, again = step

@@ -39,12 +39,15 @@ class Group(NamedTuple):
         return begin[:, : self.length].where(torch.from_numpy(self.which)[:, None], filler)
 
 
-def make_groups(begin: Tensor, config: SamplingConfig, mask_id: int) -> list[Group]:
+def make_groups(
+    begin: Tensor, config: SamplingConfig, mask_id: int, *, from_zero: bool = False
+) -> list[Group]:
     """Sequences of one length, whose steps are the same, too: so what a sequence becomes does not
     depend on the others. If no length is given, all are one group.
 
     Args:
         begin: from :func:`nar_kernels.sampling.prompt.read_prompt`.
+        from_zero: the first block begins at position 0, wherever the prompt ends.
     """
     batch, longest = begin.shape
     if (config.length is None and config.max_new_tokens is None) or batch == 0:
@@ -52,7 +55,9 @@ def make_groups(begin: Tensor, config: SamplingConfig, mask_id: int) -> list[Gro
     masked = (begin == mask_id).numpy()
     members: dict[tuple[int, int, tuple[int, ...]], list[int]] = defaultdict(list)
     for b, length in enumerate((begin != NO_ID).sum(1).tolist()):
-        first_block = 0 if config.max_new_tokens is None else length - config.max_new_tokens
+        first_block = 0
+        if config.max_new_tokens is not None and not from_zero:
+            first_block = length - config.max_new_tokens
         parts = block_parts(length, config.block_length, first_block)
         counts = [int(masked[b, part].sum()) for part in parts]
         # A plan leaves out steps in which nothing is due. An adaptive strategy would make use of

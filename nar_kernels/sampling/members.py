@@ -22,13 +22,19 @@ class Members:
 
     def __init__(self, which: np.ndarray, device: torch.device) -> None:
         self.which = which
-        self.index = _to_device(which.nonzero()[0], device)
+        self._device, self.index = device, _to_device(which.nonzero()[0], device)
         # From the number of a member in the batch to that among the members.
         self._shift = _to_device(which.cumsum() - 1 - np.arange(len(which)), device)
 
     def of(self, x: Tensor) -> Tensor:
         """``[N, ...]`` of ``[B, ...]``."""
         return x.index_select(0, self.index)
+
+    def among(self, others: "Members | None") -> Tensor:
+        """int64 ``[N]``: their places among others, to whom they belong; None for the batch."""
+        if others is None:
+            return self.index
+        return _to_device(self.which[others.which].nonzero()[0], self._device)
 
     def rows(self, rows: Tensor, length: int) -> Tensor:
         """Indices into the flat ``[N * L]``: int64 ``[R]``, rows of members."""

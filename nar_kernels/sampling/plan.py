@@ -37,11 +37,13 @@ class Block(NamedTuple):
         rows: int64 ``[R]`` on the CPU: the masked positions, ascending indices into the flat
             ``[B * L]``.
         steps: steps that would not unmask anything are skipped, unless all were asked for.
+        part: the positions of the block.
     """
 
     counts: Tensor
     rows: Tensor
     steps: list[Step]
+    part: slice
 
     def only(self, which: np.ndarray, length: int, *, every_step: bool) -> "Block":
         """The block without the sequences that are false in ``which``, bool ``[B]``."""
@@ -53,7 +55,8 @@ class Block(NamedTuple):
             )
             for step in self.steps
         ]
-        return Block(counts, rows, steps if every_step else _that_unmask(steps, counts))
+        steps = steps if every_step else _that_unmask(steps, counts)
+        return Block(counts, rows, steps, self.part)
 
 
 class Plan(NamedTuple):
@@ -170,7 +173,8 @@ def _block(
     kept = [Step(number + i, 1 - (i + 1) / steps, left) for i, left in enumerate(num_left.unbind())]
     if not every_step:
         kept = _that_unmask(kept, counts)
-    return Block(counts, here.flatten().nonzero()[:, 0], kept)
+    part = slice(part.start, min(part.stop, masked.shape[1]))
+    return Block(counts, here.flatten().nonzero()[:, 0], kept, part)
 
 
 def _that_unmask(steps: list[Step], counts: Tensor) -> list[Step]:

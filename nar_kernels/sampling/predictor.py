@@ -14,6 +14,7 @@ from nar_kernels.nets.adapter import batch_independent, is_compiled
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead, describe
 from nar_kernels.ops.linear import LogitsMemory
 from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.sampling.blocks import BlockCalls
 from nar_kernels.sampling.config import SamplingConfig
 from nar_kernels.sampling.members import Members
 
@@ -79,6 +80,8 @@ class Predictor:
         guidance: classifier-free guidance, which doubles the calls of the net.
         logits_processor: applied to each chunk of logits, after guidance.
         width: the processor is given rows as indices into the flat ``[B * width]``. Default: L.
+        block_calls: makes those of a block-causal net, which is called for a block at a time: see
+            :meth:`enter`. Not with self-conditioning.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Predictor:
         guidance: Guidance | None = None,
         logits_processor: LogitsProcessor | None = None,
         width: int | None = None,
+        block_calls: Callable[[], BlockCalls] | None = None,
     ) -> None:
         self._net, self._masking, self._kwargs = net, masking, kwargs
         self.split_net()
@@ -100,6 +104,8 @@ class Predictor:
         self._width, self._memory = width, (LogitsMemory(), LogitsMemory())
         self._members: Members | None = None
         self._own_kwargs, self._own_guidance = kwargs, guidance  # of the members
+        self._make_block_calls = block_calls
+        self._block_calls = self._new_block_calls()
 
     def split_net(self) -> None:
         """Splits the net into trunk and head, for all calls until the next time: hooks, modules and
@@ -109,11 +115,32 @@ class Predictor:
     def up_to(self, length: int) -> "Predictor":
         """A predictor for shorter sequences, with the same buffers."""
         other = copy(self)
+        other._block_calls = self._new_block_calls()
         if self._guidance is not None:
             prompt_masked = self._guidance.prompt_masked[:, :length]
             other._guidance = self._guidance._replace(prompt_masked=prompt_masked)
             other._own_guidance = other._guidance
         return other
+
+    def _new_block_calls(self) -> list[BlockCalls]:
+        """Of a block-causal net: for the calls with the condition, and for those without, which
+        have keys and values of their own."""
+        if self._make_block_calls is None:
+            return []
+        return [self._make_block_calls() for _ in range(1 if self._guidance is None else 2)]
+
+    @property
+    def is_block_causal(self) -> bool:
+        return self._make_block_calls is not None
+
+    def enter(self, ids: Tensor, block: slice) -> None:
+        """Goes on to another block of a block-causal net: from now on rows are of this block. The
+        ids ``[B, L]`` before it are final."""
+        if self._members is not None:
+            ids = self._members.of(ids)
+        inputs = self._inputs(ids, self._own_kwargs)
+        for calls, (own_ids, kwargs) in zip(self._block_calls, inputs, strict=True):
+            calls.enter(own_ids, block, kwargs)
 
     @property
     def may_narrow(self) -> bool:
@@ -124,13 +151,11 @@ class Predictor:
     def narrow(self, members: Members) -> None:
         """From now on calls the net for these sequences only: the others have no rows. Who is left
         out stays out."""
-        embeddings = self._embeddings
+        before, embeddings = self._members, self._embeddings
         if embeddings is not None and embeddings.dim() == 3 and len(embeddings) > 1:
-            stay = members.which
-            if self._members is not None:
-                stay = stay[self._members.which]
-            places = torch.from_numpy(stay.nonzero()[0]).to(embeddings.device, non_blocking=True)
-            self._embeddings = embeddings.index_select(0, places)
+            self._embeddings = embeddings.index_select(0, members.among(before))
+        for calls in self._block_calls:
+            calls.narrow(members.among(before))
         self._members = members
         self._own_kwargs = members.kwargs(self._kwargs)
         if self._guidance is not None:
@@ -142,7 +167,8 @@ class Predictor:
     def is_batch_independent(self) -> bool:
         """Whether sequences with the same ids are sure to get the same logits."""
         may_differ = self._kwargs or self._guidance or self._logits_processor
-        return not may_differ and batch_independent(self._net)
+        # The keys and values that are kept are those of all sequences.
+        return not (may_differ or self.is_block_causal) and batch_independent(self._net)
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Iterator[Tensor]:
         first, places, length = 0, rows, ids.shape[1]
@@ -150,6 +176,8 @@ class Predictor:
             places = rows + rows // length * (self._width - length)
         if self._members is not None:
             ids, rows = self._members.of(ids), self._members.rows(rows, length)
+        if self._block_calls:
+            rows = self._block_calls[0].rows(rows, length)
         for logits in self._logits(ids, rows):
             if self._logits_processor is not None:
                 logits = self._apply_processor(logits, places[first : first + len(logits)])
@@ -174,7 +202,13 @@ class Predictor:
             if embeddings.dim() == 3:  # B may be 1 after a shared first step
                 embeddings = embeddings.expand(len(ids), -1, -1)
             kwargs = {**kwargs, **self._condition(embeddings)}
-        prediction = self._predict(ids, kwargs)
+        inputs = self._inputs(ids, kwargs)
+        if self._block_calls:
+            inputs = [
+                (calls.of(own_ids), {**own_kwargs, **calls.arguments})
+                for calls, (own_ids, own_kwargs) in zip(self._block_calls, inputs, strict=True)
+            ]
+        prediction = self._predict(*inputs[0])
         chunks = prediction.logits_at(rows, self._memory[0])
         if self._condition is not None:
             self._embeddings = prediction.embeddings
@@ -184,12 +218,20 @@ class Predictor:
         if guidance is None:
             yield from chunks
             return
-        if guidance.unconditional is None:
-            ids = ids.where(guidance.prompt_masked < 0, guidance.prompt_masked)
-        unguided = self._predict(ids, {**kwargs, **(guidance.unconditional or {})})
+        unguided = self._predict(*inputs[1])
         unguided_chunks = unguided.logits_at(rows, self._memory[1])
         for conditional, unconditional in zip(chunks, unguided_chunks, strict=True):
             yield unconditional + guidance.scale * (conditional - unconditional)
+
+    def _inputs(self, ids: Tensor, kwargs: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What the net is called with; with guidance a second time, without the condition."""
+        guidance = self._own_guidance
+        if guidance is None:
+            return [(ids, kwargs)]
+        without = ids
+        if guidance.unconditional is None:
+            without = ids.where(guidance.prompt_masked < 0, guidance.prompt_masked)
+        return [(ids, kwargs), (without, {**kwargs, **(guidance.unconditional or {})})]
 
     def _predict(self, ids: Tensor, kwargs: dict[str, Any]) -> Prediction:
         with_embeddings = self._condition is not None

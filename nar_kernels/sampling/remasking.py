@@ -13,7 +13,7 @@ Shapes: B batch.
 import torch
 from torch import Tensor
 
-from nar_kernels.sampling.plan import Block, Plan
+from nar_kernels.sampling.plan import Plan
 from nar_kernels.spec.philox import Stream, words
 
 
@@ -38,7 +38,7 @@ def with_remasking(plan: Plan, strategy: str, eta: float, *, seed: int, sequence
             again = num_again(block.counts - masked, step.left, strategy, eta, word)
             steps.append(step._replace(again=again))
             masked = step.left
-        blocks.append(Block(block.counts, block.rows, steps))
+        blocks.append(block._replace(steps=steps))
     return plan._replace(blocks=blocks)
 
 

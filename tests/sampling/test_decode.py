@@ -29,7 +29,8 @@ def plan_of(num_left: list[int], batch: int, length: int) -> Plan:
         Step(i, 1 - (i + 1) / number, torch.full((batch,), left)) for i, left in enumerate(num_left)
     ]
     rows = torch.arange(batch * length)
-    return Plan([Block(torch.full((batch,), length), rows, steps)], number)
+    block = Block(torch.full((batch,), length), rows, steps, slice(0, length))
+    return Plan([block], number)
 
 
 def states_of(
