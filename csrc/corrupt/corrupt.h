@@ -155,15 +155,17 @@ NAR_HOST_DEVICE inline int32_t random_token(uint32_t word, int32_t num_tokens, i
 
 // What is known of a draw, by its number and the index of its view, once k of its n maskable
 // positions are masked.
-NAR_HOST_DEVICE inline void write_scalars(const CorruptArgs& a, int64_t draw, int64_t view,
-                                          uint32_t t16, int64_t n, int64_t k) {
+template <bool kDivided = true>
+NAR_HOST_DEVICE void write_scalars(const CorruptArgs& a, int64_t draw, int64_t view, uint32_t t16,
+                                   int64_t n, int64_t k) {
   float weight = a.weight_table[(a.weights_by_view ? view << 16 : 0) + t16];
   if (a.weighs_counts) {
     weight *= static_cast<float>(n);
     weight = k == 0 ? 0.0f : weight / static_cast<float>(k);
     // A pair has the counts k and n - k. Where that leaves nothing, n would count half of what it
     // is in an integral over ratios.
-    if (a.division.pairing == Pairing::kComplement && view == 0 && k == n) weight *= 2.0f;
+    const bool is_paired = kDivided && a.division.pairing == Pairing::kComplement;
+    if (is_paired && view == 0 && k == n) weight *= 2.0f;
   }
   a.times[draw] = a.time_low + a.time_span * ((static_cast<float>(t16) + 0.5f) / 65536.0f);
   a.loss_weight[draw] = weight;

@@ -52,9 +52,11 @@ struct Division {
 
   NAR_HOST_DEVICE int64_t num_draws(int64_t batch) const { return views * batch * num_blocks; }
 
+  // Of less than 2^31 draws: a GPU divides numbers of 32 bits in fewer registers.
   NAR_HOST_DEVICE Draw draw(int64_t index, int64_t batch) const {
-    const int64_t of_view = index / num_blocks;
-    return {of_view % batch, index % num_blocks, of_view / batch};
+    const uint32_t at = static_cast<uint32_t>(index), samples = static_cast<uint32_t>(batch);
+    const uint32_t sample = at / static_cast<uint32_t>(num_blocks), view = sample / samples;
+    return {sample - view * samples, at - sample * static_cast<uint32_t>(num_blocks), view};
   }
 
   NAR_HOST_DEVICE View view(int64_t index) const {

@@ -471,6 +471,11 @@ def _arguments(
             f"global_batch is {global_batch} with {division.blocks_per_slot} blocks a sample: "
             "together there must be less than 2**32"
         )
+    if (num_draws := math.prod(division.of_samples)) >= 1 << 31:
+        raise ValueError(
+            f"a batch of {batch} samples has {num_draws} blocks in {views.num} views: it must have "
+            "less than 2**31"
+        )
     if wanted.narrow and (num_positions := math.prod(division.shape)) >= 1 << 31:
         raise ValueError(
             f"ids_dtype is torch.int32, but a batch of {num_positions} positions has indices "

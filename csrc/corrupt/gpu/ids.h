@@ -19,6 +19,7 @@ struct Row {
   uint64_t slot, seed;
   int32_t stored, length, space;  // as of Span: equal without spans
   View view;
+  bool is_divided;     // a constant: whether there may be blocks or views
   bool is_later_view;  // whose bad ids have been counted
 };
 
@@ -181,15 +182,16 @@ __device__ __attribute__((noinline)) Ids mend_again(const KernelArgs& a, int64_t
 }
 
 // Whether position i of a row may be masked, whatever its id.
-__device__ inline bool may_mask(const CorruptArgs& a, const Row& row, const Draw& draw, int64_t i) {
-  const int64_t in_sample = draw.block * a.division.block_length + i;
+template <bool kDivided>
+__device__ bool may_mask(const CorruptArgs& a, const Row& row, const Draw& draw, int64_t i) {
+  const int64_t in_sample = kDivided ? draw.block * a.division.block_length + i : i;
   if (a.prompt_lengths && in_sample < a.prompt_lengths[draw.row]) return false;
   if (a.loss_mask.flat && i < row.stored &&
       !static_cast<const uint8_t*>(a.loss_mask.flat)[row.start + i]) {
     return false;
   }
   if (!a.maskable) return true;
-  const int64_t at = row.begin + i - draw.view * a.windows.num_positions();
+  const int64_t at = row.begin + i - (kDivided ? draw.view * a.windows.num_positions() : 0);
   switch (a.maskable_bytes) {
     case 1: return static_cast<const uint8_t*>(a.maskable)[at] != 0;
     case 4: return static_cast<const int32_t*>(a.maskable)[at] != kIgnoreIndex;
@@ -217,14 +219,22 @@ __device__ inline Row row_at(const CorruptArgs& a, int64_t b, const Draw& draw, 
           static_cast<int32_t>(span.length),
           static_cast<int32_t>(span.space),
           a.division.view(draw.view),
+          true,
           draw.view > 0};
 }
 
 // Which positions may be masked, as bits.
+template <bool kDivided>
 __device__ __attribute__((noinline)) uint32_t find_maskable(const KernelArgs& a, int64_t b,
                                                             int64_t start, int32_t tile, int lane) {
-  const Draw draw = draw_at(a, b);
-  const Row row = row_at(a, b, draw, start);
+  const Draw draw = draw_at<kDivided>(a, b);
+  Row row = {};
+  if constexpr (kDivided) {
+    row = row_at(a, b, draw, start);
+  } else {
+    row.start = start, row.begin = b * a.windows.seq_len;
+    row.stored = row.length = static_cast<int32_t>(a.windows.seq_len);
+  }
   Ids ids = {};
   if (a.never_mask) {
     const int32_t position = position_of(tile, lane, 0);
@@ -236,7 +246,7 @@ __device__ __attribute__((noinline)) uint32_t find_maskable(const KernelArgs& a,
   for (int i = 0; i < kItems; ++i) {
     const int32_t position = position_of(tile, lane, i);
     bool can = position < row.length;
-    if (can) can = may_mask(a, row, draw, position);
+    if (can) can = may_mask<kDivided>(a, row, draw, position);
     if (can && a.never_mask) can = !a.never_mask[ids[i]];
     can_mask |= static_cast<uint32_t>(can) << i;
   }

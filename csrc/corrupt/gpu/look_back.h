@@ -66,7 +66,8 @@ __device__ void finish_rows(const KernelArgs& a, int64_t block, int64_t first, i
   }
   if (lane >= num_rows) return;
   memory.rows_before[lane] = before + up_to - k;
-  write_scalars(a, first + lane, draw_at<kDivided>(a, first + lane).view, memory.time[lane], n, k);
+  write_scalars<kDivided>(a, first + lane, draw_at<kDivided>(a, first + lane).view,
+                          memory.time[lane], n, k);
 }
 
 }  // namespace

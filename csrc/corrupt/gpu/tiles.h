@@ -136,7 +136,8 @@ class Tiles {
 
   // Any tile of the row, also of other warps: which of its positions may be masked, and its keys.
   __device__ uint32_t maskable(int32_t tile) const {
-    return find_maskable(a_, row_.b, row_.start, tile, lane_);
+    return row_.is_divided ? find_maskable<true>(a_, row_.b, row_.start, tile, lane_)
+                           : find_maskable<false>(a_, row_.b, row_.start, tile, lane_);
   }
 
   __device__ uint32_t order(int32_t tile, int item) const {
