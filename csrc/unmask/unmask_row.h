@@ -4,22 +4,11 @@
 #include "rng/philox_simd.h"
 #include "runtime/float_math.h"
 #include "unmask/candidates.h"
+#include "unmask/top_p.h"
 #include "unmask/unmask.h"
 
 namespace nar {
 namespace {
-
-inline bool any(Ints v) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)v) != 0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
-#else
-  int64_t halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  return (halves[0] | halves[1]) != 0;
-#endif
-}
 
 int64_t first_of(const float* logits, float value) {
   int64_t i = 0;
@@ -43,7 +32,7 @@ Sums sum_of_exp(const Candidates& c, float largest) {
     const int64_t end = std::min(c.count, first + kTerms * kFloats);
     Ints high[2] = {}, low[2] = {};
     const auto add = [&](int which, Floats x) {
-      const Ints term = __builtin_convertvector(x * 0x1p30f + 0.5f, Ints);
+      const Ints term = units(x);
       high[which] += term >> 15;
       low[which] += term & 0x7FFF;
     };
@@ -144,7 +133,7 @@ int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c, float la
 template <typename T>
 void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
   const Row<T> row = {static_cast<const T*>(a.logits) + r * a.stride, a.vocabulary};
-  const Candidates candidates = find_candidates(a, row, s);
+  Candidates candidates = find_candidates(a, row, s);
   const float largest = candidates.largest();
   const bool is_given = a.given && a.given[r] >= 0;
   if (largest == -INFINITY) {
@@ -152,6 +141,10 @@ void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
     a.log_prob[r] = -INFINITY;
     if (a.confidence) a.confidence[r] = -INFINITY;
     return;
+  }
+  if (a.top_p < kWhole) {
+    const float scale = a.inverse_temperature > 0 ? a.inverse_temperature : 1;
+    keep_top_p(a.top_p, largest, scale, s.ids, &candidates);
   }
 
   int64_t index;

@@ -168,6 +168,7 @@ class UnmaskArgs(NamedTuple):
     fallback: int  # the token of a row that allows none
     seed: int  # signed, with the bits of the unsigned one
     top_k: int  # in [1, V]
+    top_p: int  # in [1, 2**30], in units of 2**-30; 2**30 filters nothing
     inverse_temperature: float  # 0: the most probable token
     confidence: str  # "probability", "margin" or "entropy"
 

@@ -430,6 +430,15 @@ def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     largest = x.amax(1, keepdim=True)
     allows_none = largest[:, 0] == -torch.inf
     from_largest = (x - largest).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    if a.top_p < 1 << 30:
+        # An id is kept if those before it have less than the wanted sum.
+        share = _units(exp_of_negative(from_largest * (a.inverse_temperature or 1.0)))
+        share = share.gather(1, order)
+        up_to = share.cumsum(1)
+        is_kept = up_to - share < _wanted_sum(up_to[:, -1:], a.top_p)
+        from_largest = from_largest.masked_fill(
+            ~torch.zeros_like(kept).scatter_(1, order, is_kept), -torch.inf
+        )
 
     score = from_largest
     if a.inverse_temperature > 0:
@@ -458,10 +467,20 @@ def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, log_prob, sure.masked_fill(allows_none, -torch.inf)
 
 
+def _units(terms: Tensor) -> Tensor:
+    """int64: numbers from 0 on, in units of 2**-30: their sums are exact in any order."""
+    return (terms * 2.0**30 + 0.5).to(torch.int64)
+
+
 def _sum_of_units(terms: Tensor) -> Tensor:
-    """float32 ``[R]``: row sums in fixed point, units of 2**-30, exact in any order."""
-    units = (terms * 2.0**30 + 0.5).to(torch.int64)
-    return units.sum(1).to(torch.float32) * 2.0**-30
+    """float32 ``[R]``: row sums."""
+    return _units(terms).sum(1).to(torch.float32) * 2.0**-30
+
+
+def _wanted_sum(total: Tensor, top_p: int) -> Tensor:
+    """``total * top_p / 2**30``, rounded up; ``total`` is below 2**61."""
+    high, low = total >> 30, total & ((1 << 30) - 1)
+    return high * top_p + ((low * top_p + (1 << 30) - 1) >> 30)
 
 
 def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:
