@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
+from nar_kernels.ops.arguments import WHOLE, ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
 from nar_kernels.ops.masking import IGNORE_INDEX
 from nar_kernels.ops.views import Pairing
 from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
@@ -430,7 +430,7 @@ def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     largest = x.amax(1, keepdim=True)
     allows_none = largest[:, 0] == -torch.inf
     from_largest = (x - largest).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-    if a.top_p < 1 << 30:
+    if a.top_p < WHOLE:
         # An id is kept if those before it have less than the wanted sum.
         share = _units(exp_of_negative(from_largest * (a.inverse_temperature or 1.0)))
         share = share.gather(1, order)
@@ -468,19 +468,19 @@ def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _units(terms: Tensor) -> Tensor:
-    """int64: numbers from 0 on, in units of 2**-30: their sums are exact in any order."""
-    return (terms * 2.0**30 + 0.5).to(torch.int64)
+    """int64: numbers from 0 on, in units of 1 / WHOLE: their sums are exact in any order."""
+    return (terms * WHOLE + 0.5).to(torch.int64)
 
 
 def _sum_of_units(terms: Tensor) -> Tensor:
     """float32 ``[R]``: row sums."""
-    return _units(terms).sum(1).to(torch.float32) * 2.0**-30
+    return _units(terms).sum(1).to(torch.float32) / WHOLE
 
 
 def _wanted_sum(total: Tensor, top_p: int) -> Tensor:
-    """``total * top_p / 2**30``, rounded up; ``total`` is below 2**61."""
-    high, low = total >> 30, total & ((1 << 30) - 1)
-    return high * top_p + ((low * top_p + (1 << 30) - 1) >> 30)
+    """``total * top_p / WHOLE``, rounded up; the product may have more than 64 bits."""
+    high, low = total // WHOLE, total % WHOLE
+    return high * top_p + (low * top_p + WHOLE - 1) // WHOLE
 
 
 def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:

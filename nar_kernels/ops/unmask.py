@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_float, as_int
-from nar_kernels.ops.arguments import UnmaskArgs
+from nar_kernels.ops.arguments import WHOLE, UnmaskArgs
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.dispatch import (
     LOGIT_CODE,
@@ -30,9 +30,6 @@ CONFIDENCES = get_args(Confidence)
 UNMASK_BACKENDS = ("reference", "cpp", "triton", "cuda")
 # In the order of csrc/unmask/unmask_cuda.h.
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# `top_p` of the kernels is in these units, as sums of probabilities are.
-TOP_P_UNITS = 1 << 30
 
 # Noise spans 26: at this temperature it decides only between logits less than 3e-5 apart.
 MIN_TEMPERATURE = 1e-6
@@ -186,7 +183,7 @@ def _in_units(top_p: float) -> int:
     top_p = as_float("top_p", top_p)
     if not 0 < top_p <= 1:  # also rejects NaN
         raise ValueError(f"top_p is {top_p}: it must be in (0, 1]; 1 filters nothing")
-    return max(round(top_p * TOP_P_UNITS), 1)
+    return max(round(top_p * WHOLE), 1)
 
 
 def _inverse(temperature: float) -> float:
