@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nar_kernels import unmask
 from tests.helpers import devices
+from tests.helpers.devices import device_of
 from tests.helpers.goodness_of_fit import chi_square_p
 from tests.helpers.unmasking import (
     DTYPES,
@@ -87,6 +88,26 @@ def test_triton_agrees(vocabulary, dtype):
 def test_ties_with_triton():
     args = dict(top_p=0.3, top_k=900, temperature=0.5, confidence="margin")
     assert_equals_reference(nearly_equal_rows(1200), backend="triton", **args)
+
+
+@pytest.mark.cuda
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("vocabulary", "every"), [(1, 1), (2, 5), (300, 3), (1000, 5), (4099, 7), (20_011, 11)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_agrees(vocabulary, every, dtype):
+    every = every if device_of("cuda") == "cpu" else 1
+    assert_all_equal("cuda", vocabulary, dtype, every)
+
+
+@pytest.mark.cuda
+@pytest.mark.seconds
+@pytest.mark.parametrize("top_k", [None, 1200])
+def test_ties_with_cuda(top_k):
+    for dtype in DTYPES:
+        args = dict(top_p=0.3, top_k=top_k, temperature=1e-3, confidence="margin")
+        assert_equals_reference(nearly_equal_rows(3000).to(dtype), backend="cuda", **args)
 
 
 def kept_ids(logits: Tensor, **args) -> Tensor:

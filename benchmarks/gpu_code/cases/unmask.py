@@ -90,7 +90,7 @@ def _cuda_case(name: str, type_: str, dtype: torch.dtype, top_k: int = V) -> Cud
     return CudaCase(
         f"unmask, {name}, V {V}{kept}",
         "unmask/unmask.cu",
-        f"unmask_kernelI{type_}LNS0_7MappingE1E",
+        f"unmask_kernelI{type_}LNS0_7MappingE1ELb0E",
         Work("logit", V, warps, BYTES[dtype], weights, overlaps=has_half),
     )
 
