@@ -220,8 +220,12 @@ CASES = {
             unmask_call(given=True),
             unmask_call(confidence="entropy"),
             unmask_call(vocabulary=304),
+            unmask_call(top_p=1 << 29),
+            # The same kernel.
+            unmask_call(top_p=1),
+            unmask_call(top_p=1 << 28, inverse_temperature=0),
         ],
-        8,
+        9,
     ),
     "choose": Case(
         choose._launch,

@@ -167,6 +167,7 @@ CASES: list[tuple[str, dict[str, str], int, int, str, tuple[str, ...]]] = [
         *(V, FEW, "entropy", BOTH),
     ),
     ("bf16, V 50258 at any address, k", {"logits": "*bf16"}, 50258, FEW, "probability", ()),
+    ("fp32, V 50304, k, p", {"logits": "*fp32", "top_p": "i32"}, V, MANY, "probability", BOTH),
 ]
 TYPES = {
     "tokens": "*i64",
@@ -219,7 +220,7 @@ def triton_cases() -> list[TritonCase]:
     cases = []
     for name, given, vocabulary, top_k, confidence, aligned in CASES:
         options = unmask.launch_options(vocabulary, top_k, confidence)
-        is_counted = aligned and confidence == "probability"
+        is_counted = aligned and confidence == "probability" and "top_p" not in given
         work = _triton_work(options, given["logits"], vocabulary, top_k) if is_counted else None
         types, kernel = TYPES | given, unmask.unmask_kernel
         cases.append(TritonCase(f"unmask, {name}", kernel, types, options, aligned, work))
