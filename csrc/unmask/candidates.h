@@ -31,6 +31,23 @@ inline Ints units(Floats x) {
   return __builtin_convertvector(x * static_cast<float>(kWhole) + 0.5f, Ints);
 }
 
+// Sums of terms in two halves of 15 bits, for up to kMost terms a lane.
+struct LaneSums {
+  static constexpr int64_t kMost = 32768;
+  Ints high = {}, low = {};
+
+  void add(Ints term) {
+    high += term >> 15;
+    low += term & 0x7FFF;
+  }
+
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int j = 0; j < kFloats; ++j) sum += (int64_t{high[j]} << 15) + low[j];
+    return sum;
+  }
+};
+
 inline Floats widened(const float* from) { return load<Floats>(from); }
 inline Floats widened(const uint16_t* from) {
   return (Floats)(__builtin_convertvector(load<Shorts>(from), UInts) << 16);
@@ -138,20 +155,26 @@ void pad(const Candidates& c) {
   }
 }
 
-// Keeps larger logits than the last one, and equal ones up to its id. `ids`: memory for those of
-// all candidates, which may have them.
-void keep_up_to(float last, int64_t last_id, int32_t* ids, Candidates* c) {
+// Keeps candidates of which is_kept(logits, ids) says so, a vector at a time. `ids`: memory for
+// those of all, which may have them.
+template <typename IsKept>
+void keep_if(IsKept is_kept, int32_t* ids, Candidates* c) {
   Ints all;
   for (int j = 0; j < kFloats; ++j) all[j] = j;
   Candidates kept = {c->logits, ids, 0};
   for (int64_t i = 0; i < c->count; i += kFloats, all += kFloats) {
     const Floats x = load<Floats>(c->logits + i);
     const Ints id = c->ids ? load<Ints>(c->ids + i) : all;
-    const Ints is_kept = (x > last) | ((x == last) & (id <= static_cast<int32_t>(last_id)));
-    kept.count += compress(is_kept, x, id, kept.logits + kept.count, kept.ids + kept.count);
+    kept.count += compress(is_kept(x, id), x, id, kept.logits + kept.count, kept.ids + kept.count);
   }
   pad(kept);
   *c = kept;
+}
+
+// Keeps larger logits than the last one, and equal ones up to its id.
+void keep_up_to(float last, int64_t last_id, int32_t* ids, Candidates* c) {
+  const Ints up_to = Ints{} + static_cast<int32_t>(last_id);
+  keep_if([&](Floats x, Ints id) { return (x > last) | ((x == last) & (id <= up_to)); }, ids, c);
 }
 
 // Keeps the k largest of num_finite > k candidates.

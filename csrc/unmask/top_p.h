@@ -11,8 +11,46 @@
 namespace nar {
 namespace {
 
-// A candidate and its term of the sum, in the order of falling logits; of equal ones, the first
-// comes first. (A type local to this file: see levels/kernels.h.)
+// What probabilities are computed from: exp(gap), where gap = (logit - largest) / temperature.
+struct Gaps {
+  float largest, scale;
+
+  Floats of(Floats logits) const { return (logits - largest) * scale; }
+};
+
+// exp of what is below is 0 in units of 1 / kWhole.
+constexpr float kLowestGap = -22.0f;
+
+int64_t sum_of_exp(const Candidates& c, const Gaps& gaps) {
+  constexpr int64_t kMost = LaneSums::kMost * kFloats;
+  int64_t sum = 0;
+  for (int64_t first = 0; first < c.count; first += kMost) {
+    const int64_t end = std::min(c.count, first + kMost);
+    LaneSums sums;
+    for (int64_t i = first; i < end; i += kManyFloats) {
+      Floats e[kManyVectors];
+      for (int j = 0; j < kManyVectors; ++j)
+        e[j] = gaps.of(load<Floats>(c.logits + i + j * kFloats));
+      exp_of_negative(e);
+      for (int j = 0; j < kManyVectors; ++j) sums.add(units(e[j]));
+    }
+    sum += sums.total();
+  }
+  return sum;
+}
+
+// Drops candidates that cannot be in the nucleus, as all of their terms together are not so large
+// as what it may leave out.
+void drop_improbable(int64_t left_out, const Gaps& gaps, int32_t* ids, Candidates* c) {
+  // Half of what each of them may have, as rounding may put a larger logit below a smaller one.
+  const int64_t least = left_out / (2 * c->count);
+  float lowest = kLowestGap;
+  if (least > 1) lowest = log_of_positive(spread(static_cast<float>(least) / kWhole))[0];
+  keep_if([&](Floats x, Ints) { return gaps.of(x) >= lowest; }, ids, c);
+}
+
+// A candidate and its term, in the order of falling logits; of equal ones, the first comes first.
+// (A type local to this file: see levels/kernels.h.)
 struct Term {
   uint64_t order;
   int64_t index;
@@ -20,84 +58,61 @@ struct Term {
   bool operator<(const Term& other) const { return order < other.order; }
 };
 
-// The terms of the sum of probabilities, exp(gap) in units of 1 / kWhole, where gap = (logit -
-// largest) / temperature, in bins of falling gaps. Those of the last bin are 0.
-class TermBins {
- public:
-  TermBins(const Candidates& candidates, float largest, float scale)
-      : c_(candidates), largest_(largest), scale_(scale) {
-    for (int64_t i = 0; i < c_.count; i += kManyFloats) {
-      Floats e[kManyVectors];
-      Ints bin[kManyVectors];
-      for (int j = 0; j < kManyVectors; ++j) {
-        e[j] = gap(i + j * kFloats);
-        bin[j] = bin_of(e[j]);
-      }
-      exp_of_negative(e);
-      for (int j = 0; j < kManyVectors; ++j) {
-        const Ints term = units(e[j]);
-        if (!any(term > 0)) continue;
-        for (int lane = 0; lane < kFloats; ++lane) sums_[bin[j][lane]] += term[lane];
-      }
-    }
+// Terms in bins, in the order of falling logits.
+struct Bins {
+  static constexpr float kPerGap = 32;  // a power of two, so that bins are in the order of gaps
+  static constexpr int kCount = 1 - static_cast<int>(kLowestGap * kPerGap);
+
+  static Ints of(Floats gap) {
+    return __builtin_convertvector(smaller(gap * -kPerGap, spread(kCount - 1)), Ints);
   }
-
-  // The last candidate that is kept, where so much of the sum is: an index.
-  int64_t last_of(int64_t top_p) const {
-    int64_t total = 0, bin = 0;
-    for (const int64_t sum : sums_) total += sum;
-    int64_t wanted = share_of(total, top_p);
-    while (sums_[bin] < wanted) wanted -= sums_[bin++];
-    std::vector<Term> terms = terms_of(static_cast<int32_t>(bin));
-    auto first = terms.begin(), end = terms.end();
-    while (end - first > 1) {
-      const auto middle = first + (end - first) / 2;
-      std::nth_element(first, middle, end);
-      int64_t sum = 0;
-      for (auto term = first; term != middle; ++term) sum += term->units;
-      if (sum < wanted) {
-        wanted -= sum;
-        first = middle;
-      } else {
-        end = middle;
-      }
-    }
-    return first->index;
-  }
-
- private:
-  static constexpr float kPerGap = 32;  // a power of two: bins are in the order of the gaps
-  static constexpr int kBins = 22 * static_cast<int>(kPerGap);  // exp(-21.5) is below half a unit
-
-  Floats gap(int64_t i) const { return (load<Floats>(c_.logits + i) - largest_) * scale_; }
-
-  static Ints bin_of(Floats gap) {
-    return __builtin_convertvector(smaller(gap * -kPerGap, spread(kBins - 1)), Ints);
-  }
-
-  std::vector<Term> terms_of(int32_t bin) const {
-    std::vector<Term> terms;
-    for (int64_t i = 0; i < c_.count; i += kFloats) {
-      const Floats x = gap(i);
-      const Ints is_in = bin_of(x) == bin;
-      if (!any(is_in)) continue;
-      const Ints term = units(exp_of_negative(x));
-      for (int lane = 0; lane < kFloats; ++lane) {
-        if (is_in[lane])
-          terms.push_back({order_of(c_.logits[i + lane], i + lane), i + lane, term[lane]});
-      }
-    }
-    return terms;
-  }
-
-  const Candidates& c_;
-  const float largest_, scale_;
-  int64_t sums_[kBins] = {};
 };
 
+std::vector<Term> terms_of_bin(int64_t bin, const Candidates& c, const Gaps& gaps) {
+  std::vector<Term> terms;
+  for (int64_t i = 0; i < c.count; i += kFloats) {
+    const Floats gap = gaps.of(load<Floats>(c.logits + i));
+    const Ints is_inside = Bins::of(gap) == static_cast<int32_t>(bin);
+    if (!any(is_inside)) continue;
+    const Ints term = units(exp_of_negative(gap));
+    for (int j = 0; j < kFloats; ++j) {
+      if (is_inside[j]) terms.push_back({order_of(c.logits[i + j], i + j), i + j, term[j]});
+    }
+  }
+  return terms;
+}
+
+// The index of the candidate up to which terms add up to `wanted`, at most the sum of all.
+int64_t find_last(int64_t wanted, const Candidates& c, const Gaps& gaps) {
+  int64_t sums[Bins::kCount] = {}, bin = 0;
+  for (int64_t i = 0; i < c.count; i += kFloats) {
+    const Floats gap = gaps.of(load<Floats>(c.logits + i));
+    const Ints bins = Bins::of(gap), term = units(exp_of_negative(gap));
+    for (int j = 0; j < kFloats; ++j) sums[bins[j]] += term[j];
+  }
+  while (sums[bin] < wanted) wanted -= sums[bin++];
+  std::vector<Term> terms = terms_of_bin(bin, c, gaps);
+  auto first = terms.begin(), end = terms.end();
+  while (end - first > 1) {
+    const auto middle = first + (end - first) / 2;
+    std::nth_element(first, middle, end);
+    int64_t sum = 0;
+    for (auto term = first; term != middle; ++term) sum += term->units;
+    if (sum < wanted) {
+      wanted -= sum;
+      first = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return first->index;
+}
+
 // `ids`: memory for those of all candidates, which may have them.
-void keep_top_p(int64_t top_p, float largest, float scale, int32_t* ids, Candidates* c) {
-  const int64_t last = TermBins(*c, largest, scale).last_of(top_p);
+void keep_top_p(int64_t top_p, const Gaps& gaps, int32_t* ids, Candidates* c) {
+  const int64_t total = sum_of_exp(*c, gaps), wanted = share_of(total, top_p);
+  drop_improbable(total - wanted, gaps, ids, c);
+  const int64_t last = find_last(wanted, *c, gaps);
   keep_up_to(c->logits[last], c->id(last), ids, c);
 }
 

@@ -25,17 +25,11 @@ struct Sums {
 // Sums over the candidates in fixed point, units of 2**-30: exact in any order.
 template <bool kWithGap>
 Sums sum_of_exp(const Candidates& c, float largest) {
-  // Terms are split into 15-bit halves; a 32-bit lane holds the sum of this many.
-  constexpr int64_t kTerms = 32768;
+  constexpr int64_t kMost = LaneSums::kMost * kFloats;
   Sums sums = {};
-  for (int64_t first = 0; first < c.count; first += kTerms * kFloats) {
-    const int64_t end = std::min(c.count, first + kTerms * kFloats);
-    Ints high[2] = {}, low[2] = {};
-    const auto add = [&](int which, Floats x) {
-      const Ints term = units(x);
-      high[which] += term >> 15;
-      low[which] += term & 0x7FFF;
-    };
+  for (int64_t first = 0; first < c.count; first += kMost) {
+    const int64_t end = std::min(c.count, first + kMost);
+    LaneSums of_exp, of_exp_times_gap;
     for (int64_t i = first; i < end; i += kManyFloats) {
       Floats gap[kManyVectors], e[kManyVectors];
       for (int j = 0; j < kManyVectors; ++j) {
@@ -43,14 +37,14 @@ Sums sum_of_exp(const Candidates& c, float largest) {
       }
       exp_of_negative(e);
       for (int j = 0; j < kManyVectors; ++j) {
-        add(0, e[j]);
-        if (kWithGap) add(1, e[j] * (gap[j] < -87.0f ? spread(87.0f) : -gap[j]));
+        of_exp.add(units(e[j]));
+        if (kWithGap) {
+          of_exp_times_gap.add(units(e[j] * (gap[j] < -87.0f ? spread(87.0f) : -gap[j])));
+        }
       }
     }
-    for (int j = 0; j < kFloats; ++j) {
-      sums.exp += (int64_t{high[0][j]} << 15) + low[0][j];
-      sums.exp_times_gap += (int64_t{high[1][j]} << 15) + low[1][j];
-    }
+    sums.exp += of_exp.total();
+    sums.exp_times_gap += of_exp_times_gap.total();
   }
   return sums;
 }
@@ -144,7 +138,7 @@ void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
   }
   if (a.top_p < kWhole) {
     const float scale = a.inverse_temperature > 0 ? a.inverse_temperature : 1;
-    keep_top_p(a.top_p, largest, scale, s.ids, &candidates);
+    keep_top_p(a.top_p, {largest, scale}, s.ids, &candidates);
   }
 
   int64_t index;
