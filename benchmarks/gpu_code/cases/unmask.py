@@ -146,6 +146,15 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_case(*fp32),
         _cuda_case(*fp32, MANY),
         _cuda_case(*fp32, FEW),
+        *(
+            CudaCase(
+                f"unmask, {name}, p",
+                "unmask/unmask.cu",
+                f"unmask_kernelI{type_}LNS0_7MappingE1ELb1E",
+                None,
+            )
+            for name, type_, _ in (bf16, fp32)
+        ),
     ]
 
 
