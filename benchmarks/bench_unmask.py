@@ -1,10 +1,11 @@
 """Fused sampling: `unmask` on rows of logits, without a filter, with the top-k filter of `generate`
-(k = 0.3 V), and, on a GPU, with k = 50.
+(k = 0.3 V), with the nucleus p = 0.9, also after k = 0.3 V, and, on a GPU, with k = 50.
 
     python benchmarks/bench_unmask.py [--device cuda] [--json FILE] [--dry-run]
 
 Each logit must be read at least once: bytes of logits over time are compared with copy bandwidth.
-The peer is what x-transformers does with the same logits (filter, softmax, sample), if installed.
+The peer is what x-transformers does with the same logits (filter, softmax, sample), or, for p, what
+`generate` of transformers does (temperature, filters, softmax, sample), if installed.
 On a CPU with one thread and with all; on a GPU with each backend that is there. `--dry-run` is
 tiny; its figures are meaningless.
 """
@@ -31,11 +32,12 @@ from torch import Tensor
 
 from nar_kernels import backends, unmask
 
-OURS, PEER = "unmask", "x-transformers"
+OURS, X_TRANSFORMERS, TRANSFORMERS = "unmask", "x-transformers", "transformers"
 CPU = [(257, 4096), (50258, 64)]  # V, rows
 CUDA = [(50258, 4096), (50304, 4096)]  # several times the cache; V unaligned, V a multiple of 16
 TINY = [(33, 4)]
 FILTERED, UNFILTERED, FEW = "0.3 V", "none", "50"
+TOP_P, NUCLEUS, BOTH = 0.9, "p 0.9", "0.3 V, p 0.9"
 GOALS = {(50258, "cpu"): 2.0}  # ns per logit in float32, one thread, with the filter
 
 
@@ -58,8 +60,26 @@ def x_transformers_draw(logits: Tensor) -> None:
     (1 - filtered.softmax(dim=-1)).gather(2, ids[..., None])
 
 
+def transformers_draw(logits: Tensor, top_k: int | None) -> Callable[[], object]:
+    """What its `generate` does with the logits of a step."""
+    from transformers.generation import logits_process as original
+
+    warpers = [original.TemperatureLogitsWarper(TEMPERATURE)]
+    if top_k is not None:
+        warpers.append(original.TopKLogitsWarper(top_k))
+    warpers.append(original.TopPLogitsWarper(TOP_P))
+
+    def draw() -> None:
+        scores = logits
+        for warper in warpers:
+            scores = warper(None, scores)
+        torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+
+    return draw
+
+
 def draws(
-    num_tokens: int, num_rows: int, device: str, threads: list[int], with_peer: bool
+    num_tokens: int, num_rows: int, device: str, threads: list[int], peers: list[str]
 ) -> dict[Case, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     made = LOGIT_STD * torch.randn(num_rows, num_tokens, generator=generator)
@@ -75,27 +95,34 @@ def draws(
 
     on_gpu = [name for name in ("cuda", "triton") if backends()[name] == "available"]
     ours = on_gpu if device == "cuda" else ["auto"]
+    top_k = -(-3 * num_tokens // 10)
+    filters: dict[str, dict] = {FILTERED: {"top_k": top_k}, UNFILTERED: {}}
+    if device == "cuda":
+        filters[FEW] = {"top_k": 50}
+    filters |= {NUCLEUS: {"top_p": TOP_P}, BOTH: {"top_k": top_k, "top_p": TOP_P}}
     calls = {}
     for number in threads:
         for dtype in (torch.float32, torch.bfloat16):
             logits = made.to(device, dtype)
-            filters = {FILTERED: -(-3 * num_tokens // 10), UNFILTERED: None}
-            if device == "cuda":
-                filters[FEW] = 50
-            for (filter_, top_k), backend in itertools.product(filters.items(), ours):
-                draw = partial(unmask, logits, top_k=top_k, backend=backend, **options)
+            for (filter_, given), backend in itertools.product(filters.items(), ours):
+                draw = partial(unmask, logits, **given, backend=backend, **options)
                 calls[Case(OURS, dtype, filter_, number, backend)] = on(number, draw)
-        if with_peer:
-            draw = partial(x_transformers_draw, made.to(device))
-            calls[Case(PEER, torch.float32, FILTERED, number)] = on(number, draw)
+        logits = made.to(device)
+        if X_TRANSFORMERS in peers:
+            draw = partial(x_transformers_draw, logits)
+            calls[Case(X_TRANSFORMERS, torch.float32, FILTERED, number)] = on(number, draw)
+        if TRANSFORMERS in peers:
+            for filter_ in (NUCLEUS, BOTH):
+                their_draw = transformers_draw(logits, filters[filter_].get("top_k"))
+                calls[Case(TRANSFORMERS, torch.float32, filter_, number)] = on(number, their_draw)
     return calls
 
 
-def compare(num_tokens: int, num_rows: int, device: str, repeats: int, with_peer: bool) -> dict:
-    """One row per case, ours first, with its ratio to the peer."""
+def compare(num_tokens: int, num_rows: int, device: str, repeats: int, peers: list[str]) -> dict:
+    """One row per case, with its ratio to the peer."""
     most = torch.get_num_threads()
     threads = sorted({1, most}) if device == "cpu" else [most]
-    calls = draws(num_tokens, num_rows, device, threads, with_peer)
+    calls = draws(num_tokens, num_rows, device, threads, peers)
     for call in calls.values():
         call()
     turns = turns_ns(calls, repeats, warm_up=0, device=device)
@@ -110,7 +137,10 @@ def compare(num_tokens: int, num_rows: int, device: str, repeats: int, with_peer
     rows = []
     for case in calls:
         read = case.dtype.itemsize / ns[case] * 1e9
-        theirs = ns.get(Case(PEER, torch.float32, FILTERED, case.threads))
+        peer, of = X_TRANSFORMERS, FILTERED
+        if case.filter in (NUCLEUS, BOTH):
+            peer, of = TRANSFORMERS, case.filter
+        theirs = ns.get(Case(peer, torch.float32, of, case.threads))
         has_goal = case == Case(OURS, torch.float32, FILTERED, 1)
         rows.append(
             {
@@ -122,7 +152,8 @@ def compare(num_tokens: int, num_rows: int, device: str, repeats: int, with_peer
                 "ns_per_logit": ns[case],
                 "gigabytes_per_second": read / 1e9,
                 "share_of_copy": read / copied[case.threads],
-                "times_x_transformers": theirs and theirs / ns[case],
+                "peer": peer,
+                "times_peer": theirs and theirs / ns[case],
                 "goal": GOALS.get((num_tokens, device)) if has_goal else None,
             }
         )
@@ -139,11 +170,14 @@ def main() -> None:
     args = parser.parse_args()
     device, repeats, record = begin(parser, args)
     record["settings"] = []
-    with_peer = importlib.util.find_spec("x_transformers") is not None
-    if not with_peer:
-        print("x-transformers is not installed: no comparison with it\n")
+    peers = []
+    for peer in (X_TRANSFORMERS, TRANSFORMERS):
+        if importlib.util.find_spec(peer.replace("-", "_")) is not None:
+            peers.append(peer)
+        else:
+            print(f"{peer} is not installed: no comparison with it\n")
     for num_tokens, num_rows in TINY if args.dry_run else CUDA if device == "cuda" else CPU:
-        record["settings"].append(compare(num_tokens, num_rows, device, repeats, with_peer))
+        record["settings"].append(compare(num_tokens, num_rows, device, repeats, peers))
         print(f"V {num_tokens}, {num_rows} rows\n")
         print_table(record["settings"][-1]["rows"])
         write_json(args.json, record)  # after each setting: the next may crash or hang

@@ -205,7 +205,7 @@ inline ConfidenceType confidence_type(const std::string& name) {
 inline UnmaskArgs unpack_unmask(const pybind11::tuple& arguments, const pybind11::tuple& outputs,
                                 std::vector<int64_t>* forbidden) {
   UnmaskArgs a = {};
-  Unpacker next(arguments, 9);
+  Unpacker next(arguments, 10);
   const Matrix<const void> logits = next.matrix<const void>();
   a.logits = logits.data;
   a.rows = logits.rows, a.vocabulary = logits.columns, a.stride = logits.stride;
@@ -217,6 +217,7 @@ inline UnmaskArgs unpack_unmask(const pybind11::tuple& arguments, const pybind11
   a.fallback = next.integer();
   a.seed = static_cast<uint64_t>(next.integer());
   a.top_k = next.integer();
+  a.top_p = next.integer();
   a.inverse_temperature = next.as<float>();
   a.confidence_type = confidence_type(next.as<std::string>());
 

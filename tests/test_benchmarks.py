@@ -126,14 +126,17 @@ def test_cache(tmp_path):
 
 def test_unmask(tmp_path):
     pytest.importorskip("x_transformers")
+    pytest.importorskip("transformers")
     figures, output = run("bench_unmask.py", tmp_path)
     (setting,) = figures["settings"]
     rows = setting["rows"]
-    assert [row["who"] for row in rows] == [*["unmask"] * 4, "x-transformers"]
+    peers = ["x-transformers", "transformers", "transformers"]
+    assert [row["who"] for row in rows] == [*["unmask"] * 8, *peers]
     for row in rows:
         assert row["ns_per_logit"] > 0 and 0 < row["share_of_copy"] < 1
-        assert row["times_x_transformers"] > 0
-    assert rows[-1]["times_x_transformers"] == 1
+        assert row["times_peer"] > 0
+        assert (row["peer"] == "transformers") == ("p 0.9" in row["filter"])
+    assert [row["times_peer"] for row in rows[-3:]] == [1, 1, 1]
     assert "| unmask | auto | bfloat16 | none | 1 |" in output
 
 

@@ -419,13 +419,17 @@ def test_a_step_on_the_device_needs_a_corpus_that_the_kernel_reads(tmp_path):
 def test_unmask_equals_that_of_the_cpu(dtype, vocabulary, backend):
     logits = (4 * torch.randn(64, vocabulary)).to(dtype)
     slots = torch.arange(64) * 2**33
-    for top_k, confidence in (
-        (None, "margin"),
-        (1, "entropy"),
-        (7, "probability"),
-        (vocabulary // 3, "probability"),
+    for top_k, top_p, confidence in (
+        (None, 1, "margin"),
+        (1, 1, "entropy"),
+        (7, 1, "probability"),
+        (vocabulary // 3, 1, "probability"),
+        (None, 0.9, "entropy"),
+        (None, 0.999, "probability"),
+        (vocabulary // 3, 0.5, "margin"),
     ):
-        options = dict(mask_id=3, seed=1, top_k=top_k, confidence=confidence, temperature=0.7)
+        options = dict(mask_id=3, seed=1, top_k=top_k, top_p=top_p)
+        options |= dict(confidence=confidence, temperature=0.7)
         moved = dict(noise_slots=slots.cuda(), backend=backend)
         got = nar_kernels.unmask(logits.cuda(), **moved, **options)
         expected = nar_kernels.unmask(logits, noise_slots=slots, **options)

@@ -101,10 +101,12 @@ def unmask(record: dict) -> Iterator[Row]:
             what += f"filter {row['filter']}"
             rate = row["gigabytes_per_second"]
             yield Row(what, rate, "GB/s", "copy", copy, row["share_of_copy"])
-            times = row["times_x_transformers"]
+            # Records from before there were two peers name one.
+            peer, times = row.get("peer", "x-transformers"), row.get("times_peer")
+            times = row.get("times_x_transformers", times)
             if times is not None:
                 ns = row["ns_per_logit"]
-                yield Row(what, ns, "ns a logit", "x-transformers", times * ns, times)
+                yield Row(what, ns, "ns a logit", peer, times * ns, times)
 
 
 def calls(name: str, record: dict) -> Iterator[Row]:

@@ -20,6 +20,7 @@ TESTS = [
             "masked_nll",
             "nll",
             "static_shapes",
+            "top_p",
             "unmask",
         )
     ),

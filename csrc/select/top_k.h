@@ -40,7 +40,13 @@ inline int32_t descending(float x) {
   return bits < 0 ? bits ^ INT32_MIN : ~bits;
 }
 
-// Its inverse.
+// Numbers in the order of falling floats; of equal ones, the lower index comes first.
+inline uint64_t order_of(float x, int64_t index) {
+  return uint64_t{static_cast<uint32_t>(descending(x)) ^ 0x80000000u} << 32 |
+         static_cast<uint32_t>(index);
+}
+
+// Inverse of `descending`.
 inline float float_of(int32_t number) {
   const int32_t bits = number < 0 ? ~number : number ^ INT32_MIN;
   float x;
@@ -152,10 +158,6 @@ inline Ranked kth_largest(const float* logits, const int16_t* upper, int64_t len
     for (int j = 0; j < 3; ++j) b.learn(pivots[j], below[j]);
   }
 
-  const auto key = [&](int64_t i) {
-    return uint64_t{static_cast<uint32_t>(descending(logits[i])) ^ 0x80000000u} << 32 |
-           static_cast<uint32_t>(i);
-  };
   std::vector<OrderedKey> ordered;
   ordered.reserve(b.below_high - b.below_low);
   const Halves low = Halves{} + static_cast<int16_t>(b.low - kFlip);
@@ -163,7 +165,7 @@ inline Ranked kth_largest(const float* logits, const int16_t* upper, int64_t len
   for (int64_t i = 0; i < length; i += kHalves) {
     const Halves half = load<Halves>(upper + i);
     for_each_lane(~((half < low) | (half > last)),
-                  [&](int lane) { ordered.push_back({key(i + lane)}); });
+                  [&](int lane) { ordered.push_back({order_of(logits[i + lane], i + lane)}); });
   }
   const auto kth = ordered.begin() + (k - b.below_low - 1);
   std::nth_element(ordered.begin(), kth, ordered.end());

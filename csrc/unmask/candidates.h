@@ -14,6 +14,40 @@ inline Floats clean(Floats x) {
   return smaller(larger(x, spread(-INFINITY)), spread(3.40282347e38f)) + 0.0f;
 }
 
+inline bool any(Ints v) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)v) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  int64_t halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return (halves[0] | halves[1]) != 0;
+#endif
+}
+
+// Terms of sums, numbers from 0 to 1, in fixed point.
+inline Ints units(Floats x) {
+  return __builtin_convertvector(x * static_cast<float>(kWhole) + 0.5f, Ints);
+}
+
+// Sums of terms in two halves of 15 bits, for up to kMost terms a lane.
+struct LaneSums {
+  static constexpr int64_t kMost = 32768;
+  Ints high = {}, low = {};
+
+  void add(Ints term) {
+    high += term >> 15;
+    low += term & 0x7FFF;
+  }
+
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int j = 0; j < kFloats; ++j) sum += (int64_t{high[j]} << 15) + low[j];
+    return sum;
+  }
+};
+
 inline Floats widened(const float* from) { return load<Floats>(from); }
 inline Floats widened(const uint16_t* from) {
   return (Floats)(__builtin_convertvector(load<Shorts>(from), UInts) << 16);
@@ -121,6 +155,28 @@ void pad(const Candidates& c) {
   }
 }
 
+// Keeps candidates of which is_kept(logits, ids) says so, a vector at a time. `ids`: memory for
+// those of all, which may have them.
+template <typename IsKept>
+void keep_if(IsKept is_kept, int32_t* ids, Candidates* c) {
+  Ints all;
+  for (int j = 0; j < kFloats; ++j) all[j] = j;
+  Candidates kept = {c->logits, ids, 0};
+  for (int64_t i = 0; i < c->count; i += kFloats, all += kFloats) {
+    const Floats x = load<Floats>(c->logits + i);
+    const Ints id = c->ids ? load<Ints>(c->ids + i) : all;
+    kept.count += compress(is_kept(x, id), x, id, kept.logits + kept.count, kept.ids + kept.count);
+  }
+  pad(kept);
+  *c = kept;
+}
+
+// Keeps larger logits than the last one, and equal ones up to its id.
+void keep_up_to(float last, int64_t last_id, int32_t* ids, Candidates* c) {
+  const Ints up_to = Ints{} + static_cast<int32_t>(last_id);
+  keep_if([&](Floats x, Ints id) { return (x > last) | ((x == last) & (id <= up_to)); }, ids, c);
+}
+
 // Keeps the k largest of num_finite > k candidates.
 void keep_largest(int64_t k, int64_t num_finite, int16_t* upper, Candidates* c) {
   const int64_t length = (c->count + kHalves - 1) / kHalves * kHalves;
@@ -129,18 +185,7 @@ void keep_largest(int64_t k, int64_t num_finite, int16_t* upper, Candidates* c) 
     store(upper + i, upper_halves(x, next));
   }
   const Ranked last = kth_largest(c->logits, upper, length, k, num_finite);
-  const Ints last_id = Ints{} + c->ids[last.index];
-  Candidates kept = {c->logits, c->ids, 0};
-  for (int64_t i = 0; i < c->count; i += kFloats) {
-    append(load<Floats>(c->logits + i), load<Ints>(c->ids + i), last.value, &kept);
-  }
-  pad(kept);
-  for (int64_t i = 0; kept.count > k && i < kept.count; i += kFloats) {  // equal ones
-    const Floats x = load<Floats>(kept.logits + i);
-    const Ints is_beyond = (x == last.value) & (load<Ints>(kept.ids + i) > last_id);
-    store(kept.logits + i, is_beyond ? spread(-INFINITY) : x);
-  }
-  *c = kept;
+  keep_up_to(last.value, c->ids[last.index], c->ids, c);
 }
 
 // The k largest logits of a row, or as many as there are.

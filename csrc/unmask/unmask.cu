@@ -11,6 +11,7 @@
 #include "unmask/gpu/sample.h"
 #include "unmask/gpu/sums.h"
 #include "unmask/gpu/top_k.h"
+#include "unmask/gpu/top_p.h"
 #include "unmask/unmask_cuda.h"
 
 namespace nar {
@@ -94,7 +95,7 @@ __device__ void write(const UnmaskArgs& a, int64_t r, int64_t token, float log_p
   if (a.confidence) a.confidence[r] = confidence;
 }
 
-template <typename T, Mapping kMapping>
+template <typename T, Mapping kMapping, bool kTopP>
 __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kMapping>& team) {
   using L = Logits<T>;
   using RowOfT = Row<T, kMapping>;
@@ -114,8 +115,18 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kMapping>& tea
   if (selects) {
     top = TopKSearch<RowOfT>(row, team, largest, static_cast<uint32_t>(a.top_k)).find();
   }
+  if constexpr (kTopP) {
+    const Filter<L> of_top_k(top, team.memory);
+    const float scale = a.inverse_temperature > 0 ? a.inverse_temperature : 1;
+    const uint32_t size =
+        NucleusSearch<RowOfT>(row, team, selects ? &of_top_k : nullptr, largest, scale)
+            .size(a.top_p);
+    if (team.thread() == 0) team.memory->num_listed = 0;
+    team.sync();
+    top = TopKSearch<RowOfT>(row, team, largest, size).find();
+  }
   const Filter<L> filter_of_top(top, team.memory);
-  const Filter<L>* filter = selects ? &filter_of_top : nullptr;
+  const Filter<L>* filter = kTopP || selects ? &filter_of_top : nullptr;
   // Infinity stands for the largest float, which is no bfloat16.
   constexpr bool kCanHaveTable = std::is_same_v<T, __nv_bfloat16> && kMapping != Mapping::kWarp;
   const bool has_table = kCanHaveTable && p.has_table && largest < kLargestFloat;
@@ -160,7 +171,7 @@ __device__ void unmask_row(const UnmaskLaunch& p, int64_t r, Team<kMapping>& tea
   write(a, r, given < 0 ? column : given, (logit - largest) - log_of_sum, confidence);
 }
 
-template <typename T, Mapping kMapping>
+template <typename T, Mapping kMapping, bool kTopP>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     unmask_kernel(const __grid_constant__ UnmaskLaunch p) {
   int64_t r = blockIdx.x;
@@ -178,7 +189,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     team.memory->num_listed = 0;
   }
   team.sync();
-  unmask_row<T, kMapping>(p, r, team);
+  unmask_row<T, kMapping, kTopP>(p, r, team);
 }
 
 // How many warps take a row.
@@ -193,7 +204,7 @@ int64_t attribute_of(int device, cudaDeviceAttr attribute) {
   return value;
 }
 
-template <typename T>
+template <typename T, bool kTopP>
 Division divide(int device, UnmaskLaunch* p) {
   constexpr int64_t kTilesOfWarp = 4;
   constexpr int64_t kWorthTable = 8192;  // logits
@@ -204,11 +215,11 @@ Division divide(int device, UnmaskLaunch* p) {
   const bool is_entropy = a.confidence && a.confidence_type == ConfidenceType::kEntropy;
   p->has_table = std::is_same_v<T, __nv_bfloat16> && a.vocabulary >= kWorthTable && !is_entropy;
   p->held_tiles = static_cast<uint32_t>(tiles);
-  p->scratch =
-      std::max(p->has_table ? ExpTable::kBytes : 0, a.top_k < a.vocabulary ? LogitList::kBytes : 0);
+  p->scratch = std::max(p->has_table ? ExpTable::kBytes : 0,
+                        kTopP || a.top_k < a.vocabulary ? LogitList::kBytes : 0);
   const int64_t fixed = sizeof(RowMemory) + p->scratch;
   p->bytes = static_cast<uint32_t>(fixed + tiles * kTileBytes);
-  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, Mapping::kWarp>, 1, kRowsPerBlock};
+  if (tiles <= kTilesOfWarp) return {unmask_kernel<T, Mapping::kWarp, kTopP>, 1, kRowsPerBlock};
 
   const int64_t warps = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
   const int64_t most = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -216,13 +227,18 @@ Division divide(int device, UnmaskLaunch* p) {
                        attribute_of(device, cudaDevAttrReservedSharedMemoryPerBlock);
   if (fixed + tiles * kTileBytes <= std::min(half, most)) {  // two rows a multiprocessor
     const unsigned enough = static_cast<unsigned>(std::min<int64_t>(warps, kMaxWarps / 2));
-    return {unmask_kernel<T, Mapping::kBlock>, enough, 1};
+    return {unmask_kernel<T, Mapping::kBlock, kTopP>, enough, 1};
   }
   const int64_t held = std::clamp<int64_t>((most - fixed) / kTileBytes, 0, tiles);
   p->held_tiles = static_cast<uint32_t>(held);
   p->bytes = static_cast<uint32_t>(fixed + held * kTileBytes);
-  if (held == tiles) return {unmask_kernel<T, Mapping::kBlock>, kMaxWarps, 1};
-  return {unmask_kernel<T, Mapping::kPart>, kMaxWarps, 1};
+  if (held == tiles) return {unmask_kernel<T, Mapping::kBlock, kTopP>, kMaxWarps, 1};
+  return {unmask_kernel<T, Mapping::kPart, kTopP>, kMaxWarps, 1};
+}
+
+template <typename T>
+Division divide(int device, UnmaskLaunch* p) {
+  return p->args.top_p < kWhole ? divide<T, true>(device, p) : divide<T, false>(device, p);
 }
 
 Division divide(GpuLogitType type, int device, UnmaskLaunch* p) {

@@ -4,11 +4,20 @@
 #include <cstdint>
 
 #include "nll/nll.h"
+#include "runtime/host_device.h"
 
 namespace nar {
 
 // How the confidence of a row is measured.
 enum class ConfidenceType { kProbability = 0, kMargin = 1, kEntropy = 2 };
+
+// Shares and probabilities are in fixed point: sums of integers are the same in any order.
+constexpr int64_t kWhole = int64_t{1} << 30;
+
+// A share of a sum, rounded up.
+NAR_HOST_DEVICE inline int64_t share_of(int64_t sum, int64_t share) {
+  return sum / kWhole * share + (sum % kWhole * share + kWhole - 1) / kWhole;
+}
 
 struct UnmaskArgs {
   const void* logits;  // [rows, vocabulary], a row every `stride`
@@ -21,6 +30,7 @@ struct UnmaskArgs {
   int64_t fallback;  // the token of a row that allows none
   uint64_t seed;
   int64_t top_k;              // at least 1
+  int64_t top_p;              // in [1, kWhole], a share; kWhole filters nothing
   float inverse_temperature;  // 0: the most probable token
   ConfidenceType confidence_type;
 

@@ -4,22 +4,11 @@
 #include "rng/philox_simd.h"
 #include "runtime/float_math.h"
 #include "unmask/candidates.h"
+#include "unmask/top_p.h"
 #include "unmask/unmask.h"
 
 namespace nar {
 namespace {
-
-inline bool any(Ints v) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)v) != 0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
-#else
-  int64_t halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  return (halves[0] | halves[1]) != 0;
-#endif
-}
 
 int64_t first_of(const float* logits, float value) {
   int64_t i = 0;
@@ -36,17 +25,11 @@ struct Sums {
 // Sums over the candidates in fixed point, units of 2**-30: exact in any order.
 template <bool kWithGap>
 Sums sum_of_exp(const Candidates& c, float largest) {
-  // Terms are split into 15-bit halves; a 32-bit lane holds the sum of this many.
-  constexpr int64_t kTerms = 32768;
+  constexpr int64_t kMost = LaneSums::kMost * kFloats;
   Sums sums = {};
-  for (int64_t first = 0; first < c.count; first += kTerms * kFloats) {
-    const int64_t end = std::min(c.count, first + kTerms * kFloats);
-    Ints high[2] = {}, low[2] = {};
-    const auto add = [&](int which, Floats x) {
-      const Ints term = __builtin_convertvector(x * 0x1p30f + 0.5f, Ints);
-      high[which] += term >> 15;
-      low[which] += term & 0x7FFF;
-    };
+  for (int64_t first = 0; first < c.count; first += kMost) {
+    const int64_t end = std::min(c.count, first + kMost);
+    LaneSums of_exp, of_exp_times_gap;
     for (int64_t i = first; i < end; i += kManyFloats) {
       Floats gap[kManyVectors], e[kManyVectors];
       for (int j = 0; j < kManyVectors; ++j) {
@@ -54,14 +37,14 @@ Sums sum_of_exp(const Candidates& c, float largest) {
       }
       exp_of_negative(e);
       for (int j = 0; j < kManyVectors; ++j) {
-        add(0, e[j]);
-        if (kWithGap) add(1, e[j] * (gap[j] < -87.0f ? spread(87.0f) : -gap[j]));
+        of_exp.add(units(e[j]));
+        if (kWithGap) {
+          of_exp_times_gap.add(units(e[j] * (gap[j] < -87.0f ? spread(87.0f) : -gap[j])));
+        }
       }
     }
-    for (int j = 0; j < kFloats; ++j) {
-      sums.exp += (int64_t{high[0][j]} << 15) + low[0][j];
-      sums.exp_times_gap += (int64_t{high[1][j]} << 15) + low[1][j];
-    }
+    sums.exp += of_exp.total();
+    sums.exp_times_gap += of_exp_times_gap.total();
   }
   return sums;
 }
@@ -144,7 +127,7 @@ int64_t sample(const UnmaskArgs& a, uint64_t slot, const Candidates& c, float la
 template <typename T>
 void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
   const Row<T> row = {static_cast<const T*>(a.logits) + r * a.stride, a.vocabulary};
-  const Candidates candidates = find_candidates(a, row, s);
+  Candidates candidates = find_candidates(a, row, s);
   const float largest = candidates.largest();
   const bool is_given = a.given && a.given[r] >= 0;
   if (largest == -INFINITY) {
@@ -152,6 +135,10 @@ void unmask_row(const UnmaskArgs& a, int64_t r, const UnmaskScratch& s) {
     a.log_prob[r] = -INFINITY;
     if (a.confidence) a.confidence[r] = -INFINITY;
     return;
+  }
+  if (a.top_p < kWhole) {
+    const float scale = a.inverse_temperature > 0 ? a.inverse_temperature : 1;
+    keep_top_p(a.top_p, {largest, scale}, s.ids, &candidates);
   }
 
   int64_t index;

@@ -158,6 +158,10 @@ class LinearNllArgs(NamedTuple):
     of_bias: bool = False
 
 
+# Shares and probabilities are in units of 1 / WHOLE: sums of integers are exact in any order.
+WHOLE = 1 << 30
+
+
 class UnmaskArgs(NamedTuple):
     """Checked arguments of ``unmask``. Shapes: R rows of logits, V vocabulary."""
 
@@ -168,6 +172,7 @@ class UnmaskArgs(NamedTuple):
     fallback: int  # the token of a row that allows none
     seed: int  # signed, with the bits of the unsigned one
     top_k: int  # in [1, V]
+    top_p: int  # in [1, WHOLE], as a share of it; WHOLE filters nothing
     inverse_temperature: float  # 0: the most probable token
     confidence: str  # "probability", "margin" or "entropy"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
+from nar_kernels.ops.arguments import WHOLE, ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
 from nar_kernels.ops.masking import IGNORE_INDEX
 from nar_kernels.ops.views import Pairing
 from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
@@ -430,6 +430,15 @@ def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     largest = x.amax(1, keepdim=True)
     allows_none = largest[:, 0] == -torch.inf
     from_largest = (x - largest).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    if a.top_p < WHOLE:
+        # An id is kept if those before it have less than the wanted sum.
+        share = _units(exp_of_negative(from_largest * (a.inverse_temperature or 1.0)))
+        share = share.gather(1, order)
+        up_to = share.cumsum(1)
+        is_kept = up_to - share < _wanted_sum(up_to[:, -1:], a.top_p)
+        from_largest = from_largest.masked_fill(
+            ~torch.zeros_like(kept).scatter_(1, order, is_kept), -torch.inf
+        )
 
     score = from_largest
     if a.inverse_temperature > 0:
@@ -458,10 +467,20 @@ def unmask_ref(a: UnmaskArgs) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, log_prob, sure.masked_fill(allows_none, -torch.inf)
 
 
+def _units(terms: Tensor) -> Tensor:
+    """int64: numbers from 0 on, in units of 1 / WHOLE: their sums are exact in any order."""
+    return (terms * WHOLE + 0.5).to(torch.int64)
+
+
 def _sum_of_units(terms: Tensor) -> Tensor:
-    """float32 ``[R]``: row sums in fixed point, units of 2**-30, exact in any order."""
-    units = (terms * 2.0**30 + 0.5).to(torch.int64)
-    return units.sum(1).to(torch.float32) * 2.0**-30
+    """float32 ``[R]``: row sums."""
+    return _units(terms).sum(1).to(torch.float32) / WHOLE
+
+
+def _wanted_sum(total: Tensor, top_p: int) -> Tensor:
+    """``total * top_p / WHOLE``, rounded up; the product may have more than 64 bits."""
+    high, low = total // WHOLE, total % WHOLE
+    return high * top_p + (low * top_p + WHOLE - 1) // WHOLE
 
 
 def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_int
-from nar_kernels.ops.arguments import UnmaskArgs
+from nar_kernels.checks import as_float, as_int
+from nar_kernels.ops.arguments import WHOLE, UnmaskArgs
 from nar_kernels.ops.backends import cpp, cuda, resolve_backend
 from nar_kernels.ops.dispatch import (
     LOGIT_CODE,
@@ -62,6 +62,7 @@ def unmask(
     noise_slots: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
     forbidden_ids: Sequence[int] = (),
     given: Tensor | None = None,
     confidence: Confidence = "probability",
@@ -80,6 +81,10 @@ def unmask(
         noise_slots: int64 ``[R]``, which noise a row gets; equal slots get equal noise.
         temperature: at least 0; the most probable id at 0.
         top_k: draw among the k most probable ids only; of equal ones, those that come first.
+        top_p: draw among the fewest most probable ids whose probabilities add up to this, in
+            (0, 1]; of equal ones, those that come first. 1 filters nothing. Probabilities are
+            those of ``softmax(logits / temperature)``, at temperature 0 of ``softmax(logits)``,
+            over the ids that ``top_k`` leaves (Holtzman et al. 2019, arXiv:1904.09751).
         forbidden_ids: further ids in [0, V) that are never sampled.
         given: int64 ``[R]``: an id in [0, V) to take in place of a drawn one, or -1 to draw.
         confidence: of the drawn token (MaskGIT, arXiv:2202.04200), or of all that could be drawn:
@@ -114,6 +119,7 @@ def unmask(
         fallback,
         signed_seed(seed),
         _num_kept(vocabulary, top_k),
+        _in_units(top_p),
         _inverse(temperature),
         confidence,
     )
@@ -171,6 +177,13 @@ def _num_kept(vocabulary: int, top_k: int | None) -> int:
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}: it must be at least 1, or None")
     return min(top_k, vocabulary)
+
+
+def _in_units(top_p: float) -> int:
+    top_p = as_float("top_p", top_p)
+    if not 0 < top_p <= 1:  # also rejects NaN
+        raise ValueError(f"top_p is {top_p}: it must be in (0, 1]; 1 filters nothing")
+    return max(round(top_p * WHOLE), 1)
 
 
 def _inverse(temperature: float) -> float:

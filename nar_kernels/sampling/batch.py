@@ -90,6 +90,7 @@ def decode_batch(
                 seed=seed,
                 temperature=config.temperature,
                 top_k=config.top_k,
+                top_p=config.top_p,
                 forbidden_ids=(
                     *masking.never_mask_ids,
                     *(eos_ids if config.eos == "never" else ()),

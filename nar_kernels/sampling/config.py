@@ -37,6 +37,7 @@ BY_CONFIDENCE = tuple(name for name in get_args(Strategy) if name not in (*BLIND
 
 _COUNT = 1, (1 << 31) - 1, "in [1, 2**31)"
 _SHARE = 0, 1, "in [0, 1]"
+_PART = math.nextafter(0, 1), 1, "in (0, 1]"
 _SCALE = 0, math.nextafter(math.inf, 0), "at least 0 and finite"
 # Range of each number: minimum, maximum, and how an error message states it.
 _RANGES = {
@@ -44,6 +45,7 @@ _RANGES = {
     **{"length": _COUNT, "max_new_tokens": _COUNT},
     **{"temperature": _SCALE, "choice_temperature": _SCALE, "threshold": _SHARE},
     **{"factor": _SCALE, "entropy_bound": _SCALE, "editing_threshold": _SHARE, "eta": _SHARE},
+    "top_p": _PART,
     "guidance_scale": (-_SCALE[1], _SCALE[1], "finite"),
 }
 
@@ -52,7 +54,7 @@ _RANGES = {
 class SamplingConfig:
     """Sampling options: every option of ``nar-kernels generate``.
 
-    The defaults aim for samples as diverse as the data: no top-k filter, positions in random
+    The defaults aim for samples as diverse as the data: no filter of tokens, positions in random
     order. (``NonAutoregressiveWrapper.generate`` has the defaults of x-transformers instead. With
     ``confidence``, images get their background first, which leaves little choice for the rest.)
 
@@ -88,6 +90,11 @@ class SamplingConfig:
     )
     top_k: int | None = option(
         None, "sample from the k most probable tokens only", type=int, otherwise="all"
+    )
+    top_p: float = option(
+        1.0,
+        "sample from the fewest most probable tokens only whose probabilities, at the temperature "
+        "of the step, add up to this (nucleus sampling, arXiv:1904.09751); 1 is all",
     )
     choice_temperature: float = option(
         0.0,

@@ -63,6 +63,7 @@ def decode(
     seed: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
     forbidden_ids: Sequence[int] = (),
     remask: bool = False,
     editing_threshold: float | None = None,
@@ -88,7 +89,7 @@ def decode(
         plan: from :func:`nar_kernels.sampling.plan.make_plan` for the masks in ``prompt``.
         policy: the unmasking order.
         temperature: sampling temperature, annealed linearly to 0 at the last step of a block.
-        top_k, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
+        top_k, top_p, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
         remask: whether a filled position of the block may be masked again because its id has become
             improbable. Positions of the prompt never are.
         editing_threshold: in [0, 1]: filled positions of the block get the id that is now the most
@@ -155,6 +156,7 @@ def decode(
                 seed=seed,
                 temperature=temperature * annealing,
                 top_k=top_k,
+                top_p=top_p,
                 forbidden_ids=forbidden_ids,
                 confidence=policy.confidence,
                 backend=backend,

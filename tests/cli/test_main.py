@@ -365,6 +365,7 @@ def test_mistakes_in_prompts_of_ids(digits_run, capsys, tmp_path):
         *(("--choice-temperature", value, "at least 0 and") for value in ("-0.5", "nan", "inf")),
         *(("--guidance-scale", value, "finite") for value in ("nan", "inf")),
         *(("--top-k", value, "in [1, 2**31)") for value in (0, -1)),
+        *(("--top-p", value, "in (0, 1]") for value in ("0.0", "-0.5", "1.1", "nan")),
         *(("--filter-thres", value, "in [0, 1]") for value in ("-0.1", "1.5", "nan", "inf")),
         *(("--threshold", value, "in [0, 1]") for value in ("-0.1", "90.0", "nan", "inf")),
         *(("--eta", value, "in [0, 1]") for value in ("-0.1", "1.5")),

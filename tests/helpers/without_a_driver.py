@@ -125,6 +125,7 @@ def unmask_call(
     forbidden=(299,),
     seed=1,
     top_k=30,
+    top_p=1 << 30,
     inverse_temperature=2.0,
     confidence="probability",
 ):
@@ -132,7 +133,7 @@ def unmask_call(
     logits = torch.empty(rows * vocabulary + skip, dtype=dtype)[skip:].view(rows, vocabulary)
     slots = WORDS[:rows]
     outputs = torch.empty_like(slots), FLOATS[:rows], FLOATS[8 : 8 + rows]
-    options = slots if given else None, list(forbidden), 7, seed, top_k, inverse_temperature
+    options = slots if given else None, list(forbidden), 7, seed, top_k, top_p, inverse_temperature
     a = UnmaskArgs(logits, slots, *options, confidence)
     return partial(unmask.unmask_triton, outputs, a)
 
@@ -219,8 +220,12 @@ CASES = {
             unmask_call(given=True),
             unmask_call(confidence="entropy"),
             unmask_call(vocabulary=304),
+            unmask_call(top_p=1 << 29),
+            # The same kernel.
+            unmask_call(top_p=1),
+            unmask_call(top_p=1 << 28, inverse_temperature=0),
         ],
-        8,
+        9,
     ),
     "choose": Case(
         choose._launch,

@@ -73,6 +73,7 @@ def test_any_order_of_threads_unmasks_the_same(library, vocabulary, dtype):
         library.set_schedule(schedule)
         for top_k in (None, vocabulary // 3):
             assert_unmasks_as_the_reference(logits, top_k=top_k)
+        assert_unmasks_as_the_reference(logits, top_k=vocabulary // 3, top_p=0.9)
 
 
 @emulated
@@ -86,7 +87,9 @@ def test_rows_that_do_not_fit_into_shared_memory(library, dtype, kilobytes):
     whole[2] = whole[2].round()
     for logits in (whole, whole[:, 1:], whole[:, 5:15_005]):
         assert_unmasks_as_the_reference(logits, top_k=4000, forbidden_ids=(0, 9000, 14_999))
-        assert_unmasks_as_the_reference(logits, given=torch.tensor([5, -1, 14_000]))
+        given = torch.tensor([5, -1, 14_000])
+        assert_unmasks_as_the_reference(logits, given=given)
+        assert_unmasks_as_the_reference(logits, given=given, top_p=0.95)
 
 
 @emulated

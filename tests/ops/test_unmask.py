@@ -17,6 +17,14 @@ from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
 from tests.helpers import devices
 from tests.helpers.devices import device_of
 from tests.helpers.goodness_of_fit import chi_square_p
+from tests.helpers.unmasking import (
+    DTYPES,
+    MASK,
+    assert_equals_reference,
+    awkward_logits,
+    draw,
+    nearly_equal_rows,
+)
 
 # In Triton's interpreter, of what a GPU computes in silence: -inf that is not chosen.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -27,8 +35,6 @@ WITH_GPUS = [
     pytest.param("triton", marks=pytest.mark.triton),
     pytest.param("cuda", marks=pytest.mark.cuda),
 ]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MASK = 3
 
 if backends()["triton"] == "available":
     import triton
@@ -41,36 +47,6 @@ if backends()["triton"] == "available":
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         tl.store(noise + at, float_math.gumbel(tl.load(words + at).to(tl.uint32)))
         tl.store(exp + at, float_math.exp_of_negative(tl.load(x + at)))
-
-
-def draw(logits: Tensor, **args) -> Tensor:
-    slots = torch.arange(len(logits), device=logits.device)
-    defaults = dict(mask_id=MASK, seed=1, noise_slots=slots)
-    return unmask(logits, **{**defaults, **args})
-
-
-def awkward_logits(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Ties, zeros of both signs, what is not finite, and rows of nothing else."""
-    generator = torch.Generator().manual_seed(vocabulary)
-    logits = 4 * torch.randn(rows, vocabulary, generator=generator)
-    logits[1] = logits[1].round()
-    logits[2] = logits[2].sign() * 0.0
-    logits[3, ::2] = -torch.inf
-    logits[4, ::3] = torch.nan
-    logits[5, vocabulary // 2] = torch.inf
-    logits[6] = -torch.inf
-    logits[7] *= 1e38
-    return logits.to(dtype)
-
-
-def assert_equals_reference(logits: Tensor, *, backend: str, **args) -> None:
-    expected = draw(logits, backend="reference", **args)
-    moved = {"noise_slots": torch.arange(len(logits)), **args, "logits": logits}
-    for name, value in moved.items():
-        moved[name] = value.to(device_of(backend)) if isinstance(value, Tensor) else value
-    got = draw(backend=backend, **moved)
-    for name in got._fields:
-        assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), (name, args)
 
 
 def arguments(vocabulary: int) -> Iterator[dict]:
@@ -151,13 +127,6 @@ def test_more_forbidden_ids_than_the_cuda_kernel_takes_as_arguments(dtype):
     for top_k in (None, 5):
         args = dict(forbidden_ids=forbidden, top_k=top_k, noise_slots=torch.arange(7))
         assert_equals_reference(logits, backend="cuda", **args)
-
-
-def nearly_equal_rows(length: int) -> Tensor:
-    """Ties, and logits that differ by a bit."""
-    nearly = 1 + torch.randint(0, 9, (length,)) * 2.0**-23
-    rows = (torch.zeros(length), nearly, -nearly, nearly.where(nearly > 1, -torch.inf))
-    return torch.stack(rows)
 
 
 @pytest.mark.cuda
@@ -433,7 +402,7 @@ def test_any_number_of_forbidden_ids(forbidden_ids, backend):
 @pytest.mark.parametrize("backend", ["reference", WITH_GPUS[-1]])
 def test_as_an_operator(backend):
     logits, slots = (x.to(device_of(backend)) for x in (torch.randn(5, 40), torch.arange(5)))
-    args = (logits, slots, None, [3], 0, 1, 40, 1.0, "entropy", backend)
+    args = (logits, slots, None, [3], 0, 1, 40, 1 << 30, 1.0, "entropy", backend)
     torch.library.opcheck(torch.ops.nar_kernels.unmask.default, args)
 
 
@@ -458,6 +427,11 @@ def test_under_torch_compile():
         (dict(temperature=-1.0), ValueError, "temperature is -1.0"),
         (dict(temperature=math.nan), ValueError, "temperature is nan"),
         (dict(top_k=0), ValueError, "top_k is 0"),
+        (dict(top_p=0.0), ValueError, r"top_p is 0.0: it must be in \(0, 1\]"),
+        (dict(top_p=-0.5), ValueError, "top_p is -0.5"),
+        (dict(top_p=1.5), ValueError, "top_p is 1.5"),
+        (dict(top_p=math.nan), ValueError, "top_p is nan"),
+        (dict(top_p="all"), TypeError, "top_p is 'all': it must be a number"),
         (dict(confidence="max"), ValueError, "confidence is 'max'.*probability, margin, entropy"),
         (dict(mask_id=6), ValueError, "mask_id is 6.*5 logits"),
         (dict(forbidden_ids=(5,)), ValueError, r"forbidden_ids holds 5, outside \[0, 5\)"),

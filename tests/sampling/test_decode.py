@@ -240,6 +240,12 @@ def test_top_k_of_one_is_greedy_at_any_temperature():
     assert torch.equal(states[-1].ids, without_mask(logits).argmax(-1))
 
 
+def test_a_nucleus_of_one_is_greedy_at_any_temperature():
+    logits = torch.randn(2, 8, NUM_TOKENS, generator=noise(2))
+    states = states_of(lambda _: logits, [4, 0], temperature=50.0, top_p=1e-6)
+    assert torch.equal(states[-1].ids, without_mask(logits).argmax(-1))
+
+
 def test_temperature_falls_to_zero():
     """The last step is greedy, the first is not."""
     logits = torch.randn(1, 1, NUM_TOKENS, generator=noise(3)).expand(200, 8, -1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from nar_kernels.sampling.config import SamplingConfig
 from tests.helpers.models import LENGTH, MASK_ID, NUM_TOKENS, clean_batch, make_model, make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +96,27 @@ def test_generate_restores_every_modules_mode():
 def test_filter_out_of_range(filter_thres):
     with pytest.raises(ValueError, match="filter_thres is"):
         make_model().generate(filter_thres=filter_thres)
+
+
+class Favourites(nn.Module):
+    """A net for which the first ids are always the most probable ones."""
+
+    num_tokens, max_seq_len = NUM_TOKENS, LENGTH
+
+    def forward(self, ids):
+        return (-0.5 * torch.arange(NUM_TOKENS)).expand(*ids.shape, -1)
+
+
+def test_generates_from_the_nucleus():
+    model = make_model(Favourites(), mask_id=1)
+    options = dict(strategy="random", steps=4)
+    args = dict(options, filter_thres=None, start_temperature=4 / 3, seed=2)
+    ids = model.generate(32, top_p=0.8, **args)
+    # The first step has temperature 1, at which ids 0, 2 and 3 have 0.56, 0.20 and 0.12.
+    assert set(ids.flatten().tolist()) == {0, 2, 3}
+    assert len(set(model.generate(32, **args).flatten().tolist())) > 5
+    config = SamplingConfig(**options, temperature=4 / 3, top_p=0.8)
+    assert torch.equal(model.sample(config, 32, seed=2).last().ids, ids)
 
 
 def test_a_head_without_a_column_for_the_mask_token():

@@ -54,12 +54,13 @@ class CudaCase(NamedTuple):
     Attributes:
         source: below csrc.
         symbol: a part of the mangled name.
+        work: None where nothing is counted.
     """
 
     name: str
     source: str
     symbol: str
-    work: Work
+    work: Work | None
 
 
 def regions_of(file: str) -> Callable[..., Region]:

@@ -90,7 +90,7 @@ def _cuda_case(name: str, type_: str, dtype: torch.dtype, top_k: int = V) -> Cud
     return CudaCase(
         f"unmask, {name}, V {V}{kept}",
         "unmask/unmask.cu",
-        f"unmask_kernelI{type_}LNS0_7MappingE1E",
+        f"unmask_kernelI{type_}LNS0_7MappingE1ELb0E",
         Work("logit", V, warps, BYTES[dtype], weights, overlaps=has_half),
     )
 
@@ -146,6 +146,15 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_case(*fp32),
         _cuda_case(*fp32, MANY),
         _cuda_case(*fp32, FEW),
+        *(
+            CudaCase(
+                f"unmask, {name}, p",
+                "unmask/unmask.cu",
+                f"unmask_kernelI{type_}LNS0_7MappingE1ELb1E",
+                None,
+            )
+            for name, type_, _ in (bf16, fp32)
+        ),
     ]
 
 
@@ -167,6 +176,7 @@ CASES: list[tuple[str, dict[str, str], int, int, str, tuple[str, ...]]] = [
         *(V, FEW, "entropy", BOTH),
     ),
     ("bf16, V 50258 at any address, k", {"logits": "*bf16"}, 50258, FEW, "probability", ()),
+    ("fp32, V 50304, k, p", {"logits": "*fp32", "top_p": "i32"}, V, MANY, "probability", BOTH),
 ]
 TYPES = {
     "tokens": "*i64",
@@ -219,7 +229,7 @@ def triton_cases() -> list[TritonCase]:
     cases = []
     for name, given, vocabulary, top_k, confidence, aligned in CASES:
         options = unmask.launch_options(vocabulary, top_k, confidence)
-        is_counted = aligned and confidence == "probability"
+        is_counted = aligned and confidence == "probability" and "top_p" not in given
         work = _triton_work(options, given["logits"], vocabulary, top_k) if is_counted else None
         types, kernel = TYPES | given, unmask.unmask_kernel
         cases.append(TritonCase(f"unmask, {name}", kernel, types, options, aligned, work))

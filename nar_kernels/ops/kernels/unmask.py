@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nar_kernels.ops.arguments import UnmaskArgs
+from nar_kernels.ops.arguments import WHOLE, UnmaskArgs
 from nar_kernels.ops.kernels.float_math import exp_of_negative, gumbel, log_of_positive
 from nar_kernels.ops.kernels.launcher import Launcher
 from nar_kernels.ops.kernels.random import random_words
@@ -41,8 +41,8 @@ class Row(NamedTuple):
     num_others: tl.tensor
 
 
-class TopK(NamedTuple):
-    """Kept are the keys that begin with less than ``prefix``, and, up to a column, with it."""
+class Top(NamedTuple):
+    """A filter: keeps keys that begin with less than ``prefix``, and, up to a column, with it."""
 
     shift: tl.tensor  # of a key, which leaves as many bits as the prefix has
     prefix: tl.tensor
@@ -91,14 +91,18 @@ def _upper(x, shift):
 
 
 @triton.jit
-def _load_kept(row, column, top):
-    """As ``_load``, and -inf outside the top k, if there is one."""
-    x = _load(row, column)
+def _kept(x, column, top):
+    """-inf for what the filter leaves out, if there is one."""
     if top is not None:
         upper = _upper(x, top.shift)
         is_kept = (upper < top.prefix) | ((upper == top.prefix) & (column <= top.last_tie))
         x = tl.where(is_kept, x, float("-inf"))
     return x
+
+
+@triton.jit
+def _load_kept(row, column, top):
+    return _kept(_load(row, column), column, top)
 
 
 @triton.jit
@@ -170,7 +174,95 @@ def _find_top_k(row, k, BLOCK: tl.constexpr):
         equal = tl.sum(tl.where(digits == digit, counts, 0))
         prefix += digit.to(tl.uint32)
     last_tie = _last_tie(row, shift, prefix, tl.where(wanted < equal, wanted, 0), BLOCK)
-    return TopK(shift=shift, prefix=prefix, last_tie=last_tie)
+    return Top(shift=shift, prefix=prefix, last_tie=last_tie)
+
+
+class Shares(NamedTuple):
+    """What the probabilities of a row are computed from."""
+
+    largest: tl.tensor  # logit
+    scale: tl.tensor  # of the logits
+
+
+@triton.jit
+def _share_units(x, shares):
+    return _units(exp_of_negative((x - shares.largest) * shares.scale))
+
+
+@triton.jit
+def _wanted_sum(row, shares, top, top_p, BLOCK: tl.constexpr):
+    """So much of the sum of all that ``top`` keeps, rounded up."""
+    units = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, row.vocabulary, BLOCK):
+        x = _load_kept(row, first + tl.arange(0, BLOCK), top)
+        units += _share_units(x, shares)
+    total = tl.sum(units)
+    return (total >> 30) * top_p + (((total & 0x3FFFFFFF) * top_p + 0x3FFFFFFF) >> 30)
+
+
+@triton.jit
+def _sum_digits(row, shares, top, shift, prefix, BLOCK: tl.constexpr):
+    """Of the keys that begin with ``prefix``, but for the last 2 bits: how many there are, and the
+    sums of those that go on with 0, with 1 and with 2."""
+    number = tl.zeros([BLOCK], tl.int32)
+    units0 = tl.zeros([BLOCK], tl.int64)
+    units1 = tl.zeros([BLOCK], tl.int64)
+    units2 = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, row.vocabulary, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = _load(row, column)
+        next_digit = _upper(x, shift) - prefix  # 4 or more under another prefix
+        number += (next_digit < 4).to(tl.int32)
+        units = _share_units(_kept(x, column, top), shares)
+        units0 += tl.where(next_digit == 0, units, 0)
+        units1 += tl.where(next_digit == 1, units, 0)
+        units2 += tl.where(next_digit == 2, units, 0)
+    return tl.sum(number), tl.sum(units0), tl.sum(units1), tl.sum(units2)
+
+
+@triton.jit
+def _last_of_sum(row, shares, top, shift, prefix, wanted, BLOCK: tl.constexpr):
+    """The column up to which the keys that begin with ``prefix`` add up to ``wanted``."""
+    last = tl.full((), 0x7FFFFFFF, tl.int32)
+    first = tl.zeros((), tl.int32)
+    while wanted > 0:
+        column = first + tl.arange(0, BLOCK)
+        x = _load(row, column)
+        units = _share_units(_kept(x, column, top), shares)
+        units = tl.where(_upper(x, shift) == prefix, units, 0)
+        total = tl.sum(units)
+        if total >= wanted:
+            last = tl.min(tl.where(tl.cumsum(units, 0) >= wanted, column, 0x7FFFFFFF))
+        wanted -= total
+        first += BLOCK
+    return last
+
+
+@triton.jit
+def _find_top_p(row, shares, top, top_p, BLOCK: tl.constexpr):
+    """Of what ``top`` keeps, the largest logits whose shares add up to ``top_p``; of equal ones,
+    those that come first.
+
+    Finds the digits, of 2 bits, of the last one until it alone begins so.
+    """
+    LAST_SHIFT: tl.constexpr = (23 - row.logits.dtype.element_ty.fp_mantissa_width) // 4 * 4
+    shift = tl.full((), 32, tl.int32)
+    prefix = tl.zeros((), tl.uint32)
+    wanted = _wanted_sum(row, shares, top, top_p, BLOCK)  # of the keys that begin with `prefix`
+    number = tl.full((), 2, tl.int32)  # so many did before the last digit; to begin with, enough
+    while (shift > LAST_SHIFT) & (number > 1):
+        shift -= 2
+        prefix <<= 2
+        number, units0, units1, units2 = _sum_digits(row, shares, top, shift, prefix, BLOCK)
+        up_to1, up_to2 = units0 + units1, units0 + units1 + units2
+        digit = (units0 < wanted).to(tl.uint32)
+        digit += (up_to1 < wanted).to(tl.uint32) + (up_to2 < wanted).to(tl.uint32)
+        wanted -= tl.where(
+            digit == 0, 0, tl.where(digit == 1, units0, tl.where(digit == 2, up_to1, up_to2))
+        )
+        prefix += digit
+    last_tie = _last_of_sum(row, shares, top, shift, prefix, wanted, BLOCK)
+    return Top(shift=shift, prefix=prefix, last_tie=last_tie)
 
 
 @triton.jit
@@ -202,21 +294,22 @@ def _confidence(total, gap_units, num_largest, second, CONFIDENCE: tl.constexpr)
 # Triton would otherwise specialize on these being 1, divisible by 16 or, but for the annotations,
 # of another width.
 _VARYING = [
-    "forbidden0", "forbidden1", "num_others", "fallback", "seed", "top_k", "inverse_temperature",
+    "forbidden0", "forbidden1", "num_others", "fallback", "seed", "top_k", "top_p",
+    "inverse_temperature",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def unmask_kernel(
     tokens, log_prob, confidence, logits, noise_slots, given, others,
-    vocabulary, stride, forbidden0, forbidden1, num_others, fallback, seed: tl.int64, top_k,
+    vocabulary, stride, forbidden0, forbidden1, num_others, fallback, seed: tl.int64, top_k, top_p,
     inverse_temperature: tl.float32, SELECTS: tl.constexpr, CONFIDENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row. Arguments as in ``UnmaskArgs``.
 
     ``forbidden0``, ``forbidden1``, ``others``: the forbidden ids, -1 and None for none.
-    ``SELECTS``: ``top_k`` leaves something out.
+    ``SELECTS``: ``top_k`` leaves something out. ``top_p``: None if it does not.
     """
     index = tl.program_id(0).to(tl.int64)
     row = Row(
@@ -234,6 +327,9 @@ def unmask_kernel(
     allows_none = largest == float("-inf")
     largest = tl.where(allows_none, 0.0, largest)  # -inf - -inf would be NaN
     top = _find_top_k(row, top_k, BLOCK) if SELECTS else None
+    if top_p is not None:
+        scale = tl.where(noise_scale > 0, noise_scale, 1.0)
+        top = _find_top_p(row, Shares(largest=largest, scale=scale), top, top_p, BLOCK)
 
     # Per lane: the best score and the sums over every BLOCK-th column.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -302,10 +398,13 @@ def unmask_triton(outputs: tuple[Tensor, Tensor, Tensor], a: UnmaskArgs) -> None
     others = None
     if len(a.forbidden) > 2:
         others = torch.tensor(a.forbidden[2:], device="cpu").to(logits.device, non_blocking=True)
+    top_p = None if a.top_p == WHOLE else a.top_p
     arguments = (
         *outputs, logits, a.noise_slots, a.given, others, vocabulary, logits.stride(0),
-        forbidden0, forbidden1, len(a.forbidden[2:]), a.fallback, a.seed, a.top_k,
+        forbidden0, forbidden1, len(a.forbidden[2:]), a.fallback, a.seed, a.top_k, top_p,
         a.inverse_temperature,
     )  # fmt: skip
-    variant = logits.get_device(), logits.dtype, a.top_k < vocabulary, a.confidence
+    variant = (
+        logits.get_device(), logits.dtype, a.top_k < vocabulary, top_p is None, a.confidence
+    )  # fmt: skip
     _launch(rows, arguments, variant, lambda: launch_options(vocabulary, a.top_k, a.confidence))
