@@ -72,6 +72,7 @@ bench: build .venv/installed-dev
 	$(BIN)/python benchmarks/bench_scan.py
 	$(BIN)/python benchmarks/bench_packing.py
 	$(BIN)/python benchmarks/bench_documents.py
+	$(BIN)/python benchmarks/bench_blocks.py
 	$(BIN)/python benchmarks/bench_block_mask.py
 	$(BIN)/python benchmarks/bench_block_attention.py
 	$(BIN)/python benchmarks/bench_cart.py

@@ -213,6 +213,15 @@ def test_documents(tmp_path):
     assert "| documents, flat |" in output
 
 
+def test_blocks(tmp_path):
+    figures, output = run("bench_blocks.py", tmp_path)
+    rows = {row["what"]: row for row in figures["rows"]}
+    assert {"rows", "blocks of 32", "bernoulli", "two views", "kernel: rows"} <= {*rows}
+    assert min(row["ns_per_token"] for row in rows.values()) > 0
+    assert rows["rows"]["times"] == rows["kernel: rows"]["times"] == 1
+    assert "| blocks of 32 |" in output
+
+
 def test_finetune_answers(tmp_path):
     pytest.importorskip("fsspec")
     figures, output = run("finetune_answers.py", tmp_path)

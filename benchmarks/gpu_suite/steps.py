@@ -12,6 +12,7 @@ TESTS = [
     *(
         f"tests/ops/test_{name}.py"
         for name in (
+            "blocks",
             "choose",
             "corrupt",
             "cuda_kernels",
@@ -22,6 +23,7 @@ TESTS = [
             "static_shapes",
             "top_p",
             "unmask",
+            "views",
         )
     ),
 ]

@@ -168,7 +168,9 @@ struct Work {
 
 // Documents, blocks and views have a kernel of their own, in fewer variants, each of which takes as
 // long to compile.
-bool is_divided(const CorruptArgs& a) { return a.windows.spans.begins || !a.division.is_trivial(); }
+bool is_divided(const CorruptArgs& a) {
+  return a.windows.spans.begins || a.view_times || !a.division.is_trivial();
+}
 bool has_kernel(int held, bool divided) { return !divided || (held != 1 && held != kMostTiles); }
 
 // As many tiles a warp as leave enough warps to fill the device.
