@@ -5,7 +5,8 @@ BIN := .venv/bin
 # --no-compile: byte-compiling every package would double the time.
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-compile
 PIP_INSTALL := $(PIP) -c constraints.txt
-BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
+# Without the jobserver of make, whose pipe Python does not hand on to ninja.
+BUILD := MAKEFLAGS= $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_SOURCES = $(foreach suffix,h cpp cu,$(wildcard $(addsuffix .$(suffix),csrc/* csrc/*/* csrc/*/*/*)))
 
 # A worker a core. PYTEST_ARGS="-n 0 --pdb" runs without any; arguments that come last win.

@@ -10,7 +10,7 @@ Shapes: B sequences, n positions of a call, c positions whose keys and values ar
 
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nar_kernels.nets.adapter import innermost, is_transformer_wrapper, unwrap
 from nar_kernels.nets.block_attention import block_mask, dense_block_mask
 from nar_kernels.nets.keywords import declared_names
+from nar_kernels.nets.mask_form import DENSE, FLEX, taken_mask
 
 
 class BlockCache(Protocol):
@@ -235,7 +236,7 @@ class _Nothing:
 
     def __init__(self, net: nn.Module) -> None:
         names = declared_names(net) or frozenset()
-        masks = "block_mask", "attn_mask", "attention_mask"
+        masks = FLEX, *DENSE
         name = next((name for name in masks if name in names), None)
         if name is None:
             raise ValueError(
@@ -243,13 +244,15 @@ class _Nothing:
                 f"{', '.join(masks)}, by which a block is kept from attending to later ones: add "
                 "one, or make it a nar_kernels.CachingNet"
             )
-        self._name, self.names = name, frozenset((name,))
+        self._net, self._name, self.names = net, name, frozenset((name,))
 
     def arguments(self, span: Span) -> dict[str, Any]:
-        block_length = min(span.block_length, span.end)
-        make: Callable[..., Any] = block_mask if self._name == "block_mask" else dense_block_mask
-        mask = make(span.end, block_length, noisy=False, device=span.device)
-        return {self._name: mask}
+        size = span.end, min(span.block_length, span.end)
+        dense = partial(dense_block_mask, *size, noisy=False, device=span.device)
+        flex = partial(block_mask, *size, noisy=False, device=span.device)
+        if self._name == FLEX:
+            return {FLEX: flex()}
+        return {self._name: taken_mask(self._net, dense, flex)}
 
     def store(self, ids: Tensor, span: Span, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("see can_keep")

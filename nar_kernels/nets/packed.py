@@ -14,6 +14,7 @@ from nar_kernels.nets.adapter import innermost
 from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
 from nar_kernels.nets.block_attention import block_mask, dense_block_mask
 from nar_kernels.nets.keywords import declared_names
+from nar_kernels.nets.mask_form import DENSE, FLEX, taken_mask
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.masking import IGNORE_INDEX
@@ -140,11 +141,6 @@ def predict_blocks(net: TrunkAndHead, batch: Corrupted, kwargs: dict[str, Any]) 
     return prediction._replace(output=noisy[0] if is_flat else noisy, embeddings=None)
 
 
-# Keywords of which the first that a net declares is taken, as FlexAttention, x-transformers and
-# Hugging Face call them.
-_FLEX, _DENSE = "block_mask", ("attn_mask", "attention_mask")
-
-
 def _keywords(
     net: nn.Module,
     given: dict[str, Any],
@@ -162,8 +158,8 @@ def _keywords(
         more: what else is passed to a net that declares it.
     """
     declared = declared_names(net) or frozenset()
-    choices: dict[str, Callable[[], Any]] = {_FLEX: flex, **apart}
-    choices |= {name: lambda: _as_taken(net, dense, flex) for name in _DENSE}
+    choices: dict[str, Callable[[], Any]] = {FLEX: flex, **apart}
+    choices |= {name: lambda: taken_mask(net, dense, flex) for name in DENSE}
     chosen = {}
     if not given.keys() & choices.keys():
         name = next((name for name in choices if name in declared), None)
@@ -178,20 +174,3 @@ def _keywords(
         if name in declared and name not in given:
             chosen[name] = make()
     return chosen
-
-
-def _as_taken(net: nn.Module, dense: Callable[[], Tensor], flex: Callable[[], Any]) -> Any:
-    """A mask as the attention of the net takes it: Hugging Face's "eager" adds it to scores, where
-    one of bools would mask nothing; its "flex_attention" takes tiles."""
-    module: Any = innermost(net)
-    attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if attention == "flex_attention":
-        return flex()
-    mask = dense()
-    if attention != "eager":
-        return mask
-    kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    if torch.is_autocast_enabled(mask.device.type):
-        kind = torch.get_autocast_dtype(mask.device.type)
-    nothing = torch.zeros((), dtype=kind, device=mask.device)
-    return nothing.masked_fill(~mask, torch.finfo(kind).min)

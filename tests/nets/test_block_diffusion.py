@@ -191,3 +191,13 @@ def test_bad_input() -> None:
 def test_a_causal_decoder_is_as_good() -> None:
     """No warning: it gets a mask."""
     wrapper_of(decoder("Llama"), 4)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_decoding_with_and_without_a_cache(attention: str) -> None:
+    """Masks are such as the net's attention takes, either way."""
+    torch.manual_seed(0)
+    model = wrapper_of(decoder("Llama", attention), 8).eval()
+    ids = [model.generate(3, seed=1, cache=cache) for cache in (False, True)]
+    assert torch.equal(*ids) and len(ids[0].unique()) > 9
