@@ -65,6 +65,12 @@ struct Division {
     }
     return {0, index == views - 1, pairing == Pairing::kCoupled && index == 0};
   }
+
+  // True of one of the views: a bad id counts once.
+  NAR_HOST_DEVICE bool counts_ids(const View& view) const {
+    if (pairing != Pairing::kIndependent) return view.is_rest;
+    return view.streams == static_cast<uint32_t>(first_view) << kViewShift;
+  }
 };
 
 }  // namespace nar

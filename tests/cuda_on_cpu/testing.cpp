@@ -73,7 +73,7 @@ EXPORT const char* run_uninitialised(unsigned blocks, uint32_t* seen) {
 }
 // How many tiles of `corrupt` a row has, and whether it fills the last.
 EXPORT void tiles_of_row(int32_t length, int32_t* count, bool* is_last_whole) {
-  const nar::Row row = {0, 0, 0, 0, 0, length, length, length, {}, false, false};
+  const nar::Row row = {0, 0, 0, 0, 0, length, length, length, {}, false};
   *count = nar::num_tiles(row);
   *is_last_whole = nar::is_whole(row, *count - 1);
 }

@@ -98,7 +98,6 @@ def _cuda_case(
     if not ragged:  # whose documents begin anywhere: no pairs
         never.append(write_h("void store_pair(", "if (narrow_)"))
     weights = [Weight(0, region) for region in never]
-    weights.append(Weight(0, ids_h("Ids mend_again("), is_optional=True))
     searches = corrupt_cu("RowBounds<kRanks> row_bounds(", "if (is_exact(a, row.view)) {")
     if draws == "exact":
         passes = num_passes(length, ranks)

@@ -19,8 +19,7 @@ struct Row {
   uint64_t slot, seed;
   int32_t stored, length, space;  // as of Span: equal without spans
   View view;
-  bool is_divided;     // a constant: whether there may be blocks or views
-  bool is_later_view;  // whose bad ids have been counted
+  bool is_divided;  // a constant: whether there may be blocks or views
 };
 
 // Of documents, too, the division may be trivial: then a draw is a sample.
@@ -165,19 +164,11 @@ __device__ inline void record_bad(const KernelArgs& a, int64_t start, int32_t ti
   atomicExch(lock, 0);
 }
 
-// Rare: the ids of a tile, with the bad ones recorded and replaced.
+// Rare: the ids of a tile, with the bad ones replaced, and recorded in one of the views.
 __device__ __attribute__((noinline)) Ids mend(const KernelArgs& a, int64_t start, int32_t stored,
-                                              int32_t tile, int lane, Ids ids) {
+                                              int32_t tile, int lane, bool counts, Ids ids) {
   const uint32_t bad = replace_bad(a, start, stored, tile, lane, &ids);
-  record_bad(a, start, tile, lane, bad);
-  return ids;
-}
-
-// The same in another view, where they have been recorded.
-__device__ __attribute__((noinline)) Ids mend_again(const KernelArgs& a, int64_t start,
-                                                    int32_t stored, int32_t tile, int lane,
-                                                    Ids ids) {
-  replace_bad(a, start, stored, tile, lane, &ids);
+  if (counts) record_bad(a, start, tile, lane, bad);
   return ids;
 }
 
@@ -219,8 +210,7 @@ __device__ inline Row row_at(const CorruptArgs& a, int64_t b, const Draw& draw, 
           static_cast<int32_t>(span.length),
           static_cast<int32_t>(span.space),
           a.division.view(draw.view),
-          true,
-          draw.view > 0};
+          true};
 }
 
 // Which positions may be masked, as bits.

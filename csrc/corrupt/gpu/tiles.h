@@ -177,8 +177,8 @@ class Tiles {
     Ids ids = loaded;
     if (tile + kAhead < end_) loaded = load_next(tile + kAhead);
     if (__any_sync(kAllLanes, any_bad(a_, row_, tile, lane_, ids))) {
-      ids = row_.is_later_view ? mend_again(a_, row_.start, row_.stored, tile, lane_, ids)
-                               : mend(a_, row_.start, row_.stored, tile, lane_, ids);
+      const bool counts = !row_.is_divided || a_.division.counts_ids(row_.view);
+      ids = mend(a_, row_.start, row_.stored, tile, lane_, counts, ids);
     }
     return ids;
   }
