@@ -72,7 +72,7 @@ def launches(device: str) -> Iterator[tuple[str, int, Callable[[], object]]]:
         backend = resolve_backend("auto", a.logits.device, tuple(NLL_DTYPES))
         yield f"nll: {setting}", a.logits.numel(), partial(run_nll, a, backend)
     for num_tokens, num_rows in bench_unmask.TINY if device == "cpu" else bench_unmask.CUDA:
-        for case, call in bench_unmask.draws(num_tokens, num_rows, device, [1], False).items():
+        for case, call in bench_unmask.draws(num_tokens, num_rows, device, [1], []).items():
             dtype = str(case.dtype).removeprefix("torch.")
             name = f"unmask, {case.backend}: V {num_tokens}, {dtype}, filter {case.filter}"
             yield name, num_tokens * num_rows, call

@@ -15,13 +15,22 @@ namespace {
 // How many positions a row masks is known once its time is.
 __device__ bool counts_are_known(const KernelArgs& a) { return a.exact && !a.restricted; }
 
+// What the rows of a launch are, a kernel for each: windows; documents; or, of either, blocks or
+// views.
+constexpr int kWindows = 0, kDocuments = 1, kParts = 2;
+
+template <bool kDivided>
+__device__ int64_t rows_of_batch(const KernelArgs& a) {
+  return kDivided ? a.num_draws() : a.windows.batch;
+}
+
 // The warp of a block that works on no row.
 template <bool kDivided>
 __device__ void lead_block(const KernelArgs& a, BlockMemory& memory) {
   const int lane = threadIdx.x % kWarp;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * a.shape.rows;
-  const int num_rows = static_cast<int>(
-      min((kDivided ? a.num_draws() : a.windows.batch) - first, int64_t{a.shape.rows}));
+  const int num_rows =
+      static_cast<int>(min(rows_of_batch<kDivided>(a) - first, int64_t{a.shape.rows}));
   draw_slots<kDivided>(a, first, num_rows, lane, memory);
   sync_block();
   const auto finish = [&](uint32_t n, uint32_t k) {
@@ -73,20 +82,19 @@ __device__ RowBounds<kRanks> row_bounds(const KernelArgs& a, const Row& row, Tea
 }
 
 // The row of a warp; an empty one behind the end of the batch.
-template <bool kDivided>
+template <int kRows>
 __device__ Row row_of(const KernelArgs& a, const Team& team) {
+  constexpr bool kDivided = kRows == kParts;
   Row row = {};
   row.b = static_cast<int64_t>(blockIdx.x) * a.shape.rows + team.row;
-  if constexpr (kDivided) {
-    const bool is_there = row.b < a.num_draws();
-    if (!is_there) row.b = 0;
-    const Draw draw = draw_at(a, row.b);
-    row = row_at(a, row.b, draw, 0);
+  const bool is_there = row.b < rows_of_batch<kDivided>(a);
+  if (!is_there) row.b = 0;
+  if constexpr (kRows != kWindows) {
+    const Draw draw = draw_at<kDivided>(a, row.b);
+    row = row_at<kDivided>(a, row.b, draw, 0);
     if (!is_there) row.stored = row.length = row.space = 0;
-    row.slot = a.slot(draw);
+    row.slot = kDivided ? a.slot(draw) : a.slot(row.b);
   } else {
-    const bool is_there = row.b < a.windows.batch;
-    if (!is_there) row.b = 0;
     row.length = is_there ? static_cast<int32_t>(a.windows.seq_len) : 0;
     row.stored = row.space = row.length;
     row.begin = row.b * row.length;
@@ -97,41 +105,42 @@ __device__ Row row_of(const KernelArgs& a, const Team& team) {
 }
 
 // The same, once the slots are there.
-template <bool kDivided>
+template <int kRows>
 __device__ Row row_with_window(const KernelArgs& a, const Team& team) {
-  Row row = row_of<kDivided>(a, team);
+  Row row = row_of<kRows>(a, team);
   row.start = team.memory.start[team.row];
   return row;
 }
 
 // Rows that are rare, with tied bounds or outputs that cannot be stored in pairs. Functions of
 // their own, which keep the code of all other rows short.
-template <int kRanks, bool kDivided>
+template <int kRanks, int kRows>
 __device__ __attribute__((noinline)) uint32_t count_ranked(const KernelArgs& a, BlockMemory& memory,
                                                            RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  const Row row = row_with_window<kDivided>(a, team);
+  const Row row = row_with_window<kRows>(a, team);
   const RankedTiles<kRanks> tiles(a, row, team, bounds);
   return count_below(tiles, tiles.bounds().pivot(0));
 }
 
-template <int kRanks, bool kDivided>
+template <int kRanks, int kRows>
 __device__ __attribute__((noinline)) void write_ranked(const KernelArgs& a, BlockMemory& memory,
                                                        RowBounds<kRanks> bounds) {
   const Team team(memory, a.shape);
-  const Row row = row_with_window<kDivided>(a, team);
+  const Row row = row_with_window<kRows>(a, team);
   RankedTiles<kRanks> tiles(a, row, team, bounds);
   write_row<false>(a, row, team, tiles, tiles.bounds());
 }
 
-template <int kHeld, int kRanks, bool kDivided>
-__global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHeld))
+template <int kHeld, int kRanks, int kRows>
+__global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp,
+                                  min_blocks(kHeld, kRows == kParts))
     corrupt_kernel(const __grid_constant__ KernelArgs a) {
   NAR_SHARED(BlockMemory, memory);
   Team team(memory, a.shape);
-  if (team.row == a.shape.rows) return lead_block<kDivided>(a, memory);
+  if (team.row == a.shape.rows) return lead_block<kRows == kParts>(a, memory);
 
-  Row row = row_of<kDivided>(a, team);
+  Row row = row_of<kRows>(a, team);
   Tiles<kHeld> tiles(a, row, team);
   sync_block();  // the slots are there
   row.start = memory.start[team.row];
@@ -146,18 +155,18 @@ __global__ void __launch_bounds__((max_warps(kHeld) + 1) * kWarp, min_blocks(kHe
   const auto bounds = row_bounds<kRanks>(a, row, team, tiles, memory.time[team.row], n);
   const bool tied = bounds.any_tied();
 
-  const uint32_t num_masked = tied ? count_ranked<kRanks, kDivided>(a, memory, bounds)
-                                   : count_below(tiles, bounds.pivot(0));
+  const uint32_t num_masked =
+      tied ? count_ranked<kRanks, kRows>(a, memory, bounds) : count_below(tiles, bounds.pivot(0));
   if (team.is_first()) memory.num_maskable[team.row] = static_cast<uint32_t>(n);
   if (team.lane == 0) memory.num_masked[team.first_warp + team.warp] = num_masked;
   sync_block();  // the counts of all warps are there
   sync_block();  // and those of the blocks before
-  if (tied || (!kDivided && !a.in_pairs)) {
-    write_ranked<kRanks, kDivided>(a, memory, bounds);
+  if (tied || (kRows == kWindows && !a.in_pairs)) {
+    write_ranked<kRanks, kRows>(a, memory, bounds);
   } else {
-    write_row<!kDivided>(a, row, team, tiles, bounds);
+    write_row<kRows == kWindows>(a, row, team, tiles, bounds);
   }
-  if constexpr (kDivided) write_padding(a, row, team);
+  if constexpr (kRows != kWindows) write_padding(a, row, team);
 }
 
 // Which warps take which tiles of a batch.
@@ -166,25 +175,28 @@ struct Work {
   int held;  // tiles in the registers of a warp; 0: none
 };
 
-// Documents, blocks and views have a kernel of their own, in fewer variants, each of which takes as
-// long to compile.
-bool is_divided(const CorruptArgs& a) {
-  return a.windows.spans.begins || a.view_times || !a.division.is_trivial();
+int rows_of(const CorruptArgs& a) {
+  if (a.view_times || !a.division.is_trivial()) return kParts;
+  return a.windows.spans.begins ? kDocuments : kWindows;
 }
-bool has_kernel(int held, bool divided) { return !divided || (held != 1 && held != kMostTiles); }
+
+// Other rows than windows have fewer kernels, each of which takes as long to compile.
+bool has_kernel(int held, int rows) {
+  return rows == kWindows || (held != 1 && held != kMostTiles);
+}
 
 // As many tiles a warp as leave enough warps to fill the device.
-Work divide(int64_t rows, int64_t seq_len, int64_t warps_to_fill, bool divided) {
+Work divide(int64_t batch, int64_t seq_len, int64_t warps_to_fill, int rows) {
   const int64_t tiles = (seq_len + kTile - 1) / kTile;
   const auto warps_of = [&](int held) { return (tiles + held - 1) / held; };
   const auto fits = [&](int held) { return warps_of(held) <= max_warps(held); };
-  const auto fills = [&](int held) { return rows * warps_of(held) >= warps_to_fill; };
+  const auto fills = [&](int held) { return batch * warps_of(held) >= warps_to_fill; };
   int held = 0;
   for (const int more : {1, kFewTiles, kManyTiles}) {
     const bool is_better = held == 0 || (tiles > held && fills(more));
-    if (fits(more) && is_better && has_kernel(more, divided)) held = more;
+    if (fits(more) && is_better && has_kernel(more, rows)) held = more;
   }
-  if (held == 0 && fits(kMostTiles) && has_kernel(kMostTiles, divided)) held = kMostTiles;
+  if (held == 0 && fits(kMostTiles) && has_kernel(kMostTiles, rows)) held = kMostTiles;
   if (held == 0) return {{1, kMaxWarps}, 0};
   const int warps = static_cast<int>(warps_of(held));
   return {{warps == 1 && fills(held) ? kMaxRows : 1, warps}, held};
@@ -202,25 +214,24 @@ int64_t num_processors(int device) {
 
 using Kernel = void (*)(KernelArgs);
 
-template <int kRanks, bool kDivided>
+template <int kRanks, int kRows>
 Kernel kernel_of(int held) {
-  if constexpr (!kDivided) {
-    if (held == 1) return corrupt_kernel<1, kRanks, kDivided>;
-    if (held == kMostTiles) return corrupt_kernel<kMostTiles, kRanks, kDivided>;
+  if constexpr (kRows == kWindows) {
+    if (held == 1) return corrupt_kernel<1, kRanks, kRows>;
+    if (held == kMostTiles) return corrupt_kernel<kMostTiles, kRanks, kRows>;
   }
   switch (held) {
-    case 0: return corrupt_kernel<0, kRanks, kDivided>;
-    case kFewTiles: return corrupt_kernel<kFewTiles, kRanks, kDivided>;
-    default: return corrupt_kernel<kManyTiles, kRanks, kDivided>;
+    case 0: return corrupt_kernel<0, kRanks, kRows>;
+    case kFewTiles: return corrupt_kernel<kFewTiles, kRanks, kRows>;
+    default: return corrupt_kernel<kManyTiles, kRanks, kRows>;
   }
 }
 
-Kernel kernel_of(int held, const KernelArgs& a) {
-  const bool corrupts = a.keep_share || a.random_share;
-  if (is_divided(a)) {
-    return corrupts ? kernel_of<kNumRanks, true>(held) : kernel_of<1, true>(held);
-  }
-  return corrupts ? kernel_of<kNumRanks, false>(held) : kernel_of<1, false>(held);
+template <int kRanks>
+Kernel kernel_of(int held, int rows) {
+  if (rows == kParts) return kernel_of<kRanks, kParts>(held);
+  return rows == kDocuments ? kernel_of<kRanks, kDocuments>(held)
+                            : kernel_of<kRanks, kWindows>(held);
 }
 
 // Bytes of an id, and the limit of valid ones as unsigned words: negative ones are large, and
@@ -258,16 +269,18 @@ void corrupt_cuda(const CorruptArgs& args, int device, cudaStream_t stream) {
   check_cuda(cudaMemsetAsync(args.invalid, 0, workspace_size(draws) * sizeof(int64_t), stream),
              "cudaMemsetAsync");
   if (draws == 0) return;
-  const Work work = divide(draws, args.division.block_length,
-                           num_processors(device) * kWarpsPerProcessor, is_divided(args));
+  const int rows = rows_of(args);
+  const Work work =
+      divide(draws, args.division.block_length, num_processors(device) * kWarpsPerProcessor, rows);
   KernelArgs a = {args, work.shape, 0, 0, stores_pairs(args), is_restricted(args)};
   describe_ids(&a);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>((draws + a.shape.rows - 1) / a.shape.rows));
   config.blockDim = dim3((a.shape.num_warps() + 1) * kWarp);
   config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel_of(work.held, a), a),
-             "the launch of corrupt_kernel");
+  const Kernel kernel = a.keep_share || a.random_share ? kernel_of<kNumRanks>(work.held, rows)
+                                                       : kernel_of<1>(work.held, rows);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, a), "the launch of corrupt_kernel");
 }
 
 }  // namespace nar

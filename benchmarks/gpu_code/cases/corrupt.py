@@ -66,12 +66,13 @@ def _weights_of_leader(rows: int, warps: int, draws: str, is_step: bool) -> list
 
 
 def _cuda_case(
-    name: str, held: int, length: int, draws: str, ranks: int, ragged: bool = False
+    name: str, held: int, length: int, draws: str, ranks: int, rows_of: str = "kWindows"
 ) -> CudaCase:
     """
     Args:
         held: tiles that a warp holds; 0 for long rows.
-        ragged: documents of this length, of which the longest fills what is held.
+        rows_of: ``"kWindows"``; or ``"kDocuments"`` of this length, of which the longest fills what
+            is held; or ``"kParts"``, blocks of it.
     """
     warps_per_row = -(-length // (TILE * held)) if held else constant(BLOCK_H, "kMaxWarps")
     rows = constant(BLOCK_H, "kMaxRows") if warps_per_row == 1 else 1
@@ -93,9 +94,9 @@ def _cuda_case(
         corrupt_cu("__global__ void", "if (a.restricted) {"),
         corrupt_cu("uint32_t count_ranked("),
         corrupt_cu("void write_ranked("),
-        corrupt_cu("if (tied || (!kDivided && !a.in_pairs))"),
+        corrupt_cu("if (tied || (kRows == kWindows && !a.in_pairs))"),
     ]
-    if not ragged:  # whose documents begin anywhere: no pairs
+    if rows_of == "kWindows":  # not of others, whose documents begin anywhere: no pairs
         never.append(write_h("void store_pair(", "if (narrow_)"))
     weights = [Weight(0, region) for region in never]
     searches = corrupt_cu("RowBounds<kRanks> row_bounds(", "if (is_exact(a, row.view)) {")
@@ -125,19 +126,13 @@ def _cuda_case(
     later = max(tiles - ahead, 0) / tiles
     weights.append(Weight(later, tiles_h("Ids take_ids(", "if (tile + kAhead < end_)")))
     weights += _weights_of_leader(rows, warps, draws, name.startswith("step"))
-    if ragged and not name.startswith("blocks"):  # documents without blocks are what rows are
-        division_h = regions_of("corrupt/division.h")
-        weights += [
-            Weight(0, region, is_optional=True)
-            for region in (division_h("Draw draw(int64_t index"), ids_h("Span part_of("))
-        ]
-    if ragged:
+    if rows_of != "kWindows":
         padding = write_h("void write_padding(", "for (int32_t i = row.length")
         weights.append(Weight(0, padding))
     return CudaCase(
         f"corrupt, {name}, L {length}, " + (f"{held} tiles a warp" if held else "long rows"),
         "corrupt/corrupt.cu",
-        f"corrupt_kernelILi{held}ELi{ranks}ELb{int(ragged)}E",
+        f"corrupt_kernelILi{held}ELi{ranks}ELi{constant('corrupt/corrupt.cu', rows_of)}E",
         Work("token", length * rows, warps, BYTES, weights),
     )
 
@@ -159,9 +154,9 @@ def cuda_cases() -> list[CudaCase]:
         _cuda_case("windows, exact", 12, 16384, "exact", 1),
         _cuda_case("windows, exact", 0, 32768, "exact", 1),
         _cuda_case("windows, exact", 8, 256, "exact", 1),
-        _cuda_case("documents, exact", 8, 256, "exact", 1, ragged=True),
-        _cuda_case("documents, exact, BERT", 8, 256, "exact", 3, ragged=True),
-        _cuda_case("blocks, exact", 4, 32, "exact", 1, ragged=True),
+        _cuda_case("documents, exact", 8, 256, "exact", 1, "kDocuments"),
+        _cuda_case("documents, exact, BERT", 8, 256, "exact", 3, "kDocuments"),
+        _cuda_case("windows, blocks, exact", 4, 32, "exact", 1, "kParts"),
     ]
 
 
@@ -184,8 +179,8 @@ CASES: list[tuple[str, str, tuple[str, ...], dict]] = [
     ("windows, exact, L 4096", "*u16", ("starts",), {"num_windows": 0, "seq_len": 4096}),
     ("windows, exact, L 32768", "*u16", ("starts",), {"num_windows": 0, "seq_len": 32768}),
     ("documents, exact, L 256", "*u16", DOCUMENTS, {"num_windows": 0, "seq_len": 256}),
-    ("blocks of 32, exact", "*u16", ("starts",), {"num_windows": 0, **BLOCKS}),
-    ("pairs, exact", "*u16", ("starts",), {"num_windows": 0, "views": 2, "pairing": 1}),
+    ("windows, blocks of 32", "*u16", ("starts",), {"num_windows": 0, **BLOCKS}),
+    ("windows, pairs", "*u16", ("starts",), {"num_windows": 0, "views": 2, "pairing": 1}),
     ("batch, exact", "*i64", (), {"num_windows": 0}),
     ("batch, exact, L 256", "*i64", (), {"num_windows": 0, "seq_len": 256}),
     ("batch, exact, maskable", "*i64", ("maskable", "never_mask"), {"num_windows": 0}),

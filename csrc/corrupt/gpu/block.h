@@ -22,13 +22,16 @@ constexpr int kFewTiles = 4, kManyTiles = 8, kMostTiles = 12;
 
 // Warps of a block that work on rows, at most, and blocks that a multiprocessor should hold of that
 // size: what the registers of each warp allow. Where few tiles are held, two blocks are faster on
-// sm_90, though some registers spill; before it more do, and nobody has measured.
+// sm_90, though some registers spill; before it, and of blocks and views, more do, and nobody has
+// measured.
 constexpr int kMaxWarps = 16;
 constexpr int max_warps(int held) { return held == 0 ? kMaxWarps : held == kMostTiles ? 11 : 15; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int min_blocks(int) { return 1; }
+constexpr int min_blocks(int, bool) { return 1; }
 #else
-constexpr int min_blocks(int held) { return held == 1 || held == kFewTiles ? 2 : 1; }
+constexpr int min_blocks(int held, bool divided) {
+  return !divided && (held == 1 || held == kFewTiles) ? 2 : 1;
+}
 #endif
 
 struct Shape {

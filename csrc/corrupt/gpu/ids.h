@@ -19,13 +19,12 @@ struct Row {
   uint64_t slot, seed;
   int32_t stored, length, space;  // as of Span: equal without spans
   View view;
-  bool is_divided;  // a constant: whether there may be blocks or views
+  bool is_divided;  // a constant: whether there are blocks or views
 };
 
-// Of documents, too, the division may be trivial: then a draw is a sample.
-template <bool kDivided = true>
+template <bool kDivided>
 __device__ Draw draw_at(const CorruptArgs& a, int64_t b) {
-  if (!kDivided || a.division.is_trivial()) return {b, 0, 0};
+  if constexpr (!kDivided) return {b, 0, 0};
   return a.division.draw(b, a.windows.batch);
 }
 
@@ -191,16 +190,16 @@ __device__ bool may_mask(const CorruptArgs& a, const Row& row, const Draw& draw,
 }
 
 // Where a draw lies.
-template <bool kDivided = true>
+template <bool kDivided>
 __device__ Span span_of(const CorruptArgs& a, const Draw& draw) {
   const Span span = a.windows.span(draw.row);
-  if (!kDivided || a.division.is_trivial()) return span;
-  return part_of(a, draw, span);
+  return kDivided ? part_of(a, draw, span) : span;
 }
 
 // Without what its keys are drawn from.
-__device__ inline Row row_at(const CorruptArgs& a, int64_t b, const Draw& draw, int64_t start) {
-  const Span span = span_of(a, draw);
+template <bool kDivided>
+__device__ Row row_at(const CorruptArgs& a, int64_t b, const Draw& draw, int64_t start) {
+  const Span span = span_of<kDivided>(a, draw);
   return {b,
           start,
           span.begin,
@@ -209,8 +208,8 @@ __device__ inline Row row_at(const CorruptArgs& a, int64_t b, const Draw& draw, 
           static_cast<int32_t>(span.stored),
           static_cast<int32_t>(span.length),
           static_cast<int32_t>(span.space),
-          a.division.view(draw.view),
-          true};
+          kDivided ? a.division.view(draw.view) : View{},
+          kDivided};
 }
 
 // Which positions may be masked, as bits.
@@ -218,13 +217,7 @@ template <bool kDivided>
 __device__ __attribute__((noinline)) uint32_t find_maskable(const KernelArgs& a, int64_t b,
                                                             int64_t start, int32_t tile, int lane) {
   const Draw draw = draw_at<kDivided>(a, b);
-  Row row = {};
-  if constexpr (kDivided) {
-    row = row_at(a, b, draw, start);
-  } else {
-    row.start = start, row.begin = b * a.windows.seq_len;
-    row.stored = row.length = static_cast<int32_t>(a.windows.seq_len);
-  }
+  const Row row = row_at<kDivided>(a, b, draw, start);
   Ids ids = {};
   if (a.never_mask) {
     const int32_t position = position_of(tile, lane, 0);

@@ -54,19 +54,14 @@ LONG_ROW_TILE, LONG_ROW_WARPS = 1024, 8
 # does not see in which order the fields are.
 
 
-class View(NamedTuple):
-    """As ``View`` of ``csrc/corrupt/division.h``; None are false, and 0."""
-
-    streams: tl.tensor | None
-    is_rest: tl.tensor | None
-    is_all: tl.tensor | None
-
-
 class Row(NamedTuple):
     """A draw: a sample or a block of it, in one view."""
 
     slot: tl.tensor
-    view: View
+    # As View of csrc/corrupt/division.h, of which None is false; and whether its bad ids count.
+    streams: tl.tensor
+    is_rest: tl.tensor | None
+    is_all: tl.tensor | None
     is_first_view: tl.tensor
     seed: tl.tensor
     tokens: tl.tensor  # pointers; None where there is no such tensor
@@ -134,27 +129,6 @@ def _sample_slot(index, sample_ids, first_sample, step, global_batch):
 
 
 @triton.jit
-def _view(index, views, first_view, DIVIDED: tl.constexpr, PAIRING: tl.constexpr):
-    if PAIRING > 0:
-        is_all = (index == 0) & (PAIRING == 2)
-        view = View(streams=None, is_rest=index == views - 1, is_all=is_all)
-    elif DIVIDED:
-        view = View(streams=(first_view + index) << _VIEW_SHIFT, is_rest=None, is_all=None)
-    else:
-        view = View(streams=None, is_rest=None, is_all=None)
-    return view
-
-
-@triton.jit
-def _stream(view, use: tl.constexpr):
-    if view.streams is not None:
-        stream = view.streams + use
-    else:
-        stream = tl.zeros((), tl.int64) + use
-    return stream
-
-
-@triton.jit
 def _ordered_start(seed, sample, num_windows, phase, stride, SHUFFLE: tl.constexpr):
     """Where the window of a sample slot starts."""
     slot = tl.maximum(sample, 0)
@@ -198,25 +172,27 @@ def _span(spans, index, batch):
 
 
 @triton.jit
-def _row_time(seed, view, slot, num_strata, STRATIFIED: tl.constexpr):
+def _row_time(seed, streams, slot, num_strata, STRATIFIED: tl.constexpr):
     """The 16-bit time of a slot."""
-    word, _, _, _ = random_block(seed, _stream(view, _TIME), slot, tl.zeros((), tl.int32))
+    word, _, _, _ = random_block(seed, streams + _TIME, slot, tl.zeros((), tl.int32))
     time = (word >> 16).to(tl.int64)
     if STRATIFIED:
         step = slot // num_strata
-        stream = _stream(view, _STRATUM)
+        stream = streams + _STRATUM
         stratum = permute(slot % num_strata, num_strata, seed, stream, step)
         time = ((stratum << 16) + time) // num_strata
     return time
 
 
 @triton.jit
-def _corruption_shares(seed, view, slot, keep_share, random_share, coin_share, RANKS: tl.constexpr):
+def _corruption_shares(
+    seed, streams, slot, keep_share, random_share, coin_share, RANKS: tl.constexpr
+):
     keep = tl.zeros((), tl.int64)
     replace = tl.zeros((), tl.int64)
     rounding = tl.zeros((), tl.int64)
     if RANKS == 3:
-        stream, first = _stream(view, _CORRUPTION), tl.zeros((), tl.int32)
+        stream, first = streams + _CORRUPTION, tl.zeros((), tl.int32)
         coin0, coin1, coin2, _ = random_block(seed, stream, slot, first)
         keep += tl.where((coin0 >> 1).to(tl.int64) < coin_share, keep_share, 0)
         replace += keep
@@ -263,11 +239,11 @@ def _load_tile(row, first, record, TILE: tl.constexpr):
         can_mask = can_mask & (tl.load(row.never_mask + clean, mask=inside, other=0) == 0)
     if record is not None:
         _record_bad_ids(record, row, position, bad)
-    keys = random_words(row.seed, _stream(row.view, _MASK_KEY), row.slot, first, TILE)
+    keys = random_words(row.seed, row.streams + _MASK_KEY, row.slot, first, TILE)
     order = position
-    if row.view.is_rest is not None:  # the largest keys, and of equal ones the last
-        keys = tl.where(row.view.is_rest, ~keys, keys)
-        order = tl.where(row.view.is_rest, 0x7FFFFFFF - position, position)
+    if row.is_rest is not None:  # the largest keys, and of equal ones the last
+        keys = tl.where(row.is_rest, ~keys, keys)
+        order = tl.where(row.is_rest, 0x7FFFFFFF - position, position)
     keys = tl.where(can_mask, keys, 0xFFFFFFFF)
     return Tile(position=position, order=order, clean=clean, can_mask=can_mask, keys=keys)
 
@@ -309,19 +285,19 @@ def _count_maskable(row, held, TILE: tl.constexpr):
 
 
 @triton.jit
-def _exact_count(ratio, n, view):
+def _exact_count(ratio, n, is_rest, is_all):
     """ceil(ratio * n), at least one of n; or what a view makes of it."""
     k = (ratio * n.to(tl.int64) + 0xFFFFFFFF) >> 32
     k = tl.minimum(tl.maximum(k, 1), n.to(tl.int64)).to(tl.int32)
-    if view.is_rest is not None:
-        k = tl.where(view.is_all, n, tl.where(view.is_rest, n - k, k))
+    if is_rest is not None:
+        k = tl.where(is_all, n, tl.where(is_rest, n - k, k))
     return k
 
 
 @triton.jit
-def _view_ratio(ratio, view):
-    if view.is_rest is not None:
-        ratio = tl.where(view.is_rest, (tl.zeros((), tl.int64) + 1 << 32) - ratio, ratio)
+def _view_ratio(ratio, is_rest):
+    if is_rest is not None:
+        ratio = tl.where(is_rest, (tl.zeros((), tl.int64) + 1 << 32) - ratio, ratio)
     return ratio
 
 
@@ -388,7 +364,7 @@ def _break_ties(row, held, keep, replace, mask, TILE: tl.constexpr):
     tie0, tie1, tie2 = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     wanted0, wanted1, wanted2 = num_wanted(keep), num_wanted(replace), num_wanted(mask)
     if (wanted0 > 0) | (wanted1 > 0) | (wanted2 > 0):
-        if row.view.is_rest is not None:
+        if row.is_rest is not None:
             wanted0 = _from_first(row, held, keep.low, wanted0, TILE)
             wanted1 = _from_first(row, held, replace.low, wanted1, TILE)
             wanted2 = _from_first(row, held, mask.low, wanted2, TILE)
@@ -408,7 +384,7 @@ def _from_first(row, held, key, wanted, TILE: tl.constexpr):
     for first in range(0, row.end, TILE):
         tile = _tile(row, held, first, TILE)
         equal += tl.sum((tile.can_mask & (tile.keys == key)).to(tl.int32))
-    return tl.where(row.view.is_rest & (wanted > 0), equal - wanted + 1, wanted)
+    return tl.where(row.is_rest & (wanted > 0), equal - wanted + 1, wanted)
 
 
 @triton.jit
@@ -465,7 +441,7 @@ def _rows_before(record, index, WINDOW: tl.constexpr):
 
 @triton.jit
 def _write_scalars(
-    times, loss_weight, num_masked, num_maskable, weight_table, index, view, time, time_low,
+    times, loss_weight, num_masked, num_maskable, weight_table, index, is_rest, time, time_low,
     time_span, n, count, WEIGHS_COUNTS: tl.constexpr, PAIRING: tl.constexpr,
 ):  # fmt: skip
     weight = tl.load(weight_table + time)
@@ -473,7 +449,7 @@ def _write_scalars(
         weight = tl.div_rn(weight * n.to(tl.float32), tl.maximum(count, 1).to(tl.float32))
         weight = tl.where(count == 0, 0.0, weight)
         if PAIRING == 1:  # what has no complement counts for it, too
-            weight = tl.where((count == n) & (not view.is_rest), 2 * weight, weight)
+            weight = tl.where((count == n) & (not is_rest), 2 * weight, weight)
     tl.store(times + index, time_low + time_span * ((time.to(tl.float32) + 0.5) / 65536))
     tl.store(loss_weight + index, weight)
     tl.store(num_masked + index, count.to(tl.int64))
@@ -491,7 +467,7 @@ def _corrupt_ids(row, tile, first, masked, bounds, RANKS: tl.constexpr, TILE: tl
     ids = tl.where(masked, row.mask_id, tile.clean)
     if RANKS == 3:
         if (bounds.replace.key != bounds.keep.key) | (bounds.replace.tie != bounds.keep.tie):
-            stream = _stream(row.view, _RANDOM_TOKEN)
+            stream = row.streams + _RANDOM_TOKEN
             word = random_words(row.seed, stream, row.slot, first, TILE)
             token = tl.umulhi(word, (row.num_tokens - 1).to(tl.uint32)).to(tl.int32)
             token += (token >= row.mask_id).to(tl.int32)
@@ -564,14 +540,16 @@ def corrupt_kernel(
     first_view: tl.int64,
     ORDERED: tl.constexpr, SHUFFLE: tl.constexpr, EXACT: tl.constexpr, STRATIFIED: tl.constexpr,
     WEIGHS_COUNTS: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, FITS: tl.constexpr,
-    LOOK_BACK: tl.constexpr, DIVIDED: tl.constexpr, PAIRING: tl.constexpr, BY_VIEW: tl.constexpr,
+    LOOK_BACK: tl.constexpr, DIVIDED: tl.constexpr, ALIGNED: tl.constexpr, PAIRING: tl.constexpr,
+    BY_VIEW: tl.constexpr,
 ):  # fmt: skip
     """One draw: a sample or a block of it, in one view. Arguments as in ``CorruptArgs``; ``record``
     is the workspace, zeros, ``num_positions`` those of a view.
 
     ``ORDERED``: sample slots tell which windows. ``RANKS``: 3 with kept or random tokens, else 1.
     ``FITS``: the row is a single tile. ``LOOK_BACK``: see ``_rows_before``. ``DIVIDED``: there are
-    blocks or views. ``BY_VIEW``: each view has a table of weights.
+    blocks or views; ``ALIGNED``: which begin at multiples of 16. ``BY_VIEW``: each view has a table
+    of weights.
     """
     index = tl.program_id(0).to(tl.int64)
     if seed_tensor is not None:
@@ -583,7 +561,12 @@ def corrupt_kernel(
         number = index // num_blocks // batch  # of the view
         which = index // num_blocks % batch
         first_of_block = block * block_length
-    view = _view(number, views, first_view, DIVIDED, PAIRING)
+    streams, is_rest, is_all = tl.zeros((), tl.int64), None, None
+    if PAIRING > 0:
+        is_rest = number == views - 1
+        is_all = (number == 0) & (PAIRING == 2)
+    elif DIVIDED:
+        streams += (first_view + number) << _VIEW_SHIFT
     sample = _sample_slot(which, sample_ids, first_sample, step, global_batch)
     start = which * seq_len
     if starts is not None:
@@ -607,11 +590,15 @@ def corrupt_kernel(
         stored = _in_block(stored, first_of_block, block_length)
         length = _in_block(length, first_of_block, block_length)
         space = _in_block(space, first_of_block, block_length)
+        if ALIGNED:  # so that they are stored 16 bytes at a time
+            begin, length = tl.multiple_of(begin, 16), tl.multiple_of(length, 16)
+            stored, space = tl.multiple_of(stored, 16), tl.multiple_of(space, 16)
     prompt = None
     if prompt_lengths is not None:
         prompt = tl.load(prompt_lengths + which) - first_of_block
     row = Row(
-        slot=slot, view=view, is_first_view=number == 0, seed=seed, tokens=tokens,
+        slot=slot, streams=streams, is_rest=is_rest, is_all=is_all, is_first_view=number == 0,
+        seed=seed, tokens=tokens,
         maskable=maskable, loss_mask=loss_mask, prompt=prompt, never_mask=never_mask, start=start,
         begin=begin, given=given, stored=stored, length=length, space=space,
         end=TILE if FITS else space, eos_id=eos_id, pad_id=pad_id, num_tokens=num_tokens,
@@ -621,9 +608,9 @@ def corrupt_kernel(
     if view_times is not None:
         time = tl.load(view_times + number)
     else:
-        time = _row_time(seed, view, slot, num_strata, STRATIFIED)
+        time = _row_time(seed, streams, slot, num_strata, STRATIFIED)
     ratio = tl.load(ratio_table + time).to(tl.int64) & 0xFFFFFFFF
-    shares = _corruption_shares(seed, view, slot, keep_share, random_share, coin_share, RANKS)
+    shares = _corruption_shares(seed, streams, slot, keep_share, random_share, coin_share, RANKS)
     if BY_VIEW:
         weight_table += number << 16
 
@@ -634,20 +621,20 @@ def corrupt_kernel(
         n = _count_maskable(row, held, TILE)
     # The count is published as soon as it is known, since other rows wait for it.
     if EXACT:
-        count = _exact_count(ratio, n, view)
+        count = _exact_count(ratio, n, is_rest, is_all)
         _publish(record, index, _OWN, count)
         bounds = _exact_bounds(row, held, n, count, shares, RANKS, TILE)
     else:
-        ratio = _view_ratio(ratio, view)
+        ratio = _view_ratio(ratio, is_rest)
         bounds = _bernoulli_bounds(ratio, shares)
         count = _bernoulli_count(row, held, ratio, TILE)
         if PAIRING == 2:  # the first view masks everything, which no ratio below 1 does
-            if view.is_all:
+            if is_all:
                 count = n
                 bounds = _exact_bounds(row, held, n, count, shares, RANKS, TILE)
         _publish(record, index, _OWN, count)
     _write_scalars(
-        times, loss_weight, num_masked, num_maskable, weight_table, index, view, time, time_low,
+        times, loss_weight, num_masked, num_maskable, weight_table, index, is_rest, time, time_low,
         time_span, n, count, WEIGHS_COUNTS, PAIRING,
     )  # fmt: skip
 
@@ -674,6 +661,11 @@ def is_divided(a: CorruptArgs) -> bool:
     return (a.num_blocks, a.blocks_per_slot, a.views, a.first_view) != (1, 1, 1, 0)
 
 
+def _is_aligned(a: CorruptArgs) -> bool:
+    """Whether the blocks of windows begin at multiples of 16, in each view."""
+    return a.spans is None and a.seq_len % 16 == a.block_length % 16 == 0
+
+
 def launch_options(a: CorruptArgs) -> dict[str, Any]:
     """Compile-time arguments."""
     fits, tile = _tile_of(a.block_length)
@@ -690,6 +682,7 @@ def launch_options(a: CorruptArgs) -> dict[str, Any]:
         "FITS": fits,
         "LOOK_BACK": max(32 * num_warps, 128),
         "DIVIDED": is_divided(a),
+        "ALIGNED": _is_aligned(a),
         "PAIRING": a.pairing,
         "BY_VIEW": a.weights_by_view,
         "num_warps": num_warps,
@@ -736,6 +729,7 @@ def corrupt_triton(outputs: tuple[Tensor, ...], a: CorruptArgs) -> Any:
     given = a.maskable_bytes, a.loss_mask is not None
     # The length of windows is an argument of the kernel; of documents, their spans are.
     tile = _tile_of(a.block_length) if is_divided(a) or a.spans is not None else None
-    division = tile, a.spans is None, a.pairing, a.weights_by_view, a.view_times is None
-    variant = device, a.tokens.dtype, given, division, order, draw, wanted
+    shape = tile, a.spans is None, is_divided(a) and _is_aligned(a)
+    views = a.pairing, a.weights_by_view, a.view_times is None
+    variant = device, a.tokens.dtype, given, shape, views, order, draw, wanted
     return _launch(num_draws, kernel_arguments(outputs, a), variant, lambda: launch_options(a))

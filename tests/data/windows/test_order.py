@@ -4,6 +4,7 @@ number of processes."""
 import itertools
 import math
 import pickle
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -444,5 +445,18 @@ def test_a_state_knows_where_documents_end() -> None:
 
 def test_states_of_later_versions() -> None:
     loader = MaskedLoader(dataset_of(40), MASKING, 2)
-    with pytest.raises(ValueError, match="state has version 5, and this version .* reads up to 4"):
-        loader.load_state_dict(loader.state_dict() | {"version": 5})
+    with pytest.raises(ValueError, match="state has version 6, and this version .* reads up to 5"):
+        loader.load_state_dict(loader.state_dict() | {"version": 6})
+
+
+def test_states_from_before_blocks_and_views() -> None:
+    state = MaskedLoader(dataset_of(40), MASKING, 2).state_dict()
+    old = {k: v for k, v in state.items() if k not in ("block_length", "views")} | {"version": 4}
+    MaskedLoader(dataset_of(40), MASKING, 2).load_state_dict(old | {"step": 3})
+    blocks = MaskedLoader(dataset_of(40), replace(MASKING, block_length=2), 2)
+    with pytest.raises(ValueError, match="block_length is None in the state, but 2 here"):
+        blocks.load_state_dict(old)
+    pairs = MaskedLoader(dataset_of(40), MASKING, 2, views="complement")
+    with pytest.raises(ValueError, match=r"views is None in the state, but \[2, 0, 1\] here"):
+        pairs.load_state_dict(old)
+    assert pairs.batch(0).input_ids.shape[0] == 4
