@@ -92,14 +92,8 @@ def evaluate(
         block_length: of block diffusion: each block is predicted given the clean ones before it.
     """
     draws = as_int("draws", draws)
-    samples = len(windows) * draws
-
-    def batch(part: slice) -> tuple[Tensor, Corrupted]:
-        chosen = torch.arange(samples, device="cpu")[part]
-        return chosen, evaluation_batch(dataset, windows, draws, part, block_length)
-
-    parts = evaluation_parts(dataset, len(windows), draws)
-    nats, counts = _nats(net, [partial(batch, part) for part in parts], samples, device)
+    batches = window_batches(dataset, windows, draws, block_length)
+    nats, counts = _nats(net, batches, len(windows) * draws, device)
     return _evaluation(nats, counts, draws, dataset.corpus.name)
 
 
@@ -119,6 +113,31 @@ def evaluate_documents(
         block_length: as there.
     """
     draws = as_int("draws", draws)
+    batches = document_batches(documents, draws, block_length)
+    nats, counts = _nats(net, batches, len(documents.pieces()[0]) * draws, device)
+    return _evaluation(nats, counts, draws, documents.corpus.name)
+
+
+# Makes the numbers int64 [n] of some samples, and their batch.
+MakeBatch = Callable[[], tuple[Tensor, Corrupted]]
+
+
+def window_batches(
+    dataset: TokenDataset, windows: Tensor, draws: int, block_length: int | None
+) -> list[MakeBatch]:
+    """Those of :func:`evaluate`."""
+
+    def batch(part: slice) -> tuple[Tensor, Corrupted]:
+        chosen = torch.arange(len(windows) * draws, device="cpu")[part]
+        return chosen, evaluation_batch(dataset, windows, draws, part, block_length)
+
+    return [partial(batch, part) for part in evaluation_parts(dataset, len(windows), draws)]
+
+
+def document_batches(
+    documents: DocumentRange, draws: int, block_length: int | None
+) -> list[MakeBatch]:
+    """Those of :func:`evaluate_documents`."""
     starts, lengths = (x.repeat_interleave(draws) for x in documents.pieces())
     places = pack(lengths.numpy(), documents.seq_len, "in_order")
     rows, offsets = torch.from_numpy(places.rows), torch.from_numpy(places.offsets)
@@ -151,14 +170,22 @@ def evaluate_documents(
 
     most = min(_MAX_TOKENS, _MAX_LOGITS // documents.num_tokens)
     rows_at_once = max(most // documents.seq_len, 1)
-    firsts = range(0, places.num_rows, rows_at_once)
-    nats, counts = _nats(net, [partial(batch, first) for first in firsts], len(starts), device)
-    return _evaluation(nats, counts, draws, documents.corpus.name)
+    return [partial(batch, first) for first in range(0, places.num_rows, rows_at_once)]
+
+
+def weighted_nats(net: nn.Module, batch: Corrupted) -> Tensor:
+    """Of each draw of a batch, in the shape of its ``times``: the sum of its losses in nats, times
+    its weight. ``net`` is called in eval mode."""
+    with eval_mode(net, net):
+        nll = _predict(net, batch).loss(batch, reduction="none")  # [R]
+    totals = nll.new_zeros(batch.times.numel())
+    totals.index_add_(0, batch.draws_of(batch.masked_rows), nll)
+    return totals.view_as(batch.times) * batch.loss_weight
 
 
 def _nats(
     net: nn.Module,
-    batches: Sequence[Callable[[], tuple[Tensor, Corrupted]]],
+    batches: Sequence[MakeBatch],
     num_samples: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
@@ -171,11 +198,7 @@ def _nats(
         mine = first + rank()
         samples, batch = batches[min(mine, len(batches) - 1)]()
         batch = batch.to(device)
-        with eval_mode(net, net):
-            nll = _predict(net, batch).loss(batch, reduction="none")  # [R]
-        of_rows = batch.draws_of(batch.masked_rows)
-        totals = nll.new_zeros(batch.times.numel()).index_add_(0, of_rows, nll)
-        weighted, maskable = totals.view_as(batch.times) * batch.loss_weight, batch.num_maskable
+        weighted, maskable = weighted_nats(net, batch), batch.num_maskable
         if batch.has_blocks:
             weighted, maskable = weighted.sum(1), maskable.sum(1)
         per_token = weighted / maskable.clamp(min=1)

@@ -22,6 +22,11 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def number_or_name(text: str) -> int | str:
+    """The ``type`` of an option that takes either."""
+    return int(text) if text.lstrip("+-").isdecimal() else text
+
+
 def coerce_fields(options: Any) -> None:
     """Converts each field of a frozen dataclass to a Python value of its declared type, in place.
 
@@ -48,6 +53,8 @@ def _coerce(f: Field[Any], value: Any) -> Any:
     types = get_args(f.type) or (f.type,)
     if value is None and type(None) in types:
         return None
+    if str in types and isinstance(value, str):
+        return str(value)
     if tuple[int, ...] in types and is_sequence(value):
         return tuple(as_int(f.name, number) for number in value)
     if bool in types and isinstance(value, bool | np.bool_):
@@ -57,8 +64,6 @@ def _coerce(f: Field[Any], value: Any) -> Any:
     if float in types and not isinstance(value, bool | np.bool_):
         return as_float(f.name, value)
     if os.PathLike[str] in types and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if str in types and isinstance(value, str):
-        return str(value)
+        return str(os.fspath(value))
     names = [getattr(t, "__name__", str(t)) for t in types if t is not type(None)]
     raise TypeError(f"{f.name} is {value!r}: it must be of type {' or '.join(names)}")

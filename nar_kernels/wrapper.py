@@ -789,7 +789,7 @@ class NonAutoregressiveWrapper(nn.Module):
             width=begin.shape[1],
             block_calls=block_calls,
         )
-        states, refresh = decode_batch(
+        states, refresh, blocks = decode_batch(
             predictor,
             begin,
             config,
@@ -803,7 +803,8 @@ class NonAutoregressiveWrapper(nn.Module):
             device=device,
             backend=self.backend if self.backend in UNMASK_BACKENDS else "auto",
         )
-        return DecodeIterator(states, self, self.net, self.token_critic, refresh=refresh)
+        nets = self.net, self.token_critic
+        return DecodeIterator(states, self, *nets, refresh=refresh, blocks=blocks)
 
     def _device(self) -> torch.device:
         """The device of the net."""

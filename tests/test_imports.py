@@ -22,7 +22,7 @@ LAYERS = [
     ["ops"],
     ["data", "nets"],
     ["likelihood", "sampling"],
-    ["wrapper"],
+    ["time_ranges", "wrapper"],
     ["show"],
     ["training"],
     ["cli", "train"],

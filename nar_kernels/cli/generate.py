@@ -18,6 +18,7 @@ from nar_kernels.files import check_writable
 from nar_kernels.options import option_of
 from nar_kernels.sampling.config import SamplingConfig, Strategy, top_k_from_filter_thres
 from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.sampling.states import DecodeIterator
 from nar_kernels.show import samples
 from nar_kernels.show.player import page
 from nar_kernels.show.terminal import watch
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
         samples.check_suffix(out, spec)
     config, eos_ids = _resolve(config, arguments, spec), _eos_ids(arguments, spec)
     model = model.to(choose_device(arguments.device))
-    states = _states(arguments, config, model, spec, eos_ids)
+    states: Iterator[DecodeState] = (made := _states(arguments, config, model, spec, eos_ids))
     kept = None
     if html is not None:
         states = iter(kept := list(states))
@@ -110,7 +111,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if kept is not None:
         title = f"{Path(arguments.checkpoint).parent.name}: {config.strategy}"
         assert html is not None
-        samples.write_text(html, page(kept, spec, title=title))
+        samples.write_text(html, page(kept, spec, title=title, blocks=made.blocks))
         print(html)
 
 
@@ -211,7 +212,7 @@ def _states(
     model: NonAutoregressiveWrapper,
     spec: SequenceSpec,
     eos_ids: list[int] | None,
-) -> Iterator[DecodeState]:
+) -> DecodeIterator:
     prompt, has_gaps = arguments.prompt, arguments.infill is not None
     if has_gaps:
         prompt = arguments.infill

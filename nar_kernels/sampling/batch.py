@@ -3,7 +3,7 @@
 Shapes: B batch, L length of the longest sequence.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,12 +14,13 @@ from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.sampling.config import REMASKING, SamplingConfig
 from nar_kernels.sampling.decode import DecodeState, decode
 from nar_kernels.sampling.ends import Ends
-from nar_kernels.sampling.groups import make_groups, side_by_side
+from nar_kernels.sampling.groups import Group, make_groups, side_by_side
 from nar_kernels.sampling.members import Members
 from nar_kernels.sampling.plan import make_plan
 from nar_kernels.sampling.predictor import Predictor
 from nar_kernels.sampling.prompt import NO_ID
 from nar_kernels.sampling.remasking import with_remasking
+from nar_kernels.sampling.states import Blocks
 from nar_kernels.sampling.strategies import make_policy
 
 
@@ -37,8 +38,9 @@ def decode_batch(
     sequences: range,
     device: torch.device,
     backend: str,
-) -> tuple[Iterator[DecodeState], Callable[[], None]]:
-    """The states of a batch, and what is to be called before a step if the net may have changed.
+) -> tuple[Iterator[DecodeState], Callable[[], None], Blocks | None]:
+    """The states of a batch, what is to be called before a step if the net may have changed, and
+    the blocks that it is decoded in.
 
     Args:
         predictor: of the whole batch.
@@ -112,7 +114,15 @@ def decode_batch(
         for of_group in predictors:
             of_group.split_net()
 
-    return side_by_side(groups, states, begin.shape[1], padding), refresh
+    blocks = _blocks(groups, config.block_length, predictor.is_cached)
+    return side_by_side(groups, states, begin.shape[1], padding), refresh, blocks
+
+
+def _blocks(groups: Sequence[Group], block_length: int | None, cached: bool) -> Blocks | None:
+    if block_length is None:
+        return None
+    first = sum(group.which * group.first_block for group in groups)
+    return Blocks(block_length, np.asarray(first).tolist(), cached)
 
 
 def _narrow(predictor: Predictor, device: torch.device, going: np.ndarray) -> None:

@@ -34,6 +34,7 @@ class BlockCalls:
         cached: keep the keys and values of the blocks before. Otherwise the net gets their ids.
 
     Attributes:
+        cached: as above.
         arguments: of the net, beside its ids.
 
     Raises:
@@ -43,7 +44,7 @@ class BlockCalls:
     def __init__(
         self, net: nn.Module, block_length: int, device: torch.device, *, cached: bool
     ) -> None:
-        self._kept, self._cached = keep_nothing_yet(net), cached
+        self._kept, self.cached = keep_nothing_yet(net), cached
         self._span = Span(0, 0, block_length, device)
         self.arguments: dict[str, Any] = {}
 
@@ -55,7 +56,7 @@ class BlockCalls:
             kwargs: of the net.
         """
         begin = self._span.begin
-        if self._cached and block.start > begin:
+        if self.cached and block.start > begin:
             finished = self._span._replace(end=block.start)
             self._kept.store(ids[:, begin : block.start], finished, kwargs)
             begin = block.start

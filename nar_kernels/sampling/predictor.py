@@ -133,6 +133,11 @@ class Predictor:
     def is_block_causal(self) -> bool:
         return self._make_block_calls is not None
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether a block-causal net is called with keys and values of the blocks before."""
+        return any(calls.cached for calls in self._block_calls)
+
     def enter(self, ids: Tensor, block: slice) -> None:
         """Goes on to another block of a block-causal net: from now on rows are of this block. The
         ids ``[B, L]`` before it are final."""

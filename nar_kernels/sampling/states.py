@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +10,21 @@ from torch import nn
 from nar_kernels.extras import import_extra
 from nar_kernels.nets.modes import ModeLocks, eval_mode
 from nar_kernels.sampling.decode import DecodeState
+
+
+class Blocks(NamedTuple):
+    """The blocks that a batch is decoded in, from left to right.
+
+    Attributes:
+        length: positions of a block.
+        first: of each sequence, a position at which a block begins.
+        cached: whether the keys and values of finished blocks are kept, so that the net is called
+            for a block alone.
+    """
+
+    length: int
+    first: list[int]
+    cached: bool
 
 
 class DecodeIterator(Iterator[DecodeState]):
@@ -20,6 +35,7 @@ class DecodeIterator(Iterator[DecodeState]):
         module: contains the nets.
         nets: the nets that are called.
         refresh: called before a step if the caller, or another thread, may have changed the nets.
+        blocks: None if the batch is decoded as a whole.
     """
 
     def __init__(
@@ -28,7 +44,9 @@ class DecodeIterator(Iterator[DecodeState]):
         module: nn.Module,
         *nets: nn.Module | None,
         refresh: Callable[[], None],
+        blocks: Blocks | None,
     ) -> None:
+        self.blocks = blocks
         self._states, self._module, self._nets = states, module, nets
         self._submodules = list(module.modules())
         self._refresh = refresh

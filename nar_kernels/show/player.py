@@ -14,6 +14,7 @@ import numpy as np
 
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.sampling.states import Blocks
 from nar_kernels.show.pieces import pieces_of
 
 # A cost is -log p quantised to 0.01 nat, which keeps p to a relative error of 0.5 %. The maximum
@@ -31,7 +32,13 @@ class _Snapshot(NamedTuple):
     costs: np.ndarray
 
 
-def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> str:
+def page(
+    states: Sequence[DecodeState],
+    spec: SequenceSpec,
+    *,
+    title: str,
+    blocks: Blocks | None = None,
+) -> str:
     """The HTML of the page, to be written as UTF-8.
 
     The URL fragments ``#step=7`` and ``#step=7&view=confidence`` set the initial step and view.
@@ -39,6 +46,7 @@ def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> st
     Args:
         states: all S + 1 states from :meth:`NonAutoregressiveWrapper.generate_steps`.
         spec: format of the sequences.
+        blocks: those that they were decoded in, ``blocks`` of ``generate_steps``.
 
     Raises:
         ValueError: ``states`` is empty, or its sequences do not fit ``spec.image_shape``.
@@ -56,6 +64,7 @@ def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> st
         "mask_id": spec.mask_id,
         "num_sequences": num_sequences,
         "seq_len": length,
+        "blocks": None if blocks is None else blocks._asdict(),
         "changes": list(_changes(states, spec.mask_id)),
     }
     if spec.render == "text":
@@ -65,6 +74,10 @@ def page(states: Sequence[DecodeState], spec: SequenceSpec, *, title: str) -> st
         f"{_count(num_sequences, 'sequence')} of {_count(length, 'position')}, "
         f"filled in {_count(len(states) - 1, 'step')}"
     )
+    if blocks is not None:
+        facts += f", in blocks of {blocks.length}"
+    if blocks is not None and blocks.cached:
+        facts += "; keys and values of finished blocks are kept"
     values = {
         "title": html.escape(title),
         "facts": facts,

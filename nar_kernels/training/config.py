@@ -10,7 +10,7 @@ from typing import Any
 
 from nar_kernels.checks import check_seed
 from nar_kernels.data.sources import is_all_answers, is_all_prepared_text
-from nar_kernels.options import coerce_fields, option, option_of
+from nar_kernels.options import coerce_fields, number_or_name, option, option_of
 from nar_kernels.spec.schedules import SCHEDULES
 
 
@@ -117,6 +117,13 @@ class TrainConfig:
         "it. A step takes twice the tokens through the net. Needs rotary, and no shift-tokens",
         type=int,
         otherwise="every token attends to all others",
+    )
+    views: int | str = option(
+        1,
+        "masks of each window or document in a step, all of which go through the net: a number; "
+        "complement: a mask and the rest, so that each token is predicted once (Fast-dLLM v2); "
+        "coupled: those two, and everything masked (DiffuCoder)",
+        type=number_or_name,
     )
     loss: str = option(
         "mean",
@@ -278,6 +285,11 @@ class TrainConfig:
             raise ValueError(
                 "loss is nelbo, which is a bound only with all times: use another loss, or leave "
                 "out time_low and time_high"
+            )
+        if self.views == "coupled" and self.loss == "nelbo":
+            raise ValueError(
+                "views is coupled, whose weights give no bound: use another loss than nelbo, or "
+                "complement"
             )
         given = [name for name in _NOT_PACKED if getattr(self, name)]
         if self.pack and given:

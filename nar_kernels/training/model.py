@@ -202,11 +202,17 @@ def spec_of(state: dict[str, Any], path: str | os.PathLike[str]) -> SequenceSpec
         ) from error
 
 
-def load_model(
+def load_model(path: str | os.PathLike[str]) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
+    """The trained model of a checkpoint, and the format of its sequences: of :func:`load_run`."""
+    model, spec, _ = load_run(path)
+    return model, spec
+
+
+def load_run(
     path: str | os.PathLike[str],
-) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
-    """The trained model of a checkpoint, on the CPU in evaluation mode, and the format of its
-    sequences.
+) -> tuple[NonAutoregressiveWrapper, SequenceSpec, TrainConfig]:
+    """The trained model of a checkpoint, on the CPU in evaluation mode, the format of its
+    sequences, and the options of its run.
 
     Loads the EMA weights if the run kept any.
 
@@ -214,7 +220,7 @@ def load_model(
         FileNotFoundError, ValueError: no such file, or it is not a checkpoint.
     """
     state = checkpoint.load(path)
-    spec = spec_of(state, path)
-    model = build_model(TrainConfig.continued(state["config"]), spec)
+    spec, config = spec_of(state, path), TrainConfig.continued(state["config"])
+    model = build_model(config, spec)
     _load_weights(model, path, state)
-    return model.eval(), spec
+    return model.eval(), spec, config

@@ -81,7 +81,8 @@ def describe(
         **_longer(config, data),
         "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
         f"{num_parameters:,} parameters",
-        "masking": f"{config.schedule} schedule, {config.draw} draw; loss: {config.loss}",
+        "masking": f"{config.schedule} schedule, {config.draw} draw{_views(config)}; loss: "
+        f"{config.loss}",
         "steps": f"{config.steps} of {config.batch_size} {'rows' if config.pack else 'windows'}; "
         "AdamW, peak learning rate "
         f"{config.lr:g}",
@@ -95,6 +96,11 @@ def describe(
         "folder": str(config.folder),
     }
     return "\n".join(f"{name:>8}  {line}" for name, line in lines.items())
+
+
+def _views(config: TrainConfig) -> str:
+    in_blocks = "" if config.block_length is None else f" in blocks of {config.block_length}"
+    return in_blocks + ("" if config.views == 1 else f", {config.views} views")
 
 
 def _longer(config: TrainConfig, data: Data | PackedData) -> dict[str, str]:

@@ -9,7 +9,6 @@ Steps do not synchronise with the device: metrics stay there until ``Run.flush``
 
 import itertools
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -24,16 +23,16 @@ from nar_kernels import distributed
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.packed_loader import PackedLoader
 from nar_kernels.data.sequence_spec import SequenceSpec
-from nar_kernels.data.sources import PackedData, open_data
+from nar_kernels.data.sources import PackedData
 from nar_kernels.extras import import_extra
 from nar_kernels.likelihood import NATS_PER_BIT, evaluate, evaluate_documents
 from nar_kernels.ops.corrupted import Corrupted
-from nar_kernels.show.pieces import pieces_of
 from nar_kernels.spec.philox import Stream, derived_seed
 from nar_kernels.training import checkpoint, parallel
 from nar_kernels.training.baselines import baselines
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.cuda_graph import StepGraph, capture_stream
+from nar_kernels.training.data import data_of
 from nar_kernels.training.ema import Ema
 from nar_kernels.training.interrupt import Interrupted, interruptible, raise_on_signals
 from nar_kernels.training.lock import FolderLock
@@ -67,18 +66,6 @@ from nar_kernels.training.report import (
 from nar_kernels.training.step import DeferredMetrics, loss_and_gradient
 
 _LOG_EVERY = 10  # steps
-
-
-def check_text(spec: SequenceSpec, data: str | os.PathLike[str]) -> None:
-    """Raises ValueError or ImportError if the tokenizer of the data, which samples need after the
-    training, cannot be opened."""
-    if spec.render == "text":
-        try:
-            pieces_of(spec)
-        except ValueError as error:
-            raise ValueError(
-                f"the tokenizer of {os.fspath(data)} cannot be read: {error}"
-            ) from error
 
 
 class DivergedError(RuntimeError):
@@ -169,23 +156,7 @@ class Run:
         self.config, self.device = config, device
         self.bf16 = choose_bf16(config.precision, device)
         self.environment = environment(device, self.bf16)
-        self.data = open_data(
-            config.data,
-            dtype=config.dtype,
-            column=config.column,
-            eos_id=config.eos_id,
-            num_tokens=config.num_tokens if saved_spec is None else saved_spec.num_tokens,
-            seq_len=config.seq_len,
-            stride=config.stride,
-            within_documents=config.within_documents,
-            pack=config.pack,
-            overlong=config.overlong,  # type: ignore[arg-type]
-            num_held_out=config.held_out,
-            folder=config.folder if config.resume else None,
-        )
-        if saved_spec is not None and saved_spec.mask_id == self.data.spec.mask_id:
-            self.data = self.data._replace(spec=saved_spec)
-        check_text(self.data.spec, config.data)
+        self.data = data_of(config, saved_spec)
         self.data.validate()
         # On the CPU there is no sync to avoid.
         self.flush_every = 1 if device.type == "cpu" else _LOG_EVERY
@@ -220,6 +191,7 @@ class Run:
         batch_size = local_batch_size(config)
         where: dict[str, Any] = {
             "seed": config.seed,
+            "views": config.views,
             "device": self.device,
             "rank": distributed.rank(),
             "world_size": distributed.world_size(),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nar_kernels import NonAutoregressiveWrapper, SamplingConfig
 from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.sampling.states import Blocks
 from tests.helpers.block_causal import (
     BLOCK,
     LENGTH,
@@ -61,6 +62,17 @@ def assert_same(got: list[DecodeState], expected: list[DecodeState]) -> None:
 
 def batch(name: str) -> dict[str, Any]:
     return {"prompt": PROMPTS[name], "batch_size": None if name in ("ragged", "gaps") else 3}
+
+
+def test_what_is_said_of_the_blocks():
+    model = model_of(rotary())
+    assert model.generate_steps(2).blocks == Blocks(BLOCK, [0, 0], cached=True)
+    assert model.generate_steps(2, cache=False).blocks == Blocks(BLOCK, [0, 0], cached=False)
+    whole = NonAutoregressiveWrapper(rotary(), mask_id=MASK_ID, steps=12)
+    assert whole.generate_steps(2).blocks is None
+    # Blocks of other nets begin behind the prompt.
+    ragged = {"prompt": [[1] * 9, [2] * 6], "max_new_tokens": 8, "block_length": 4}
+    assert whole.generate_steps(**ragged).blocks == Blocks(4, [9, 6], cached=False)
 
 
 @pytest.mark.parametrize(

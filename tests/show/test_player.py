@@ -18,6 +18,7 @@ from torch import Tensor
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.tokenizers.byte_level import ByteTokenizer
 from nar_kernels.sampling.decode import DecodeState
+from nar_kernels.sampling.states import Blocks
 from nar_kernels.show import pictures
 from nar_kernels.show.player import page
 
@@ -378,6 +379,68 @@ def test_all_steps_in_any_order(browse: Browse, case: Case) -> None:
         shown = Shown([*map(int, ids)], [*map(int, filled_at)], [*map(float, probability)])
         agree(shown, case, step)
         check_looks([*zip(kinds, texts, strict=True)], case, step)
+
+
+BLOCKS = Blocks(length=4, first=[0, 3], cached=True)
+
+
+def numbers_of_blocks(blocks: Blocks, length: int) -> Tensor:
+    """Of each position ``[B, L]``; the first block of a sequence may be a part of one."""
+    place = torch.arange(length)
+    return torch.stack(
+        [(place + -first % blocks.length) // blocks.length for first in blocks.first]
+    )
+
+
+def block_by_block() -> Case:
+    """States of two sequences, the second with a prompt: one block of each in a step."""
+    final = torch.randint(255, (2, 12), generator=torch.Generator().manual_seed(2))
+    block, prompt = numbers_of_blocks(BLOCKS, 12), torch.zeros(2, 12, dtype=torch.bool)
+    prompt[1, :3] = True
+    states = []
+    for step in range(4):
+        first = torch.tensor([[0], [1]])  # the prompt is a block
+        masked = ~prompt & (block >= step + first)
+        log_prob = torch.zeros(2, 12).where(~masked, torch.nan)
+        states.append(DecodeState(step, 3, final.where(~masked, 255), masked, log_prob))
+    return Case(states, SequenceSpec(256, 12, "ids", None))
+
+
+def test_what_the_page_says_of_blocks() -> None:
+    case = block_by_block()
+    html = page(*case, title="", blocks=BLOCKS)
+    assert "in 3 steps, in blocks of 4; keys and values of finished blocks are kept" in html
+    assert "in blocks of 4</p>" in page(*case, title="", blocks=BLOCKS._replace(cached=False))
+    assert json.loads(data_of(html))["blocks"] == {"length": 4, "first": [0, 3], "cached": True}
+    assert json.loads(data_of(page(*case, title="")))["blocks"] is None
+    assert "in blocks" not in page(*case, title="")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_browser_shows_which_block_is_filled(browse: Browse, cached: bool) -> None:
+    case = block_by_block()
+    html = page(*case, title="", blocks=BLOCKS._replace(cached=cached))
+    order = [0, 1, 2, 3, 1]  # back, too
+    script = f"""
+        result = {order}.map((step) => {{
+            player.go(step);
+            return [...document.querySelectorAll("[data-place]")]
+                .map((cell) => [cell.dataset.block ?? "", "edge" in cell.dataset]);
+        }})"""
+    shown = document(browse, with_script(html, script))
+    assert ("data-cached" in shown.attributes["body"]) == cached
+    number = numbers_of_blocks(BLOCKS, 12)
+    edges = (number.diff(dim=1, prepend=number[:, :1]) > 0).flatten().tolist()
+    for step, cells in zip(order, json.loads(shown.text["result"]), strict=True):
+        now = torch.tensor([[step - 1], [step]])
+        kept = "kept" if cached else ""
+        right = [
+            "" if step == 0 or of > latest else "now" if of == latest else kept
+            for of, latest in zip(
+                number.flatten().tolist(), now.expand_as(number).flatten().tolist(), strict=True
+            )
+        ]
+        assert cells == [[name, edge] for name, edge in zip(right, edges, strict=True)]
 
 
 def test_controls(browse: Browse) -> None:

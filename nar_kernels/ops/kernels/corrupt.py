@@ -590,9 +590,9 @@ def corrupt_kernel(
         stored = _in_block(stored, first_of_block, block_length)
         length = _in_block(length, first_of_block, block_length)
         space = _in_block(space, first_of_block, block_length)
-        if ALIGNED:  # so that they are stored 16 bytes at a time
-            begin, length = tl.multiple_of(begin, 16), tl.multiple_of(length, 16)
-            stored, space = tl.multiple_of(stored, 16), tl.multiple_of(space, 16)
+        if ALIGNED:  # so that they are stored 16 bytes at a time: shifts say it to any Triton
+            begin, length = begin >> 4 << 4, length >> 4 << 4
+            stored, space = stored >> 4 << 4, space >> 4 << 4
     prompt = None
     if prompt_lengths is not None:
         prompt = tl.load(prompt_lengths + which) - first_of_block

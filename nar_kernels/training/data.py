@@ -1,0 +1,48 @@
+"""The data of a run."""
+
+import os
+
+from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.sources import Data, PackedData, open_data
+from nar_kernels.show.pieces import pieces_of
+from nar_kernels.training.config import TrainConfig
+
+
+def data_of(config: TrainConfig, saved_spec: SequenceSpec | None = None) -> Data | PackedData:
+    """What ``config`` trains and evaluates on.
+
+    Args:
+        saved_spec: of a checkpoint, whose data may have moved to files that say less of themselves.
+
+    Raises:
+        ValueError, OSError, ImportError: as of ``open_data``; or the tokenizer of the data, which
+            samples need after the training, cannot be opened.
+    """
+    data = open_data(
+        config.data,
+        dtype=config.dtype,
+        column=config.column,
+        eos_id=config.eos_id,
+        num_tokens=config.num_tokens if saved_spec is None else saved_spec.num_tokens,
+        seq_len=config.seq_len,
+        stride=config.stride,
+        within_documents=config.within_documents,
+        pack=config.pack,
+        overlong=config.overlong,  # type: ignore[arg-type]
+        num_held_out=config.held_out,
+        folder=config.folder if config.resume else None,
+    )
+    if saved_spec is not None and saved_spec.mask_id == data.spec.mask_id:
+        data = data._replace(spec=saved_spec)
+    _check_text(data.spec, config.data)
+    return data
+
+
+def _check_text(spec: SequenceSpec, data: str | os.PathLike[str]) -> None:
+    if spec.render == "text":
+        try:
+            pieces_of(spec)
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer of {os.fspath(data)} cannot be read: {error}"
+            ) from error
