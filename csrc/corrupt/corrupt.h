@@ -113,9 +113,9 @@ NAR_HOST_DEVICE inline uint64_t view_ratio(const CorruptArgs& a, const View& vie
 }
 
 // How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
-NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, uint32_t t16, int32_t n) {
-  const int32_t k = static_cast<int32_t>(
-      (uint64_t{a.ratio_table[t16]} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);
+NAR_HOST_DEVICE inline int32_t exact_count(uint32_t ratio, int32_t n) {
+  const int32_t k =
+      static_cast<int32_t>((uint64_t{ratio} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);
   return k > n ? n : k < 1 && n > 0 ? 1 : k;
 }
 
@@ -123,7 +123,7 @@ NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, uint32_t t16, i
 NAR_HOST_DEVICE inline int32_t exact_count(const CorruptArgs& a, const View& view, uint32_t t16,
                                            int32_t n) {
   if (view.is_all) return n;
-  const int32_t k = exact_count(a, t16, n);
+  const int32_t k = exact_count(a.ratio_table[t16], n);
   return view.is_rest ? n - k : k;
 }
 
@@ -153,21 +153,34 @@ NAR_HOST_DEVICE inline int32_t random_token(uint32_t word, int32_t num_tokens, i
   return token + (token >= mask_id);
 }
 
+NAR_HOST_DEVICE inline const float* weights_of_view(const CorruptArgs& a, int64_t view) {
+  return a.weight_table + (a.weights_by_view ? view << 16 : 0);
+}
+
+// Whether a view counts twice what it masks all of: a pair has the counts k and n - k, and where
+// that leaves nothing, n would count half of what it is in an integral over ratios.
+NAR_HOST_DEVICE inline bool doubles_all(const CorruptArgs& a, int64_t view) {
+  return a.division.pairing == Pairing::kComplement && view == 0;
+}
+
+// The weight of a draw that masks k of its n maskable positions, given that of its time.
+NAR_HOST_DEVICE inline float count_weight(float weight, int32_t n, int32_t k, bool doubles_all) {
+  weight = weight * static_cast<float>(n) / static_cast<float>(k > 0 ? k : 1);
+  return k == 0 ? 0.0f : doubles_all && k == n ? 2.0f * weight : weight;
+}
+
+NAR_HOST_DEVICE inline float time_of(float low, float span, uint32_t t16) {
+  return low + span * ((static_cast<float>(t16) + 0.5f) / 65536.0f);
+}
+
 // What is known of a draw, by its number and the index of its view, once k of its n maskable
 // positions are masked.
-template <bool kDivided = true>
+template <bool kDivided>
 NAR_HOST_DEVICE void write_scalars(const CorruptArgs& a, int64_t draw, int64_t view, uint32_t t16,
-                                   int64_t n, int64_t k) {
-  float weight = a.weight_table[(a.weights_by_view ? view << 16 : 0) + t16];
-  if (a.weighs_counts) {
-    weight *= static_cast<float>(n);
-    weight = k == 0 ? 0.0f : weight / static_cast<float>(k);
-    // A pair has the counts k and n - k. Where that leaves nothing, n would count half of what it
-    // is in an integral over ratios.
-    const bool is_paired = kDivided && a.division.pairing == Pairing::kComplement;
-    if (is_paired && view == 0 && k == n) weight *= 2.0f;
-  }
-  a.times[draw] = a.time_low + a.time_span * ((static_cast<float>(t16) + 0.5f) / 65536.0f);
+                                   int32_t n, int32_t k) {
+  float weight = weights_of_view(a, view)[t16];
+  if (a.weighs_counts) weight = count_weight(weight, n, k, kDivided && doubles_all(a, view));
+  a.times[draw] = time_of(a.time_low, a.time_span, t16);
   a.loss_weight[draw] = weight;
   a.num_masked[draw] = k;
   a.num_maskable[draw] = n;

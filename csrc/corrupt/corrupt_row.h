@@ -96,16 +96,51 @@ struct Block {
   int64_t first, length;  // in the row
   uint64_t slot;
   uint32_t t16;
-  int64_t num_maskable;
+  int32_t num_maskable, num_masked;  // the latter of an exact draw
 };
 
-Block block_of(const CorruptArgs& a, const Row& row, uint64_t slot, int64_t j, const uint32_t* t16,
-               const uint8_t* can_mask) {
-  const int64_t of_block = a.division.block_length, first = j * of_block;
-  const int64_t length = std::min(std::max(row.span.length - first, int64_t{0}), of_block);
-  const int64_t num_maskable = can_mask ? count_set(can_mask + first, length) : length;
-  return {first, length, slot + static_cast<uint64_t>(j), t16[j], num_maskable};
+int64_t length_of_block(const CorruptArgs& a, const Row& row, int64_t j) {
+  const int64_t of_block = a.division.block_length;
+  return std::min(std::max(row.span.length - j * of_block, int64_t{0}), of_block);
 }
+
+// Up to kBlocksAtOnce blocks of a row from number j on. Counts are arrays, so that loops over
+// blocks are vectorised: each looks something up in a table that no cache of a core holds.
+struct Blocks {
+  int64_t j;
+  int count;
+  const uint32_t* t16;
+  int32_t num_maskable[kBlocksAtOnce], num_masked[kBlocksAtOnce];
+
+  Blocks(const CorruptArgs& a, const Row& row, int64_t first, const uint32_t* t16_of_row,
+         const uint8_t* can_mask)
+      : j(first),
+        count(static_cast<int>(std::min<int64_t>(a.division.num_blocks - j, kBlocksAtOnce))),
+        t16(t16_of_row + j) {
+    for (int u = 0; u < count; ++u) {
+      const int64_t length = length_of_block(a, row, j + u);
+      const int64_t at = (j + u) * a.division.block_length;
+      num_maskable[u] = static_cast<int32_t>(can_mask ? count_set(can_mask + at, length) : length);
+    }
+    if (is_exact(a, row.view)) count_exact(a.ratio_table, row.view);
+  }
+
+  Block operator()(const CorruptArgs& a, const Row& row, uint64_t slot, int u) const {
+    return {(j + u) * a.division.block_length,
+            length_of_block(a, row, j + u),
+            slot + static_cast<uint64_t>(j + u),
+            t16[u],
+            num_maskable[u],
+            num_masked[u]};
+  }
+
+ private:
+  void count_exact(const uint32_t* ratios, const View& view) {
+    for (int u = 0; u < count; ++u) num_masked[u] = exact_count(ratios[t16[u]], num_maskable[u]);
+    for (int u = 0; view.is_rest && u < count; ++u) num_masked[u] = num_maskable[u] - num_masked[u];
+    for (int u = 0; view.is_all && u < count; ++u) num_masked[u] = num_maskable[u];
+  }
+};
 
 bool has_corruption(const CorruptArgs& a) { return a.keep_share || a.random_share; }
 
@@ -122,8 +157,7 @@ struct Ranks {
 
 Ranks exact_ranks(const CorruptArgs& a, const View& view, const Block& block) {
   const CorruptionShares shares = corruption_shares(a, a.seed, view, block.slot);
-  const int32_t n = static_cast<int32_t>(block.num_maskable);
-  const int32_t k = exact_count(a, view, block.t16, n);
+  const int32_t k = block.num_masked;
   return {shares.of_count(shares.keep, k), shares.of_count(shares.replace, k), k};
 }
 
@@ -133,14 +167,15 @@ BlockBounds exact_bounds(const CorruptArgs& a, const View& view, const Block& bl
   const int32_t ranks[kNumRanks] = {keep, replace, mask};
   KeyBound bounds[kNumRanks];
   key_bounds(scratch.keys + block.first, can_mask ? can_mask + block.first : nullptr, block.length,
-             static_cast<int32_t>(block.num_maskable), ranks, scratch.upper, bounds, view.order(0));
+             block.num_maskable, ranks, scratch.upper, bounds, view.order(0));
   return {bounds[0], bounds[1], bounds[2]};
 }
 
 // The same of up to kBlocksAtOnce blocks of a row whose upper halves are there.
-void short_exact_bounds(const CorruptArgs& a, const Row& row, const Block* blocks, int count,
+void short_exact_bounds(const CorruptArgs& a, const Row& row, uint64_t slot, const Blocks& blocks,
                         const RowScratch& scratch, const uint8_t* can_mask, BlockBounds* bounds) {
-  const int64_t first = blocks[0].first;
+  const int64_t first = blocks.j * a.division.block_length;
+  const int count = blocks.count;
   const ShortBlocks of_keys = {scratch.keys + first,
                                scratch.upper + first,
                                can_mask ? can_mask + first : nullptr,
@@ -148,11 +183,11 @@ void short_exact_bounds(const CorruptArgs& a, const Row& row, const Block* block
                                count,
                                row.span.length - first};
   Lanes ranks[kNumRanks] = {};
-  for (int u = 0; u < count; ++u) {
-    const auto [keep, replace, mask] = exact_ranks(a, row.view, blocks[u]);
-    ranks[0][u] = static_cast<int16_t>(keep);
-    ranks[1][u] = static_cast<int16_t>(replace);
-    ranks[2][u] = static_cast<int16_t>(mask);
+  for (int u = 0; u < count; ++u) ranks[2][u] = static_cast<int16_t>(blocks.num_masked[u]);
+  for (int u = 0; has_corruption(a) && u < count; ++u) {
+    const Ranks of_block = exact_ranks(a, row.view, blocks(a, row, slot, u));
+    ranks[0][u] = static_cast<int16_t>(of_block.keep);
+    ranks[1][u] = static_cast<int16_t>(of_block.replace);
   }
   const Transposed upper(of_keys);
   KeyBound found[kNumRanks][kBlocksAtOnce] = {};
@@ -180,6 +215,10 @@ void decide(const BlockBounds& bounds, const View& view, const uint8_t* can_mask
   }
   const uint32_t keep = bounds.keep >> 32, replace = bounds.replace >> 32;
   const uint32_t mask = bounds.mask >> 32;
+  if (replace == 0) {
+    for (int64_t i = 0; i < length; ++i) keys[i] = keys[i] < mask ? kMasked : kLeft;
+    return;
+  }
   for (int64_t i = 0; i < length; ++i) {
     keys[i] = (keys[i] >= keep) + (keys[i] >= replace) + (keys[i] >= mask);
   }
@@ -248,6 +287,27 @@ int64_t count_drawn(const CorruptArgs& a, const View& view, const Block& block) 
   return count;
 }
 
+// What is known of each draw, by the number of the first.
+void write_scalars(const CorruptArgs& a, int64_t draw, int64_t view, const Blocks& blocks) {
+  float* times = a.times + draw;
+  float* loss_weight = a.loss_weight + draw;
+  const float* weights = weights_of_view(a, view);
+  const float low = a.time_low, span = a.time_span;
+  const bool doubles = doubles_all(a, view), weighs_counts = a.weighs_counts;
+  const int32_t *n = blocks.num_maskable, *k = blocks.num_masked;
+  const int count = blocks.count;
+  float weight[kBlocksAtOnce];
+  for (int u = 0; u < count; ++u) times[u] = time_of(low, span, blocks.t16[u]);
+  for (int u = 0; u < count; ++u) weight[u] = weights[blocks.t16[u]];
+  for (int u = 0; weighs_counts && u < count; ++u) {
+    weight[u] = count_weight(weight[u], n[u], k[u], doubles);
+  }
+  int64_t *num_masked = a.num_masked + draw, *num_maskable = a.num_maskable + draw;
+  for (int u = 0; u < count; ++u) {
+    loss_weight[u] = weight[u], num_masked[u] = k[u], num_maskable[u] = n[u];
+  }
+}
+
 // Returns where the masks of the row are.
 template <typename Id>
 const uint8_t* write_outputs(const CorruptArgs& a, const Row& row, uint64_t slot,
@@ -269,24 +329,24 @@ void decide_blocks(const CorruptArgs& a, const Row& row, uint64_t slot, const ui
   const bool exact = is_exact(a, view);
   const bool is_short = pays_side_by_side(a.division.block_length, a.division.num_blocks);
   if (exact && is_short) upper_halves(scratch.keys, row.span.length, scratch.upper);
-  Block blocks[kBlocksAtOnce];
   BlockBounds bounds[kBlocksAtOnce];
   for (int64_t first = 0; first < a.division.num_blocks; first += kBlocksAtOnce) {
-    const int count =
-        static_cast<int>(std::min<int64_t>(a.division.num_blocks - first, kBlocksAtOnce));
-    for (int u = 0; u < count; ++u) blocks[u] = block_of(a, row, slot, first + u, t16, can_mask);
+    const Blocks blocks(a, row, first, t16, can_mask);
+    const float* weights = weights_of_view(a, row.view_index);
+    for (int u = 0; u < blocks.count; ++u) __builtin_prefetch(weights + blocks.t16[u]);
     if (exact && is_short) {
-      short_exact_bounds(a, row, blocks, count, scratch, can_mask, bounds);
+      short_exact_bounds(a, row, slot, blocks, scratch, can_mask, bounds);
     } else {
-      for (int u = 0; u < count; ++u) {
-        bounds[u] = exact ? exact_bounds(a, view, blocks[u], scratch, can_mask)
-                          : drawn_bounds(a, view, blocks[u]);
+      for (int u = 0; u < blocks.count; ++u) {
+        const Block block = blocks(a, row, slot, u);
+        bounds[u] =
+            exact ? exact_bounds(a, view, block, scratch, can_mask) : drawn_bounds(a, view, block);
       }
     }
-    for (int u = 0; u < count; ++u) {
-      const int64_t at = blocks[u].first;
-      decide(bounds[u], view, can_mask ? can_mask + at : nullptr, blocks[u].length,
-             scratch.keys + at);
+    for (int u = 0; u < blocks.count; ++u) {
+      const int64_t at = (first + u) * a.division.block_length;
+      decide(bounds[u], view, can_mask ? can_mask + at : nullptr,
+             length_of_block(a, row, first + u), scratch.keys + at);
     }
   }
 }
@@ -308,7 +368,7 @@ void corrupt_row(const CorruptArgs& a, int64_t index, const uint32_t* t16,
   if (num_blocks > 1) {
     decide_blocks(a, row, slot, t16, scratch, can_mask);
   } else {
-    const Block block = block_of(a, row, slot, 0, t16, can_mask);
+    const Block block = Blocks(a, row, 0, t16, can_mask)(a, row, slot, 0);
     const BlockBounds own =
         exact ? exact_bounds(a, view, block, scratch, can_mask) : drawn_bounds(a, view, block);
     if (own.is_any_tied()) {
@@ -319,24 +379,27 @@ void corrupt_row(const CorruptArgs& a, int64_t index, const uint32_t* t16,
   }
   const uint8_t* masked = a.narrow ? write_outputs<int32_t>(a, row, slot, scratch, bounds)
                                    : write_outputs<int64_t>(a, row, slot, scratch, bounds);
-  for (int64_t j = 0; j < num_blocks; ++j) {
-    const Block block = block_of(a, row, slot, j, t16, can_mask);
-    const int64_t k =
-        exact ? exact_count(a, view, block.t16, static_cast<int32_t>(block.num_maskable))
-              : count_set(masked + block.first, block.length);
-    write_scalars(a, index * num_blocks + j, row.view_index, block.t16, block.num_maskable, k);
+  for (int64_t first = 0; first < num_blocks; first += kBlocksAtOnce) {
+    Blocks blocks(a, row, first, t16, can_mask);
+    for (int u = 0; !exact && u < blocks.count; ++u) {
+      const int64_t at = (first + u) * a.division.block_length;
+      blocks.num_masked[u] =
+          static_cast<int32_t>(count_set(masked + at, length_of_block(a, row, first + u)));
+    }
+    write_scalars(a, index * num_blocks + first, row.view_index, blocks);
   }
 }
 
 int64_t count_row(const CorruptArgs& a, int64_t index, const uint32_t* t16) {
   const Row row(a, index);
   const uint64_t slot = a.slot(Draw{row.sample, 0, row.view_index});
+  const bool exact = is_exact(a, row.view);
   int64_t count = 0;
-  for (int64_t j = 0; j < a.division.num_blocks; ++j) {
-    const Block block = block_of(a, row, slot, j, t16, nullptr);
-    count += is_exact(a, row.view)
-                 ? exact_count(a, row.view, block.t16, static_cast<int32_t>(block.length))
-                 : count_drawn(a, row.view, block);
+  for (int64_t first = 0; first < a.division.num_blocks; first += kBlocksAtOnce) {
+    const Blocks blocks(a, row, first, t16, nullptr);
+    for (int u = 0; u < blocks.count; ++u) {
+      count += exact ? blocks.num_masked[u] : count_drawn(a, row.view, blocks(a, row, slot, u));
+    }
   }
   return count;
 }

@@ -39,6 +39,8 @@ struct FeistelNetwork {
     right_mask = static_cast<uint32_t>((uint64_t{1} << right_bits) - 1);
   }
 
+  NAR_HOST_DEVICE uint64_t size() const { return join(left_mask, right_mask) + 1; }
+
   NAR_HOST_DEVICE uint32_t left(uint64_t x) const { return static_cast<uint32_t>(x >> right_bits); }
   NAR_HOST_DEVICE uint32_t right(uint64_t x) const { return static_cast<uint32_t>(x) & right_mask; }
   NAR_HOST_DEVICE uint64_t join(uint32_t left, uint32_t right) const {

@@ -32,7 +32,8 @@ class Permutation {
   }
 
  private:
-  static constexpr int kBlock = 64, kBins = 256;
+  // So many that the latency of a round is hidden by those of others.
+  static constexpr int kBlock = 128, kBins = 256;
 
   bool is_exact() const { return n_ <= kExactPermutationMax; }
 
@@ -64,6 +65,13 @@ class Permutation {
     int place[kBlock];
     for (int i = 0; i < count; ++i) {
       left[i] = network.left(x[i]), right[i] = network.right(x[i]), place[i] = i;
+    }
+    if (network.size() == static_cast<uint64_t>(n_)) {  // of which none is outside
+      network(left, right, count, words_);
+      for (int i = 0; i < count; ++i) {
+        x[i] = static_cast<int64_t>(network.join(left[i], right[i]));
+      }
+      return;
     }
     while (count > 0) {
       network(left, right, count, words_);

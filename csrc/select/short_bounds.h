@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #endif
 
+#include <cstring>
+
 #include "select/key_bounds.h"
 
 namespace nar {
@@ -108,22 +110,27 @@ inline void short_bounds(const ShortBlocks& blocks, const Transposed& upper, con
     half = below < rank ? trial : half;
   }
   count_below(upper, blocks.of_block, half + 1, &below);
+  uint16_t of_key[kBlocksAtOnce];
+  int16_t is_rare[kBlocksAtOnce];
+  const Lanes key = half ^ static_cast<int16_t>(kFlip);
+  const Lanes rare = (below != rank) & (rank != 0);
+  std::memcpy(of_key, &key, sizeof(key)), std::memcpy(is_rare, &rare, sizeof(rare));
+  int any_rare = 0;
   for (int u = 0; u < blocks.count; ++u) {
-    const uint32_t of_key = static_cast<uint16_t>(half[u] ^ kFlip);
-    if (rank[u] == 0) {
-      bounds[u] = 0;
-    } else if (below[u] == rank[u]) {  // never of the largest, behind which nothing is
-      bounds[u] = KeyBound{of_key + 1} << 48;
-    } else {  // rare: others have the same upper half
-      const int64_t first = u * blocks.of_block;
-      const int16_t* own = blocks.upper + first;
-      const int64_t length = std::min(blocks.of_block, blocks.length - first);
-      int32_t before = 0;
-      for (int64_t i = 0; i < length; ++i) before += own[i] < half[u];
-      bounds[u] =
-          bound_within(blocks.keys + first, blocks.can_take ? blocks.can_take + first : nullptr,
-                       length, own, static_cast<int32_t>(of_key), rank[u] - before, flip);
-    }
+    bounds[u] = KeyBound{of_key[u] + 1u} << 48;  // never of the largest, behind which nothing is
+    any_rare |= is_rare[u];
+  }
+  for (int u = 0; u < blocks.count; ++u) bounds[u] = rank[u] == 0 ? 0 : bounds[u];
+  for (int u = 0; any_rare && u < blocks.count; ++u) {
+    if (!is_rare[u]) continue;  // rare: others have the same upper half
+    const int64_t first = u * blocks.of_block;
+    const int16_t* own = blocks.upper + first;
+    const int64_t length = std::min(blocks.of_block, blocks.length - first);
+    int32_t before = 0;
+    for (int64_t i = 0; i < length; ++i) before += own[i] < half[u];
+    bounds[u] =
+        bound_within(blocks.keys + first, blocks.can_take ? blocks.can_take + first : nullptr,
+                     length, own, static_cast<int32_t>(of_key[u]), rank[u] - before, flip);
   }
 }
 
