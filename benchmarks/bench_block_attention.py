@@ -17,8 +17,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_block_mask import EAGER_PAIRS, MakeMask, check, documents
-from measure import begin, make_parser, median_ns, peers_may_fail, print_table, write_json
+from bench_block_mask import EAGER_PAIRS, MakeMask, documents, figures, show
+from measure import begin, make_parser, peers_may_fail, write_json
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -83,20 +83,7 @@ def makers(shape: tuple[int, int], has_documents: bool, device: str) -> dict[str
 def compare(shape: tuple[int, int], has_documents: bool, device: str, repeats: int) -> dict:
     torch.compiler.reset()
     calls = makers(shape, has_documents, device)
-    check({name: make() for name, make in calls.items()})
-    mask = calls[OURS]()
-    ns = median_ns(calls, repeats, device=device)
-    rows = [
-        {"mask": name, "ms": ns[name] / 1e6, "times ours": ns[name] / ns[OURS]} for name in calls
-    ]
-    return {
-        "shape": shape,
-        "documents": has_documents,
-        "tiles": mask.to_dense().numel(),
-        "partial": int(mask.kv_num_blocks.sum()),
-        "full": int(mask.full_kv_num_blocks.sum()),
-        "rows": rows,
-    }
+    return figures(calls, device, repeats, shape=shape, documents=has_documents)
 
 
 def main() -> None:
@@ -109,11 +96,7 @@ def main() -> None:
     for shape, has_documents in of_one + packed:
         result = compare(shape, has_documents, device, repeats)
         record["settings"].append(result)
-        print(
-            f"{list(shape)}, {'documents' if has_documents else 'rows of one document'}; of "
-            f"{result['tiles']} tiles {result['full']} are full, {result['partial']} partial\n"
-        )
-        print_table(result["rows"])
+        show(result, "documents" if has_documents else "rows of one document")
         write_json(args.json, record)
 
 

@@ -73,24 +73,37 @@ def check(masks: dict[str, BlockMask]) -> None:
             raise SystemExit(f"masks differ in {name}")
 
 
-def compare(shape: tuple[int, ...], device: str, repeats: int) -> dict:
-    torch.compiler.reset()
-    cu_seqlens = documents(shape, device)
-    calls = makers(cu_seqlens, shape)
-    check({name: make() for name, make in calls.items()})
-    mask = calls[OURS]()
+def figures(calls: dict[str, MakeMask], device: str, repeats: int, **setting: object) -> dict:
+    """Figures of masks that are equal, of which the first is ours, and of their tiles."""
+    made = {name: make() for name, make in calls.items()}
+    check(made)
     ns = median_ns(calls, repeats, device=device)
+    ours, mask = next(iter(made.items()))
     rows = [
-        {"mask": name, "ms": ns[name] / 1e6, "times ours": ns[name] / ns[OURS]} for name in calls
+        {"mask": name, "ms": ns[name] / 1e6, "times ours": ns[name] / ns[ours]} for name in calls
     ]
     return {
-        "shape": shape,
-        "documents": len(cu_seqlens) - 1,
+        **setting,
         "tiles": mask.to_dense().numel(),
         "partial": int(mask.kv_num_blocks.sum()),
         "full": int(mask.full_kv_num_blocks.sum()),
         "rows": rows,
     }
+
+
+def show(result: dict, what: str) -> None:
+    print(
+        f"{list(result['shape'])}, {what}; of {result['tiles']} tiles {result['full']} are full, "
+        f"{result['partial']} partial\n"
+    )
+    print_table(result["rows"])
+
+
+def compare(shape: tuple[int, ...], device: str, repeats: int) -> dict:
+    torch.compiler.reset()
+    cu_seqlens = documents(shape, device)
+    calls = makers(cu_seqlens, shape)
+    return figures(calls, device, repeats, shape=shape, documents=len(cu_seqlens) - 1)
 
 
 def main() -> None:
@@ -101,11 +114,7 @@ def main() -> None:
     for shape in TINY if args.dry_run else SHAPES:
         result = compare(shape, device, repeats)
         record["settings"].append(result)
-        print(
-            f"{list(shape)}, {result['documents']} documents; of {result['tiles']} tiles "
-            f"{result['full']} are full, {result['partial']} partial\n"
-        )
-        print_table(result["rows"])
+        show(result, f"{result['documents']} documents")
         write_json(args.json, record)
 
 

@@ -255,7 +255,7 @@ class _Nothing:
         return {self._name: taken_mask(self._net, dense, flex)}
 
     def store(self, ids: Tensor, span: Span, kwargs: dict[str, Any]) -> None:
-        raise NotImplementedError("see can_keep")
+        raise ValueError(f"{type(innermost(self._net)).__name__} keeps nothing: ask can_keep")
 
     def select(self, index: Tensor) -> None:
         pass
