@@ -96,7 +96,7 @@ struct Block {
   int64_t first, length;  // in the row
   uint64_t slot;
   uint32_t t16;
-  int32_t num_maskable, num_masked;  // the latter of an exact draw
+  int32_t num_maskable, num_masked;  // the latter of an exact draw, else 0
 };
 
 int64_t length_of_block(const CorruptArgs& a, const Row& row, int64_t j) {
@@ -104,13 +104,13 @@ int64_t length_of_block(const CorruptArgs& a, const Row& row, int64_t j) {
   return std::min(std::max(row.span.length - j * of_block, int64_t{0}), of_block);
 }
 
-// Up to kBlocksAtOnce blocks of a row from number j on. Counts are arrays, so that loops over
-// blocks are vectorised: each looks something up in a table that no cache of a core holds.
+// Up to kBlocksAtOnce blocks of a row from number j on. Counts are in arrays of their own, so that
+// the lookups of all blocks, in a table that the first-level cache does not hold, wait together.
 struct Blocks {
   int64_t j;
   int count;
   const uint32_t* t16;
-  int32_t num_maskable[kBlocksAtOnce], num_masked[kBlocksAtOnce];
+  int32_t num_maskable[kBlocksAtOnce], num_masked[kBlocksAtOnce];  // as of Block
 
   Blocks(const CorruptArgs& a, const Row& row, int64_t first, const uint32_t* t16_of_row,
          const uint8_t* can_mask)
@@ -122,7 +122,11 @@ struct Blocks {
       const int64_t at = (j + u) * a.division.block_length;
       num_maskable[u] = static_cast<int32_t>(can_mask ? count_set(can_mask + at, length) : length);
     }
-    if (is_exact(a, row.view)) count_exact(a.ratio_table, row.view);
+    if (is_exact(a, row.view)) {
+      count_exact(a.ratio_table, row.view);
+    } else {
+      std::fill(num_masked, num_masked + count, 0);
+    }
   }
 
   Block operator()(const CorruptArgs& a, const Row& row, uint64_t slot, int u) const {
@@ -135,6 +139,7 @@ struct Blocks {
   }
 
  private:
+  // As exact_count of a view.
   void count_exact(const uint32_t* ratios, const View& view) {
     for (int u = 0; u < count; ++u) num_masked[u] = exact_count(ratios[t16[u]], num_maskable[u]);
     for (int u = 0; view.is_rest && u < count; ++u) num_masked[u] = num_maskable[u] - num_masked[u];
