@@ -64,6 +64,8 @@ def _coerce(f: Field[Any], value: Any) -> Any:
     if float in types and not isinstance(value, bool | np.bool_):
         return as_float(f.name, value)
     if os.PathLike[str] in types and isinstance(value, os.PathLike):
-        return str(os.fspath(value))
+        path = os.fspath(value)
+        if isinstance(path, str):
+            return path
     names = [getattr(t, "__name__", str(t)) for t in types if t is not type(None)]
     raise TypeError(f"{f.name} is {value!r}: it must be of type {' or '.join(names)}")

@@ -60,7 +60,8 @@ def time_ranges(
         grid: in (0, 1], between the ends of ranges.
 
     Raises:
-        ValueError: an argument is out of range, or there are not enough draws for such a grid.
+        ValueError: an argument is out of range, there are not enough draws for such a grid, or a
+            loss is not finite.
     """
     draws = as_int("draws", draws)
     if draws < 1:
@@ -69,7 +70,8 @@ def time_ranges(
     if isinstance(held_out, DocumentRange):
         batches = document_batches(held_out, draws, block_length)
     else:
-        assert windows is not None, "which windows of a TokenDataset"
+        if windows is None or len(windows) == 0:
+            raise ValueError(f"windows is {windows}: it must say which windows of the dataset")
         batches = window_batches(held_out, windows, draws, block_length)
     times, losses = [], []
     for make in batches:
@@ -78,7 +80,11 @@ def time_ranges(
         per_token = weighted_nats(net, batch)[counts] / batch.num_maskable[counts]
         times.append(batch.times[counts].cpu())
         losses.append(per_token.double().cpu())
-    made = [_range(low, high, torch.cat(times), torch.cat(losses)) for low, high in ranges]
+    every_time, every_loss = torch.cat(times), torch.cat(losses)
+    if not every_loss.isfinite().all():
+        bad = every_loss[~every_loss.isfinite()]
+        raise ValueError(f"{len(bad)} losses are not finite, such as {bad[0]}: has it diverged?")
+    made = [_range(low, high, every_time, every_loss) for low, high in ranges]
     return sorted(made, key=lambda r: r.variance)
 
 

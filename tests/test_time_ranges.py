@@ -99,5 +99,9 @@ def test_mistakes():
         search(grid=0.3)
     with pytest.raises(ValueError, match=r"least_width is 1.5: it must be in \(0, 1\]"):
         search(least_width=1.5)
+    with pytest.raises(ValueError, match=r"windows is None: it must say which"):
+        time_ranges(SKEWED, held_out(), draws=1, device=CPU)
+    with pytest.raises(ValueError, match=r"losses are not finite, such as inf: has it diverged"):
+        time_ranges(Unigram([1.0, 0, 0, 0]), held_out(), EVERY[:3], draws=1, device=CPU)
     with pytest.raises(ValueError, match=r"draws have a time in .*: take more draws or windows"):
         search(least_width=0.05)

@@ -3,14 +3,12 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from nar_kernels.cli.arguments import add_options
-from nar_kernels.data.sources import open_sources
-from nar_kernels.errors import CorpusFormatError
 from nar_kernels.options import option_of
 from nar_kernels.training import checkpoint
 from nar_kernels.training.config import PRESETS, TrainConfig
+from nar_kernels.training.data import with_data_that_moved
 from nar_kernels.training.model import net_options
 from nar_kernels.training.train import train
 
@@ -35,28 +33,9 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ValueError("--resume needs --out, the folder of the run to continue")
         saved = checkpoint.read(Path(options["out"]) / "last.pt")
         config = TrainConfig.continued(saved["config"], **options)
-        train(_with_data_that_moved(config, options) if "data" in options else config)
+        train(with_data_that_moved(config, options) if "data" in options else config)
     elif "data" not in options:
         raise ValueError("give --data: digits, text, or a file (or --resume and --out)")
     else:
         of_init = net_options(options["init"]) if options.get("init") else {}
         train(TrainConfig.for_data(**of_init | options))
-
-
-def _with_data_that_moved(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """Without the ``dtype`` or ``column`` that the former data needed, if these data say it."""
-    for without in ((), ("column",), ("dtype",), ("column", "dtype")):
-        fewer: dict[str, Any] = {name: None for name in without if name not in given}
-        candidate = dataclasses.replace(config, **fewer)
-        try:
-            open_sources(
-                str(config.data),
-                dtype=candidate.dtype,
-                column=candidate.column,
-                eos_id=config.eos_id,
-                folder=config.folder,
-            )
-        except CorpusFormatError:
-            continue
-        return candidate
-    return config  # whose error says what is wrong

@@ -20,7 +20,8 @@ _MAX_NODES = 64
 
 
 class Pairing(IntEnum):
-    """How the views of a batch are related. Values are those of ``csrc/corrupt/corrupt.h``."""
+    """How the views of a batch are related. Values are those of
+    ``csrc/corrupt/division.h``."""
 
     INDEPENDENT = 0
     COMPLEMENT = 1  # what is drawn; and what could be masked, but is not
@@ -56,12 +57,13 @@ class Views(NamedTuple):
 ONE_VIEW = Views()
 
 
-def check_views(views: ViewsLike, masking: MaskingConfig) -> Views:
+def check_views(views: ViewsLike, masking: MaskingConfig | None = None) -> Views:
     """
     Raises:
-        ValueError, TypeError: no such views, or they do not go with quadrature.
+        ValueError, TypeError: no such views, or they do not go with the times of ``masking``.
     """
-    if views == 1 and not masking.is_quadrature:  # saves 1 us
+    is_quadrature = masking is not None and masking.is_quadrature
+    if views == 1 and not is_quadrature:  # saves 1 us
         return ONE_VIEW
     if isinstance(views, str):
         if views not in _NAMES:
@@ -70,7 +72,7 @@ def check_views(views: ViewsLike, masking: MaskingConfig) -> Views:
                 "or 'coupled'"
             )
         count, pairing = _NAMES[views]
-        if masking.is_quadrature:
+        if is_quadrature:
             raise ValueError(f"times='quadrature' has independent views, not {views!r} ones")
         return Views(count, 0, pairing)
     first = 0
@@ -82,7 +84,7 @@ def check_views(views: ViewsLike, masking: MaskingConfig) -> Views:
         count = as_int("views", views)
     if count < 1 or first + count > MAX_VIEWS:
         raise ValueError(f"views is {views}: there must be at least 1, and at most {MAX_VIEWS}")
-    if masking.is_quadrature and (first > 0 or count > _MAX_NODES):
+    if is_quadrature and (first > 0 or count > _MAX_NODES):
         raise ValueError(
             f"views is {views}: times='quadrature' takes a number of nodes, at most {_MAX_NODES}"
         )

@@ -1,9 +1,12 @@
 """The data of a run."""
 
+import dataclasses
 import os
+from typing import Any
 
 from nar_kernels.data.sequence_spec import SequenceSpec
-from nar_kernels.data.sources import Data, PackedData, open_data
+from nar_kernels.data.sources import Data, PackedData, open_data, open_sources
+from nar_kernels.errors import CorpusFormatError
 from nar_kernels.show.pieces import pieces_of
 from nar_kernels.training.config import TrainConfig
 
@@ -30,12 +33,31 @@ def data_of(config: TrainConfig, saved_spec: SequenceSpec | None = None) -> Data
         pack=config.pack,
         overlong=config.overlong,  # type: ignore[arg-type]
         num_held_out=config.held_out,
-        folder=config.folder if config.resume else None,
+        folder=None if saved_spec is None else config.folder,
     )
     if saved_spec is not None and saved_spec.mask_id == data.spec.mask_id:
         data = data._replace(spec=saved_spec)
     _check_text(data.spec, config.data)
     return data
+
+
+def with_data_that_moved(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """Without the ``dtype`` or ``column`` that the former data needed, if these data say it."""
+    for without in ((), ("column",), ("dtype",), ("column", "dtype")):
+        fewer: dict[str, Any] = {name: None for name in without if name not in given}
+        candidate = dataclasses.replace(config, **fewer)
+        try:
+            open_sources(
+                str(config.data),
+                dtype=candidate.dtype,
+                column=candidate.column,
+                eos_id=config.eos_id,
+                folder=config.folder,
+            )
+        except CorpusFormatError:
+            continue
+        return candidate
+    return config  # whose error says what is wrong
 
 
 def _check_text(spec: SequenceSpec, data: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +40,7 @@ def test_what_it_finds_is_what_train_takes(of_blocks, capsys, tmp_path):
     found = last.partition("with: ")[2].split()
     trained(tmp_path, "--block-length", "4", *found)
     config = load_run(tmp_path / "run" / "last.pt")[2]
-    assert config.loss == "sequence" and config.time_high - config.time_low >= 0.5
+    assert config.loss == "sequence" and config.time_high - config.time_low > 0.499
 
 
 def test_all_times_have_the_bits_of_an_evaluation(of_blocks, capsys):
@@ -84,7 +85,23 @@ def test_mistakes(of_blocks, capsys, tmp_path):
 
 
 def test_data_that_have_moved(capsys, tmp_path):
-    checkpoint = trained(tmp_path)
-    moved = tmp_path / "moved.txt"
-    (tmp_path / "abc.txt").rename(moved)
-    assert main(["tune-times", "--checkpoint", checkpoint, "--data", str(moved)]) == 0
+    """Also to a format that says its dtype, unlike the former; not to other ids."""
+    pytest.importorskip("x_transformers")
+    ids = np.arange(900, dtype=np.uint16) % 7
+    ids.tofile(tmp_path / "ids.bin")
+    run = ["--data", tmp_path / "ids.bin", "--dtype", "uint16", "--out", tmp_path / "run"]
+    options = ["--seq-len", 8, "--steps", 2, "--schedule", "cosine", "--draw", "bernoulli", *TINY]
+    assert main([str(argument) for argument in ["train", *run, *options]]) == 0
+    (tmp_path / "ids.bin").unlink()
+    np.save(tmp_path / "ids.npy", ids)
+    np.save(tmp_path / "other.npy", np.arange(900, dtype=np.uint16) % 20)
+    search = ["tune-times", "--checkpoint", str(tmp_path / "run" / "last.pt"), "--data"]
+    capsys.readouterr()
+    assert main([*search, str(tmp_path / "ids.npy")]) == 0
+    # What was measured is not what the run was trained with.
+    assert "with: --schedule linear --draw exact --time-low" in capsys.readouterr().out
+    assert main([*search, "digits"]) == 2
+    error = capsys.readouterr().err
+    assert "digits is not such data as" in error and error.count("\n") == 1
+    assert main([*search, str(tmp_path / "other.npy")]) == 2
+    assert "token id 8" in capsys.readouterr().err

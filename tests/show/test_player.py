@@ -434,8 +434,9 @@ def test_a_browser_shows_which_block_is_filled(browse: Browse, cached: bool) -> 
     for step, cells in zip(order, json.loads(shown.text["result"]), strict=True):
         now = torch.tensor([[step - 1], [step]])
         kept = "kept" if cached else ""
+        current = "" if step == 3 else "now"  # nothing is left to fill
         right = [
-            "" if step == 0 or of > latest else "now" if of == latest else kept
+            "" if step == 0 or of > latest else current if of == latest else kept
             for of, latest in zip(
                 number.flatten().tolist(), now.expand_as(number).flatten().tolist(), strict=True
             )

@@ -83,3 +83,7 @@ def test_mistakes(sentences, tmp_path, capsys):
     with pytest.raises(TypeError, match="views is 1.5: it must be an int"):
         small(sentences, tmp_path, views=1.5)
     assert small(sentences, tmp_path, views=np.int64(2)).views == 2
+    assert small(sentences, tmp_path, views="2").views == 2
+    for views, message in (("pair", "must be a number of views"), (0, "at least 1"), (-3, "least")):
+        with pytest.raises(ValueError, match=message):
+            small(sentences, tmp_path, views=views)

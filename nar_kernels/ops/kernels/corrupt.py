@@ -58,11 +58,11 @@ class Row(NamedTuple):
     """A draw: a sample or a block of it, in one view."""
 
     slot: tl.tensor
-    # As View of csrc/corrupt/division.h, of which None is false; and whether its bad ids count.
+    # As View of csrc/corrupt/division.h; None stands for false.
     streams: tl.tensor
     is_rest: tl.tensor | None
     is_all: tl.tensor | None
-    is_first_view: tl.tensor
+    is_first_view: tl.tensor  # whose bad ids count
     seed: tl.tensor
     tokens: tl.tensor  # pointers; None where there is no such tensor
     maskable: tl.tensor | None
