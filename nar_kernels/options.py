@@ -22,11 +22,6 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def number_or_name(text: str) -> int | str:
-    """The ``type`` of an option that takes either."""
-    return int(text) if text.lstrip("+-").isdecimal() else text
-
-
 def coerce_fields(options: Any) -> None:
     """Converts each field of a frozen dataclass to a Python value of its declared type, in place.
 

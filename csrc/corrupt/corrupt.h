@@ -112,7 +112,7 @@ NAR_HOST_DEVICE inline uint64_t view_ratio(const CorruptArgs& a, const View& vie
   return view.is_rest ? (uint64_t{1} << 32) - ratio : ratio;
 }
 
-// How many of n maskable positions an exact draw masks at time t16: ceil(m n), at least one.
+// How many of n maskable positions an exact draw masks at a ratio m: ceil(m n), at least one.
 NAR_HOST_DEVICE inline int32_t exact_count(uint32_t ratio, int32_t n) {
   const int32_t k =
       static_cast<int32_t>((uint64_t{ratio} * static_cast<uint64_t>(n) + 0xFFFFFFFF) >> 32);

@@ -16,6 +16,7 @@ from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source, opened_corpus
 from nar_kernels.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_from_json
 from nar_kernels.files import check_writable
+from nar_kernels.options import option_of
 from nar_kernels.show import pictures
 from nar_kernels.show.inspection import text
 
@@ -24,7 +25,7 @@ HELP = "say what a corpus holds: files, documents, ids, and whether any id is ba
 _SEQ_LEN = 256
 
 NAMES = {
-    name: f"--{name.replace('_', '-')}"
+    name: option_of(name)
     for name in ("dtype", "column", "eos_id", "num_tokens", "mask_id", "seq_len")
 }
 

@@ -6,19 +6,22 @@ import json
 
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import Data, PackedData
+from nar_kernels.options import option_of
 from nar_kernels.time_ranges import GRID, LEAST_WIDTH, TimeRange, time_ranges
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.data import data_of, with_data_that_moved
 from nar_kernels.training.model import choose_device, load_run
 
-HELP = "find the range of times (mask ratios) whose losses vary least, for a model; of the linear "
-HELP += "schedule with exact counts"
+HELP = (
+    "find the range of times (mask ratios) whose losses vary least, for a model; of the linear "
+    "schedule with exact counts"
+)
 
 _SHOWN = 5
 
 # From Python arguments, as error messages name them, to command-line options.
 NAMES = {
-    name: f"--{name.replace('_', '-')}"
+    name: option_of(name)
     for name in ("data", "draws", "block_length", "least_width", "grid", "device")
 }
 
@@ -116,6 +119,4 @@ def _text(found: list[TimeRange], config: TrainConfig) -> str:
         *(f"--{name} {value}" for name, value in others.items() if getattr(config, name) != value),
         f"--time-low {best.low:g} --time-high {best.high:g} --loss sequence",
     ]
-    times = f"{whole.variance / best.variance:.2f} times" if best.variance > 0 else "infinitely"
-    lines.append(f"{times} less variance than over all times with: {' '.join(options)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"train with: {' '.join(options)}"])

@@ -11,7 +11,7 @@ from typing import Any
 from nar_kernels.checks import check_seed
 from nar_kernels.data.sources import is_all_answers, is_all_prepared_text
 from nar_kernels.ops.views import check_views
-from nar_kernels.options import coerce_fields, number_or_name, option, option_of
+from nar_kernels.options import coerce_fields, option, option_of
 from nar_kernels.spec.schedules import SCHEDULES
 
 
@@ -124,7 +124,7 @@ class TrainConfig:
         "masks of each window or document in a step, all of which go through the net: a number; "
         "complement: a mask and the rest, so that each token is predicted once (Fast-dLLM v2); "
         "coupled: those two, and everything masked (DiffuCoder), whose weights give no bound",
-        type=number_or_name,
+        type=str,
     )
     loss: str = option(
         "mean",
@@ -287,8 +287,8 @@ class TrainConfig:
                 "loss is nelbo, which is a bound only with all times: use another loss, or leave "
                 "out time_low and time_high"
             )
-        if isinstance(self.views, str):
-            object.__setattr__(self, "views", number_or_name(self.views))
+        if isinstance(self.views, str) and self.views.lstrip("-").isdecimal():
+            object.__setattr__(self, "views", int(self.views))
         check_views(self.views)  # type: ignore[arg-type]
         if self.views == "coupled" and self.loss == "nelbo":
             raise ValueError(

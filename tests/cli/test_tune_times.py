@@ -36,7 +36,7 @@ def test_what_it_finds_is_what_train_takes(of_blocks, capsys, tmp_path):
     capsys.readouterr()
     assert main(["tune-times", "--checkpoint", of_blocks]) == 0
     *_, last = capsys.readouterr().out.splitlines()
-    assert " times less variance than over all times with: --time-low " in last
+    assert last.startswith("train with: --time-low ")
     found = last.partition("with: ")[2].split()
     trained(tmp_path, "--block-length", "4", *found)
     config = load_run(tmp_path / "run" / "last.pt")[2]
@@ -64,7 +64,7 @@ def test_of_other_blocks_and_of_documents(of_blocks, capsys, tmp_path):
     (tmp_path / "documents.txt").write_bytes(b"ab\ncd\n" * 50)
     packed = trained(tmp_path, "--pack", "--eos-id", 99)
     assert main(["tune-times", "--checkpoint", packed]) == 0
-    assert "all times" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("0..1 ") == 2  # all times are shown each time
 
 
 def test_mistakes(of_blocks, capsys, tmp_path):
