@@ -44,11 +44,11 @@ test-oldest test-newest: .venv/built-for-tests
 	.venv/$@/bin/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 # While editing: nothing that takes seconds, and no Triton.
-test-fast: build .venv/installed-dev
+test-fast: .venv/built .venv/installed-dev
 	$(BIN)/ruff check
 	$(PYTEST) -m "not slow and not seconds and not triton" $(PYTEST_ARGS)
 
-lint: build .venv/installed-dev
+lint: .venv/built .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
@@ -58,7 +58,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
 
-bench: build .venv/installed-dev
+bench: .venv/built .venv/installed-dev
 	$(BIN)/python benchmarks/bench_corrupt.py
 	$(BIN)/python benchmarks/bench_nll.py
 	$(BIN)/python benchmarks/bench_masked_nll.py --dtype float32
@@ -112,10 +112,11 @@ endif
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,prepare]'
 	@touch $@
 
-.venv/installed-dev: .venv/installed
+# All at once: to find that the others are there would take pip another minute.
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/built
 	@echo "Installing the development packages into .venv"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,prepare,test,dev]'
-	@touch $@
+	@touch .venv/installed $@
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || \
