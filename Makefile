@@ -112,7 +112,7 @@ endif
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,prepare]'
 	@touch $@
 
-# All at once: to find that the others are there would take pip another minute.
+# All at once: a second run of pip would look everything up again.
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/built
 	@echo "Installing the development packages into .venv"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[train,prepare,test,dev]'
