@@ -23,7 +23,7 @@ LAYERS = [
     ["data", "nets"],
     ["likelihood", "sampling"],
     ["time_ranges", "wrapper"],
-    ["show"],
+    ["integrations", "show"],
     ["training"],
     ["cli", "train"],
 ]

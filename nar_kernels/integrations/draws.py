@@ -1,0 +1,57 @@
+"""What the functions of other code bases share: seeds, and masks of a ratio that is drawn.
+
+They take the arguments of the original, and two more by name:
+
+* ``seed``: 64-bit integer, with which the result is a pure function of the arguments. Default:
+  drawn from ``generator``, or else PyTorch's CPU generator, anew in each call.
+* ``sample_ids``: int64 ``[B]``, the number of each sequence over the whole training, such as
+  ``step * global_batch + j``: with it and ``seed``, the mask of a sequence does not depend on what
+  lies beside it, on its rank, or on a resume. Default: ``0 .. B - 1``.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nar_kernels.checks import as_int, check_seed
+from nar_kernels.ops.masking import MaskingConfig
+
+# Of a code base that does not say its vocabulary. Ids are checked against it, and the mask.
+ANY_VOCABULARY = (1 << 31) - 1
+
+
+def seed_of(seed: int | None, generator: torch.Generator | None = None) -> int:
+    """``seed``, or one drawn from ``generator`` or PyTorch's CPU generator. (A generator on a GPU
+    costs a sync.)"""
+    if seed is not None:
+        seed = as_int("seed", seed)
+        check_seed(seed)
+        return seed
+    device = torch.device("cpu") if generator is None else generator.device
+    drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+    return int(drawn.item())
+
+
+@lru_cache(maxsize=256)
+def masking_of(mask_id: int, **options: Any) -> MaskingConfig:
+    """A :class:`MaskingConfig`, whose tables take a millisecond; cached.
+
+    Args:
+        options: hashable ones; ``num_tokens`` is any by default.
+    """
+    num_tokens = options.pop("num_tokens", ANY_VOCABULARY)
+    return MaskingConfig(num_tokens, mask_id, **options)
+
+
+def check_ids(name: str, ids: Tensor, num_dims: int) -> None:
+    """Raises TypeError, ValueError: ``ids`` is no tensor of integers with ``num_dims``
+    dimensions."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} is a {type(ids).__name__}: it must be a tensor of token ids")
+    if ids.dim() != num_dims or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"{name} is {ids.dtype} {list(ids.shape)}: it must hold integers, with {num_dims} "
+            "dimensions"
+        )
