@@ -26,6 +26,7 @@ from nar_kernels.nets.block_attention import (
 from nar_kernels.nets.cache import BlockCache, CachingNet
 from nar_kernels.nets.packed import block_diffusion_inputs
 from nar_kernels.ops.backends import backends
+from nar_kernels.ops.bernoulli import bernoulli_mask
 from nar_kernels.ops.cart import cart_weights
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
@@ -64,6 +65,7 @@ __all__ = [
     "TrainConfig",
     "Unmasked",
     "backends",
+    "bernoulli_mask",
     "block_diffusion_inputs",
     "block_mask",
     "block_varlen_arguments",

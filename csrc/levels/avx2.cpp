@@ -1,4 +1,5 @@
 // Every kernel for AVX2, FMA and BMI2: setup.py compiles this file, and no other, with their flags.
+#include "bernoulli/bernoulli_row.h"
 #include "choose/choose_row.h"
 #include "corrupt/corrupt_row.h"
 #include "corrupt/slots.h"
@@ -15,6 +16,7 @@ constexpr Kernels kAvx2Kernels = {
     nll_row,
     unmask_row,
     choose_row,
+    bernoulli_row,
     scan_block,
     {kPanelRows, pack, multiply},
 };

@@ -1,4 +1,5 @@
 // Every kernel for AVX-512: setup.py compiles this file, and no other, with its flags.
+#include "bernoulli/bernoulli_row.h"
 #include "choose/choose_row.h"
 #include "corrupt/corrupt_row.h"
 #include "corrupt/slots.h"
@@ -15,6 +16,7 @@ constexpr Kernels kAvx512Kernels = {
     nll_row,
     unmask_row,
     choose_row,
+    bernoulli_row,
     scan_block,
     {kPanelRows, pack, multiply},
 };

@@ -1,4 +1,5 @@
 // Every kernel for the baseline instruction set of the compiler.
+#include "bernoulli/bernoulli_row.h"
 #include "choose/choose_row.h"
 #include "corrupt/corrupt_row.h"
 #include "corrupt/slots.h"
@@ -14,6 +15,7 @@ constexpr Kernels kGenericKernels = {
     nll_row,
     unmask_row,
     choose_row,
+    bernoulli_row,
     scan_block,
     {},  // linear needs fused multiply-adds
 };

@@ -5,6 +5,7 @@
 // linker keeps one copy, maybe one that this CPU cannot run.
 #pragma once
 
+#include "bernoulli/bernoulli.h"
 #include "choose/choose.h"
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
@@ -19,6 +20,7 @@ struct Kernels {
   NllRow nll_row;
   UnmaskRow unmask_row;
   ChooseRow choose_row;
+  BernoulliRow bernoulli_row;
   ScanBlock scan_block;
   LinearKernel linear;  // null without fused multiply-adds
 };

@@ -177,6 +177,17 @@ class UnmaskArgs(NamedTuple):
     confidence: str  # "probability", "margin" or "entropy"
 
 
+class BernoulliArgs(NamedTuple):
+    """Checked arguments of ``bernoulli_mask``. Shapes: B sequences of length L."""
+
+    # int64 [B, 1] or [B, L], in [0, 2**32]: a position is masked where its key is below.
+    bounds: Tensor
+    sample_ids: Tensor  # int64 [B]
+    length: int  # L
+    seed: int  # signed, with the bits of the unsigned one
+    stream: int  # of the keys
+
+
 class ChooseArgs(NamedTuple):
     """Checked arguments of ``choose``, which splits the candidate positions of each sequence into
     those of the highest scores and the others. Shapes: B sequences of length L, R candidates."""

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nar_kernels.ops.arguments import WHOLE, ChooseArgs, CorruptArgs, NllArgs, UnmaskArgs
+from nar_kernels.ops.arguments import (
+    WHOLE,
+    BernoulliArgs,
+    ChooseArgs,
+    CorruptArgs,
+    NllArgs,
+    UnmaskArgs,
+)
 from nar_kernels.ops.masking import IGNORE_INDEX
 from nar_kernels.ops.views import Pairing
 from nar_kernels.spec.float_math import exp_of_negative, gumbel, log_of_positive
@@ -481,6 +488,12 @@ def _wanted_sum(total: Tensor, top_p: int) -> Tensor:
     """``total * top_p / WHOLE``, rounded up; the product may have more than 64 bits."""
     high, low = total // WHOLE, total % WHOLE
     return high * top_p + (low * top_p + WHOLE - 1) // WHOLE
+
+
+def bernoulli_ref(a: BernoulliArgs) -> Tensor:
+    """The specification of ``bernoulli_mask``."""
+    positions = torch.arange(a.length, device=a.bounds.device)
+    return words(a.seed, a.stream, a.sample_ids[:, None], positions) < a.bounds
 
 
 def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:

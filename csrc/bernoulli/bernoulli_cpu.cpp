@@ -1,0 +1,32 @@
+// `bernoulli_mask` on the CPU: threads.
+#include <algorithm>
+#include <memory>
+
+#include "bernoulli/bernoulli.h"
+#include "levels/kernels.h"
+#include "rng/philox.h"
+#include "runtime/parallel_for.h"
+
+namespace nar {
+namespace {
+
+// Minimum work per chunk, some 10 microseconds.
+constexpr int64_t kPositionsPerChunk = 16384;
+
+}  // namespace
+
+void bernoulli_cpu(const BernoulliArgs& a, int num_threads) {
+  if (a.batch == 0 || a.length == 0) return;
+  const BernoulliRow row = kernels().bernoulli_row;
+  const int64_t chunk = std::max<int64_t>(kPositionsPerChunk / a.length, 1);
+  const int64_t num_chunks = (a.batch + chunk - 1) / chunk;
+  num_threads = static_cast<int>(std::clamp<int64_t>(num_threads, 1, num_chunks));
+  const int64_t scratch = a.length + kWordPadding;
+  const std::unique_ptr<uint32_t[]> words(new uint32_t[num_threads * scratch]);
+  parallel_for(num_chunks, num_threads, [&](int64_t c, int worker) {
+    const int64_t end = std::min((c + 1) * chunk, a.batch);
+    for (int64_t b = c * chunk; b < end; ++b) row(a, b, words.get() + worker * scratch);
+  });
+}
+
+}  // namespace nar
