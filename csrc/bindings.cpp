@@ -12,10 +12,10 @@
 #include <tuple>
 #include <vector>
 
-#include "bernoulli/bernoulli.h"
 #include "choose/choose.h"
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
+#include "mask_tokens/mask_tokens.h"
 #include "nll/nll.h"
 #include "packing/lay_out.h"
 #include "packing/pack.h"
@@ -265,27 +265,32 @@ void choose(const py::tuple& arguments, const py::tuple& outputs, int64_t sequen
   nar::choose_cpu(args, num_threads);
 }
 
-// From BernoulliArgs of nar_kernels/ops/arguments.py, and the mask.
-nar::BernoulliArgs unpack_bernoulli(const py::tuple& arguments, const py::tuple& outputs) {
-  nar::BernoulliArgs a;
-  nar::Unpacker next(arguments, 5);
+// From MaskTokensArgs of nar_kernels/ops/arguments.py, the ids and the mask.
+nar::MaskTokensArgs unpack_mask_tokens(const py::tuple& arguments, const py::tuple& outputs,
+                                       bool narrow) {
+  nar::MaskTokensArgs a;
+  nar::Unpacker next(arguments, 6);
+  const nar::Matrix<const void> tokens = next.matrix<const void>();
+  a.tokens = tokens.data, a.batch = tokens.rows, a.length = tokens.columns;
+  a.narrow = narrow;
+  a.mask_id = next.integer();
   const nar::Matrix<const int64_t> bounds = next.matrix<const int64_t>();
-  a.bounds = bounds.data, a.batch = bounds.rows;
-  a.row_stride = bounds.stride, a.stride = bounds.columns > 1;
+  a.bounds = bounds.data, a.row_stride = bounds.stride, a.stride = bounds.columns > 1;
   a.sample_ids = next.address<const int64_t>();
-  a.length = next.integer();
   a.seed = static_cast<uint64_t>(next.integer());
   a.stream = static_cast<uint32_t>(next.integer());
 
-  nar::Unpacker next_output(outputs, 1);
+  nar::Unpacker next_output(outputs, 2);
+  a.ids = next_output.address<void>();
   a.mask = next_output.address<uint8_t>();
   return a;
 }
 
-void bernoulli_mask(const py::tuple& arguments, const py::tuple& outputs, int num_threads) {
-  const nar::BernoulliArgs args = unpack_bernoulli(arguments, outputs);
+void mask_tokens(const py::tuple& arguments, const py::tuple& outputs, bool narrow,
+                 int num_threads) {
+  const nar::MaskTokensArgs args = unpack_mask_tokens(arguments, outputs, narrow);
   const py::gil_scoped_release release;
-  nar::bernoulli_cpu(args, num_threads);
+  nar::mask_tokens_cpu(args, num_threads);
 }
 
 // From LinearArgs of nar_kernels/ops/arguments.py.
@@ -333,7 +338,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("nll", &nll);
   m.def("unmask", &unmask);
   m.def("choose", &choose);
-  m.def("bernoulli_mask", &bernoulli_mask);
+  m.def("mask_tokens", &mask_tokens);
   m.def("linear", &linear);
   m.def("has_linear", &nar::has_linear);
   m.def("windows", &windows, release_gil());

@@ -26,10 +26,10 @@ from nar_kernels.nets.block_attention import (
 from nar_kernels.nets.cache import BlockCache, CachingNet
 from nar_kernels.nets.packed import block_diffusion_inputs
 from nar_kernels.ops.backends import backends
-from nar_kernels.ops.bernoulli import bernoulli_mask
 from nar_kernels.ops.cart import cart_weights
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.mask_tokens import mask_tokens
 from nar_kernels.ops.masked_nll import masked_nll
 from nar_kernels.ops.masking import MaskingConfig
 from nar_kernels.ops.unmask import Unmasked, unmask
@@ -65,7 +65,7 @@ __all__ = [
     "TrainConfig",
     "Unmasked",
     "backends",
-    "bernoulli_mask",
+    "mask_tokens",
     "block_diffusion_inputs",
     "block_mask",
     "block_varlen_arguments",

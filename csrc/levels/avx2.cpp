@@ -1,10 +1,10 @@
 // Every kernel for AVX2, FMA and BMI2: setup.py compiles this file, and no other, with their flags.
-#include "bernoulli/bernoulli_row.h"
 #include "choose/choose_row.h"
 #include "corrupt/corrupt_row.h"
 #include "corrupt/slots.h"
 #include "levels/kernels.h"
 #include "linear/linear_panel.h"
+#include "mask_tokens/mask_tokens_row.h"
 #include "nll/nll_row.h"
 #include "scan/scan_block.h"
 #include "unmask/unmask_row.h"
@@ -16,7 +16,7 @@ constexpr Kernels kAvx2Kernels = {
     nll_row,
     unmask_row,
     choose_row,
-    bernoulli_row,
+    mask_tokens_row,
     scan_block,
     {kPanelRows, pack, multiply},
 };

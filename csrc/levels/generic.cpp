@@ -1,9 +1,9 @@
 // Every kernel for the baseline instruction set of the compiler.
-#include "bernoulli/bernoulli_row.h"
 #include "choose/choose_row.h"
 #include "corrupt/corrupt_row.h"
 #include "corrupt/slots.h"
 #include "levels/kernels.h"
+#include "mask_tokens/mask_tokens_row.h"
 #include "nll/nll_row.h"
 #include "scan/scan_block.h"
 #include "unmask/unmask_row.h"
@@ -15,7 +15,7 @@ constexpr Kernels kGenericKernels = {
     nll_row,
     unmask_row,
     choose_row,
-    bernoulli_row,
+    mask_tokens_row,
     scan_block,
     {},  // linear needs fused multiply-adds
 };

@@ -5,10 +5,10 @@
 // linker keeps one copy, maybe one that this CPU cannot run.
 #pragma once
 
-#include "bernoulli/bernoulli.h"
 #include "choose/choose.h"
 #include "corrupt/corrupt_cpu.h"
 #include "linear/linear.h"
+#include "mask_tokens/mask_tokens.h"
 #include "nll/nll.h"
 #include "scan/scan.h"
 #include "unmask/unmask.h"
@@ -20,7 +20,7 @@ struct Kernels {
   NllRow nll_row;
   UnmaskRow unmask_row;
   ChooseRow choose_row;
-  BernoulliRow bernoulli_row;
+  MaskTokensRow mask_tokens_row;
   ScanBlock scan_block;
   LinearKernel linear;  // null without fused multiply-adds
 };

@@ -177,13 +177,14 @@ class UnmaskArgs(NamedTuple):
     confidence: str  # "probability", "margin" or "entropy"
 
 
-class BernoulliArgs(NamedTuple):
-    """Checked arguments of ``bernoulli_mask``. Shapes: B sequences of length L."""
+class MaskTokensArgs(NamedTuple):
+    """Checked arguments of ``mask_tokens``. Shapes: B sequences of length L."""
 
+    tokens: Tensor  # int64 or int32 [B, L]
+    mask_id: int
     # int64 [B, 1] or [B, L], in [0, 2**32]: a position is masked where its key is below.
     bounds: Tensor
     sample_ids: Tensor  # int64 [B]
-    length: int  # L
     seed: int  # signed, with the bits of the unsigned one
     stream: int  # of the keys
 

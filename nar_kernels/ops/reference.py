@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nar_kernels.ops.arguments import (
     WHOLE,
-    BernoulliArgs,
     ChooseArgs,
     CorruptArgs,
+    MaskTokensArgs,
     NllArgs,
     UnmaskArgs,
 )
@@ -490,10 +490,11 @@ def _wanted_sum(total: Tensor, top_p: int) -> Tensor:
     return high * top_p + (low * top_p + WHOLE - 1) // WHOLE
 
 
-def bernoulli_ref(a: BernoulliArgs) -> Tensor:
-    """The specification of ``bernoulli_mask``."""
-    positions = torch.arange(a.length, device=a.bounds.device)
-    return words(a.seed, a.stream, a.sample_ids[:, None], positions) < a.bounds
+def mask_tokens_ref(a: MaskTokensArgs) -> tuple[Tensor, Tensor]:
+    """The specification of ``mask_tokens``."""
+    positions = torch.arange(a.tokens.shape[1], device=a.tokens.device)
+    mask = words(a.seed, a.stream, a.sample_ids[:, None], positions) < a.bounds
+    return a.tokens.masked_fill(mask, a.mask_id), mask
 
 
 def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:

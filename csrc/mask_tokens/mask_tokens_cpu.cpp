@@ -1,9 +1,9 @@
-// `bernoulli_mask` on the CPU: threads.
+// `mask_tokens` on the CPU: threads.
 #include <algorithm>
 #include <memory>
 
-#include "bernoulli/bernoulli.h"
 #include "levels/kernels.h"
+#include "mask_tokens/mask_tokens.h"
 #include "rng/philox.h"
 #include "runtime/parallel_for.h"
 
@@ -15,9 +15,9 @@ constexpr int64_t kPositionsPerChunk = 16384;
 
 }  // namespace
 
-void bernoulli_cpu(const BernoulliArgs& a, int num_threads) {
+void mask_tokens_cpu(const MaskTokensArgs& a, int num_threads) {
   if (a.batch == 0 || a.length == 0) return;
-  const BernoulliRow row = kernels().bernoulli_row;
+  const MaskTokensRow row = kernels().mask_tokens_row;
   const int64_t chunk = std::max<int64_t>(kPositionsPerChunk / a.length, 1);
   const int64_t num_chunks = (a.batch + chunk - 1) / chunk;
   num_threads = static_cast<int>(std::clamp<int64_t>(num_threads, 1, num_chunks));

@@ -1,11 +1,14 @@
-// `bernoulli_mask`: an independent coin for each position, at ratios that the caller gives.
+// `mask_tokens`: an independent coin for each position, at ratios that the caller gives.
 #pragma once
 
 #include <cstdint>
 
 namespace nar {
 
-struct BernoulliArgs {
+struct MaskTokensArgs {
+  const void* tokens;  // [batch, length]
+  bool narrow;         // tokens are int32, else int64
+  int64_t mask_id;
   const int64_t* bounds;       // in [0, 2**32]: a position is masked where its key is below
   int64_t row_stride, stride;  // of the bounds; the latter is 0 for one a row, or 1
   const int64_t* sample_ids;   // [batch]
@@ -13,12 +16,13 @@ struct BernoulliArgs {
   uint64_t seed;
   uint32_t stream;
 
+  void* ids;      // like tokens
   uint8_t* mask;  // [batch, length]
 };
 
 // One row. `words`: scratch memory for a row and kWordPadding more.
-using BernoulliRow = void (*)(const BernoulliArgs&, int64_t row, uint32_t* words);
+using MaskTokensRow = void (*)(const MaskTokensArgs&, int64_t row, uint32_t* words);
 
-void bernoulli_cpu(const BernoulliArgs& args, int num_threads);
+void mask_tokens_cpu(const MaskTokensArgs& args, int num_threads);
 
 }  // namespace nar
