@@ -619,6 +619,7 @@ class NonAutoregressiveWrapper(nn.Module):
         prompt: Prompt | None = None,
         steps: int | None = None,
         strategy: Strategy | None = None,
+        anneal: bool = True,
         top_p: float = 1.0,
         choice_temperature: float = 0.0,
         threshold: float = 0.9,
@@ -652,8 +653,8 @@ class NonAutoregressiveWrapper(nn.Module):
             steps: default: those of the wrapper; with ``"threshold"``, ``"quota"``, ``"factor"``
                 and ``"entropy_bound"``, as many as needed.
             strategy: default: ``"critic"`` if there is one, else ``"confidence"``.
-            top_p, choice_temperature, threshold, factor, entropy_bound, editing_threshold, eta,
-                grid, block_length, cache, length, max_new_tokens, eos, guidance_scale: as in
+            anneal, top_p, choice_temperature, threshold, factor, entropy_bound, editing_threshold,
+                eta, grid, block_length, cache, length, max_new_tokens, eos, guidance_scale: as in
                 :class:`SamplingConfig`.
             can_mask_prev_unmasked: ``remask`` of :class:`SamplingConfig`. Default: of the wrapper.
         """
@@ -666,6 +667,7 @@ class NonAutoregressiveWrapper(nn.Module):
             steps=self.steps if steps is None and strategy not in ADAPTIVE else steps,
             strategy=strategy,
             temperature=start_temperature,
+            anneal=anneal,
             top_k=top_k_from_filter_thres(filter_thres, self.num_tokens),
             top_p=top_p,
             choice_temperature=noise_level_scale if strategy == "critic" else choice_temperature,

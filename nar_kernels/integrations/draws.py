@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int, check_seed
+from nar_kernels.ops.corrupted import Output
 from nar_kernels.ops.masking import MaskingConfig
 
 # Of a code base that does not say its vocabulary. Ids are checked against it, and the mask.
 ANY_VOCABULARY = (1 << 31) - 1
+
+# What they return is ids and where these are masked.
+MASKED: tuple[Output, ...] = ("masked_indices",)
 
 
 def seed_of(seed: int | None, generator: torch.Generator | None = None) -> int:
@@ -35,13 +39,9 @@ def seed_of(seed: int | None, generator: torch.Generator | None = None) -> int:
 
 
 @lru_cache(maxsize=256)
-def masking_of(mask_id: int, **options: Any) -> MaskingConfig:
-    """A :class:`MaskingConfig`, whose tables take a millisecond; cached.
-
-    Args:
-        options: hashable ones; ``num_tokens`` is any by default.
-    """
-    num_tokens = options.pop("num_tokens", ANY_VOCABULARY)
+def masking_of(mask_id: int, *, num_tokens: int = ANY_VOCABULARY, **options: Any) -> MaskingConfig:
+    """A :class:`MaskingConfig`, whose tables take a millisecond; cached. Options must be
+    hashable."""
     return MaskingConfig(num_tokens, mask_id, **options)
 
 

@@ -91,6 +91,7 @@ def decode_batch(
                 mask_id=masking.mask_id,
                 seed=seed,
                 temperature=config.temperature,
+                anneal=config.anneal,
                 top_k=config.top_k,
                 top_p=config.top_p,
                 forbidden_ids=(

@@ -88,6 +88,11 @@ class SamplingConfig:
     temperature: float = option(
         1.0, "sampling temperature, annealed linearly to 0 at the last step"
     )
+    anneal: bool = option(
+        True,
+        "anneal the temperature; without, it is the same in all steps, as in ancestral sampling "
+        "(MDLM) and LLaDA",
+    )
     top_k: int | None = option(
         None, "sample from the k most probable tokens only", type=int, otherwise="all"
     )

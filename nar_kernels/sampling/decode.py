@@ -62,6 +62,7 @@ def decode(
     mask_id: int,
     seed: int,
     temperature: float = 1.0,
+    anneal: bool = True,
     top_k: int | None = None,
     top_p: float = 1.0,
     forbidden_ids: Sequence[int] = (),
@@ -88,7 +89,8 @@ def decode(
         prompt: int64 ``[B, L]`` on the net's device; ``mask_id`` at the positions to fill.
         plan: from :func:`nar_kernels.sampling.plan.make_plan` for the masks in ``prompt``.
         policy: the unmasking order.
-        temperature: sampling temperature, annealed linearly to 0 at the last step of a block.
+        temperature: sampling temperature.
+        anneal: whether it falls linearly to 0 at the last step of a block.
         top_k, top_p, forbidden_ids, backend: as in :func:`nar_kernels.unmask`.
         remask: whether a filled position of the block may be masked again because its id has become
             improbable. Positions of the prompt never are.
@@ -154,7 +156,7 @@ def decode(
                 same_rows=not policy.order_is_fixed,
                 mask_id=mask_id,
                 seed=seed,
-                temperature=temperature * annealing,
+                temperature=temperature * annealing if anneal else temperature,
                 top_k=top_k,
                 top_p=top_p,
                 forbidden_ids=forbidden_ids,
