@@ -88,6 +88,7 @@ class Prediction(NamedTuple):
         *,
         reduction: Reduction,
         normalizer: float | Tensor | None = None,
+        position_weight: Tensor | None = None,
         static_shapes: bool = False,
         backend: str = "auto",
     ) -> Tensor:
@@ -97,7 +98,9 @@ class Prediction(NamedTuple):
             rows, labels = masked_labels(corrupted, static_shapes)
             logits = output.reshape(-1, output.shape[-1]).index_select(0, rows)
             nll = logits_nll(logits, labels, self.is_log_prob)
-            return reduce_nll(nll, rows, corrupted, reduction, normalizer, static_shapes)
+            return reduce_nll(
+                nll, rows, corrupted, reduction, normalizer, static_shapes, position_weight
+            )
         if isinstance(head, LinearHead):
             return masked_nll(
                 output if head.scale == 1 else output * head.scale,
@@ -106,6 +109,7 @@ class Prediction(NamedTuple):
                 bias=head.bias,
                 reduction=reduction,
                 normalizer=normalizer,
+                position_weight=position_weight,
                 static_shapes=static_shapes,
                 backend=backend,
             )
@@ -116,6 +120,7 @@ class Prediction(NamedTuple):
             is_log_prob=self.is_log_prob,
             reduction=reduction,
             normalizer=normalizer,
+            position_weight=position_weight,
             static_shapes=static_shapes,
         )
 

@@ -214,8 +214,9 @@ def llada(
     return x
 
 
-@pytest.mark.parametrize("block_length", [2, 4, 8])
-@pytest.mark.parametrize("steps_of_a_block", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("block_length", "steps_of_a_block"), [(2, 1), (2, 2), (4, 2), (4, 3), (8, 1), (8, 5), (8, 8)]
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -227,8 +228,6 @@ def llada(
     ids=["plain", "guided", "never", "last"],
 )
 def test_answers_are_those_of_llada(block_length, steps_of_a_block, options):
-    if steps_of_a_block > block_length:
-        pytest.skip("more steps than positions")
     net = Neighbours()
     net.table[:, EOS] += 2.0  # which is drawn now and then
     prompts = torch.tensor([[1, 2, 3], [7, 7, 7], [3, 1, 4], [EOS, 2, 9]])
