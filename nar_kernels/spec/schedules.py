@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -60,6 +61,16 @@ def sigmoid(t: Tensor) -> Tensor:
     """The sigmoid schedule of Chen 2023 (arXiv:2301.10972) with start -3, end 3, tau 1."""
     low, high = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
     return (high - torch.sigmoid(t * 6 - 3)) / (high - low)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same ratio at all times, such as BERT's 0.15: it masks, but gives no bound."""
+
+    ratio: float
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.ratio)
 
 
 SCHEDULES: dict[str, Schedule] = {
