@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers import DataCollatorForLanguageModeling as _Original
 from transformers.data.data_collator import (
     _torch_collate_batch,
@@ -115,14 +116,7 @@ class DataCollatorForLanguageModeling(_Original):
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         examples, sample_ids = _take_sample_ids(examples)
-        multiple = self.pad_to_multiple_of
-        if isinstance(examples[0], Mapping):
-            batch = pad_without_fast_tokenizer_warning(
-                self.tokenizer, examples, return_tensors="pt", pad_to_multiple_of=multiple
-            )
-        else:
-            ids = _torch_collate_batch(examples, self.tokenizer, pad_to_multiple_of=multiple)
-            batch = {"input_ids": ids}
+        batch = self._padded(examples)
         special = batch.pop("special_tokens_mask", None)
         offsets = batch.pop("offset_mapping", None)
         if self.mlm:
@@ -134,6 +128,34 @@ class DataCollatorForLanguageModeling(_Original):
             ids = batch["input_ids"]
             batch["labels"] = ids.clone() if pad_id is None else _without(ids, ids == pad_id)
         return batch
+
+    def _padded(self, examples: list[Any]) -> Any:
+        multiple = self.pad_to_multiple_of
+        if not isinstance(examples[0], Mapping):
+            ids = _torch_collate_batch(examples, self.tokenizer, pad_to_multiple_of=multiple)
+            return {"input_ids": ids}
+        names = set(examples[0])
+        fill = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+            "special_tokens_mask": 1,
+        }
+        # What tokenizers do id by id. One that pads in its own way, or other columns: it does it.
+        is_known = "input_ids" in names <= set(fill) and all(set(e) == names for e in examples)
+        if not (is_known and _pads_plainly(self.tokenizer)):
+            return pad_without_fast_tokenizer_warning(
+                self.tokenizer, examples, return_tensors="pt", pad_to_multiple_of=multiple
+            )
+        columns = {name: [e[name] for e in examples] for name in names}
+        if "attention_mask" in self.tokenizer.model_input_names:
+            ones = [np.ones(len(ids), np.int64) for ids in columns["input_ids"]]
+            columns.setdefault("attention_mask", ones)
+        length = _padded_length(columns["input_ids"], multiple)
+        on_left = self.tokenizer.padding_side == "left"
+        return BatchEncoding(
+            {name: _pad(rows, length, fill[name], on_left) for name, rows in columns.items()}
+        )
 
     def torch_mask_tokens(
         self,
@@ -190,12 +212,33 @@ class DataCollatorForLanguageModeling(_Original):
         return inputs.masked_fill(masked, mask_id), _without(inputs, ~masked)
 
 
+def _pads_plainly(tokenizer: Any) -> bool:
+    """Whether a tokenizer pads as all do, and can."""
+    own = (getattr(type(tokenizer), name, None) for name in ("pad", "_pad"))
+    is_plain = tuple(own) == (PreTrainedTokenizerBase.pad, PreTrainedTokenizerBase._pad)
+    return is_plain and tokenizer.pad_token_id is not None
+
+
+def _padded_length(rows: Sequence[Any], multiple: int | None) -> int:
+    longest = max(map(len, rows))
+    return longest if not multiple else -(-longest // multiple) * multiple
+
+
+def _pad(rows: Sequence[Any], length: int, fill: int, on_left: bool) -> Tensor:
+    """int64 ``[B, length]``."""
+    out = np.full((len(rows), length), fill, np.int64)
+    for to, row in zip(out, rows, strict=True):
+        n = len(row)
+        to[length - n if on_left else 0 : length if on_left else n] = np.asarray(row)
+    return torch.from_numpy(out)
+
+
 def _without(ids: Tensor, ignored: Tensor) -> Tensor:
     """Labels: ``ids``, and -100 where they do not count."""
     return ids.masked_fill(ignored, IGNORE_INDEX)
 
 
-_PADDED = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
+_PADDED = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
 
 
 class MaskedDiffusionCollator:
@@ -262,7 +305,7 @@ class MaskedDiffusionCollator:
         batch = self._padded(rest)
         labels = batch["labels"]
         if special[0] is not None:
-            is_special = self._rows(special, labels.shape[1], 1).bool()
+            is_special = _pad(special, labels.shape[1], 1, self._on_left).bool()
             labels = _without(labels, is_special)
         if self.masking is None:
             numbers = {} if sample_ids is None else {SAMPLE_ID: sample_ids}
@@ -295,28 +338,22 @@ class MaskedDiffusionCollator:
                 f"examples have {sorted(unknown)}, which is none of {sorted(_PADDED)}, "
                 f"special_tokens_mask and {SAMPLE_ID}: remove these columns"
             )
-        lengths = [len(e["input_ids"]) for e in examples]
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-max(lengths) // multiple) * multiple
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None and min(lengths) < length:
+        ids = [e["input_ids"] for e in examples]
+        length, pad_id = _padded_length(ids, self.pad_to_multiple_of), self.tokenizer.pad_token_id
+        if pad_id is None and min(map(len, ids)) < length:
             raise ValueError("the tokenizer has no padding token: set tokenizer.pad_token")
         fill = {**_PADDED, "input_ids": 0 if pad_id is None else pad_id}
         batch = {
-            name: self._rows([e[name] for e in examples], length, fill[name]) for name in names
+            name: _pad([e[name] for e in examples], length, fill[name], self._on_left)
+            for name in names
         }
         if "attention_mask" not in batch:
-            ones = [np.ones(n, np.int64) for n in lengths]
-            batch["attention_mask"] = self._rows(ones, length, 0)
+            ones = [np.ones(len(of_one), np.int64) for of_one in ids]
+            batch["attention_mask"] = _pad(ones, length, 0, self._on_left)
         labels = batch.get("labels", batch["input_ids"])
         batch["labels"] = _without(labels, batch["attention_mask"] == 0)
         return batch
 
-    def _rows(self, rows: Sequence[Any], length: int, fill: Any) -> Tensor:
-        """int64 ``[B, length]``: ``rows``, padded at the tokenizer's side."""
-        out = np.full((len(rows), length), fill, np.int64)
-        on_left = self.tokenizer.padding_side == "left"
-        for to, row in zip(out, rows, strict=True):
-            n = len(row)
-            to[length - n if on_left else 0 : length if on_left else n] = np.asarray(row)
-        return torch.from_numpy(out)
+    @property
+    def _on_left(self) -> bool:
+        return self.tokenizer.padding_side == "left"
