@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TrainerCallback
 from transformers import DataCollatorForLanguageModeling as _Original
 from transformers.data.data_collator import (
     _torch_collate_batch,
@@ -34,8 +34,9 @@ class SampleIds(Dataset[dict[str, Any]]):
     ``epoch * len(dataset) + index``.
 
     With it and a ``seed`` a collator's masks are functions of (seed, epoch, index): the same for
-    any order, number of workers or processes, and after a resume. Trainer and Accelerate call
-    ``set_epoch``; elsewhere call it before each epoch. Workers see it, also persistent ones.
+    any order, number of workers or processes, and after a resume. Call ``set_epoch`` before each
+    epoch; in transformers' ``Trainer`` the callback :class:`SetEpoch` does. Workers see it, also
+    persistent ones.
 
     Args:
         dataset: of examples that are mappings.
@@ -64,6 +65,18 @@ class SampleIds(Dataset[dict[str, Any]]):
     def _numbered(self, example: Mapping[str, Any], index: int) -> dict[str, Any]:
         number = int(self._epoch) * len(self.dataset) + index % len(self.dataset)
         return {**example, SAMPLE_ID: number}
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training data of a ``Trainer`` which epoch begins, or goes on after a resume.
+
+    Accelerate does, too, but not with several processes, or after a resume within an epoch.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_epoch = getattr(kwargs["train_dataloader"].dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 @dataclass

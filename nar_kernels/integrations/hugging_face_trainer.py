@@ -1,0 +1,205 @@
+"""``transformers.Trainer`` for masked and block diffusion language models.
+
+Shapes: B batch, L sequence length.
+"""
+
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from nar_kernels import distributed
+from nar_kernels.integrations.draws import seed_of
+from nar_kernels.integrations.hugging_face import SAMPLE_ID, MaskedDiffusionCollator, SetEpoch
+from nar_kernels.nets.adapter import NetAdapter
+from nar_kernels.nets.packed import block_keywords, predict_blocks
+from nar_kernels.nets.prediction import TrunkAndHead
+from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.masked_nll import Reduction
+from nar_kernels.ops.masking import MaskingConfig
+
+_EVALUATION_SEED = 0x5EED
+_OF_TOKENS = ("nelbo", "token")  # reductions that divide by the number of tokens that count
+_COLUMNS = ["input_ids", "labels", "attention_mask", "token_type_ids", SAMPLE_ID]
+
+
+class MaskedDiffusionTrainer(Trainer):
+    """Trains a model of transformers to predict masked tokens, at ratios drawn from a schedule.
+
+    Masks are drawn on the model's device, and logits are computed at the masked tokens alone. The
+    loss is divided by the tokens that count in the whole batch, over gradient accumulation and
+    processes. Checkpoints are those of the model: ``from_pretrained`` loads them. With a
+    ``sample_id`` in the examples (:class:`~nar_kernels.integrations.hugging_face.SampleIds`) masks
+    are functions of ``args.seed``, epoch and example; without, of the order of batches. Evaluation
+    draws the same masks each time.
+
+    Examples have ``input_ids`` and, where prompts or padding are to stay as they are, ``labels``:
+    the ids, not shifted, and -100 there.
+
+    Args:
+        model: a masked LM, or a decoder, which is run bidirectionally (see
+            :class:`~nar_kernels.NetAdapter`).
+        args: ``TrainingArguments``. Not with FSDP or DeepSpeed.
+        mask_id: default: that of ``processing_class``.
+        reduction: of the loss, as of :func:`nar_kernels.masked_nll`; not ``"none"``. Default:
+            ``"nelbo"``, the bound on the likelihood in nats per token; ``"token"`` where the
+            masking gives none.
+        net: options of :class:`~nar_kernels.NetAdapter`, such as ``{"shift_logits": True}``.
+        masking: options of :class:`~nar_kernels.MaskingConfig`, such as ``schedule`` or
+            ``block_length``.
+        trainer: the other arguments of ``Trainer``. The default of ``data_collator`` pads, with
+            ``processing_class`` as the tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any = None,
+        *,
+        mask_id: int | None = None,
+        reduction: Reduction | None = None,
+        net: Mapping[str, Any] | None = None,
+        masking: Mapping[str, Any] | None = None,
+        **trainer: Any,
+    ) -> None:
+        tokenizer = trainer.get("processing_class")
+        if mask_id is None:
+            mask_id = getattr(tokenizer, "mask_token_id", None)
+        if mask_id is None:
+            raise ValueError(
+                "there is no mask token: pass mask_id, or a processing_class that has one"
+            )
+        if trainer.get("data_collator") is None:
+            if tokenizer is None:
+                raise ValueError("pass a processing_class (the tokenizer), or a data_collator")
+            trainer["data_collator"] = MaskedDiffusionCollator(tokenizer, mask=False)
+        net = net or {
+            "num_tokens": model.config.vocab_size,
+            "max_seq_len": 16,
+            "head": model.get_output_embeddings(),
+        }
+        adapter = NetAdapter(model, **(net or {}))
+        self.masking = MaskingConfig(adapter.num_tokens, mask_id, **(masking or {}))
+        if reduction is None:
+            reduction = "nelbo" if self.masking.is_bound else "token"
+        if reduction == "nelbo":
+            self.masking.check_bound()
+        self.reduction = reduction
+        self.pretrained = model
+        super().__init__(_Loss(adapter, reduction), args, **trainer)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed shard a model whose head is called by itself here: use "
+                "DistributedDataParallel (torchrun without them)"
+            )
+        self.add_callback(SetEpoch())
+        # Whether the loss is divided by what it is given, or else by the steps of accumulation.
+        self.model_accepts_loss_kwargs = reduction in _OF_TOKENS
+        if self.args.label_names is None:
+            self.label_names = ["labels"]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        batch = self._corrupted(inputs, is_training=model.training)
+        names = ("attention_mask", "token_type_ids")
+        kwargs = {name: inputs[name] for name in names if name in inputs}
+        normalizer = num_items_in_batch if self.reduction in _OF_TOKENS else None
+        loss = model(batch, kwargs, normalizer)
+        if normalizer is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # which the mean of gradients divides by
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _corrupted(self, inputs: dict[str, Tensor], is_training: bool) -> Corrupted:
+        ids, labels = inputs["input_ids"], inputs.get("labels")
+        slots, world, rank = inputs.get(SAMPLE_ID), distributed.world_size(), distributed.rank()
+        global_batch: int | None = 1
+        if not is_training:
+            seed = _EVALUATION_SEED
+            slots = _slots_of_contents(ids) if slots is None else slots
+        elif slots is None:
+            seed, global_batch = seed_of(None), len(ids) * world
+            slots = torch.arange(rank, global_batch, world, device=ids.device)
+        else:  # times are stratified over an epoch
+            seed = self.args.seed
+            data = self.train_dataset
+            global_batch = len(data) if isinstance(data, Sized) else 1
+        return corrupt(
+            ids,
+            self.masking,
+            seed=seed,
+            sample_ids=slots,
+            global_batch=global_batch,
+            labels=labels,
+            outputs=("labels", "masked_indices", "masked_rows"),
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = [*_COLUMNS, *self.label_names]
+
+    @contextmanager
+    def _as_pretrained(self) -> Iterator[None]:
+        """With the model itself as ``self.model``, as files hold it."""
+        outer, self.model = self.model, self.pretrained
+        try:
+            yield
+        finally:
+            self.model = outer
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        with self._as_pretrained():
+            super()._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self._as_pretrained():
+            super()._load_from_checkpoint(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._as_pretrained():
+            super()._load_best_model()
+
+
+class _Loss(nn.Module):
+    """From a batch to its loss: what Trainer wraps for data parallelism and autocast, so that
+    nothing lies between the model and its head."""
+
+    def __init__(self, net: NetAdapter, reduction: Reduction) -> None:
+        super().__init__()
+        self.net, self.reduction = net, reduction
+
+    @property
+    def config(self) -> Any:
+        return getattr(self.net.net, "config", None)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self.net.net.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+
+    def forward(
+        self, batch: Corrupted, kwargs: dict[str, Tensor], normalizer: Tensor | int | None
+    ) -> Tensor:
+        block_length = batch.masking.block_length
+        trunk = TrunkAndHead(self.net)
+        if block_length is None:
+            prediction = trunk(batch.input_ids, kwargs)
+        else:  # padding is behind what counts, in blocks that nothing else attends to
+            prediction = predict_blocks(
+                trunk, batch, block_keywords(self.net, batch, block_length, {})
+            )
+        return prediction.loss(batch, reduction=self.reduction, normalizer=normalizer)
+
+
+def _slots_of_contents(ids: Tensor) -> Tensor:
+    """int64 ``[B]``: a hash of each sequence, so that its mask is the same in any batch."""
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    mixed = (ids.long() + 1) * (place * 0x1E3779B97F4A7C15 | 1)  # modulo 2**64
+    return mixed.sum(1) & ((1 << 62) - 1)

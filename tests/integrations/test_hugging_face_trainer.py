@@ -1,0 +1,175 @@
+"""`MaskedDiffusionTrainer`: its loss under accumulation, a resume, and what it saves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from nar_kernels import MaskingConfig, corrupt  # noqa: E402
+from nar_kernels.integrations.hugging_face import MaskedDiffusionCollator, SampleIds  # noqa: E402
+from nar_kernels.integrations.hugging_face_trainer import MaskedDiffusionTrainer  # noqa: E402
+from tests.helpers.tiny import tiny_sizes  # noqa: E402
+from tests.helpers.tiny_tokenizer import tiny_tokenizer  # noqa: E402
+
+pytestmark = [
+    pytest.mark.seconds,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        *(f"ignore::{kind}" for kind in ("FutureWarning", "UserWarning", "DeprecationWarning"))
+    ),
+]
+
+V, LENGTH, EXAMPLES = 53, 16, 24
+MASK_ID = 3
+
+
+class Answers(torch.utils.data.Dataset):
+    """Prompts and answers of several lengths."""
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = [5 + (7 * i + 3 * j) % 40 for j in range(6 + i % 10)]
+        return {"input_ids": ids, "labels": [-100] * (1 + i % 4) + ids[1 + i % 4 :]}
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**tiny_sizes(V, LENGTH), hidden_dropout_prob=0.0)
+    config.attention_probs_dropout_prob = 0.0
+    return transformers.BertForMaskedLM(config)
+
+
+def make_trainer(
+    folder: Path, model: Any = None, data: Any = None, arguments: Any = None, **options: Any
+) -> MaskedDiffusionTrainer:
+    given = {
+        "per_device_train_batch_size": 6, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True, "disable_tqdm": True,
+        "seed": 3,
+    }  # fmt: skip
+    given |= arguments or {}
+    return MaskedDiffusionTrainer(
+        model or make_model(),
+        transformers.TrainingArguments(str(folder), **given),
+        train_dataset=SampleIds(Answers()) if data is None else data,
+        processing_class=tiny_tokenizer(),
+        **options,
+    )
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], **tolerance: float) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def test_accumulated_parts_have_the_gradient_of_the_whole(tmp_path):
+    """Though the parts have different numbers of tokens that count."""
+    after = []
+    for size, parts in ((12, 1), (2, 6), (3, 4)):
+        model = make_model()
+        arguments = {
+            "per_device_train_batch_size": size, "gradient_accumulation_steps": parts,
+            "max_steps": 2, "save_strategy": "no", "optim": "sgd", "max_grad_norm": 0.0,
+        }  # fmt: skip
+        make_trainer(tmp_path, model, arguments=arguments).train()
+        after.append(weights(model))
+    assert not torch.equal(after[0]["cls.predictions.bias"], make_model().cls.predictions.bias)
+    assert_close(after[1], after[0], rtol=1e-4, atol=1e-6)
+    assert_close(after[2], after[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["nelbo", "sequence", "mean"])
+def test_the_loss_is_that_of_its_batch(tmp_path, reduction):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model, reduction=reduction)
+    examples = [trainer.train_dataset[i] for i in range(6)]
+    inputs = trainer.data_collator(examples)
+    count = (inputs["labels"] != -100).sum()
+    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=2 * count)
+    batch = corrupt(
+        inputs["input_ids"], MaskingConfig(V, MASK_ID), seed=3, global_batch=EXAMPLES,
+        labels=inputs["labels"],
+    )  # fmt: skip
+    logits = model(batch.input_ids, attention_mask=inputs["attention_mask"]).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch.labels, reduction="none", ignore_index=-100
+    )
+    weighted = nll.sum(1) * batch.loss_weight
+    expected = {
+        "nelbo": weighted.sum() / (2 * count),
+        "sequence": (weighted / batch.num_maskable).mean(),
+        "mean": nll.sum() / batch.num_masked.sum(),
+    }[reduction]
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, numbered):
+    data = SampleIds(Answers()) if numbered else Answers()
+    arguments = {"max_steps": 6, "save_steps": 3}  # within the second epoch
+    whole = make_model()
+    make_trainer(tmp_path, whole, data, arguments).train()
+    resumed = make_model()
+    trainer = make_trainer(tmp_path, resumed, data, arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_close(weights(resumed), weights(whole))
+
+
+def test_what_is_saved_is_the_model_itself(tmp_path):
+    model = make_model()
+    make_trainer(tmp_path, model, arguments={"max_steps": 2}).train()
+    folder = tmp_path / "checkpoint-2"
+    loaded = transformers.BertForMaskedLM.from_pretrained(folder)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    ids = torch.tensor([[5, MASK_ID, 7]])
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    assert transformers.AutoTokenizer.from_pretrained(folder).mask_token_id == MASK_ID
+
+
+def test_evaluation_draws_the_same_masks_each_time(tmp_path):
+    losses = []
+    for size, data in ((4, Answers()), (8, Answers()), (4, Answers())):
+        arguments = {"per_device_eval_batch_size": size}
+        trainer = make_trainer(tmp_path, arguments=arguments, eval_dataset=data)
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert trainer.evaluate()["eval_loss"] == losses[-1]
+    assert losses[0] == losses[2] and 2 < losses[0] < 8
+    # Means of batches of several numbers of tokens.
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_the_best_model_and_activation_checkpoints(tmp_path):
+    model = make_model()
+    arguments = {
+        "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    trainer = make_trainer(tmp_path, model, arguments=arguments, eval_dataset=Answers())
+    trainer.train()
+    best = transformers.BertForMaskedLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_close(weights(model), weights(best))
+
+
+def test_clear_errors(tmp_path):
+    model, arguments = make_model(), transformers.TrainingArguments(str(tmp_path), report_to=[])
+    with pytest.raises(ValueError, match="there is no mask token"):
+        MaskedDiffusionTrainer(model, arguments)
+    with pytest.raises(ValueError, match="pass a processing_class"):
+        MaskedDiffusionTrainer(model, arguments, mask_id=MASK_ID)
+    with pytest.raises(ValueError, match="the mask ratio goes from"):
+        make_trainer(tmp_path, reduction="nelbo", masking={"time_range": (0.3, 0.8)})
+    assert make_trainer(tmp_path, masking={"time_range": (0.3, 0.8)}).reduction == "token"
+    collator = MaskedDiffusionCollator(tiny_tokenizer(), mask=False)
+    assert make_trainer(tmp_path, data_collator=collator).data_collator is collator
