@@ -1,15 +1,16 @@
 """A `MaskedLoader` in the loaders of others: PyTorch's and torchdata's, whose
 workers make batches ahead. Masks depend neither on their number nor on how they were started."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch.utils.data import DataLoader
 
 from nar_kernels import MaskedLoader, MaskingConfig, Mixture, TokenDataset
+from nar_kernels.integrations.torchdata import LoaderBatches
 from nar_kernels.ops.corrupted import Corrupted
 from tests.helpers.windows import assert_same
 
@@ -85,24 +86,38 @@ def test_a_stateful_data_loader_resumes(tmp_path: Path, workers: int) -> None:
         assert_same(one, loader.batch(step))
 
 
-def test_a_stateful_data_loader_keeps_the_state_of_the_loader(tmp_path: Path) -> None:
-    """Without a sampler it iterates over the loader itself, whose state it then saves."""
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 4, 7])
+def test_a_stateful_data_loader_iterates_over_a_loader(
+    tmp_path: Path, workers: int, done: int
+) -> None:
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
 
-    class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
-        def __init__(self) -> None:
-            self.loader = make_loader(tmp_path)
-            self.state_dict = self.loader.state_dict
-            self.load_state_dict = self.loader.load_state_dict
+    loader = make_loader(tmp_path)
 
-        def __iter__(self) -> Any:
-            return iter(self.loader)
+    def make(of: MaskedLoader = loader) -> Any:
+        batches = copy.copy(of)
+        batches.step = 2
+        return torchdata.StatefulDataLoader(
+            LoaderBatches(batches, 13), batch_size=None, num_workers=workers
+        )
 
-    data = torchdata.StatefulDataLoader(Batches(), batch_size=None)
+    data = make()
     batches = iter(data)
-    for _ in range(4):
-        next(batches)
+    first = [next(batches) for _ in range(done)]
     state = data.state_dict()
-    resumed = torchdata.StatefulDataLoader(Batches(), batch_size=None)
+    rest = list(batches)
+    resumed = make()
     resumed.load_state_dict(state)
-    assert_same(next(iter(resumed)), make_loader(tmp_path).batch(4))
+    again = list(resumed)
+    assert len(first) + len(rest) == 11 and len(again) == len(rest)
+    for step, batch in enumerate([*first, *rest], 2):
+        assert_same(batch, loader.batch(step))
+    for one, two in zip(rest, again, strict=True):
+        assert_same(one, two)
+    if workers == 0:
+        (tmp_path / "other").mkdir()
+        other = make(make_loader(tmp_path / "other", seed=4))
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match="seed"):
+            next(iter(other))
