@@ -86,8 +86,7 @@ def test_a_stateful_data_loader_resumes(tmp_path: Path, workers: int) -> None:
         assert_same(one, loader.batch(step))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("done", [1, 4, 7])
+@pytest.mark.parametrize(("workers", "done"), [(0, 1), (0, 7), (2, 4)])
 def test_a_stateful_data_loader_iterates_over_a_loader(
     tmp_path: Path, workers: int, done: int
 ) -> None:
