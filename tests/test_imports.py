@@ -190,7 +190,7 @@ def test_csrc_is_free_of_torch() -> None:
 def test_no_file_names_a_path_of_one_machine() -> None:
     # Put together from parts, so that this file does not hold what it looks for.
     private = re.compile("|".join(f"/{name}/" for name in ("work", "root", "home", "opt/wheels")))
-    folders = ("csrc", "nar_kernels", "tests", "benchmarks", "docs", ".ci", "")
+    folders = ("csrc", "nar_kernels", "tests", "benchmarks", "examples", "docs", ".ci", "")
     suffixes = {".py", ".h", ".cpp", ".cu", ".md", ".toml", ".txt", ".in", ".json", ".csv", ""}
     checked = 0
     for folder in folders:
