@@ -18,6 +18,7 @@ TESTS = [
             "cuda_kernels",
             "documents",
             "linear",
+            "mask_tokens",
             "masked_nll",
             "nll",
             "static_shapes",
