@@ -182,10 +182,11 @@ class DataCollatorForLanguageModeling(_Original):
             ids = torch.tensor(self.tokenizer.all_special_ids, device=inputs.device)
             special = torch.isin(inputs, ids)
         else:
-            special = torch.as_tensor(special_tokens_mask).bool()
+            special = torch.as_tensor(special_tokens_mask, device=inputs.device).bool()
         seed, slots = self._slots.of(sample_ids, len(inputs))
         if self.whole_word_mask:
-            return self._mask_words(inputs, special, torch.as_tensor(offset_mapping), seed, slots)
+            offsets = torch.as_tensor(offset_mapping, device=inputs.device)
+            return self._mask_words(inputs, special, offsets, seed, slots)
         mask_id = self.tokenizer.mask_token_id
         masking = masking_of(
             mask_id,
