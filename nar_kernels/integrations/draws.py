@@ -9,6 +9,8 @@ They take the arguments of the original, and two more by name:
   lies beside it, on its rank, or on a resume. Default: ``0 .. B - 1``.
 """
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int, check_seed
-from nar_kernels.ops.corrupted import Output
+from nar_kernels.ops.corrupted import Corrupted, Output
 from nar_kernels.ops.masking import MaskingConfig
 
 # Of a code base that does not say its vocabulary. Ids are checked against it, and the mask.
@@ -55,3 +57,38 @@ def check_ids(name: str, ids: Tensor, num_dims: int) -> None:
             f"{name} is {ids.dtype} {list(ids.shape)}: it must hold integers, with {num_dims} "
             "dimensions"
         )
+
+
+def noisy_ids(batch: Corrupted, clean: Tensor) -> Tensor:
+    """The ids of a corrupted batch, of the dtype of the clean ones."""
+    if clean.is_cpu:
+        return batch.input_ids.to(clean.dtype)
+    # There nobody asks for invalid ids, which would be a sync: they stay as they are.
+    mask_id = batch.masking.mask_id
+    return torch.where(batch.input_ids == mask_id, mask_id, clean)
+
+
+@dataclass(frozen=True)
+class RoundedCosine:
+    """A schedule by which exact draws of ``num_positions`` mask ``cos(pi t / 2)`` of them, rounded
+    to the nearest number, but at least ``low`` and 1."""
+
+    num_positions: int
+    low: float = 0.0
+
+    def __call__(self, t: Tensor) -> Tensor:
+        share = torch.cos(t * (math.pi / 2)).clamp(min=self.low)
+        return (share * self.num_positions).round().clamp(min=1) / self.num_positions
+
+
+def rounded_cosine(
+    mask_id: int, num_positions: int, low: float = 0.0, **options: Any
+) -> MaskingConfig:
+    """The masking of :class:`RoundedCosine`, at independent times."""
+    return masking_of(
+        mask_id,
+        schedule=RoundedCosine(num_positions, low),
+        times="uniform",
+        weighting="unit",
+        **options,
+    )

@@ -15,6 +15,7 @@ from nar_kernels.integrations.draws import (
     MASKED,
     check_ids,
     masking_of,
+    noisy_ids,
     seed_of,
 )
 from nar_kernels.likelihood import weighted_nats
@@ -96,7 +97,7 @@ def forward_process_simple_masking(
         outputs=MASKED,
     )
     assert batch.masked_indices is not None
-    return batch.input_ids.to(input_ids.dtype), batch.masked_indices, batch.p_mask
+    return noisy_ids(batch, input_ids), batch.masked_indices, batch.p_mask
 
 
 def pretraining_loss(
