@@ -146,7 +146,7 @@ class _Blocks:
     def spread(self, values: Tensor) -> Tensor:
         """``[B, L]`` on the device: of each block, at its positions."""
         wide = values.to(self._device).unsqueeze(2).expand(-1, -1, self._size)
-        return wide.reshape(len(values), -1)[:, : self._length]
+        return wide.flatten(1)[:, : self._length]
 
     def draw(self, ratio: Tensor, counts: Tensor, slope: float) -> Tensor:
         """bool ``[B, L]``: ``counts`` positions of each block, those of the highest
@@ -154,11 +154,11 @@ class _Blocks:
         batch, device = len(ratio), self._device
         place = torch.arange(self._size, dtype=torch.float32, device=device)
         at_block = (slope * (1 - ratio)).to(device).unsqueeze(2)
-        score = (at_block * place).view(batch, -1)[:, : self._length].reshape(batch, -1)
+        score = (at_block * place).flatten(1)[:, : self._length]
         padded = self._num * self._size
         chosen = torch.zeros(batch, padded, dtype=torch.bool, device=device)
         rows = torch.arange(batch * padded, device=device).view(batch, padded)
-        rows = rows[:, : self._length].reshape(-1)
+        rows = rows[:, : self._length].flatten()
         bounds = _bounds(self.lengths.expand(batch, -1)).to(device)
         left = _bounds(self.lengths - counts)
         left_bounds, left_of = left.to(device), left[:: self._num].tolist()
@@ -167,7 +167,7 @@ class _Blocks:
             num_blocks = (last - first) * self._num
             begin = first * self._num
             arguments = ChooseArgs(
-                score[first:last].reshape(-1),
+                score[first:last].flatten(),
                 by_position=False,
                 lowest_first=False,
                 noise_scale=1.0,

@@ -32,3 +32,21 @@ def assert_mean(sample: Tensor, mean: float, num_tests: int) -> None:
     z = (sample.mean() - mean) / (sample.std() / len(sample) ** 0.5)
     p = 2 * (1 - torch.distributions.Normal(0, 1).cdf(z.abs())).item()
     assert p > FAMILY_ERROR / num_tests, f"mean {sample.mean().item()}, expected {mean}, p = {p}"
+
+
+def same_law_p(one: Tensor, other: Tensor) -> float:
+    """p-value of two samples of one law, from how often each has been in each cell. Cells with few
+    of both count as one."""
+    counts = torch.stack([one.flatten(), other.flatten()]).to(torch.float64)
+    is_rare = counts.sum(0) < 20
+    counts = torch.cat([counts[:, ~is_rare], counts[:, is_rare].sum(1, keepdim=True)], 1)
+    counts = counts[:, counts.sum(0) > 0]
+    expected = counts.sum(1, keepdim=True) * counts.sum(0) / counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(counts.shape[1] - 1.0, dtype=torch.float64)
+    return torch.special.gammaincc(freedom / 2, statistic / 2).item()
+
+
+def assert_same_law(one: Tensor, other: Tensor, num_tests: int) -> None:
+    p = same_law_p(one, other)
+    assert p > FAMILY_ERROR / num_tests, f"p = {p}"
