@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 Line = tuple[str, int]  # file, number
 
+_SECTION = re.compile(r'\s*\.section\s+\.text\.([^,]+),"')
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?) ;?$")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -154,12 +155,13 @@ def functions(disassembly: str) -> dict[str, list[Instruction]]:
     block = 0
     is_new = is_skipped = False
     for text in disassembly.splitlines():
-        if section := re.match(r'^\s*\.section\s+\.text\.([^,]+),"', text):
+        if ".section" in text and (section := _SECTION.match(text)):
             current = found.setdefault(section[1], [])
             lines, is_skipped = [], False
         elif text.startswith("$__internal"):
             is_skipped = True
-        elif frame := _FRAME.search(text):  # where that is inlined is on the next line
+        elif 'File "' in text and (frame := _FRAME.search(text)):
+            # Where that is inlined is on the next line.
             lines = [] if is_new else lines
             lines.append((frame[1], int(frame[2])))
             is_new = False
