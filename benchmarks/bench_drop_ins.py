@@ -17,7 +17,7 @@ import torch
 from measure import begin, make_parser, print_table, turns_ns, write_json
 from torch import Tensor
 
-from nar_kernels.integrations import diffusers, maskgit, nemo
+from nar_kernels.integrations import diffusers, dllm, llada, maskgit, mdlm, nemo
 
 MASK_ID, BLOCK = 32000, 32
 
@@ -182,6 +182,119 @@ def mask_code(b: Batch) -> tuple[Call, Call]:
     return lambda: maskgit.get_mask_code(b.code, value=MASK_ID), formula
 
 
+def forward_process(b: Batch) -> tuple[Call, Call]:
+    def formula(eps: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
+        p_mask = ((1 - eps) * torch.rand(len(b.ids)) + eps)[:, None].repeat(1, b.ids.shape[1])
+        masked = torch.rand(b.ids.shape) < p_mask
+        return torch.where(masked, MASK_ID, b.ids), masked, p_mask
+
+    return lambda: llada.forward_process(b.ids, mask_id=MASK_ID), formula
+
+
+def q_xt(b: Batch) -> tuple[Call, Call]:
+    size = len(b.ids)
+
+    def ours() -> Tensor:
+        return mdlm.q_xt(b.ids, mdlm.sample_t(size)[:, None], MASK_ID)
+
+    def formula() -> Tensor:
+        t = (torch.rand(size) / size + torch.arange(size) / size) % 1 * (1 - 1e-3) + 1e-3
+        return torch.where(torch.rand(b.ids.shape) < t[:, None], MASK_ID, b.ids)
+
+    return ours, formula
+
+
+def q_xt_of_blocks(b: Batch) -> tuple[Call, Call]:
+    """Times of blocks within (0.3, 0.8), and blocks drawn again until their share is."""
+    size, length = b.ids.shape
+    blocks = length // min(BLOCK, length)
+    width, low, high = length // blocks, 0.3, 0.8
+    bounds = {"sampling_eps_min": low, "sampling_eps_max": high}
+
+    def ours() -> Tensor:
+        t = mdlm.sample_block_t((size, length), block_size=width, **bounds)
+        return mdlm.q_xt(b.ids, t, MASK_ID, width, **bounds)
+
+    def formula() -> Tensor:
+        n = size * blocks
+        t = ((torch.rand(n) / n + torch.arange(n) / n) % 1 * (high - low) + low).view(size, blocks)
+        t = t.repeat_interleave(width, 1)
+        masked = torch.rand(b.ids.shape) <= t
+        while True:
+            share = masked.view(size, blocks, width).float().mean(2)
+            again = (share < low) | (share > high)
+            if not again.any():
+                return torch.where(masked, MASK_ID, b.ids)
+            again = again.repeat_interleave(width, 1)
+            masked[again] = (torch.rand(b.ids.shape) <= t)[again]
+
+    return ours, formula
+
+
+def dllm_loss(b: Batch) -> tuple[Call, Call]:
+    """With the last layer of a net, without what is before it."""
+    num_tokens = b.logits.shape[2]
+    net = Head(num_tokens)
+    labels, count = b.few_ids, b.few_ids.numel()
+
+    def ours() -> None:
+        net.zero_grad()
+        inputs = {"input_ids": b.few_ids, "labels": labels}
+        dllm.compute_loss(net, inputs, mask_token_id=num_tokens - 1).backward()
+
+    def formula(eps: float = 1e-3) -> None:
+        net.zero_grad()
+        t = (eps + (1 - eps) * torch.rand(len(labels)))[:, None]
+        masked = torch.rand(labels.shape) < t
+        logits = net(torch.where(masked, num_tokens - 1, b.few_ids))
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        ((nll * masked / t).sum() / count).backward()
+
+    return ours, formula
+
+
+class Head(torch.nn.Module):
+    """Embeddings of 256 numbers, and a linear layer."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens, self.max_seq_len = num_tokens, 1 << 20
+        self.embed = torch.nn.Embedding(num_tokens, 256)
+        self.output_head = torch.nn.Linear(256, num_tokens)
+
+    def forward(self, ids: Tensor, return_embeddings: bool = False) -> Tensor:
+        hidden = self.embed(ids)
+        return hidden if return_embeddings else self.output_head(hidden)
+
+
+def _tokenizer(num_tokens: int) -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    pieces = [*special, *(f"w{i}" for i in range(num_tokens - len(special)))]
+    inner = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    names = dict(zip(("pad_token", "cls_token", "sep_token", "mask_token"), special, strict=False))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", **names)
+
+
+def mlm_collator(b: Batch) -> tuple[Call, Call]:
+    from transformers import DataCollatorForLanguageModeling
+
+    from nar_kernels.integrations import hugging_face
+
+    tokenizer = _tokenizer(b.logits.shape[2])
+    ours, theirs = (
+        cls(tokenizer)
+        for cls in (hugging_face.DataCollatorForLanguageModeling, DataCollatorForLanguageModeling)
+    )
+
+    def call(collate: Any) -> Call:  # which may take what it gets apart
+        return lambda: collate([{"input_ids": sample["input_ids"]} for sample in b.samples])
+
+    return call(ours), call(theirs)
+
+
 FORMULA = "its formula in PyTorch"
 DROP_INS = [
     DropIn("corrupt_uniform", "NeMo", corrupt_uniform),
@@ -196,6 +309,11 @@ DROP_INS = [
     DropIn("MDLMCrossEntropyLoss, forward + backward", "NeMo", mdlm_loss),
     DropIn("DLLMCollator, blocks of 32", "NeMo", collator),
     DropIn("add_noise, blocks of 32", "diffusers", add_noise),
+    DropIn("DataCollatorForLanguageModeling", "transformers", mlm_collator),
+    DropIn("forward_process (LLaDA)", FORMULA, forward_process),
+    DropIn("sample_t, q_xt (MDLM)", FORMULA, q_xt),
+    DropIn("sample_t, q_xt (BD3LM), clipped, blocks of 32", FORMULA, q_xt_of_blocks),
+    DropIn("compute_loss (dllm), forward + backward of the head", FORMULA, dllm_loss),
     DropIn("amused_mask", FORMULA, amused),
     DropIn("get_mask_code", FORMULA, mask_code),
 ]
