@@ -3,17 +3,18 @@
 Shapes: B batch, L sequence length, V vocabulary, D width.
 """
 
-import math
 import sys
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nar_kernels.checks import as_int
-from nar_kernels.nets.plain import has_hooks, is_plain, is_plain_linear
+from nar_kernels.nets import hugging_face
+from nar_kernels.nets.capture import CaptureHeadInput, HeadMismatchError
+from nar_kernels.nets.logit_form import UNMODIFIED, LogitForm, find_form, probe
+from nar_kernels.nets.plain import has_hooks, is_plain, is_plain_linear, is_plain_tensor
 
 
 class TokenNet(Protocol):
@@ -51,104 +52,76 @@ class TokenNet(Protocol):
         """From int64 ``[B, L]`` to ``[B, L, V]``; ``kwargs`` come from the wrapper's caller."""
 
 
-class HeadMismatchError(TypeError):
-    """The output of a net is not the output of its head."""
-
-
-class _CaptureHeadInput(TorchFunctionMode):
-    """Skips a linear head, in this thread only, and captures its input.
-
-    In place of logits the net gets an expanded NaN for one position, from which it can be told
-    whether the net returns it unmodified.
-    """
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self._weight = head.weight
-        self.hidden: Tensor | None = None
-        self.num_calls = 0
-        self._logits: Tensor | None = None
-        self._versions: tuple[int, int] | None = None
-        self._data_ptr = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is nn.functional.linear and len(args) > 1 and args[1] is self._weight:
-            self.num_calls += 1
-            self.hidden = args[0]
-            shape = (*args[0].shape[:-2], 1, self._weight.shape[0])
-            with torch.inference_mode(False):  # inference tensors have no version
-                # Expanded, so that most in-place writes raise.
-                nan = torch.full((), math.nan, dtype=args[0].dtype, device=args[0].device)
-                self._logits = nan.expand(shape)
-            self._versions, self._data_ptr = self._snapshot()
-            return self._logits
-        return func(*args, **(kwargs or {}))
-
-    def _snapshot(self) -> tuple[tuple[int, int] | None, int]:
-        """Version counters and data pointer, which reveal writes to the logits or hidden states."""
-        assert self.hidden is not None and self._logits is not None
-        if torch.compiler.is_compiling():  # which cannot trace versions
-            return None, 0
-        hidden_version = 0 if self.hidden.is_inference() else self.hidden._version
-        return (self._logits._version, hidden_version), self._logits.data_ptr()
-
-    def is_output(self, logits: Tensor) -> bool:
-        """Whether ``logits`` is the unmodified output of the head, called once."""
-        if self.num_calls != 1 or logits is not self._logits:
-            return False
-        if self._versions is not None:
-            return self._snapshot() == (self._versions, self._data_ptr)
-        # A compiled net has no versions: unmodified logits are NaN. (Looking is a sync; it is not
-        # possible if this function is compiled as well.)
-        return torch.compiler.is_compiling() or bool(logits.isnan().all())
-
-
 class NetAdapter(nn.Module):
-    """Adapts any module from ids to logits, such as a Hugging Face masked LM, to :class:`TokenNet`.
+    """Adapts any module from ids to logits to :class:`TokenNet`. Of models of Hugging Face it knows
+    the rest: ``NetAdapter(net)``.
 
     Args:
         net: called as ``net(ids, **kwargs)``. Returns the logits ``[B, L, V]``, an object with
-            ``.logits``, or a tuple that begins with them.
-        num_tokens: V, rows of the net's embedding, the mask token's included.
-        max_seq_len: L, the length to train and generate at.
-        head: the linear layer of ``net`` that outputs the logits, such as
-            ``net.get_output_embeddings()`` of most Hugging Face masked LMs. With it, logits are
-            computed at the masked rows only. If the net does more than return the layer's output
-            (scaled or capped logits, hooks, a LoRA adapter), or the layer is not a plain
-            ``nn.Linear``, they are computed at all positions, as without it.
+            ``.logits``, a tuple that begins with them, or, where the head is known, an object with
+            ``.last_hidden_state``.
+        num_tokens: V, rows of the net's embedding, the mask token's included. Default: those of
+            ``net.get_input_embeddings()``.
+        max_seq_len: L, the length to train and generate at. Default: what ``net.config`` says.
+        head: the linear layer of ``net`` that outputs the logits, or the embedding whose weight
+            does. With it, logits are computed at the masked rows only. ``"auto"``:
+            ``net.get_output_embeddings()``, if there is one. None: logits at all positions.
+
+            Where a model of Hugging Face scales or soft-caps the output of its head, or adds a
+            bias, by what its configuration says, this is done at the masked rows, too. If a net
+            does anything else with it (hooks, a LoRA adapter), or the layer is not a plain
+            ``nn.Linear``, logits are computed at all positions.
+        bidirectional: call decoders of Hugging Face so that attention looks both ways. (Where a
+            mask of pairs is passed, as in block diffusion, that counts.)
+        shift_logits: the net predicts a token at the position before it, as decoders do and Dream
+            (arXiv:2508.15487) still does. The first is predicted at its own. In packed documents,
+            the first of each, if the net takes ``position_ids``.
 
     There is no ``emb_dim``, so ``self_cond`` and ``self_token_critic`` are not supported.
 
     Raises:
-        ValueError: ``head`` is not a submodule of ``net``, or a size is below 1.
+        TypeError: ``num_tokens`` or ``max_seq_len`` is missing, and the net does not say it.
+        ValueError: ``head`` is not a submodule of ``net``, a size is below 1, or ``net`` is a
+            decoder that cannot look both ways.
 
-    >>> bert = BertForMaskedLM(config)
-    >>> head = bert.get_output_embeddings()
-    >>> net = NetAdapter(bert, num_tokens=config.vocab_size, max_seq_len=128, head=head)
+    >>> net = NetAdapter(BertForMaskedLM(config))
     >>> model = NonAutoregressiveWrapper(net, mask_id=tokenizer.mask_token_id)
     """
 
     def __init__(
-        self, net: nn.Module, *, num_tokens: int, max_seq_len: int, head: nn.Module | None = None
+        self,
+        net: nn.Module,
+        *,
+        num_tokens: int | None = None,
+        max_seq_len: int | None = None,
+        head: nn.Module | Literal["auto"] | None = "auto",
+        bidirectional: bool = True,
+        shift_logits: bool = False,
     ) -> None:
         super().__init__()
-        names = [name for name, module in net.named_modules() if module is head]
-        if head is not None and not names:
+        is_found = head == "auto"
+        module = hugging_face.output_embeddings(net) if isinstance(head, str) else head
+        names = [name for name, part in net.named_modules() if part is module]
+        if module is not None and not names and not is_found:
             raise ValueError(
-                f"head is a {type(head).__name__} that is no submodule of {type(net).__name__}: "
+                f"head is a {type(module).__name__} that is no submodule of {type(net).__name__}: "
                 "pass the module of the net whose output is the logits"
             )
         self.net = net
-        self.num_tokens = as_int("num_tokens", num_tokens)
-        self.max_seq_len = as_int("max_seq_len", max_seq_len)
-        for name in ("num_tokens", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        self.num_tokens = _size(net, "num_tokens", num_tokens, hugging_face.embedding_rows)
+        self.max_seq_len = _size(net, "max_seq_len", max_seq_len, hugging_face.max_length)
         self._head_name = names[0] if names else None
-        # By the names of the keyword arguments.
-        self._head_is_last: dict[frozenset[str], bool] = {}
+        # By the names of the keyword arguments; None where it is none that is known.
+        self._forms: dict[frozenset[str], LogitForm | None] = {}
+        self.shift_logits = shift_logits
+        self._unmasking: hugging_face.Unmasking | None = None
+        if bidirectional and hugging_face.is_hugging_face(net) and hugging_face.is_decoder(net):
+            self._unmasking = hugging_face.Unmasking(net)
+
+    @property
+    def looks_both_ways(self) -> bool:
+        """Whether it makes a decoder look both ways."""
+        return self._unmasking is not None
 
     @property
     def output_head(self) -> nn.Module | None:
@@ -160,7 +133,8 @@ class NetAdapter(nn.Module):
             if module is None or not is_plain(module):
                 return None
             module = module._modules.get(name)
-        return module if module is not None and is_plain_linear(module) else None
+        is_embedding = type(module) is nn.Embedding and is_plain_tensor(module.weight)
+        return module if module is not None and (is_embedding or is_plain_linear(module)) else None
 
     def forward(self, ids: Tensor, *, return_embeddings: bool = False, **kwargs: Any) -> Tensor:
         """Logits ``[B, L, V]``, or with ``return_embeddings`` the input of the head ``[B, L, D]``.
@@ -169,29 +143,108 @@ class NetAdapter(nn.Module):
             HeadMismatchError: there is no head, or its output is not what the net returns. (A net
                 that operates on the logits may raise another error.)
         """
-        if not return_embeddings:
-            return self._logits(self.net(ids, **kwargs))
-        head = self.output_head
-        if not isinstance(head, nn.Linear):
-            raise HeadMismatchError("return_embeddings needs a NetAdapter with a plain linear head")
-        head_input = _CaptureHeadInput(head)
-        with head_input:
-            logits = self._logits(self.net(ids, **kwargs))
-        if not head_input.is_output(logits):
-            raise HeadMismatchError(
-                f"{type(self.net).__name__} does not return the output of its head"
+        if return_embeddings:
+            form = self._forms.get(frozenset(kwargs)) or UNMODIFIED
+            return self.hidden_states(ids, form, kwargs)
+        out = self._call(ids, kwargs)
+        hidden = _last_hidden_state(out)
+        if hidden is None:
+            return self._shifted(self._logits(out), kwargs)
+        head: Any = self.output_head
+        if head is None:
+            raise TypeError(
+                f"{type(self.net).__name__} returned hidden states, and its head is unknown or not "
+                "plain: pass a net that returns logits, or head, the linear layer that makes them"
             )
-        assert head_input.hidden is not None
-        return head_input.hidden
+        hidden = self._shifted(hidden, kwargs)
+        return nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
+
+    def hidden_states(self, ids: Tensor, form: LogitForm, kwargs: dict[str, Any]) -> Tensor:
+        """The input of the head ``[B, L, D]``, of a net whose logits have this form.
+
+        Raises:
+            HeadMismatchError: as of :meth:`forward`.
+        """
+        head_input = CaptureHeadInput(self._head(), is_unmodified=form.is_unmodified)
+        with head_input:
+            out = self._call(ids, kwargs)
+            hidden = _last_hidden_state(out)
+        if hidden is None:
+            if not head_input.is_output(self._logits(out)):
+                raise HeadMismatchError(
+                    f"{type(self.net).__name__} does not return the output of its head"
+                )
+            hidden = head_input.hidden
+        assert hidden is not None
+        return self._shifted(hidden, kwargs)
+
+    def find_logit_form(self, ids: Tensor, kwargs: dict[str, Any]) -> LogitForm:
+        """What the net does with the output of its head, on one sequence ``[1, L]``.
+
+        Raises:
+            HeadMismatchError: none of what it may do by its configuration.
+        """
+        if not hugging_face.is_hugging_face(self.net):
+            return UNMODIFIED  # which each call verifies
+        head = self._head()
+        name = hugging_face.added_bias(self.net, head)
+        bias = None if name is None else self.net.get_parameter(name)
+        head_input = CaptureHeadInput(head, is_unmodified=False, probes=True, bias=bias)
+        with head_input:
+            out = self._call(ids, kwargs)
+        if _last_hidden_state(out) is not None:
+            return UNMODIFIED
+        logits, given = self._logits(out), head_input.given
+        if given is None:
+            return UNMODIFIED
+        probed = probe(given.shape[-1], given)
+        if logits is given and torch.equal(logits, probed):
+            return UNMODIFIED
+        if not head_input.adds_bias:
+            name = bias = None
+        forms = hugging_face.logit_forms(self.net, name)
+        form = find_form(forms, logits, probed, bias) if head_input.is_output(logits) else None
+        if form is None:
+            raise HeadMismatchError(
+                f"{type(self.net).__name__} does something else with the output of its head than "
+                "its configuration says"
+            )
+        return form
+
+    def _head(self) -> nn.Module:
+        head = self.output_head
+        if head is None:
+            raise HeadMismatchError("return_embeddings needs a NetAdapter with a plain linear head")
+        return head
+
+    def _call(self, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        if self._unmasking is not None:
+            kwargs = kwargs | self._unmasking.arguments(ids, kwargs)
+        return self.net(ids, **kwargs)
+
+    def _shifted(self, of_positions: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Logits or hidden states ``[B, L, ...]``, of the position before each."""
+        if not self.shift_logits:
+            return of_positions
+        shifted = torch.cat([of_positions[:, :1], of_positions[:, :-1]], 1)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            return shifted
+        return torch.where((positions == 0)[..., None], of_positions, shifted)
 
     def head_is_last(self, names: Iterable[str]) -> bool | None:
-        """Whether the net returns the output of its head when called with keywords of these names;
-        None if not verified yet."""
-        return self._head_is_last.get(frozenset(names))
+        """Whether the net returns the output of its head, in a form that is known, when called with
+        keywords of these names; None if not verified yet."""
+        names = frozenset(names)
+        return self._forms[names] is not None if names in self._forms else None
 
-    def set_head_is_last(self, names: Iterable[str], *, is_last: bool) -> None:
-        """Sets the result of :meth:`head_is_last`."""
-        self._head_is_last[frozenset(names)] = is_last
+    def logit_form(self, names: Iterable[str]) -> LogitForm:
+        """That form, once verified."""
+        return self._forms.get(frozenset(names)) or UNMODIFIED
+
+    def set_logit_form(self, names: Iterable[str], form: LogitForm | None) -> None:
+        """Sets the result of :meth:`logit_form`; None: it is none that is known."""
+        self._forms[frozenset(names)] = form
 
     def _logits(self, out: Any) -> Tensor:
         if isinstance(out, Tensor):
@@ -205,6 +258,27 @@ class NetAdapter(nn.Module):
                 "tensor of logits, an object with .logits, or a tuple that begins with them"
             )
         return logits
+
+
+def _size(net: nn.Module, name: str, value: int | None, find: Callable[[nn.Module], Any]) -> int:
+    found = find(net) if value is None else value
+    if found is None:
+        means = "rows of its embedding" if name == "num_tokens" else "length of your sequences"
+        raise TypeError(
+            f"{type(net).__name__} does not say its {name}: wrap it as NetAdapter(net, "
+            f"{name}=<{means}>)"
+        )
+    size = as_int(name, found)
+    if size < 1:
+        raise ValueError(f"{name} is {size}: it must be at least 1")
+    return size
+
+
+def _last_hidden_state(out: Any) -> Tensor | None:
+    """Of what a net without a head of its own returned."""
+    if isinstance(out, Tensor) or getattr(out, "logits", None) is not None:
+        return None
+    return getattr(out, "last_hidden_state", None)
 
 
 _MISSING = object()
@@ -281,11 +355,23 @@ def is_transformer_wrapper(net: nn.Module) -> bool:
 
 def causal_module(net: nn.Module) -> nn.Module | None:
     """The first submodule that declares causal attention, by ``is_causal`` (transformers) or
-    ``causal`` (x-transformers); None if none does."""
+    ``causal`` (x-transformers); None if none does, or it is made to look both ways."""
+    inner = unwrap(net)
+    if isinstance(inner, NetAdapter) and inner.looks_both_ways:
+        return None
     for module in net.modules():
         if any(getattr(module, name, None) is True for name in ("is_causal", "causal")):
             return module
     return None
+
+
+def refuse_shifted(net: nn.Module, what: str) -> None:
+    """Raises ValueError if a net has ``shift_logits``, with which ``what`` does not go."""
+    if getattr(unwrap(net), "shift_logits", False):
+        raise ValueError(
+            f"the NetAdapter has shift_logits, with which {what} does not go: a block would be "
+            "predicted from the positions of the one before; leave one of them out"
+        )
 
 
 def batch_independent(net: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.nets.adapter import innermost, is_transformer_wrapper, unwrap
+from nar_kernels.nets.adapter import innermost, is_transformer_wrapper, refuse_shifted, unwrap
 from nar_kernels.nets.block_attention import block_mask, dense_block_mask
 from nar_kernels.nets.keywords import declared_names
 from nar_kernels.nets.mask_form import DENSE, FLEX, taken_mask
@@ -282,6 +282,7 @@ def keep_nothing_yet(net: nn.Module) -> Kept:
     """The keys and values of a net, of which there are none.
 
     Raises:
-        ValueError: the net takes neither a cache nor a mask.
+        ValueError: the net takes neither a cache nor a mask, or has ``shift_logits``.
     """
+    refuse_shifted(net, "decoding block by block with a cache")
     return _kind(net)(net)

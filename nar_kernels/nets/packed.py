@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.nets.adapter import innermost
+from nar_kernels.nets.adapter import innermost, refuse_shifted
 from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
 from nar_kernels.nets.block_attention import block_mask, dense_block_mask
 from nar_kernels.nets.keywords import declared_names
@@ -99,6 +99,7 @@ def block_keywords(
         ValueError: the net declares none for a mask of all pairs or of tiles, and none is given; or
             it takes no positions.
     """
+    refuse_shifted(net, "block diffusion")
     rows, length = rows_of(batch)
     block_length = min(block_length, length)
     where: dict[str, Any] = {"device": batch.input_ids.device}

@@ -10,15 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.nets.adapter import (
-    HeadMismatchError,
-    NetAdapter,
-    is_compiled,
-    net_attribute,
-    plain_core,
-)
+from nar_kernels.nets.adapter import NetAdapter, is_compiled, net_attribute, plain_core
+from nar_kernels.nets.capture import HeadMismatchError
+from nar_kernels.nets.logit_form import UNMODIFIED, LogitForm
 from nar_kernels.nets.modes import eval_mode, no_grad
-from nar_kernels.nets.split import Head, LinearHead, split_net
+from nar_kernels.nets.split import Head, LinearHead, adapted_head, split_net
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.ops.linear import TRAINING_LIMITS, LogitsMemory, chunk_size, inferred_logits
 from nar_kernels.ops.masked_nll import (
@@ -184,11 +180,14 @@ class TrunkAndHead:
         if self._can_split(kwargs):
             assert self._split is not None
             try:
-                if self._adapter is not None and self._adapter.head_is_last(kwargs) is None:
-                    _verify_head(self._adapter, ids, kwargs)
-                    self._adapter.set_head_is_last(kwargs, is_last=True)
+                head = self._split.head
+                if self._adapter is not None:
+                    if self._adapter.head_is_last(kwargs) is None:
+                        form = _verified_form(self._adapter, ids, kwargs)
+                        self._adapter.set_logit_form(kwargs, form)
+                    head = adapted_head(self._adapter, self._adapter.logit_form(kwargs))
                 hidden = self._split.hidden(ids, **kwargs)
-                return Prediction(hidden, self._split.head, hidden, self._is_log_prob)
+                return Prediction(hidden, head, hidden, self._is_log_prob)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -211,15 +210,15 @@ class TrunkAndHead:
         return self._adapter is None or self._adapter.head_is_last(kwargs) is not False
 
 
-def _verify_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> None:
-    """Verifies numerically, on one sequence or a packed batch, that the net's logits are the head
-    applied to its hidden states: changes to their values may be invisible from outside.
+def _verified_form(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> LogitForm:
+    """How the net's logits follow from its hidden states; verified numerically, on one sequence or
+    a packed batch: changes to their values may be invisible from outside.
 
     Raises:
-        HeadMismatchError: they are not.
+        HeadMismatchError: in no way that is known.
     """
-    if any(map(is_compiled, adapter.modules())):
-        return  # which would recompile for another batch size
+    if any(map(is_compiled, adapter.net.modules())):
+        return UNMODIFIED  # it would recompile for another batch size
     some, given = ids[:1], kwargs
     if _OF_DOCUMENTS & kwargs.keys():  # which describe the whole batch
         some = ids
@@ -230,20 +229,26 @@ def _verify_head(adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> No
             else value
             for name, value in kwargs.items()
         }
-    head: Any = adapter.output_head
     with eval_mode(adapter, adapter), no_grad():
+        form = adapter.find_logit_form(some, given)
         logits = adapter.forward(some, **given)
-        hidden = adapter.forward(some, return_embeddings=True, **given)
-        expected = nn.functional.linear(hidden, head.weight, head.bias)
-    scale = expected.abs().amax().item() if expected.numel() else 0.0
+        hidden = adapter.hidden_states(some, form, given)
+        head = adapted_head(adapter, form)
+        expected = (
+            nn.functional.linear(hidden * head.scale, head.weight, head.bias)
+            if isinstance(head, LinearHead)
+            else head(hidden)
+        )
+    largest = expected.abs().amax().item() if expected.numel() else 0.0
     if logits.shape != expected.shape or not torch.allclose(
-        logits.float(), expected.float(), rtol=0, atol=0.02 * scale, equal_nan=True
+        logits.float(), expected.float(), rtol=0, atol=0.02 * largest, equal_nan=True
     ):
-        raise HeadMismatchError("its logits are not those of its head")
+        raise HeadMismatchError(f"its logits are not those of its head, {form}")
+    return form
 
 
 def _disable_head(adapter: NetAdapter, kwargs: dict[str, Any], reason: Exception) -> None:
-    adapter.set_head_is_last(kwargs, is_last=False)
+    adapter.set_logit_form(kwargs, None)
     why = str(reason).partition("\n")[0]
     warnings.warn(
         "NetAdapter(head=...): called like this, the net does more than return the output of its "

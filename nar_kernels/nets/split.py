@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.nets.adapter import is_transformer_wrapper, plain_core
+from nar_kernels.nets.adapter import NetAdapter, is_transformer_wrapper, plain_core
+from nar_kernels.nets.logit_form import UNMODIFIED, CappedHead, LogitForm
 from nar_kernels.nets.plain import is_plain, is_plain_linear, is_plain_tensor, is_pointwise
 
 
@@ -43,6 +44,8 @@ def split_net(net: nn.Module) -> SplitNet | None:
         if core is net and (split := _split_custom_softmax(core)) is not None:
             return split
         head = _transformer_wrapper_head(core)
+    elif type(core) is NetAdapter:
+        head = None if core.output_head is None else adapted_head(core, UNMODIFIED)
     elif (module := getattr(core, "output_head", None)) is not None:
         head = _declared_head(module) if _forward_matches_output_head(type(core)) else None
     if head is None:
@@ -52,6 +55,20 @@ def split_net(net: nn.Module) -> SplitNet | None:
         return net(ids, return_embeddings=True, **kwargs)
 
     return SplitNet(hidden, head)
+
+
+def adapted_head(adapter: NetAdapter, form: LogitForm) -> Head:
+    """The head of an adapter that has one, whose logits have this form."""
+    module: Any = adapter.output_head
+    bias = getattr(module, "bias", None)
+    if form.bias is not None:
+        added = adapter.net.get_parameter(form.bias)
+        bias = added if bias is None else bias + added
+    if bias is not None and form.scale != 1:
+        bias = bias * form.scale
+    if form.cap is not None:
+        return CappedHead(module.weight, bias, form)
+    return LinearHead(module.weight, bias, form.scale)
 
 
 def _forward_matches_output_head(kind: type) -> bool:

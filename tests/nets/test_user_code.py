@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from x_transformers import TransformerWrapper
 
-from nar_kernels import MaskingConfig, NonAutoregressiveWrapper
+from nar_kernels import MaskingConfig, NetAdapter, NonAutoregressiveWrapper
 from nar_kernels.nets.split import split_net
 from tests.helpers.nets_of_users import (
     BATCH,
@@ -23,7 +23,6 @@ from tests.helpers.nets_of_users import (
     Halved,
     Lora,
     Net,
-    adapted,
     rule_out,
     transformer,
     whole_loss,
@@ -216,7 +215,7 @@ def test_a_causal_net_is_remarked_upon():
 
     config = LlamaConfig(**tiny_sizes(NUM_TOKENS, LENGTH))
     llama = LlamaForCausalLM(config)
-    net = adapted(llama, llama.lm_head)
+    net = NetAdapter(llama, bidirectional=False)
     with pytest.warns(UserWarning, match="holds a LlamaAttention that is causal"):
         NonAutoregressiveWrapper(net, mask_id=MASK_ID)
     layers = Decoder(dim=16, depth=1, heads=2, verbose=False)

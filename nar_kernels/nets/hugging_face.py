@@ -1,0 +1,228 @@
+"""What :class:`nar_kernels.NetAdapter` knows of the models of Hugging Face, by the names of their
+methods and attributes: transformers is not imported.
+
+Shapes: B batch, L sequence length.
+"""
+
+import inspect
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nar_kernels.nets.logit_form import LogitForm
+from nar_kernels.nets.plain import is_plain_tensor
+
+# Names that configurations give to these.
+_LENGTHS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length")
+_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# Kinds of attention that add a dense mask to scores.
+_ADDING = ("eager", "flex_attention")
+
+
+def is_hugging_face(net: nn.Module) -> bool:
+    """Whether a net has a configuration and embeddings, as models of transformers do, those of
+    ``trust_remote_code`` and in adapters of peft included."""
+    return hasattr(net, "config") and callable(getattr(net, "get_output_embeddings", None))
+
+
+def embedding_rows(net: nn.Module) -> int | None:
+    """Rows of the input embeddings, which are more than ``config.vocab_size`` says after a resize;
+    None if unknown."""
+    weight = getattr(_embeddings(net, "get_input_embeddings"), "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def max_length(net: nn.Module) -> int | None:
+    """How many positions the net has, by its configuration; None if that does not say."""
+    config = getattr(net, "config", None)
+    lengths = (getattr(config, name, None) for name in _LENGTHS)
+    length = next((n for n in lengths if isinstance(n, int) and n > 0), None)
+    if length is None:
+        return None
+    for module in net.modules():
+        positions = getattr(module, "position_embeddings", None)
+        padding = getattr(positions, "padding_idx", None)
+        if isinstance(positions, nn.Embedding) and padding is not None:
+            return length - padding - 1  # RoBERTa's count from behind its padding
+    return length
+
+
+def output_embeddings(net: nn.Module) -> nn.Module | None:
+    """The head, or the embedding that is one, if the net says so."""
+    return _embeddings(net, "get_output_embeddings")
+
+
+def _embeddings(net: nn.Module, method: str) -> nn.Module | None:
+    try:
+        found = getattr(net, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def added_bias(net: nn.Module, head: nn.Module) -> str | None:
+    """Name of a parameter ``[V]`` beside the head that may be added to its output, as of ESM."""
+    for name, module in net.named_modules():
+        bias = module._parameters.get("bias")
+        is_beside = any(child is head for child in module.children())
+        if is_beside and is_plain_tensor(bias) and bias is not getattr(head, "bias", None):
+            return f"{name}.bias" if name else "bias"
+    return None
+
+
+def logit_forms(net: Any, bias: str | None) -> Iterator[LogitForm]:
+    """How logits may follow from the head, by the configuration: which one it is depends on the
+    model, and is seen when it is called.
+
+    Args:
+        bias: of :func:`added_bias`, if it is used.
+    """
+    scales, caps = [1.0], [None]
+    for config in (net.config, getattr(net.config, "text_config", None)):
+        for factor in _numbers(config, _FACTORS):
+            scales += [factor, 1 / factor]  # Granite divides by what HyperCLOVA X multiplies with
+        if getattr(config, "scale_logits", False):  # LLaDA
+            scales += [width**-0.5 for width in _numbers(config, ("d_model",))]
+        caps += _numbers(config, _CAPS)
+    for scale, cap in product(scales, caps):
+        yield LogitForm(is_unmodified=False, scale=scale, cap=cap, bias=bias)
+
+
+def _numbers(config: object, names: tuple[str, ...]) -> list[Any]:
+    values = (getattr(config, name, None) for name in names)
+    return [float(value) for value in values if isinstance(value, int | float) and value > 0]
+
+
+class Unmasking:
+    """How to call a decoder so that its attention looks both ways, while its modules and its
+    configuration stay as they are.
+
+    transformers 5 has an argument for that, ``is_causal=False``, which most decoders pass on to all
+    that needs it. Others get a mask of all pairs, ``[B, 1, L, L]``, in place of their own. Which
+    way works is tried out, on a few tokens.
+
+    Raises:
+        ValueError: none does.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net, core = net, _base_model(net)
+        config: Any = getattr(core, "config", None)
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
+            kinds.add("sliding_attention")
+        parameters = inspect.signature(type(core).forward).parameters
+        self._has_cache = "use_cache" in parameters
+        self._by_argument = True
+        ways = []
+        if kinds <= {"full_attention", "sliding_attention"}:
+            if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+                ways.append(True)
+            # The mask takes the place of that of a window, too.
+            if "sliding_attention" not in kinds and "attention_mask" in parameters:
+                ways.append(False)
+        is_flash = "flash" in str(attention_of(net))  # which takes no such mask, and may need a GPU
+        if ways and (is_flash or any(p.is_meta for p in net.parameters())):
+            self._by_argument = ways[0 if is_flash else -1]
+            return
+        cause: Exception | None = None
+        for self._by_argument in ways:
+            try:
+                if self._looks_both_ways():
+                    return
+            except Exception as error:  # a net may do anything with what it does not expect
+                cause = error
+        kind, layers = type(core).__name__, ", ".join(sorted(kinds)) or "kinds of its own"
+        raise ValueError(
+            f"{kind} cannot be made to look both ways, with layers of {layers}: full_attention "
+            "mostly can, sliding_attention with transformers 5. Use another net, or "
+            "bidirectional=False to have it called as it is"
+        ) from cause
+
+    @torch.no_grad()
+    def _looks_both_ways(self) -> bool:
+        """Whether what a token changes before it is not nothing, compared to what it does after,
+        with and without padding behind."""
+        rows = embedding_rows(self._net) or 0
+        if rows < 6:
+            return True  # too few to try it
+        device = next(self._net.parameters()).device
+        ids = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 0], [5, 2, 3, 0]], device=device)
+        padding = torch.tensor([[1, 1, 1, 0]], device=device).expand(3, 4)
+        training = [module for module in self._net.modules() if module.training]
+        self._net.eval()
+        try:
+            for given, last in (({}, 3), ({"attention_mask": padding}, 4)):
+                some = ids[:, :last]
+                out = self._net(some, **given | self.arguments(some, given))
+                names = ("logits", "last_hidden_state")
+                found = (getattr(out, name, None) for name in names)
+                values = next((v for v in found if v is not None), out)
+                values = (values if isinstance(values, Tensor) else values[0]).float()
+                before = (values[0, 0] - values[1, 0]).abs().max()
+                after = (values[0, 2] - values[2, 2]).abs().max()
+                if before < 1e-3 * after:
+                    return False
+            return True
+        finally:
+            for module in training:
+                module.training = True
+
+    def arguments(self, ids: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """What to pass beside, or in place of, the arguments that are given; none if these have a
+        mask of pairs or a cache.
+
+        Args:
+            ids: int64 ``[B, L]``.
+        """
+        mask = given.get("attention_mask")
+        is_padding = isinstance(mask, Tensor) and mask.dim() == 2
+        if "is_causal" in given or given.get("past_key_values") is not None:
+            return {}
+        if mask is not None and not is_padding:
+            return {}
+        more = {"use_cache": False} if self._has_cache and "use_cache" not in given else {}
+        if self._by_argument:
+            return {"is_causal": False, **more}
+        rows, length = ids.shape
+        attends = torch.ones((rows, length), dtype=torch.bool, device=ids.device)
+        if is_padding:
+            assert mask is not None
+            attends = mask.bool()
+        pairs = attends[:, None, None].expand(rows, 1, length, length)
+        return {"attention_mask": mask_for(self._net, pairs), **more}
+
+
+def is_decoder(net: nn.Module) -> bool:
+    """Whether attention looks back only, by what the modules say or how transformers calls them."""
+    kind = type(_base_model(net))
+    is_own = kind.__module__.startswith("transformers.")
+    is_called = kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    says = any(getattr(module, "is_causal", None) is True for module in net.modules())
+    return says or (is_own and is_called)
+
+
+def _base_model(net: Any) -> nn.Module:
+    """Without an adapter of peft."""
+    return net.get_base_model() if hasattr(net, "get_base_model") else net
+
+
+def mask_for(net: Any, mask: Tensor) -> Tensor:
+    """A dense mask as the attention of a net takes it: bool, or numbers to add."""
+    if attention_of(net) not in _ADDING:
+        return mask
+    kind = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    if torch.is_autocast_enabled(mask.device.type):
+        kind = torch.get_autocast_dtype(mask.device.type)
+    nothing = torch.zeros((), dtype=kind, device=mask.device)
+    return nothing.masked_fill(~mask, torch.finfo(kind).min)
+
+
+def attention_of(net: Any) -> str | None:
+    """Which kind of attention a net computes, such as ``"sdpa"``; None if it does not say."""
+    return getattr(getattr(net, "config", None), "_attn_implementation", None)
