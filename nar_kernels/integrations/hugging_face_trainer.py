@@ -77,11 +77,6 @@ class MaskedDiffusionTrainer(Trainer):
             if tokenizer is None:
                 raise ValueError("pass a processing_class (the tokenizer), or a data_collator")
             trainer["data_collator"] = MaskedDiffusionCollator(tokenizer, mask=False)
-        net = net or {
-            "num_tokens": model.config.vocab_size,
-            "max_seq_len": 16,
-            "head": model.get_output_embeddings(),
-        }
         adapter = NetAdapter(model, **(net or {}))
         self.masking = MaskingConfig(adapter.num_tokens, mask_id, **(masking or {}))
         if reduction is None:
