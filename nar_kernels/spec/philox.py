@@ -44,6 +44,7 @@ class Stream(IntEnum):
     ROW_ORDER = 11
     RANDOM_LENGTH = 12
     REMASK_COUNT = 13
+    CLASS_DROPOUT = 14
 
 
 # A view of a sample has streams of its own: the number of the view is above that of the stream.
