@@ -133,9 +133,9 @@ def _read(class_ids: ClassIds, batch: int, num_classes: int | None) -> Tensor:
     most = torch.iinfo(torch.int64).max if num_classes is None else num_classes
     outside = ids[(ids < 0) | (ids > most)]
     if len(outside):
-        are = (
-            "from 0 on" if num_classes is None else f"[0, {num_classes}), and that stands for none"
-        )
+        are = "from 0 on"
+        if num_classes is not None:
+            are = f"in [0, {num_classes}), and {num_classes} stands for none"
         raise ValueError(f"class_ids holds {outside[0].item()}: the classes of the net are {are}")
     return ids.to(torch.int64)
 

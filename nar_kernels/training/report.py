@@ -203,8 +203,8 @@ def _shown_classes(spec: SequenceSpec) -> Tensor:
 def draw_samples(
     config: TrainConfig, data: Data | PackedData, model: NonAutoregressiveWrapper
 ) -> Tensor:
-    """Samples for the report: ids ``[N, L]``; of images every state, ``[N, S + 1, L]``, with classes
-    several of each, together."""
+    """Samples for the report: ids ``[N, L]``; of images every state, ``[N, S + 1, L]``, of
+    classes several of each, together."""
     if data.spec.image_shape is not None:
         rows: dict[str, Any] = {"batch_size": _FILMSTRIP_ROWS}
         if _shows_classes(data.spec):
