@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Fewer steps than by default, to finish within minutes, installation included.
 demo: build
-	$(BIN)/nar-kernels train --data digits --steps 700 --out runs/demo --overwrite
+	$(BIN)/nar-kernels train --data digits --labels data --steps 700 --out runs/demo --overwrite
 
 # Before a commit: lint and all tests but those marked slow.
 # mypy needs one core for about as long as the CUDA extension takes.

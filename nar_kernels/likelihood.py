@@ -16,6 +16,7 @@ from nar_kernels.data.packing.document_range import DocumentRange
 from nar_kernels.data.packing.pack import pack
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.distributed import rank, sum_over_ranks, world_size
+from nar_kernels.nets.classes import batch_class_keywords
 from nar_kernels.nets.modes import eval_mode
 from nar_kernels.nets.packed import block_keywords, packed_keywords, predict_blocks
 from nar_kernels.nets.prediction import Prediction, TrunkAndHead
@@ -52,14 +53,18 @@ def evaluation_batch(
     draws: int,
     part: slice,
     block_length: int | None = None,
+    class_ids: Tensor | None = None,
 ) -> Corrupted:
     """A part of the samples: each window ``draws`` times in a row, times stratified over its draws.
 
     Masks depend only on the window's index in ``windows`` and the draw, and on the loss mask of
     the corpus.
+
+    Args:
+        class_ids: int64 ``[N]``, of each of ``windows``.
     """
     chosen = windows.repeat_interleave(draws)[part]
-    return corrupt(
+    batch = corrupt(
         dataset.windows(chosen),
         MaskingConfig(dataset.num_tokens, dataset.mask_id, block_length=block_length),
         seed=_EVALUATION_SEED,
@@ -67,6 +72,9 @@ def evaluation_batch(
         global_batch=draws,
         loss_mask=dataset.loss_mask(chosen),
     )
+    if class_ids is not None:
+        batch.class_ids = class_ids.repeat_interleave(draws)[part]
+    return batch
 
 
 @torch.no_grad()
@@ -78,6 +86,7 @@ def evaluate(
     draws: int,
     device: torch.device,
     block_length: int | None = None,
+    class_ids: Tensor | None = None,
 ) -> Evaluation:
     """The likelihood bound of ``net`` (ids ``[B, L]`` to logits ``[B, L, V]``) on some windows.
 
@@ -90,9 +99,11 @@ def evaluate(
         windows: int64 ``[N]``, indices into ``dataset``.
         draws: E, masks per window.
         block_length: of block diffusion: each block is predicted given the clean ones before it.
+        class_ids: int64 ``[N]``, the class of each window, of which the net is told: the bound is
+            then on the likelihood given the class.
     """
     draws = as_int("draws", draws)
-    batches = window_batches(dataset, windows, draws, block_length)
+    batches = window_batches(dataset, windows, draws, block_length, class_ids)
     nats, counts = _nats(net, batches, len(windows) * draws, device)
     return _evaluation(nats, counts, draws, dataset.corpus.name)
 
@@ -123,13 +134,17 @@ MakeBatch = Callable[[], tuple[Tensor, Corrupted]]
 
 
 def window_batches(
-    dataset: TokenDataset, windows: Tensor, draws: int, block_length: int | None
+    dataset: TokenDataset,
+    windows: Tensor,
+    draws: int,
+    block_length: int | None,
+    class_ids: Tensor | None = None,
 ) -> list[MakeBatch]:
     """Those of :func:`evaluate`."""
 
     def batch(part: slice) -> tuple[Tensor, Corrupted]:
         chosen = torch.arange(len(windows) * draws, device="cpu")[part]
-        return chosen, evaluation_batch(dataset, windows, draws, part, block_length)
+        return chosen, evaluation_batch(dataset, windows, draws, part, block_length, class_ids)
 
     return [partial(batch, part) for part in evaluation_parts(dataset, len(windows), draws)]
 
@@ -211,10 +226,12 @@ def _nats(
 
 def _predict(net: nn.Module, batch: Corrupted) -> Prediction:
     block_length = batch.masking.block_length
+    kwargs = batch_class_keywords(net, batch, {})
     if block_length is not None:
-        kwargs = block_keywords(net, batch, block_length, {})
+        kwargs |= block_keywords(net, batch, block_length, {})
         return predict_blocks(TrunkAndHead(net), batch, kwargs)
-    kwargs = {} if batch.documents is None else packed_keywords(net, batch, {})
+    if batch.documents is not None:
+        kwargs |= packed_keywords(net, batch, {})
     return TrunkAndHead(net)(batch.input_ids, kwargs)
 
 

@@ -44,6 +44,7 @@ def time_ranges(
     block_length: int | None = None,
     least_width: float = LEAST_WIDTH,
     grid: float = GRID,
+    class_ids: Tensor | None = None,
 ) -> list[TimeRange]:
     """Ranges of time, by the variance of the loss in them, least first.
 
@@ -58,6 +59,7 @@ def time_ranges(
         block_length: of block diffusion.
         least_width: in (0, 1], of a range.
         grid: in (0, 1], between the ends of ranges.
+        class_ids: int64 ``[N]``, of the windows, for a net that takes a class.
 
     Raises:
         ValueError: an argument is out of range, there are not enough draws for such a grid, or a
@@ -72,7 +74,7 @@ def time_ranges(
     else:
         if windows is None or len(windows) == 0:
             raise ValueError(f"windows is {windows}: it must say which windows of the dataset")
-        batches = window_batches(held_out, windows, draws, block_length)
+        batches = window_batches(held_out, windows, draws, block_length, class_ids)
     times, losses = [], []
     for make in batches:
         batch = make()[1].to(device)

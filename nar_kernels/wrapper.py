@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ from nar_kernels.checks import as_int, is_sequence
 from nar_kernels.data.staging import DeferredCheck
 from nar_kernels.losses import Losses
 from nar_kernels.nets.adapter import causal_module, net_attribute
+from nar_kernels.nets.classes import (
+    ClassIds,
+    batch_class_keywords,
+    guided_by_class,
+    needs_class,
+)
 from nar_kernels.nets.critic import SelfCritic
 from nar_kernels.nets.keywords import merge_net_kwargs
 from nar_kernels.nets.modes import ModeLocks, no_grad
@@ -176,6 +183,11 @@ class NonAutoregressiveWrapper(nn.Module):
         if self_token_critic and token_critic is not None:
             raise ValueError("pass either token_critic or self_token_critic, not both")
 
+        if self_token_critic and needs_class(net):
+            raise ValueError(
+                "self_token_critic calls the net without a class, and this net needs one: pass a "
+                "token_critic, or leave it out"
+            )
         self.net = net
         self.max_seq_len = as_int("max_seq_len", net_attribute(net, "max_seq_len"))
         self.dim = net_attribute(net, "emb_dim", None)
@@ -274,6 +286,7 @@ class NonAutoregressiveWrapper(nn.Module):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
+        class_ids: Tensor | None = None,
         static_shapes: bool = False,
         net_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -304,6 +317,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 masked, if the loss is the mean) positions.
             maskable, labels, loss_mask, prompt_lengths: which positions may be masked, such as
                 those of answers; for clean ids. As in :func:`nar_kernels.corrupt`.
+            class_ids: int64 ``[B]``, the class of each sequence, for clean ids and a net that takes
+                one: see :class:`~nar_kernels.TokenNet`. A corrupted batch has its own.
             static_shapes: of the loss, as in :func:`nar_kernels.masked_nll`.
             kwargs: for the net, if its ``forward`` declares them.
             net_kwargs: for the net, which takes them as ``**kwargs``.
@@ -327,6 +342,11 @@ class NonAutoregressiveWrapper(nn.Module):
             "prompt_lengths": prompt_lengths,
         }
         corrupted = self._corrupted(x, supervised, seed)
+        if class_ids is not None:
+            if corrupted.class_ids is not None:
+                raise ValueError("class_ids was given with a batch that has its own: leave it out")
+            corrupted = replace(corrupted, class_ids=class_ids)
+        kwargs |= batch_class_keywords(self.net, corrupted, kwargs)
         if corrupted.documents is not None:
             if self.token_critic is not None and not only_train_generator:
                 raise ValueError(
@@ -604,7 +624,9 @@ class NonAutoregressiveWrapper(nn.Module):
         )
         ids = states.last(progress=progress).ids
         is_one = batch_size is None and is_one_sequence(kwargs.get("prompt"))
-        is_one = is_one and not is_sequence(kwargs.get("length"))
+        is_one = is_one and not any(
+            is_sequence(kwargs.get(name)) for name in ("length", "class_ids")
+        )
         return ids[0] if is_one else ids
 
     def generate_steps(
@@ -636,6 +658,7 @@ class NonAutoregressiveWrapper(nn.Module):
         eos: EndPolicy = "allow",
         can_mask_prev_unmasked: bool | None = None,
         guidance_scale: float = 1.0,
+        class_ids: ClassIds | None = None,
         unconditional: dict[str, Any] | None = None,
         logits_processor: LogitsProcessor | None = None,
         net_kwargs: Mapping[str, Any] | None = None,
@@ -644,8 +667,8 @@ class NonAutoregressiveWrapper(nn.Module):
         """:meth:`sample` with the argument names and defaults of x-transformers.
 
         Args:
-            batch_size, seed, first_sequence, prompt, eos_id, unconditional, logits_processor,
-                net_kwargs, kwargs: as in :meth:`sample`.
+            batch_size, seed, first_sequence, prompt, eos_id, class_ids, unconditional,
+                logits_processor, net_kwargs, kwargs: as in :meth:`sample`.
             start_temperature: ``temperature`` of :class:`SamplingConfig`.
             filter_thres: fraction of the vocabulary, in [0, 1], that is never sampled: the least
                 probable. None: no filter.
@@ -692,6 +715,7 @@ class NonAutoregressiveWrapper(nn.Module):
             first_sequence=first_sequence,
             prompt=prompt,
             eos_id=eos_id,
+            class_ids=class_ids,
             unconditional=unconditional,
             logits_processor=logits_processor,
             net_kwargs=kwargs,
@@ -706,6 +730,7 @@ class NonAutoregressiveWrapper(nn.Module):
         first_sequence: int | None = None,
         prompt: Prompt | None = None,
         eos_id: int | Sequence[int] | None = None,
+        class_ids: ClassIds | None = None,
         unconditional: dict[str, Any] | None = None,
         logits_processor: LogitsProcessor | None = None,
         net_kwargs: Mapping[str, Any] | None = None,
@@ -734,6 +759,9 @@ class NonAutoregressiveWrapper(nn.Module):
             eos_id: an id that ends an answer, or several, as ``eos`` of the config allows. The
                 answer is what follows the last given id. In the last state all positions behind
                 the end have the (first) id; they are decoded no further than the others need.
+            class_ids: the class, or one for each sequence, of a net that takes one: see
+                :class:`~nar_kernels.TokenNet`. The number of classes C stands for none, also in the
+                unconditional call of guidance, which is then on the class alone. Default: none.
             unconditional: keyword arguments of the net's unconditional call for classifier-free
                 guidance, overriding ``kwargs``. Default: the prompt is masked for that call.
             logits_processor: called with logits ``[C, V]``, which it may keep or modify, and their
@@ -760,6 +788,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 "one before, which may be those of another block: leave cache out"
             )
         eos_ids = read_eos(eos_id, config, self.masking)
+        if batch_size is None and is_sequence(class_ids) and is_one_sequence(prompt):
+            batch_size = len(class_ids)  # type: ignore[arg-type]
         begin = read_prompt(
             prompt,
             batch_size,
@@ -769,6 +799,9 @@ class NonAutoregressiveWrapper(nn.Module):
             max_new_tokens=config.max_new_tokens,
         )
         is_given = (begin != self.mask_id) & (begin != NO_ID)
+        kwargs, unconditional = guided_by_class(
+            self.net, class_ids, len(begin), device, kwargs, unconditional
+        )
         block_calls = None
         if is_block_causal:
             block_calls = make_block_calls(

@@ -27,12 +27,12 @@ from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 HELP = "generate samples from a checkpoint"
 
-_NUM_SAMPLES = 16
+_NUM_SAMPLES, _NUM_OF_CLASS = 16, 8
 
 # From Python arguments, as error messages name them, to command-line options.
 NAMES = {f.name: option_of(f.name) for f in dataclasses.fields(SamplingConfig) if f.metadata} | {
     **{"seed": "--seed", "device": "--device", "filter_thres": "--filter-thres"},
-    **{"batch_size": "--num-samples", "eos_id": "--eos-id"},
+    **{"batch_size": "--num-samples", "eos_id": "--eos-id", "class_ids": "--class"},
 }
 
 
@@ -41,7 +41,19 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run, names=NAMES)
     parser.add_argument("--checkpoint", required=True, help="checkpoint, e.g. runs/demo/last.pt")
     parser.add_argument(
-        "--num-samples", type=int, help=f"(default: {_NUM_SAMPLES}, or one for each prompt)"
+        "--num-samples",
+        type=int,
+        help=f"(default: {_NUM_SAMPLES}, or {_NUM_OF_CLASS} of each of several classes, or one for "
+        "each prompt)",
+    )
+    parser.add_argument(
+        "--class",
+        dest="class_ids",
+        type=int,
+        nargs="+",
+        metavar="CLASS",
+        help="of a model that was trained with --labels: the class of the samples; of several, as "
+        "many samples each, in a picture a row (default: samples of any class)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     add_options(parser, SamplingConfig, exclude=("strategy",))
@@ -106,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if out is None:
         print(samples.text(ids, spec, padding=eos_ids), end="")
     else:
-        samples.write(out, ids, spec, padding=eos_ids)
+        samples.write(out, ids, spec, padding=eos_ids, num_rows=len(arguments.class_ids or ()))
         print(out)
     if kept is not None:
         title = f"{Path(arguments.checkpoint).parent.name}: {config.strategy}"
@@ -176,10 +188,11 @@ def _validate(
     if arguments.filter_thres is not None and config.top_k is not None:
         raise ValueError("--top-k and --filter-thres exclude each other: give one of them")
     top_k_from_filter_thres(arguments.filter_thres, num_tokens=1)  # raises if out of range
-    if config.guidance_scale != 1 and arguments.prompt is None and arguments.infill is None:
+    guides = arguments.prompt, arguments.infill, arguments.class_ids
+    if config.guidance_scale != 1 and all(guide is None for guide in guides):
         raise ValueError(
             f"--guidance-scale is {config.guidance_scale}, but there is nothing to be guided by: "
-            "give --prompt or --infill"
+            "give --class, --prompt or --infill"
         )
     _validate_files(arguments, out, html)
 
@@ -219,5 +232,36 @@ def _states(
     ids = None if prompt is None else prompts.from_text(prompt, spec, gaps=has_gaps)
     num_samples = arguments.num_samples
     if num_samples is None and (ids is None or ids.dim() == 1):
-        num_samples = _NUM_SAMPLES
-    return model.sample(config, num_samples, seed=arguments.seed, prompt=ids, eos_id=eos_ids)
+        several = len(arguments.class_ids or ())
+        num_samples = _NUM_OF_CLASS * several if several > 1 else _NUM_SAMPLES
+    class_ids = None
+    if arguments.class_ids is not None:
+        total = num_samples if ids is None or num_samples is not None else len(ids)
+        class_ids = _of_samples(arguments.class_ids, total, spec)
+    return model.sample(
+        config,
+        num_samples,
+        seed=arguments.seed,
+        prompt=ids,
+        eos_id=eos_ids,
+        class_ids=class_ids,
+    )
+
+
+def _of_samples(class_ids: list[int], num_samples: int, spec: SequenceSpec) -> list[int]:
+    """The class of each sample: as many of each, together."""
+    if spec.num_classes is None:
+        raise ValueError(
+            "--class is given, but the model takes no class: leave it out, or train one with "
+            "--labels"
+        )
+    for class_id in class_ids:
+        if not 0 <= class_id < spec.num_classes:
+            raise ValueError(f"--class is {class_id}: it must be in [0, {spec.num_classes})")
+    each, rest = divmod(num_samples, len(class_ids))
+    if rest:
+        raise ValueError(
+            f"there are {num_samples} samples or prompts, and {len(class_ids)} classes of "
+            "--class: give as many of each class"
+        )
+    return [class_id for class_id in class_ids for _ in range(each)]

@@ -74,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> None:
         block_length=config.block_length,
         least_width=arguments.least_width,
         grid=arguments.grid,
+        class_ids=None if isinstance(data, PackedData) else data.held_out_classes,
     )
     if arguments.json:
         print(json.dumps({"ranges": [time_range._asdict() for time_range in found]}))

@@ -4,15 +4,17 @@ Shapes: B batch, L sequence length (``seq_len``), N windows of the dataset.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nar_kernels import distributed
 from nar_kernels.checks import as_int, check_device, check_seed
+from nar_kernels.data.classes import Classes, state_of
 from nar_kernels.data.loader_state import VERSION, check_continues, masking_state
 from nar_kernels.data.placement import PlacedCorpus
 from nar_kernels.data.random_lengths import check_probability, random_lengths
@@ -111,6 +113,12 @@ class MaskedLoader:
             slots (LLaDA, before fine-tuning: 0.01). A batch then has ``documents``, and
             ``attention_mask`` says what is padding.
         views: as in :func:`nar_kernels.corrupt`: how many masks of each of the B sequences.
+        classes: integers ``[N]``, the class of each window, for nets that take one. Batches then
+            have ``class_ids``. Of one dataset, without ``shift_epochs``; and ``batch`` takes no
+            step as a tensor then.
+        num_classes: C. Default: one more than the greatest of ``classes``.
+        class_dropout_prob: the share of samples whose class is C instead, which stands for none,
+            for classifier-free guidance (arXiv:2207.12598); by their slots.
         backend: as in :func:`nar_kernels.corrupt`.
         corpus_memory: where a CUDA device reads the corpus: ``"auto"`` or one of the above.
         outputs, ids_dtype: as in :func:`nar_kernels.corrupt`.
@@ -140,6 +148,9 @@ class MaskedLoader:
         shift_epochs: bool = False,
         random_length_prob: float = 0.0,
         views: ViewsLike = 1,
+        classes: Tensor | np.ndarray | Sequence[int] | None = None,
+        num_classes: int | None = None,
+        class_dropout_prob: float = 0.1,
         backend: str = "auto",
         corpus_memory: CorpusMemory | Literal["auto"] = "auto",
         outputs: Collection[Output] = OUTPUTS,
@@ -173,8 +184,27 @@ class MaskedLoader:
         self.step = 0
         self.random_length_prob = check_probability("random_length_prob", random_length_prob)
         self._order = order_of(dataset, self.seed, self.shuffle, bool(shift_epochs))
+        self._classes: Classes | None = None
+        if classes is not None:
+            self._check_has_classes(bool(shift_epochs))
+            self._classes = Classes(
+                classes, num_classes, class_dropout_prob, num_windows=len(dataset)
+            )
+        elif num_classes is not None:
+            raise ValueError(f"num_classes is {num_classes}, but there are no classes: give them")
         self._deferred_check = DeferredCheck()
         self._place_corpus(corpus_memory)
+
+    def _check_has_classes(self, shift_epochs: bool) -> None:
+        if isinstance(self.dataset, Mixture):
+            raise ValueError(
+                "classes are of the windows of one dataset, and this is a mixture: make one corpus "
+                "of them, or leave classes out"
+            )
+        if shift_epochs:
+            raise ValueError(
+                "shift_epochs moves the windows that classes belong to: leave one of them out"
+            )
 
     def _place_corpus(self, memory: CorpusMemory | Literal["auto"]) -> None:
         corpus, device = self.dataset.corpus, self._compute_device
@@ -285,6 +315,10 @@ class MaskedLoader:
             in_kernel = self._order.in_kernel is not None
             is_cut = self.random_length_prob > 0
             on_cpu = self._compute_device.type == "cpu"
+            if self._classes is not None:
+                raise ValueError(
+                    "step is a tensor, but classes are looked up on the host: pass an int"
+                )
             if on_cpu or self._stager is not None or not in_kernel or is_cut:
                 raise ValueError(
                     "step is a tensor: only with a CUDA device and corpus_memory 'device' or "
@@ -310,12 +344,23 @@ class MaskedLoader:
             if self._step is None:
                 self._step = self._make_step()
             corrupted = self._step(step, starts=starts, windows=windows, maskable=maskable)
+        if self._classes is not None:
+            assert isinstance(step, int)
+            corrupted.class_ids = self._class_ids(step)
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))
             else:
                 self._check(step, corrupted.invalid)
         return corrupted if self._compute_device == self.device else corrupted.to(self.device)
+
+    def _class_ids(self, step: int) -> Tensor:
+        """int64 ``[B]``, in each view the same."""
+        assert self._classes is not None
+        slots = self.sample_ids(step)
+        of_samples = self._classes.of(self._order.indices(slots), slots, self.seed)
+        of_views = of_samples.repeat(self._views.num)
+        return of_views.to(self._compute_device, non_blocking=True)
 
     def _corrupt_cut(
         self, step: int, starts: Tensor | None, windows: Tensor | None, maskable: Tensor | None
@@ -409,6 +454,7 @@ class MaskedLoader:
             "random_length_prob": self.random_length_prob,
             **self._order.state(),
             "views": self._views.state(),
+            **state_of(self._classes),
             **masking_state(self.masking),
         }
 

@@ -6,11 +6,12 @@ from typing import Any
 from nar_kernels.ops.masking import MaskingConfig
 
 # 1 said nothing of the masking at first, nor of what 2 adds, and so on.
-VERSION = 5
+VERSION = 6
 _NEW_IN_2 = {"shift_epochs": False, "table_digest": None}
 _NEW_IN_3 = {"time_range": [0.0, 1.0], "weighting": "elbo"}
 _NEW_IN_4 = {"loss_mask_digest": None, "random_length_prob": 0.0}  # a loss mask was not used
 _NEW_IN_5 = {"block_length": None, "views": None}
+_NEW_IN_6 = {"classes_digest": None, "num_classes": None, "class_dropout_prob": None}
 
 _HOW = "make the loader with the arguments it had when the state was taken"
 
@@ -72,6 +73,8 @@ def check_continues(
         of_sources = _NEW_IN_4
     if version < 5:
         old |= _NEW_IN_5
+    if version < 6:
+        old |= _NEW_IN_6
     _compare("", ours, theirs, old, corpora, repr(masking.schedule))
     for i, (one, two) in enumerate(
         zip(ours.get("sources", ()), theirs.get("sources", ()), strict=True)

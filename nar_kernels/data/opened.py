@@ -4,6 +4,8 @@ Built-in data sets need no download.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats.detect import SUFFIXES, exists, holds_ids
+from nar_kernels.data.formats.prepared import has_labels, labels_of
 from nar_kernels.data.sequence_spec import Render
 from nar_kernels.extras import import_extra
 
@@ -31,6 +34,7 @@ class Opened(NamedTuple):
         fixed: the options that it determines, of ``num_tokens``, ``seq_len`` and ``stride``.
         num_held_out: default for that option.
         own_mask_id, tokenizer, image_shape: as of ``SequenceSpec``.
+        labels: reads integers ``[N]``, the class of each image, if it holds them.
     """
 
     corpus: Corpus
@@ -40,6 +44,7 @@ class Opened(NamedTuple):
     image_shape: tuple[int, int] | None = None
     own_mask_id: int | None = None
     tokenizer: str | None = None
+    labels: Callable[[], np.ndarray] | None = None
 
 
 def open_source(
@@ -96,11 +101,13 @@ def opened_corpus(corpus: Corpus) -> Opened:
         image_shape=manifest.image_shape,
         own_mask_id=own_mask_id,
         tokenizer=tokenizer,
+        labels=partial(labels_of, corpus.manifests) if has_labels(corpus.manifests) else None,
     )
 
 
 def _open_digits() -> Opened:
-    images = import_extra("sklearn.datasets").load_digits().images.astype(np.uint8)
+    digits = import_extra("sklearn.datasets").load_digits()
+    images = digits.images.astype(np.uint8)
     assert images.shape[1:] == _DIGITS_SHAPE
     size = _DIGITS_SHAPE[0] * _DIGITS_SHAPE[1]
     return Opened(
@@ -109,6 +116,7 @@ def _open_digits() -> Opened:
         {"num_tokens": _DIGITS_LEVELS + 1, "seq_len": size, "stride": size},
         num_held_out=_DIGITS_HELD_OUT,
         image_shape=_DIGITS_SHAPE,
+        labels=lambda: digits.target,
     )
 
 

@@ -16,6 +16,7 @@ class SequenceSpec(NamedTuple):
         image_shape: (height, width) of an image, whose ids rise from background to ink; else None.
         own_mask_id: the mask token, if that is not the last id.
         tokenizer: of text, as :func:`~nar_kernels.data.tokenizer.tokenizer_from_json` takes it.
+        num_classes: C, if each sequence has a class in [0, C); else None.
     """
 
     num_tokens: int
@@ -24,6 +25,7 @@ class SequenceSpec(NamedTuple):
     image_shape: tuple[int, int] | None
     own_mask_id: int | None = None
     tokenizer: str | None = None
+    num_classes: int | None = None
 
     @property
     def mask_id(self) -> int:

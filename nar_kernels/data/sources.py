@@ -17,6 +17,7 @@ from nar_kernels.checks import as_int
 from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats.prepared import has_answers, is_prepared_text
 from nar_kernels.data.inspect.scan import known_scan, scan
+from nar_kernels.data.labels import read_labels
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
 from nar_kernels.data.opened import Opened, open_source
 from nar_kernels.data.packing.document_range import DocumentRange
@@ -42,6 +43,8 @@ class Data(NamedTuple):
         train: the training windows; they may overlap each other. Of several sources, a mixture.
         held_out: windows at the end of each source, which share no token with ``train``.
         held_out_windows: int64, indices of windows in ``held_out`` that do not overlap.
+        train_classes, held_out_classes: int64, the class of each training window, and of each of
+            ``held_out_windows``; None without labels.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Data(NamedTuple):
     train: TokenDataset | Mixture
     held_out: TokenDataset
     held_out_windows: Tensor
+    train_classes: Tensor | None = None
+    held_out_classes: Tensor | None = None
 
     @property
     def corpus(self) -> Corpus:
@@ -124,6 +129,7 @@ def open_data(
     pack: bool = False,
     overlong: Overlong = "split",
     num_held_out: int | None = None,
+    labels: str | os.PathLike[str] | None = None,
     folder: Path | None = None,
 ) -> Data | PackedData:
     """Opens a built-in data set, a corpus or a mixture of several, and splits off its last windows
@@ -145,6 +151,8 @@ def open_data(
         num_held_out: non-overlapping windows held out at the end, or documents. Default: 180 for
             ``digits``, else a tenth of all, at most 256. Of a mixture: by weight, at least one of
             each source.
+        labels: the class of each window: a ``.npy`` file of integers ``[N]``, or ``"data"`` for
+            those that the data hold. Of one source, whose windows do not overlap.
         folder: where else to look for a relative path.
 
     Raises:
@@ -168,6 +176,8 @@ def open_data(
     if options["num_tokens"] is None:
         options["num_tokens"] = _least_vocabulary([one.corpus for one in opened])
     spec = _spec_of(opened, options["num_tokens"], options["seq_len"] or _DEFAULT_SEQ_LEN)
+    if labels is not None:
+        _check_may_have_labels(name, len(opened), pack, spec.seq_len, options["stride"])
     if pack:
         if len(opened) > 1:
             raise ValueError(
@@ -191,6 +201,9 @@ def open_data(
     if len(datasets) == 1:
         split = _split(datasets[0], num_held_out, opened[0].num_held_out)
         data = Data(name, spec, *split)
+        if labels is not None:
+            every = read_labels(os.fspath(labels), name, opened[0], len(datasets[0]), folder)
+            data = _with_classes(data, every)
     else:
         weights = [source.weight for source in sources]
         data = Data(name, spec, *_split_mixture(datasets, weights, num_held_out))
@@ -198,6 +211,30 @@ def open_data(
     if flags is not None and not flags.any():
         raise ValueError(_nothing_counts(data.corpus, "held-out windows"))
     return data
+
+
+def _check_may_have_labels(
+    name: str, num_sources: int, pack: bool, seq_len: int, stride: int | None
+) -> None:
+    why = None
+    if num_sources > 1:
+        why = f"{name} is a mixture of {num_sources} sources: name one"
+    elif pack:
+        why = "documents are packed into rows: do not pack"
+    elif stride not in (None, seq_len):
+        why = f"windows overlap, with stride {stride} and seq_len {seq_len}: leave stride out"
+    if why is not None:
+        raise ValueError(f"labels are of windows, and {why}, or leave labels out")
+
+
+def _with_classes(data: Data, labels: Tensor) -> Data:
+    """``labels``: of all windows, of which the first are trained on, and the last held out."""
+    held_out = labels[len(labels) - len(data.held_out) :]
+    return data._replace(
+        spec=data.spec._replace(num_classes=int(labels.max()) + 1),
+        train_classes=labels[: len(data.train)],
+        held_out_classes=held_out[data.held_out_windows],
+    )
 
 
 def _nothing_counts(corpus: Corpus, where: str) -> str:

@@ -37,6 +37,10 @@ class TokenNet(Protocol):
             the batch and the batch size, unless the arguments of the call differ: the net stores no
             per-sequence condition. If all sequences start alike, generation then runs its first
             step on one. (Known for x-transformers' own nets; false opts out.)
+        num_classes: C, of a net whose ``forward`` takes the class of each sequence, int64 ``[B]``
+            in [0, C], as ``class_ids``, ``class_labels`` or ``y``: C stands for none, in the
+            unconditional call of guidance. (Of x-transformers' ``TransformerWrapper`` it is known
+            from ``embed_num_tokens={"class": C + 1}``.)
         emb_dim: D. Promises that ``forward`` takes these keywords, which ``self_cond`` (all three)
             and ``self_token_critic`` (the first) need:
 

@@ -58,7 +58,7 @@ _FIELD_OF = {"labels": "labels", "masked_indices": "masked_indices", "masked_row
 
 # Fields with one entry per position, and per sample.
 _PER_POSITION = "input_ids", "labels", "masked_indices"
-_PER_SAMPLE = "times", "loss_weight", "num_masked", "num_maskable"
+_PER_SAMPLE = "times", "loss_weight", "num_masked", "num_maskable", "class_ids"
 
 
 def _unless_none(function: Callable[[Tensor], Tensor], x: Tensor | None) -> Any:
@@ -143,6 +143,8 @@ class Corrupted:
             may be flat, ``[N]``.
         spans: int64 ``[4, n + 1]`` on the device, what ``documents`` has on the host; else None.
         views: which views the whole batch has; a part of it has a count of 1.
+        class_ids: int64 ``[B]`` (also with blocks): the class of each sample, for nets that take
+            one; the number of classes stands for none, where it was dropped. Or None.
     """
 
     input_ids: Tensor
@@ -160,6 +162,7 @@ class Corrupted:
     documents: Documents | None = None
     spans: Tensor | None = None
     views: Views = ONE_VIEW
+    class_ids: Tensor | None = None
 
     def __len__(self) -> int:
         is_flat = self.documents is not None and self.documents.row_length is None
@@ -448,7 +451,8 @@ class Corrupted:
                 of_all = of_all.flatten().index_select(0, positions).view(documents.shape)
             tensors[name] = of_all
         for name in _PER_SAMPLE:
-            tensors[name] = getattr(self, name).index_select(0, chosen_there)
+            of_all = getattr(self, name)
+            tensors[name] = _unless_none(lambda x: x.index_select(0, chosen_there), of_all)
         if self.row_buffer is not None:
             is_masked = torch.zeros(self.input_ids.numel(), dtype=torch.bool, device=device)
             is_masked[self.masked_rows.to(torch.int64)] = True
@@ -496,7 +500,8 @@ class Corrupted:
         Synchronises with the device if ``masked_rows`` of one of them does.
 
         Raises:
-            ValueError: no batches, or they differ in L, device, dtype, outputs or masking.
+            ValueError: no batches, or they differ in L, device, dtype, outputs or masking, or some
+                have classes and some none.
         """
         batches = list(batches)
         other = next((b for b in batches if not batches[0]._is_compatible(b)), None)
@@ -505,7 +510,7 @@ class Corrupted:
             what = " and ".join(map(str, kinds)) or "no batches"
             raise ValueError(
                 f"cat got {what}: it takes at least one, all of the same seq_len, device, dtype, "
-                "outputs and masking"
+                "outputs and masking, with classes or without"
             )
         tensors: dict[str, Any] = {
             name: None if getattr(batches[0], name) is None else torch.cat(parts)
@@ -513,7 +518,8 @@ class Corrupted:
             if (parts := [getattr(b, name) for b in batches])
         }
         for name in _PER_SAMPLE:
-            tensors[name] = torch.cat(_as_wide([getattr(b, name) for b in batches]))
+            parts = [getattr(b, name) for b in batches]
+            tensors[name] = None if parts[0] is None else torch.cat(_as_wide(parts))
         rows, num_rows = [], 0
         for batch in batches if batches[0].row_buffer is not None else ():
             rows.append(batch.masked_rows + num_rows)
@@ -550,7 +556,8 @@ class Corrupted:
         return self.documents is None, self.input_ids.shape[1:]
 
     def _missing(self) -> list[str]:
-        return [name for name in _FIELD_OF.values() if getattr(self, name) is None]
+        names = *_FIELD_OF.values(), "class_ids"
+        return [name for name in names if getattr(self, name) is None]
 
     def microbatches(self, size: int) -> Iterator["Corrupted"]:
         """Consecutive microbatches of at most ``size`` samples, for gradient accumulation.

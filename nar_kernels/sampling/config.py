@@ -150,7 +150,7 @@ class SamplingConfig:
     )
     remask: bool = option(False, "allow tokens that became improbable to be masked again")
     guidance_scale: float = option(
-        1.0, "classifier-free guidance on the prompt (arXiv:2207.12598); 1 is none"
+        1.0, "classifier-free guidance on the class or the prompt (arXiv:2207.12598); 1 is none"
     )
     length: int | tuple[int, ...] | None = option(
         None,

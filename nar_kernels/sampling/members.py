@@ -41,13 +41,16 @@ class Members:
         return rows + self._shift.index_select(0, rows // length) * length
 
     def kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the net for the members: of each tensor ``[B, ...]`` their part."""
-        return {
-            name: value.index_select(0, self.index.to(value.device))
-            if isinstance(value, Tensor) and value.shape[:1] == self.which.shape
-            else value
-            for name, value in kwargs.items()
-        }
+        """Arguments of the net for the members: of each tensor ``[B, ...]`` their part, also in a
+        dict, such as ``embed_ids`` of x-transformers."""
+        return {name: self._part(value) for name, value in kwargs.items()}
+
+    def _part(self, value: Any) -> Any:
+        if type(value) is dict:
+            return self.kwargs(value)
+        if isinstance(value, Tensor) and value.shape[:1] == self.which.shape:
+            return value.index_select(0, self.index.to(value.device))
+        return value
 
     def scores(self, critic: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         """float32 ``[B, L]``: what a critic says of the ids of the members, 0 for others."""

@@ -66,10 +66,16 @@ def check_suffix(path: Path, spec: SequenceSpec) -> None:
 
 
 def write(
-    path: Path, ids: Tensor, spec: SequenceSpec, *, padding: Sequence[int] | None = None
+    path: Path,
+    ids: Tensor,
+    spec: SequenceSpec,
+    *,
+    padding: Sequence[int] | None = None,
+    num_rows: int = 1,
 ) -> None:
     """Writes samples ``[N, L]``: ``.npy`` as int64, ``.png`` (images only), else as text, of which
-    :func:`text` leaves out the ``padding``.
+    :func:`text` leaves out the ``padding``. More than one ``num_rows``, which must divide N, are
+    those of the picture.
 
     Raises:
         ValueError: as :func:`check_suffix` says.
@@ -82,7 +88,7 @@ def write(
         with atomic_write(path) as file:
             file.write(buffer.getbuffer())
     elif path.suffix == ".png" and spec.image_shape is not None:
-        columns = min(len(ids), _GRID_COLUMNS)
+        columns = len(ids) // num_rows if num_rows > 1 else min(len(ids), _GRID_COLUMNS)
         blank = ids.new_zeros(-len(ids) % columns, ids.shape[1])
         table = torch.cat([ids, blank]).view(-1, columns, *spec.image_shape)
         images(path, table, mask_id=spec.mask_id)

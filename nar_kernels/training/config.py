@@ -90,6 +90,19 @@ class TrainConfig:
         otherwise="a tenth, at most 256, digits 180",
     )
 
+    labels: str | os.PathLike[str] | None = option(
+        None,
+        "class-conditional training: a .npy file of integers, the class of each window, or data: "
+        "those that the data hold (digits, or images prepared with --labels). `nar-kernels "
+        "generate --class` then takes a class",
+        type=str,
+    )
+    class_dropout: float = option(
+        0.1,
+        "with labels, the share of windows whose class the net is not told, for classifier-free "
+        "guidance (`nar-kernels generate --guidance-scale`)",
+    )
+
     dim: int = option(128, "model width (hidden size)")
     depth: int = option(4, "transformer blocks (attention and feed-forward)")
     heads: int = option(4, "attention heads; divides dim")
@@ -211,7 +224,7 @@ class TrainConfig:
         seq_len = options.get("seq_len")
         if isinstance(seq_len, int) and "stride" in preset and seq_len % preset["stride"]:
             del preset["stride"]  # which must divide it
-        if options.get("pack"):
+        if options.get("pack") or options.get("labels"):
             preset.pop("stride", None)
         elif any(options.get(name) for name in _NOT_PACKED):
             preset.pop("pack", None)
@@ -295,6 +308,17 @@ class TrainConfig:
                 "views is coupled, whose weights give no bound: use another loss than nelbo, or "
                 "complement"
             )
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"class_dropout is {self.class_dropout}: it must be in [0, 1]")
+        for name in ("shift_epochs", "cuda_graph"):
+            if self.labels is not None and getattr(self, name):
+                why = "it moves the windows that labels belong to"
+                if name == "cuda_graph":
+                    why = "labels are looked up on the host"
+                raise ValueError(
+                    f"--labels and {option_of(name)} exclude each other, since {why}: leave one of "
+                    "them out"
+                )
         given = [name for name in _NOT_PACKED if getattr(self, name)]
         if self.pack and given:
             why = "it is of windows, and documents are packed whole"
@@ -409,7 +433,7 @@ _AT_LEAST_ONE = (
 # have moved or changed format: its digest must match.
 FREE_ON_RESUME = frozenset(
     (
-        *("data", "dtype", "column", "out", "steps"),
+        *("data", "dtype", "column", "labels", "out", "steps"),
         *("device", "threads", "accumulate", "eval_every", "save_every"),
         *("compile", "compile_mode", "cuda_graph", "checkpoint_activations", "shard"),
         *("resume", "overwrite", "quiet"),
@@ -418,7 +442,7 @@ FREE_ON_RESUME = frozenset(
 
 
 # Options of windows, or of fixed shapes.
-_NOT_PACKED = ("stride", "within_documents", "shift_epochs", "cuda_graph")
+_NOT_PACKED = ("stride", "within_documents", "shift_epochs", "cuda_graph", "labels")
 
 
 def _preset_of(data: str | os.PathLike[str]) -> dict[str, Any]:

@@ -33,8 +33,12 @@ def data_of(config: TrainConfig, saved_spec: SequenceSpec | None = None) -> Data
         pack=config.pack,
         overlong=config.overlong,  # type: ignore[arg-type]
         num_held_out=config.held_out,
+        labels=config.labels,
         folder=None if saved_spec is None else config.folder,
     )
+    classes, most = data.spec.num_classes, None if saved_spec is None else saved_spec.num_classes
+    if classes is not None and most is not None and classes > most:
+        raise ValueError(f"labels holds {classes - 1}, but the net of the run has {most} classes")
     if saved_spec is not None and saved_spec.mask_id == data.spec.mask_id:
         data = data._replace(spec=saved_spec)
     _check_text(data.spec, config.data)

@@ -10,6 +10,7 @@ from torch import nn
 
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.extras import import_extra
+from nar_kernels.nets.classes import CLASS
 from nar_kernels.ops.backends import multiplies_in
 from nar_kernels.options import option_of
 from nar_kernels.training import checkpoint, parallel
@@ -53,6 +54,7 @@ def _build_model(
         num_tokens=spec.num_tokens,
         max_seq_len=spec.seq_len,
         emb_dropout=config.dropout,
+        embed_num_tokens={} if spec.num_classes is None else {CLASS: spec.num_classes + 1},
         attn_layers=x_transformers.Encoder(
             dim=config.dim,
             depth=config.depth,
@@ -68,6 +70,8 @@ def _build_model(
             ff_dropout=config.dropout,
         ),
     )
+    if spec.num_classes is not None:  # as DiT (arXiv:2212.09748): at first, tokens count more
+        nn.init.normal_(net.embeds[f"{CLASS}_embed"].weight, std=0.02)
     model = NonAutoregressiveWrapper(
         net,
         mask_id=spec.mask_id,
@@ -164,6 +168,11 @@ def init_from_checkpoint(
                 f"{ours[name]} here; weights fit a net of the same shape only, so give the same "
                 "options, and data with the same vocabulary"
             )
+    if spec.num_classes != spec_there.num_classes:
+        raise ValueError(
+            f"cannot start from {path}: its net takes {spec_there.num_classes or 'no'} classes, "
+            f"and this one {spec.num_classes or 'none'}: give --labels of as many, or none"
+        )
     for name in ("tokenizer", "mask_id"):
         if getattr(spec, name) != getattr(spec_there, name):
             warnings.warn(

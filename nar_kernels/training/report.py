@@ -23,9 +23,10 @@ from nar_kernels.training.log import Log
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
 _FILMSTRIP_ROWS = 10
+_OF_CLASS = 8  # samples, beside each other
 _RUN_FILES = (
     *("last.pt", "best.pt", "report.json", "loss.png"),
-    *("filmstrip.png", "samples.txt", "samples.npy"),
+    *("filmstrip.png", "samples.txt", "samples.npy", "classes.png"),
 )
 
 
@@ -79,6 +80,7 @@ def describe(
         "data": f"{data.name}: {to_train_on} {in_rows} to train on, {held_out} held out; "
         f"{vocabulary} ids and the mask",
         **_longer(config, data),
+        **_classes(config, data),
         "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
         f"{num_parameters:,} parameters",
         "masking": f"{config.schedule} schedule, {config.draw} draw{_views(config)}; loss: "
@@ -96,6 +98,12 @@ def describe(
         "folder": str(config.folder),
     }
     return "\n".join(f"{name:>8}  {line}" for name, line in lines.items())
+
+
+def _classes(config: TrainConfig, data: Data | PackedData) -> dict[str, str]:
+    if data.spec.num_classes is None:
+        return {}
+    return {"classes": f"{data.spec.num_classes}, dropped with probability {config.class_dropout}"}
 
 
 def _views(config: TrainConfig) -> str:
@@ -165,6 +173,7 @@ def make_report(
             "tensorboard": "tb",
             "loss_curve": "loss.png",
             "samples": _samples_name(data.spec),
+            **({"samples_by_class": "classes.png"} if _shows_classes(data.spec) else {}),
         },
         "curve": {
             # config.loss / ln 2: bits per masked token, or with "nelbo" the bound, per token.
@@ -180,12 +189,27 @@ def _samples_name(spec: SequenceSpec) -> str:
     return "samples.txt" if spec.render in ("bytes", "text") else "samples.npy"
 
 
+def _shows_classes(spec: SequenceSpec) -> bool:
+    return spec.num_classes is not None and spec.image_shape is not None
+
+
+def _shown_classes(spec: SequenceSpec) -> Tensor:
+    """int64: the classes of the rows of pictures, evenly spread."""
+    assert spec.num_classes is not None
+    rows = min(spec.num_classes, _FILMSTRIP_ROWS)
+    return torch.arange(rows, device="cpu") * spec.num_classes // rows
+
+
 def draw_samples(
     config: TrainConfig, data: Data | PackedData, model: NonAutoregressiveWrapper
 ) -> Tensor:
-    """Samples for the report: ids ``[N, L]``; of images every state, ``[N, S + 1, L]``."""
+    """Samples for the report: ids ``[N, L]``; of images every state, ``[N, S + 1, L]``, of
+    classes several of each, together."""
     if data.spec.image_shape is not None:
-        states = model.sample(SamplingConfig(), _FILMSTRIP_ROWS, seed=config.seed)
+        rows: dict[str, Any] = {"batch_size": _FILMSTRIP_ROWS}
+        if _shows_classes(data.spec):
+            rows = {"class_ids": _shown_classes(data.spec).repeat_interleave(_OF_CLASS)}
+        states = model.sample(SamplingConfig(), **rows, seed=config.seed)
         return torch.stack([state.ids.cpu() for state in states], 1)
     sampling = SamplingConfig(steps=data.spec.seq_len)
     prompts = data.held_out.prompts(4) if isinstance(data, PackedData) else []
@@ -218,9 +242,18 @@ def write_results(
     if data.spec.image_shape is None:
         samples.write(path, ids, data.spec)
     else:
+        ids = ids.unflatten(-1, data.spec.image_shape)
+        if _shows_classes(data.spec):
+            images(
+                config.folder / report["files"]["samples_by_class"],
+                ids[:, -1].unflatten(0, (-1, _OF_CLASS)),
+                mask_id=data.spec.mask_id,
+                title=f"classes {', '.join(map(str, _shown_classes(data.spec).tolist()))}",
+            )
+            ids = ids[::_OF_CLASS]
         images(
             path,
-            ids.unflatten(-1, data.spec.image_shape),
+            ids,
             mask_id=data.spec.mask_id,
             column_labels=["start", *map(str, range(1, ids.shape[1]))],
             title=f"{data.name}: decoding steps, coloured where still masked",
@@ -231,7 +264,8 @@ def write_results(
 def summary(report: dict[str, Any]) -> str:
     """The summary of a finished run, for the terminal."""
     folder = TrainConfig(**report["config"]).folder
-    files = (report["files"][name] for name in ("samples", "loss_curve"))
+    names = ("samples", "samples_by_class", "loss_curve")
+    files = (report["files"][name] for name in names if name in report["files"])
     below, error = report["below_best_baseline"], report["standard_error"]
     spread = "" if error is None else f" ± {error:.4f}"
     return (

@@ -206,6 +206,10 @@ class Run:
                 overlong=config.overlong,  # type: ignore[arg-type]
                 **where,
             )
+        if data.train_classes is not None:
+            where["classes"] = data.train_classes
+            where["num_classes"] = data.spec.num_classes
+            where["class_dropout_prob"] = config.class_dropout
         return MaskedLoader(
             data.train, self.model.masking, batch_size, shift_epochs=config.shift_epochs, **where
         )
@@ -324,6 +328,7 @@ class Run:
             if isinstance(data, PackedData):
                 result = evaluate_documents(net, data.held_out, **how)
             else:
+                how["class_ids"] = data.held_out_classes
                 result = evaluate(net, data.held_out, data.held_out_windows, **how)
         bits = result.bits_per_token
         self.check_finite("held-out loss", bits, step)

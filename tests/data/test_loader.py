@@ -437,7 +437,8 @@ def test_a_step_on_a_device() -> None:
 
 
 def test_another_device() -> None:
-    loader = MaskedLoader(make_dataset(), MASKING, 4)
+    dataset = make_dataset()
+    loader = MaskedLoader(dataset, MASKING, 4, classes=[0] * len(dataset))
     loader.device = torch.device("meta")  # the only other one that is everywhere
     batch = loader.batch(0)
     others = ("masking", "counts_on_host", "num_strata", "documents", "spans", "views")

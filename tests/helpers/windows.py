@@ -34,9 +34,9 @@ def masking_for(dataset: TokenDataset) -> MaskingConfig:
 def tensors(batch: Corrupted) -> dict[str, Tensor]:
     others = ("masking", "counts_on_host", "num_strata", "documents", "spans", "views")
     names = [f.name for f in fields(batch) if f.name not in others]
-    return {name: getattr(batch, name) for name in names} | {
-        "row_buffer": batch.masked_rows  # the rest of the buffer is undefined
-    }
+    there = {name: getattr(batch, name) for name in names}
+    of_batch = {name: value for name, value in there.items() if value is not None}
+    return of_batch | {"row_buffer": batch.masked_rows}  # the rest of the buffer is undefined
 
 
 def assert_same(a: Corrupted, b: Corrupted) -> None:

@@ -26,7 +26,7 @@ from nar_kernels.ops.masking import MaskingConfig
 
 MASKING = MaskingConfig(37, 36, never_mask_ids=(5,), random_token_prob=0.2, no_replace_prob=0.2)
 PER_SAMPLE = ["input_ids", "labels", "masked_indices", "times", "loss_weight"]
-PER_SAMPLE += ["num_masked", "num_maskable"]
+PER_SAMPLE += ["num_masked", "num_maskable", "class_ids"]
 
 
 def falling(t: Tensor) -> Tensor:
@@ -36,7 +36,8 @@ def falling(t: Tensor) -> Tensor:
 def make_batch(seed: int = 1, size: int = 5, masking: MaskingConfig = MASKING) -> Corrupted:
     ids = torch.randint(0, 36, (size, 16), generator=torch.Generator().manual_seed(seed))
     batch = corrupt(ids, masking, seed=seed)
-    return replace(batch, counts_on_host=HostCounts.of(batch.num_masked.clone()))  # as on a GPU
+    counts = HostCounts.of(batch.num_masked.clone())  # as on a GPU
+    return replace(batch, counts_on_host=counts, class_ids=torch.arange(size) % 3)
 
 
 def assert_is(batch: Corrupted, **expected: Tensor) -> None:
@@ -48,7 +49,8 @@ def assert_is(batch: Corrupted, **expected: Tensor) -> None:
 
 
 def per_sample(batch: Corrupted) -> dict[str, Tensor]:
-    return {name: getattr(batch, name) for name in PER_SAMPLE}
+    of_batch = {name: getattr(batch, name) for name in PER_SAMPLE}
+    return {name: value for name, value in of_batch.items() if value is not None}
 
 
 def test_every_tensor_is_known_here() -> None:
@@ -272,7 +274,7 @@ def test_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor + 0)
     batch = make_batch()
     result = pin_memory(batch)
-    assert len(pinned) == 9
+    assert len(pinned) == 10
     assert result is not batch and result.labels is not batch.labels
     assert result.counts_on_host is batch.counts_on_host and result.masking is MASKING
     assert_is(result, **per_sample(batch))

@@ -102,6 +102,26 @@ def has_answers(folder: str | os.PathLike[str]) -> bool:
     return is_prepared_text(folder) and all(shard.loss_mask for shard in _read(Path(folder)).shards)
 
 
+def has_labels(manifests: Sequence[Manifest]) -> bool:
+    """Whether each of these folders says the class of its images."""
+    return len(manifests) > 0 and all(manifest.labels for manifest in manifests)
+
+
+def labels_of(manifests: Sequence[Manifest]) -> np.ndarray:
+    """int64 ``[N]``: the class of each image of these folders, which have labels.
+
+    Raises:
+        CorpusFormatError: a file holds something else.
+        FileNotFoundError: it is missing.
+    """
+    parts = []
+    for manifest in manifests:
+        path = Path(manifest.folder, manifest.labels or "")
+        layout = _file(path, "int64", manifest.total_documents)
+        parts.append(np.fromfile(path, np.int64, layout.num_tokens, offset=int(layout.offsets[0])))
+    return np.concatenate(parts)
+
+
 def check_files(folder: Path) -> None:
     """Reads all files of a prepared folder.
 
