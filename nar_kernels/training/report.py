@@ -79,8 +79,7 @@ def describe(
         "data": f"{data.name}: {to_train_on} {in_rows} to train on, {held_out} held out; "
         f"{vocabulary} ids and the mask",
         **_longer(config, data),
-        "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
-        f"{num_parameters:,} parameters",
+        "net": f"{_net(config)}: {num_parameters:,} parameters",
         "masking": f"{config.schedule} schedule, {config.draw} draw{_views(config)}; loss: "
         f"{config.loss}",
         "steps": f"{config.steps} of {config.batch_size} {'rows' if config.pack else 'windows'}; "
@@ -178,6 +177,12 @@ def _samples_name(spec: SequenceSpec) -> str:
     if spec.image_shape is not None:
         return "filmstrip.png"
     return "samples.txt" if spec.render in ("bytes", "text") else "samples.npy"
+
+
+def _net(config: TrainConfig) -> str:
+    if config.net is not None:
+        return str(config.net)
+    return f"{config.depth} blocks of width {config.dim}, {config.heads} heads"
 
 
 def draw_samples(
