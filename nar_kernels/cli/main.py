@@ -1,4 +1,4 @@
-"""``nar-kernels prepare | inspect | train | tune-times | generate | doctor``."""
+"""``nar-kernels prepare | inspect | train | tune-times | generate | export | doctor``."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from nar_kernels.cli import doctor, generate, inspect, prepare, train, tune_times
+from nar_kernels.cli import doctor, export, generate, inspect, prepare, train, tune_times
 from nar_kernels.errors import BackendUnavailableError, CorpusChangedError
 from nar_kernels.extras import version
 from nar_kernels.training.interrupt import Interrupted
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("nar-kernels") or "unknown")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (prepare, inspect, train, tune_times, generate, doctor):
+    for command in (prepare, inspect, train, tune_times, generate, export, doctor):
         name = command.__name__.rpartition(".")[2].replace("_", "-")
         command.add_to(commands.add_parser(name, help=command.HELP))
     return parser

@@ -15,6 +15,7 @@ from nar_kernels.data.corpus import Corpus
 from nar_kernels.data.formats.detect import SUFFIXES, exists, holds_ids
 from nar_kernels.data.formats.prepared import has_labels, labels_of
 from nar_kernels.data.sequence_spec import Render
+from nar_kernels.data.tokenizer import Tokenizer
 from nar_kernels.extras import import_extra
 
 NUM_BYTES = 256
@@ -102,6 +103,34 @@ def opened_corpus(corpus: Corpus) -> Opened:
         own_mask_id=own_mask_id,
         tokenizer=tokenizer,
         labels=partial(labels_of, corpus.manifests) if has_labels(corpus.manifests) else None,
+    )
+
+
+def with_tokenizer(name: str, opened: Opened, tokenizer: Tokenizer) -> Opened:
+    """A source whose ids are those of a tokenizer. Its mask token, if it has none, gets the id
+    behind them.
+
+    Raises:
+        ValueError: the source is something else, or says another tokenizer.
+    """
+    if opened.tokenizer not in (None, tokenizer.to_json()):
+        raise ValueError(
+            f"tokenizer is {tokenizer.name}, but {name} was prepared with another: leave it out, "
+            "or prepare the data with this one"
+        )
+    if opened.tokenizer is not None:
+        return opened
+    if opened.render != "ids":
+        raise ValueError(
+            f"tokenizer is {tokenizer.name}, but {name} holds {opened.render}: name data of its "
+            "token ids, or run `nar-kernels prepare` on text"
+        )
+    size, mask_id = tokenizer.vocab_size, tokenizer.mask_id
+    return opened._replace(
+        render="text",
+        fixed={**opened.fixed, "num_tokens": size + (mask_id is None)},
+        own_mask_id=mask_id,
+        tokenizer=tokenizer.to_json(),
     )
 
 

@@ -19,10 +19,11 @@ from nar_kernels.data.formats.prepared import has_answers, is_prepared_text
 from nar_kernels.data.inspect.scan import known_scan, scan
 from nar_kernels.data.labels import read_labels
 from nar_kernels.data.mixture_file import MixtureSource, read_mixture
-from nar_kernels.data.opened import Opened, open_source
+from nar_kernels.data.opened import Opened, open_source, with_tokenizer
 from nar_kernels.data.packing.document_range import DocumentRange
 from nar_kernels.data.packing.plan import Overlong
 from nar_kernels.data.sequence_spec import SequenceSpec
+from nar_kernels.data.tokenizer import Tokenizer
 from nar_kernels.data.windows.dataset import TokenDataset
 from nar_kernels.data.windows.mixture import Mixture, apportion
 from nar_kernels.distributed import on_first_rank
@@ -131,6 +132,7 @@ def open_data(
     num_held_out: int | None = None,
     labels: str | os.PathLike[str] | None = None,
     folder: Path | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Data | PackedData:
     """Opens a built-in data set, a corpus or a mixture of several, and splits off its last windows
     for evaluation.
@@ -154,6 +156,7 @@ def open_data(
         labels: the class of each window: a ``.npy`` file of integers ``[N]``, or ``"data"`` for
             those that the data hold. Of one source, whose windows do not overlap.
         folder: where else to look for a relative path.
+        tokenizer: of ids whose files do not say it.
 
     Raises:
         TypeError, ValueError, CorpusFormatError, FileNotFoundError: an option or the file is wrong.
@@ -170,6 +173,9 @@ def open_data(
         options[option] = None if value is None else as_int(option, value)
     num_held_out = None if num_held_out is None else as_int("num_held_out", num_held_out)
     sources, opened = open_sources(name, dtype=dtype, column=column, eos_id=eos_id, folder=folder)
+    if tokenizer is not None:
+        named = zip(sources, opened, strict=True)
+        opened = [with_tokenizer(source.data, one, tokenizer) for source, one in named]
     _check_alike([source.data for source in sources], opened)
     for source, one in zip(sources, opened, strict=True):
         options |= _fixed_by(source.data, one, options)

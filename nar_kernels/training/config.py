@@ -45,6 +45,21 @@ class TrainConfig:
         type=str,
     )
 
+    net: str | os.PathLike[str] | None = option(
+        None,
+        "a model of transformers, of the vocabulary of the data: hf: and a folder with its "
+        "config.json, whose weights are taken if it has any, or such a file. Decoders are trained "
+        "to look both ways",
+        type=str,
+        otherwise="an encoder of x-transformers, of dim, depth and the options that follow them",
+    )
+    tokenizer: str | os.PathLike[str] | None = option(
+        None,
+        "for token ids that do not say it: the tokenizer that made them, a folder or a "
+        "tokenizer.json",
+        type=str,
+    )
+
     dtype: str | None = option(None, "dtype of the ids in a raw file, such as uint16", type=str)
     column: str | None = option(
         None, "of a table (Arrow, Parquet, MDS), the column with the ids", type=str
@@ -228,6 +243,8 @@ class TrainConfig:
             preset.pop("stride", None)
         elif any(options.get(name) for name in _NOT_PACKED):
             preset.pop("pack", None)
+        if options.get("net") is not None:
+            preset = {name: value for name, value in preset.items() if name not in _OF_OWN_NET}
         return cls(**{"data": data, **preset, **options})
 
     @classmethod
@@ -328,9 +345,26 @@ class TrainConfig:
                 f"{option_of('pack')} and {option_of(given[0])} exclude each other, since {why}: "
                 f"leave one of them out"
             )
+        if self.net is not None:
+            self._check_net()
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
         self._check_graphs()
+
+    def _check_net(self) -> None:
+        if not str(self.net).startswith("hf:"):
+            raise ValueError(f"net is {self.net}: it must be hf: and a folder, or a config.json")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in (*_OF_OWN_NET, "labels", "shard", "init") and value != f.default:
+                why = "the net has its own"
+                if f.name == "labels":
+                    why = "models of transformers take no class"
+                if f.name == "init":
+                    why = "export that run, and name its folder as the net"
+                if f.name == "shard":
+                    why = "only the net of this trainer is known in parts"
+                raise ValueError(f"{f.name} is {value}, which does not go with --net: {why}")
 
     def _check_graphs(self) -> None:
         mode, default = f"--compile-mode {self.compile_mode}", "--compile-mode default"
@@ -440,6 +474,9 @@ FREE_ON_RESUME = frozenset(
     )
 )
 
+
+# Options of the net that is built without --net.
+_OF_OWN_NET = ("dim", "depth", "heads", "dropout", "rotary", "shift_tokens")
 
 # Options of windows, or of fixed shapes.
 _NOT_PACKED = ("stride", "within_documents", "shift_epochs", "cuda_graph", "labels")

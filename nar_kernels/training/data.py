@@ -6,6 +6,7 @@ from typing import Any
 
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import Data, PackedData, open_data, open_sources
+from nar_kernels.data.tokenizer import open_tokenizer, tokenizer_from_json
 from nar_kernels.errors import CorpusFormatError
 from nar_kernels.show.pieces import pieces_of
 from nar_kernels.training.config import TrainConfig
@@ -21,6 +22,12 @@ def data_of(config: TrainConfig, saved_spec: SequenceSpec | None = None) -> Data
         ValueError, OSError, ImportError: as of ``open_data``; or the tokenizer of the data, which
             samples need after the training, cannot be opened.
     """
+    tokenizer = None
+    if config.tokenizer is not None:
+        if saved_spec is not None and saved_spec.tokenizer is not None:
+            tokenizer = tokenizer_from_json(saved_spec.tokenizer)
+        else:
+            tokenizer = open_tokenizer(config.tokenizer)
     data = open_data(
         config.data,
         dtype=config.dtype,
@@ -35,6 +42,7 @@ def data_of(config: TrainConfig, saved_spec: SequenceSpec | None = None) -> Data
         num_held_out=config.held_out,
         labels=config.labels,
         folder=None if saved_spec is None else config.folder,
+        tokenizer=tokenizer,
     )
     classes, most = data.spec.num_classes, None if saved_spec is None else saved_spec.num_classes
     if classes is not None and most is not None and classes > most:

@@ -10,10 +10,11 @@ from torch import nn
 
 from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.extras import import_extra
+from nar_kernels.nets.adapter import NetAdapter
 from nar_kernels.nets.classes import CLASS
 from nar_kernels.ops.backends import multiplies_in
 from nar_kernels.options import option_of
-from nar_kernels.training import checkpoint, parallel
+from nar_kernels.training import checkpoint, hugging_face, parallel
 from nar_kernels.training.config import TrainConfig
 from nar_kernels.wrapper import NonAutoregressiveWrapper
 
@@ -40,17 +41,32 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
     return multiplies_in(torch.bfloat16)
 
 
-def build_model(config: TrainConfig, spec: SequenceSpec) -> NonAutoregressiveWrapper:
-    """A bidirectional x-transformers encoder in a :class:`NonAutoregressiveWrapper`, on the CPU."""
-    x_transformers = import_extra("x_transformers")
-    with torch.device("cpu"):  # whatever the default device
-        return _build_model(x_transformers, config, spec)
-
-
-def _build_model(
-    x_transformers: Any, config: TrainConfig, spec: SequenceSpec
+def build_model(
+    config: TrainConfig, spec: SequenceSpec, saved_net: dict[str, str] | None = None
 ) -> NonAutoregressiveWrapper:
-    net = x_transformers.TransformerWrapper(
+    """A bidirectional x-transformers encoder, or the ``net`` of the config, in a
+    :class:`NonAutoregressiveWrapper`, on the CPU.
+
+    Args:
+        saved_net: of a checkpoint, in place of the files that the config names.
+    """
+    with torch.device("cpu"):  # whatever the default device
+        net: nn.Module
+        if config.net is None:
+            net = _own_net(config, spec)
+        else:
+            inner = (
+                hugging_face.open_net(str(config.net), spec)
+                if saved_net is None
+                else hugging_face.rebuilt(saved_net)
+            )
+            net = hugging_face.adapted(inner, spec, config.block_length)
+        return _wrapped(net, config, spec)
+
+
+def _own_net(config: TrainConfig, spec: SequenceSpec) -> nn.Module:
+    x_transformers = import_extra("x_transformers")
+    net: Any = x_transformers.TransformerWrapper(
         num_tokens=spec.num_tokens,
         max_seq_len=spec.seq_len,
         emb_dropout=config.dropout,
@@ -72,6 +88,10 @@ def _build_model(
     )
     if spec.num_classes is not None:  # as DiT (arXiv:2212.09748): at first, tokens count more
         nn.init.normal_(net.embeds[f"{CLASS}_embed"].weight, std=0.02)
+    return net
+
+
+def _wrapped(net: nn.Module, config: TrainConfig, spec: SequenceSpec) -> NonAutoregressiveWrapper:
     model = NonAutoregressiveWrapper(
         net,
         mask_id=spec.mask_id,
@@ -97,13 +117,20 @@ def blocks(model: NonAutoregressiveWrapper) -> list[list[nn.Module]]:
 
 def checkpoint_activations(model: NonAutoregressiveWrapper) -> None:
     """Activation checkpointing, in place: attention and feed-forward of each block keep only their
-    inputs and are recomputed in the backward pass. x-transformers has no option for that.
+    inputs and are recomputed in the backward pass. x-transformers has no option for that; models
+    of transformers do.
 
     Keys of the state dict do not change.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     net: Any = model.net
+    if isinstance(net, NetAdapter):
+        inner: Any = net.net
+        name = "activation_checkpointing_enable"  # from transformers 5 on
+        enable = getattr(inner, name, None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        return
     for layer in net.attn_layers.layers:
         layer[1] = checkpoint_wrapper(layer[1])
 
@@ -141,6 +168,11 @@ def net_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The options of a :class:`TrainConfig` that a net must share to start from a checkpoint."""
     state = checkpoint.load(path)
     saved = TrainConfig.continued(state["config"])
+    if saved.net is not None:
+        raise ValueError(
+            f"init is {path}, of a run with --net: run `nar-kernels export` on it, and name the "
+            "folder as --net hf:FOLDER"
+        )
     options = {name: getattr(saved, name) for name in _SAME_NET}
     return options | {"seq_len": spec_of(state, path).seq_len}
 
@@ -230,6 +262,6 @@ def load_run(
     """
     state = checkpoint.load(path)
     spec, config = spec_of(state, path), TrainConfig.continued(state["config"])
-    model = build_model(config, spec)
+    model = build_model(config, spec, state.get("net"))
     _load_weights(model, path, state)
     return model.eval(), spec, config

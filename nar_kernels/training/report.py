@@ -81,8 +81,7 @@ def describe(
         f"{vocabulary} ids and the mask",
         **_longer(config, data),
         **_classes(config, data),
-        "net": f"{config.depth} blocks of width {config.dim}, {config.heads} heads: "
-        f"{num_parameters:,} parameters",
+        "net": f"{_net(config)}: {num_parameters:,} parameters",
         "masking": f"{config.schedule} schedule, {config.draw} draw{_views(config)}; loss: "
         f"{config.loss}",
         "steps": f"{config.steps} of {config.batch_size} {'rows' if config.pack else 'windows'}; "
@@ -198,6 +197,12 @@ def _shown_classes(spec: SequenceSpec) -> Tensor:
     assert spec.num_classes is not None
     rows = min(spec.num_classes, _FILMSTRIP_ROWS)
     return torch.arange(rows, device="cpu") * spec.num_classes // rows
+
+
+def _net(config: TrainConfig) -> str:
+    if config.net is not None:
+        return str(config.net)
+    return f"{config.depth} blocks of width {config.dim}, {config.heads} heads"
 
 
 def draw_samples(

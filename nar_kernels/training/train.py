@@ -26,6 +26,7 @@ from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import PackedData
 from nar_kernels.extras import import_extra
 from nar_kernels.likelihood import NATS_PER_BIT, evaluate, evaluate_documents
+from nar_kernels.nets.adapter import NetAdapter
 from nar_kernels.ops.corrupted import Corrupted
 from nar_kernels.spec.philox import Stream, derived_seed
 from nar_kernels.training import checkpoint, parallel
@@ -34,6 +35,7 @@ from nar_kernels.training.config import TrainConfig
 from nar_kernels.training.cuda_graph import StepGraph, capture_stream
 from nar_kernels.training.data import data_of
 from nar_kernels.training.ema import Ema
+from nar_kernels.training.hugging_face import described
 from nar_kernels.training.interrupt import Interrupted, interruptible, raise_on_signals
 from nar_kernels.training.lock import FolderLock
 from nar_kernels.training.log import Log
@@ -113,7 +115,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if saved is not None:
             config.refuse_to_continue(saved["config"], saved["loader"]["step"])
         config.check_device(device.type)
-        run = Run(config, device, None if saved is None else spec_of(saved, last))
+        spec = None if saved is None else spec_of(saved, last)
+        run = Run(config, device, spec, None if saved is None else saved.get("net"))
         # No rank writes before all have checked. A new folder is created once all else is valid.
         distributed.barrier()
         distributed.on_first_rank(lambda: claim(create=True))
@@ -143,10 +146,15 @@ class Run:
     Args:
         saved_spec: of the run that this one continues, whose data may have moved to files that say
             less of themselves.
+        saved_net: of that run, whose ``net`` may have moved, too.
     """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, saved_spec: SequenceSpec | None = None
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        saved_spec: SequenceSpec | None = None,
+        saved_net: dict[str, str] | None = None,
     ) -> None:
         # Import all extras up front, rather than fail after an hour of training.
         for module in ("x_transformers", "tqdm", "matplotlib.figure", "torch.utils.tensorboard"):
@@ -163,7 +171,7 @@ class Run:
         self.metrics = DeferredMetrics()
         torch.manual_seed(config.seed)
         # `model` has the state dict keys of checkpoints; `trained` wraps it for data parallelism.
-        self.model = build_model(config, self.data.spec)
+        self.model = build_model(config, self.data.spec, saved_net)
         if config.init is not None and not config.resume:
             init_from_checkpoint(self.model, config.init, config, self.data.spec)
         stream = capture_stream(device) if config.cuda_graph else None
@@ -365,6 +373,9 @@ class Run:
         state = {
             "config": self.config.to_dict(),
             "spec": self.data.spec._asdict(),
+            "net": described(self.model.net.net)
+            if isinstance(self.model.net, NetAdapter)
+            else None,
             "environment": self.environment,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),

@@ -119,6 +119,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def backend(self) -> Any:
+        """The tokenizer of the package ``tokenizers``, as its file has it."""
+        return _load(self._text, self.name)
+
     def to_json(self) -> str:
         """The ``tokenizer.json`` itself, unless end and mask are not those that their names say, or
         there is a chat template."""
