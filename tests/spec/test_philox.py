@@ -65,6 +65,7 @@ def test_streams_are_frozen():
         "ROW_ORDER": 11,
         "RANDOM_LENGTH": 12,
         "REMASK_COUNT": 13,
+        "CLASS_DROPOUT": 14,
     }
 
 
