@@ -60,6 +60,7 @@ format: .venv/installed-dev
 
 bench: .venv/built .venv/installed-dev
 	$(BIN)/python benchmarks/bench_corrupt.py
+	$(BIN)/python benchmarks/bench_drop_ins.py
 	$(BIN)/python benchmarks/bench_nll.py
 	$(BIN)/python benchmarks/bench_masked_nll.py --dtype float32
 	$(BIN)/python benchmarks/bench_row_counts.py

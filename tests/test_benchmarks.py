@@ -286,6 +286,16 @@ def test_prepare(tmp_path):
     assert "| prepare |" in output
 
 
+def test_drop_ins(tmp_path):
+    figures, output = run("bench_drop_ins.py", tmp_path)
+    of_formulas = {row["function"] for row in figures["rows"] if "formula" in row["peer"]}
+    assert {"amused_mask", "get_mask_code"} <= of_formulas  # these need no peer
+    for row in figures["rows"]:
+        assert row["ours, us"] > 0 and row["peer, us"] > 0 and row["times as fast"] > 0
+    for name, reason in figures["left_out"].items():
+        assert f"{name} is left out: {reason}" in output
+
+
 def test_peers_may_fail_and_ours_may_not(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from measure import peers_may_fail

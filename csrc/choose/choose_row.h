@@ -43,6 +43,27 @@ void score_keys(const ChooseArgs& a, int64_t count, const ChooseScratch& s) {
   }
 }
 
+// So many keys are compared with each other, which is quicker than a search: they are not spread
+// evenly.
+constexpr int64_t kFewKeys = 64;
+
+// The bound that has `rank` of the keys below it, at least 1; of equal keys, the first come first.
+KeyBound bound_of_few(const uint32_t* __restrict keys, int64_t count, int32_t rank) {
+  int32_t below[kFewKeys] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const uint32_t key = keys[j];
+    for (int64_t i = 0; i < count; ++i) below[i] += key < keys[i];
+  }
+  int32_t below_last = 0;  // the last key below the bound
+  for (int64_t i = 0; i < count; ++i) {
+    below_last = std::max(below_last, below[i] < rank ? below[i] : 0);
+  }
+  int32_t num_equal = rank - below_last;
+  int64_t at = 0;
+  while (below[at] != below_last || --num_equal > 0) ++at;
+  return (KeyBound{keys[at]} << 32 | static_cast<uint32_t>(at)) + 1;
+}
+
 void choose_row(const ChooseArgs& a, int64_t b, const ChooseScratch& s) {
   const int64_t begin = a.bounds[b], count = a.num_candidates(b), num_left = a.num_left(b);
   const int64_t* rows = a.rows + begin;
@@ -69,7 +90,11 @@ void choose_row(const ChooseArgs& a, int64_t b, const ChooseScratch& s) {
   const int32_t num_kept = static_cast<int32_t>(count - num_left);
   const int32_t ranks[kNumRanks] = {num_kept, num_kept, num_kept};
   KeyBound bounds[kNumRanks];
-  key_bounds(s.keys, nullptr, count, static_cast<int32_t>(count), ranks, s.upper, bounds);
+  if (count <= kFewKeys) {
+    bounds[0] = bound_of_few(s.keys, count, num_kept);
+  } else {
+    key_bounds(s.keys, nullptr, count, static_cast<int32_t>(count), ranks, s.upper, bounds);
+  }
   for (int64_t i = 0; i < count; ++i) {
     const bool is_kept = (KeyBound{s.keys[i]} << 32 | static_cast<uint32_t>(i)) < bounds[0];
     *(is_kept ? kept : left)++ = rows[i];
