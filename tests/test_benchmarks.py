@@ -222,6 +222,18 @@ def test_blocks(tmp_path):
     assert "| blocks of 32 |" in output
 
 
+def test_class_accuracy(tmp_path):
+    for package in ("x_transformers", "sklearn"):
+        pytest.importorskip(package)
+    picture = tmp_path / "digits.png"
+    figures, output = run("class_accuracy.py", tmp_path, "--picture", picture)
+    names = [row["digits"] for row in figures["rows"]]
+    assert names[:2] == ["real, held out", "without a class"] and len(names) == 6
+    accuracy = [row["accuracy"] for row in figures["rows"]]
+    assert accuracy[0] > 0.9 and max(accuracy[1:]) < 0.5  # of a net that has learnt nothing
+    assert picture.stat().st_size > 0 and "| guidance scale 3 |" in output
+
+
 def test_finetune_answers(tmp_path):
     pytest.importorskip("fsspec")
     figures, output = run("finetune_answers.py", tmp_path)
