@@ -6,11 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from nar_kernels import TrainConfig
 from nar_kernels.data.prepare import prepare
+from nar_kernels.train import train
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_sizes
 from tests.helpers.tiny_tokenizer import WORDS, tiny_tokenizer
@@ -138,3 +141,43 @@ def test_hugging_face_trainer(masked_lm: str, tmp_path: Path) -> None:
         for out in ("whole", "parts")
     )
     assert_equal(whole, parts)
+
+
+def test_class_conditional_images(tmp_path: Path) -> None:
+    codes = np.arange(40)[:, None, None] % 7 + np.zeros((1, 4, 3), np.int64)
+    np.save(tmp_path / "codes.npy", codes)
+    np.save(tmp_path / "labels.npy", np.arange(40) % 5)
+    main = example("class_conditional_images").main
+    images = main(str(tmp_path / "codes.npy"), str(tmp_path / "labels.npy"), steps=3)
+    assert images.shape == (5, 4, 3) and ((images >= 0) & (images < 7)).all()
+
+
+def test_modernbert_and_block_diffusion(corpus: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name, kind in (
+        ("modernbert_text", "ForMaskedLM"),
+        ("block_diffusion_llama", "ForCausalLM"),
+    ):
+        torch.manual_seed(0)
+        ids = example(name).main(corpus, str(tmp_path / name), steps=2)
+        assert ids.shape[1] == 128 and (ids < 257).all()
+        model = getattr(transformers, f"AutoModel{kind}").from_pretrained(tmp_path / name)
+        assert type(model).__name__.endswith(kind)
+
+
+def test_finetune_answers(tmp_path: Path) -> None:
+    text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
+    text.write_text("one two three four five six seven eight nine ten. " * 400)
+    pairs.write_text("".join(
+        json.dumps({"prompt": f"{i} is ", "completion": "more " * (1 + i % 7)}) + "\n"
+        for i in range(60)
+    ))  # fmt: skip
+    prepare(text, tmp_path / "tokens", train_bpe=300)
+    options = {"dim": 32, "depth": 1, "heads": 2, "steps": 2, "seq_len": 32, "quiet": True}
+    train(TrainConfig.for_data(tmp_path / "tokens", out=tmp_path / "run", **options))
+    prepare(pairs, tmp_path / "pairs", tokenizer=str(tmp_path / "tokens" / "tokenizer.json"))
+    torch.manual_seed(0)
+    losses = example("finetune_answers").main(
+        str(tmp_path / "pairs"), str(tmp_path / "run" / "best.pt"), str(tmp_path / "a.pt"), steps=40
+    )
+    assert torch.stack(losses[-5:]).mean() < torch.stack(losses[:5]).mean()
