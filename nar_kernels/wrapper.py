@@ -800,7 +800,13 @@ class NonAutoregressiveWrapper(nn.Module):
         )
         is_given = (begin != self.mask_id) & (begin != NO_ID)
         kwargs, unconditional = guided_by_class(
-            self.net, class_ids, len(begin), device, kwargs, unconditional
+            self.net,
+            class_ids,
+            len(begin),
+            device,
+            kwargs,
+            unconditional,
+            is_guided=config.guidance_scale != 1,
         )
         block_calls = None
         if is_block_causal:

@@ -75,10 +75,12 @@ def batch_class_keywords(net: nn.Module, batch: Corrupted, given: dict[str, Any]
                 "or give class_ids; those without a class have the number of classes"
             )
         return {}
-    if len(batch.class_ids) != len(batch):
+    shape = batch.input_ids.shape
+    rows = 1 if len(shape) == 1 else shape[0]
+    if list(batch.class_ids.shape) != [rows]:
         raise ValueError(
-            f"the batch has {len(batch.class_ids)} classes in {len(batch)} rows: documents that "
-            "share a row cannot have classes of their own"
+            f"the batch has classes {list(batch.class_ids.shape)} in {rows} rows: it must have one "
+            "for each, so documents that share a row cannot have classes of their own"
         )
     return class_keywords(net, batch.class_ids, given)
 
@@ -93,6 +95,8 @@ def guided_by_class(
     device: torch.device,
     given: dict[str, Any],
     unconditional: dict[str, Any] | None,
+    *,
+    is_guided: bool,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Keywords for sampling ``batch`` sequences of these classes, with those that are given; and
     those that replace them in the call without a condition, where there is one.
@@ -100,7 +104,8 @@ def guided_by_class(
     Without ``class_ids``, a net that needs a class is told that there is none.
 
     Raises:
-        TypeError, ValueError: not classes, not one or B of them, or outside [0, C].
+        TypeError, ValueError: not classes, not one or B of them, or outside [0, C]; or they are to
+            guide, and C is not known.
     """
     num_classes = num_classes_of(net)
     none = None
@@ -115,6 +120,12 @@ def guided_by_class(
     conditional = class_keywords(net, ids, given)
     if none is not None:
         unconditional = {**class_keywords(net, none, given), **(unconditional or {})}
+    elif is_guided and unconditional is None:
+        raise ValueError(
+            f"guidance by class needs to know which class stands for none, and "
+            f"{type(innermost(net)).__name__} does not say: give it the attribute num_classes, or "
+            "pass the arguments without the class as unconditional"
+        )
     return {**given, **conditional}, unconditional
 
 

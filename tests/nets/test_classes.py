@@ -181,17 +181,25 @@ def test_errors() -> None:
         conditional(batch_with_classes(conditional), embed_ids={"class": IDS[:, None]})
     with pytest.raises(ValueError, match="its own"):
         conditional(batch_with_classes(conditional), class_ids=IDS)
-    with pytest.raises(ValueError, match="6 classes in 2 rows"):
+    with pytest.raises(ValueError, match=r"classes \[6\] in 2 rows"):
         conditional(clean_batch(2), class_ids=IDS)
     for class_ids, error, message in (
         (C + 1, ValueError, rf"holds {C + 1}: the classes of the net are in \[0, {C}\)"),
         ([0, -1], ValueError, "holds -1"),
         ([0, 1, 2], ValueError, r"shape \[3\]: it must be an int or \[2\]"),
-        ([0.5, 1.0], TypeError, "float32: classes are integers"),
+        ([0.5, 1.0], TypeError, "classes are integers"),
     ):
         with pytest.raises(error, match=message):
             conditional.generate(2, class_ids=class_ids)
     with pytest.raises(ValueError, match="self_token_critic"):
         make_model(conditional_net(), self_token_critic=True)
+    silent = ClassIds()
+    silent.num_classes = None
+    model = NonAutoregressiveWrapper(silent, mask_id=MASK_ID)
+    assert model.generate(2, class_ids=1).shape == (2, LENGTH)
+    with pytest.raises(ValueError, match="ClassIds does not say: give it the attribute"):
+        model.generate(2, class_ids=1, prompt=[0, 1], guidance_scale=2.0)
+    none = {"class_ids": torch.full((2,), C)}
+    model.generate(2, class_ids=1, guidance_scale=2.0, unconditional=none)
     with pytest.raises(ValueError, match="nothing to be guided by"):
         conditional.generate(2, guidance_scale=2.0)
