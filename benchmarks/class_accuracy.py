@@ -11,6 +11,7 @@ pixels within a class, as a share of that of held-out real digits, is reported, 
 `--dry-run` trains for two steps; its figures are meaningless.
 """
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 from measure import begin, make_parser, print_table, write_json
 from torch import Tensor
 
-from nar_kernels import SamplingConfig, TrainConfig, load_model
+from nar_kernels import NonAutoregressiveWrapper, SamplingConfig, TrainConfig, load_model
+from nar_kernels.data.sequence_spec import SequenceSpec
 from nar_kernels.data.sources import Data, open_data
 from nar_kernels.show import samples
 from nar_kernels.train import train
@@ -43,6 +45,24 @@ def variance_within(images: Tensor, classes: Tensor) -> float:
     return torch.stack(of_classes).mean().item()
 
 
+def trained(
+    args: argparse.Namespace, record: dict[str, object]
+) -> tuple[NonAutoregressiveWrapper, SequenceSpec]:
+    few = {"steps": 2, "dim": 32, "depth": 1} if args.dry_run else {"steps": args.steps}
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig.for_data(
+            "digits", labels="data", out=folder, quiet=True, device="cpu", **few
+        )
+        report = train(config)
+        record["bits_per_token"] = report["bits_per_token"]
+        record["training_seconds"] = report["seconds"]
+        print(
+            f"{report['steps']} steps: {report['bits_per_token']:.4f} bits per token, given the "
+            "class\n"
+        )
+        return load_model(Path(folder) / "best.pt")
+
+
 def main() -> None:
     parser = make_parser(__doc__, repeats=1)
     parser.set_defaults(threads=1)
@@ -54,21 +74,10 @@ def main() -> None:
     from sklearn.svm import SVC
 
     _, _, record = begin(parser, args, on_cpu=True)
-    checkpoint = args.checkpoint
-    if checkpoint is None:
-        folder = Path(tempfile.mkdtemp())
-        few = {"steps": 2, "dim": 32, "depth": 1} if args.dry_run else {"steps": args.steps}
-        config = TrainConfig.for_data(
-            "digits", labels="data", out=folder, quiet=True, device="cpu", **few
-        )
-        report = train(config)
-        record["bits_per_token"] = report["bits_per_token"]
-        record["training_seconds"] = report["seconds"]
-        print(
-            f"{report['steps']} steps: {report['bits_per_token']:.4f} bits per token, given class"
-        )
-        checkpoint = folder / "best.pt"
-    model, spec = load_model(checkpoint)
+    if args.checkpoint is None:
+        model, spec = trained(args, record)
+    else:
+        model, spec = load_model(args.checkpoint)
     data = open_data("digits", labels="data")
     assert isinstance(data, Data) and spec.num_classes is not None
     assert data.train_classes is not None and data.held_out_classes is not None
