@@ -4,7 +4,6 @@ Shapes: B batch, N windows, C classes.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +12,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_float, as_int
-from nar_kernels.spec.philox import Stream, words
-
-
-def dropped_classes(class_ids: Tensor, slots: Tensor, null: int, prob: float, seed: int) -> Tensor:
-    """int64 ``[B]``: the classes, or ``null`` with this probability (classifier-free guidance, Ho
-    and Salimans, arXiv:2207.12598). A function of (seed, slot).
-
-    Args:
-        class_ids, slots: int64 ``[B]``; slots are sample slots.
-    """
-    word = words(seed, Stream.CLASS_DROPOUT, slots, torch.zeros_like(slots))
-    return class_ids.masked_fill(word < math.ceil(prob * 2**32), null)  # word < prob * 2**32
+from nar_kernels.ops.mask_tokens import drop_classes
 
 
 class Classes:
@@ -65,7 +53,9 @@ class Classes:
         chosen = self.of_windows[windows]
         if not self.dropout_prob:
             return chosen
-        return dropped_classes(chosen, slots, self.num_classes, self.dropout_prob, seed)
+        return drop_classes(
+            chosen, self.num_classes, self.dropout_prob, seed=seed, sample_ids=slots
+        )
 
 
 def state_of(classes: Classes | None) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from nar_kernels.integrations.draws import (
     seed_of,
 )
 from nar_kernels.ops.corrupt import corrupt
-from nar_kernels.ops.mask_tokens import mask_tokens
-from nar_kernels.spec.philox import Stream, words
+from nar_kernels.ops.mask_tokens import drop_classes, mask_tokens
 from nar_kernels.spec.schedules import SCHEDULES
 
 # Names of Halton-MaskGIT, and ours.
@@ -147,5 +146,8 @@ def drop_labels(
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}: it must be in [0, 1]")
     slots = torch.arange(len(y), device=y.device) if sample_ids is None else sample_ids
-    coins = words(seed_of(seed, generator), Stream.CLASS_DROPOUT, slots, torch.zeros_like(slots))
-    return torch.where(coins < math.ceil(p * 2**32), null_label, y)
+    dropped = drop_classes(
+        y.long(), as_int("null_label", null_label), p, seed=seed_of(seed, generator),
+        sample_ids=slots,
+    )  # fmt: skip
+    return dropped.to(y.dtype)

@@ -3,6 +3,8 @@
 Shapes: B batch, L sequence length.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,12 +70,44 @@ def mask_tokens(
         signed_seed(seed),
         of_view(Stream.MASK_KEY, view),
     )
-    backend = resolve_backend(backend, tokens.device, MASK_TOKENS_BACKENDS)
-    if needs_dispatcher(args.tokens, args.bounds, args.sample_ids):
-        ids, mask = torch.ops.nar_kernels.mask_tokens.default(*args, backend)
-    else:
-        ids, mask = _launch_mask_tokens(args, backend)
+    ids, mask = _run(args, backend)
     return ids.to(dtype), mask
+
+
+def drop_classes(
+    classes: Tensor, null: int, prob: float, *, seed: int, sample_ids: Tensor
+) -> Tensor:
+    """The classes of samples, or ``null`` with probability ``prob``, for classifier-free guidance
+    (Ho and Salimans, arXiv:2207.12598). A function of (seed, slot), in one launch.
+
+    Args:
+        classes: int64 ``[B]``. As the others, it is not checked.
+        prob: in [0, 1].
+        sample_ids: int64 ``[B]`` where ``classes`` are: sample slots.
+
+    Returns:
+        int64 ``[B]``.
+    """
+    bound = math.ceil(prob * 2**32)
+    ids, _ = _run(
+        MaskTokensArgs(
+            classes.unsqueeze(1).contiguous(),
+            null,
+            torch.full_like(sample_ids, bound).unsqueeze(1),
+            sample_ids.contiguous(),
+            signed_seed(seed),
+            Stream.CLASS_DROPOUT,
+        ),
+        "auto",
+    )
+    return ids.squeeze(1)
+
+
+def _run(args: MaskTokensArgs, backend: str) -> tuple[Tensor, Tensor]:
+    backend = resolve_backend(backend, args.tokens.device, MASK_TOKENS_BACKENDS)
+    if needs_dispatcher(args.tokens, args.bounds, args.sample_ids):
+        return torch.ops.nar_kernels.mask_tokens.default(*args, backend)
+    return _launch_mask_tokens(args, backend)
 
 
 def _check_tokens(tokens: Tensor) -> torch.dtype:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nar_kernels.data.classes import Classes, dropped_classes
+from nar_kernels.data.classes import Classes
+from nar_kernels.ops.mask_tokens import drop_classes
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.windows.mixture import Mixture
 from nar_kernels.ops.corrupt import corrupt
@@ -115,7 +116,7 @@ def test_masks_are_those_without_classes() -> None:
 @pytest.mark.parametrize("prob", [0.1, 0.5])
 def test_the_share_that_is_dropped(prob: float) -> None:
     n = 20_000
-    dropped = dropped_classes(torch.zeros(n).long(), torch.arange(n), C, prob, seed=7) == C
+    dropped = drop_classes(torch.zeros(n).long(), C, prob, seed=7, sample_ids=torch.arange(n)) == C
     z = (int(dropped.sum()) - n * prob) / math.sqrt(n * prob * (1 - prob))
     assert math.erfc(abs(z) / math.sqrt(2)) > FAMILY_ERROR / 2
 
