@@ -4,7 +4,6 @@ class of a sample, for classifier-free guidance.
 Shapes: b images of h x w tokens.
 """
 
-import math
 from typing import Any
 
 import torch

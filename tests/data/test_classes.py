@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nar_kernels.data.classes import Classes
-from nar_kernels.ops.mask_tokens import drop_classes
 from nar_kernels.data.loader import MaskedLoader
 from nar_kernels.data.windows.mixture import Mixture
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.mask_tokens import drop_classes
 from nar_kernels.spec.philox import Stream, words
 from tests.helpers.goodness_of_fit import FAMILY_ERROR
 from tests.helpers.windows import MASKING, make_dataset, tensors
