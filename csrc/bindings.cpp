@@ -238,7 +238,7 @@ nar::ChooseArgs unpack_choose(const py::tuple& arguments, const py::tuple& outpu
                               int64_t sequences) {
   nar::ChooseArgs a;
   a.sequences = sequences;
-  nar::Unpacker next(arguments, 12);
+  nar::Unpacker next(arguments, 13);
   a.score = next.address<const float>();
   a.by_position = next.as<bool>();
   a.lowest_first = next.as<bool>();
@@ -251,6 +251,7 @@ nar::ChooseArgs unpack_choose(const py::tuple& arguments, const py::tuple& outpu
   a.seed = static_cast<uint64_t>(next.integer());
   a.first_slot = static_cast<uint64_t>(next.integer());
   a.slot_stride = static_cast<uint64_t>(next.integer());
+  a.slots = next.address<const int64_t>();
 
   nar::Unpacker next_output(outputs, 2);
   a.kept = next_output.address<int64_t>();

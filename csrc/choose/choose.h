@@ -16,13 +16,17 @@ struct ChooseArgs {
   const int64_t* left_bounds;  // [sequences + 1]: likewise of those that are left
   int64_t sequences, length;
   uint64_t seed, first_slot, slot_stride;
+  const int64_t* slots;  // [sequences], or null: they are `slot_stride` apart
 
   int64_t* kept;  // [candidates - left], ascending
   int64_t* left;  // [left], ascending
 
   int64_t num_candidates(int64_t b) const { return bounds[b + 1] - bounds[b]; }
   int64_t num_left(int64_t b) const { return left_bounds[b + 1] - left_bounds[b]; }
-  uint64_t slot(int64_t b) const { return first_slot + static_cast<uint64_t>(b) * slot_stride; }
+  uint64_t slot(int64_t b) const {
+    if (slots) return static_cast<uint64_t>(slots[b]);
+    return first_slot + static_cast<uint64_t>(b) * slot_stride;
+  }
 };
 
 // Scratch memory of one thread: for a sequence, and kChoosePadding more.

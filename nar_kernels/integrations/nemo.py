@@ -4,7 +4,7 @@ Shapes: B batch, L sequence length, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +93,7 @@ def corrupt_blockwise(
         half_life_ratio: above 0.
         generator: which the seed is drawn from.
         seed: see :mod:`nar_kernels.integrations.draws`.
-        sample_ids: see there; best on the CPU, and consecutive, which takes one launch.
+        sample_ids: see there; best on the CPU.
 
     Returns:
         ``noisy_input_ids``, ``noise_mask`` (bool) and ``p_mask`` (float32, the m of the block),
@@ -156,47 +156,32 @@ class _Blocks:
         at_block = (slope * (1 - ratio)).to(device).unsqueeze(2)
         score = (at_block * place).flatten(1)[:, : self._length]
         padded = self._num * self._size
-        chosen = torch.zeros(batch, padded, dtype=torch.bool, device=device)
         rows = torch.arange(batch * padded, device=device).view(batch, padded)
-        rows = rows[:, : self._length].flatten()
-        bounds = _bounds(self.lengths.expand(batch, -1)).to(device)
         left = _bounds(self.lengths - counts)
-        left_bounds, left_of = left.to(device), left[:: self._num].tolist()
-        backend = resolve_backend("auto", device, CHOOSE_BACKENDS)
-        for first, last in _runs(self._slots.tolist()):
-            num_blocks = (last - first) * self._num
-            begin = first * self._num
-            arguments = ChooseArgs(
-                score[first:last].flatten(),
-                by_position=False,
-                lowest_first=False,
-                noise_scale=1.0,
-                rows=rows[: (last - first) * self._length],
-                bounds=bounds[: num_blocks + 1],
-                left_bounds=left_bounds[begin : begin + num_blocks + 1] - left_of[first],
-                num_left=left_of[last] - left_of[first],
-                length=self._size,
-                seed=signed_seed(~self._seed),  # the stream of the noise is that of decoding
-                first_slot=int(self._slots[first]) * self._num,
-                slot_stride=1,
-            )
-            kept, _ = run_choose(arguments, backend)
-            chosen[first:last].view(-1).index_fill_(0, kept, True)
-        return chosen[:, : self._length]
+        slots = self._slots[:, None] * self._num + torch.arange(self._num, device="cpu")
+        arguments = ChooseArgs(
+            score.flatten(),
+            by_position=False,
+            lowest_first=False,
+            noise_scale=1.0,
+            rows=rows[:, : self._length].flatten(),
+            bounds=_bounds(self.lengths.expand(batch, -1)).to(device),
+            left_bounds=left.to(device),
+            num_left=int(left[-1]),
+            length=self._size,
+            seed=signed_seed(~self._seed),  # the stream of the noise is that of decoding
+            first_slot=0,
+            slot_stride=0,
+            slots=slots.flatten().to(device),
+        )
+        kept, _ = run_choose(arguments, resolve_backend("auto", device, CHOOSE_BACKENDS))
+        chosen = torch.zeros(batch * padded, dtype=torch.bool, device=device)
+        return chosen.index_fill_(0, kept, True).view(batch, padded)[:, : self._length]
 
 
 def _bounds(counts: Tensor) -> Tensor:
     """int64 ``[n + 1]``: 0, and the sums of the first counts."""
     return nn.functional.pad(counts.reshape(-1).cumsum(0), (1, 0))
-
-
-def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The ranges of ``slots`` in which each is one more than the one before."""
-    first = 0
-    for i in range(1, len(slots) + 1):
-        if i == len(slots) or slots[i] != slots[i - 1] + 1:
-            yield first, i
-            first = i
 
 
 class DLLMLossOutput(NamedTuple):

@@ -207,3 +207,4 @@ class ChooseArgs(NamedTuple):
     seed: int  # signed, with the bits of the unsigned one
     first_slot: int  # noise slot of sequence b: first_slot + b * slot_stride
     slot_stride: int
+    slots: Tensor | None = None  # int64 [B]: or these

@@ -501,7 +501,7 @@ def choose_ref(a: ChooseArgs) -> tuple[Tensor, Tensor]:
     """The specification of ``choose``: of equal scores the first position counts as the highest,
     and NaN is higher than any number."""
     sequence, position = a.rows // a.length, a.rows % a.length
-    slots = sequence * a.slot_stride + a.first_slot
+    slots = sequence * a.slot_stride + a.first_slot if a.slots is None else a.slots[sequence]
     noise = words(a.seed, Stream.CRITIC_NOISE, slots, position)
     score = noise if a.score is None else a.score[position] if a.by_position else a.score
     if a.lowest_first:

@@ -57,6 +57,8 @@ def drawn(batch: int, length: int, share: float, seed: int, scores: str | None, 
         score = torch.randn(number, generator=draw)
     elif scores == "awkward":
         score = AWKWARD[torch.randint(len(AWKWARD), (number,), generator=draw)]
+    if changes.get("slots"):
+        changes["slots"] = torch.randint(-(2**62), 2**62, (batch,), generator=draw)
     return arguments(is_candidate, left, score, seed=seed, **changes)
 
 
@@ -76,6 +78,7 @@ KINDS = {
     "little noise": dict(
         scores="awkward", noise_scale=1e-7, lowest_first=True, first_slot=2**63 - 1
     ),
+    "given slots": dict(scores="normal", noise_scale=1.0, slots=True),
     "by position": dict(scores="normal", by_position=True, lowest_first=True),
     "by position, noise": dict(scores="awkward", by_position=True, noise_scale=2.0),
 }

@@ -97,7 +97,7 @@ _VARYING = ["length", "seed", "first_slot", "slot_stride", "noise_scale"]
 @triton.jit(do_not_specialize=_VARYING)
 def choose_kernel(
     kept, left, keys, score, rows, bounds, left_bounds, length, seed: tl.int64,
-    first_slot: tl.int64, slot_stride: tl.int64, noise_scale: tl.float32,
+    first_slot: tl.int64, slot_stride: tl.int64, slots, noise_scale: tl.float32,
     BY_POSITION: tl.constexpr, LOWEST_FIRST: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence. Arguments as in ``ChooseArgs``; ``keys`` is int32 ``[R]``, scratch."""
@@ -110,6 +110,8 @@ def choose_kernel(
         of_sequence = score if BY_POSITION else score + begin
     of = Sequence(number=number, rows=rows + begin, keys=keys + begin, score=of_sequence)
     slot = first_slot + b * slot_stride
+    if slots is not None:
+        slot = tl.load(slots + b)
     _store_keys(
         of, b * length, seed, slot, noise_scale, BY_POSITION, LOWEST_FIRST, NOISE, BLOCK
     )  # fmt: skip
@@ -160,7 +162,7 @@ def choose_triton(outputs: tuple[Tensor, Tensor], a: ChooseArgs) -> None:
     keys = torch.empty_like(a.rows, dtype=torch.int32)
     arguments = (
         *outputs, keys, a.score, a.rows, a.bounds, a.left_bounds, a.length, a.seed, a.first_slot,
-        a.slot_stride, a.noise_scale,
+        a.slot_stride, a.slots, a.noise_scale,
     )  # fmt: skip
-    flags = a.by_position, a.lowest_first, a.noise_scale > 0, _block(a.length)
+    flags = a.by_position, a.lowest_first, a.noise_scale > 0, _block(a.length), a.slots is None
     _launch(sequences, arguments, (a.rows.get_device(), *flags), lambda: launch_options(a))
