@@ -303,6 +303,11 @@ class MaskedDiffusionCollator:
                 "the tokenizer has no mask token: add one (tokenizer.add_special_tokens, then "
                 "model.resize_token_embeddings), or name an unused id as mask_id"
             )
+        if masking.get("block_length") is not None:
+            raise ValueError(
+                "block_length is given, but blocks are numbered by those of a whole sequence, "
+                "whose length a batch does not know: use MaskedDiffusionTrainer, which masks them"
+            )
         self.tokenizer, self.mask = tokenizer, mask
         self.pad_to_multiple_of, self.return_weights = pad_to_multiple_of, return_weights
         self.global_batch = global_batch

@@ -43,7 +43,7 @@ class MaskedDiffusionTrainer(Trainer):
     Args:
         model: a masked LM, or a decoder, which is run bidirectionally (see
             :class:`~nar_kernels.NetAdapter`).
-        args: ``TrainingArguments``. Not with FSDP or DeepSpeed.
+        args: ``TrainingArguments``. Not with FSDP, DeepSpeed or DataParallel.
         mask_id: default: that of ``processing_class``.
         reduction: of the loss, as of :func:`nar_kernels.masked_nll`; not ``"none"``. Default:
             ``"nelbo"``, the bound on the likelihood in nats per token; ``"token"`` where the
@@ -73,12 +73,18 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError(
                 "there is no mask token: pass mask_id, or a processing_class that has one"
             )
+        adapter = NetAdapter(model, **(net or {}))
+        self.masking = MaskingConfig(adapter.num_tokens, mask_id, **(masking or {}))
+        # Blocks are numbered by those of a whole sequence.
+        self._length = None if self.masking.block_length is None else adapter.max_seq_len
         if trainer.get("data_collator") is None:
             if tokenizer is None:
                 raise ValueError("pass a processing_class (the tokenizer), or a data_collator")
-            trainer["data_collator"] = MaskedDiffusionCollator(tokenizer, mask=False)
-        adapter = NetAdapter(model, **(net or {}))
-        self.masking = MaskingConfig(adapter.num_tokens, mask_id, **(masking or {}))
+            trainer["data_collator"] = MaskedDiffusionCollator(
+                tokenizer, mask=False, pad_to_multiple_of=self._length
+            )
+        if reduction == "none":
+            raise ValueError("reduction is 'none': training needs one number, such as 'nelbo'")
         if reduction is None:
             reduction = "nelbo" if self.masking.is_bound else "token"
         if reduction == "nelbo":
@@ -90,6 +96,11 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError(
                 "FSDP and DeepSpeed shard a model whose head is called by itself here: use "
                 "DistributedDataParallel (torchrun without them)"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"there are {self.args.n_gpu} GPUs in one process, for DataParallel: start a "
+                "process for each (torchrun), or show it one (CUDA_VISIBLE_DEVICES)"
             )
         self.add_callback(SetEpoch())
         # Whether the loss is divided by what it is given, or else by the steps of accumulation.
@@ -115,11 +126,14 @@ class MaskedDiffusionTrainer(Trainer):
 
     def _corrupted(self, inputs: dict[str, Tensor], is_training: bool) -> Corrupted:
         ids, labels = inputs["input_ids"], inputs.get("labels")
+        attends = inputs.get("attention_mask")
+        if self._length is not None:
+            self._check_blocks(ids, attends)
         slots, world, rank = inputs.get(SAMPLE_ID), distributed.world_size(), distributed.rank()
         global_batch: int | None = 1
         if not is_training:
             seed = _EVALUATION_SEED
-            slots = _slots_of_contents(ids) if slots is None else slots
+            slots = _slots_of_contents(ids, attends) if slots is None else slots
         elif slots is None:
             seed, global_batch = seed_of(None), len(ids) * world
             slots = torch.arange(rank, global_batch, world, device=ids.device)
@@ -134,8 +148,20 @@ class MaskedDiffusionTrainer(Trainer):
             sample_ids=slots,
             global_batch=global_batch,
             labels=labels,
+            maskable=attends != 0 if labels is None and attends is not None else None,
             outputs=("labels", "masked_indices", "masked_rows"),
         )
+
+    def _check_blocks(self, ids: Tensor, attends: Tensor | None) -> None:
+        """Raises ValueError: blocks would not be the same in another batch."""
+        if ids.shape[1] != self._length:
+            raise ValueError(
+                f"a batch has sequences of {ids.shape[1]} tokens, but with block_length all must "
+                f"have max_seq_len, {self._length}: pad to it (pad_to_multiple_of), or pass "
+                "net={'max_seq_len': ...}"
+            )
+        if attends is not None and bool((attends[:, 0] == 0).any()):
+            raise ValueError("block_length needs padding on the right: set padding_side to it")
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = [*_COLUMNS, *self.label_names]
@@ -186,15 +212,17 @@ class _Loss(nn.Module):
         trunk = TrunkAndHead(self.net)
         if block_length is None:
             prediction = trunk(batch.input_ids, kwargs)
-        else:  # padding is behind what counts, in blocks that nothing else attends to
+        else:  # padding is behind what counts; the last block with some of it sees it
             prediction = predict_blocks(
                 trunk, batch, block_keywords(self.net, batch, block_length, {})
             )
         return prediction.loss(batch, reduction=self.reduction, normalizer=normalizer)
 
 
-def _slots_of_contents(ids: Tensor) -> Tensor:
-    """int64 ``[B]``: a hash of each sequence, so that its mask is the same in any batch."""
-    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    mixed = (ids.long() + 1) * (place * 0x1E3779B97F4A7C15 | 1)  # modulo 2**64
+def _slots_of_contents(ids: Tensor, attends: Tensor | None) -> Tensor:
+    """int64 ``[B]``: a hash of each sequence without padding, so that its mask is the same in any
+    batch."""
+    is_token = torch.ones_like(ids) if attends is None else attends.long()
+    place = is_token.cumsum(1)
+    mixed = is_token * (ids.long() + 1) * (place * 0x1E3779B97F4A7C15 | 1)  # modulo 2**64
     return mixed.sum(1) & ((1 << 62) - 1)

@@ -10,7 +10,12 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from nar_kernels import MaskingConfig, corrupt  # noqa: E402
+from nar_kernels import (  # noqa: E402
+    MaskingConfig,
+    NetAdapter,
+    NonAutoregressiveWrapper,
+    corrupt,
+)
 from nar_kernels.integrations.hugging_face import MaskedDiffusionCollator, SampleIds  # noqa: E402
 from nar_kernels.integrations.hugging_face_trainer import MaskedDiffusionTrainer  # noqa: E402
 from tests.helpers.tiny import tiny_sizes  # noqa: E402
@@ -150,6 +155,72 @@ def test_evaluation_draws_the_same_masks_each_time(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
+def test_evaluation_masks_depend_on_the_sequence_alone(tmp_path):
+    trainer = make_trainer(tmp_path)
+    examples = [Answers()[i] for i in range(10)]
+
+    def masks(chosen: list[int]) -> list[list[int]]:
+        inputs = trainer.data_collator([examples[i] for i in chosen])
+        batch = trainer._corrupted(inputs, is_training=False)
+        rows = zip(batch.input_ids, inputs["attention_mask"], strict=True)
+        return [row[mask.bool()].tolist() for row, mask in rows]
+
+    whole = masks(list(range(10)))
+    assert masks([9, 4]) == [whole[9], whole[4]] and masks([0]) == whole[:1]
+
+
+def test_without_labels_all_but_padding_is_learned(tmp_path):
+    trainer = make_trainer(tmp_path)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    del inputs["labels"]
+    batch = trainer._corrupted(inputs, is_training=True)
+    assert torch.equal(batch.num_maskable, inputs["attention_mask"].sum(1))
+
+
+def make_llama() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_block_diffusion_with_a_decoder(tmp_path):
+    """The loss is the wrapper's of the same batch; training lowers it."""
+    llama = make_llama()
+    options = {"masking": {"block_length": 4}, "arguments": {"max_steps": 8, "save_steps": 8}}
+    trainer = make_trainer(tmp_path, llama, **options)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    assert inputs["input_ids"].shape == (6, LENGTH)
+    count = (inputs["labels"] != -100).sum()
+    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
+    net = NetAdapter(llama)
+    wrapper = NonAutoregressiveWrapper(net, mask_id=MASK_ID, block_length=4)
+    batch = corrupt(
+        inputs["input_ids"], MaskingConfig(V, MASK_ID, block_length=4), seed=3,
+        global_batch=EXAMPLES, labels=inputs["labels"],
+    )  # fmt: skip
+    wrapper.masking = batch.masking
+    torch.testing.assert_close(loss, wrapper(batch).loss)
+    trainer.train()
+    after = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
+    assert after < loss
+
+
+def test_blocks_that_would_depend_on_the_batch_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, make_llama(), masking={"block_length": 4})
+    inputs = trainer.data_collator([trainer.train_dataset[0]])
+    short = {name: x[..., :12] for name, x in inputs.items()}
+    with pytest.raises(ValueError, match="sequences of 12 tokens, .* max_seq_len, 16"):
+        trainer._corrupted(short, is_training=True)
+    left = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
+    with pytest.raises(ValueError, match="padding on the right"):
+        trainer._corrupted(left, is_training=True)
+    with pytest.raises(ValueError, match="use MaskedDiffusionTrainer"):
+        MaskedDiffusionCollator(tiny_tokenizer(), block_length=4)
+
+
 def test_the_best_model_and_activation_checkpoints(tmp_path):
     model = make_model()
     arguments = {
@@ -170,6 +241,8 @@ def test_clear_errors(tmp_path):
         MaskedDiffusionTrainer(model, arguments, mask_id=MASK_ID)
     with pytest.raises(ValueError, match="the mask ratio goes from"):
         make_trainer(tmp_path, reduction="nelbo", masking={"time_range": (0.3, 0.8)})
+    with pytest.raises(ValueError, match="reduction is 'none'"):
+        make_trainer(tmp_path, reduction="none")
     assert make_trainer(tmp_path, masking={"time_range": (0.3, 0.8)}).reduction == "token"
     collator = MaskedDiffusionCollator(tiny_tokenizer(), mask=False)
     assert make_trainer(tmp_path, data_collator=collator).data_collator is collator
