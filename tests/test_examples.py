@@ -95,7 +95,7 @@ def test_lightning(corpus: str, tmp_path: Path) -> None:
 
 
 def test_torchrun(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process of it; several are those of tests/training/test_distributed.py."""
+    """In one process."""
     main = example("torchrun_loop").main
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in variables.items():
