@@ -93,9 +93,11 @@ endif
 	@if ls nar_kernels/_cpp.*.so >/dev/null 2>&1; then touch $@; fi
 
 # Tests inspect the CUDA extension also without a GPU: of one architecture, which takes a minute.
-# What others have in registers and instructions is looked at by tests/ops/test_gpu_code.py.
+# What others have in registers and instructions is looked at by tests/ops/test_gpu_code.py, which
+# reads this one: with line numbers, and a warning is an error.
 .venv/built-for-tests: .venv/built .venv/installed-dev
-	@NAR_KERNELS_CUDA_ARCHS="$${NAR_KERNELS_CUDA_ARCHS:-90}" $(BUILD)
+	@NVCC_APPEND_FLAGS="-lineinfo -Werror all-warnings -Xcompiler=-Werror $$NVCC_APPEND_FLAGS" \
+	    NAR_KERNELS_CUDA_ARCHS="$${NAR_KERNELS_CUDA_ARCHS:-90}" $(BUILD)
 	@touch $@
 
 # The Triton of PyTorch 2.11: tests compile and launch the kernels with it, too.

@@ -17,6 +17,7 @@ import torch
 from measure import begin, make_parser, print_table, turns_ns, write_json
 from torch import Tensor
 
+from nar_kernels import NetAdapter
 from nar_kernels.integrations import diffusers, dllm, llada, maskgit, mdlm, nemo
 
 MASK_ID, BLOCK = 32000, 32
@@ -121,6 +122,11 @@ def corrupt_whole_sequences(b: Batch) -> tuple[Call, Call]:
     return lambda: nemo.corrupt_blockwise(*given), lambda: peer.corrupt_blockwise(*given)
 
 
+def corrupt_all_masked(b: Batch) -> tuple[Call, Call]:
+    peer, given = _corruption(), (b.ids, b.loss_mask, MASK_ID)
+    return lambda: nemo.corrupt_all_masked(*given), lambda: peer.corrupt_all_masked(*given)
+
+
 def mdlm_loss(b: Batch) -> tuple[Call, Call]:
     from nemo_automodel.components.loss.dllm_loss import MDLMCrossEntropyLoss
 
@@ -160,15 +166,34 @@ def add_noise(b: Batch) -> tuple[Call, Call]:
     )
 
 
-def amused(b: Batch) -> tuple[Call, Call]:
+def _cosine_masks(b: Batch, ignore_index: int) -> Call:
+    """Of aMUSEd and muse: a rounded share of each image."""
     size, length = b.ids.shape
 
     def formula() -> tuple[Tensor, Tensor]:
         share = torch.cos(torch.rand(size, 1) * math.pi / 2)
         masked = torch.rand(size, length).argsort(1) < (length * share).round().clamp(min=1)
-        return torch.where(masked, MASK_ID, b.ids), torch.where(masked, b.ids, -100)
+        return torch.where(masked, MASK_ID, b.ids), torch.where(masked, b.ids, ignore_index)
 
-    return lambda: diffusers.amused_mask(b.ids, MASK_ID), formula
+    return formula
+
+
+def amused(b: Batch) -> tuple[Call, Call]:
+    return lambda: diffusers.amused_mask(b.ids, MASK_ID), _cosine_masks(b, -100)
+
+
+def muse(b: Batch) -> tuple[Call, Call]:
+    return lambda: maskgit.muse_mask(b.ids, MASK_ID), _cosine_masks(b, -1)
+
+
+def drop_labels(b: Batch) -> tuple[Call, Call]:
+    """A tenth of 1000 classes, of as many images as there are tokens."""
+    classes = b.ids.flatten() % 1000
+
+    def formula() -> Tensor:
+        return torch.where(torch.rand(classes.shape) < 0.1, 1000, classes)
+
+    return lambda: maskgit.drop_labels(classes, 0.1, 1000), formula
 
 
 def mask_code(b: Batch) -> tuple[Call, Call]:
@@ -189,6 +214,108 @@ def forward_process(b: Batch) -> tuple[Call, Call]:
         return torch.where(masked, MASK_ID, b.ids), masked, p_mask
 
     return lambda: llada.forward_process(b.ids, mask_id=MASK_ID), formula
+
+
+def _encoder(b: Batch) -> Any:
+    """A net as those of LLaDA: `.logits` of every position. The mask is its last id."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=b.logits.shape[2],
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        max_position_embeddings=2 * b.few_ids.shape[1],
+    )
+    return BertForMaskedLM(config).eval()
+
+
+def pretraining_loss(b: Batch) -> tuple[Call, Call]:
+    return _llada_loss(b, prompt_length=0)
+
+
+def sft_loss(b: Batch) -> tuple[Call, Call]:
+    """Prompts of half of the length."""
+    return _llada_loss(b, prompt_length=b.few_ids.shape[1] // 2)
+
+
+def _llada_loss(b: Batch, prompt_length: int) -> tuple[Call, Call]:
+    net, ids, mask_id = _encoder(b), b.few_ids, b.logits.shape[2] - 1
+    adapter, (size, length) = NetAdapter(net), ids.shape
+    prompt_lengths = torch.full((size,), prompt_length)
+
+    def ours() -> None:
+        net.zero_grad()
+        if prompt_length:
+            loss = llada.sft_loss(adapter, ids, prompt_lengths, mask_id=mask_id)
+        else:
+            loss = llada.pretraining_loss(adapter, ids, mask_id=mask_id)
+        loss.backward()
+
+    def formula(eps: float = 1e-3) -> None:
+        net.zero_grad()
+        p_mask = ((1 - eps) * torch.rand(size) + eps)[:, None].expand(size, length)
+        is_answer = torch.arange(length) >= prompt_lengths[:, None]
+        masked = (torch.rand(size, length) < p_mask) & is_answer
+        logits = net(input_ids=torch.where(masked, mask_id, ids)).logits
+        nll = torch.nn.functional.cross_entropy(logits[masked], ids[masked], reduction="none")
+        ((nll / p_mask[masked]).sum() / is_answer.sum()).backward()
+
+    return ours, formula
+
+
+def log_likelihood(b: Batch) -> tuple[Call, Call]:
+    """32 draws, 16 at a time, of an answer as long as its prompt."""
+    net, ids, mask_id = _encoder(b), b.few_ids[0], b.logits.shape[2] - 1
+    draws, size, n = 32, 16, len(ids) // 2
+
+    def ours() -> float:
+        return llada.get_log_likelihood(net, ids[:-n], ids[-n:], draws, size, mask_id=mask_id)
+
+    @torch.no_grad()
+    def formula() -> float:
+        total = 0.0
+        for _ in range(draws // size):
+            first = torch.randint(n, ()) + torch.arange(size) * n // size
+            counts = (first % n + 1)[:, None]
+            masked = torch.zeros(size, len(ids), dtype=torch.bool)
+            masked[:, -n:] = torch.rand(size, n).argsort(1) < counts
+            logits = net(torch.where(masked, mask_id, ids)).logits
+            labels, weights = ids.expand(size, -1)[masked], (n / counts).expand_as(masked)[masked]
+            nll = torch.nn.functional.cross_entropy(logits[masked], labels, reduction="none")
+            total += (nll * weights).sum().item()
+        return -total / draws
+
+    return ours, formula
+
+
+def decoding(b: Batch) -> tuple[Call, Call]:
+    """Half as many tokens as the prompt has, in two blocks, two a step."""
+    net, prompt = _encoder(b), b.few_ids[:1, : b.few_ids.shape[1] // 2]
+    mask_id, length = b.logits.shape[2] - 1, prompt.shape[1]
+    answer, block = length // 2, length // 4
+
+    def ours() -> Tensor:
+        sizes = {"steps": answer // 2, "gen_length": answer, "block_length": block}
+        return llada.generate(net, prompt, mask_id=mask_id, **sizes)
+
+    @torch.no_grad()
+    def formula() -> Tensor:
+        ids = torch.cat([prompt, torch.full((1, answer), mask_id)], 1)
+        for end in range(length + block, length + answer + 1, block):
+            for _ in range(block // 2):
+                logits = net(ids).logits
+                best = logits.argmax(-1)
+                confidence = logits.softmax(-1).gather(-1, best[..., None])[..., 0]
+                confidence[ids != mask_id] = -math.inf
+                confidence[:, end:] = -math.inf
+                chosen = confidence.topk(2).indices
+                ids.scatter_(1, chosen, best.gather(1, chosen))
+        return ids
+
+    return ours, formula
 
 
 def q_xt(b: Batch) -> tuple[Call, Call]:
@@ -306,15 +433,22 @@ DROP_INS = [
     DropIn("corrupt_blockwise, blocks of 32", "NeMo", corrupt_blockwise),
     DropIn("corrupt_blockwise, scattered sample_ids", "NeMo", corrupt_blockwise_in_any_order),
     DropIn("corrupt_blockwise, whole sequences", "NeMo", corrupt_whole_sequences),
+    DropIn("corrupt_all_masked", "NeMo", corrupt_all_masked),
     DropIn("MDLMCrossEntropyLoss, forward + backward", "NeMo", mdlm_loss),
     DropIn("DLLMCollator, blocks of 32", "NeMo", collator),
     DropIn("add_noise, blocks of 32", "diffusers", add_noise),
     DropIn("DataCollatorForLanguageModeling", "transformers", mlm_collator),
     DropIn("forward_process (LLaDA)", FORMULA, forward_process),
+    DropIn("pretraining_loss (LLaDA), forward + backward", FORMULA, pretraining_loss),
+    DropIn("sft_loss (LLaDA), forward + backward", FORMULA, sft_loss),
+    DropIn("get_log_likelihood (LLaDA), 32 draws", FORMULA, log_likelihood),
+    DropIn("generate (LLaDA), two tokens a step", FORMULA, decoding),
     DropIn("sample_t, q_xt (MDLM)", FORMULA, q_xt),
     DropIn("sample_t, q_xt (BD3LM), clipped, blocks of 32", FORMULA, q_xt_of_blocks),
     DropIn("compute_loss (dllm), forward + backward of the head", FORMULA, dllm_loss),
     DropIn("amused_mask", FORMULA, amused),
+    DropIn("muse_mask", FORMULA, muse),
+    DropIn("drop_labels", FORMULA, drop_labels),
     DropIn("get_mask_code", FORMULA, mask_code),
 ]
 
@@ -338,7 +472,7 @@ def main() -> None:
     args = parser.parse_args()
     _, repeats, record = begin(parser, args, on_cpu=True)
     # Sequences, their length, both of the loss, and its vocabulary.
-    sizes = (2, 64, (2, 8), 50) if args.dry_run else (64, 1024, (4, 256), 32001)
+    sizes = (2, 64, (2, 16), 50) if args.dry_run else (64, 1024, (4, 256), 32001)
     batch = make_batch(*sizes)
     size, length, few, num_tokens = sizes
     record |= {"batch": size, "length": length, "loss": [*few, num_tokens]}

@@ -10,6 +10,7 @@ _HAS_SIZE = 4  # EIFMT_SVAL: so many bytes follow
 class Cubin:
     """Attributes:
     indices: of its kernels in the table of symbols, by symbol, as nvdisasm's option takes them.
+    has_lines: whether it tells the lines of the source that instructions come from.
     max_threads: the most threads of a block for which each kernel is compiled, by symbol.
     """
 
@@ -22,6 +23,7 @@ class Cubin:
         begins = headers[of_names][4]
         sections = {_text(content, begins + header[0]): header for header in headers}
 
+        self.has_lines = ".debug_line" in sections
         self.indices: dict[str, int] = {}
         _, _, _, _, offset, size, of_names, _ = sections[".symtab"]
         begins = headers[of_names][4]
