@@ -40,6 +40,10 @@ def mask_tokens_kernel(
 _launch = Launcher(mask_tokens_kernel, _VARYING)
 
 
+def launch_options(by_position: bool) -> dict[str, int]:
+    return {"BY_POSITION": by_position, "BLOCK": BLOCK, "num_warps": 4}
+
+
 def mask_tokens_triton(outputs: tuple[Tensor, Tensor], a: MaskTokensArgs) -> None:
     """Fills ``outputs``: the ids and the mask."""
     batch, length = a.tokens.shape
@@ -52,5 +56,5 @@ def mask_tokens_triton(outputs: tuple[Tensor, Tensor], a: MaskTokensArgs) -> Non
         ids, mask.view(torch.uint8), a.tokens, a.bounds, a.sample_ids, a.mask_id, length, a.seed,
         a.stream,
     )  # fmt: skip
-    options = {"BY_POSITION": by_position, "BLOCK": BLOCK, "num_warps": 4}
-    _launch(programs, arguments, (ids.get_device(), ids.dtype, by_position), lambda: options)
+    variant = ids.get_device(), ids.dtype, by_position
+    _launch(programs, arguments, variant, lambda: launch_options(by_position))
