@@ -17,6 +17,8 @@ from nar_kernels.integrations.draws import (
     masking_of,
     noisy_ids,
     seed_of,
+    supervised,
+    time_range_of,
 )
 from nar_kernels.likelihood import weighted_nats
 from nar_kernels.nets.adapter import NetAdapter, net_attribute
@@ -39,7 +41,7 @@ def _masking(mask_id: int, eps: float, num_tokens: int = ANY_VOCABULARY) -> Mask
         num_tokens=num_tokens,
         draw="bernoulli",
         times="uniform",
-        time_range=(0.0, 1.0 - eps),
+        time_range=time_range_of("eps", eps),
     )
 
 
@@ -86,14 +88,12 @@ def forward_process_simple_masking(
         generator: which the seed is drawn from.
     """
     check_ids("input_ids", input_ids, 2)
-    if loss_mask is not None and loss_mask.is_floating_point():
-        loss_mask = loss_mask != 0
     batch = corrupt(
         input_ids,
         _masking(mask_token_id, eps),
         seed=seed_of(seed, generator),
         sample_ids=sample_ids,
-        loss_mask=loss_mask,
+        maskable=None if loss_mask is None else supervised(loss_mask, input_ids),
         outputs=MASKED,
     )
     assert batch.masked_indices is not None
@@ -144,7 +144,7 @@ def sft_loss(
     batch = _corrupted(
         net, input_ids, eps, mask_id, seed, sample_ids, prompt_lengths=prompt_lengths
     )
-    return TrunkAndHead(net)(batch.input_ids, kwargs).loss(batch, reduction="answer")
+    return TrunkAndHead(net)(batch.input_ids, kwargs).loss(batch, reduction="sequence")
 
 
 def _corrupted(
