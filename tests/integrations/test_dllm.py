@@ -122,7 +122,7 @@ def test_parts_of_a_batch_add_up():
         ({"loss_norm_type": "mean"}, "loss_norm_type is 'mean'"),
         ({"loss_weight_type": "cart"}, "loss_weight_type is 'cart'"),
         ({"scheduler": "lin"}, "lin"),
-        ({"time_epsilon": 1.5}, "time_range is"),
+        ({"time_epsilon": 1.5}, "time_epsilon is 1.5"),
     ],
 )
 def test_clear_errors(options, match):
