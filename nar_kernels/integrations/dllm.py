@@ -47,8 +47,8 @@ def compute_loss(
             ``"cart[geo_p:0.3]"``, Dream's (:func:`nar_kernels.cart_weights`).
         loss_norm_type: divide by the number of tokens that count, ``"token"``; by that of each
             sequence and by B, ``"sequence"``; or by B, ``"batch"``.
-        num_items_in_batch: divide by this instead: the number of the whole batch, where this is a
-            part of it.
+        num_items_in_batch: divide by this instead, where this is a part of a batch: how many tokens
+            count in all of it, or, of the other two norms, how many sequences it has.
         seed, sample_ids: see :mod:`nar_kernels.integrations.draws`.
 
     Returns:

@@ -187,7 +187,8 @@ def get_log_likelihood(
     and does not depend on ``batch_size``.
 
     Args:
-        model: a Hugging Face model, or a :class:`~nar_kernels.TokenNet`.
+        model: a Hugging Face model, or a :class:`~nar_kernels.TokenNet`. For many calls wrap a
+            model in :class:`~nar_kernels.NetAdapter` once: each new one calls it three times.
         prompt, answer: ids ``[P]`` and ``[n]``.
         mc_num: draws.
         batch_size: draws in a call of the model.

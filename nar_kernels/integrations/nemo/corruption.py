@@ -13,6 +13,7 @@ from nar_kernels.integrations.draws import (
     check_ids,
     masking_of,
     seed_of,
+    slots_of,
     supervised,
     time_range_of,
 )
@@ -129,12 +130,7 @@ def corrupt_blockwise(
 
 def _block_slots(sample_ids: Tensor | None, batch: int, num_blocks: int) -> Tensor:
     """int64 ``[B, nb]`` on the CPU: the slot of each block."""
-    slots = torch.arange(batch, device="cpu") if sample_ids is None else sample_ids.cpu()
-    if slots.dtype != torch.int64 or slots.shape != (batch,):
-        raise ValueError(
-            f"sample_ids is {slots.dtype} {list(slots.shape)}: it must be int64 [{batch}], one for "
-            "each sequence"
-        )
+    slots = slots_of(sample_ids, batch).cpu()
     if batch and not 0 <= slots.min() <= slots.max() < _MAX_SAMPLE:
         raise ValueError(
             f"sample_ids are from {int(slots.min())} to {int(slots.max())}: they must be in "
