@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nar_kernels.checks import as_float, as_int, check_seed
 from nar_kernels.ops.corrupted import Corrupted, Output
+from nar_kernels.ops.dispatch import outside_graphs
 from nar_kernels.ops.masking import MaskingConfig
 
 # Of a code base that does not say its vocabulary. Ids are checked against it, and the mask.
@@ -55,11 +56,13 @@ def slots_of(sample_ids: Tensor | None, batch: int) -> Tensor:
     return sample_ids
 
 
-@lru_cache(maxsize=256)
 def masking_of(mask_id: int, *, num_tokens: int = ANY_VOCABULARY, **options: Any) -> MaskingConfig:
-    """A :class:`MaskingConfig`, whose tables take a millisecond; cached. Options must be
-    hashable."""
-    return MaskingConfig(num_tokens, mask_id, **options)
+    """A :class:`MaskingConfig`, whose tables take a millisecond; cached. Options must be hashable.
+    Under torch.compile it is made between graphs."""
+    return outside_graphs(_cached)(num_tokens, mask_id, **options)
+
+
+_cached = lru_cache(maxsize=256)(MaskingConfig)
 
 
 def check_ids(name: str, ids: Tensor, num_dims: int) -> None:

@@ -66,6 +66,15 @@ def test_a_mask_does_not_depend_on_what_lies_beside():
         assert torch.equal(one[order], two)
 
 
+@pytest.mark.seconds
+def test_under_torch_compile():
+    def step(ids: Tensor) -> Tensor:
+        return forward_process(ids + 1, 0.017, mask_id=2000, seed=2)[0] * 2
+
+    ids = ids_of(3, 20)
+    assert torch.equal(torch.compile(step, backend="eager")(ids), step(ids))
+
+
 def test_the_law():
     """p is uniform in (eps, 1); given p, positions are independent coins."""
     batch, length, eps = 4000, 64, 0.2
