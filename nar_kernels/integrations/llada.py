@@ -94,7 +94,7 @@ def forward_process_simple_masking(
         _masking(mask_token_id, eps),
         seed=seed_of(seed, generator),
         sample_ids=sample_ids,
-        maskable=None if loss_mask is None else supervised(loss_mask, input_ids),
+        loss_mask=None if loss_mask is None else supervised(loss_mask, input_ids),
         outputs=MASKED,
     )
     assert batch.masked_indices is not None
@@ -337,7 +337,7 @@ def _without_ends(
     logits[:, never] = -torch.inf
     if ends:
         drawable = logits.clone()
-        drawable[:, mask_id] = -torch.inf
+        drawable[:, mask_id : mask_id + 1] = -torch.inf  # which a head need not have
         best = drawable.argmax(1)
         is_end = torch.isin(best, torch.tensor(ends, device=logits.device))
         logits[:, ends] = logits[:, ends].where(is_end[:, None], -torch.inf)

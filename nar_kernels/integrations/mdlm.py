@@ -43,10 +43,8 @@ def sample_t(
         float32 ``[B]``.
     """
     n = as_int("n", n)
-    return _times(
-        n, device, sampling_eps, 1.0, antithetic_sampling, seed, slots_of(sample_ids, n),
-        global_batch,
-    )  # fmt: skip
+    slots = None if sample_ids is None else slots_of(sample_ids, n)
+    return _times(n, device, sampling_eps, 1.0, antithetic_sampling, seed, slots, global_batch)
 
 
 def sample_block_t(
@@ -97,7 +95,7 @@ def _times(
     high: float,
     antithetic: bool,
     seed: int | None,
-    slots: Tensor,
+    slots: Tensor | None,
     global_batch: int | None,
 ) -> Tensor:
     if not 0 <= low < high <= 1:
@@ -108,7 +106,7 @@ def _times(
         torch.zeros(n, 1, dtype=torch.int64, device=device),
         masking,
         seed=seed_of(seed),
-        sample_ids=slots.to(device),
+        sample_ids=None if slots is None else slots.to(device),
         global_batch=global_batch,
         outputs=(),
     ).times

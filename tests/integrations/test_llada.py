@@ -263,6 +263,20 @@ def test_answers_are_those_of_llada(block_length, steps_of_a_block, options):
         assert answer == wanted
 
 
+def test_a_head_without_the_mask():
+    class Narrow(Neighbours):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids)[..., :-1]
+
+    last, prompt = NUM_TOKENS - 1, torch.tensor([[1, 2, 3], [7, 7, 7]])
+    options = {"steps": 4, "gen_length": 8, "block_length": 8, "mask_id": last}
+    narrow, whole = (
+        generate(net, prompt, eos_ids=(EOS, EOT), confidence_eos_eot_inf=True, **options)
+        for net in (Narrow(), Neighbours())
+    )
+    assert torch.equal(narrow, whole)
+
+
 def test_random_remasking_does_not_see_ends():
     net, prompt = Neighbours(), torch.tensor([[1, 2], [3, 4]])
     options = {
