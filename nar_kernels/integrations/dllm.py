@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from nar_kernels.integrations.draws import check_ids, masking_of, seed_of
+from nar_kernels.integrations.draws import check_ids, masking_of, seed_of, time_range_of
 from nar_kernels.nets.adapter import net_attribute
 from nar_kernels.nets.prediction import TrunkAndHead
 from nar_kernels.ops.cart import cart_weights
@@ -42,13 +42,13 @@ def compute_loss(
             are not masked; elsewhere the ids), and ``attention_mask``, which the net gets, or None.
         mask_token_id: the mask token.
         scheduler: ``"linear"`` or ``"cosine"``, or any other mask schedule: alpha is one minus it.
-        time_epsilon: the earliest time, in (0, 1).
+        time_epsilon: the earliest time, in [0, 1).
         loss_weight_type: ``"scheduler"``: -alpha' / (1 - alpha); ``"uniform"``: 1; or
             ``"cart[geo_p:0.3]"``, Dream's (:func:`nar_kernels.cart_weights`).
         loss_norm_type: divide by the number of tokens that count, ``"token"``; by that of each
             sequence and by B, ``"sequence"``; or by B, ``"batch"``.
-        num_items_in_batch: divide by this instead: the number of the whole batch, where this is a
-            part of it.
+        num_items_in_batch: divide by this instead, where this is a part of a batch: how many tokens
+            count in all of it, or, of the other two norms, how many sequences it has.
         seed, sample_ids: see :mod:`nar_kernels.integrations.draws`.
 
     Returns:
@@ -70,7 +70,7 @@ def compute_loss(
         schedule=scheduler,
         draw="bernoulli",
         times="uniform",
-        time_range=(0.0, 1.0 - time_epsilon),
+        time_range=time_range_of("time_epsilon", time_epsilon),
         weighting="elbo" if loss_weight_type == "scheduler" else "unit",
     )
     batch = corrupt(

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_int, check_seed
+from nar_kernels.checks import as_float, as_int, check_seed
 from nar_kernels.ops.corrupted import Corrupted, Output
+from nar_kernels.ops.dispatch import outside_graphs
 from nar_kernels.ops.masking import MaskingConfig
 
 # Of a code base that does not say its vocabulary. Ids are checked against it, and the mask.
@@ -40,11 +41,28 @@ def seed_of(seed: int | None, generator: torch.Generator | None = None) -> int:
     return int(drawn.item())
 
 
-@lru_cache(maxsize=256)
+def slots_of(sample_ids: Tensor | None, batch: int) -> Tensor:
+    """``sample_ids``, int64 ``[B]``, or their default.
+
+    Raises ValueError: another dtype or shape.
+    """
+    if sample_ids is None:
+        return torch.arange(batch, device="cpu")
+    if sample_ids.dtype != torch.int64 or sample_ids.shape != (batch,):
+        raise ValueError(
+            f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}: it must be int64 "
+            f"[{batch}], one for each sequence"
+        )
+    return sample_ids
+
+
 def masking_of(mask_id: int, *, num_tokens: int = ANY_VOCABULARY, **options: Any) -> MaskingConfig:
-    """A :class:`MaskingConfig`, whose tables take a millisecond; cached. Options must be
-    hashable."""
-    return MaskingConfig(num_tokens, mask_id, **options)
+    """A :class:`MaskingConfig`, whose tables take a millisecond; cached. Options must be hashable.
+    Under torch.compile it is made between graphs."""
+    return outside_graphs(_cached)(num_tokens, mask_id, **options)
+
+
+_cached = lru_cache(maxsize=256)(MaskingConfig)
 
 
 def check_ids(name: str, ids: Tensor, num_dims: int) -> None:
@@ -59,12 +77,47 @@ def check_ids(name: str, ids: Tensor, num_dims: int) -> None:
         )
 
 
+def supervised(loss_mask: Tensor, ids: Tensor) -> Tensor:
+    """bool ``[B, L]``: where a loss mask of any dtype, whose shape may broadcast, is not 0.
+
+    Raises TypeError, ValueError: it is no tensor, or of another shape.
+    """
+    if not isinstance(loss_mask, Tensor):
+        raise TypeError(f"loss_mask is a {type(loss_mask).__name__}: it must be a tensor")
+    try:
+        return loss_mask.bool().expand_as(ids)
+    except RuntimeError:
+        raise ValueError(
+            f"loss_mask is {list(loss_mask.shape)} beside ids {list(ids.shape)}: it must have "
+            "their shape, or one that broadcasts to it"
+        ) from None
+
+
+def time_range_of(name: str, eps: float) -> tuple[float, float]:
+    """The ``time_range`` of a code base whose time is from ``eps`` to 1, where all is masked.
+
+    Raises ValueError: ``eps`` is outside [0, 1).
+    """
+    eps = as_float(name, eps)
+    if not 0 <= eps < 1:
+        raise ValueError(f"{name} is {eps}: it must be in [0, 1)")
+    return 0.0, 1.0 - eps
+
+
 def noisy_ids(batch: Corrupted, clean: Tensor) -> Tensor:
-    """The ids of a corrupted batch, of the dtype of the clean ones."""
+    """The ids of a corrupted batch, of the dtype of the clean ones.
+
+    Raises ValueError: that cannot hold the mask token.
+    """
+    mask_id = batch.masking.mask_id
+    if mask_id > torch.iinfo(clean.dtype).max:
+        raise ValueError(
+            f"the mask token is {mask_id}, which {clean.dtype} cannot hold: pass ids of a wider "
+            "dtype, such as int64"
+        )
     if clean.is_cpu:
         return batch.input_ids.to(clean.dtype)
     # There nobody asks for invalid ids, which would be a sync: they stay as they are.
-    mask_id = batch.masking.mask_id
     return torch.where(batch.input_ids == mask_id, mask_id, clean)
 
 

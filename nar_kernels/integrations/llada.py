@@ -4,6 +4,7 @@ likelihood, decoding.
 Shapes: B batch, L sequence length, V vocabulary.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,8 @@ from nar_kernels.integrations.draws import (
     masking_of,
     noisy_ids,
     seed_of,
+    supervised,
+    time_range_of,
 )
 from nar_kernels.likelihood import weighted_nats
 from nar_kernels.nets.adapter import NetAdapter, net_attribute
@@ -39,7 +42,7 @@ def _masking(mask_id: int, eps: float, num_tokens: int = ANY_VOCABULARY) -> Mask
         num_tokens=num_tokens,
         draw="bernoulli",
         times="uniform",
-        time_range=(0.0, 1.0 - eps),
+        time_range=time_range_of("eps", eps),
     )
 
 
@@ -86,14 +89,12 @@ def forward_process_simple_masking(
         generator: which the seed is drawn from.
     """
     check_ids("input_ids", input_ids, 2)
-    if loss_mask is not None and loss_mask.is_floating_point():
-        loss_mask = loss_mask != 0
     batch = corrupt(
         input_ids,
         _masking(mask_token_id, eps),
         seed=seed_of(seed, generator),
         sample_ids=sample_ids,
-        loss_mask=loss_mask,
+        loss_mask=None if loss_mask is None else supervised(loss_mask, input_ids),
         outputs=MASKED,
     )
     assert batch.masked_indices is not None
@@ -144,7 +145,7 @@ def sft_loss(
     batch = _corrupted(
         net, input_ids, eps, mask_id, seed, sample_ids, prompt_lengths=prompt_lengths
     )
-    return TrunkAndHead(net)(batch.input_ids, kwargs).loss(batch, reduction="answer")
+    return TrunkAndHead(net)(batch.input_ids, kwargs).loss(batch, reduction="sequence")
 
 
 def _corrupted(
@@ -186,21 +187,21 @@ def get_log_likelihood(
     and does not depend on ``batch_size``.
 
     Args:
-        model: a Hugging Face model, or a :class:`~nar_kernels.TokenNet`.
+        model: a Hugging Face model, or a :class:`~nar_kernels.TokenNet`. For many calls wrap a
+            model in :class:`~nar_kernels.NetAdapter` once: each new one calls it three times.
         prompt, answer: ids ``[P]`` and ``[n]``.
         mc_num: draws.
         batch_size: draws in a call of the model.
         cfg_scale: of unsupervised classifier-free guidance, which masks the prompt: logits are
-            ``unconditional + (cfg_scale + 1) * (conditional - unconditional)``. 0: none.
+            ``unconditional + (cfg_scale + 1) * (conditional - unconditional)``. 0, or below: none.
         mask_id: the mask token.
         seed: see :mod:`nar_kernels.integrations.draws`.
     """
     check_ids("prompt", prompt, 1)
     check_ids("answer", answer, 1)
-    mc_num, batch_size = as_int("mc_num", mc_num), as_int("batch_size", batch_size)
-    for name, value in (("mc_num", mc_num), ("batch_size", batch_size), ("answer", len(answer))):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: there must be at least 1")
+    mc_num, batch_size = _at_least_1(mc_num=mc_num, batch_size=batch_size)
+    if len(answer) == 0:
+        raise ValueError("answer is empty: there must be at least 1 token")
     ids = torch.cat([prompt, answer]).to(_device_of(model))
     net = _net_of(model, len(ids))
     masking = masking_of(mask_id, num_tokens=net_attribute(net, "num_tokens"))
@@ -213,7 +214,7 @@ def get_log_likelihood(
     )
     total = 0.0
     for part in batch.microbatches(batch_size):
-        if cfg_scale == 0:
+        if cfg_scale <= 0:
             nats = weighted_nats(net, part)
         else:
             nats = _guided_nats(net, part, is_prompt, cfg_scale)
@@ -257,7 +258,7 @@ def generate(
     seed: int | None = None,
 ) -> Tensor:
     """LLaDA's decoding: blocks from left to right, each in an equal number of steps, which fill
-    equally many positions. At temperature 0 it returns the same ids.
+    equally many positions. At temperature 0 it returns the same ids, up to what follows an end.
 
     Args:
         model: a Hugging Face model, or a :class:`~nar_kernels.TokenNet`.
@@ -271,7 +272,8 @@ def generate(
         remasking: which positions are filled first: the most probable ids, or any.
         logits_eos_inf: never draw the first of ``eos_ids``.
         confidence_eos_eot_inf: fill the ends of an answer last. What follows the first one becomes
-            the first of ``eos_ids``.
+            the first of ``eos_ids``. At temperature 0 confidences are, as there, shares of the
+            probability of all other ids. Has no effect with ``remasking="random"``.
         eos_ids: the ids of the end of a text and of a turn.
         seed: see :mod:`nar_kernels.integrations.draws`.
 
@@ -281,6 +283,9 @@ def generate(
     check_ids("prompt", prompt, 2)
     if remasking not in ("low_confidence", "random"):
         raise ValueError(f"remasking is {remasking!r}: it must be 'low_confidence' or 'random'")
+    gen_length, block_length, steps = _at_least_1(
+        gen_length=gen_length, block_length=block_length, steps=steps
+    )
     if gen_length % block_length or steps % (gen_length // block_length):
         raise ValueError(
             f"gen_length is {gen_length}, block_length {block_length} and steps {steps}: blocks "
@@ -291,10 +296,18 @@ def generate(
         answers = attention_mask.new_ones(len(prompt), gen_length)
         kwargs["attention_mask"] = torch.cat([attention_mask, answers], 1).to(_device_of(model))
     ends: dict[str, Any] = {}
-    if logits_eos_inf:
-        ends = {"eos_id": eos_ids[:1], "eos": "never"}
-    elif confidence_eos_eot_inf:
+    fill_last = confidence_eos_eot_inf and remasking == "low_confidence"
+    if fill_last:
         ends = {"eos_id": eos_ids, "eos": "last"}
+    elif logits_eos_inf:
+        ends = {"eos_id": eos_ids[:1], "eos": "never"}
+    if fill_last and (logits_eos_inf or temperature == 0):
+        ends["logits_processor"] = partial(
+            _without_ends,
+            never=[eos_ids[0]] if logits_eos_inf else [],
+            ends=[*eos_ids] if temperature == 0 else [],
+            mask_id=mask_id,
+        )
     net = _net_of(model, prompt.shape[1] + gen_length)
     # A quota of positions a step: nothing is more probable than the threshold.
     options: dict[str, Any] = {"strategy": "quota", "threshold": 1.0}
@@ -308,7 +321,7 @@ def generate(
         start_temperature=temperature,
         anneal=False,
         filter_thres=None,
-        guidance_scale=cfg_scale + 1,
+        guidance_scale=max(cfg_scale, 0.0) + 1,
         seed=seed_of(seed),
         net_kwargs=kwargs,
         **options,
@@ -316,11 +329,34 @@ def generate(
     )
 
 
+def _without_ends(
+    logits: Tensor, rows: Tensor, *, never: list[int], ends: list[int], mask_id: int
+) -> Tensor:
+    """Logits ``[C, V]`` without the ids ``never``, and where another id is the most probable,
+    without ``ends``: at temperature 0 this changes no id, but how sure the net is of it."""
+    logits[:, never] = -torch.inf
+    if ends:
+        drawable = logits.clone()
+        drawable[:, mask_id : mask_id + 1] = -torch.inf  # which a head need not have
+        best = drawable.argmax(1)
+        is_end = torch.isin(best, torch.tensor(ends, device=logits.device))
+        logits[:, ends] = logits[:, ends].where(is_end[:, None], -torch.inf)
+    return logits
+
+
 def _net_of(model: nn.Module, length: int) -> nn.Module:
     """``model`` as a net for sequences of ``length``."""
     if hasattr(model, "max_seq_len") and hasattr(model, "num_tokens"):
         return model
     return NetAdapter(model, max_seq_len=length)
+
+
+def _at_least_1(**values: int) -> list[int]:
+    """The values as ints. Raises ValueError: one is below 1."""
+    for name, value in values.items():
+        if as_int(name, value) < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+    return [as_int(name, value) for name, value in values.items()]
 
 
 def _device_of(model: nn.Module) -> torch.device:

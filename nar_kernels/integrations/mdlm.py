@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.integrations.draws import check_ids, masking_of, seed_of
+from nar_kernels.integrations.draws import check_ids, masking_of, seed_of, slots_of
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.mask_tokens import mask_tokens
 
@@ -42,10 +42,9 @@ def sample_t(
     Returns:
         float32 ``[B]``.
     """
-    return _times(
-        as_int("n", n), device, sampling_eps, 1.0, antithetic_sampling, seed, sample_ids,
-        global_batch,
-    )  # fmt: skip
+    n = as_int("n", n)
+    slots = None if sample_ids is None else slots_of(sample_ids, n)
+    return _times(n, device, sampling_eps, 1.0, antithetic_sampling, seed, slots, global_batch)
 
 
 def sample_block_t(
@@ -63,7 +62,8 @@ def sample_block_t(
     """Times of BD3LM: one a block, uniform in (``sampling_eps_min``, ``sampling_eps_max``).
 
     Args:
-        batch_dims: (B, L); ``block_size`` divides L.
+        batch_dims: (B, L); ``block_size`` divides L. Blocks are numbered by how many L has, so it
+            should be the same in all calls of a seed.
         antithetic_sampling: one time in each of as many equal strata as blocks in the
             ``global_batch``; a permutation says whose it is.
 
@@ -79,9 +79,8 @@ def sample_block_t(
     if min(sampling_eps_min, sampling_eps_max) >= 1:
         return torch.ones(batch, length, dtype=torch.float32, device=device)
     blocks = length // block_size
-    if sample_ids is None:
-        sample_ids = torch.arange(batch, device="cpu")
-    of_blocks = sample_ids[:, None] * blocks + torch.arange(blocks, device=sample_ids.device)
+    slots = slots_of(sample_ids, batch)
+    of_blocks = slots[:, None] * blocks + torch.arange(blocks, device=slots.device)
     t = _times(
         batch * blocks, device, sampling_eps_min, sampling_eps_max, antithetic_sampling, seed,
         of_blocks.flatten(), (batch if global_batch is None else global_batch) * blocks,

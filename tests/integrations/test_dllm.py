@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_kernels import MaskingConfig, corrupt
+from nar_kernels import InvalidTokenError, MaskingConfig, corrupt
 from nar_kernels.integrations.dllm import compute_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,9 +122,16 @@ def test_parts_of_a_batch_add_up():
         ({"loss_norm_type": "mean"}, "loss_norm_type is 'mean'"),
         ({"loss_weight_type": "cart"}, "loss_weight_type is 'cart'"),
         ({"scheduler": "lin"}, "lin"),
-        ({"time_epsilon": 1.5}, "time_range is"),
+        ({"time_epsilon": 1.5}, "time_epsilon is 1.5"),
     ],
 )
 def test_clear_errors(options, match):
     with pytest.raises(ValueError, match=match):
         compute_loss(Net(True), batch_of(), mask_token_id=MASK_ID, **options)
+
+
+def test_a_mask_token_in_a_prompt_is_an_error():
+    inputs = batch_of()
+    inputs["input_ids"][0, 2] = MASK_ID  # its label is -100
+    with pytest.raises(InvalidTokenError, match=f"id {MASK_ID}"):
+        compute_loss(Net(True), inputs, mask_token_id=MASK_ID)

@@ -66,6 +66,15 @@ def test_a_mask_does_not_depend_on_what_lies_beside():
         assert torch.equal(one[order], two)
 
 
+@pytest.mark.seconds
+def test_under_torch_compile():
+    def step(ids: Tensor) -> Tensor:
+        return forward_process(ids + 1, 0.017, mask_id=2000, seed=2)[0] * 2
+
+    ids = ids_of(3, 20)
+    assert torch.equal(torch.compile(step, backend="eager")(ids), step(ids))
+
+
 def test_the_law():
     """p is uniform in (eps, 1); given p, positions are independent coins."""
     batch, length, eps = 4000, 64, 0.2
@@ -98,6 +107,13 @@ def test_clear_errors():
         forward_process([[1, 2]])
     with pytest.raises(ValueError, match="input_ids is torch.float32"):
         forward_process(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="mask token is 126336, which torch.int16 cannot hold"):
+        forward_process(ids_of(2, 3).short())
+    with pytest.raises(ValueError, match=r"eps is 1\.0: it must be in"):
+        forward_process(ids_of(2, 3), 1.0)
+    for name in ("gen_length", "block_length", "steps"):
+        with pytest.raises(ValueError, match=f"{name} is 0: it must be at least 1"):
+            generate(Neighbours(), torch.tensor([[1]]), **{name: 0})
     with pytest.raises(ValueError, match="must divide gen_length"):
         generate(Neighbours(), torch.tensor([[1]]), gen_length=8, block_length=3, steps=8)
 
@@ -129,7 +145,7 @@ def test_losses_are_those_of_the_guidelines():
     loss.backward()
     assert net.embed.weight.grad.abs().sum() > 0
 
-    prompts = torch.tensor([0, 3, 5, 10, 19, 7])
+    prompts = torch.tensor([0, 3, 5, 10, 20, 7])  # one without an answer
     is_prompt = torch.arange(20) < prompts[:, None]
     noisy, masked = ids.where(is_prompt, noisy), masked & ~is_prompt
     nll = F.cross_entropy(net(noisy)[masked], ids[masked], reduction="none") / p_mask[masked]
@@ -171,7 +187,7 @@ def test_the_likelihood_is_that_of_all_subsets(cfg_scale):
     assert math.isclose(estimate, other, rel_tol=1e-6)
 
 
-EOS = 5
+EOS, EOT = 5, 6
 
 
 def llada(
@@ -184,8 +200,7 @@ def llada(
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
 ) -> Tensor:
-    """Its loop at temperature 0, one sequence. Equal confidences go from left to right, and ends
-    rank above what is filled."""
+    """Its loop at temperature 0, one sequence. Equal confidences go from left to right."""
     start = prompt.shape[1]
     x = torch.full((1, start + gen_length), OF_NEIGHBOURS)
     x[:, :start] = prompt
@@ -203,9 +218,9 @@ def llada(
             if logits_eos_inf:
                 logits[..., EOS] = -torch.inf
             x0 = logits.argmax(-1)
-            x0_p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
             if confidence_eos_eot_inf:
-                x0_p[x0 == EOS] = -1.0
+                logits[..., [EOS, EOT]] = -torch.inf
+            x0_p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
             x0_p[:, stop:] = -torch.inf
             confidence = x0_p.where(x == OF_NEIGHBOURS, -torch.inf)
             order = confidence[0].argsort(descending=True, stable=True)
@@ -215,35 +230,73 @@ def llada(
 
 
 @pytest.mark.parametrize(
-    ("block_length", "steps_of_a_block"), [(2, 1), (2, 2), (4, 2), (4, 3), (8, 1), (8, 5), (8, 8)]
+    ("block_length", "steps_of_a_block"), [(2, 1), (2, 2), (4, 2), (4, 3), (8, 1), (8, 5), (8, 12)]
 )
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"cfg_scale": 1.5},
+        {"cfg_scale": -1.0},
         {"logits_eos_inf": True},
         {"confidence_eos_eot_inf": True},
+        {"logits_eos_inf": True, "confidence_eos_eot_inf": True},
     ],
-    ids=["plain", "guided", "never", "last"],
+    ids=["plain", "guided", "not guided", "never", "last", "never and last"],
 )
 def test_answers_are_those_of_llada(block_length, steps_of_a_block, options):
     net = Neighbours()
-    net.table[:, EOS] += 2.0  # which is drawn now and then
+    net.table[:, [EOS, EOT]] += 1.5  # which are drawn now and then
     prompts = torch.tensor([[1, 2, 3], [7, 7, 7], [3, 1, 4], [EOS, 2, 9]])
     shared = {
         "steps": steps_of_a_block * (8 // block_length), "gen_length": 8,
         "block_length": block_length, **options,
     }  # fmt: skip
     given = prompts.clone()
-    ids = generate(net, given, mask_id=OF_NEIGHBOURS, eos_ids=(EOS, EOS), **shared)
+    ids = generate(net, given, mask_id=OF_NEIGHBOURS, eos_ids=(EOS, EOT), **shared)
     assert ids.shape == (4, 11) and torch.equal(given, prompts)
     for row, prompt in zip(ids, prompts, strict=True):
         answer, wanted = row.tolist(), llada(net, prompt[None], **shared)[0].tolist()
-        ends = [i for i in range(3, 11) if wanted[i] == EOS]
+        ends = [i for i in range(3, 11) if wanted[i] in (EOS, EOT)]
         if ends and "confidence_eos_eot_inf" in options:  # LLaDA cuts when it decodes text
-            wanted[ends[0] :] = [EOS] * (11 - ends[0])
+            wanted[ends[0] + 1 :] = [EOS] * (10 - ends[0])
         assert answer == wanted
+
+
+def test_a_head_without_the_mask():
+    class Narrow(Neighbours):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids)[..., :-1]
+
+    last, prompt = NUM_TOKENS - 1, torch.tensor([[1, 2, 3], [7, 7, 7]])
+    options = {"steps": 4, "gen_length": 8, "block_length": 8, "mask_id": last}
+    narrow, whole = (
+        generate(net, prompt, eos_ids=(EOS, EOT), confidence_eos_eot_inf=True, **options)
+        for net in (Narrow(), Neighbours())
+    )
+    assert torch.equal(narrow, whole)
+
+
+def test_random_remasking_does_not_see_ends():
+    net, prompt = Neighbours(), torch.tensor([[1, 2], [3, 4]])
+    options = {
+        "steps": 8, "gen_length": 8, "block_length": 4, "mask_id": OF_NEIGHBOURS,
+        "remasking": "random", "seed": 0, "eos_ids": (EOS, EOT),
+    }  # fmt: skip
+    plain = generate(net, prompt, **options)
+    assert torch.equal(plain, generate(net, prompt, confidence_eos_eot_inf=True, **options))
+
+
+def test_at_a_temperature_one_end_is_never_drawn_and_the_other_last():
+    net, prompt = Neighbours(), torch.arange(4).repeat(8)[:, None]
+    net.table[:, [EOS, EOT]] += 3.0
+    ids = generate(
+        net, prompt, steps=8, gen_length=8, block_length=8, temperature=1.0, seed=0,
+        mask_id=OF_NEIGHBOURS, eos_ids=(EOS, EOT), logits_eos_inf=True, confidence_eos_eot_inf=True,
+    )[:, 1:]  # fmt: skip
+    is_end = (ids == EOS) | (ids == EOT)
+    first = ids[is_end & (is_end.cumsum(1) == 1)]
+    assert len(first) > 8 and (first == EOT).all()
 
 
 def test_answers_that_are_drawn():

@@ -114,5 +114,13 @@ def test_clear_errors():
         sample_t(3, sampling_eps=1.2)
     with pytest.raises(ValueError, match="block_size is 5: it must divide the length, 12"):
         sample_block_t((2, 12), block_size=5)
+    for call in (
+        lambda **k: sample_t(2, **k),
+        lambda **k: sample_block_t((2, 4), block_size=2, **k),
+    ):
+        with pytest.raises(
+            ValueError, match=r"sample_ids is torch.int64 \[3\]: it must be int64 \[2"
+        ):
+            call(sample_ids=torch.arange(3))
     with pytest.raises(ValueError, match=r"ratios is \[2, 3\]"):
         q_xt(ids_of(2, 4), torch.rand(2, 3), MASK_ID)

@@ -78,6 +78,35 @@ def test_masks_follow_from_seed_and_sample_alone(corrupt):
     assert not torch.equal(call([*range(6)], seed=4)[1], noise_mask)
 
 
+def test_blocks_do_not_depend_on_padding_and_share_no_noise():
+    def call(num_blocks: int, slot: int) -> tuple[Tensor, Tensor]:
+        ids, slots = ids_of(1, 64 * num_blocks), torch.tensor([slot])
+        _, masked, p = nemo.corrupt_blockwise(
+            ids, None, MASK_ID, 64, half_life_ratio=1e9, seed=3, sample_ids=slots
+        )
+        return masked.view(-1, 64), p.view(-1, 64)[:, 0]
+
+    masked, p = call(3, 2)
+    for few in (1, 2):
+        assert torch.equal(call(few, 2)[0], masked[:few]) and torch.equal(call(few, 2)[1], p[:few])
+    all_p = torch.cat([call(num_blocks, slot)[1] for num_blocks, slot in ((3, 2), (2, 3), (6, 1))])
+    of_samples = nemo.corrupt_uniform(ids_of(64, 4), torch.ones(64, 4), MASK_ID, seed=3)[2][:, 0]
+    assert len(torch.cat([all_p, of_samples]).unique()) == len(all_p) + 64
+
+
+@pytest.mark.parametrize("corrupt", [nemo.corrupt_uniform, nemo.corrupt_blockwise])
+def test_loss_masks_of_any_dtype_and_shape(corrupt):
+    ids, loss_mask = ids_of(3, 12), (torch.arange(12) > 4).expand(3, 12)
+    expected = corrupt(ids, loss_mask, MASK_ID, seed=1)[1]
+    assert not expected[:, :5].any() and expected.any()
+    for given in (loss_mask.short(), loss_mask.bfloat16(), 2 * loss_mask.byte(), loss_mask[0]):
+        assert torch.equal(corrupt(ids, given, MASK_ID, seed=1)[1], expected)
+    with pytest.raises(TypeError, match="loss_mask is a list"):
+        corrupt(ids, loss_mask.tolist(), MASK_ID)
+    with pytest.raises(ValueError, match=r"loss_mask is \[3, 11\] beside ids \[3, 12\]"):
+        corrupt(ids, loss_mask[:, 1:], MASK_ID)
+
+
 def test_a_generator_or_the_global_one_gives_the_seed():
     ids, loss_mask = ids_of(4, 30), torch.ones(4, 30)
     for corrupt in (nemo.corrupt_uniform, nemo.corrupt_blockwise):
@@ -238,6 +267,22 @@ def test_the_loss_is_that_of_nemo():
         assert mine.total_loss.dtype == their.total_loss.dtype and mine[2:] == their[2:]
 
 
+def test_the_loss_takes_what_that_of_nemo_does():
+    """Ids of -100, a p_mask and a loss mask that broadcast, flat tensors."""
+    theirs = of_nemo(LOSS, "MDLMCrossEntropyLoss")
+    ids, logits = ids_of(3, 11), torch.randn(3, 11, MASK_ID + 1)
+    masked = torch.arange(33).view(3, 11) % 4 == 1
+    p, ones = torch.tensor([[0.2], [0.5], [0.9]]), torch.ones(3, 11)
+    ignored = ids.masked_fill(torch.arange(11) < 3, -100)
+    for given in (
+        (logits, ignored, masked, p.expand(3, 11), ones),
+        (logits, ids, masked, p, ones[0]),
+        tuple(x.flatten(0, 1) for x in (logits, ids, masked, p.expand(3, 11), ones)),
+    ):
+        mine, their = (cls()(*given).total_loss for cls in (nemo.MDLMCrossEntropyLoss, theirs))
+        assert torch.allclose(mine, their, rtol=1e-6)
+
+
 def samples_of(lengths: list[int]) -> list[dict[str, list[int]]]:
     """Each with a prompt of a third, and an id that is not supervised at the end."""
     return [
@@ -262,6 +307,8 @@ COLLATORS = [
     {"block_size": 4, "eos_token_id": 2, "response_window": True},
     {"block_size": 5, "eos_token_id": 2, "response_window": True, "max_seq_len": 11},
     {"block_size": 1, "pad_seq_len_divisible": 8},
+    {"block_size": 4, "pad_seq_len_divisible": 1, "response_window": True},
+    {"block_size": 4, "pad_seq_len_divisible": 0, "max_seq_len": 9},
 ]
 
 
@@ -302,6 +349,14 @@ def test_clear_errors():
         nemo.corrupt_blockwise(ids, loss_mask, MASK_ID, half_life_ratio=0)
     with pytest.raises(TypeError, match="input_ids is a list"):
         nemo.corrupt_all_masked([[1]], loss_mask, MASK_ID)
+    with pytest.raises(ValueError, match=r"eps is 1\.0: it must be in \[0, 1\)"):
+        nemo.corrupt_blockwise(ids, loss_mask, MASK_ID, eps=1)
+    for slots, match in (([1], r"must be int64 \[2\]"), ([-1, 0], "from -1"), ([0, 1 << 43], "43")):
+        with pytest.raises(ValueError, match=match):
+            nemo.corrupt_blockwise(ids, loss_mask, MASK_ID, sample_ids=torch.tensor(slots))
+    logits, masked = torch.randn(2, 4, 20), torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(IndexError, match="target_ids have 20 at a masked position"):
+        nemo.MDLMCrossEntropyLoss()(logits, torch.full((2, 4), 20), masked, loss_mask, loss_mask)
     bad = samples_of([4])
     bad[0]["loss_mask"].pop()
     with pytest.raises(ValueError, match="sample 0 has 4 input_ids but 3 values of loss_mask"):
