@@ -7,14 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nar_kernels.integrations.hugging_face_ids import SAMPLE_ID, Slots, take_sample_ids
-from nar_kernels.integrations.hugging_face_padding import pad, padded_length, without
+from nar_kernels.integrations.hugging_face_padding import (
+    check_lengths,
+    pad,
+    padded_length,
+    vocabulary_size,
+    without,
+)
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 
-_PADDED = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
+_PADDED = {
+    "input_ids": 0,
+    "attention_mask": 0,
+    "token_type_ids": 0,
+    "special_tokens_mask": 1,
+    "labels": IGNORE_INDEX,
+}
 
 
 class MaskedDiffusionCollator:
@@ -65,6 +78,14 @@ class MaskedDiffusionCollator:
                 "the tokenizer has no mask token: add one (tokenizer.add_special_tokens, then "
                 "model.resize_token_embeddings), or name an unused id as mask_id"
             )
+        ignored = {"seed": seed, "global_batch": global_batch, **masking}
+        if not mask and (given := [name for name, x in ignored.items() if x is not None]):
+            raise ValueError(
+                f"mask is false, so {', '.join(given)} would have no effect: give them to what "
+                "masks, such as MaskedDiffusionTrainer(masking=)"
+            )
+        if not mask and return_weights:
+            raise ValueError("mask is false, so there are no weights: leave return_weights out")
         if masking.get("block_length") is not None:
             raise ValueError(
                 "block_length is given, but blocks are numbered by those of a whole sequence, "
@@ -75,19 +96,14 @@ class MaskedDiffusionCollator:
         self.global_batch = global_batch
         self.masking: MaskingConfig | None = None
         if mask:
-            num_tokens = max(len(tokenizer), mask_id + 1)
+            num_tokens = max(vocabulary_size(tokenizer), mask_id + 1)
             self.masking = MaskingConfig(num_tokens, mask_id, times=times, **masking)
         self._slots = Slots(seed)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rest, sample_ids = take_sample_ids(examples)
-        rest = [dict(e) for e in rest]
-        special = [e.pop("special_tokens_mask", None) for e in rest]
         batch = self._padded(rest)
-        labels = batch["labels"]
-        if special[0] is not None:
-            is_special = pad(special, labels.shape[1], 1, self._on_left).bool()
-            labels = without(labels, is_special)
+        labels = without(batch["labels"], batch.pop("special_tokens_mask") != 0)
         if self.masking is None:
             numbers = {} if sample_ids is None else {SAMPLE_ID: sample_ids}
             return {**batch, "labels": labels, **numbers}
@@ -107,18 +123,19 @@ class MaskedDiffusionCollator:
             batch |= {"loss_weight": made.loss_weight, "num_maskable": made.num_maskable}
         return batch
 
-    def _padded(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        names = set(examples[0])
-        if "input_ids" not in names or any(set(e) != names for e in examples):
+    def _padded(self, examples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        names = list(examples[0])
+        if "input_ids" not in names or any(e.keys() != examples[0].keys() for e in examples):
             raise ValueError(
                 f"examples have {sorted(set().union(*examples))}: all must have input_ids, and the "
                 "same others"
             )
-        if unknown := names - set(_PADDED):
+        if unknown := set(names) - set(_PADDED):
             raise ValueError(
-                f"examples have {sorted(unknown)}, which is none of {sorted(_PADDED)}, "
-                f"special_tokens_mask and {SAMPLE_ID}: remove these columns"
+                f"examples have {sorted(unknown)}, which is none of {sorted(_PADDED)} and "
+                f"{SAMPLE_ID}: remove these columns"
             )
+        check_lengths(examples)
         ids = [e["input_ids"] for e in examples]
         length, pad_id = padded_length(ids, self.pad_to_multiple_of), self.tokenizer.pad_token_id
         if pad_id is None and min(map(len, ids)) < length:
@@ -133,6 +150,7 @@ class MaskedDiffusionCollator:
             batch["attention_mask"] = pad(ones, length, 0, self._on_left)
         labels = batch.get("labels", batch["input_ids"])
         batch["labels"] = without(labels, batch["attention_mask"] == 0)
+        batch.setdefault("special_tokens_mask", torch.zeros_like(labels))
         return batch
 
     @property

@@ -57,10 +57,16 @@ class SampleIds(Dataset[dict[str, Any]]):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the training data of a ``Trainer`` which epoch begins, or goes on after a resume.
+    """Tells the training data of a ``Trainer`` which epoch begins, or goes on after a resume, and
+    keeps the numbers of its examples, which ``remove_unused_columns`` would drop.
 
-    Accelerate does, too, but not with several processes, or after a resume within an epoch.
+    Accelerate sets epochs, too, but not with several processes, or after a resume within an epoch.
     """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        collator = kwargs["train_dataloader"].collate_fn
+        if isinstance(collator, RemoveColumnsCollator):
+            collator.signature_columns = [*collator.signature_columns, SAMPLE_ID]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         set_epoch = getattr(kwargs["train_dataloader"].dataset, "set_epoch", None)

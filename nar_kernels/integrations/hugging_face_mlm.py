@@ -19,7 +19,13 @@ from transformers.data.data_collator import (
 
 from nar_kernels.integrations.draws import masking_of
 from nar_kernels.integrations.hugging_face_ids import Slots, take_sample_ids
-from nar_kernels.integrations.hugging_face_padding import pad, padded_length, without
+from nar_kernels.integrations.hugging_face_padding import (
+    check_lengths,
+    pad,
+    padded_length,
+    vocabulary_size,
+    without,
+)
 from nar_kernels.ops.corrupt import corrupt
 from nar_kernels.ops.corrupted import Output
 from nar_kernels.ops.mask_tokens import mask_tokens
@@ -33,16 +39,19 @@ class DataCollatorForLanguageModeling(_Original):
     """``transformers.DataCollatorForLanguageModeling``, with the masking in one kernel.
 
     Arguments, returned batches and the law of the masks are the original's, but that a random token
-    is never the mask token. Where examples have a ``"sample_id"`` (:class:`SampleIds`), masks are
-    functions of it and ``seed``; otherwise of the order of calls, as the original's are.
+    is never the mask token, that mask tokens of the text are never masked, and that an id outside
+    the vocabulary is an error. Where examples have a ``"sample_id"`` (:class:`SampleIds`), masks
+    are functions of it and ``seed``; otherwise of the order of calls, as the original's are.
     ``return_tensors="np"`` is the original's own code.
     """
 
     _slots: Slots = field(init=False, repr=False, compare=False)
+    _num_tokens: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._slots = Slots(self.seed)
+        self._num_tokens = vocabulary_size(self.tokenizer) if self.mlm else 0
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         examples, sample_ids = take_sample_ids(examples)
@@ -64,7 +73,7 @@ class DataCollatorForLanguageModeling(_Original):
         if not isinstance(examples[0], Mapping):
             ids = _torch_collate_batch(examples, self.tokenizer, pad_to_multiple_of=multiple)
             return {"input_ids": ids}
-        names = set(examples[0])
+        names = list(examples[0])
         fill = {
             "input_ids": self.tokenizer.pad_token_id,
             "attention_mask": 0,
@@ -72,11 +81,13 @@ class DataCollatorForLanguageModeling(_Original):
             "special_tokens_mask": 1,
         }
         # What tokenizers do id by id. One that pads in its own way, or other columns: it does it.
-        is_known = "input_ids" in names <= set(fill) and all(set(e) == names for e in examples)
+        is_known = "input_ids" in names and all(e.keys() == examples[0].keys() for e in examples)
+        is_known = is_known and set(names) <= set(fill)
         if not (is_known and _pads_plainly(self.tokenizer)):
             return pad_without_fast_tokenizer_warning(
                 self.tokenizer, examples, return_tensors="pt", pad_to_multiple_of=multiple
             )
+        check_lengths(examples)
         columns = {name: [e[name] for e in examples] for name in names}
         if "attention_mask" in self.tokenizer.model_input_names:
             ones = [np.ones(len(ids), np.int64) for ids in columns["input_ids"]]
@@ -94,20 +105,23 @@ class DataCollatorForLanguageModeling(_Original):
         offset_mapping: Tensor | None = None,
         sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Masked ids and labels ``[B, L]`` of padded ids."""
-        if special_tokens_mask is None:
-            ids = torch.tensor(self.tokenizer.all_special_ids, device=inputs.device)
-            special = torch.isin(inputs, ids)
-        else:
-            special = torch.as_tensor(special_tokens_mask, device=inputs.device).bool()
+        """Masked ids and labels ``[B, L]`` of padded ids, of their dtype."""
+        if not inputs.shape[1]:
+            return inputs, inputs.clone()
+        special = self._special(inputs, special_tokens_mask)
         seed, slots = self._slots.of(sample_ids, len(inputs))
         if self.whole_word_mask:
+            if offset_mapping is None:
+                raise ValueError(
+                    "whole_word_mask needs to know where tokens are in the text: tokenize with "
+                    "return_offsets_mapping=True, and keep the column offset_mapping"
+                )
             offsets = torch.as_tensor(offset_mapping, device=inputs.device)
             return self._mask_words(inputs, special, offsets, seed, slots)
         mask_id = self.tokenizer.mask_token_id
         masking = masking_of(
             mask_id,
-            num_tokens=len(self.tokenizer),
+            num_tokens=max(self._num_tokens, len(self.tokenizer)),  # which may have grown
             schedule=Constant(self.mlm_probability or 0.0),
             draw="bernoulli",
             times="uniform",
@@ -125,7 +139,21 @@ class DataCollatorForLanguageModeling(_Original):
             outputs=_LABELS,
         )
         assert batch.labels is not None
-        return torch.where(given, mask_id, batch.input_ids), batch.labels
+        ids = torch.where(given, mask_id, batch.input_ids)
+        return ids.to(inputs.dtype), batch.labels.to(inputs.dtype)
+
+    def _special(self, inputs: Tensor, given: Any) -> Tensor:
+        """bool ``[B, L]``: what is never masked."""
+        if given is None:
+            tokenizer = self.tokenizer
+            if _is_plain(tokenizer, "get_special_tokens_mask"):
+                ids = torch.tensor(tokenizer.all_special_ids, device=inputs.device)
+                return torch.isin(inputs, ids)
+            given = [
+                tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
+                for row in inputs.tolist()
+            ]
+        return torch.as_tensor(given, device=inputs.device).bool()
 
     def _mask_words(
         self, inputs: Tensor, special: Tensor, offsets: Tensor, seed: int, slots: Tensor
@@ -145,6 +173,10 @@ class DataCollatorForLanguageModeling(_Original):
 
 def _pads_plainly(tokenizer: Any) -> bool:
     """Whether a tokenizer pads as all do, and can."""
-    own = (getattr(type(tokenizer), name, None) for name in ("pad", "_pad"))
-    is_plain = tuple(own) == (PreTrainedTokenizerBase.pad, PreTrainedTokenizerBase._pad)
-    return is_plain and tokenizer.pad_token_id is not None
+    return _is_plain(tokenizer, "pad", "_pad") and tokenizer.pad_token_id is not None
+
+
+def _is_plain(tokenizer: Any, *methods: str) -> bool:
+    """Whether these methods are those of all tokenizers."""
+    of_all = PreTrainedTokenizerBase
+    return all(getattr(type(tokenizer), m, None) is getattr(of_all, m) for m in methods)

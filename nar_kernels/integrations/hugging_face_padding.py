@@ -1,9 +1,9 @@
-"""Rows of ids, padded to one length.
+"""What collators know of tokenizers and padding.
 
 Shapes: B batch, L the longest sequence of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,18 @@ import torch
 from torch import Tensor
 
 from nar_kernels.ops.masking import IGNORE_INDEX
+
+
+def check_lengths(examples: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError: a column of an example is not as long as its ``input_ids``."""
+    for i, example in enumerate(examples):
+        length = len(example["input_ids"])
+        for name, row in example.items():
+            if len(row) != length:
+                raise ValueError(
+                    f"example {i} of the batch has {length} input_ids and {len(row)} {name}: "
+                    "there must be one for each token"
+                )
 
 
 def padded_length(rows: Sequence[Any], multiple: int | None) -> int:
@@ -30,3 +42,8 @@ def pad(rows: Sequence[Any], length: int, fill: int, on_left: bool) -> Tensor:
 def without(ids: Tensor, ignored: Tensor) -> Tensor:
     """Labels: ``ids``, and -100 where they do not count."""
     return ids.masked_fill(ignored, IGNORE_INDEX)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the greatest id, which of a vocabulary with gaps is above ``len``."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
