@@ -59,8 +59,20 @@ def check_ids(name: str, ids: Tensor, num_dims: int) -> None:
         )
 
 
+def check_fits(name: str, value: int, dtype: torch.dtype) -> None:
+    """Raises ValueError: a tensor of the dtype of the ids cannot hold ``value``, and would wrap."""
+    info = torch.iinfo(dtype)
+    if not info.min <= value <= info.max:
+        raise ValueError(f"{name} is {value}, which {dtype} cannot hold: pass ids of a wider dtype")
+
+
 def noisy_ids(batch: Corrupted, clean: Tensor) -> Tensor:
-    """The ids of a corrupted batch, of the dtype of the clean ones."""
+    """The ids of a corrupted batch, of the dtype of the clean ones.
+
+    Raises:
+        ValueError: which cannot hold the mask token.
+    """
+    check_fits("the mask token", batch.masking.mask_id, clean.dtype)
     if clean.is_cpu:
         return batch.input_ids.to(clean.dtype)
     # There nobody asks for invalid ids, which would be a sync: they stay as they are.
