@@ -26,7 +26,6 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 
 _EVALUATION_SEED = 0x5EED
 _MOST_SEQUENCES = 1 << 40  # slots of evaluation; 2**23 blocks of each are still below 2**63
-_OF_TOKENS = ("nelbo", "token")  # reductions that divide by the number of tokens that count
 _COLUMNS = [
     *("input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask"),
     SAMPLE_ID,
@@ -37,12 +36,12 @@ class MaskedDiffusionTrainer(Trainer):
     """Trains a model of transformers to predict masked tokens, at ratios drawn from a schedule.
 
     Masks are drawn on the model's device, and logits are computed at the masked tokens alone. The
-    loss is divided by the tokens that count in the whole batch, over gradient accumulation and
-    processes. Checkpoints are those of the model: ``from_pretrained`` loads them. With a
-    ``sample_id`` in the examples (:class:`~nar_kernels.integrations.hugging_face.SampleIds`) masks
-    are functions of ``args.seed``, epoch and example; without, of the order of batches. In
-    evaluation the mask of a sequence depends on its ids alone; there are losses, but no logits to
-    compute metrics of.
+    loss is divided by the tokens, or sequences, that count in the whole batch, over gradient
+    accumulation and processes (but ``"mean"``, a mean of means). Checkpoints are those of the
+    model: ``from_pretrained`` loads them. With a ``sample_id`` in the examples
+    (:class:`~nar_kernels.integrations.hugging_face.SampleIds`) masks are functions of
+    ``args.seed``, epoch and example; without, of the order of batches. In evaluation the mask of a
+    sequence depends on its ids alone; there are losses, but no logits to compute metrics of.
 
     Examples have ``input_ids`` and, where prompts or padding are to stay as they are, ``labels``:
     the ids, not shifted, and -100 there; or ``special_tokens_mask``. An id that is no clean one
@@ -115,7 +114,7 @@ class MaskedDiffusionTrainer(Trainer):
             )
         self.add_callback(SetEpoch())
         # Whether the loss is divided by what it is given, or else by the steps of accumulation.
-        self.model_accepts_loss_kwargs = reduction in _OF_TOKENS
+        self.model_accepts_loss_kwargs = reduction != "mean"
         if self.args.label_names is None:
             self.label_names = ["labels"]
 
@@ -150,14 +149,23 @@ class MaskedDiffusionTrainer(Trainer):
         return batches, self._count(batches)
 
     def _count(self, batches: list[Any]) -> Tensor | None:
-        """How many tokens count in these batches, and in those of the other processes."""
-        if not batches or self.reduction not in _OF_TOKENS:
+        """What the loss of these batches, and of those of the other processes, is divided by; None
+        for masked tokens, which are not drawn yet."""
+        if not batches or self.reduction == "mean":
             return None
-        counts = [(self._labels(inputs) != IGNORE_INDEX).sum() for inputs in batches]
+        counts = [self._count_of(self._labels(inputs) != IGNORE_INDEX) for inputs in batches]
         count = torch.stack(counts).sum().to(self.args.device)
         if self.args.average_tokens_across_devices:
             count = self.accelerator.gather(count).sum()
         return count
+
+    def _count_of(self, may_be_masked: Tensor) -> Tensor:
+        """What the reduction divides by (:func:`nar_kernels.masked_nll`), of bool ``[B, L]``."""
+        if self.reduction in ("nelbo", "token"):
+            return may_be_masked.sum()
+        if self.reduction == "answer":
+            return may_be_masked.any(1).sum()
+        return torch.tensor(len(may_be_masked), device=may_be_masked.device)
 
     def _labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """int64 ``[B, L]``: the ids that may be masked; -100 elsewhere."""
@@ -181,7 +189,7 @@ class MaskedDiffusionTrainer(Trainer):
         names = ("attention_mask", "token_type_ids")
         kwargs = {name: inputs[name] for name in names if name in inputs}
         normalizer: Tensor | None = None
-        if num_items_in_batch is not None and self.reduction in _OF_TOKENS:
+        if num_items_in_batch is not None and self.reduction != "mean":
             # At least 1: where nothing counts, the loss is 0.
             normalizer = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         loss = model(batch, kwargs, normalizer)
