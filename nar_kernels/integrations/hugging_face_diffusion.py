@@ -13,8 +13,10 @@ from torch import Tensor
 from nar_kernels.integrations.hugging_face_ids import SAMPLE_ID, Slots, take_sample_ids
 from nar_kernels.integrations.hugging_face_padding import (
     check_lengths,
+    num_leading,
     pad,
     padded_length,
+    rolled,
     vocabulary_size,
     without,
 )
@@ -108,17 +110,19 @@ class MaskedDiffusionCollator:
             numbers = {} if sample_ids is None else {SAMPLE_ID: sample_ids}
             return {**batch, "labels": labels, **numbers}
         seed, slots = self._slots.of(sample_ids, len(labels))
+        before = num_leading(batch["attention_mask"] == 0)
         made = corrupt(
-            batch["input_ids"],
+            rolled(batch["input_ids"], before),
             self.masking,
             seed=seed,
             sample_ids=slots,
             global_batch=self.global_batch,
-            labels=labels,
+            labels=rolled(labels, before),
             outputs=("labels", "masked_indices"),
         )
         assert made.labels is not None
-        batch |= {"input_ids": made.input_ids, "labels": made.labels}
+        batch["input_ids"] = rolled(made.input_ids, -before)
+        batch["labels"] = rolled(made.labels, -before)
         if self.return_weights:
             batch |= {"loss_weight": made.loss_weight, "num_maskable": made.num_maskable}
         return batch

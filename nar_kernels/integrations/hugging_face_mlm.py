@@ -21,8 +21,10 @@ from nar_kernels.integrations.draws import masking_of
 from nar_kernels.integrations.hugging_face_ids import Slots, take_sample_ids
 from nar_kernels.integrations.hugging_face_padding import (
     check_lengths,
+    num_leading,
     pad,
     padded_length,
+    rolled,
     vocabulary_size,
     without,
 )
@@ -110,14 +112,25 @@ class DataCollatorForLanguageModeling(_Original):
             return inputs, inputs.clone()
         special = self._special(inputs, special_tokens_mask)
         seed, slots = self._slots.of(sample_ids, len(inputs))
+        before = num_leading(inputs == self.tokenizer.pad_token_id)
+        inputs, special = rolled(inputs, before), rolled(special, before)
         if self.whole_word_mask:
             if offset_mapping is None:
                 raise ValueError(
                     "whole_word_mask needs to know where tokens are in the text: tokenize with "
                     "return_offsets_mapping=True, and keep the column offset_mapping"
                 )
-            offsets = torch.as_tensor(offset_mapping, device=inputs.device)
-            return self._mask_words(inputs, special, offsets, seed, slots)
+            offsets = rolled(torch.as_tensor(offset_mapping, device=inputs.device), before)
+            masked = self._mask_words(inputs, special, offsets, seed, slots)
+        else:
+            masked = self._mask_each(inputs, special, seed, slots)
+        ids, labels = (rolled(x, -before).to(inputs.dtype) for x in masked)
+        return ids, labels
+
+    def _mask_each(
+        self, inputs: Tensor, special: Tensor, seed: int, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A coin for each token."""
         mask_id = self.tokenizer.mask_token_id
         masking = masking_of(
             mask_id,
@@ -139,8 +152,7 @@ class DataCollatorForLanguageModeling(_Original):
             outputs=_LABELS,
         )
         assert batch.labels is not None
-        ids = torch.where(given, mask_id, batch.input_ids)
-        return ids.to(inputs.dtype), batch.labels.to(inputs.dtype)
+        return torch.where(given, mask_id, batch.input_ids), batch.labels
 
     def _special(self, inputs: Tensor, given: Any) -> Tensor:
         """bool ``[B, L]``: what is never masked."""

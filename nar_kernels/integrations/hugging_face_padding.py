@@ -44,6 +44,19 @@ def without(ids: Tensor, ignored: Tensor) -> Tensor:
     return ids.masked_fill(ignored, IGNORE_INDEX)
 
 
+def num_leading(is_padding: Tensor) -> Tensor:
+    """int64 ``[B]``: of the positions ``[B, L]`` before the first token."""
+    return is_padding.long().cumprod(1).sum(1)
+
+
+def rolled(rows: Tensor, by: Tensor) -> Tensor:
+    """Rows ``[B, L, ...]``, each rolled to the left by ``by`` ``[B]`` places. What is drawn for a
+    position is then that of its token, however much padding is before it."""
+    row = torch.arange(len(rows), device=rows.device)[:, None]
+    place = torch.arange(rows.shape[1], device=rows.device) + by[:, None]
+    return rows[row, place % max(rows.shape[1], 1)]
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the greatest id, which of a vocabulary with gaps is above ``len``."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)

@@ -16,6 +16,7 @@ from nar_kernels import distributed
 from nar_kernels.data.staging import DeferredCheck
 from nar_kernels.integrations.draws import seed_of
 from nar_kernels.integrations.hugging_face import SAMPLE_ID, MaskedDiffusionCollator, SetEpoch
+from nar_kernels.integrations.hugging_face_padding import num_leading, rolled
 from nar_kernels.nets.adapter import NetAdapter
 from nar_kernels.nets.packed import block_keywords, predict_blocks
 from nar_kernels.nets.prediction import TrunkAndHead
@@ -26,10 +27,8 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 
 _EVALUATION_SEED = 0x5EED
 _MOST_SEQUENCES = 1 << 40  # slots of evaluation; 2**23 blocks of each are still below 2**63
-_COLUMNS = [
-    *("input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask"),
-    SAMPLE_ID,
-]
+_OF_TOKENS = "input_ids", "labels", "attention_mask", "token_type_ids"
+_COLUMNS = [*_OF_TOKENS, "special_tokens_mask", SAMPLE_ID]
 
 
 class MaskedDiffusionTrainer(Trainer):
@@ -185,6 +184,7 @@ class MaskedDiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        inputs = _on_the_right(inputs)
         batch = self._corrupted(inputs, is_training=model.training)
         names = ("attention_mask", "token_type_ids")
         kwargs = {name: inputs[name] for name in names if name in inputs}
@@ -200,7 +200,7 @@ class MaskedDiffusionTrainer(Trainer):
     def _corrupted(self, inputs: dict[str, Tensor], is_training: bool) -> Corrupted:
         ids, attends = inputs["input_ids"], inputs.get("attention_mask")
         if self._length is not None:
-            self._check_blocks(ids, attends)
+            self._check_length(ids)
         slots, world, rank = inputs.get(SAMPLE_ID), distributed.world_size(), distributed.rank()
         global_batch: int | None = 1
         if not is_training:
@@ -235,7 +235,7 @@ class MaskedDiffusionTrainer(Trainer):
         check = partial(check_record, batch_size=size, masking=self.masking, where=where)
         self._deferred_check.defer(batch, check)
 
-    def _check_blocks(self, ids: Tensor, attends: Tensor | None) -> None:
+    def _check_length(self, ids: Tensor) -> None:
         """Raises ValueError: blocks would not be the same in another batch."""
         if ids.shape[1] != self._length:
             raise ValueError(
@@ -243,8 +243,6 @@ class MaskedDiffusionTrainer(Trainer):
                 f"have max_seq_len, {self._length}: pad to it (pad_to_multiple_of), or pass "
                 "net={'max_seq_len': ...}"
             )
-        if attends is not None and bool((attends[:, 0] == 0).any()):
-            raise ValueError("block_length needs padding on the right: set padding_side to it")
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = [*_COLUMNS, *self.label_names]
@@ -304,6 +302,14 @@ class _Loss(nn.Module):
                 trunk, batch, block_keywords(self.net, batch, block_length, {})
             )
         return prediction.loss(batch, reduction=self.reduction, normalizer=normalizer)
+
+
+def _on_the_right(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With padding behind the sequences, so that the places of tokens do not depend on it."""
+    if "attention_mask" not in inputs:
+        return inputs
+    before = num_leading(inputs["attention_mask"] == 0)
+    return inputs | {name: rolled(inputs[name], before) for name in _OF_TOKENS if name in inputs}
 
 
 def _slots_of_contents(ids: Tensor, attends: Tensor | None) -> Tensor:

@@ -195,6 +195,35 @@ def collators() -> list[Any]:
     ]
 
 
+def test_masks_do_not_depend_on_padding():
+    """Of the longest sequence of the batch, on either side; whole words, too."""
+    tokenizer = tiny_tokenizer(padding_side="left")
+    names = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    ids, longer = range(5, 25), [5] * 31
+    for make in (
+        lambda: DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=5),
+        lambda: MaskedDiffusionCollator(tokenizer, seed=5),
+    ):
+        one, other = {"input_ids": [*ids], "sample_id": 7}, {"input_ids": longer, "sample_id": 8}
+        alone, left = make()([one]), make()([one, other])
+        tokenizer.padding_side = "right"
+        right = make()([one, other])
+        tokenizer.padding_side = "left"
+        for name in ("input_ids", "labels"):
+            assert torch.equal(left[name][0, -20:], alone[name][0])
+            assert torch.equal(right[name][0, :20], alone[name][0])
+        assert (left["labels"][0, :11] == -100).all()
+        assert (left["input_ids"][0, :11] == PAD).all()
+    rows = []
+    for length in (24, 30):
+        options = {"mask_replace_prob": 1, "random_replace_prob": 0, "whole_word_mask": True}
+        collator = DataCollatorForLanguageModeling(tokenizer, seed=5, **options)
+        padding = {"padding": "max_length", "max_length": length, **names}
+        given = [dict(tokenizer(text, **padding)) for text in texts(8)]
+        rows.append(collator(given)["input_ids"][:, -24:])
+    assert torch.equal(*rows)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_masks_depend_on_seed_epoch_and_index_alone(which):
     """Not on workers, batches or order, nor on where a run was resumed."""

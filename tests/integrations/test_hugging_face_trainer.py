@@ -231,9 +231,6 @@ def test_blocks_that_would_depend_on_the_batch_are_refused(tmp_path):
     short = {name: x[..., :12] for name, x in inputs.items()}
     with pytest.raises(ValueError, match="sequences of 12 tokens, .* max_seq_len, 16"):
         trainer._corrupted(short, is_training=True)
-    left = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
-    with pytest.raises(ValueError, match="padding on the right"):
-        trainer._corrupted(left, is_training=True)
     with pytest.raises(ValueError, match="use MaskedDiffusionTrainer"):
         MaskedDiffusionCollator(tiny_tokenizer(), block_length=4)
 
@@ -376,3 +373,17 @@ def test_bad_ids_on_a_gpu_are_reported_with_the_next_batch(tmp_path):
             trainer._corrupted(bad, is_training=True)
             with pytest.raises(InvalidTokenError, match=r"tokens\[1, 2\] of the batch before"):
                 then()
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_padding_on_the_left_changes_nothing(tmp_path, block_length):
+    masking = {"block_length": block_length}
+    losses = []
+    for side in ("right", "left"):
+        trainer = make_trainer(tmp_path, make_llama(), masking=masking)
+        trainer.processing_class.padding_side = side
+        trainer.data_collator.tokenizer.padding_side = side
+        inputs = trainer.data_collator([trainer.train_dataset[i] for i in (1, 2, 9)])
+        assert bool((inputs["attention_mask"][0] == 0)[0]) == (side == "left")
+        losses.append(trainer.compute_loss(trainer.model, inputs))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
