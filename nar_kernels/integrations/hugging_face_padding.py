@@ -46,12 +46,16 @@ def without(ids: Tensor, ignored: Tensor) -> Tensor:
 
 def num_leading(is_padding: Tensor) -> Tensor:
     """int64 ``[B]``: of the positions ``[B, L]`` before the first token."""
-    return is_padding.long().cumprod(1).sum(1)
+    if is_padding.is_cpu and not is_padding[:, :1].any():
+        return torch.zeros(len(is_padding), dtype=torch.int64, device="cpu")
+    return is_padding.cumprod(1).sum(1)
 
 
 def rolled(rows: Tensor, by: Tensor) -> Tensor:
     """Rows ``[B, L, ...]``, each rolled to the left by ``by`` ``[B]`` places. What is drawn for a
     position is then that of its token, however much padding is before it."""
+    if by.is_cpu and not by.any():
+        return rows
     row = torch.arange(len(rows), device=rows.device)[:, None]
     place = torch.arange(rows.shape[1], device=rows.device) + by[:, None]
     return rows[row, place % max(rows.shape[1], 1)]
