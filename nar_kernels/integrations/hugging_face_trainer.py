@@ -126,7 +126,7 @@ class MaskedDiffusionTrainer(Trainer):
         if given:
             raise ValueError(
                 f"{given[0]} is given, but the loss is that of masked tokens, without logits of "
-                "whole sequences: leave it out, or override compute_loss"
+                "whole sequences: leave it out"
             )
 
     def prediction_step(
