@@ -70,7 +70,7 @@ def state_of(classes: Classes | None) -> dict[str, Any]:
 
 
 def check_labels(name: str, labels: Tensor | np.ndarray | Sequence[int], count: int) -> Tensor:
-    """int64 ``[count]`` on the CPU.
+    """int64 ``[count]`` on the CPU: a copy, so that a loader's batches stay as they are.
 
     Raises:
         TypeError: not integers.
@@ -83,7 +83,7 @@ def check_labels(name: str, labels: Tensor | np.ndarray | Sequence[int], count: 
         raise ValueError(
             f"{name} has shape {list(given.shape)}: it must be [{count}], a class for each window"
         )
-    given = given.to(torch.int64)
+    given = given.to(torch.int64, copy=True)
     if (given < 0).any():
         raise ValueError(f"{name} holds {int(given.min())}: classes are from 0 on")
     return given

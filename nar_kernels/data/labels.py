@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
@@ -42,8 +43,9 @@ def read_labels(labels: str, data: str, opened: Opened, count: int, folder: Path
             "the data hold"
         )
     try:
-        given = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            given = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, BadZipFile) as error:
         raise CorpusFormatError(f"{path} is no .npy file of labels ({error})") from error
     if not isinstance(given, np.ndarray):
         raise CorpusFormatError(f"{path} holds several arrays: labels are one, in a .npy file")

@@ -9,6 +9,7 @@ from torch import Tensor
 from nar_kernels.checks import as_float, as_int
 from nar_kernels.integrations.draws import (
     MASKED,
+    check_fits,
     check_ids,
     masking_of,
     noisy_ids,
@@ -16,6 +17,7 @@ from nar_kernels.integrations.draws import (
     seed_of,
 )
 from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.masking import IGNORE_INDEX
 
 
 def add_noise(
@@ -102,6 +104,7 @@ def amused_mask(
         InvalidTokenError: on the CPU, an id is negative, or is ``mask_id``.
     """
     check_ids("image_tokens", image_tokens, 2)
+    check_fits("the label of what is not masked", IGNORE_INDEX, image_tokens.dtype)
     low = as_float("min_masking_rate", min_masking_rate)
     if not 0 <= low <= 1:
         raise ValueError(f"min_masking_rate is {low}: it must be in [0, 1]")
@@ -113,5 +116,5 @@ def amused_mask(
         outputs=MASKED,
     )
     assert batch.masked_indices is not None
-    labels = torch.where(batch.masked_indices, image_tokens, -100)
+    labels = torch.where(batch.masked_indices, image_tokens, IGNORE_INDEX)
     return noisy_ids(batch, image_tokens), labels

@@ -104,17 +104,20 @@ def time_range_of(name: str, eps: float) -> tuple[float, float]:
     return 0.0, 1.0 - eps
 
 
+def check_fits(name: str, value: int, dtype: torch.dtype) -> None:
+    """Raises ValueError: a tensor of the dtype of the ids cannot hold ``value``, and would wrap."""
+    info = torch.iinfo(dtype)
+    if not info.min <= value <= info.max:
+        raise ValueError(f"{name} is {value}, which {dtype} cannot hold: pass ids of a wider dtype")
+
+
 def noisy_ids(batch: Corrupted, clean: Tensor) -> Tensor:
     """The ids of a corrupted batch, of the dtype of the clean ones.
 
     Raises ValueError: that cannot hold the mask token.
     """
     mask_id = batch.masking.mask_id
-    if mask_id > torch.iinfo(clean.dtype).max:
-        raise ValueError(
-            f"the mask token is {mask_id}, which {clean.dtype} cannot hold: pass ids of a wider "
-            "dtype, such as int64"
-        )
+    check_fits("the mask token", mask_id, clean.dtype)
     if clean.is_cpu:
         return batch.input_ids.to(clean.dtype)
     # There nobody asks for invalid ids, which would be a sync: they stay as they are.

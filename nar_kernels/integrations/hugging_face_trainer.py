@@ -5,6 +5,7 @@ Shapes: B batch, L sequence length.
 
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,33 +13,38 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from nar_kernels import distributed
+from nar_kernels.data.staging import DeferredCheck
 from nar_kernels.integrations.draws import seed_of
 from nar_kernels.integrations.hugging_face import SAMPLE_ID, MaskedDiffusionCollator, SetEpoch
+from nar_kernels.integrations.hugging_face.padding import num_leading, rolled
 from nar_kernels.nets.adapter import NetAdapter
 from nar_kernels.nets.packed import block_keywords, predict_blocks
 from nar_kernels.nets.prediction import TrunkAndHead
 from nar_kernels.ops.corrupt import corrupt
-from nar_kernels.ops.corrupted import Corrupted
+from nar_kernels.ops.corrupted import Corrupted, check_record, place_in_batch
 from nar_kernels.ops.masked_nll import Reduction
-from nar_kernels.ops.masking import MaskingConfig
+from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 
 _EVALUATION_SEED = 0x5EED
-_OF_TOKENS = ("nelbo", "token")  # reductions that divide by the number of tokens that count
-_COLUMNS = ["input_ids", "labels", "attention_mask", "token_type_ids", SAMPLE_ID]
+_MOST_SEQUENCES = 1 << 40  # slots of evaluation; 2**23 blocks of each are still below 2**63
+_OF_TOKENS = "input_ids", "labels", "attention_mask", "token_type_ids"
+_COLUMNS = [*_OF_TOKENS, "special_tokens_mask", SAMPLE_ID]
 
 
 class MaskedDiffusionTrainer(Trainer):
     """Trains a model of transformers to predict masked tokens, at ratios drawn from a schedule.
 
     Masks are drawn on the model's device, and logits are computed at the masked tokens alone. The
-    loss is divided by the tokens that count in the whole batch, over gradient accumulation and
-    processes. Checkpoints are those of the model: ``from_pretrained`` loads them. With a
-    ``sample_id`` in the examples (:class:`~nar_kernels.integrations.hugging_face.SampleIds`) masks
-    are functions of ``args.seed``, epoch and example; without, of the order of batches. Evaluation
-    draws the same masks each time.
+    loss is divided by the tokens, or sequences, that count in the whole batch, over gradient
+    accumulation and processes (but ``"mean"``, a mean of means). Checkpoints are those of the
+    model: ``from_pretrained`` loads them. With a ``sample_id`` in the examples
+    (:class:`~nar_kernels.integrations.hugging_face.SampleIds`) masks are functions of
+    ``args.seed``, epoch and example; without, of the order of batches. In evaluation the mask of a
+    sequence depends on its ids alone; there are losses, but no logits to compute metrics of.
 
     Examples have ``input_ids`` and, where prompts or padding are to stay as they are, ``labels``:
-    the ids, not shifted, and -100 there.
+    the ids, not shifted, and -100 there; or ``special_tokens_mask``. An id that is no clean one
+    raises :class:`~nar_kernels.InvalidTokenError`, on a GPU with the next batch.
 
     Args:
         model: a masked LM, or a decoder, which is run bidirectionally (see
@@ -51,7 +57,8 @@ class MaskedDiffusionTrainer(Trainer):
         net: options of :class:`~nar_kernels.NetAdapter`, such as ``{"shift_logits": True}``.
         masking: options of :class:`~nar_kernels.MaskingConfig`, such as ``schedule`` or
             ``block_length``.
-        trainer: the other arguments of ``Trainer``. The default of ``data_collator`` pads, with
+        trainer: the other arguments of ``Trainer``, without those of another loss or of metrics.
+            The default of ``data_collator`` pads, with
             ``processing_class`` as the tokenizer.
     """
 
@@ -91,7 +98,9 @@ class MaskedDiffusionTrainer(Trainer):
             self.masking.check_bound()
         self.reduction = reduction
         self.pretrained = model
+        self._deferred_check = DeferredCheck()
         super().__init__(_Loss(adapter, reduction), args, **trainer)
+        self._check_has_own_loss()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "FSDP and DeepSpeed shard a model whose head is called by itself here: use "
@@ -104,9 +113,69 @@ class MaskedDiffusionTrainer(Trainer):
             )
         self.add_callback(SetEpoch())
         # Whether the loss is divided by what it is given, or else by the steps of accumulation.
-        self.model_accepts_loss_kwargs = reduction in _OF_TOKENS
+        self.model_accepts_loss_kwargs = reduction != "mean"
         if self.args.label_names is None:
             self.label_names = ["labels"]
+
+    def _check_has_own_loss(self) -> None:
+        """Raises ValueError: an argument would have no effect."""
+        names = "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"
+        given = [name for name in names if getattr(self, name) is not None]
+        if self.args.label_smoothing_factor:
+            given.append("label_smoothing_factor")
+        if given:
+            raise ValueError(
+                f"{given[0]} is given, but the loss is that of masked tokens, without logits of "
+                "whole sequences: leave it out"
+            )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch, and neither logits nor labels."""
+        inputs = self._prepare_inputs(inputs)
+        count = self._count([inputs])
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        return loss.detach(), None, None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, self._count(batches)
+
+    def _count(self, batches: list[Any]) -> Tensor | None:
+        """What the loss of these batches, and of those of the other processes, is divided by; None
+        for masked tokens, which are not drawn yet."""
+        if not batches or self.reduction == "mean":
+            return None
+        counts = [self._count_of(self._labels(inputs) != IGNORE_INDEX) for inputs in batches]
+        count = torch.stack(counts).sum().to(self.args.device)
+        if self.args.average_tokens_across_devices:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def _count_of(self, may_be_masked: Tensor) -> Tensor:
+        """What the reduction divides by (:func:`nar_kernels.masked_nll`), of bool ``[B, L]``."""
+        if self.reduction in ("nelbo", "token"):
+            return may_be_masked.sum()
+        if self.reduction == "answer":
+            return may_be_masked.any(1).sum()
+        return torch.tensor(len(may_be_masked), device=may_be_masked.device)
+
+    def _labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """int64 ``[B, L]``: the ids that may be masked; -100 elsewhere."""
+        ids, labels = inputs["input_ids"], inputs.get("labels")
+        attends, never = inputs.get("attention_mask"), self.masking.never_mask_ids
+        if labels is None:
+            labels = ids if attends is None else ids.masked_fill(attends == 0, IGNORE_INDEX)
+        if never:
+            never_masked = torch.isin(ids, torch.tensor(never, device=ids.device))
+            labels = labels.masked_fill(never_masked, IGNORE_INDEX)
+        return labels
 
     def compute_loss(
         self,
@@ -115,25 +184,28 @@ class MaskedDiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        inputs = _on_the_right(inputs)
         batch = self._corrupted(inputs, is_training=model.training)
         names = ("attention_mask", "token_type_ids")
         kwargs = {name: inputs[name] for name in names if name in inputs}
-        normalizer = num_items_in_batch if self.reduction in _OF_TOKENS else None
+        normalizer: Tensor | None = None
+        if num_items_in_batch is not None and self.reduction != "mean":
+            # At least 1: where nothing counts, the loss is 0.
+            normalizer = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         loss = model(batch, kwargs, normalizer)
         if normalizer is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which the mean of gradients divides by
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _corrupted(self, inputs: dict[str, Tensor], is_training: bool) -> Corrupted:
-        ids, labels = inputs["input_ids"], inputs.get("labels")
-        attends = inputs.get("attention_mask")
+        ids, attends = inputs["input_ids"], inputs.get("attention_mask")
         if self._length is not None:
-            self._check_blocks(ids, attends)
+            self._check_length(ids)
         slots, world, rank = inputs.get(SAMPLE_ID), distributed.world_size(), distributed.rank()
         global_batch: int | None = 1
         if not is_training:
             seed = _EVALUATION_SEED
-            slots = _slots_of_contents(ids, attends) if slots is None else slots
+            slots = _slots_of_contents(ids, attends)
         elif slots is None:
             seed, global_batch = seed_of(None), len(ids) * world
             slots = torch.arange(rank, global_batch, world, device=ids.device)
@@ -141,18 +213,29 @@ class MaskedDiffusionTrainer(Trainer):
             seed = self.args.seed
             data = self.train_dataset
             global_batch = len(data) if isinstance(data, Sized) else 1
-        return corrupt(
+        batch = corrupt(
             ids,
             self.masking,
             seed=seed,
             sample_ids=slots,
             global_batch=global_batch,
-            labels=labels,
-            maskable=attends != 0 if labels is None and attends is not None else None,
+            labels=self._labels(inputs),
             outputs=("labels", "masked_indices", "masked_rows"),
         )
+        if ids.is_cuda:  # on a CPU they have been checked
+            self._check_later(batch)
+        return batch
 
-    def _check_blocks(self, ids: Tensor, attends: Tensor | None) -> None:
+    def _check_later(self, batch: Corrupted) -> None:
+        size, length = batch.input_ids.shape
+
+        def where(offset: int) -> str:
+            return f"{place_in_batch(length, offset)} of the batch before this one"
+
+        check = partial(check_record, batch_size=size, masking=self.masking, where=where)
+        self._deferred_check.defer(batch, check)
+
+    def _check_length(self, ids: Tensor) -> None:
         """Raises ValueError: blocks would not be the same in another batch."""
         if ids.shape[1] != self._length:
             raise ValueError(
@@ -160,8 +243,6 @@ class MaskedDiffusionTrainer(Trainer):
                 f"have max_seq_len, {self._length}: pad to it (pad_to_multiple_of), or pass "
                 "net={'max_seq_len': ...}"
             )
-        if attends is not None and bool((attends[:, 0] == 0).any()):
-            raise ValueError("block_length needs padding on the right: set padding_side to it")
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = [*_COLUMNS, *self.label_names]
@@ -178,6 +259,7 @@ class MaskedDiffusionTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
+        self._deferred_check.run()  # no weights are saved that learned from bad ids
         with self._as_pretrained():
             super()._save(output_dir)
 
@@ -202,6 +284,9 @@ class _Loss(nn.Module):
     def config(self) -> Any:
         return getattr(self.net.net, "config", None)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.net.net.get_input_embeddings()  # type: ignore[operator]
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self.net.net.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
 
@@ -219,10 +304,18 @@ class _Loss(nn.Module):
         return prediction.loss(batch, reduction=self.reduction, normalizer=normalizer)
 
 
+def _on_the_right(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With padding behind the sequences, so that the places of tokens do not depend on it."""
+    if "attention_mask" not in inputs:
+        return inputs
+    before = num_leading(inputs["attention_mask"] == 0)
+    return inputs | {name: rolled(inputs[name], before) for name in _OF_TOKENS if name in inputs}
+
+
 def _slots_of_contents(ids: Tensor, attends: Tensor | None) -> Tensor:
     """int64 ``[B]``: a hash of each sequence without padding, so that its mask is the same in any
     batch."""
     is_token = torch.ones_like(ids) if attends is None else attends.long()
     place = is_token.cumsum(1)
     mixed = is_token * (ids.long() + 1) * (place * 0x1E3779B97F4A7C15 | 1)  # modulo 2**64
-    return mixed.sum(1) & ((1 << 62) - 1)
+    return (mixed.sum(1) >> 24) & (_MOST_SEQUENCES - 1)

@@ -13,6 +13,7 @@ from nar_kernels.checks import as_float, as_int
 from nar_kernels.integrations.draws import (
     ANY_VOCABULARY,
     MASKED,
+    check_fits,
     check_ids,
     masking_of,
     noisy_ids,
@@ -73,7 +74,8 @@ def get_mask_code(
         )
         batch = corrupt(ids, masking, seed=seed, sample_ids=sample_ids, outputs=MASKED)
         assert batch.masked_indices is not None
-        noisy, mask = noisy_ids(batch, ids), batch.masked_indices
+        mask = batch.masked_indices
+        noisy = noisy_ids(batch, ids) if value > 0 else ids
     else:
         ratio = SCHEDULES[schedule](r).to(code.device).clamp(0, 1)
         noisy, mask = mask_tokens(ids, max(value, 0), ratio, seed=seed, sample_ids=sample_ids)
@@ -110,6 +112,7 @@ def muse_mask(
         InvalidTokenError: on the CPU, an id is negative, or is ``mask_id``.
     """
     check_ids("ids", ids, 2)
+    check_fits("ignore_index", ignore_index, ids.dtype)
     masking = rounded_cosine(mask_id, ids.shape[1], no_replace_prob=no_mask_token_prob)
     batch = corrupt(
         ids, masking, seed=seed_of(seed, generator), sample_ids=sample_ids, outputs=MASKED
@@ -144,9 +147,8 @@ def drop_labels(
     p = as_float("p", p)
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}: it must be in [0, 1]")
+    null_label, seed = as_int("null_label", null_label), seed_of(seed, generator)
+    check_fits("null_label", null_label, y.dtype)
     slots = torch.arange(len(y), device=y.device) if sample_ids is None else sample_ids
-    dropped = drop_classes(
-        y.long(), as_int("null_label", null_label), p, seed=seed_of(seed, generator),
-        sample_ids=slots,
-    )  # fmt: skip
+    dropped = drop_classes(y.long(), null_label, p, seed=seed, sample_ids=slots)
     return dropped.to(y.dtype)

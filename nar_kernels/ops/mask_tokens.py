@@ -81,20 +81,23 @@ def drop_classes(
     (Ho and Salimans, arXiv:2207.12598). A function of (seed, slot), in one launch.
 
     Args:
-        classes: int64 ``[B]``. As the others, it is not checked.
+        classes: int64 ``[B]``. As the next two, it is not checked.
         prob: in [0, 1].
         sample_ids: int64 ``[B]`` where ``classes`` are: sample slots.
 
     Returns:
         int64 ``[B]``.
+
+    Raises:
+        TypeError, ValueError: ``sample_ids`` is something else.
     """
-    bound = math.ceil(prob * 2**32)
+    bound, tokens = math.ceil(prob * 2**32), classes.unsqueeze(1)
     ids, _ = _run(
         MaskTokensArgs(
-            classes.unsqueeze(1).contiguous(),
+            tokens.contiguous(),
             null,
-            torch.full_like(sample_ids, bound).unsqueeze(1),
-            sample_ids.contiguous(),
+            torch.full_like(tokens, bound),
+            _slots(sample_ids, tokens),
             signed_seed(seed),
             Stream.CLASS_DROPOUT,
         ),
@@ -125,10 +128,12 @@ def _slots(sample_ids: Tensor | None, tokens: Tensor) -> Tensor:
     batch, device = len(tokens), tokens.device
     if sample_ids is None:
         return torch.arange(batch, device=device)
+    if not isinstance(sample_ids, Tensor):
+        raise TypeError(f"sample_ids is a {type(sample_ids).__name__}: it must be a tensor, int64")
     if sample_ids.dtype != torch.int64 or sample_ids.shape != (batch,):
         raise ValueError(
             f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}: it must be int64 "
-            f"[{batch}], one for each sequence"
+            f"[{batch}], one for each sample"
         )
     if sample_ids.device != device:
         raise ValueError(f"sample_ids is on {sample_ids.device}, but tokens are on {device}")

@@ -171,3 +171,12 @@ def test_errors() -> None:
         MaskedLoader(Mixture([make_dataset()], [1.0]), MASKING, 2, classes=np.zeros(n, int))
     with pytest.raises(ValueError, match="looked up on the host"):
         make_loader().batch(torch.zeros(1).long())
+
+
+def test_the_classes_of_a_loader_are_its_own() -> None:
+    """Who fills an array anew does not change them."""
+    given = labels()
+    loader = make_loader(classes=given)
+    expected, state = loader.batch(0).class_ids, loader.state_dict()
+    given.fill_(0)
+    assert torch.equal(loader.batch(0).class_ids, expected) and loader.state_dict() == state

@@ -155,3 +155,5 @@ def test_clear_errors():
         add_noise(ids, torch.ones_like(ids), **options_of(3, 0))
     with pytest.raises(ValueError, match=r"min_masking_rate is 1\.5"):
         amused_mask(ids, MASK_ID, 1.5)
+    with pytest.raises(ValueError, match=r"is -100, which torch\.uint8 cannot hold"):
+        amused_mask(ids.to(torch.uint8), MASK_ID)

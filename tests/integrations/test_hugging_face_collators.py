@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 transformers = pytest.importorskip("transformers")
 
+from nar_kernels import InvalidTokenError  # noqa: E402
 from nar_kernels.integrations.hugging_face import (  # noqa: E402
     DataCollatorForLanguageModeling,
     MaskedDiffusionCollator,
@@ -194,6 +195,35 @@ def collators() -> list[Any]:
     ]
 
 
+def test_masks_do_not_depend_on_padding():
+    """Of the longest sequence of the batch, on either side; whole words, too."""
+    tokenizer = tiny_tokenizer(padding_side="left")
+    names = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    ids, longer = range(5, 25), [5] * 31
+    for make in (
+        lambda: DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=5),
+        lambda: MaskedDiffusionCollator(tokenizer, seed=5),
+    ):
+        one, other = {"input_ids": [*ids], "sample_id": 7}, {"input_ids": longer, "sample_id": 8}
+        alone, left = make()([one]), make()([one, other])
+        tokenizer.padding_side = "right"
+        right = make()([one, other])
+        tokenizer.padding_side = "left"
+        for name in ("input_ids", "labels"):
+            assert torch.equal(left[name][0, -20:], alone[name][0])
+            assert torch.equal(right[name][0, :20], alone[name][0])
+        assert (left["labels"][0, :11] == -100).all()
+        assert (left["input_ids"][0, :11] == PAD).all()
+    rows = []
+    for length in (24, 30):
+        options = {"mask_replace_prob": 1, "random_replace_prob": 0, "whole_word_mask": True}
+        collator = DataCollatorForLanguageModeling(tokenizer, seed=5, **options)
+        padding = {"padding": "max_length", "max_length": length, **names}
+        given = [dict(tokenizer(text, **padding)) for text in texts(8)]
+        rows.append(collator(given)["input_ids"][:, -24:])
+    assert torch.equal(*rows)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_masks_depend_on_seed_epoch_and_index_alone(which):
     """Not on workers, batches or order, nor on where a run was resumed."""
@@ -303,3 +333,86 @@ def test_clear_errors():
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no padding token"):
         MaskedDiffusionCollator(tokenizer, mask=False)([{"input_ids": [5]}, {"input_ids": [5, 6]}])
+
+
+def test_columns_of_another_length_are_an_error():
+    """They would be padded as if the rest were missing."""
+    tokenizer = tiny_tokenizer()
+    for name in ("token_type_ids", "attention_mask"):
+        given = [{"input_ids": [5, 6, 7], name: [1]}, {"input_ids": [5], name: [1]}]
+        for collator in (
+            DataCollatorForLanguageModeling(tokenizer),
+            MaskedDiffusionCollator(tokenizer),
+        ):
+            with pytest.raises(ValueError, match=f"example 0 .* 3 input_ids and 1 {name}"):
+                collator([dict(e) for e in given])
+    collator = MaskedDiffusionCollator(tokenizer)
+    with pytest.raises(ValueError, match="3 input_ids and 2 labels"):
+        collator([{"input_ids": [5, 6, 7], "labels": [5, 6]}])
+    special = {"input_ids": [5], "special_tokens_mask": [1]}
+    for pair in ([{"input_ids": [5]}, special], [special, {"input_ids": [5]}]):
+        with pytest.raises(ValueError, match="the same others"):
+            collator(pair)
+
+
+def with_gaps() -> Any:
+    """A tokenizer with fewer tokens than its greatest id."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 40, "[MASK]": 30}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")),
+        pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]",
+    )  # fmt: skip
+
+
+def test_vocabularies_with_gaps_and_ids_outside():
+    tokenizer = with_gaps()
+    given = [{"input_ids": [2, 40]}]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=1.0)(given)
+    assert batch["labels"].tolist() == [[2, 40]]
+    assert MaskedDiffusionCollator(tokenizer)(given)["labels"].max() in (2, 40)
+    with pytest.raises(InvalidTokenError, match=r"id 41 .* outside \[0, 41\)"):
+        DataCollatorForLanguageModeling(tokenizer)([{"input_ids": [41]}])
+
+
+class SevenIsSpecial(transformers.PreTrainedTokenizerFast):
+    def get_special_tokens_mask(self, ids, other=None, already_has_special_tokens=False):
+        return [int(i == 7) for i in ids]
+
+
+def test_a_tokenizer_says_itself_what_is_special():
+    tokenizer = SevenIsSpecial(tokenizer_object=tiny_tokenizer()._tokenizer, mask_token="[MASK]")
+    tokenizer.pad_token = "[PAD]"
+    for kind in (DataCollatorForLanguageModeling, Original):
+        labels = kind(tokenizer, mlm_probability=1.0)([[7, 8, 9]])["labels"]
+        assert labels.tolist() == [[-100, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    "kind", [DataCollatorForLanguageModeling, Original], ids=["ours", "theirs"]
+)
+def test_dtypes_and_empty_rows_are_those_of_the_original(kind):
+    # Where a token is random, the original fails with int32.
+    options = {"mlm_probability": 1.0, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
+    collator = kind(tiny_tokenizer(), **options)
+    inputs, labels = collator.torch_mask_tokens(torch.tensor([[5, 6]], dtype=torch.int32))
+    assert inputs.dtype == labels.dtype == torch.int32
+    batch = collator([{"input_ids": []}, {"input_ids": []}])
+    assert {name: tuple(x.shape) for name, x in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels"), (2, 0)
+    )
+    given = {"input_ids": [5, 6], "token_type_ids": [0, 0], "attention_mask": [1, 1]}
+    assert list(collator([given])) == [*given, "labels"]
+
+
+def test_options_that_would_have_no_effect_are_an_error():
+    tokenizer = tiny_tokenizer()
+    for options in ({"schedule": "cosine"}, {"seed": 1}, {"return_weights": True}):
+        with pytest.raises(ValueError, match="mask is false"):
+            MaskedDiffusionCollator(tokenizer, mask=False, **options)
+    collator = DataCollatorForLanguageModeling(
+        tokenizer, mask_replace_prob=1, random_replace_prob=0, whole_word_mask=True
+    )
+    with pytest.raises(ValueError, match="return_offsets_mapping=True"):
+        collator([{"input_ids": [5, 6]}])

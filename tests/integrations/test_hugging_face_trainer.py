@@ -11,13 +11,20 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from nar_kernels import (  # noqa: E402
+    InvalidTokenError,
     MaskingConfig,
     NetAdapter,
     NonAutoregressiveWrapper,
     corrupt,
 )
-from nar_kernels.integrations.hugging_face import MaskedDiffusionCollator, SampleIds  # noqa: E402
+from nar_kernels.integrations.hugging_face import (  # noqa: E402
+    DataCollatorForLanguageModeling,
+    MaskedDiffusionCollator,
+    SampleIds,
+    SetEpoch,
+)
 from nar_kernels.integrations.hugging_face_trainer import MaskedDiffusionTrainer  # noqa: E402
+from tests.helpers.pretend_gpu import DEVICE, pretend_gpu  # noqa: E402
 from tests.helpers.tiny import tiny_sizes  # noqa: E402
 from tests.helpers.tiny_tokenizer import tiny_tokenizer  # noqa: E402
 
@@ -79,20 +86,28 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], **tolerance: fl
         torch.testing.assert_close(one[name], two[name], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-def test_accumulated_parts_have_the_gradient_of_the_whole(tmp_path):
-    """Though the parts have different numbers of tokens that count."""
+@pytest.mark.parametrize(
+    ("reduction", "splits"),
+    [
+        ("nelbo", [(12, 1), (2, 6), (3, 4)]),
+        ("sequence", [(15, 1), (5, 3)]),  # the last step has parts of 5 and 4
+        ("answer", [(15, 1), (5, 3)]),
+    ],
+)
+def test_accumulated_parts_have_the_gradient_of_the_whole(tmp_path, reduction, splits):
+    """Though the parts have different numbers of tokens, or sequences, that count."""
     after = []
-    for size, parts in ((12, 1), (2, 6), (3, 4)):
+    for size, parts in splits:
         model = make_model()
         arguments = {
             "per_device_train_batch_size": size, "gradient_accumulation_steps": parts,
             "max_steps": 2, "save_strategy": "no", "optim": "sgd", "max_grad_norm": 0.0,
         }  # fmt: skip
-        make_trainer(tmp_path, model, arguments=arguments).train()
+        make_trainer(tmp_path, model, arguments=arguments, reduction=reduction).train()
         after.append(weights(model))
     assert not torch.equal(after[0]["cls.predictions.bias"], make_model().cls.predictions.bias)
-    assert_close(after[1], after[0], rtol=1e-4, atol=1e-6)
-    assert_close(after[2], after[0], rtol=1e-4, atol=1e-6)
+    for parts_of_it in after[1:]:
+        assert_close(parts_of_it, after[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["nelbo", "sequence", "mean"])
@@ -102,7 +117,9 @@ def test_the_loss_is_that_of_its_batch(tmp_path, reduction):
     examples = [trainer.train_dataset[i] for i in range(6)]
     inputs = trainer.data_collator(examples)
     count = (inputs["labels"] != -100).sum()
-    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=2 * count)
+    of_parts = trainer._count([inputs])
+    more = {} if of_parts is None else {"num_items_in_batch": 2 * of_parts}
+    loss = trainer.compute_loss(trainer.model, inputs, **more)
     batch = corrupt(
         inputs["input_ids"], MaskingConfig(V, MASK_ID), seed=3, global_batch=EXAMPLES,
         labels=inputs["labels"],
@@ -114,7 +131,7 @@ def test_the_loss_is_that_of_its_batch(tmp_path, reduction):
     weighted = nll.sum(1) * batch.loss_weight
     expected = {
         "nelbo": weighted.sum() / (2 * count),
-        "sequence": (weighted / batch.num_maskable).mean(),
+        "sequence": (weighted / batch.num_maskable).mean() / 2,
         "mean": nll.sum() / batch.num_masked.sum(),
     }[reduction]
     torch.testing.assert_close(loss, expected)
@@ -214,9 +231,6 @@ def test_blocks_that_would_depend_on_the_batch_are_refused(tmp_path):
     short = {name: x[..., :12] for name, x in inputs.items()}
     with pytest.raises(ValueError, match="sequences of 12 tokens, .* max_seq_len, 16"):
         trainer._corrupted(short, is_training=True)
-    left = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
-    with pytest.raises(ValueError, match="padding on the right"):
-        trainer._corrupted(left, is_training=True)
     with pytest.raises(ValueError, match="use MaskedDiffusionTrainer"):
         MaskedDiffusionCollator(tiny_tokenizer(), block_length=4)
 
@@ -246,3 +260,130 @@ def test_clear_errors(tmp_path):
     assert make_trainer(tmp_path, masking={"time_range": (0.3, 0.8)}).reduction == "token"
     collator = MaskedDiffusionCollator(tiny_tokenizer(), mask=False)
     assert make_trainer(tmp_path, data_collator=collator).data_collator is collator
+
+
+class Texts(torch.utils.data.Dataset):
+    """Without labels; the first tokens are special."""
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = Answers()[i]["input_ids"]
+        return {"input_ids": ids, "special_tokens_mask": [1] * 3 + [0] * (len(ids) - 3)}
+
+
+def test_special_tokens_are_not_learned(tmp_path):
+    trainer = make_trainer(tmp_path, data=SampleIds(Texts()))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"][:, :3] == -100).all() and (batch["labels"][:, 3:6] != -100).all()
+
+
+def test_the_trainer_of_transformers_keeps_the_numbers(tmp_path):
+    """As docs/migrate/hugging_face.md has it: with columns that the model does not take removed."""
+    seen = []
+
+    class Collator(DataCollatorForLanguageModeling):
+        def torch_call(self, examples: list[Any]) -> Any:
+            seen.extend(e["sample_id"] for e in examples)
+            return super().torch_call(examples)
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=8, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    assert arguments.remove_unused_columns
+    trainer = transformers.Trainer(
+        make_model(), arguments, train_dataset=SampleIds(Texts()),
+        data_collator=Collator(tiny_tokenizer(), seed=0), callbacks=[SetEpoch()],
+    )  # fmt: skip
+    trainer.train()
+    assert sorted(seen) == list(range(2 * EXAMPLES))
+
+
+def test_the_loss_is_divided_by_what_may_be_masked(tmp_path):
+    """Not by ids that never are; nor by padding, where a collator gives no labels."""
+    trainer = make_trainer(tmp_path, masking={"never_mask_ids": list(range(5, 25))})
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    for columns in (inputs, {name: x for name, x in inputs.items() if name != "labels"}):
+        batches, count = trainer.get_batch_samples(iter([columns]), 1, trainer.args.device)
+        assert count == trainer._corrupted(columns, is_training=True).num_maskable.sum()
+        whole = trainer.compute_loss(trainer.model, batches[0])
+        part = trainer.compute_loss(trainer.model, batches[0], num_items_in_batch=2 * count)
+        torch.testing.assert_close(part, whole / 2)
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss(tmp_path):
+    trainer = make_trainer(tmp_path)
+    inputs = trainer.data_collator([trainer.train_dataset[0]])
+    inputs["labels"].fill_(-100)
+    batches, count = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
+    assert trainer.compute_loss(trainer.model, batches[0], num_items_in_batch=count) == 0
+
+
+def test_evaluation_does_not_depend_on_numbers(tmp_path):
+    """Which each pass over the data gives anew, with persistent workers in evaluation, too."""
+    trainer = make_trainer(tmp_path)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    later = {**inputs, "sample_id": inputs["sample_id"] + EXAMPLES}
+    first, second = (trainer._corrupted(x, is_training=False).input_ids for x in (inputs, later))
+    assert torch.equal(first, second)
+    first, second = (trainer._corrupted(x, is_training=True).input_ids for x in (inputs, later))
+    assert not torch.equal(first, second)
+
+
+def test_evaluation_of_blocks_and_without_labels(tmp_path):
+    def without_labels(examples: list[Any]) -> dict[str, Tensor]:
+        batch = MaskedDiffusionCollator(tiny_tokenizer(), mask=False)(examples)
+        return {name: x for name, x in batch.items() if name != "labels"}
+
+    for trainer in (
+        make_trainer(tmp_path, make_llama(), masking={"block_length": 4}),
+        make_trainer(tmp_path, data_collator=without_labels),
+    ):
+        output = trainer.predict(Answers())
+        assert 2 < output.metrics["test_loss"] < 8 and output.predictions is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("compute_metrics", len), ("compute_loss_func", len), ("label_smoothing_factor", 0.1)],
+)
+def test_another_loss_or_metrics_are_refused(tmp_path, option, value):
+    of_arguments = option == "label_smoothing_factor"
+    options = {"arguments": {option: value}} if of_arguments else {option: value}
+    with pytest.raises(ValueError, match=f"{option} is given"):
+        make_trainer(tmp_path, **options)
+
+
+def test_noise_of_embeddings(tmp_path):
+    make_trainer(tmp_path, arguments={"max_steps": 1, "neftune_noise_alpha": 5.0}).train()
+
+
+def test_bad_ids_on_a_gpu_are_reported_with_the_next_batch(tmp_path):
+    """And before anything is saved."""
+    trainer = make_trainer(tmp_path)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    bad = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    bad["input_ids"][1, 2] = MASK_ID
+    with pretend_gpu():
+        good, bad = ({name: x.to(DEVICE) for name, x in part.items()} for part in (inputs, bad))
+        trainer._corrupted(good, is_training=True)
+        for then in (lambda: trainer._corrupted(good, is_training=True), trainer.save_model):
+            trainer._corrupted(bad, is_training=True)
+            with pytest.raises(InvalidTokenError, match=r"tokens\[1, 2\] of the batch before"):
+                then()
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_padding_on_the_left_changes_nothing(tmp_path, block_length):
+    masking = {"block_length": block_length}
+    losses = []
+    for side in ("right", "left"):
+        trainer = make_trainer(tmp_path, make_llama(), masking=masking)
+        trainer.processing_class.padding_side = side
+        trainer.data_collator.tokenizer.padding_side = side
+        inputs = trainer.data_collator([trainer.train_dataset[i] for i in (1, 2, 9)])
+        assert bool((inputs["attention_mask"][0] == 0)[0]) == (side == "left")
+        losses.append(trainer.compute_loss(trainer.model, inputs))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)

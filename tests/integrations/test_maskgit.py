@@ -165,3 +165,31 @@ def test_clear_errors():
         get_mask_code(code.flatten(1), value=VALUE)
     with pytest.raises(ValueError, match=r"p is 1\.5"):
         drop_labels(torch.arange(3), 1.5, 9)
+
+
+def test_what_a_dtype_cannot_hold_is_an_error():
+    """It would wrap: to another id, or to another class."""
+    code = codes(2).to(torch.uint8)
+    for call, name in (
+        (lambda: get_mask_code(code, value=300), "the mask token is 300"),
+        (lambda: get_mask_code(code, torch.ones(2) / 2, value=300), "mask_id is 300"),
+        (lambda: muse_mask(code.flatten(1), VALUE), "ignore_index is -1"),
+        (lambda: drop_labels(torch.arange(3).to(torch.uint8), 0.5, 1000), "null_label is 1000"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+    assert get_mask_code(code, value=0)[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("sample_ids", "error"),
+    [
+        (torch.arange(3), ValueError),
+        (torch.arange(6, dtype=torch.int32), ValueError),
+        ([0, 1, 2, 3, 4, 5], TypeError),
+    ],
+)
+def test_sample_ids_that_do_not_fit(sample_ids, error):
+    """The kernel would read past their end."""
+    with pytest.raises(error, match="sample_ids is"):
+        drop_labels(torch.arange(6), 0.5, 9, seed=0, sample_ids=sample_ids)

@@ -199,9 +199,10 @@ def test_labels_that_do_not_fit(codes, sentences, tmp_path):
         np.save(path, labels)
         with pytest.raises(error, match=message):
             open_data(codes / "prepared", labels=path)
-    path.write_bytes(b"no array")
-    with pytest.raises(ValueError, match="is no .npy file"):
-        open_data(codes / "prepared", labels=path)
+    for content in (b"no array", b"PK\3\4 no archive", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no .npy file"):
+            open_data(codes / "prepared", labels=path)
     with pytest.raises(ValueError, match="holds none: give a .npy file"):
         open_data(sentences, labels="data")
     with pytest.raises(ValueError, match="windows overlap"):
