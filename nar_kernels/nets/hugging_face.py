@@ -42,14 +42,29 @@ def max_length(net: nn.Module) -> int | None:
     config = getattr(net, "config", None)
     lengths = (getattr(config, name, None) for name in _LENGTHS)
     length = next((n for n in lengths if isinstance(n, int) and n > 0), None)
-    if length is None:
-        return None
+    return None if length is None else length - first_position(net)
+
+
+def first_position(net: nn.Module) -> int:
+    """The ``position_ids`` of the first token: RoBERTa's count from behind its padding."""
     for module in net.modules():
-        positions = getattr(module, "position_embeddings", None)
-        padding = getattr(positions, "padding_idx", None)
-        if isinstance(positions, nn.Embedding) and padding is not None:
-            return length - padding - 1  # RoBERTa's count from behind its padding
-    return length
+        positions = module._modules.get("position_embeddings")
+        if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
+            return positions.padding_idx + 1
+    return 0
+
+
+def computes_own_loss(net: nn.Module) -> bool:
+    """Whether the net, in training mode, masks its input by itself and returns a loss in place of
+    logits, as SDAR does (arXiv:2510.06303)."""
+    return hasattr(_base_model(net), "prepare_for_bd_training")
+
+
+def stores_on_request(net: nn.Module) -> bool:
+    """Whether a cache grows only in calls with ``store_kv=True``, as that of SDAR."""
+    base: Any = _base_model(net)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return "store_kv" in inspect.signature(type(decoder).forward).parameters
 
 
 def output_embeddings(net: nn.Module) -> nn.Module | None:
@@ -133,7 +148,10 @@ class Unmasking:
         cause: Exception | None = None
         for self._by_argument in ways:
             try:
-                if self._looks_both_ways():
+                looks = self._looks_both_ways()
+                if looks is None:
+                    self._by_argument = ways[-1]
+                if looks is not False:
                     return
             except Exception as error:  # a net may do anything with what it does not expect
                 cause = error
@@ -145,28 +163,30 @@ class Unmasking:
         ) from cause
 
     @torch.no_grad()
-    def _looks_both_ways(self) -> bool:
+    def _looks_both_ways(self) -> bool | None:
         """Whether what a token changes before it is not nothing, compared to what it does after,
-        with and without padding behind."""
-        rows = embedding_rows(self._net) or 0
-        if rows < 6:
-            return True  # too few to try it
+        with and without padding behind. None: neither changes anything, as with weights of 0."""
+        if (embedding_rows(self._net) or 0) < 6:
+            return None  # too few to try it
         device = next(self._net.parameters()).device
         ids = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 0], [5, 2, 3, 0]], device=device)
         padding = torch.tensor([[1, 1, 1, 0]], device=device).expand(3, 4)
-        training = [module for module in self._net.modules() if module.training]
-        self._net.eval()
+        net: Any = self._net._modules.get("_orig_mod", self._net)  # nothing is compiled for this
+        training = [module for module in net.modules() if module.training]
+        net.eval()
         try:
             for given, last in (({}, 3), ({"attention_mask": padding}, 4)):
                 some = ids[:, :last]
-                out = self._net(some, **given | self.arguments(some, given))
+                out = net(some, **given | self.arguments(some, given))
                 names = ("logits", "last_hidden_state")
                 found = (getattr(out, name, None) for name in names)
                 values = next((v for v in found if v is not None), out)
                 values = (values if isinstance(values, Tensor) else values[0]).float()
                 before = (values[0, 0] - values[1, 0]).abs().max()
                 after = (values[0, 2] - values[2, 2]).abs().max()
-                if before < 1e-3 * after:
+                if before == after == 0:
+                    return None
+                if not before > 1e-3 * after:  # or NaN
                     return False
             return True
         finally:
@@ -208,7 +228,8 @@ def is_decoder(net: nn.Module) -> bool:
 
 
 def _base_model(net: Any) -> nn.Module:
-    """Without an adapter of peft."""
+    """Without an adapter of peft, or torch.compile."""
+    net = net._modules.get("_orig_mod", net)
     return net.get_base_model() if hasattr(net, "get_base_model") else net
 
 
@@ -225,4 +246,6 @@ def mask_for(net: Any, mask: Tensor) -> Tensor:
 
 def attention_of(net: Any) -> str | None:
     """Which kind of attention a net computes, such as ``"sdpa"``; None if it does not say."""
+    if computes_own_loss(net):
+        return "sdpa"  # whatever its configuration says
     return getattr(getattr(net, "config", None), "_attn_implementation", None)
