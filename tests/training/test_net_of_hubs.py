@@ -145,15 +145,20 @@ def test_what_is_refused(tmp_path: Path) -> None:
         open_net(f"hf:{file}", spec)
 
 
-def test_code_of_the_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["own", "t5"])
+def test_code_of_the_folder_is_not_run(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor is anybody asked whether to."""
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    config = {"model_type": "own", "auto_map": auto}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": auto}))
     (tmp_path / "own.py").write_text("raise SystemExit")
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ValueError, match="which transformers does not know"):
+    (tmp_path / "model.safetensors").touch()
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    with pytest.raises(ValueError, match="trust_remote_code|does not know"):
         open_net(f"hf:{tmp_path}", SequenceSpec(NUM_TOKENS, LENGTH, "ids", None))
+    assert not asked
 
 
 def test_a_tokenizer_of_other_data_is_refused(tmp_path: Path) -> None:
