@@ -141,8 +141,9 @@ class Unmasking:
             # The mask takes the place of that of a window, too.
             if "sliding_attention" not in kinds and "attention_mask" in parameters:
                 ways.append(False)
-        is_flash = "flash" in str(attention_of(net))  # which takes no such mask, and may need a GPU
-        if ways and (is_flash or any(p.is_meta for p in net.parameters())):
+        is_flash = "flash" in str(attention_of(net))  # which takes no such mask
+        needs_gpu = is_flash or computes_own_loss(net)  # SDAR has kernels of its own
+        if ways and (needs_gpu or any(p.is_meta for p in net.parameters())):
             self._by_argument = ways[0 if is_flash else -1]
             return
         cause: Exception | None = None

@@ -28,6 +28,7 @@ from tests.helpers.nets_of_hubs import (
     LikeLlada,
     LikeSdar,
     Odd,
+    SdarModel,
     model_of,
 )
 
@@ -135,7 +136,7 @@ def test_sdar(attention: str) -> None:
     assert model.train()(batch).loss.item() == pytest.approx(whole, rel=1e-5)
     assert net.head_is_last(()) is True
 
-    blocks = wrapped(NetAdapter(net.net, bidirectional=False), block_length=4)
+    blocks = wrapped(net, block_length=4)
     batch = corrupt(IDS, blocks.masking, seed=1)
     inputs, mask = block_diffusion_inputs(batch), dense_block_mask(LENGTH, 4)
     out = net.net(inputs.input_ids, attention_mask=mask, position_ids=inputs.position_ids)
@@ -144,6 +145,12 @@ def test_sdar(attention: str) -> None:
     assert blocks.generate_steps(2).blocks.cached
     without = blocks.generate(2, seed=0, cache=False)
     assert torch.equal(blocks.generate(2, seed=0), without)
+
+
+def test_sdar_is_not_called_before_it_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels run on a GPU only."""
+    monkeypatch.setattr(SdarModel, "forward", None)
+    assert NetAdapter(LikeSdar()).looks_both_ways
 
 
 def test_hidden_states_are_those_of_the_head() -> None:
