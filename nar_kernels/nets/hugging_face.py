@@ -5,6 +5,7 @@ Shapes: B batch, L sequence length.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -167,24 +168,15 @@ class Unmasking:
     def _looks_both_ways(self) -> bool | None:
         """Whether what a token changes before it is not nothing, compared to what it does after,
         with and without padding behind. None: neither changes anything, as with weights of 0."""
-        if (embedding_rows(self._net) or 0) < 6:
-            return None  # too few to try it
-        device = next(self._net.parameters()).device
-        ids = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 0], [5, 2, 3, 0]], device=device)
-        padding = torch.tensor([[1, 1, 1, 0]], device=device).expand(3, 4)
         net: Any = self._net._modules.get("_orig_mod", self._net)  # nothing is compiled for this
         training = [module for module in net.modules() if module.training]
         net.eval()
         try:
-            for given, last in (({}, 3), ({"attention_mask": padding}, 4)):
-                some = ids[:, :last]
-                out = net(some, **given | self.arguments(some, given))
-                names = ("logits", "last_hidden_state")
-                found = (getattr(out, name, None) for name in names)
-                values = next((v for v in found if v is not None), out)
-                values = (values if isinstance(values, Tensor) else values[0]).float()
-                before = (values[0, 0] - values[1, 0]).abs().max()
-                after = (values[0, 2] - values[2, 2]).abs().max()
+            for is_padded in (False, True):
+                ids = _few_tokens(net, 3 + is_padded)
+                padding = torch.tensor([[1, 1, 1, 0]], device=ids.device).expand(3, 4)
+                given = {"attention_mask": padding} if is_padded else {}
+                before, after = _influences(net, ids, given | self.arguments(ids, given))
                 if before == after == 0:
                     return None
                 if not before > 1e-3 * after:  # or NaN
@@ -217,6 +209,45 @@ class Unmasking:
             attends = mask.bool()
         pairs = attends[:, None, None].expand(rows, 1, length, length)
         return {"attention_mask": mask_for(self._net, pairs), **more}
+
+
+def takes_pairs(net: nn.Module) -> bool:
+    """Whether a mask ``[B, 1, L, L]`` takes the place of the net's own, and nothing beside
+    attention looks at other tokens, such as recurrent layers; tried out, with masks of all pairs
+    and of those that look ahead. To be called in evaluation mode."""
+    ids = _few_tokens(net, 3)
+    pairs = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=ids.device)
+    before, after = _influences(net, ids, {"attention_mask": mask_for(net, pairs)})
+    if before == after == 0 or not math.isfinite(before + after):
+        return True  # it shows nothing
+    _, behind = _influences(net, ids, {"attention_mask": mask_for(net, pairs.triu())})
+    return before > 1e-3 * after and behind < 0.2 * after
+
+
+def _few_tokens(net: nn.Module, length: int) -> Tensor:
+    """int64 ``[3, length]``: sequences of which the second has another token 2, and the third
+    another token 0. None is padding, which counts for RoBERTa's positions. Nothing differs where
+    there are few ids."""
+    padding = getattr(_embeddings(net, "get_input_embeddings"), "padding_idx", None)
+    ids = [i for i in range(min(embedding_rows(net) or 1, 7)) if i != padding]
+    places = [[1, 2, 3, 0], [1, 2, 4, 0], [5, 2, 3, 0]]
+    rows = torch.tensor([[ids[min(place, len(ids) - 1)] for place in row] for row in places])
+    return rows[:, :length].to(next(net.parameters()).device)
+
+
+@torch.no_grad()
+def _influences(net: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> tuple[float, float]:
+    """Of :func:`_few_tokens`: what token 2 changes at position 0, and token 0 at position 2;
+    nothing if both may be due to rounding."""
+    out = net(ids, **kwargs)
+    found = (getattr(out, name, None) for name in ("logits", "last_hidden_state"))
+    values = next((v for v in found if v is not None), out)
+    values = values if isinstance(values, Tensor) else values[0]
+    dtypes = {values.dtype, *(p.dtype for p in net.parameters() if p.is_floating_point())}
+    rounding = 4 * max(torch.finfo(dtype).eps for dtype in dtypes) * values.abs().max().item()
+    changes = values[0, 0] - values[1, 0], values[0, 2] - values[2, 2]
+    before, after = (change.abs().max().item() for change in changes)
+    return (0.0, 0.0) if max(before, after) < rounding else (before, after)
 
 
 def is_decoder(net: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from tests.helpers.nets_of_hubs import (
     LikeSdar,
     Odd,
     SdarModel,
+    config_of,
     model_of,
 )
 
@@ -297,12 +298,17 @@ def test_a_net_compiled_before() -> None:
     assert wrapped(net)(IDS, seed=1).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_nets_that_cannot_look_both_ways() -> None:
+def gpt_neo() -> Any:
+    """Which has a mask of its own."""
     config = transformers.GPTNeoConfig(
         vocab_size=NUM_TOKENS, hidden_size=16, num_layers=1, num_heads=2,
-        attention_types=[[["global"], 1]],
+        attention_types=[[["global"], 1]], max_position_embeddings=LENGTH,
     )  # fmt: skip
-    model = transformers.GPTNeoForCausalLM(config)  # has a mask of its own
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def test_nets_that_cannot_look_both_ways() -> None:
+    model = gpt_neo()
     assert model.training
     with pytest.raises(ValueError, match="GPTNeoForCausalLM cannot be made to look both ways"):
         NetAdapter(model)
@@ -387,3 +393,20 @@ def test_what_is_trained_is_saved(family: str, tmp_path) -> None:
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     if IS_5:  # transformers 4 adds what it saved with
         assert again.config.to_dict().keys() == before.keys()
+
+
+@pytest.mark.skipif(not IS_5, reason="transformers 4 may not have it")
+def test_masks_of_pairs_that_do_not_count_are_refused() -> None:
+    """By a net with a mask of its own, and by convolutions over what masks keep apart."""
+    config = config_of("Lfm2", layer_types=["conv", "full_attention"])
+    for model in (gpt_neo(), transformers.Lfm2ForCausalLM(config)):
+        blocks = wrapped(NetAdapter(model, bidirectional=False), block_length=4)
+        with pytest.raises(ValueError, match=r"LM does not attend by a mask of pairs \[B, 1"):
+            blocks(IDS)
+        assert all(module.training for module in model.modules())
+
+
+def test_what_rounding_hides_is_not_refused() -> None:
+    """In bfloat16 a token of this net changes nothing before it, but a little behind it."""
+    net = NetAdapter(model_of("ModernBert").bfloat16())
+    wrapped(net, block_length=4)(IDS)
