@@ -176,7 +176,7 @@ class Unmasking:
                 ids = _few_tokens(net, 3 + is_padded)
                 padding = torch.tensor([[1, 1, 1, 0]], device=ids.device).expand(3, 4)
                 given = {"attention_mask": padding} if is_padded else {}
-                before, after = _influences(net, ids, given | self.arguments(ids, given))
+                before, after, _ = _influences(net, ids, given | self.arguments(ids, given))
                 if before == after == 0:
                     return None
                 if not before > 1e-3 * after:  # or NaN
@@ -217,11 +217,11 @@ def takes_pairs(net: nn.Module) -> bool:
     and of those that look ahead. To be called in evaluation mode."""
     ids = _few_tokens(net, 3)
     pairs = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=ids.device)
-    before, after = _influences(net, ids, {"attention_mask": mask_for(net, pairs)})
+    before, after, rounding = _influences(net, ids, {"attention_mask": mask_for(net, pairs)})
     if before == after == 0 or not math.isfinite(before + after):
         return True  # it shows nothing
-    _, behind = _influences(net, ids, {"attention_mask": mask_for(net, pairs.triu())})
-    return before > 1e-3 * after and behind < 0.2 * after
+    _, behind, _ = _influences(net, ids, {"attention_mask": mask_for(net, pairs.triu())})
+    return before > 1e-3 * after and behind <= max(rounding, 1e-3 * after)
 
 
 def _few_tokens(net: nn.Module, length: int) -> Tensor:
@@ -236,9 +236,9 @@ def _few_tokens(net: nn.Module, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _influences(net: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> tuple[float, float]:
-    """Of :func:`_few_tokens`: what token 2 changes at position 0, and token 0 at position 2;
-    nothing if both may be due to rounding."""
+def _influences(net: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> tuple[float, float, float]:
+    """Of :func:`_few_tokens`: what token 2 changes at position 0, and token 0 at position 2, and
+    what rounding may; the first two are 0 if both may be due to that."""
     out = net(ids, **kwargs)
     found = (getattr(out, name, None) for name in ("logits", "last_hidden_state"))
     values = next((v for v in found if v is not None), out)
@@ -247,7 +247,7 @@ def _influences(net: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> tuple[fl
     rounding = 4 * max(torch.finfo(dtype).eps for dtype in dtypes) * values.abs().max().item()
     changes = values[0, 0] - values[1, 0], values[0, 2] - values[2, 2]
     before, after = (change.abs().max().item() for change in changes)
-    return (0.0, 0.0) if max(before, after) < rounding else (before, after)
+    return (0.0, 0.0, rounding) if max(before, after) < rounding else (before, after, rounding)
 
 
 def is_decoder(net: nn.Module) -> bool:
