@@ -229,10 +229,10 @@ def _few_tokens(net: nn.Module, length: int) -> Tensor:
     another token 0. None is padding, which counts for RoBERTa's positions. Nothing differs where
     there are few ids."""
     padding = getattr(_embeddings(net, "get_input_embeddings"), "padding_idx", None)
-    ids = [i for i in range(min(embedding_rows(net) or 1, 7)) if i != padding]
+    ids = [i for i in range(min(embedding_rows(net) or 1, 7)) if i != padding] or [0]
     places = [[1, 2, 3, 0], [1, 2, 4, 0], [5, 2, 3, 0]]
-    rows = torch.tensor([[ids[min(place, len(ids) - 1)] for place in row] for row in places])
-    return rows[:, :length].to(next(net.parameters()).device)
+    rows = [[ids[min(place, len(ids) - 1)] for place in row[:length]] for row in places]
+    return torch.tensor(rows, device=next(net.parameters()).device)
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ def _check(module: nn.Module) -> None:
     """Once for a net, by a call for three tokens."""
     if module in _right or not is_hugging_face(module) or any(map(is_compiled, module.modules())):
         return
+    if any(p.is_meta for p in module.parameters()):
+        return
     cause: Exception | None = None
     try:
         with eval_mode(module, module), no_grad():
