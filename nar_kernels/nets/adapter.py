@@ -81,6 +81,8 @@ class NetAdapter(nn.Module):
             (arXiv:2508.15487) still does. The first is predicted at its own. In packed documents,
             the first of each, if the net takes ``position_ids``.
 
+    A net that computes a loss of its own in training mode, as SDAR does, stays in evaluation mode.
+
     There is no ``emb_dim``, so ``self_cond`` and ``self_token_critic`` are not supported.
 
     Raises:
@@ -118,9 +120,21 @@ class NetAdapter(nn.Module):
         # By the names of the keyword arguments; None where it is none that is known.
         self._forms: dict[frozenset[str], LogitForm | None] = {}
         self.shift_logits = shift_logits
+        self.first_position = hugging_face.first_position(net)
+        self._stays_in_eval = hugging_face.computes_own_loss(net)
+        if self._stays_in_eval:
+            net.eval()
         self._unmasking: hugging_face.Unmasking | None = None
         if bidirectional and hugging_face.is_hugging_face(net) and hugging_face.is_decoder(net):
             self._unmasking = hugging_face.Unmasking(net)
+
+    def train(self, mode: bool = True) -> "NetAdapter":
+        """As of ``nn.Module``, but a net like SDAR, which in training mode returns a loss of its
+        own, stays in evaluation mode."""
+        super().train(mode)
+        if self._stays_in_eval:
+            self.net.eval()
+        return self
 
     @property
     def looks_both_ways(self) -> bool:
@@ -234,7 +248,7 @@ class NetAdapter(nn.Module):
         positions = kwargs.get("position_ids")
         if positions is None:
             return shifted
-        return torch.where((positions == 0)[..., None], of_positions, shifted)
+        return torch.where((positions == self.first_position)[..., None], of_positions, shifted)
 
     def head_is_last(self, names: Iterable[str]) -> bool | None:
         """Whether the net returns the output of its head, in a form that is known, when called with
@@ -367,6 +381,11 @@ def causal_module(net: nn.Module) -> nn.Module | None:
         if any(getattr(module, name, None) is True for name in ("is_causal", "causal")):
             return module
     return None
+
+
+def first_position(net: nn.Module) -> int:
+    """The ``position_ids`` of the first token of a document."""
+    return int(getattr(unwrap(net), "first_position", 0))
 
 
 def refuse_shifted(net: nn.Module, what: str) -> None:

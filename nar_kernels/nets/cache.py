@@ -16,8 +16,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.nets.adapter import innermost, is_transformer_wrapper, refuse_shifted, unwrap
+from nar_kernels.nets.adapter import (
+    first_position,
+    innermost,
+    is_transformer_wrapper,
+    refuse_shifted,
+    unwrap,
+)
 from nar_kernels.nets.block_attention import block_mask, dense_block_mask
+from nar_kernels.nets.hugging_face import mask_for, stores_on_request
 from nar_kernels.nets.keywords import declared_names
 from nar_kernels.nets.mask_form import DENSE, FLEX, taken_mask
 
@@ -148,27 +155,29 @@ class _OfXTransformers:
 
 class _OfHuggingFace:
     """Decoders with ``past_key_values``. Their own mask is causal, so each call has another one:
-    four-dimensional, which they take as it is, and additive, which all kinds of attention do."""
+    four-dimensional, which they take as it is."""
 
     names = frozenset(("attention_mask", "position_ids", "past_key_values", "use_cache"))
 
     def __init__(self, net: nn.Module) -> None:
         self._net, self._cache = net, _dynamic_cache()()
-        self._dtype = next(p.dtype for p in net.parameters() if p.is_floating_point())
+        # Our cache knows by itself what to store.
+        self._more = {"store_kv": True} if stores_on_request(innermost(net)) else {}
         # A call that stores needs no logits, and this is the fewest that there can be.
         names = declared_names(net) or frozenset()
         self._storing = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
     def arguments(self, span: Span) -> dict[str, Any]:
-        shape, mask = (span.end - span.begin, span.end), span.mask()
-        additive = torch.zeros(shape, dtype=self._dtype, device=span.device)
-        if mask is not None:
-            additive.masked_fill_(mask.logical_not(), torch.finfo(self._dtype).min)
+        mask = span.mask()
+        if mask is None:
+            shape = span.end - span.begin, span.end
+            mask = torch.ones(shape, dtype=torch.bool, device=span.device)
         return {
-            "attention_mask": additive[None, None],
-            "position_ids": span.positions()[None],
+            "attention_mask": mask_for(innermost(self._net), mask[None, None]),
+            "position_ids": span.positions()[None] + first_position(self._net),
             "past_key_values": self._cache,
             "use_cache": True,
+            **self._more,
         }
 
     def store(self, ids: Tensor, span: Span, kwargs: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Shapes: B batch, L sequence length.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -42,14 +43,29 @@ def max_length(net: nn.Module) -> int | None:
     config = getattr(net, "config", None)
     lengths = (getattr(config, name, None) for name in _LENGTHS)
     length = next((n for n in lengths if isinstance(n, int) and n > 0), None)
-    if length is None:
-        return None
+    return None if length is None else length - first_position(net)
+
+
+def first_position(net: nn.Module) -> int:
+    """The ``position_ids`` of the first token: RoBERTa's count from behind its padding."""
     for module in net.modules():
-        positions = getattr(module, "position_embeddings", None)
-        padding = getattr(positions, "padding_idx", None)
-        if isinstance(positions, nn.Embedding) and padding is not None:
-            return length - padding - 1  # RoBERTa's count from behind its padding
-    return length
+        positions = module._modules.get("position_embeddings")
+        if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
+            return positions.padding_idx + 1
+    return 0
+
+
+def computes_own_loss(net: nn.Module) -> bool:
+    """Whether the net, in training mode, masks its input by itself and returns a loss in place of
+    logits, as SDAR does (arXiv:2510.06303)."""
+    return hasattr(_base_model(net), "prepare_for_bd_training")
+
+
+def stores_on_request(net: nn.Module) -> bool:
+    """Whether a cache grows only in calls with ``store_kv=True``, as that of SDAR."""
+    base: Any = _base_model(net)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return "store_kv" in inspect.signature(type(decoder).forward).parameters
 
 
 def output_embeddings(net: nn.Module) -> nn.Module | None:
@@ -126,14 +142,18 @@ class Unmasking:
             # The mask takes the place of that of a window, too.
             if "sliding_attention" not in kinds and "attention_mask" in parameters:
                 ways.append(False)
-        is_flash = "flash" in str(attention_of(net))  # which takes no such mask, and may need a GPU
-        if ways and (is_flash or any(p.is_meta for p in net.parameters())):
+        is_flash = "flash" in str(attention_of(net))  # which takes no such mask
+        needs_gpu = is_flash or computes_own_loss(net)  # SDAR has kernels of its own
+        if ways and (needs_gpu or any(p.is_meta for p in net.parameters())):
             self._by_argument = ways[0 if is_flash else -1]
             return
         cause: Exception | None = None
         for self._by_argument in ways:
             try:
-                if self._looks_both_ways():
+                looks = self._looks_both_ways()
+                if looks is None:
+                    self._by_argument = ways[-1]
+                if looks is not False:
                     return
             except Exception as error:  # a net may do anything with what it does not expect
                 cause = error
@@ -145,28 +165,21 @@ class Unmasking:
         ) from cause
 
     @torch.no_grad()
-    def _looks_both_ways(self) -> bool:
+    def _looks_both_ways(self) -> bool | None:
         """Whether what a token changes before it is not nothing, compared to what it does after,
-        with and without padding behind."""
-        rows = embedding_rows(self._net) or 0
-        if rows < 6:
-            return True  # too few to try it
-        device = next(self._net.parameters()).device
-        ids = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 0], [5, 2, 3, 0]], device=device)
-        padding = torch.tensor([[1, 1, 1, 0]], device=device).expand(3, 4)
-        training = [module for module in self._net.modules() if module.training]
-        self._net.eval()
+        with and without padding behind. None: neither changes anything, as with weights of 0."""
+        net: Any = self._net._modules.get("_orig_mod", self._net)  # nothing is compiled for this
+        training = [module for module in net.modules() if module.training]
+        net.eval()
         try:
-            for given, last in (({}, 3), ({"attention_mask": padding}, 4)):
-                some = ids[:, :last]
-                out = self._net(some, **given | self.arguments(some, given))
-                names = ("logits", "last_hidden_state")
-                found = (getattr(out, name, None) for name in names)
-                values = next((v for v in found if v is not None), out)
-                values = (values if isinstance(values, Tensor) else values[0]).float()
-                before = (values[0, 0] - values[1, 0]).abs().max()
-                after = (values[0, 2] - values[2, 2]).abs().max()
-                if before < 1e-3 * after:
+            for is_padded in (False, True):
+                ids = _few_tokens(net, 3 + is_padded)
+                padding = torch.tensor([[1, 1, 1, 0]], device=ids.device).expand(3, 4)
+                given = {"attention_mask": padding} if is_padded else {}
+                before, after, _ = _influences(net, ids, given | self.arguments(ids, given))
+                if before == after == 0:
+                    return None
+                if not before > 1e-3 * after:  # or NaN
                     return False
             return True
         finally:
@@ -198,6 +211,45 @@ class Unmasking:
         return {"attention_mask": mask_for(self._net, pairs), **more}
 
 
+def takes_pairs(net: nn.Module) -> bool:
+    """Whether a mask ``[B, 1, L, L]`` takes the place of the net's own, and nothing beside
+    attention looks at other tokens, such as recurrent layers; tried out, with masks of all pairs
+    and of those that look ahead. To be called in evaluation mode."""
+    ids = _few_tokens(net, 3)
+    pairs = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=ids.device)
+    before, after, rounding = _influences(net, ids, {"attention_mask": mask_for(net, pairs)})
+    if before == after == 0 or not math.isfinite(before + after):
+        return True  # it shows nothing
+    _, behind, _ = _influences(net, ids, {"attention_mask": mask_for(net, pairs.triu())})
+    return before > 1e-3 * after and behind <= max(rounding, 1e-3 * after)
+
+
+def _few_tokens(net: nn.Module, length: int) -> Tensor:
+    """int64 ``[3, length]``: sequences of which the second has another token 2, and the third
+    another token 0. None is padding, which counts for RoBERTa's positions. Nothing differs where
+    there are few ids."""
+    padding = getattr(_embeddings(net, "get_input_embeddings"), "padding_idx", None)
+    ids = [i for i in range(min(embedding_rows(net) or 1, 7)) if i != padding] or [0]
+    places = [[1, 2, 3, 0], [1, 2, 4, 0], [5, 2, 3, 0]]
+    rows = [[ids[min(place, len(ids) - 1)] for place in row[:length]] for row in places]
+    return torch.tensor(rows, device=next(net.parameters()).device)
+
+
+@torch.no_grad()
+def _influences(net: nn.Module, ids: Tensor, kwargs: dict[str, Any]) -> tuple[float, float, float]:
+    """Of :func:`_few_tokens`: what token 2 changes at position 0, and token 0 at position 2, and
+    what rounding may; the first two are 0 if both may be due to that."""
+    out = net(ids, **kwargs)
+    found = (getattr(out, name, None) for name in ("logits", "last_hidden_state"))
+    values = next((v for v in found if v is not None), out)
+    values = values if isinstance(values, Tensor) else values[0]
+    dtypes = {values.dtype, *(p.dtype for p in net.parameters() if p.is_floating_point())}
+    rounding = 4 * max(torch.finfo(dtype).eps for dtype in dtypes) * values.abs().max().item()
+    changes = values[0, 0] - values[1, 0], values[0, 2] - values[2, 2]
+    before, after = (change.abs().max().item() for change in changes)
+    return (0.0, 0.0, rounding) if max(before, after) < rounding else (before, after, rounding)
+
+
 def is_decoder(net: nn.Module) -> bool:
     """Whether attention looks back only, by what the modules say or how transformers calls them."""
     kind = type(_base_model(net))
@@ -208,7 +260,8 @@ def is_decoder(net: nn.Module) -> bool:
 
 
 def _base_model(net: Any) -> nn.Module:
-    """Without an adapter of peft."""
+    """Without an adapter of peft, or torch.compile."""
+    net = net._modules.get("_orig_mod", net)
     return net.get_base_model() if hasattr(net, "get_base_model") else net
 
 
@@ -225,4 +278,6 @@ def mask_for(net: Any, mask: Tensor) -> Tensor:
 
 def attention_of(net: Any) -> str | None:
     """Which kind of attention a net computes, such as ``"sdpa"``; None if it does not say."""
+    if computes_own_loss(net):
+        return "sdpa"  # whatever its configuration says
     return getattr(getattr(net, "config", None), "_attn_implementation", None)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.nets.adapter import innermost, refuse_shifted
+from nar_kernels.nets.adapter import first_position, innermost, refuse_shifted
 from nar_kernels.nets.attention import dense_mask, flex_block_mask, varlen_arguments
 from nar_kernels.nets.block_attention import block_mask, dense_block_mask
 from nar_kernels.nets.keywords import declared_names
@@ -47,7 +47,7 @@ def packed_keywords(net: nn.Module, batch: Corrupted, given: dict[str, Any]) -> 
         apart={"cu_seqlens": begins},
         more={
             "max_seqlen": lambda: batch.max_seqlen,
-            "position_ids": lambda: batch.position_ids.view(shape),
+            "position_ids": lambda: batch.position_ids.view(shape) + first_position(net),
             "pos": lambda: batch.position_ids.view(shape),
             "document_ids": lambda: batch.document_ids.view(shape),
         },
@@ -115,7 +115,7 @@ def block_keywords(
         dense=lambda: dense_block_mask(length, block_length, **where),
         flex=lambda: block_mask(length, block_length, **where),
         apart={},
-        more={"position_ids": lambda: positions, "pos": lambda: positions},
+        more={"position_ids": lambda: positions + first_position(net), "pos": lambda: positions},
     )
     if not (kwargs.keys() | given.keys()) & {"position_ids", "pos"}:
         raise ValueError(

@@ -178,16 +178,8 @@ class TrunkAndHead:
         """
         mismatch: Exception | None = None
         if self._can_split(kwargs):
-            assert self._split is not None
             try:
-                head = self._split.head
-                if self._adapter is not None:
-                    if self._adapter.head_is_last(kwargs) is None:
-                        form = _verified_form(self._adapter, ids, kwargs)
-                        self._adapter.set_logit_form(kwargs, form)
-                    head = adapted_head(self._adapter, self._adapter.logit_form(kwargs))
-                hidden = self._split.hidden(ids, **kwargs)
-                return Prediction(hidden, head, hidden, self._is_log_prob)
+                return self._at_head(ids, kwargs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -203,6 +195,26 @@ class TrunkAndHead:
             assert self._adapter is not None
             _disable_head(self._adapter, kwargs, mismatch)
         return Prediction(output, None, embeddings, self._is_log_prob)
+
+    def _at_head(self, ids: Tensor, kwargs: dict[str, Any]) -> Prediction:
+        assert self._split is not None
+        adapter = self._adapter
+        if adapter is None:
+            hidden = self._split.hidden(ids, **kwargs)
+            return Prediction(hidden, self._split.head, hidden, self._is_log_prob)
+        if adapter.head_is_last(kwargs) is not None:
+            try:
+                return self._of_adapter(adapter, ids, kwargs)
+            except HeadMismatchError:
+                pass  # verified in another dtype, perhaps
+        adapter.set_logit_form(kwargs, _verified_form(adapter, ids, kwargs))
+        return self._of_adapter(adapter, ids, kwargs)
+
+    def _of_adapter(self, adapter: NetAdapter, ids: Tensor, kwargs: dict[str, Any]) -> Prediction:
+        assert self._split is not None
+        hidden = self._split.hidden(ids, **kwargs)
+        head = adapted_head(adapter, adapter.logit_form(kwargs))
+        return Prediction(hidden, head, hidden, self._is_log_prob)
 
     def _can_split(self, kwargs: dict[str, Any]) -> bool:
         if self._split is None or _UNSPLIT_KWARGS & kwargs.keys():

@@ -40,22 +40,21 @@ def open_net(name: str, spec: SequenceSpec) -> nn.Module:
             "of transformers, or that file"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(str(file))
+        config = transformers.AutoConfig.from_pretrained(str(file), **_OWN_CODE)
     except (ValueError, KeyError, OSError) as error:
         why = str(error).strip().partition("\n")[0]
         raise ValueError(f"net is {name}, which transformers does not know: {why}") from error
     auto = _auto_class(transformers, config)
     if path.is_dir() and any(list(path.glob(pattern)) for pattern in _WEIGHTS):
-        net = auto.from_pretrained(str(path), local_files_only=True).float()
+        net = auto.from_pretrained(str(path), local_files_only=True, **_OWN_CODE).float()
         if net.get_input_embeddings().weight.shape[0] != spec.num_tokens:
             net.resize_token_embeddings(spec.num_tokens)
+        _forget_ids(net.config, spec.num_tokens)
+        net.train()  # from_pretrained has it in evaluation mode
     else:
         config.vocab_size = spec.num_tokens
-        for role in ("pad", "bos", "eos", "cls", "sep", "mask"):
-            id_ = getattr(config, f"{role}_token_id", None)
-            if isinstance(id_, int) and id_ >= spec.num_tokens:
-                setattr(config, f"{role}_token_id", None)
-        net = auto.from_config(config).float()
+        _forget_ids(config, spec.num_tokens)
+        net = auto.from_config(config, **_OWN_CODE).float()
     net.config.mask_token_id = spec.mask_id
     longest = max_length(net)
     if longest is not None and longest < spec.seq_len:
@@ -66,6 +65,17 @@ def open_net(name: str, spec: SequenceSpec) -> nn.Module:
 
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+# Without it, a terminal is asked whether to run the code of a folder.
+_OWN_CODE = {"trust_remote_code": False}
+
+
+def _forget_ids(config: Any, num_tokens: int) -> None:
+    """Of special tokens that the embedding has no rows for, with which no net can be built."""
+    for role in ("pad", "bos", "eos", "cls", "sep", "mask"):
+        id_ = getattr(config, f"{role}_token_id", None)
+        if isinstance(id_, int) and id_ >= num_tokens:
+            setattr(config, f"{role}_token_id", None)
 
 
 def described(net: nn.Module) -> dict[str, str]:

@@ -115,3 +115,87 @@ class Odd(Remote):
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         logits = self.ff_out(self.trunk(input_ids))
         return SimpleNamespace(logits=torch.where(torch.arange(NUM_TOKENS) < 5, logits, -9.0))
+
+
+class SdarAttention(nn.Module):
+    """Needs a mask, of bools whatever they are given as. Keys and values go to the cache only on
+    request."""
+
+    is_causal = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor, mask: Any, cache: Any, store_kv: bool | None) -> Tensor:
+        q, k, v = (part[:, None] for part in self.qkv(x).chunk(3, -1))
+        if cache is not None and store_kv:
+            k, v = cache.update(k, v, 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bool())[:, 0]
+
+
+class SdarModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(NUM_TOKENS, WIDTH)
+        self.positions = nn.Embedding(LENGTH, WIDTH)
+        self.attention = SdarAttention()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        store_kv: bool | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        x = self.embed_tokens(input_ids) + self.positions(position_ids)
+        return x + self.attention(x, attention_mask, past_key_values, store_kv)
+
+
+class LikeSdar(nn.Module):
+    """A block diffusion decoder, which in training mode masks its input itself and returns a loss
+    in place of logits."""
+
+    def __init__(self, attention: str = "sdpa") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(
+            max_position_embeddings=LENGTH, block_size=4, _attn_implementation=attention
+        )
+        self.model = SdarModel()
+        self.lm_head = nn.Linear(WIDTH, NUM_TOKENS, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    def prepare_for_bd_training(self, input_ids: Tensor, position_ids: Any, prompt: Any) -> Any:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> SimpleNamespace:
+        if self.training:
+            self.prepare_for_bd_training(input_ids, position_ids, labels == -100)
+        hidden = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+        )
+        return SimpleNamespace(logits=self.lm_head(hidden[:, -logits_to_keep:]))

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nar_kernels import Corrupted, NetAdapter, NonAutoregressiveWrapper, corrupt
+from nar_kernels import (
+    Corrupted,
+    MaskingConfig,
+    NetAdapter,
+    NonAutoregressiveWrapper,
+    block_diffusion_inputs,
+    corrupt,
+    dense_block_mask,
+)
 from nar_kernels.nets import hugging_face
+from nar_kernels.nets.packed import block_keywords, packed_keywords
 from tests.helpers.nets_of_hubs import (
     LENGTH,
     MASK_ID,
@@ -17,7 +26,10 @@ from tests.helpers.nets_of_hubs import (
     HiddenStates,
     LikeDream,
     LikeLlada,
+    LikeSdar,
     Odd,
+    SdarModel,
+    config_of,
     model_of,
 )
 
@@ -49,7 +61,9 @@ def wrapped(net: nn.Module, **options: Any) -> NonAutoregressiveWrapper:
 def loss_of(logits: Tensor, batch: Corrupted) -> Tensor:
     """The likelihood bound, of logits at all positions."""
     nll = F.cross_entropy(logits.float().mT, batch.labels, reduction="none")
-    return (nll * batch.loss_weight[:, None]).sum() / batch.num_maskable.sum()
+    weight = batch.loss_weight.view(len(nll), -1)  # of each sequence, or each block
+    weight = weight.repeat_interleave(LENGTH // weight.shape[1], 1)
+    return (nll * weight).sum() / batch.num_maskable.sum()
 
 
 class Linears(torch.overrides.TorchFunctionMode):
@@ -108,6 +122,38 @@ def test_nets_with_code_of_their_own() -> None:
     check_masked_rows_only(NetAdapter(HiddenStates()), whole=LikeDream())  # of the same weights
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_sdar(attention: str) -> None:
+    """Logits in place of its own loss, masks of bools whatever its configuration says, and a cache
+    that grows on request."""
+    net = NetAdapter(LikeSdar(attention)).train()
+    assert net.training and not any(module.training for module in net.net.modules())
+    assert gradient_at_embeddings(net).all()
+    everywhere = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
+    assert torch.equal(net(IDS), net.net(IDS, attention_mask=everywhere).logits)
+    model = wrapped(net)
+    batch = corrupt(IDS, model.masking, seed=1)
+    whole = loss_of(net(batch.input_ids), batch).item()
+    assert model.train()(batch).loss.item() == pytest.approx(whole, rel=1e-5)
+    assert net.head_is_last(()) is True
+
+    blocks = wrapped(net, block_length=4)
+    batch = corrupt(IDS, blocks.masking, seed=1)
+    inputs, mask = block_diffusion_inputs(batch), dense_block_mask(LENGTH, 4)
+    out = net.net(inputs.input_ids, attention_mask=mask, position_ids=inputs.position_ids)
+    expected = loss_of(out.logits[:, :LENGTH], batch).item()
+    assert blocks(batch).loss.item() == pytest.approx(expected, rel=1e-5)
+    assert blocks.generate_steps(2).blocks.cached
+    without = blocks.generate(2, seed=0, cache=False)
+    assert torch.equal(blocks.generate(2, seed=0), without)
+
+
+def test_sdar_is_not_called_before_it_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels run on a GPU only."""
+    monkeypatch.setattr(SdarModel, "forward", None)
+    assert NetAdapter(LikeSdar()).looks_both_ways
+
+
 def test_hidden_states_are_those_of_the_head() -> None:
     net = HiddenStates()
     logits = NetAdapter(net)(IDS)
@@ -148,6 +194,40 @@ def test_what_nothing_says_is_done_at_all_positions() -> None:
     with pytest.warns(UserWarning, match="something else with the output of its head"):
         loss = model(batch).loss
     assert loss.item() == pytest.approx(loss_of(net(batch.input_ids).logits, batch).item())
+
+
+def test_the_closest_form_counts() -> None:
+    """In bfloat16 scales of 0.98 and of 1 are within the tolerance."""
+    net = NetAdapter(model_of("Cohere", logit_scale=0.98).bfloat16())
+    wrapped(net)(IDS)
+    assert str(net.logit_form(())) == "scale 0.98"
+
+
+def test_another_dtype_later() -> None:
+    """Where a cast to float32 was none before: without a warning."""
+    model = wrapped(NetAdapter(LikeDream()))
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)(IDS)
+        assert model.net.head_is_last(()) is True
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_positions_of_packed_documents(family: str) -> None:
+    """RoBERTa's begin behind its padding, whose embedding is 0."""
+    net = NetAdapter(model_of(family).eval())
+    ids, lengths = IDS[0].clamp(min=2), torch.tensor([5, 7])
+    starts = torch.tensor([0, 5])
+    rows: dict[str, Any] = {"seq_len": LENGTH, "num_rows": 1, "places": starts}
+    masking = MaskingConfig(NUM_TOKENS, MASK_ID)
+    batch = corrupt(ids, masking, seed=1, starts=starts, lengths=lengths, **rows)
+    row = batch.input_ids.view(1, -1)
+    alone = torch.cat([net(row[:, :5]), net(row[:, 5:])], 1)
+    assert torch.allclose(net(row, **packed_keywords(net, batch, {})), alone, atol=1e-6)
+    blocks = wrapped(net, block_length=LENGTH)
+    of_blocks = block_keywords(net, corrupt(IDS, blocks.masking, seed=1), LENGTH, {})
+    inputs = torch.cat([IDS, IDS], 1).clamp(min=2)
+    both = net(inputs, **of_blocks)
+    assert torch.allclose(both[:, :LENGTH], net(inputs[:, :LENGTH]), atol=1e-6)
 
 
 def gradient_at_embeddings(net: NetAdapter, **given: Any) -> Tensor:
@@ -198,12 +278,37 @@ def test_a_net_that_forgets_the_argument_gets_a_mask() -> None:
     assert gradient_at_embeddings(net).all()
 
 
-def test_nets_that_cannot_look_both_ways() -> None:
+def test_weights_of_zero_show_no_way() -> None:
+    """As of a projection that begins at 0: a mask works for all."""
+    model = model_of("StableLm").eval()
+    projections = [layer.self_attn.o_proj.weight for layer in model.model.layers]
+    for weight in projections:
+        nn.init.zeros_(weight)
+    net = NetAdapter(model)
+    for weight in projections:
+        nn.init.normal_(weight)
+    assert gradient_at_embeddings(net).all()
+
+
+def test_a_net_compiled_before() -> None:
+    model = model_of("Llama")
+    expected = wrapped(NetAdapter(model))(IDS, seed=1).loss.item()
+    net = NetAdapter(torch.compile(model, backend="eager"))
+    assert net.looks_both_ways
+    assert wrapped(net)(IDS, seed=1).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def gpt_neo() -> Any:
+    """Which has a mask of its own."""
     config = transformers.GPTNeoConfig(
         vocab_size=NUM_TOKENS, hidden_size=16, num_layers=1, num_heads=2,
-        attention_types=[[["global"], 1]],
+        attention_types=[[["global"], 1]], max_position_embeddings=LENGTH,
     )  # fmt: skip
-    model = transformers.GPTNeoForCausalLM(config)  # has a mask of its own
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def test_nets_that_cannot_look_both_ways() -> None:
+    model = gpt_neo()
     assert model.training
     with pytest.raises(ValueError, match="GPTNeoForCausalLM cannot be made to look both ways"):
         NetAdapter(model)
@@ -288,3 +393,20 @@ def test_what_is_trained_is_saved(family: str, tmp_path) -> None:
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     if IS_5:  # transformers 4 adds what it saved with
         assert again.config.to_dict().keys() == before.keys()
+
+
+@pytest.mark.skipif(not IS_5, reason="transformers 4 may not have it")
+def test_masks_of_pairs_that_do_not_count_are_refused() -> None:
+    """By a net with a mask of its own, and by convolutions over what masks keep apart."""
+    config = config_of("Lfm2", layer_types=["conv", "full_attention"], initializer_range=0.5)
+    for model in (gpt_neo(), transformers.Lfm2ForCausalLM(config)):
+        blocks = wrapped(NetAdapter(model, bidirectional=False), block_length=4)
+        with pytest.raises(ValueError, match=r"LM does not attend by a mask of pairs \[B, 1"):
+            blocks(IDS)
+        assert all(module.training for module in model.modules())
+
+
+def test_what_rounding_hides_is_not_refused() -> None:
+    """In bfloat16 a token of this net changes nothing before it, but a little behind it."""
+    net = NetAdapter(model_of("ModernBert").bfloat16())
+    wrapped(net, block_length=4)(IDS)

@@ -1,5 +1,6 @@
 """`--net hf:`: models of transformers in the trainer, and back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,15 @@ def test_there_and_back(
 
 
 def test_weights_are_those_of_the_folder(tmp_path: Path) -> None:
-    """Also where the vocabulary of the data has more ids, or fewer."""
-    model = model_of("Bert")
+    """Also where the vocabulary of the data has more ids, or fewer than the padding needs."""
+    model = model_of("Bert", pad_token_id=NUM_TOKENS - 1)
     model.save_pretrained(tmp_path)
     for num_tokens in (NUM_TOKENS - 3, NUM_TOKENS, NUM_TOKENS + 3):
         spec = SequenceSpec(num_tokens, LENGTH, "ids", None)
         net = open_net(f"hf:{tmp_path}", spec)
         weight = net.get_input_embeddings().weight
         both = min(num_tokens, NUM_TOKENS)
-        assert len(weight) == num_tokens
+        assert len(weight) == num_tokens and all(module.training for module in net.modules())
         assert torch.equal(weight[:both], model.get_input_embeddings().weight[:both])
         assert net.get_output_embeddings().weight is weight
         assert rebuilt(described(net))(torch.tensor([[1]])).logits.shape[-1] == num_tokens
@@ -142,6 +143,22 @@ def test_what_is_refused(tmp_path: Path) -> None:
     file.write_text(model_of("Bert").config.to_json_string())
     with pytest.raises(ValueError, match="seq_len is 13, but hf:.* has 12 positions"):
         open_net(f"hf:{file}", spec)
+
+
+@pytest.mark.parametrize("kind", ["own", "t5"])
+def test_code_of_the_folder_is_not_run(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether to."""
+    auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": auto}))
+    (tmp_path / "own.py").write_text("raise SystemExit")
+    (tmp_path / "model.safetensors").touch()
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    with pytest.raises(ValueError, match="trust_remote_code|does not know"):
+        open_net(f"hf:{tmp_path}", SequenceSpec(NUM_TOKENS, LENGTH, "ids", None))
+    assert not asked
 
 
 def test_a_tokenizer_of_other_data_is_refused(tmp_path: Path) -> None:
