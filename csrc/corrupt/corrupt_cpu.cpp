@@ -15,6 +15,7 @@ namespace {
 
 // Work per chunk: some 10 microseconds, well above the cost of scheduling it.
 constexpr int64_t kTokensPerChunk = 4096;
+constexpr int64_t kTokensPerRow = 16;     // that take as long as what a row takes beside its own
 constexpr int64_t kKeysPerChunk = 16384;  // when keys are only counted
 
 void check_sample(const CorruptArgs& a, int64_t row) {
@@ -81,8 +82,8 @@ void corrupt_cpu(const CorruptArgs& args, int num_threads) {
   check_windows(a.windows);
   const int64_t rows = num_rows(a), num_blocks = a.division.num_blocks;
   const int64_t positions = a.division.views * a.windows.num_positions();
-  const int64_t chunk =
-      std::max<int64_t>(kTokensPerChunk * rows / std::max<int64_t>(positions, 1), 1);
+  const int64_t work = std::max<int64_t>(positions + kTokensPerRow * rows, 1);
+  const int64_t chunk = std::max<int64_t>((kTokensPerChunk * rows + work - 1) / work, 1);
   const int64_t num_chunks = (rows + chunk - 1) / chunk;
   num_threads =
       static_cast<int>(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_chunks, 1)));

@@ -16,7 +16,7 @@ constexpr Kernels kAvx2Kernels = {
     nll_row,
     unmask_row,
     choose_row,
-    mask_tokens_row,
+    mask_tokens_rows,
     scan_block,
     {kPanelRows, pack, multiply},
 };

@@ -15,7 +15,7 @@ constexpr Kernels kGenericKernels = {
     nll_row,
     unmask_row,
     choose_row,
-    mask_tokens_row,
+    mask_tokens_rows,
     scan_block,
     {},  // linear needs fused multiply-adds
 };

@@ -20,7 +20,7 @@ struct Kernels {
   NllRow nll_row;
   UnmaskRow unmask_row;
   ChooseRow choose_row;
-  MaskTokensRow mask_tokens_row;
+  MaskTokensRows mask_tokens_rows;
   ScanBlock scan_block;
   LinearKernel linear;  // null without fused multiply-adds
 };

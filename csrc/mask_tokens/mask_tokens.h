@@ -20,8 +20,8 @@ struct MaskTokensArgs {
   uint8_t* mask;  // [batch, length]
 };
 
-// One row. `words`: scratch memory for a row and kWordPadding more.
-using MaskTokensRow = void (*)(const MaskTokensArgs&, int64_t row, uint32_t* words);
+// Rows from `begin` to `end`. `words`: scratch memory for a row and kWordPadding more.
+using MaskTokensRows = void (*)(const MaskTokensArgs&, int64_t begin, int64_t end, uint32_t* words);
 
 void mask_tokens_cpu(const MaskTokensArgs& args, int num_threads);
 

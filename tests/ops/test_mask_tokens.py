@@ -53,6 +53,22 @@ def test_equals_the_reference(backend, length, per_position, dtype, kind):
     assert torch.equal(ids.cpu().long(), torch.where(mask.cpu(), MASK_ID, tokens.long()))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("batch", [1, 9, 40_001])
+def test_rows_of_one_position(batch, dtype, simd_level):
+    """Whose words the C++ makes many at once; the last row ends its block."""
+    tokens, draw = ids_of(batch, 1, dtype), torch.Generator().manual_seed(batch)
+    ratios = torch.rand(batch, generator=draw, dtype=torch.float64)
+    ratios[::7] = 1
+    slots = torch.randint(0, 2**62, (batch,), generator=draw)
+    results = [
+        mask_tokens(tokens, MASK_ID, ratios, seed=5, sample_ids=slots, backend=backend)
+        for backend in ("reference", "cpp")
+    ]
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("view", [0, 2])
 def test_masks_are_those_of_corrupt_at_the_same_ratios(view):
     masking = MaskingConfig(MASK_ID + 1, MASK_ID, draw="bernoulli", times="uniform")

@@ -65,11 +65,12 @@ def corrupt_uniform(
 def corrupt_all_masked(
     input_ids: Tensor, loss_mask: Tensor, mask_token_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks every supervised token; returns what :func:`corrupt_uniform` does, of ``p_mask`` 1."""
+    """Masks every supervised token; returns what :func:`corrupt_uniform` does, of ``p_mask`` 1,
+    which has the stride 0 in both dimensions."""
     check_ids("input_ids", input_ids, 2)
     noise_mask = supervised(loss_mask, input_ids)
-    noisy = torch.where(noise_mask, mask_token_id, input_ids)
-    return noisy, noise_mask, torch.ones_like(input_ids, dtype=torch.float32)
+    p_mask = torch.ones((), dtype=torch.float32, device=input_ids.device).expand_as(input_ids)
+    return torch.where(noise_mask, mask_token_id, input_ids), noise_mask, p_mask
 
 
 def corrupt_blockwise(
@@ -163,7 +164,9 @@ class _Blocks:
         """float32 ``[B, nb]`` on the CPU, uniform in (eps, 1): the times of :func:`corrupt`."""
         slots = self._slots.flatten()
         ids = torch.zeros(len(slots), 1, dtype=torch.uint8, device="cpu")
-        masking = masking_of(1, times="uniform", time_range=time_range_of("eps", eps))
+        masking = masking_of(
+            1, draw="bernoulli", times="uniform", time_range=time_range_of("eps", eps)
+        )
         batch = corrupt(ids, masking, seed=self._seed, sample_ids=slots, outputs=())
         return batch.p_mask.view(self._slots.shape)
 
