@@ -41,21 +41,6 @@ def seed_of(seed: int | None, generator: torch.Generator | None = None) -> int:
     return int(drawn.item())
 
 
-def slots_of(sample_ids: Tensor | None, batch: int) -> Tensor:
-    """``sample_ids``, int64 ``[B]``, or their default.
-
-    Raises ValueError: another dtype or shape.
-    """
-    if sample_ids is None:
-        return torch.arange(batch, device="cpu")
-    if sample_ids.dtype != torch.int64 or sample_ids.shape != (batch,):
-        raise ValueError(
-            f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}: it must be int64 "
-            f"[{batch}], one for each sequence"
-        )
-    return sample_ids
-
-
 def masking_of(mask_id: int, *, num_tokens: int = ANY_VOCABULARY, **options: Any) -> MaskingConfig:
     """A :class:`MaskingConfig`, whose tables take a millisecond; cached. Options must be hashable.
     Under torch.compile it is made between graphs."""

@@ -149,6 +149,5 @@ def drop_labels(
         raise ValueError(f"p is {p}: it must be in [0, 1]")
     null_label, seed = as_int("null_label", null_label), seed_of(seed, generator)
     check_fits("null_label", null_label, y.dtype)
-    slots = torch.arange(len(y), device=y.device) if sample_ids is None else sample_ids
-    dropped = drop_classes(y.long(), null_label, p, seed=seed, sample_ids=slots)
+    dropped = drop_classes(y.long(), null_label, p, seed=seed, sample_ids=sample_ids)
     return dropped.to(y.dtype)

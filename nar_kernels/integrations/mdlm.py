@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nar_kernels.checks import as_int
-from nar_kernels.integrations.draws import check_ids, masking_of, seed_of, slots_of
+from nar_kernels.integrations.draws import check_ids, masking_of, seed_of
 from nar_kernels.ops.corrupt import corrupt
-from nar_kernels.ops.mask_tokens import mask_tokens
+from nar_kernels.ops.mask_tokens import check_slots, mask_tokens
 
 # Rounds of resampling: a block that is still outside has a ratio that the range all but excludes.
 _MAX_ROUNDS = 10_000
@@ -43,7 +43,7 @@ def sample_t(
         float32 ``[B]``.
     """
     n = as_int("n", n)
-    slots = None if sample_ids is None else slots_of(sample_ids, n)
+    slots = None if sample_ids is None else check_slots(sample_ids, n)
     return _times(n, device, sampling_eps, 1.0, antithetic_sampling, seed, slots, global_batch)
 
 
@@ -79,7 +79,7 @@ def sample_block_t(
     if min(sampling_eps_min, sampling_eps_max) >= 1:
         return torch.ones(batch, length, dtype=torch.float32, device=device)
     blocks = length // block_size
-    slots = slots_of(sample_ids, batch)
+    slots = check_slots(sample_ids, batch)
     of_blocks = slots[:, None] * blocks + torch.arange(blocks, device=slots.device)
     t = _times(
         batch * blocks, device, sampling_eps_min, sampling_eps_max, antithetic_sampling, seed,

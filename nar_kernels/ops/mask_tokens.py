@@ -66,7 +66,7 @@ def mask_tokens(
         wide.contiguous(),
         mask_id,
         _bounds(ratios, tokens),
-        _slots(sample_ids, tokens),
+        check_slots(sample_ids, len(tokens), tokens.device),
         signed_seed(seed),
         of_view(Stream.MASK_KEY, view),
     )
@@ -75,7 +75,7 @@ def mask_tokens(
 
 
 def drop_classes(
-    classes: Tensor, null: int, prob: float, *, seed: int, sample_ids: Tensor
+    classes: Tensor, null: int, prob: float, *, seed: int, sample_ids: Tensor | None
 ) -> Tensor:
     """The classes of samples, or ``null`` with probability ``prob``, for classifier-free guidance
     (Ho and Salimans, arXiv:2207.12598). A function of (seed, slot), in one launch.
@@ -83,7 +83,7 @@ def drop_classes(
     Args:
         classes: int64 ``[B]``. As the next two, it is not checked.
         prob: in [0, 1].
-        sample_ids: int64 ``[B]`` where ``classes`` are: sample slots.
+        sample_ids: int64 ``[B]`` where ``classes`` are: sample slots. None: ``0 .. B - 1``.
 
     Returns:
         int64 ``[B]``.
@@ -97,7 +97,7 @@ def drop_classes(
             tokens.contiguous(),
             null,
             torch.full_like(tokens, bound),
-            _slots(sample_ids, tokens),
+            check_slots(sample_ids, len(tokens), tokens.device),
             signed_seed(seed),
             Stream.CLASS_DROPOUT,
         ),
@@ -124,10 +124,19 @@ def _check_tokens(tokens: Tensor) -> torch.dtype:
     return tokens.dtype
 
 
-def _slots(sample_ids: Tensor | None, tokens: Tensor) -> Tensor:
-    batch, device = len(tokens), tokens.device
+def check_slots(
+    sample_ids: Tensor | None, batch: int, device: torch.device | None = None
+) -> Tensor:
+    """int64 ``[B]``: ``sample_ids``, or their default, ``0 .. B - 1``.
+
+    Args:
+        device: where they must be. Default: anywhere; the default is on the CPU.
+
+    Raises:
+        TypeError, ValueError: ``sample_ids`` is something else.
+    """
     if sample_ids is None:
-        return torch.arange(batch, device=device)
+        return torch.arange(batch, device="cpu" if device is None else device)
     if not isinstance(sample_ids, Tensor):
         raise TypeError(f"sample_ids is a {type(sample_ids).__name__}: it must be a tensor, int64")
     if sample_ids.dtype != torch.int64 or sample_ids.shape != (batch,):
@@ -135,7 +144,7 @@ def _slots(sample_ids: Tensor | None, tokens: Tensor) -> Tensor:
             f"sample_ids is {sample_ids.dtype} {list(sample_ids.shape)}: it must be int64 "
             f"[{batch}], one for each sample"
         )
-    if sample_ids.device != device:
+    if device is not None and sample_ids.device != device:
         raise ValueError(f"sample_ids is on {sample_ids.device}, but tokens are on {device}")
     return sample_ids.contiguous()
 

@@ -13,7 +13,6 @@ from nar_kernels.integrations.draws import (
     check_ids,
     masking_of,
     seed_of,
-    slots_of,
     supervised,
     time_range_of,
 )
@@ -22,6 +21,7 @@ from nar_kernels.ops.arguments import ChooseArgs
 from nar_kernels.ops.backends import resolve_backend
 from nar_kernels.ops.choose import CHOOSE_BACKENDS, run_choose
 from nar_kernels.ops.corrupt import corrupt
+from nar_kernels.ops.mask_tokens import check_slots
 from nar_kernels.spec.philox import signed_seed
 
 # Blocks have slots of their own, that many for each sample: a constant, so that those of a sample
@@ -131,7 +131,7 @@ def corrupt_blockwise(
 
 def _block_slots(sample_ids: Tensor | None, batch: int, num_blocks: int) -> Tensor:
     """int64 ``[B, nb]`` on the CPU: the slot of each block."""
-    slots = slots_of(sample_ids, batch).cpu()
+    slots = check_slots(sample_ids, batch).cpu()
     if batch and not 0 <= slots.min() <= slots.max() < _MAX_SAMPLE:
         raise ValueError(
             f"sample_ids are from {int(slots.min())} to {int(slots.max())}: they must be in "
