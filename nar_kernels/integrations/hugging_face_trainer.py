@@ -32,7 +32,7 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 
 _EVALUATION_SEED = 0x5EED
 _MOST_SEQUENCES = 1 << 40  # slots of evaluation; 2**23 blocks of each are still below 2**63
-_MOST_STRATA = (1 << 32) - 1  # times that are stratified together
+_MOST_STRATA = (1 << 32) - 1  # times that `corrupt` stratifies together
 _OF_TOKENS = "input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask"
 _COLUMNS = [*_OF_TOKENS, SAMPLE_ID]
 
@@ -50,7 +50,7 @@ class MaskedDiffusionTrainer(Trainer):
 
     Examples have ``input_ids`` and, where prompts or padding are to stay as they are, ``labels``:
     the ids, not shifted, and -100 there; or ``special_tokens_mask``. An id that is no clean one
-    raises :class:`~nar_kernels.InvalidTokenError`, on a GPU with the next batch.
+    raises :class:`~nar_kernels.InvalidTokenError`, on a GPU with the next batch or at the end.
 
     Args:
         model: a masked LM, or a decoder, which is run bidirectionally (see
@@ -64,8 +64,7 @@ class MaskedDiffusionTrainer(Trainer):
         masking: options of :class:`~nar_kernels.MaskingConfig`, such as ``schedule`` or
             ``block_length``.
         trainer: the other arguments of ``Trainer``, without those of another loss or of metrics.
-            The default of ``data_collator`` pads, with
-            ``processing_class`` as the tokenizer.
+            The default of ``data_collator`` pads, with ``processing_class`` as the tokenizer.
     """
 
     def __init__(
@@ -192,6 +191,11 @@ class MaskedDiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if unknown := sorted(inputs.keys() - set(_COLUMNS)):
+            raise ValueError(
+                f"the data_collator returns {', '.join(unknown)}, which would have no effect: it "
+                f"must return none but {', '.join(_COLUMNS)}"
+            )
         inputs = _on_the_right(inputs)
         batch = self._corrupted(inputs, is_training=model.training)
         names = ("attention_mask", "token_type_ids")
@@ -238,9 +242,8 @@ class MaskedDiffusionTrainer(Trainer):
         what can be of them."""
         if not isinstance(self.train_dataset, Sized):
             return 1
-        blocks = 1
-        if self._length is not None and self.masking.block_length is not None:
-            blocks = -(-self._length // self.masking.block_length)
+        length, of_block = self._length, self.masking.block_length
+        blocks = -(-length // of_block) if length and of_block else 1
         return min(len(self.train_dataset), _MOST_STRATA // blocks)
 
     def _check_later(self, batch: Corrupted) -> None:
@@ -274,7 +277,7 @@ class MaskedDiffusionTrainer(Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         # Evaluation takes no numbers, and begins with Accelerate setting the epoch to 0: also of
         # the training data, where that is evaluated, too.
-        if not kwargs.get("is_training") and isinstance(dataset, SampleIds):
+        if not kwargs.get("is_training") and type(dataset) is SampleIds:
             dataset = dataset.dataset
         return super()._get_dataloader(dataset, *args, **kwargs)
 

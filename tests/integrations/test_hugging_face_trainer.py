@@ -424,6 +424,14 @@ def test_another_loss_or_metrics_are_refused(tmp_path, option, value):
         make_trainer(tmp_path, **options)
 
 
+def test_inputs_that_would_have_no_effect_are_refused(tmp_path):
+    """Such as those of packed documents, which would see each other."""
+    collator = transformers.DataCollatorWithFlattening()
+    trainer = make_trainer(tmp_path, make_llama(), data=Answers(), data_collator=collator)
+    with pytest.raises(ValueError, match="the data_collator returns position_ids, which would"):
+        trainer.train()
+
+
 def test_noise_of_embeddings(tmp_path):
     make_trainer(tmp_path, arguments={"max_steps": 1, "neftune_noise_alpha": 5.0}).train()
 
