@@ -15,8 +15,13 @@ from transformers import Trainer
 from nar_kernels import distributed
 from nar_kernels.data.staging import DeferredCheck
 from nar_kernels.integrations.draws import seed_of
-from nar_kernels.integrations.hugging_face import SAMPLE_ID, MaskedDiffusionCollator, SetEpoch
-from nar_kernels.integrations.hugging_face.padding import num_leading, rolled
+from nar_kernels.integrations.hugging_face import (
+    SAMPLE_ID,
+    MaskedDiffusionCollator,
+    SampleIds,
+    SetEpoch,
+)
+from nar_kernels.integrations.hugging_face.padding import num_leading, rolled, without
 from nar_kernels.nets.adapter import NetAdapter
 from nar_kernels.nets.packed import block_keywords, predict_blocks
 from nar_kernels.nets.prediction import TrunkAndHead
@@ -27,8 +32,9 @@ from nar_kernels.ops.masking import IGNORE_INDEX, MaskingConfig
 
 _EVALUATION_SEED = 0x5EED
 _MOST_SEQUENCES = 1 << 40  # slots of evaluation; 2**23 blocks of each are still below 2**63
-_OF_TOKENS = "input_ids", "labels", "attention_mask", "token_type_ids"
-_COLUMNS = [*_OF_TOKENS, "special_tokens_mask", SAMPLE_ID]
+_MOST_STRATA = (1 << 32) - 1  # times that `corrupt` stratifies together
+_OF_TOKENS = "input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask"
+_COLUMNS = [*_OF_TOKENS, SAMPLE_ID]
 
 
 class MaskedDiffusionTrainer(Trainer):
@@ -44,7 +50,7 @@ class MaskedDiffusionTrainer(Trainer):
 
     Examples have ``input_ids`` and, where prompts or padding are to stay as they are, ``labels``:
     the ids, not shifted, and -100 there; or ``special_tokens_mask``. An id that is no clean one
-    raises :class:`~nar_kernels.InvalidTokenError`, on a GPU with the next batch.
+    raises :class:`~nar_kernels.InvalidTokenError`, on a GPU with the next batch or at the end.
 
     Args:
         model: a masked LM, or a decoder, which is run bidirectionally (see
@@ -58,8 +64,7 @@ class MaskedDiffusionTrainer(Trainer):
         masking: options of :class:`~nar_kernels.MaskingConfig`, such as ``schedule`` or
             ``block_length``.
         trainer: the other arguments of ``Trainer``, without those of another loss or of metrics.
-            The default of ``data_collator`` pads, with
-            ``processing_class`` as the tokenizer.
+            The default of ``data_collator`` pads, with ``processing_class`` as the tokenizer.
     """
 
     def __init__(
@@ -169,12 +174,14 @@ class MaskedDiffusionTrainer(Trainer):
     def _labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """int64 ``[B, L]``: the ids that may be masked; -100 elsewhere."""
         ids, labels = inputs["input_ids"], inputs.get("labels")
-        attends, never = inputs.get("attention_mask"), self.masking.never_mask_ids
+        attends, special = inputs.get("attention_mask"), inputs.get("special_tokens_mask")
+        never = self.masking.never_mask_ids
         if labels is None:
-            labels = ids if attends is None else ids.masked_fill(attends == 0, IGNORE_INDEX)
+            labels = ids if attends is None else without(ids, attends == 0)
+        if special is not None:
+            labels = without(labels, special != 0)
         if never:
-            never_masked = torch.isin(ids, torch.tensor(never, device=ids.device))
-            labels = labels.masked_fill(never_masked, IGNORE_INDEX)
+            labels = without(labels, torch.isin(ids, torch.tensor(never, device=ids.device)))
         return labels
 
     def compute_loss(
@@ -184,6 +191,11 @@ class MaskedDiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if unknown := sorted(inputs.keys() - set(_COLUMNS)):
+            raise ValueError(
+                f"the data_collator returns {', '.join(unknown)}, which would have no effect: it "
+                f"must return none but {', '.join(_COLUMNS)}"
+            )
         inputs = _on_the_right(inputs)
         batch = self._corrupted(inputs, is_training=model.training)
         names = ("attention_mask", "token_type_ids")
@@ -211,8 +223,7 @@ class MaskedDiffusionTrainer(Trainer):
             slots = torch.arange(rank, global_batch, world, device=ids.device)
         else:  # times are stratified over an epoch
             seed = self.args.seed
-            data = self.train_dataset
-            global_batch = len(data) if isinstance(data, Sized) else 1
+            global_batch = self._num_strata()
         batch = corrupt(
             ids,
             self.masking,
@@ -226,11 +237,20 @@ class MaskedDiffusionTrainer(Trainer):
             self._check_later(batch)
         return batch
 
+    def _num_strata(self) -> int:
+        """Of how many consecutive slots the times are stratified together: those of an epoch, or
+        what can be of them."""
+        if not isinstance(self.train_dataset, Sized):
+            return 1
+        length, of_block = self._length, self.masking.block_length
+        blocks = -(-length // of_block) if length and of_block else 1
+        return min(len(self.train_dataset), _MOST_STRATA // blocks)
+
     def _check_later(self, batch: Corrupted) -> None:
         size, length = batch.input_ids.shape
 
         def where(offset: int) -> str:
-            return f"{place_in_batch(length, offset)} of the batch before this one"
+            return f"{place_in_batch(length, offset)} of the batch before"
 
         check = partial(check_record, batch_size=size, masking=self.masking, where=where)
         self._deferred_check.defer(batch, check)
@@ -240,9 +260,26 @@ class MaskedDiffusionTrainer(Trainer):
         if ids.shape[1] != self._length:
             raise ValueError(
                 f"a batch has sequences of {ids.shape[1]} tokens, but with block_length all must "
-                f"have max_seq_len, {self._length}: pad to it (pad_to_multiple_of), or pass "
-                "net={'max_seq_len': ...}"
+                f"have max_seq_len, {self._length}: truncate, or pad to it (pad_to_multiple_of), "
+                "or pass net={'max_seq_len': ...}"
             )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        self._deferred_check.run()  # of the last batch
+        return output
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        self._deferred_check.run()
+        return output
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Evaluation takes no numbers, and begins with Accelerate setting the epoch to 0: also of
+        # the training data, where that is evaluated, too.
+        if not kwargs.get("is_training") and type(dataset) is SampleIds:
+            dataset = dataset.dataset
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = [*_COLUMNS, *self.label_names]
@@ -316,6 +353,7 @@ def _slots_of_contents(ids: Tensor, attends: Tensor | None) -> Tensor:
     """int64 ``[B]``: a hash of each sequence without padding, so that its mask is the same in any
     batch."""
     is_token = torch.ones_like(ids) if attends is None else attends.long()
-    place = is_token.cumsum(1)
-    mixed = is_token * (ids.long() + 1) * (place * 0x1E3779B97F4A7C15 | 1)  # modulo 2**64
-    return (mixed.sum(1) >> 24) & (_MOST_SEQUENCES - 1)
+    mixed = (is_token.cumsum(1) << 32) + ids
+    for shift in (29, 32):  # not linear, or sums of few ids would soon be equal
+        mixed = (mixed ^ (mixed >> shift)) * 0x1E3779B97F4A7C15  # modulo 2**64
+    return ((is_token * mixed).sum(1) >> 24) & (_MOST_SEQUENCES - 1)

@@ -416,3 +416,18 @@ def test_options_that_would_have_no_effect_are_an_error():
     )
     with pytest.raises(ValueError, match="return_offsets_mapping=True"):
         collator([{"input_ids": [5, 6]}])
+
+
+def test_no_padding_token_is_needed_where_none_is_used():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    rows = [[5, 6, 7], [8, 9, 10]]
+    batch, other = (c(tokenizer, seed=0)(rows) for c in (DataCollatorForLanguageModeling, Original))
+    assert {name: x.shape for name, x in batch.items()} == {n: x.shape for n, x in other.items()}
+    kept = batch["labels"] == -100
+    assert torch.equal(batch["input_ids"][kept], torch.tensor(rows)[kept])
+
+
+def test_numbers_are_numbers():
+    with pytest.raises(ValueError, match="the 'sample_id' 'a': it must be a number"):
+        MaskedDiffusionCollator(tiny_tokenizer())([{"input_ids": [5, 6], "sample_id": "a"}])

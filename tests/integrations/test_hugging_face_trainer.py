@@ -23,7 +23,12 @@ from nar_kernels.integrations.hugging_face import (  # noqa: E402
     SampleIds,
     SetEpoch,
 )
-from nar_kernels.integrations.hugging_face_trainer import MaskedDiffusionTrainer  # noqa: E402
+from nar_kernels.integrations.hugging_face_trainer import (  # noqa: E402
+    MaskedDiffusionTrainer,
+    _on_the_right,
+    _slots_of_contents,
+)
+from tests.helpers.goodness_of_fit import is_uniform  # noqa: E402
 from tests.helpers.pretend_gpu import DEVICE, pretend_gpu  # noqa: E402
 from tests.helpers.tiny import tiny_sizes  # noqa: E402
 from tests.helpers.tiny_tokenizer import tiny_tokenizer  # noqa: E402
@@ -186,6 +191,16 @@ def test_evaluation_masks_depend_on_the_sequence_alone(tmp_path):
     assert masks([9, 4]) == [whole[9], whole[4]] and masks([0]) == whole[:1]
 
 
+def test_few_different_ids_have_their_own_masks_in_evaluation():
+    """A sum of ids times places would be the same for most of these."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 9, (4000, 20), generator=generator)
+    slots = _slots_of_contents(ids, None)
+    assert len(slots.unique()) == len(ids.unique(dim=0)) and slots.min() >= 0
+    for bits in (slots % 16, slots >> 36):
+        assert is_uniform(torch.bincount(bits, minlength=16), num_tests=2)
+
+
 def test_without_labels_all_but_padding_is_learned(tmp_path):
     trainer = make_trainer(tmp_path)
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
@@ -235,6 +250,18 @@ def test_blocks_that_would_depend_on_the_batch_are_refused(tmp_path):
         MaskedDiffusionCollator(tiny_tokenizer(), block_length=4)
 
 
+def test_blocks_of_more_examples_than_are_stratified_together(tmp_path):
+    class Many(Answers):
+        def __len__(self) -> int:
+            return 1 << 31
+
+    options = {"data": SampleIds(Many()), "masking": {"block_length": 4}}
+    trainer = make_trainer(tmp_path, make_llama(), **options)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    batch = trainer._corrupted(inputs, is_training=True)
+    assert batch.num_maskable.sum() == (inputs["labels"] != -100).sum()
+
+
 def test_the_best_model_and_activation_checkpoints(tmp_path):
     model = make_model()
     arguments = {
@@ -277,6 +304,47 @@ def test_special_tokens_are_not_learned(tmp_path):
     trainer = make_trainer(tmp_path, data=SampleIds(Texts()))
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["labels"][:, :3] == -100).all() and (batch["labels"][:, 3:6] != -100).all()
+
+
+def test_special_tokens_are_not_learned_with_any_collator(tmp_path):
+    collator = transformers.DataCollatorWithPadding(tiny_tokenizer(padding_side="left"))
+    trainer = make_trainer(tmp_path, data=Texts(), data_collator=collator)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    assert "labels" not in inputs
+    batch = trainer._corrupted(_on_the_right(inputs), is_training=True)
+    num_learned = inputs["attention_mask"].sum(1) - 3
+    assert torch.equal(batch.num_maskable, num_learned)
+    assert trainer._count([inputs]) == num_learned.sum()
+    assert not batch.masked_indices[:, :3].any()  # with padding behind
+
+
+def epochs_seen(trainer: Any) -> list[int]:
+    """The sorted numbers of examples in training."""
+    seen: list[int] = []
+
+    def corrupted(inputs: Any, is_training: bool) -> Any:
+        if is_training:
+            seen.extend(inputs["sample_id"].tolist())
+        return MaskedDiffusionTrainer._corrupted(trainer, inputs, is_training)
+
+    trainer._corrupted = corrupted
+    trainer.train()
+    return sorted(seen)
+
+
+def test_a_part_of_numbered_data_has_new_masks_in_each_epoch(tmp_path):
+    part = torch.utils.data.Subset(SampleIds(Answers()), range(6))
+    trainer = make_trainer(tmp_path, data=part, arguments={"max_steps": 2})
+    assert epochs_seen(trainer) == [*range(6), *range(EXAMPLES, EXAMPLES + 6)]
+
+
+def test_evaluation_of_the_training_data_leaves_its_epoch(tmp_path):
+    data = SampleIds(Answers())
+    arguments = {
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no",
+    }  # fmt: skip
+    trainer = make_trainer(tmp_path, data=data, eval_dataset=data, arguments=arguments)
+    assert epochs_seen(trainer) == list(range(2 * EXAMPLES))
 
 
 def test_the_trainer_of_transformers_keeps_the_numbers(tmp_path):
@@ -356,20 +424,32 @@ def test_another_loss_or_metrics_are_refused(tmp_path, option, value):
         make_trainer(tmp_path, **options)
 
 
+def test_inputs_that_would_have_no_effect_are_refused(tmp_path):
+    """Such as those of packed documents, which would see each other."""
+    collator = transformers.DataCollatorWithFlattening()
+    trainer = make_trainer(tmp_path, make_llama(), data=Answers(), data_collator=collator)
+    with pytest.raises(ValueError, match="the data_collator returns position_ids, which would"):
+        trainer.train()
+
+
 def test_noise_of_embeddings(tmp_path):
     make_trainer(tmp_path, arguments={"max_steps": 1, "neftune_noise_alpha": 5.0}).train()
 
 
 def test_bad_ids_on_a_gpu_are_reported_with_the_next_batch(tmp_path):
-    """And before anything is saved."""
-    trainer = make_trainer(tmp_path)
+    """And before anything is saved, or an evaluation or the training ends."""
+    arguments = {"max_steps": 1, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, eval_dataset=Answers(), arguments=arguments)
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     bad = {**inputs, "input_ids": inputs["input_ids"].clone()}
     bad["input_ids"][1, 2] = MASK_ID
     with pretend_gpu():
         good, bad = ({name: x.to(DEVICE) for name, x in part.items()} for part in (inputs, bad))
         trainer._corrupted(good, is_training=True)
-        for then in (lambda: trainer._corrupted(good, is_training=True), trainer.save_model):
+        for then in (
+            lambda: trainer._corrupted(good, is_training=True),
+            trainer.save_model, trainer.evaluate, trainer.train,
+        ):  # fmt: skip
             trainer._corrupted(bad, is_training=True)
             with pytest.raises(InvalidTokenError, match=r"tokens\[1, 2\] of the batch before"):
                 then()

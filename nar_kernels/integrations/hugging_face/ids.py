@@ -60,7 +60,8 @@ class SetEpoch(TrainerCallback):
     """Tells the training data of a ``Trainer`` which epoch begins, or goes on after a resume, and
     keeps the numbers of its examples, which ``remove_unused_columns`` would drop.
 
-    Accelerate sets epochs, too, but not with several processes, or after a resume within an epoch.
+    Accelerate sets epochs, too, but not with several processes, or after a resume within an epoch;
+    and to 0 where an evaluation begins, so in ``Trainer`` do not evaluate the same ``SampleIds``.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -69,9 +70,11 @@ class SetEpoch(TrainerCallback):
             collator.signature_columns = [*collator.signature_columns, SAMPLE_ID]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_epoch = getattr(kwargs["train_dataloader"].dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(int((state.epoch or 0) + 1e-6))
+        data = kwargs["train_dataloader"].dataset
+        while not hasattr(data, "set_epoch") and hasattr(data, "dataset"):
+            data = data.dataset  # of a Subset
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 @dataclass
@@ -101,6 +104,12 @@ def take_sample_ids(examples: Sequence[Any]) -> tuple[list[Any], Tensor | None]:
         return list(examples), None
     if not all(has):
         raise ValueError(f"some examples have a {SAMPLE_ID!r}, and others not: give it to all")
-    numbers = torch.tensor([int(e[SAMPLE_ID]) for e in examples], device="cpu")
+    try:
+        numbers = torch.tensor([int(e[SAMPLE_ID]) for e in examples], device="cpu")
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"an example has the {SAMPLE_ID!r} {examples[0][SAMPLE_ID]!r}: it must be a number, by "
+            "which its mask is drawn; rename or remove a column of another meaning"
+        ) from None
     rest = [{name: x for name, x in e.items() if name != SAMPLE_ID} for e in examples]
     return rest, numbers

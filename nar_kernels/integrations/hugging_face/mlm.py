@@ -112,7 +112,8 @@ class DataCollatorForLanguageModeling(_Original):
             return inputs, inputs.clone()
         special = self._special(inputs, special_tokens_mask)
         seed, slots = self._slots.of(sample_ids, len(inputs))
-        before = num_leading(inputs == self.tokenizer.pad_token_id)
+        pad_id = self.tokenizer.pad_token_id
+        before = num_leading(inputs == (-1 if pad_id is None else pad_id))
         inputs, special = rolled(inputs, before), rolled(special, before)
         if self.whole_word_mask:
             if offset_mapping is None:
