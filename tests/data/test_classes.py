@@ -154,6 +154,15 @@ def test_parts_and_copies_of_a_batch_keep_their_classes() -> None:
         Corrupted.cat([batch, corrupt(clean, batch.masking, seed=0)])
 
 
+@pytest.mark.filterwarnings("error")
+def test_classes_may_be_any_array() -> None:
+    expected = make_loader().batch(0).class_ids
+    locked = labels().numpy().copy()
+    locked.flags.writeable = False
+    for given in (locked, labels().flip(0).numpy()[::-1], labels().numpy().astype(">i4")):
+        assert torch.equal(make_loader(classes=given).batch(0).class_ids, expected)
+
+
 def test_errors() -> None:
     n = len(make_dataset())
     for options, error, message in (
