@@ -67,7 +67,7 @@ def batch_class_keywords(net: nn.Module, batch: Corrupted, given: dict[str, Any]
 
     Raises:
         ValueError: as there; or the net needs a class, and there is none; or samples share rows; or
-            a class on the CPU is outside [0, C].
+            a class on the CPU is outside [0, C]; or another number than C stands for none.
         TypeError: the classes are no tensor of integers.
     """
     if batch.class_ids is None:
@@ -88,8 +88,14 @@ def batch_class_keywords(net: nn.Module, batch: Corrupted, given: dict[str, Any]
             f"the batch has classes {list(ids.shape)} in {rows} rows: it must have one for each, "
             "so documents that share a row cannot have classes of their own"
         )
+    num_classes = num_classes_of(net)
+    if None not in (num_classes, batch.num_classes) and num_classes != batch.num_classes:
+        raise ValueError(
+            f"{batch.num_classes} stands for a class that was dropped, and the net has "
+            f"{num_classes} classes: give MaskedLoader num_classes={num_classes}"
+        )
     if ids.device.type == "cpu":  # looking at others is a sync
-        _check_range(ids, num_classes_of(net))
+        _check_range(ids, num_classes)
     return class_keywords(net, ids.to(torch.int64), given)
 
 

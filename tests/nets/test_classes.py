@@ -1,5 +1,7 @@
 """Nets that take a class: what they are called with in training and in generation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,6 +221,11 @@ def test_errors() -> None:
     ):
         with pytest.raises(error, match=message):
             indexes(clean_batch(), class_ids=class_ids)
+    # Of labels without the last class.
+    fewer = replace(batch_with_classes(conditional), num_classes=C - 1)
+    with pytest.raises(ValueError, match=f"the net has {C} classes: give MaskedLoader num_classes"):
+        conditional(fewer)
+    conditional(replace(fewer, num_classes=C))
     silent = ClassIds()
     silent.num_classes = None
     model = NonAutoregressiveWrapper(silent, mask_id=MASK_ID)
