@@ -3,7 +3,9 @@
 import operator
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def as_int(name: str, value: Any) -> int:
@@ -24,6 +26,26 @@ def is_sequence(value: Any) -> bool:
     """Whether ``value`` is several numbers rather than one: a list, tuple, range, array or tensor
     with a dimension."""
     return isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) > 0
+
+
+def as_classes(name: str, values: Any) -> Tensor:
+    """int64, on the CPU: a copy of the integers in a list, array or tensor, of any shape.
+
+    Raises:
+        TypeError: not integers.
+    """
+    if isinstance(values, np.ndarray):
+        # torch cannot view read-only, negative-stride or non-native-endian arrays: copy.
+        values = values.astype(values.dtype.newbyteorder("="))
+    given = torch.as_tensor(values, device="cpu")
+    if not is_integral(given.dtype):
+        raise TypeError(f"{name} is {given.dtype}: classes are integers")
+    return given.to(torch.int64, copy=True)
+
+
+def is_integral(dtype: torch.dtype) -> bool:
+    """Whether it is of integers; bools are none."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def as_float(name: str, value: Any) -> float:

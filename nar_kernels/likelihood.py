@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nar_kernels.checks import as_int
+from nar_kernels.data.classes import check_labels
 from nar_kernels.data.packing.document_range import DocumentRange
 from nar_kernels.data.packing.pack import pack
 from nar_kernels.data.windows.dataset import TokenDataset
@@ -99,8 +100,11 @@ def evaluate(
         windows: int64 ``[N]``, indices into ``dataset``.
         draws: E, masks per window.
         block_length: of block diffusion: each block is predicted given the clean ones before it.
-        class_ids: int64 ``[N]``, the class of each window, of which the net is told: the bound is
-            then on the likelihood given the class.
+        class_ids: integers ``[N]``, the class of each of ``windows``, of which the net is told: the
+            bound is then on the likelihood given the class.
+
+    Raises:
+        TypeError, ValueError: ``draws`` or ``class_ids`` is something else.
     """
     draws = as_int("draws", draws)
     batches = window_batches(dataset, windows, draws, block_length, class_ids)
@@ -141,6 +145,8 @@ def window_batches(
     class_ids: Tensor | None = None,
 ) -> list[MakeBatch]:
     """Those of :func:`evaluate`."""
+    if class_ids is not None:  # not those of all windows of the dataset
+        class_ids = check_labels("class_ids", class_ids, len(windows))
 
     def batch(part: slice) -> tuple[Tensor, Corrupted]:
         chosen = torch.arange(len(windows) * draws, device="cpu")[part]

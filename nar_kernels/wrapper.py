@@ -317,8 +317,8 @@ class NonAutoregressiveWrapper(nn.Module):
                 masked, if the loss is the mean) positions.
             maskable, labels, loss_mask, prompt_lengths: which positions may be masked, such as
                 those of answers; for clean ids. As in :func:`nar_kernels.corrupt`.
-            class_ids: int64 ``[B]``, the class of each sequence, for clean ids and a net that takes
-                one: see :class:`~nar_kernels.TokenNet`. A corrupted batch has its own.
+            class_ids: integers ``[B]``, the class of each sequence, for clean ids and a net that
+                takes one: see :class:`~nar_kernels.TokenNet`. A corrupted batch has its own.
             static_shapes: of the loss, as in :func:`nar_kernels.masked_nll`.
             kwargs: for the net, if its ``forward`` declares them.
             net_kwargs: for the net, which takes them as ``**kwargs``.

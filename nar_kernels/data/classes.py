@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_float, as_int
+from nar_kernels.checks import as_classes, as_float, as_int
 from nar_kernels.ops.mask_tokens import drop_classes
 
 
@@ -76,14 +75,11 @@ def check_labels(name: str, labels: Tensor | np.ndarray | Sequence[int], count: 
         TypeError: not integers.
         ValueError: another shape, or one is negative.
     """
-    given = torch.as_tensor(labels, device="cpu")
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"{name} is {given.dtype}: classes are integers")
+    given = as_classes(name, labels)
     if given.shape != (count,):
         raise ValueError(
             f"{name} has shape {list(given.shape)}: it must be [{count}], a class for each window"
         )
-    given = given.to(torch.int64, copy=True)
     if (given < 0).any():
         raise ValueError(f"{name} holds {int(given.min())}: classes are from 0 on")
     return given

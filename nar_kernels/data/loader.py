@@ -347,6 +347,8 @@ class MaskedLoader:
         if self._classes is not None:
             assert isinstance(step, int)
             corrupted.class_ids = self._class_ids(step)
+            if self._classes.dropout_prob:
+                corrupted.num_classes = self._classes.num_classes
         if not isinstance(step, Tensor):
             if self._compute_device.type == "cuda":
                 self._deferred_check.defer(corrupted, partial(self._check, step))

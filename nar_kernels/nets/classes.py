@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nar_kernels.checks import as_int, is_sequence
+from nar_kernels.checks import as_classes, as_int, is_integral, is_sequence
 from nar_kernels.nets.adapter import innermost, net_attribute
 from nar_kernels.nets.keywords import declared_names
 from nar_kernels.ops.corrupted import Corrupted
@@ -66,7 +66,9 @@ def batch_class_keywords(net: nn.Module, batch: Corrupted, given: dict[str, Any]
     """:func:`class_keywords` of a batch; none if it has no classes.
 
     Raises:
-        ValueError: as there; or the net needs a class, and there is none; or samples share rows.
+        ValueError: as there; or the net needs a class, and there is none; or samples share rows; or
+            a class on the CPU is outside [0, C]; or another number than C stands for none.
+        TypeError: the classes are no tensor of integers.
     """
     if batch.class_ids is None:
         if needs_class(net) and "embed_ids" not in given:
@@ -75,14 +77,26 @@ def batch_class_keywords(net: nn.Module, batch: Corrupted, given: dict[str, Any]
                 "or give class_ids; those without a class have the number of classes"
             )
         return {}
+    ids: Any = batch.class_ids
+    if not isinstance(ids, Tensor) or not is_integral(ids.dtype):
+        what = ids.dtype if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise TypeError(f"class_ids is {what}: it must be a tensor of integers, one for each row")
     shape = batch.input_ids.shape
     rows = 1 if len(shape) == 1 else shape[0]
-    if list(batch.class_ids.shape) != [rows]:
+    if list(ids.shape) != [rows]:
         raise ValueError(
-            f"the batch has classes {list(batch.class_ids.shape)} in {rows} rows: it must have one "
-            "for each, so documents that share a row cannot have classes of their own"
+            f"the batch has classes {list(ids.shape)} in {rows} rows: it must have one for each, "
+            "so documents that share a row cannot have classes of their own"
         )
-    return class_keywords(net, batch.class_ids, given)
+    num_classes = num_classes_of(net)
+    if None not in (num_classes, batch.num_classes) and num_classes != batch.num_classes:
+        raise ValueError(
+            f"{batch.num_classes} stands for a class that was dropped, and the net has "
+            f"{num_classes} classes: give MaskedLoader num_classes={num_classes}"
+        )
+    if ids.device.type == "cpu":  # looking at others is a sync
+        _check_range(ids, num_classes)
+    return class_keywords(net, ids.to(torch.int64), given)
 
 
 ClassIds = int | Sequence[int] | Tensor
@@ -133,14 +147,18 @@ def _read(class_ids: ClassIds, batch: int, num_classes: int | None) -> Tensor:
     """int64 ``[B]``."""
     if not is_sequence(class_ids):
         class_ids = [as_int("class_ids", class_ids)] * batch
-    ids = torch.as_tensor(class_ids, device="cpu")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise TypeError(f"class_ids is {ids.dtype}: classes are integers")
+    ids = as_classes("class_ids", class_ids)
     if ids.shape != (batch,):
         raise ValueError(
             f"class_ids has shape {list(ids.shape)}: it must be an int or [{batch}], a class for "
             "each sequence"
         )
+    _check_range(ids, num_classes)
+    return ids
+
+
+def _check_range(ids: Tensor, num_classes: int | None) -> None:
+    """Raises ValueError if one is outside [0, C]."""
     most = torch.iinfo(torch.int64).max if num_classes is None else num_classes
     outside = ids[(ids < 0) | (ids > most)]
     if len(outside):
@@ -148,7 +166,6 @@ def _read(class_ids: ClassIds, batch: int, num_classes: int | None) -> Tensor:
         if num_classes is not None:
             are = f"in [0, {num_classes}), and {num_classes} stands for none"
         raise ValueError(f"class_ids holds {outside[0].item()}: the classes of the net are {are}")
-    return ids.to(torch.int64)
 
 
 def _name(net: nn.Module) -> str | None:

@@ -155,6 +155,8 @@ class Unmasking:
                     self._by_argument = ways[-1]
                 if looks is not False:
                     return
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # a net may do anything with what it does not expect
                 cause = error
         kind, layers = type(core).__name__, ", ".join(sorted(kinds)) or "kinds of its own"
@@ -221,7 +223,8 @@ def takes_pairs(net: nn.Module) -> bool:
     if before == after == 0 or not math.isfinite(before + after):
         return True  # it shows nothing
     _, behind, _ = _influences(net, ids, {"attention_mask": mask_for(net, pairs.triu())})
-    return before > 1e-3 * after and behind <= max(rounding, 1e-3 * after)
+    # What a mask keeps out changes nothing at all, and a convolution little at first.
+    return before > 1e-3 * after and behind <= max(rounding, 1e-5 * after)
 
 
 def _few_tokens(net: nn.Module, length: int) -> Tensor:

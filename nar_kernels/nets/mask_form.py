@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from nar_kernels.nets.adapter import innermost, is_compiled
@@ -42,6 +43,8 @@ def _check(module: nn.Module) -> None:
     try:
         with eval_mode(module, module), no_grad():
             is_right = takes_pairs(module)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a net may do anything with what it does not expect
         is_right, cause = False, error
     if not is_right:

@@ -145,6 +145,7 @@ class Corrupted:
         views: which views the whole batch has; a part of it has a count of 1.
         class_ids: int64 ``[B]`` (also with blocks): the class of each sample, for nets that take
             one; the number of classes stands for none, where it was dropped. Or None.
+        num_classes: that number, where classes may be dropped; None: not known.
     """
 
     input_ids: Tensor
@@ -163,6 +164,7 @@ class Corrupted:
     spans: Tensor | None = None
     views: Views = ONE_VIEW
     class_ids: Tensor | None = None
+    num_classes: int | None = None
 
     def __len__(self) -> int:
         is_flat = self.documents is not None and self.documents.row_length is None
@@ -587,7 +589,7 @@ class Corrupted:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Corrupted":
         """Applies ``function`` to all tensors on the device."""
-        others = ("masking", "counts_on_host", "num_strata", "documents", "views")
+        others = "masking", "counts_on_host", "num_strata", "documents", "views", "num_classes"
         names = (f.name for f in fields(self) if f.name not in others)
         tensors = {name: _unless_none(function, getattr(self, name)) for name in names}
         return replace(self, **tensors)

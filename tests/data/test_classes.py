@@ -148,10 +148,20 @@ def test_parts_and_copies_of_a_batch_keep_their_classes() -> None:
         (copy.copy(batch), ids),
         (pickle.loads(pickle.dumps(batch[1:2])), ids[1:2]),
     ):
-        assert torch.equal(part.class_ids, expected)
+        assert torch.equal(part.class_ids, expected) and part.num_classes == C
+    assert make_loader(class_dropout_prob=0).batch(1).num_classes is None
     clean = torch.zeros(1, make_dataset().seq_len).long()
     with pytest.raises(ValueError, match="with classes or without"):
         Corrupted.cat([batch, corrupt(clean, batch.masking, seed=0)])
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_may_be_any_array() -> None:
+    expected = make_loader().batch(0).class_ids
+    locked = labels().numpy().copy()
+    locked.flags.writeable = False
+    for given in (locked, labels().flip(0).numpy()[::-1], labels().numpy().astype(">i4")):
+        assert torch.equal(make_loader(classes=given).batch(0).class_ids, expected)
 
 
 def test_errors() -> None:

@@ -441,7 +441,7 @@ def test_another_device() -> None:
     loader = MaskedLoader(dataset, MASKING, 4, classes=[0] * len(dataset))
     loader.device = torch.device("meta")  # the only other one that is everywhere
     batch = loader.batch(0)
-    others = ("masking", "counts_on_host", "num_strata", "documents", "spans", "views")
+    others = "masking", "counts_on_host", "num_strata", "documents", "spans", "views", "num_classes"
     assert {tensor.device.type for name, tensor in vars(batch).items() if name not in others} == {
         "meta"
     }

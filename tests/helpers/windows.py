@@ -32,7 +32,7 @@ def masking_for(dataset: TokenDataset) -> MaskingConfig:
 
 
 def tensors(batch: Corrupted) -> dict[str, Tensor]:
-    others = ("masking", "counts_on_host", "num_strata", "documents", "spans", "views")
+    others = "masking", "counts_on_host", "num_strata", "documents", "spans", "views", "num_classes"
     names = [f.name for f in fields(batch) if f.name not in others]
     there = {name: getattr(batch, name) for name in names}
     of_batch = {name: value for name, value in there.items() if value is not None}

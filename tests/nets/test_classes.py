@@ -1,5 +1,7 @@
 """Nets that take a class: what they are called with in training and in generation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -169,6 +171,22 @@ def test_blocks_with_a_cache_have_classes_and_guidance() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_classes_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    model = make_model(conditional_net()).eval()
+    batch = batch_with_classes(model)
+    expected = model(batch).loss
+    batch.class_ids = IDS.to(dtype)
+    assert torch.equal(model(batch).loss, expected)
+
+
+def test_generate_takes_any_array_of_classes() -> None:
+    model = make_model(conditional_net())
+    expected = model.generate(class_ids=IDS.flip(0), steps=2, seed=0)
+    for given in (IDS.numpy()[::-1], IDS.flip(0).numpy().astype(">i4")):
+        assert torch.equal(model.generate(class_ids=given, steps=2, seed=0), expected)
+
+
 def test_errors() -> None:
     plain, conditional = make_model(), make_model(conditional_net())
     with pytest.raises(ValueError, match="TransformerWrapper takes none.*embed_num_tokens"):
@@ -193,6 +211,21 @@ def test_errors() -> None:
             conditional.generate(2, class_ids=class_ids)
     with pytest.raises(ValueError, match="self_token_critic"):
         make_model(conditional_net(), self_token_critic=True)
+    indexes = NonAutoregressiveWrapper(ClassIds(), mask_id=MASK_ID)  # of which -1 is one
+    for class_ids, error, message in (
+        (IDS - 1, ValueError, rf"holds -1: the classes of the net are in \[0, {C}\)"),
+        (IDS + 1, ValueError, f"holds {C + 1}: "),
+        (IDS.float(), TypeError, "class_ids is torch.float32: it must be a tensor of integers"),
+        (IDS.bool(), TypeError, "torch.bool"),
+        (IDS.tolist(), TypeError, "class_ids is a list"),
+    ):
+        with pytest.raises(error, match=message):
+            indexes(clean_batch(), class_ids=class_ids)
+    # Of labels without the last class.
+    fewer = replace(batch_with_classes(conditional), num_classes=C - 1)
+    with pytest.raises(ValueError, match=f"the net has {C} classes: give MaskedLoader num_classes"):
+        conditional(fewer)
+    conditional(replace(fewer, num_classes=C))
     silent = ClassIds()
     silent.num_classes = None
     model = NonAutoregressiveWrapper(silent, mask_id=MASK_ID)

@@ -398,12 +398,25 @@ def test_what_is_trained_is_saved(family: str, tmp_path) -> None:
 @pytest.mark.skipif(not IS_5, reason="transformers 4 may not have it")
 def test_masks_of_pairs_that_do_not_count_are_refused() -> None:
     """By a net with a mask of its own, and by convolutions over what masks keep apart."""
-    config = config_of("Lfm2", layer_types=["conv", "full_attention"], initializer_range=0.5)
+    config = config_of("Lfm2", layer_types=["conv", "full_attention"])
     for model in (gpt_neo(), transformers.Lfm2ForCausalLM(config)):
         blocks = wrapped(NetAdapter(model, bidirectional=False), block_length=4)
         with pytest.raises(ValueError, match=r"LM does not attend by a mask of pairs \[B, 1"):
             blocks(IDS)
         assert all(module.training for module in model.modules())
+
+
+def test_lack_of_memory_is_not_taken_for_another_mask() -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    model = model_of("Llama")
+    blocks = wrapped(NetAdapter(model), block_length=4)
+    model.model.register_forward_pre_hook(fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        blocks(IDS)
+    with pytest.raises(torch.OutOfMemoryError):
+        NetAdapter(model)
 
 
 def test_what_rounding_hides_is_not_refused() -> None:

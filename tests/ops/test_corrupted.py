@@ -63,6 +63,7 @@ def test_every_tensor_is_known_here() -> None:
         "documents",
         "spans",
         "views",
+        "num_classes",
     }
     assert {f.name for f in fields(Corrupted)} == {*PER_SAMPLE, *others}
 

@@ -126,6 +126,9 @@ def test_evaluation_is_given_the_true_class(codes, learnt):
         ).bits_per_token
     assert bits["true"] == pytest.approx(report["bits_per_token"], rel=1e-5)
     assert bits["true"] < bits["none"] < bits["wrong"]
+    with pytest.raises(ValueError, match=rf"class_ids has shape \[{N}\]: it must be \[16\]"):
+        where = data.held_out, data.held_out_windows
+        evaluate(model.net, *where, draws=2, device=CPU, class_ids=torch.from_numpy(LABELS))
 
 
 def test_a_run_goes_on_bit_for_bit(codes, tmp_path):
