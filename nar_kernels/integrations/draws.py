@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_float, as_int, check_seed
+from nar_kernels.checks import as_float, as_int, check_seed, is_integral
 from nar_kernels.ops.corrupted import Corrupted, Output
 from nar_kernels.ops.dispatch import outside_graphs
 from nar_kernels.ops.masking import MaskingConfig
@@ -55,7 +55,7 @@ def check_ids(name: str, ids: Tensor, num_dims: int) -> None:
     dimensions."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} is a {type(ids).__name__}: it must be a tensor of token ids")
-    if ids.dim() != num_dims or ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.dim() != num_dims or not is_integral(ids.dtype):
         raise ValueError(
             f"{name} is {ids.dtype} {list(ids.shape)}: it must hold integers, with {num_dims} "
             "dimensions"

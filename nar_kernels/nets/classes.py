@@ -94,7 +94,8 @@ def batch_class_keywords(net: nn.Module, batch: Corrupted, given: dict[str, Any]
             f"{batch.num_classes} stands for a class that was dropped, and the net has "
             f"{num_classes} classes: give MaskedLoader num_classes={num_classes}"
         )
-    if ids.device.type == "cpu":  # looking at others is a sync
+    # Looking at others is a sync.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(ids, num_classes)
     return class_keywords(net, ids.to(torch.int64), given)
 

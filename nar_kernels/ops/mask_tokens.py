@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from nar_kernels.checks import as_int, check_seed
+from nar_kernels.checks import as_int, check_seed, is_integral
 from nar_kernels.ops.arguments import MaskTokensArgs
 from nar_kernels.ops.backends import cpp, resolve_backend
 from nar_kernels.ops.dispatch import check_on_host, needs_dispatcher, on_device, register
@@ -116,8 +116,7 @@ def _run(args: MaskTokensArgs, backend: str) -> tuple[Tensor, Tensor]:
 def _check_tokens(tokens: Tensor) -> torch.dtype:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens is a {type(tokens).__name__}: it must be a tensor of ids [B, L]")
-    is_integer = not (tokens.is_floating_point() or tokens.is_complex())
-    if tokens.dim() != 2 or not is_integer or tokens.dtype == torch.bool:
+    if tokens.dim() != 2 or not is_integral(tokens.dtype):
         raise ValueError(
             f"tokens is {tokens.dtype} {list(tokens.shape)}: it must hold integer ids [B, L]"
         )
