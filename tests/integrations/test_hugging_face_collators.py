@@ -142,6 +142,9 @@ def words_of(offsets: Tensor, special: Tensor) -> list[list[int]]:
     return found
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 fails where it warns"
+)
 def test_whole_words():
     tokenizer = tiny_tokenizer()
     # The tokenizer pads no offsets.

@@ -211,6 +211,7 @@ def test_another_dtype_later() -> None:
         assert model.net.head_is_last(()) is True
 
 
+@pytest.mark.skipif(not IS_5, reason="transformers 4: encoders take no masks of pairs")
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
 def test_positions_of_packed_documents(family: str) -> None:
     """RoBERTa's begin behind its padding, whose embedding is 0."""
@@ -419,6 +420,7 @@ def test_lack_of_memory_is_not_taken_for_another_mask() -> None:
         NetAdapter(model)
 
 
+@pytest.mark.skipif(not IS_5, reason="transformers 4: encoders take no masks of pairs")
 def test_what_rounding_hides_is_not_refused() -> None:
     """In bfloat16 a token of this net changes nothing before it, but a little behind it."""
     net = NetAdapter(model_of("ModernBert").bfloat16())
