@@ -304,6 +304,7 @@ def test_html(digits_run, capsys, tmp_path):
 @pytest.mark.parametrize("name", ["digits_run", "text_run"])
 def test_watching_in_a_terminal(name, request, capsys, monkeypatch):
     run = request.getfixturevalue(name)
+    capsys.readouterr()  # of the training, if this is the first test of the run
     assert generate(run, "--num-samples", 2, "--steps", 4) == 0
     expected = capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
