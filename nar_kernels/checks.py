@@ -38,7 +38,7 @@ def as_classes(name: str, values: Any) -> Tensor:
         # torch cannot view read-only, negative-stride or non-native-endian arrays: copy.
         values = values.astype(values.dtype.newbyteorder("="))
     given = torch.as_tensor(values, device="cpu")
-    if not is_integral(given.dtype):
+    if given.numel() and not is_integral(given.dtype):
         raise TypeError(f"{name} is {given.dtype}: classes are integers")
     return given.to(torch.int64, copy=True)
 

@@ -353,10 +353,11 @@ def _net_of(model: nn.Module, length: int) -> nn.Module:
 
 def _at_least_1(**values: int) -> list[int]:
     """The values as ints. Raises ValueError: one is below 1."""
-    for name, value in values.items():
-        if as_int(name, value) < 1:
+    ints = {name: as_int(name, value) for name, value in values.items()}
+    for name, value in ints.items():
+        if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-    return [as_int(name, value) for name, value in values.items()]
+    return [*ints.values()]
 
 
 def _device_of(model: nn.Module) -> torch.device:

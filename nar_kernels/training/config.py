@@ -327,6 +327,11 @@ class TrainConfig:
             )
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout is {self.class_dropout}: it must be in [0, 1]")
+        if self.labels is None and self.class_dropout != type(self).class_dropout:
+            raise ValueError(
+                f"class_dropout is {self.class_dropout}, but there are no classes to drop: give "
+                "--labels, or leave it out"
+            )
         for name in ("shift_epochs", "cuda_graph"):
             if self.labels is not None and getattr(self, name):
                 why = "it moves the windows that labels belong to"

@@ -185,6 +185,8 @@ def test_generate_takes_any_array_of_classes() -> None:
     expected = model.generate(class_ids=IDS.flip(0), steps=2, seed=0)
     for given in (IDS.numpy()[::-1], IDS.flip(0).numpy().astype(">i4")):
         assert torch.equal(model.generate(class_ids=given, steps=2, seed=0), expected)
+    with pytest.raises(ValueError, match=r"class_ids has shape \[0\]"):
+        model.generate(2, class_ids=[], steps=2, seed=0)
 
 
 def test_errors() -> None:

@@ -185,6 +185,7 @@ def test_texts_may_have_classes(sentences, tmp_path):
         ({"shift_epochs": True}, "--labels and --shift-epochs exclude each other"),
         ({"cuda_graph": True}, "--labels and --cuda-graph exclude each other"),
         ({"class_dropout": 1.5}, "class_dropout is 1.5"),
+        ({"labels": None, "class_dropout": 0.2}, "there are no classes to drop"),
     ],
 )
 def test_options_that_do_not_fit(codes, tmp_path, more, message):
